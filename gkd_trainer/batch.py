@@ -1,0 +1,186 @@
+"""The typed values that cross the stages: token batches, completions, and what a model says of a batch.
+
+Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on."""
+
+IS_ON_POLICY = "is_on_policy"
+"""The key under which a batch of tensors says which of its samples the student generated."""
+
+# The prompts that TRL's DataCollatorForChatML adds are not input of a model's forward.
+_NOT_MODEL_INPUTS = frozenset({"labels", IS_ON_POLICY, "prompts", "prompt_attention_mask"})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn from a model's next-token distribution.
+
+    `temperature` 0 is greedy decoding. `top_k` 0, `top_p` 1, `min_p` None and `repetition_penalty` 1 switch
+    the respective restriction off. `extra` holds options of one engine alone.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine generated for one prompt.
+
+    `token_ids` end with the stop token where `is_finished`; otherwise `max_new_tokens` cut them off.
+    """
+
+    token_ids: Sequence[int]
+    is_finished: bool
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A completion with its prompt, and whether the student (else the teacher) generated it."""
+
+    prompt: Sequence[int]
+    completion: Completion
+    is_on_policy: bool
+
+
+@dataclass(frozen=True)
+class Head:
+    """How final hidden states become logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
+
+    `weight_VH` and `bias_V` are float tensors that may have more rows than the vocabulary that is compared
+    (see `sliced`); `scale` multiplies the logits; `softcap` None leaves them unbounded.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def sliced(self, vocab_size: int) -> Head:
+        """Return the head of the first `vocab_size` tokens, sharing memory with this one."""
+        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return Head(self.weight_VH[:vocab_size], bias_V, self.scale, self.softcap)
+
+    def logits(self, hidden_H: Tensor) -> Tensor:
+        """Return the logits [..., V] of hidden states [..., H], in float32 (float64 where both are float64).
+
+        Inputs are raised before the product: logits rounded to bf16 give a wrong gradient.
+        """
+        dtype = torch.promote_types(torch.promote_types(hidden_H.dtype, self.weight_VH.dtype), torch.float32)
+        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
+        logits_V = torch.nn.functional.linear(hidden_H.to(dtype), self.weight_VH.to(dtype), bias_V)
+        if self.scale != 1.0:
+            logits_V = logits_V * self.scale
+        return logits_V if self.softcap is None else self.softcap * torch.tanh(logits_V / self.softcap)
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """A model's predictions as final hidden states [N, H] with the head that turns them into logits."""
+
+    hidden_NH: Tensor
+    head: Head
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that are predicted over."""
+        return self.head.weight_VH.shape[0]
+
+    def sliced(self, vocab_size: int) -> HiddenSignal:
+        """Return the same predictions over the first `vocab_size` tokens."""
+        return HiddenSignal(self.hidden_NH, self.head.sliced(vocab_size))
+
+
+@dataclass(frozen=True)
+class LogitsSignal:
+    """A model's predictions as logits [N, V]."""
+
+    logits_NV: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that are predicted over."""
+        return self.logits_NV.shape[1]
+
+    def sliced(self, vocab_size: int) -> LogitsSignal:
+        """Return the same predictions over the first `vocab_size` tokens."""
+        return LogitsSignal(self.logits_NV[:, :vocab_size])
+
+
+Signal = HiddenSignal | LogitsSignal
+"""What a model, student or teacher, says of the positions trained on."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One micro-batch of token sequences.
+
+    `model_inputs` holds what the models' forward takes (`input_ids` [B, L], and `attention_mask` and others
+    where the collator gave them); `labels_BL` the token ids with IGNORE_INDEX where a token is not trained on;
+    `is_on_policy_B` which samples the student generated.
+    """
+
+    model_inputs: Mapping[str, Tensor]
+    labels_BL: Tensor
+    is_on_policy_B: Tensor
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, Any]) -> TokenBatch:
+        """Build a batch from what Trainer hands to `compute_loss`; without a mark, no sample is on-policy."""
+        model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_MODEL_INPUTS}
+        labels_BL = inputs["labels"]
+        is_on_policy_B = inputs.get(IS_ON_POLICY)
+        if is_on_policy_B is None:
+            is_on_policy_B = torch.zeros(labels_BL.shape[0], dtype=torch.bool, device=labels_BL.device)
+        return cls(model_inputs, labels_BL, is_on_policy_B)
+
+    @property
+    def is_scored_BL(self) -> Tensor:
+        """True at each position i whose next token i + 1 is trained on: there the models are compared."""
+        is_scored_BL = torch.zeros_like(self.labels_BL, dtype=torch.bool)
+        is_scored_BL[:, :-1] = self.labels_BL[:, 1:] != IGNORE_INDEX
+        return is_scored_BL
+
+    @property
+    def targets_N(self) -> Tensor:
+        """The token ids trained on, in the order in which `is_scored_BL` selects their positions."""
+        targets_BL = self.labels_BL[:, 1:]
+        return targets_BL[targets_BL != IGNORE_INDEX]
+
+    @property
+    def rows_N(self) -> Tensor:
+        """The row in the batch of each token trained on."""
+        return self.is_scored_BL.nonzero()[:, 0]
+
+
+def prompt_length(labels: Sequence[int]) -> int:
+    """Return how many tokens stand before the last run of trained labels.
+
+    That is the prompt for which a completion can be sampled. A row without trained labels is a prompt as a
+    whole; 0 means that there is no prompt, since the first token is already trained on.
+    """
+    end = len(labels)
+    while end > 0 and labels[end - 1] == IGNORE_INDEX:
+        end -= 1
+    if end == 0:
+        return len(labels)
+    start = end
+    while start > 0 and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    return start

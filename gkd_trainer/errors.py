@@ -1,0 +1,21 @@
+"""The errors of gkd_trainer: each also derives from the standard error that a caller would catch."""
+
+
+class GKDError(Exception):
+    """Base of every error that gkd_trainer raises on purpose."""
+
+
+class GKDConfigError(GKDError, ValueError):
+    """An option, or a combination of options or arguments, that has no meaning."""
+
+
+class GKDDataError(GKDError, ValueError):
+    """A data set, a row format, a chat template or a collator that can't be used."""
+
+
+class GKDTeacherError(GKDError, ValueError):
+    """A teacher that doesn't fit the student, or can't do what is asked of it."""
+
+
+class GKDNumericsError(GKDError, ArithmeticError):
+    """Logits or a divergence that are not finite where they must be."""

@@ -1,0 +1,155 @@
+"""What the tests share: a quiet and offline environment, small tokenizers and models, and the real pair."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before torch and the hub are imported. Threads that wait for a busy core are slower than one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+    DO_NOT_TRACK="1",
+    WANDB_MODE="disabled",
+)
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    set_seed,
+)
+
+ROOT = Path(__file__).parents[1]
+
+CORPUS = [
+    "What is the capital of France? The capital of France is Paris.",
+    "hello there, how are you today? I am fine, thank you.",
+    "system\nuser\nassistant\ntool\n\n\nYou are helpful.\n\n\n\nsystem\n\n\n",
+    "one two three four five six seven eight nine ten",
+]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 8, "final_logit_softcapping": 3.0}),
+    "phi": (PhiConfig, PhiForCausalLM, {}),  # has a bias in its head
+    "cohere": (Cohere2Config, Cohere2ForCausalLM, {"logit_scale": 0.25}),
+    "granite": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}),
+}
+
+
+@pytest.fixture(scope="session")
+def byte_level_backend():
+    """A byte-level BPE tokenizer, like that of SmolLM2 or Qwen."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def byte_level(byte_level_backend):
+    """Make a byte-level tokenizer with a chat template, pad == eos == <|im_end|>, and optionally a bos."""
+
+    def make(chat_template=CHATML, *, has_bos=False):
+        backend = copy.deepcopy(byte_level_backend)
+        if has_bos:
+            backend.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            bos_token="<s>",
+            eos_token="<|im_end|>",
+            pad_token="<|im_end|>",
+            extra_special_tokens=["<|im_start|>", "<|endoftext|>"],
+            chat_template=chat_template,
+        )
+
+    return make
+
+
+@pytest.fixture
+def tiny_model():
+    """Make a causal LM with random weights, on the CPU in float32.
+
+    Its families: llama, qwen2, gemma2 (soft-cap), phi (head with bias), cohere (logit scale), granite (logits scaling).
+    The default vocabulary fits the byte_level tokenizer. `spread` enlarges the head, so that distributions differ.
+    """
+
+    def make(family="llama", *, hidden=32, layers=2, vocab=368, seed=0, spread=20.0, eos=2, **config):
+        config_class, model_class, extra = _FAMILIES[family]
+        set_seed(seed)
+        model = model_class(
+            config_class(
+                vocab_size=vocab,
+                hidden_size=hidden,
+                intermediate_size=2 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                bos_token_id=3,
+                eos_token_id=eos,
+                pad_token_id=eos if isinstance(eos, int) else eos[0],
+                **{**extra, **config},
+            )
+        )
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(spread)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_pair():
+    """The folders of SmolLM2-135M-Instruct and of the student cut out of it: (teacher, student)."""
+    pair = Path(os.environ.get("GKD_SMOLLM2_DIR", ROOT / ".cache" / "smollm2"))
+    if not (pair / "student" / "config.json").exists():
+        subprocess.run([sys.executable, str(ROOT / "examples" / "smollm2.py"), "--output", str(pair)], check=True)
+    return pair / "teacher", pair / "student"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(smollm2_pair):
+    """The folder of SmolLM2-135M-Instruct."""
+    return smollm2_pair[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_student_dir(smollm2_pair):
+    """The folder of the student cut out of SmolLM2-135M-Instruct."""
+    return smollm2_pair[1]
