@@ -1,0 +1,15 @@
+"""How far a student's next-token distribution is from a teacher's; needs torch alone."""
+
+from gkd_trainer.divergence.loss import generalized_jsd, linear_generalized_jsd, token_divergence
+from gkd_trainer.divergence.reference import reference_jsd
+from gkd_trainer.divergence.result import TokenDivergence
+from gkd_trainer.divergence.trl_loss import trl_generalized_jsd_loss
+
+__all__ = [
+    "TokenDivergence",
+    "generalized_jsd",
+    "linear_generalized_jsd",
+    "reference_jsd",
+    "token_divergence",
+    "trl_generalized_jsd_loss",
+]

@@ -1,0 +1,221 @@
+"""The entry to the divergence of a student from a teacher: checks the arguments and picks the path.
+
+Shapes: N tokens trained on, V vocabulary, H the student's hidden width, G the teacher's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, Signal
+from gkd_trainer.divergence.dense import dense_divergence
+from gkd_trainer.divergence.linear import linear_divergence
+from gkd_trainer.divergence.result import TokenDivergence
+from gkd_trainer.errors import GKDConfigError
+
+SCALES = ("paper", "continuous")
+"""How the divergence is scaled inside 0 < beta < 1: see `token_divergence`."""
+
+
+def token_divergence(
+    student: Signal,
+    teacher: Signal,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    scale: str = "paper",
+    labels_N: Tensor | None = None,
+    vocab_chunk: int | None = None,
+    token_block: int | None = None,
+) -> TokenDivergence:
+    """Return the divergence of each token, beta·KL(p‖m) + (1 - beta)·KL(q‖m) with m = beta·p + (1 - beta)·q.
+
+    p is the teacher, q the student, each softmax(logits / temperature); beta 0 is the forward KL(p‖q), beta 1
+    the reverse KL(q‖p). Source: Agarwal et al. 2023, arXiv 2306.13649, eq. 1. Nothing here waits for the
+    device, or raises because of the values in a tensor.
+
+    Args:
+        student: final hidden states with their head, or logits, of N positions; gradients reach it.
+        teacher: the same of the teacher, over the same N positions and V tokens; no gradient reaches it.
+            A logit of -inf, on either side, is probability zero.
+        beta: in [0, 1].
+        temperature: positive and finite.
+        scale: "paper" for the formula above, or "continuous", which divides value and gradient by
+            beta·(1 - beta) inside (0, 1), so that the two KLs are its limits.
+        labels_N: [N] integer token ids whose cross entropy is wanted too. IGNORE_INDEX gives 0; another id
+            outside [0, V) gives +inf; neither has a gradient.
+        vocab_chunk: how many tokens of the vocabulary are worked on at once; None for a default.
+        token_block: how many positions are projected at once, if both sides are hidden states; None for a
+            default. Neither changes the result.
+
+    Raises:
+        GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
+    """
+    check_options(beta, temperature, scale)
+    _check_sizes(vocab_chunk=vocab_chunk, token_block=token_block)
+    _check_signal("student", student)
+    _check_signal("teacher", teacher)
+    _check_pair(student, teacher, labels_N)
+
+    device_type = _first_tensor(student).device.type
+    # Autocast would round the projection to bfloat16, and the gradient at small gaps with it.
+    with torch.autocast(device_type, enabled=False):
+        if isinstance(student, HiddenSignal) and isinstance(teacher, HiddenSignal):
+            return linear_divergence(
+                student,
+                teacher,
+                beta=beta,
+                temperature=temperature,
+                scale=scale,
+                labels_N=labels_N,
+                token_block=token_block,
+                vocab_chunk=vocab_chunk,
+            )
+        student_logits_NV = _logits(student)
+        with torch.no_grad():
+            teacher_logits_NV = _logits(teacher)
+        return dense_divergence(
+            student_logits_NV,
+            teacher_logits_NV,
+            beta=beta,
+            temperature=temperature,
+            scale=scale,
+            labels_N=labels_N,
+            vocab_chunk=vocab_chunk,
+        )
+
+
+def generalized_jsd(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    scale: str = "paper",
+    vocab_chunk: int | None = None,
+) -> Tensor:
+    """Return `token_divergence(...).values_N` of logits [N, V]: nats, float32 (float64 for float64 inputs).
+
+    The options, and what is raised, are those of `token_divergence`.
+    """
+    return token_divergence(
+        LogitsSignal(student_logits_NV),
+        LogitsSignal(teacher_logits_NV),
+        beta=beta,
+        temperature=temperature,
+        scale=scale,
+        vocab_chunk=vocab_chunk,
+    ).values_N
+
+
+def linear_generalized_jsd(
+    student_hidden_NH: Tensor,
+    student_weight_VH: Tensor,
+    teacher_hidden_NG: Tensor,
+    teacher_weight_VG: Tensor,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    scale: str = "paper",
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    token_block: int | None = None,
+) -> Tensor:
+    """Return `token_divergence(...).values_N` of final hidden states and heads, without all logits at once.
+
+    The logits of a side are softcap·tanh(logit_scale·(hidden·weightᵀ + bias) / softcap), with bias [V] or
+    None, and no tanh where the softcap is None. Gradients reach the student's hidden states, weight and bias.
+    The other options, and what is raised, are those of `token_divergence`.
+    """
+    student_head = Head(student_weight_VH, student_bias, student_logit_scale, student_softcap)
+    teacher_head = Head(teacher_weight_VG, teacher_bias, teacher_logit_scale, teacher_softcap)
+    return token_divergence(
+        HiddenSignal(student_hidden_NH, student_head),
+        HiddenSignal(teacher_hidden_NG, teacher_head),
+        beta=beta,
+        temperature=temperature,
+        scale=scale,
+        token_block=token_block,
+    ).values_N
+
+
+def check_options(beta: float, temperature: float, scale: str = "paper") -> None:
+    """Raise GKDConfigError for an option out of the range that `token_divergence` documents."""
+    if not 0 <= beta <= 1:
+        raise GKDConfigError(f"beta must be in [0, 1] (0 is forward KL, 1 is reverse KL); got {beta}")
+    if not 0 < temperature < math.inf:
+        raise GKDConfigError(
+            f"temperature must be positive and finite (1 compares the models as they are); got {temperature}"
+        )
+    if scale not in SCALES:
+        raise GKDConfigError(f"scale must be one of {', '.join(map(repr, SCALES))}; got {scale!r}")
+
+
+def _logits(signal: Signal) -> Tensor:
+    return signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
+
+
+def _first_tensor(signal: Signal) -> Tensor:
+    return signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise GKDConfigError(f"{name} must be at least 1, or None for a default; got {size}")
+
+
+def _check_signal(name: str, signal: Signal) -> None:
+    if isinstance(signal, LogitsSignal):
+        _check_tensor(f"{name} logits", signal.logits_NV, "[N, V]; flatten the batch and length axes first")
+        return
+    hidden_NH, head = signal.hidden_NH, signal.head
+    _check_tensor(f"{name} hidden states", hidden_NH, "[N, H]; flatten the batch and length axes first")
+    _check_tensor(f"{name} head weight", head.weight_VH, "[V, H], as nn.Linear keeps it")
+    if hidden_NH.shape[1] != head.weight_VH.shape[1]:
+        raise GKDConfigError(
+            f"the {name}'s hidden states and head weight must have the same width H; got "
+            f"{list(hidden_NH.shape)} and {list(head.weight_VH.shape)}: pass the same model's head as [V, H]"
+        )
+    if head.bias_V is not None and head.bias_V.shape != head.weight_VH.shape[:1]:
+        raise GKDConfigError(
+            f"the {name}'s head bias must have the shape [{signal.vocab_size}], an entry for each row of the "
+            f"weight; got {list(head.bias_V.shape)}: slice both alike"
+        )
+    if head.softcap is not None and not head.softcap > 0:
+        raise GKDConfigError(f"the {name}'s softcap must be positive, or None for no cap; got {head.softcap}")
+
+
+def _check_tensor(what: str, tensor: Tensor, expected: str) -> None:
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        raise GKDConfigError(f"the {what} must be a float tensor {expected}; got {tensor.dtype} {list(tensor.shape)}")
+
+
+def _check_pair(student: Signal, teacher: Signal, labels_N: Tensor | None) -> None:
+    if student.vocab_size != teacher.vocab_size:
+        raise GKDConfigError(
+            "student and teacher must predict over the same vocabulary; got "
+            f"{student.vocab_size} tokens for the student and {teacher.vocab_size} for the teacher: "
+            "slice both to the shared vocabulary first, signal.sliced(vocab_size)"
+        )
+    if student.vocab_size == 0:
+        raise GKDConfigError("student and teacher must predict over at least one token; got V = 0")
+    N = _first_tensor(student).shape[0]
+    teacher_N = _first_tensor(teacher).shape[0]
+    if teacher_N != N:
+        raise GKDConfigError(
+            f"student and teacher must be scored at the same positions; got N = {N} for the student and "
+            f"N = {teacher_N} for the teacher: select the same positions on both sides"
+        )
+    if labels_N is not None and (labels_N.shape != (N,) or labels_N.dtype != torch.long):
+        raise GKDConfigError(
+            f"labels_N must be an int64 tensor with one token id for each position, [{N}]; got "
+            f"{labels_N.dtype} {list(labels_N.shape)}"
+        )
