@@ -1,0 +1,215 @@
+"""A dataset of any kind, turned into one of token ids and labels, with the unusable rows counted."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from gkd_trainer.data.rows import RowDropped, RowPreparer, RowRules
+from gkd_trainer.errors import GKDDataError
+
+logger = logging.getLogger(__name__)
+
+_PROBLEM = "gkd_problem"
+_N_PROMPT = "gkd_n_prompt"
+_NEEDED_LENGTH = "gkd_needed_length"
+_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH]
+
+_NEW_FEATURES = {
+    "input_ids": List(Value("int32")),
+    "labels": List(Value("int32")),
+    _PROBLEM: Value("string"),
+    _N_PROMPT: Value("int64"),
+    _NEEDED_LENGTH: Value("int64"),
+}
+
+_N_REASONS_SHOWN = 8
+
+
+def prepare_dataset(
+    dataset: Any,
+    tokenizer: Any,
+    rules: RowRules,
+    *,
+    formatting_func: Callable[[Any], Any] | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Any:
+    """Turn rows of any of the usual formats into token ids and labels.
+
+    Args:
+        dataset: a `datasets.Dataset`, a `datasets.IterableDataset`, a list of dicts, or any other dataset
+            whose rows have `input_ids` already (returned untouched).
+        tokenizer: holds the vocabulary and the chat template; None suffices for tokenised rows.
+        rules: which rows can be used, and which of their tokens are trained on.
+        formatting_func: turns a row into a text, a list of messages, or a row in one of the usual formats.
+        num_proc: number of processes for a `Dataset`.
+        name: what the log and the progress bar call the dataset.
+
+    Returns:
+        A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
+        beside its own. Labels are IGNORE_INDEX where a token is not trained on: everywhere in a row that is a
+        prompt alone. Rows that can't be used are left out, and counted in the log.
+
+    Raises:
+        GKDDataError: the format can't be used with these rules or this tokenizer, or no row can be used.
+
+    """
+    if isinstance(dataset, list):
+        dataset = _from_list(dataset, name)
+    if isinstance(dataset, Dataset):
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        return _prepare_map_style(dataset, preparer, num_proc, name)
+    if isinstance(dataset, IterableDataset):
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        return _prepare_iterable(dataset, preparer, name)
+    if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
+        return dataset
+    raise GKDDataError(
+        f"{name}: expected a datasets.Dataset, a datasets.IterableDataset, a list of dicts, or a dataset "
+        f"whose rows have `input_ids`; got {type(dataset).__name__}: convert it with "
+        "datasets.Dataset.from_list(rows)" + (", or pick one of its splits" if isinstance(dataset, Mapping) else "")
+    )
+
+
+@dataclass(frozen=True)
+class _PrepareRow:
+    """What `map` applies: rows that can't be used are marked in a column, since processes share no state."""
+
+    preparer: RowPreparer
+    is_refusal_raised: bool
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            prepared = self.preparer.prepare(row)
+        except RowDropped as dropped:
+            return self._dropped(dropped.reason, dropped.needed_length)
+        except GKDDataError as refusal:
+            if self.is_refusal_raised:
+                raise
+            return self._dropped(str(refusal), 0)
+        return {
+            **prepared.per_token,
+            "input_ids": prepared.input_ids,
+            "labels": prepared.labels,
+            _PROBLEM: "",
+            _N_PROMPT: prepared.n_prompt,
+            _NEEDED_LENGTH: 0,
+        }
+
+    @staticmethod
+    def _dropped(reason: str, needed_length: int) -> dict[str, Any]:
+        return {
+            "input_ids": [],
+            "labels": [],
+            _PROBLEM: reason,
+            _N_PROMPT: 0,
+            _NEEDED_LENGTH: needed_length,
+        }
+
+
+@dataclass
+class _KeepUsable:
+    """The filter of an iterable dataset; says at the first, tenth, hundredth row why rows are dropped."""
+
+    name: str
+    is_generating: bool
+    counts: Counter[str] = field(default_factory=Counter)
+    is_promptless_seen: bool = False
+
+    def __call__(self, problem: str, n_prompt: int) -> bool:
+        if problem:
+            self.counts[problem] += 1
+            n_dropped = self.counts[problem]
+            if n_dropped == 10 ** (len(str(n_dropped)) - 1):
+                rows = "row" if n_dropped == 1 else "rows"
+                logger.warning("%s: %d %s dropped so far: %s", self.name, n_dropped, rows, problem)
+            return False
+        if n_prompt == 0 and self.is_generating and not self.is_promptless_seen:
+            self.is_promptless_seen = True
+            logger.warning("%s: rows without a prompt (trained on from the first token) stay off-policy", self.name)
+        return True
+
+
+def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None, name: str) -> Any:
+    if len(dataset) == 0:
+        raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
+    mapped = dataset.map(
+        _PrepareRow(preparer, is_refusal_raised=True),
+        features=Features({**dataset.features, **_NEW_FEATURES}),
+        num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
+        desc=f"Preparing {name}",
+    )
+    notes = mapped.with_format(None).select_columns(_BOOKKEEPING)[:]
+    counts = Counter(problem for problem in notes[_PROBLEM] if problem)
+    usable = [i for i, problem in enumerate(notes[_PROBLEM]) if not problem]
+    if not usable:
+        raise GKDDataError(_none_left(name, len(dataset), counts, notes[_NEEDED_LENGTH], preparer.rules))
+    if counts:
+        n_dropped, reasons = counts.total(), _reasons(counts)
+        logger.warning("%s: %d of %d rows dropped: %s", name, n_dropped, len(dataset), reasons)
+        mapped = mapped.select(usable)
+    n_promptless = sum(notes[_N_PROMPT][i] == 0 for i in usable)
+    if n_promptless and preparer.rules.is_generating:
+        logger.warning(
+            "%s: %d of %d rows have no prompt (they are trained on from the first token) and stay off-policy",
+            name,
+            n_promptless,
+            len(usable),
+        )
+    return mapped.remove_columns(_BOOKKEEPING)
+
+
+def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
+    # A format that can't be used is refused now, by the first row; later, in a run, rows are only dropped.
+    first = next(iter(dataset.take(1)), None)
+    if first is None:
+        raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
+    _PrepareRow(preparer, is_refusal_raised=True)(first)
+    features = None if dataset.features is None else Features({**dataset.features, **_NEW_FEATURES})
+    mapped = dataset.map(_PrepareRow(preparer, is_refusal_raised=False), features=features)
+    keep = _KeepUsable(name, preparer.rules.is_generating)
+    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT]).remove_columns(_BOOKKEEPING)
+
+
+def _from_list(rows: list[Any], name: str) -> Any:
+    if not all(isinstance(row, Mapping) for row in rows):
+        kind = next(type(row).__name__ for row in rows if not isinstance(row, Mapping))
+        raise GKDDataError(f'{name}: expected a list of dicts, such as {{"messages": [...]}}; it holds {kind}')
+    # `from_list` takes the columns of the first row alone.
+    columns = dict.fromkeys(column for row in rows for column in row)
+    full_rows = [{column: row.get(column) for column in columns} for row in rows]
+    return Dataset.from_list(full_rows, on_mixed_types="use_json")
+
+
+def _is_tokenised(dataset: Any) -> bool:
+    try:
+        rows = iter(dataset)  # Of a dataset with `__getitem__` alone, too.
+    except TypeError:
+        return False
+    if rows is dataset:  # A generator would lose the row that is looked at.
+        return False
+    first = next(rows, None)
+    return isinstance(first, Mapping) and "input_ids" in first
+
+
+def _reasons(counts: Counter[str]) -> str:
+    shown = [f"{n} {reason}" for reason, n in counts.most_common(_N_REASONS_SHOWN)]
+    n_others = counts.total() - sum(n for _, n in counts.most_common(_N_REASONS_SHOWN))
+    return ", ".join([*shown, f"{n_others} for other reasons"] if n_others else shown)
+
+
+def _none_left(name: str, n_rows: int, counts: Counter[str], needed_lengths: list[int], rules: RowRules) -> str:
+    message = f"{name}: none of the {n_rows} rows can be used: {_reasons(counts)}"
+    needed = min((length for length in needed_lengths if length), default=None)
+    if needed is None:
+        return message
+    if rules.is_generating:
+        shortest = needed - rules.max_new_tokens
+        return f"{message}. The shortest prompt has {shortest} tokens: set max_length to {needed} or more"
+    return f"{message}. Set max_length to {needed} or more for the first of them to fit"

@@ -1,0 +1,397 @@
+"""One row in any of the usual formats, turned into token ids and labels."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from trl.data_utils import apply_chat_template, is_conversational, maybe_convert_to_chatml
+
+from gkd_trainer.batch import IGNORE_INDEX, prompt_length
+from gkd_trainer.data.turns import encode_spans, marked_template, render_turns, turn_labels
+from gkd_trainer.errors import GKDDataError
+
+NEEDS_COMPLETION = (
+    "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "
+    "prompt) or seq_kd=True (the teacher does), or add completions"
+)
+
+PER_TOKEN_COLUMNS = ("attention_mask", "token_type_ids", "position_ids", "completion_mask", "assistant_masks")
+"""Columns of tokenised rows that must stay as long as `input_ids`."""
+
+_CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """Which rows can be used, and which of their tokens are trained on.
+
+    `stop_ids` are the ids at which generation ends (the model's and the tokenizer's). `max_length` bounds
+    prompt plus completion in tokens; None is unbounded. `train_on` is "all_turns" or "last_turn".
+    `is_generating` says that some completions will be generated, so that a prompt must leave room for
+    `max_new_tokens`; `needs_completion` that some will be taken from the data; `needs_prompt` that the
+    student will generate them all. `text_field` is the column of plain text.
+    """
+
+    stop_ids: frozenset[int]
+    max_length: int | None
+    max_new_tokens: int
+    train_on: str
+    is_generating: bool
+    needs_completion: bool
+    needs_prompt: bool
+    text_field: str = "text"
+
+
+class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted; never seen by a caller)
+    """A row that can't be used: why, and the `max_length` that it would need (0: none would help)."""
+
+    def __init__(self, reason: str, needed_length: int = 0) -> None:
+        super().__init__(reason, needed_length)
+        self.reason = reason
+        self.needed_length = needed_length
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """Token ids and labels of a row, cut to `max_length`.
+
+    `n_prompt` counts the tokens before the last trained run of the uncut row. `per_token` holds the
+    row's own per-token columns, cut likewise.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    n_prompt: int
+    per_token: dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class RowPreparer:
+    """Turns rows into token ids and labels by one set of rules; can be pickled."""
+
+    tokenizer: Any
+    rules: RowRules
+    formatting_func: Callable[[Any], Any] | None
+    patched_template: str | None
+    leading_ids: tuple[int, ...]
+
+    @classmethod
+    def create(cls, tokenizer: Any, rules: RowRules, formatting_func: Callable[[Any], Any] | None) -> RowPreparer:
+        """Build a preparer; `tokenizer` None suffices for tokenised rows."""
+        if tokenizer is None:
+            return cls(None, rules, formatting_func, None, ())
+        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer))
+
+    def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
+        """Return the row's tokens.
+
+        Raises:
+            RowDropped: this row can't be used.
+            GKDDataError: no row like this one can be used with these rules or this tokenizer.
+
+        """
+        if self.formatting_func is not None:
+            row = self._formatted(row)
+        ids, labels, per_token = self._tokens(row)
+        return self._fitted(ids, labels, per_token)
+
+    def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        result = self.formatting_func(row) if self.formatting_func is not None else row
+        if isinstance(result, str):
+            return {self.rules.text_field: result}
+        if isinstance(result, Mapping):
+            return result
+        if isinstance(result, list) and all(isinstance(message, Mapping) for message in result):
+            return {"messages": result}
+        if result is None:
+            raise RowDropped("formatting_func returned None")
+        raise GKDDataError(
+            "formatting_func must turn one row into a text, a list of messages, or a row (a dict of "
+            f"messages, prompt and completion, text, or input_ids); it returned {type(result).__name__}"
+        )
+
+    def _tokens(self, row: Mapping[str, Any]) -> tuple[list[int], list[int], dict[str, list[Any]]]:
+        if row.get("input_ids") is not None:
+            return _tokenised(row)
+        text_field = self.rules.text_field
+        row_keys = (
+            "messages",
+            "conversations",
+            "prompt",
+            "completion",
+            "tools",
+            "chat_template_kwargs",
+            text_field,
+        )
+        filled = {key: _without_none(row[key]) for key in row_keys if row.get(key) is not None}
+        if "messages" in filled or "conversations" in filled:
+            read = self._conversation
+        elif "prompt" in filled:
+            read = self._prompt_and_completion
+        elif text_field in filled:
+            read = self._text
+        elif any(key in row for key in ("input_ids", "messages", "conversations", "prompt", text_field)):
+            raise RowDropped("nothing in any of the columns that are read")
+        else:
+            raise GKDDataError(
+                f"expected rows with `messages`, `prompt` (and `completion`), `{text_field}`, or `input_ids` "
+                f"(and `labels`); got the columns {sorted(row)}: rename them, or pass a formatting_func"
+            )
+        if self.tokenizer is None:
+            raise GKDDataError(
+                "expected tokenised rows (`input_ids`), since there is no tokenizer; got the columns "
+                f"{sorted(filled)}: pass the tokenizer as processing_class"
+            )
+        ids, labels = read(filled, has_completion_column="completion" in row)
+        return ids, labels, {}
+
+    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> tuple[list[int], list[int]]:
+        if "messages" in row:
+            row.pop("conversations", None)
+        messages = _messages(maybe_convert_to_chatml(row)["messages"])
+        if not any(message["role"] == "assistant" for message in messages):
+            if self.rules.needs_completion:
+                raise RowDropped("no assistant turn")
+            return self._chat_prompt(messages, row)
+        return self._chat(messages, row, n_context=0)
+
+    def _prompt_and_completion(
+        self, row: dict[str, Any], *, has_completion_column: bool
+    ) -> tuple[list[int], list[int]]:
+        prompt, completion = row["prompt"], row.get("completion")
+        if completion is None and self.rules.needs_completion:
+            if has_completion_column:
+                raise RowDropped(NEEDS_COMPLETION)
+            raise GKDDataError(NEEDS_COMPLETION)
+        if isinstance(prompt, str):
+            if completion is None:
+                ids = self._encoded(prompt)
+                return ids, [IGNORE_INDEX] * len(ids)
+            if not isinstance(completion, str):
+                raise RowDropped("prompt is a text but completion is not")
+            return self._completed_text(prompt, completion)
+        row = maybe_convert_to_chatml(row)
+        prompt = _messages(row["prompt"])
+        if completion is None:
+            return self._chat_prompt(prompt, row)
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        completion = _messages(completion)
+        if not any(message["role"] == "assistant" for message in completion):
+            raise RowDropped("no assistant turn")
+        return self._chat(prompt + completion, row, n_context=len(prompt))
+
+    def _chat(
+        self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int
+    ) -> tuple[list[int], list[int]]:
+        self._require_chat_template()
+        try:
+            text, spans = render_turns(
+                self.tokenizer,
+                messages,
+                n_context=n_context,
+                is_last_only=self.rules.train_on == "last_turn",
+                patched_template=self.patched_template,
+                tools=_tools(row),
+                template_kwargs=_template_kwargs(row),
+            )
+        except GKDDataError:
+            raise
+        except _RENDERING_ERRORS as error:
+            raise _refused(error) from error
+        ids, ranges = encode_spans(self.tokenizer, text, spans)
+        return ids, self._trained(ids, turn_labels(ids, ranges, self._stop_ids))
+
+    def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        self._require_chat_template()
+        prompt_row: dict[str, Any] = {"prompt": messages, "chat_template_kwargs": _template_kwargs(row)}
+        try:
+            text = apply_chat_template(prompt_row, self.tokenizer, _tools(row))["prompt"]
+        except _RENDERING_ERRORS as error:
+            raise _refused(error) from error
+        ids, _ = encode_spans(self.tokenizer, text, [])
+        return ids, [IGNORE_INDEX] * len(ids)
+
+    def _completed_text(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        text = prompt + completion
+        ids, [(start, end)] = encode_spans(self.tokenizer, text, [(len(prompt), len(text))])
+        n_leading = len(leading := self._leading(ids))
+        ids = self._ended(leading + ids)
+        ranges = [(start + n_leading, len(ids))] if start < end else []
+        return ids, self._trained(ids, turn_labels(ids, ranges, self._stop_ids))
+
+    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> tuple[list[int], list[int]]:
+        text = row[self.rules.text_field]
+        if not isinstance(text, str):
+            raise RowDropped(f"{self.rules.text_field} is not a text")
+        if not text:
+            raise RowDropped("empty text")
+        # Not cut at its first stop token: it may be several documents, or a conversation already rendered.
+        ids = self._ended(self._encoded(text))
+        return ids, list(ids)
+
+    def _encoded(self, text: str) -> list[int]:
+        if not text:
+            raise RowDropped("empty prompt")
+        ids, _ = encode_spans(self.tokenizer, text, [])
+        return self._leading(ids) + ids
+
+    def _leading(self, ids: list[int]) -> list[int]:
+        """Return the special tokens to put before a text, none if the text begins with them itself."""
+        n_leading = len(self.leading_ids)
+        return [] if tuple(ids[:n_leading]) == self.leading_ids else list(self.leading_ids)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        eos_id = self.tokenizer.eos_token_id
+        if eos_id is None or (ids and ids[-1] in self._stop_ids):
+            return ids
+        return [*ids, eos_id]
+
+    def _trained(self, ids: list[int], labels: list[int]) -> list[int]:
+        if all(label == IGNORE_INDEX or label in self._stop_ids for label in labels):
+            raise RowDropped("empty completion")
+        return labels
+
+    def _fitted(self, ids: list[int], labels: list[int], per_token: dict[str, list[Any]]) -> PreparedRow:
+        rules = self.rules
+        if not ids:
+            raise RowDropped("no tokens")
+        n_prompt = prompt_length(labels)
+        first_trained = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
+        if first_trained is None and rules.needs_completion:
+            raise RowDropped("no token is trained on")
+        if n_prompt == 0 and rules.needs_prompt:
+            raise GKDDataError(
+                "expected a prompt in each row, since lmbda=1.0 generates every completion; got a row that "
+                "is trained on from its first token (as `text` is): use `messages`, or `prompt` and "
+                "`completion`, or lower lmbda"
+            )
+        if rules.max_length is not None:
+            if rules.is_generating and n_prompt > rules.max_length - rules.max_new_tokens:
+                bound = f"({rules.max_length} - {rules.max_new_tokens})"
+                reason = f"prompt longer than max_length - max_new_tokens {bound}"
+                raise RowDropped(reason, n_prompt + rules.max_new_tokens)
+            if first_trained is not None and first_trained >= rules.max_length:
+                reason = f"no trained token within max_length ({rules.max_length})"
+                raise RowDropped(reason, first_trained + 1)
+        cut = slice(rules.max_length)
+        return PreparedRow(
+            ids[cut], labels[cut], n_prompt, {column: values[cut] for column, values in per_token.items()}
+        )
+
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        eos_id = self.tokenizer.eos_token_id
+        return self.rules.stop_ids if eos_id is None else self.rules.stop_ids | {eos_id}
+
+    def _require_chat_template(self) -> None:
+        if self.tokenizer.chat_template is None:
+            raise GKDDataError(
+                "expected a tokenizer with a chat template, since the rows are messages; this one has none: "
+                "set tokenizer.chat_template, or take the tokenizer of an instruction-tuned model"
+            )
+
+
+_RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+
+
+def _refused(error: Exception) -> RowDropped:
+    return RowDropped(f"refused by the chat template ({str(error)[:100]})")
+
+
+def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the special tokens that the tokenizer puts before a text (such as bos)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    for n_leading in range(len(ids) - len(bare) + 1):
+        if ids[n_leading : n_leading + len(bare)] == bare:
+            return tuple(ids[:n_leading])
+    return ()
+
+
+def _tokenised(row: Mapping[str, Any]) -> tuple[list[int], list[int], dict[str, list[Any]]]:
+    ids = _id_list(row["input_ids"], "input_ids")
+    per_token = {column: _plain(row[column]) for column in PER_TOKEN_COLUMNS if row.get(column) is not None}
+    for column, values in per_token.items():
+        if len(values) != len(ids):
+            raise RowDropped(f"{column} is not as long as input_ids")
+    if row.get("labels") is not None:
+        labels = _id_list(row["labels"], "labels")
+        if len(labels) != len(ids):
+            raise RowDropped("labels are not as long as input_ids")
+    else:
+        masks = [per_token[column] for column in ("completion_mask", "assistant_masks") if column in per_token]
+        labels = [token_id if all(mask[i] for mask in masks) else IGNORE_INDEX for i, token_id in enumerate(ids)]
+    # Padding is removed, wherever it stands: a prompt would otherwise be completed after it.
+    kept = [i for i, attended in enumerate(per_token.get("attention_mask", [1] * len(ids))) if attended]
+    if len(kept) < len(ids):
+        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
+        per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
+    return ids, labels, per_token
+
+
+def _id_list(value: Any, column: str) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in _plain(value)]
+    except TypeError:
+        raise RowDropped(f"{column} is not a list of token ids") from None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """Check that a value is a list of messages, and return it with the usual role names."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise RowDropped("messages are not a list of role and content")
+    if not value:
+        raise RowDropped("no messages")
+    if not is_conversational({"messages": value}):
+        raise RowDropped("a message without role")
+    messages = []
+    for message in value:
+        if not isinstance(message.get("role"), str):
+            raise RowDropped("a message without role")
+        if "content" not in message:
+            if not any(key in message for key in ("tool_calls", "reasoning_content", "thinking")):
+                raise RowDropped("a message without content")
+            message = {**message, "content": ""}  # A template that reads `content` would refuse its absence.
+        if not isinstance(message["content"], (str, list)):
+            raise RowDropped("a message whose content is neither text nor a list of parts")
+        messages.append({**message, "role": _CONVERSATION_ROLES.get(message["role"], message["role"])})
+    return messages
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    tools = row.get("tools")
+    if not tools:
+        return None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        if not isinstance(tools, list):
+            raise RowDropped("tools are not a list")
+        return [json.loads(tool) if isinstance(tool, str) else tool for tool in tools] or None
+    except json.JSONDecodeError:
+        raise RowDropped("tools are not valid JSON") from None
+
+
+def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    template_kwargs = row.get("chat_template_kwargs") or {}
+    if not isinstance(template_kwargs, dict):
+        raise RowDropped("chat_template_kwargs is not a dict")
+    return template_kwargs
+
+
+def _without_none(value: Any) -> Any:
+    """Copy a value without the None that Arrow fills in for keys that other rows have."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_without_none(item) for item in value]
+    return value

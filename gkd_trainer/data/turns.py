@@ -1,0 +1,248 @@
+"""Where the assistant's turns lie in a rendered conversation, and which tokens they become."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import apply_chat_template
+
+from gkd_trainer.batch import IGNORE_INDEX
+from gkd_trainer.errors import GKDDataError
+
+Span = tuple[int, int]
+"""A half-open range: of characters in a text, or of tokens in a sequence."""
+
+
+def marked_template(tokenizer: Any) -> str | None:
+    """Return TRL's patch of the tokenizer's chat template with generation markers; None if it knows none."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    try:
+        template: str | None = get_training_chat_template(tokenizer)
+    except Exception:  # TRL tries the template on a conversation with tools, and templates raise what they like.
+        return None
+    return template
+
+
+def render_turns(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    n_context: int,
+    is_last_only: bool,
+    patched_template: str | None,
+    tools: list[Any] | None,
+    template_kwargs: Mapping[str, Any],
+) -> tuple[str, list[Span]]:
+    """Render a conversation and find the assistant turns to train on.
+
+    Args:
+        tokenizer: holds the chat template.
+        messages: the conversation.
+        n_context: how many messages at its start are context, in which nothing is trained on.
+        is_last_only: whether the last assistant turn alone is trained on.
+        patched_template: `marked_template(tokenizer)`.
+        tools: what the template gets as `tools`.
+        template_kwargs: further variables for the template.
+
+    Returns:
+        The text, and one range of characters per turn trained on, in order; none if there is no such turn.
+
+    Raises:
+        GKDDataError: the template has no generation markers and does not preserve prefixes.
+
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= n_context]
+    if is_last_only:
+        turns = turns[-1:]
+    conversation = _Conversation(tokenizer, messages, tools, template_kwargs)
+    own_template = tokenizer.get_chat_template(None, tools)
+    if has_generation_markers(own_template):
+        return conversation.by_markers(own_template, turns)
+    if patched_template is not None:
+        return conversation.by_markers(patched_template, turns)
+    return conversation.by_prefixes(turns)
+
+
+def encode_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
+    """Tokenise a text such that each span gets its own tokens, as if generated after what precedes it.
+
+    A tokenizer that would read the text differently in pieces (one that puts a space before whatever it is
+    given) reads it whole; a token that belongs to a span in part then belongs to it.
+
+    Returns:
+        The token ids without special tokens added, and the range of tokens of each span.
+
+    """
+    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces: list[int] = []
+    ranges: list[Span] = []
+    position = 0
+    for start, end in spans:
+        pieces += _encode(tokenizer, text[position:start])
+        first = len(pieces)
+        pieces += _encode(tokenizer, text[start:end])
+        ranges.append((first, len(pieces)))
+        position = end
+    pieces += _encode(tokenizer, text[position:])
+    if pieces == whole or _decode(tokenizer, pieces) == _decode(tokenizer, whole):
+        return pieces, ranges
+    return list(whole), _ranges_by_offsets(tokenizer, text, spans)
+
+
+def turn_labels(ids: Sequence[int], ranges: Sequence[Span], stop_ids: Collection[int]) -> list[int]:
+    """Return labels that train each range of tokens up to and including its stop token.
+
+    The stop token is the first in the range or, where it holds none, the one right after it. What a template
+    writes after it is never generated, and so not trained on.
+    """
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in ranges:
+        stop = next((i for i in range(start, end) if ids[i] in stop_ids), None)
+        if stop is not None:
+            end = stop + 1
+        elif start < end < len(ids) and ids[end] in stop_ids:
+            end += 1
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+class _Conversation:
+    """A conversation that can be rendered in part."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[Any] | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.messages = list(messages)
+        self.tools = tools
+        self.template_kwargs = template_kwargs
+
+    def by_markers(self, template: str, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        text, spans = self._render_marked(template, self.messages)
+        if not turns:
+            return text, []
+        # A template may mark several ranges in one turn, so the turns left out are counted in ranges.
+        n_left_out = len(self._render_marked(template, self.messages[: turns[0]])[1]) if turns[0] else 0
+        spans = spans[n_left_out:]
+        # Templates mark parts of the generation prompt too (TRL's for Qwen2.5 the newline after the role, for
+        # gpt-oss the whole header): those are given to the model, not generated by it.
+        for turn in turns:
+            before = self._generation_prefix(template, text, turn)
+            spans = [(before if start < before <= end else start, end) for start, end in spans]
+        return text, spans
+
+    def by_prefixes(self, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        text = self._render(self.messages)
+        try:
+            return text, [self._span_by_prefix(text, turn) for turn in turns]
+        except _PrefixLost:
+            remedy = "give the tokenizer a chat template with {% generation %} markers around assistant turns"
+            if len(turns) > 1 and self._has_prefix(text, turns[-1]):
+                remedy += ', or set train_on="last_turn"'
+            raise GKDDataError(
+                "expected a chat template that has {% generation %} markers or preserves prefixes (what it "
+                "renders for the first messages is how the whole conversation begins); this one rewrites "
+                "earlier turns or its own generation prompt, so the assistant's turns can't be found: "
+                f"{remedy}"
+            ) from None
+
+    def _span_by_prefix(self, text: str, turn: int) -> Span:
+        after = self._render(self.messages[: turn + 1])
+        before = self._render(self.messages[:turn], add_generation_prompt=True) if turn else self._opening(after)
+        if not after.startswith(before) or not text.startswith(after):
+            raise _PrefixLost
+        return len(before), len(after)
+
+    def _has_prefix(self, text: str, turn: int) -> bool:
+        try:
+            self._span_by_prefix(text, turn)
+        except _PrefixLost:
+            return False
+        return True
+
+    def _generation_prefix(self, template: str, text: str, turn: int) -> int:
+        """Return how much of the text is given to the model when it is asked for a turn, 0 if that is unknown."""
+        if turn == 0:
+            try:
+                return len(self._opening(text, chat_template=template))
+            except _PrefixLost:
+                return 0
+        before = self._render(self.messages[:turn], add_generation_prompt=True, chat_template=template)
+        if text.startswith(before):
+            return len(before)
+        # A generation prompt may go further than the turn does (into reasoning that the data lacks); they share
+        # whole tokens, since a character in common may belong to the content.
+        context = self._render(self.messages[:turn], chat_template=template)
+        if not text.startswith(context) or not before.startswith(context):
+            return 0
+        header_ids = _encode(self.tokenizer, before[len(context) :])
+        for n_shared in range(len(header_ids), 0, -1):
+            shared = context + _decode(self.tokenizer, header_ids[:n_shared])
+            if text.startswith(shared):
+                return len(shared)
+        return 0
+
+    def _opening(self, rendered: str, **options: Any) -> str:
+        """Return what stands before the content of an assistant turn that opens the conversation.
+
+        Nothing can be rendered for no messages, so the generation prompt is looked for instead.
+        """
+        first = self.messages[:1]
+        alone = self._render(first, **options)
+        generation_prompt = self._render(first, add_generation_prompt=True, **options).removeprefix(alone)
+        if not generation_prompt or generation_prompt not in rendered:
+            raise _PrefixLost
+        return rendered[: rendered.index(generation_prompt) + len(generation_prompt)]
+
+    def _render(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
+        row: dict[str, Any] = {"messages": messages, "chat_template_kwargs": self.template_kwargs}
+        text: str = apply_chat_template(row, self.tokenizer, self.tools, **options)["text"]
+        return text
+
+    def _render_marked(self, template: str, messages: list[Mapping[str, Any]]) -> tuple[str, list[Span]]:
+        # The tokenizer's own `apply_chat_template` gives a mask over tokens that it made from the whole text;
+        # the ranges of characters behind that mask leave the choice of tokens to `encode_spans`.
+        rendered: Any = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            tools=self.tools or None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.template_kwargs},
+        )
+        texts, spans = rendered
+        return texts[0], [(start, end) for start, end in spans[0]]
+
+
+class _PrefixLost(Exception):  # noqa: N818 (not an error: it is always caught here)
+    pass
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _ranges_by_offsets(tokenizer: Any, text: str, spans: Sequence[Span]) -> list[Span]:
+    if not tokenizer.is_fast:
+        raise GKDDataError(
+            "expected a tokenizer that reads a text in pieces as it reads the whole, or one that "
+            f"gives character offsets; got the slow {type(tokenizer).__name__}: load its fast version"
+        )
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ranges = []
+    for start, end in spans:
+        inside = [i for i, (s, e) in enumerate(encoding["offset_mapping"]) if s < end and max(e, s + 1) > start]
+        ranges.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+    return ranges

@@ -1,0 +1,280 @@
+"""Datasets: every kind comes back as ids and labels, with the rows left out counted."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, List, Value
+
+from gkd_trainer.data import prepare_dataset
+from gkd_trainer.errors import GKDDataError
+
+REWRITING = (
+    "{% for m in messages %}{{ m.role + ('' if m.role == 'assistant' and not loop.last else m.content) }}{% endfor %}"
+)
+
+
+def conversation(answer, question="hello there"):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+LONG_QUESTION = "one two three four five six seven eight nine ten " * 4
+ROWS = [
+    conversation("Paris."),
+    conversation("I am fine"),
+    conversation(""),
+    conversation("never read", LONG_QUESTION),
+    conversation("two"),
+    conversation("also never read", LONG_QUESTION),
+]
+
+
+@pytest.fixture
+def mixing(rules):
+    """Rules of a run with 0 < lmbda < 1 in which the long question does not fit."""
+    return rules(max_length=48, is_generating=True)
+
+
+def generate(rows):
+    yield from rows
+
+
+def iterable(rows):
+    return IterableDataset.from_generator(generate, gen_kwargs={"rows": rows})
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "gkd_trainer.data.prepare"]
+
+
+def test_dropped_rows_are_counted_by_reason_in_one_line(byte_level, mixing, caplog):
+    prepared = prepare_dataset(Dataset.from_list(ROWS), byte_level(), mixing, name="eval")
+    assert [messages[1]["content"] for messages in prepared["messages"]] == ["Paris.", "I am fine", "two"]
+    assert warnings_of(caplog) == [
+        "eval: 3 of 6 rows dropped: 2 prompt longer than max_length - max_new_tokens (48 - 8), 1 empty completion"
+    ]
+
+
+def test_nothing_is_logged_where_nothing_is_dropped(byte_level, mixing, caplog):
+    prepare_dataset(ROWS[:2], byte_level(), mixing)
+    assert warnings_of(caplog) == []
+
+
+def test_other_columns_are_kept_and_no_others_are_added(byte_level, mixing):
+    rows = [{**row, "id": i} for i, row in enumerate(ROWS)]
+    prepared = prepare_dataset(Dataset.from_list(rows), byte_level(), mixing)
+    assert sorted(prepared.column_names) == ["id", "input_ids", "labels", "messages"]
+    assert prepared["id"][:] == [0, 1, 4]
+    assert prepared["messages"][0] == ROWS[0]["messages"]
+
+
+def test_no_row_left_is_an_error_that_says_what_would_help(byte_level, rules):
+    tokenizer = byte_level()
+    with pytest.raises(GKDDataError) as error:
+        prepare_dataset(ROWS[2:4], tokenizer, rules(max_length=20, is_generating=True, max_new_tokens=8))
+    prompt = tokenizer.apply_chat_template(ROWS[3]["messages"][:1], add_generation_prompt=True)["input_ids"]
+    assert str(error.value) == (
+        "train: none of the 2 rows can be used: 1 empty completion, "
+        "1 prompt longer than max_length - max_new_tokens (20 - 8). "
+        f"The shortest prompt has {len(prompt)} tokens: set max_length to {len(prompt) + 8} or more"
+    )
+    long_enough = rules(max_length=len(prompt) + 8, is_generating=True, max_new_tokens=8)
+    assert len(prepare_dataset(ROWS[2:4], tokenizer, long_enough)) == 1
+
+
+def test_the_length_that_is_asked_for_suffices_where_nothing_is_generated(rules):
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
+    with pytest.raises(GKDDataError, match=r"no trained token within max_length \(2\). Set max_length to 3"):
+        prepare_dataset(rows, None, rules(max_length=2))
+    assert len(prepare_dataset(rows, None, rules(max_length=3))) == 1
+
+
+def test_an_empty_dataset_is_an_error(byte_level, rules):
+    for dataset in ([], Dataset.from_list([]), iterable([])):
+        with pytest.raises(GKDDataError, match="at least one row"):
+            prepare_dataset(dataset, byte_level(), rules())
+
+
+def test_an_iterable_dataset_gives_what_a_map_style_one_gives(byte_level, mixing):
+    mapped = prepare_dataset(ROWS, byte_level(), mixing)
+    for source in (iterable(ROWS), Dataset.from_list(ROWS).to_iterable_dataset(num_shards=2)):
+        streamed = prepare_dataset(source, byte_level(), mixing)
+        assert isinstance(streamed, IterableDataset)
+        assert list(streamed) == list(mapped)
+        assert list(streamed) == list(mapped)
+
+
+def test_an_iterable_dataset_says_at_powers_of_ten_why_rows_are_dropped(byte_level, mixing, caplog):
+    streamed = prepare_dataset(iterable([ROWS[0], *[ROWS[2]] * 12, ROWS[3]]), byte_level(), mixing)
+    assert len(list(streamed)) == 1
+    assert warnings_of(caplog) == [
+        "train: 1 row dropped so far: empty completion",
+        "train: 10 rows dropped so far: empty completion",
+        "train: 1 row dropped so far: prompt longer than max_length - max_new_tokens (48 - 8)",
+    ]
+
+
+def test_an_iterable_dataset_refuses_a_format_before_the_run(byte_level, rules):
+    with pytest.raises(GKDDataError, match="seq_kd=True"):
+        prepare_dataset(iterable([{"prompt": "hello"}]), byte_level(), rules())
+    two_turns = [{"messages": ROWS[0]["messages"] * 2}]
+    with pytest.raises(GKDDataError, match="preserves prefixes"):
+        prepare_dataset(iterable(two_turns), byte_level(REWRITING), rules())
+
+
+def test_an_iterable_dataset_raises_nothing_in_the_middle_of_a_run(byte_level, on_policy, caplog):
+    rows = [{"prompt": "hello", "text": None}, {"prompt": None, "text": "hello"}]
+    streamed = prepare_dataset(iterable(rows), byte_level(), on_policy())
+    assert len(list(streamed)) == 1
+    assert "expected a prompt in each row" in warnings_of(caplog)[0]
+
+
+def test_rows_without_a_prompt_are_counted_where_some_are_generated(byte_level, rules, caplog):
+    rows = [{"text": "hello"}, {"text": "one two"}]
+    assert len(prepare_dataset(rows, byte_level(), rules())) == 2
+    assert warnings_of(caplog) == []
+    list(prepare_dataset(iterable(rows), byte_level(), rules(is_generating=True)))
+    assert len(prepare_dataset(rows, byte_level(), rules(is_generating=True))) == 2
+    assert warnings_of(caplog) == [
+        "train: rows without a prompt (trained on from the first token) stay off-policy",
+        "train: 2 of 2 rows have no prompt (they are trained on from the first token) and stay off-policy",
+    ]
+
+
+def test_two_processes_give_what_one_gives(byte_level, mixing, caplog):
+    alone = prepare_dataset(Dataset.from_list(ROWS), byte_level(), mixing)
+    log_alone = warnings_of(caplog)
+    caplog.clear()
+    together = prepare_dataset(Dataset.from_list(ROWS), byte_level(), mixing, num_proc=2)
+    assert list(together) == list(alone)
+    assert warnings_of(caplog) == log_alone
+
+
+def test_a_format_is_refused_from_another_process_too(byte_level, rules):
+    with pytest.raises(GKDDataError, match="seq_kd=True"):
+        prepare_dataset([{"prompt": "hello"}] * 4, byte_level(), rules(), num_proc=2)
+
+
+def test_more_processes_than_rows_do_no_harm(byte_level, mixing):
+    assert len(prepare_dataset(ROWS[:2], byte_level(), mixing, num_proc=8)) == 2
+
+
+def test_the_same_rows_and_rules_are_found_in_the_cache(byte_level, mixing, tmp_path, caplog):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "rows")
+    dataset = Dataset.load_from_disk(tmp_path / "rows")
+    tokenizer = byte_level()
+
+    def fingerprint(rules, formatting_func=None):
+        return prepare_dataset(dataset, tokenizer, rules, formatting_func=formatting_func)._fingerprint
+
+    with caplog.at_level(logging.WARNING, logger="datasets"):
+        first = fingerprint(mixing)
+        assert fingerprint(mixing) == first
+        assert fingerprint(mixing, lambda row: row["messages"]) != first
+    assert not [record for record in caplog.records if record.name.startswith("datasets")]
+
+
+@pytest.mark.parametrize("make", [Dataset.from_list, iterable])
+@pytest.mark.parametrize(
+    ("formatting_func", "equivalent"),
+    [
+        (lambda row: row["q"] + row["a"], {"text": "hello Paris"}),
+        (
+            lambda row: [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}],
+            conversation(" Paris", "hello"),
+        ),
+        (
+            lambda row: {"prompt": row["q"], "completion": row["a"]},
+            {"prompt": "hello", "completion": " Paris"},
+        ),
+        (lambda row: {"input_ids": [1, 2]}, {"input_ids": [1, 2]}),
+    ],
+    ids=["text", "messages", "prompt and completion", "tokens"],
+)
+def test_a_formatting_func_may_give_any_format(byte_level, rules, make, formatting_func, equivalent):
+    rows = [{"q": "hello", "a": " Paris"}]
+    [prepared] = prepare_dataset(make(rows), byte_level(), rules(), formatting_func=formatting_func)
+    [expected] = prepare_dataset([equivalent], byte_level(), rules())
+    assert prepared == {**rows[0], "input_ids": expected["input_ids"], "labels": expected["labels"]}
+
+
+def test_what_a_formatting_func_must_not_give_is_named(byte_level, rules):
+    with pytest.raises(GKDDataError, match="it returned int"):
+        prepare_dataset([{"q": "hello"}], byte_level(), rules(), formatting_func=lambda row: 3)
+    with pytest.raises(GKDDataError, match="1 formatting_func returned None"):
+        prepare_dataset([{"q": "hello"}], byte_level(), rules(), formatting_func=lambda row: None)
+
+
+def test_a_list_of_rows_in_several_formats_is_prepared(byte_level, rules, caplog):
+    rows = [
+        conversation("Paris."),
+        {"text": "hello"},
+        {"prompt": "one", "completion": " two"},
+        {"prompt": [{"role": "user", "content": "hello"}], "completion": "fine"},
+        {"input_ids": [1, 2]},
+    ]
+    prepared = prepare_dataset(rows, byte_level(), rules())
+    assert len(prepared) == len(rows)
+    assert warnings_of(caplog) == []
+    assert [row["labels"] for row in prepared] == [
+        prepare_dataset([row], byte_level(), rules())[0]["labels"] for row in rows
+    ]
+
+
+def test_a_reason_that_first_occurs_late_is_counted(rules, caplog):
+    usable = {"input_ids": [1, 2], "labels": [-100, 2]}
+    rows = [usable] * 1500 + [{"input_ids": [], "labels": []}]
+    assert len(prepare_dataset(rows, None, rules())) == 1500
+    assert warnings_of(caplog) == ["train: 1 of 1501 rows dropped: 1 no tokens"]
+
+
+def test_the_column_types_do_not_depend_on_which_rows_are_usable(byte_level, rules):
+    late = prepare_dataset([{"text": ""}] * 1500 + [{"text": "hello"}], byte_level(), rules())
+    alone = prepare_dataset([{"text": "hello"}], byte_level(), rules())
+    assert late[:] == alone[:]
+    assert late.features == alone.features
+    assert late.features["input_ids"] == late.features["labels"] == List(Value("int32"))
+
+
+def test_a_dataset_in_torch_format_stays_one(rules):
+    dataset = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}]).with_format("torch")
+    prepared = prepare_dataset(dataset, None, rules(max_length=2))
+    assert torch.equal(prepared[0]["input_ids"], torch.tensor([1, 2]))
+    assert prepared[0]["input_ids"].dtype == torch.int64
+
+
+class TorchDataset(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class TorchStream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield {"input_ids": [1, 2]}
+
+
+def test_other_datasets_of_tokenised_rows_pass_untouched(rules):
+    for dataset in (TorchDataset([{"input_ids": [1, 2]}]), TorchStream()):
+        assert prepare_dataset(dataset, None, rules()) is dataset
+
+
+def test_other_datasets_of_other_rows_are_refused(byte_level, rules):
+    for dataset in (TorchDataset([conversation("Paris.")]), TorchDataset([]), (row for row in ROWS), 3):
+        with pytest.raises(GKDDataError, match=r"convert it with datasets\.Dataset\.from_list"):
+            prepare_dataset(dataset, byte_level(), rules())
+
+
+def test_a_dict_of_splits_is_refused(byte_level, rules):
+    with pytest.raises(GKDDataError, match=r"got DatasetDict.*pick one of its splits"):
+        prepare_dataset(DatasetDict(train=Dataset.from_list(ROWS)), byte_level(), rules())
+
+
+def test_a_list_of_anything_but_dicts_is_refused(byte_level, rules):
+    with pytest.raises(GKDDataError, match=r"expected a list of dicts.*it holds str"):
+        prepare_dataset(["hello"], byte_level(), rules())
