@@ -1,0 +1,175 @@
+"""A causal LM taken apart: its final hidden states, and the head that turns them into logits.
+
+Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, Signal, TokenBatch
+
+_PROBE_LENGTH = 4
+_PROBE_LOGIT = 100.0
+
+
+@dataclass(frozen=True)
+class SeparableHead:
+    """The head of a model whose logits were seen to be softcap·tanh(scale·(h·Wᵀ + b) / softcap)."""
+
+    module: nn.Linear
+    scale: float
+    softcap: float | None
+
+    def head(self) -> Head:
+        """Return the head with the weights as they are now, in the autograd graph where they are trained."""
+        return Head(self.module.weight, self.module.bias, self.scale, self.softcap)
+
+
+@dataclass(frozen=True)
+class InseparableHead:
+    """A head that can't be taken apart safely, and why: such a model is asked for its logits."""
+
+    reason: str
+
+
+def find_head(model: nn.Module) -> SeparableHead | InseparableHead:
+    """Return the head of a causal LM, checked by one forward of four tokens against the model's own logits.
+
+    The check is what makes it safe: whatever an unknown architecture does between hidden states and logits
+    shows there. It runs in eval mode and draws no random numbers. `model` is not wrapped for distribution.
+    """
+    module = _output_embeddings(model)
+    if module is None:
+        return InseparableHead("it has no output embeddings")
+    # Exactly nn.Linear: adapters, quantised layers and wrappers are other types, whose weight alone is not the head.
+    if type(module) is not nn.Linear:
+        return InseparableHead(f"its head is a {type(module).__name__}, not a plain nn.Linear")
+    weight_VH = module.weight
+    if type(weight_VH) is not nn.Parameter or not weight_VH.is_floating_point():
+        return InseparableHead("the weight of its head is quantised or distributed")
+    if weight_VH.is_meta or weight_VH.numel() == 0 or hasattr(module, "_hf_hook"):
+        return InseparableHead("the weight of its head is offloaded, sharded or moved between devices")
+    if "forward" in vars(module):
+        return InseparableHead("the forward of its head was replaced")
+    config = _text_config(model)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap))
+    if not _explains_logits(model, head):
+        return InseparableHead("its logits are not its head applied to the head's input")
+    return head
+
+
+def predict(
+    model: nn.Module, batch: TokenBatch, head: SeparableHead | InseparableHead, **forward_kwargs: Any
+) -> tuple[Signal, Any]:
+    """Run a model's forward and return what it predicts where the batch is scored, and the forward's output.
+
+    `model` may be wrapped (DDP, ...): its hooks run, since its forward does. With a separable head the output
+    holds one logit column, which keeps the head's weight in the graph that DDP walks; with an inseparable one,
+    all logits [B, L, V].
+    """
+    if isinstance(head, InseparableHead):
+        output = model(**batch.model_inputs, **forward_kwargs)
+        return LogitsSignal(_logits(output)[batch.is_scored_BL]), output
+    with _capture(head.module) as captured:
+        output = model(**batch.model_inputs, **forward_kwargs)
+    hidden_BLH = captured[-1]
+    return HiddenSignal(hidden_BLH[batch.is_scored_BL], head.head()), output
+
+
+def vocabulary_rows(model: nn.Module) -> int:
+    """Return how many tokens a causal LM predicts over, padding rows included."""
+    module = _output_embeddings(model)
+    weight = getattr(module, "weight", None)
+    # A quantised weight is packed: its shape says nothing.
+    if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2:
+        return int(weight.shape[0])
+    return int(_text_config(model).vocab_size)
+
+
+@contextmanager
+def _capture(head: nn.Linear) -> Iterator[list[Tensor]]:
+    captured: list[Tensor] = []
+
+    def first_column(hidden_BLH: Tensor) -> Tensor:
+        captured.append(hidden_BLH)
+        bias = None if head.bias is None else head.bias[:1]
+        # A slice of the hidden states would do as well, but would take the head's weight out of DDP's graph.
+        return nn.functional.linear(hidden_BLH, head.weight[:1], bias)
+
+    head.forward = first_column  # type: ignore[method-assign,assignment]
+    try:
+        yield captured
+    finally:
+        del head.forward
+
+
+def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
+    hidden: list[Tensor] = []
+
+    def rescale(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden_BLH = args[0]
+        if hidden_BLH.shape[:-1] == (1, _PROBE_LENGTH):
+            # Small logits, as of a model not trained yet, hide a soft-cap, and large ones an offset: so the first
+            # position becomes 0 and the last one large.
+            logits_BLV = nn.functional.linear(hidden_BLH, head.module.weight, head.module.bias)
+            scale_L1 = torch.ones_like(hidden_BLH[0, :, :1])
+            scale_L1[0], scale_L1[-1] = 0.0, _PROBE_LOGIT / logits_BLV.abs().max().clamp_min(1e-6)
+            hidden_BLH = hidden_BLH * scale_L1
+        hidden.append(hidden_BLH)
+        return (hidden_BLH,)
+
+    hook = head.module.register_forward_pre_hook(rescale)
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids_BL = torch.arange(_PROBE_LENGTH, device=head.module.weight.device)[None]
+            ids_BL = ids_BL % head.module.weight.shape[0]
+            logits_BLV = _logits(model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)))
+            if len(hidden) != 1 or hidden[0].shape[:-1] != (1, _PROBE_LENGTH):
+                return False
+            expected_BLV = head.head().logits(hidden[0])
+    finally:
+        hook.remove()
+        for module in in_training:
+            module.training = True
+    if logits_BLV.shape != expected_BLV.shape:
+        return False
+    # Both round differently where the weights are bf16 (eps 0.008); a missing scale or soft-cap is far outside.
+    tolerance = max(4 * torch.finfo(head.module.weight.dtype).eps, 1e-3)
+    error_BL, largest_BL = (logits_BLV - expected_BLV).abs().amax(dim=-1), expected_BLV.abs().amax(dim=-1)
+    return bool((error_BL <= tolerance * largest_BL).all())
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output["logits"] if isinstance(output, dict) else output.logits
+    return logits
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    if get_output_embeddings is None:
+        return None
+    module: nn.Module | None = get_output_embeddings()
+    return module
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _logit_scale(config: Any) -> float:
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies by it
+    if scale is not None:
+        return float(scale)
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides by it
+    return 1.0 if scaling is None else 1.0 / float(scaling)

@@ -1,0 +1,79 @@
+"""The student before training: loaded by name, wrapped in an adapter, without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gkd_trainer.errors import GKDConfigError
+
+
+def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a causal LM, in float32 unless `init_kwargs` give a dtype.
+
+    `from_pretrained` alone takes the checkpoint's dtype, and a student in pure bf16 loses its small updates.
+    """
+    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    if "torch_dtype" not in kwargs:  # its older name, which yields to a dtype
+        kwargs.setdefault("dtype", torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    return model
+
+
+def find_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that lies beside a model's weights, or None where there is none."""
+    if not name_or_path:
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):  # what from_pretrained raises where no tokenizer is
+        return None
+    return tokenizer
+
+
+def name_of(model: nn.Module | None) -> str:
+    """Return the name or folder that a model was loaded from; empty where it was built."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def wrap_in_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
+    """Return the student with a fresh adapter; refuse one that is wrapped already."""
+    if isinstance(model, PeftModel):
+        raise GKDConfigError(
+            "got peft_config and a model that already carries an adapter: pass the one or the other "
+            "(merge_and_unload() returns the model without its adapter)"
+        )
+    return get_peft_model(model, peft_config)
+
+
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Raise where an adapter adds virtual tokens: the teacher has no position to compare with them."""
+    if isinstance(model, PeftModel):
+        for name, config in model.peft_config.items():
+            if config.is_prompt_learning:
+                raise GKDConfigError(
+                    f"the adapter {name!r} is {type(config).__name__}, which learns virtual tokens that the teacher "
+                    "does not see: use an adapter that changes weights, such as peft.LoraConfig"
+                )
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the causal LM inside a PEFT wrapper (its adapters stay active), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, also those that attention layers keep as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)

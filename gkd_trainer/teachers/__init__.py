@@ -1,0 +1,7 @@
+"""Teachers: what a frozen model says of the tokens trained on."""
+
+from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
+
+__all__ = ["FrozenTeacher", "Teacher", "shared_vocabulary_size"]
