@@ -1,0 +1,16 @@
+"""Rollouts: prompts turned into completions, and the draw of the samples that get them."""
+
+from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.hf import HFRollouts
+from gkd_trainer.rollouts.mixing import lmbda_at
+from gkd_trainer.rollouts.window import Draw, WindowRollout, complete_greedily, roll_out_window
+
+__all__ = [
+    "Draw",
+    "HFRollouts",
+    "RolloutEngine",
+    "WindowRollout",
+    "complete_greedily",
+    "lmbda_at",
+    "roll_out_window",
+]

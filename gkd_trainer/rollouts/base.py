@@ -1,0 +1,33 @@
+"""The contract of a rollout engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import nn
+
+from gkd_trainer.batch import Completion, Sampling
+
+
+class RolloutEngine(ABC):
+    """What turns prompts into completions of a model. It owns no data format and no loss."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """Return one completion per prompt, in their order.
+
+        Args:
+            prompts: Token ids, without padding.
+            sampling: How tokens are drawn.
+            seeds: One per prompt. The randomness of a completion comes from its seed alone: neither the other
+                prompts of the call nor the global RNG change it, and the global RNG is left as it was.
+        """
+
+    @abstractmethod
+    def sync(self, model: nn.Module) -> None:
+        """Make the next `generate` use the weights that `model` has now."""
+
+    def greedy_sampling(self, max_new_tokens: int) -> Sampling:
+        """Return the sampling that always takes the most probable token."""
+        return Sampling(max_new_tokens, temperature=0.0)

@@ -1,0 +1,197 @@
+"""Rollouts by `transformers.generate`, on the weights that are trained.
+
+Shapes: B batch, L length, T new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gkd_trainer.batch import Completion, Sampling
+from gkd_trainer.rollouts.base import RolloutEngine
+
+
+class HFRollouts(RolloutEngine):
+    """Completions by `transformers.generate`: no second copy of the weights, no extra package.
+
+    Args:
+        stop_ids: A completion ends with the first of these tokens.
+        pad_token_id: Fills the prompts of a batch on their left; masked out.
+        vocab_size: Tokens from this id on are never sampled (padding rows of the head); None allows all.
+        batch_size: Most prompts in one call of `generate`; None is no limit.
+        is_sharded: Whether the model's weights are spread over ranks, which then have to run the same number of
+            forwards: each call of `generate` becomes one call on every rank, also where there are no prompts.
+    """
+
+    def __init__(
+        self,
+        stop_ids: Sequence[int],
+        pad_token_id: int = 0,
+        vocab_size: int | None = None,
+        batch_size: int | None = None,
+        is_sharded: bool = False,
+    ) -> None:
+        self._stop_ids = sorted(set(stop_ids))
+        self._pad_token_id = pad_token_id
+        self._vocab_size = vocab_size
+        self._batch_size = None if is_sharded else batch_size
+        self._is_sharded = is_sharded
+        self._model: Any = None
+
+    def sync(self, model: nn.Module) -> None:
+        """Generate with `model` from now on; its weights are shared, so that nothing is copied."""
+        self._model = model
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """Return one completion per prompt; see RolloutEngine."""
+        if self._model is None:
+            raise RuntimeError("HFRollouts.generate was called before sync(model)")
+        if self._is_sharded and not prompts:
+            self.generate([[self._pad_token_id]], sampling, [0])
+            return []
+        batch_size = self._batch_size or max(1, len(prompts))
+        # By length: a batch is as wide as its longest prompt.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        completions: dict[int, Completion] = {}
+        with _ready_to_generate(self._model), torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                indices = order[start : start + batch_size]
+                batch = self._generate_batch(
+                    [prompts[index] for index in indices], sampling, [seeds[index] for index in indices]
+                )
+                completions.update(zip(indices, batch, strict=True))
+        return [completions[index] for index in range(len(prompts))]
+
+    def _generate_batch(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+        device = self._model.device
+        length = max(map(len, prompts))
+        ids_BL = torch.full((len(prompts), length), self._pad_token_id, dtype=torch.long)
+        mask_BL = torch.zeros_like(ids_BL)
+        for row, prompt in enumerate(prompts):
+            ids_BL[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask_BL[row, length - len(prompt) :] = 1
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            # Sampling is a logits processor of ours that leaves one token: generate's own draws from the global RNG.
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=self._stop_ids or None,
+            pad_token_id=self._pad_token_id,
+            **sampling.extra,
+        )
+        output_BL: Tensor = self._model.generate(
+            input_ids=ids_BL.to(device),
+            attention_mask=mask_BL.to(device),
+            generation_config=config,
+            logits_processor=self._processors(sampling, seeds, mask_BL.to(device)),
+            synced_gpus=self._is_sharded,
+        )
+        return [self._completion(row) for row in output_BL[:, length:].tolist()]
+
+    def _processors(self, sampling: Sampling, seeds: list[int], prompt_mask_BL: Tensor) -> LogitsProcessorList:
+        processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1:
+            processors.append(_RepetitionPenalty(sampling.repetition_penalty, prompt_mask_BL.bool()))
+        if self._vocab_size is not None:
+            processors.append(_VocabularyLimit(self._vocab_size))
+        if sampling.temperature == 0:
+            return processors
+        if sampling.temperature != 1:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k > 0:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p is not None:
+            processors.append(MinPLogitsWarper(sampling.min_p))
+        processors.append(_SeededChoice(seeds, sampling.max_new_tokens, prompt_mask_BL))
+        return processors
+
+    def _completion(self, new_ids: list[int]) -> Completion:
+        for position, token_id in enumerate(new_ids):
+            if token_id in self._stop_ids:
+                return Completion(new_ids[: position + 1], is_finished=True)
+        return Completion(new_ids, is_finished=False)
+
+
+class _VocabularyLimit(LogitsProcessor):
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self._vocab_size :] = -torch.inf
+        return scores
+
+
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """transformers' penalty, but blind to the padding, which would penalise the pad token in shorter rows alone."""
+
+    def __init__(self, penalty: float, prompt_mask_BL: Tensor) -> None:
+        super().__init__(penalty)
+        self._prompt_mask_BL = prompt_mask_BL
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        length = self._prompt_mask_BL.shape[1]
+        prompt_BL = torch.where(self._prompt_mask_BL, input_ids[:, :length], input_ids[:, length - 1 : length])
+        penalised_BV: Tensor = super().__call__(torch.cat([prompt_BL, input_ids[:, length:]], dim=1), scores)
+        return penalised_BV
+
+
+class _SeededChoice(LogitsProcessor):
+    """Inverse transform sampling with one uniform per row and step, drawn beforehand from the row's seed."""
+
+    def __init__(self, seeds: list[int], max_new_tokens: int, prompt_mask_BL: Tensor) -> None:
+        uniforms_BT = np.stack([np.random.Generator(np.random.Philox(seed)).random(max_new_tokens) for seed in seeds])
+        # float64 has no kernel on MPS.
+        self._device = torch.device("cpu") if prompt_mask_BL.device.type == "mps" else prompt_mask_BL.device
+        # Kept below 1 by more than the rounding of a product, so that the last token is not passed.
+        self._uniforms_BT = torch.from_numpy(uniforms_BT * (1 - 2.0**-32)).to(self._device)
+        self._prompt_length = prompt_mask_BL.shape[1]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self._prompt_length
+        cumulative_BV = scores.to(self._device, torch.float64).softmax(dim=-1).cumsum(dim=-1)
+        threshold_B1 = self._uniforms_BT[:, step : step + 1] * cumulative_BV[:, -1:]
+        # The first token whose cumulative probability exceeds the threshold: never one of probability zero.
+        chosen_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).to(scores.device)
+        # Past the end where the logits hold NaN: any token will do, the loss on it says what is wrong.
+        chosen_B1 %= scores.shape[1]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
+
+
+@contextmanager
+def _ready_to_generate(model: Any) -> Iterator[None]:
+    """Eval mode, no gradient checkpointing, and a neutral generation config; all as before on leaving."""
+    in_training = [module for module in model.modules() if module.training]
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    generation_config = model.generation_config
+    model.eval()
+    for module in checkpointing:
+        module.gradient_checkpointing = False
+    # generate fills every field that is not set from the model's own config: its penalties and top-k would leak in.
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = generation_config
+        for module in checkpointing:
+            module.gradient_checkpointing = True
+        for module in in_training:
+            module.training = True

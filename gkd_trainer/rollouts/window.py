@@ -1,0 +1,139 @@
+"""The rollouts of one window: all micro-batches of an optimizer step on one rank, in one generate call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gkd_trainer.batch import IGNORE_INDEX, Generated, Sampling
+from gkd_trainer.rollouts import mixing
+from gkd_trainer.rollouts.base import RolloutEngine
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What decides over the samples of an optimizer step.
+
+    `lmbda` is the share λ at this step, `granularity` "sample" or "batch"; (`seed`, `step`, position) key the
+    generator, with position = (micro-batch · world_size + rank) · batch_size + row.
+    """
+
+    lmbda: float
+    granularity: str
+    seed: int
+    step: int
+    rank: int
+    world_size: int
+    batch_size: int
+
+    def position(self, micro_batch: int, row: int) -> int:
+        """Return the place of a sample in the step's global batch."""
+        return (micro_batch * self.world_size + self.rank) * self.batch_size + row
+
+    def is_on_policy(self, position: int) -> bool:
+        """Return whether the sample at `position` is on-policy."""
+        return mixing.is_on_policy(self.lmbda, self.granularity, self.seed, self.step, position)
+
+    def sampling_seed(self, position: int) -> int:
+        """Return the seed of the completion at `position`."""
+        return mixing.sampling_seed(self.seed, self.step, position)
+
+
+@dataclass(frozen=True)
+class WindowRollout:
+    """A window after its rollouts: the batches to train on, what was generated, and the counts.
+
+    `without_prompt` samples should have been generated but have no prompt; they stay as the data has them.
+    """
+
+    batches: list[dict[str, Any]]
+    generated: list[Generated]
+    samples: int
+    without_prompt: int
+
+    @property
+    def on_policy_samples(self) -> int:
+        """How many samples the student generated."""
+        return sum(generated.is_on_policy for generated in self.generated)
+
+
+def roll_out_window(
+    batches: Sequence[Mapping[str, Any]],
+    draw: Draw,
+    sampling: Sampling,
+    student: RolloutEngine,
+    teacher: RolloutEngine | None,
+    pad_token_id: int,
+) -> WindowRollout:
+    """Return the window with completions of the student where drawn, and of the teacher elsewhere if there is one.
+
+    Args:
+        batches: Collated batches with `input_ids` and `labels` [B, L].
+        draw: Which samples are on-policy, and their seeds.
+        sampling: How tokens are drawn, from either model.
+        student: The engine of the on-policy samples.
+        teacher: The engine of all others (`seq_kd`); None leaves them as the data has them.
+        pad_token_id: Fills the batches.
+    """
+    jobs: dict[bool, list[tuple[int, int, list[int], int]]] = {True: [], False: []}
+    samples = without_prompt = 0
+    for micro_batch, inputs in enumerate(batches):
+        for row, (ids, labels) in enumerate(mixing.rows_of(inputs)):
+            samples += 1
+            position = draw.position(micro_batch, row)
+            is_on_policy = draw.is_on_policy(position)
+            if not is_on_policy and teacher is None:
+                continue
+            prompt = mixing.prompt_of(ids, labels)
+            if prompt:
+                jobs[is_on_policy].append((micro_batch, row, prompt, draw.sampling_seed(position)))
+            else:
+                without_prompt += 1
+
+    generated: dict[tuple[int, int], Generated] = {}
+    for is_on_policy, engine in ((True, student), (False, teacher)):
+        if engine is None:
+            continue
+        # Also without prompts: where the weights are sharded, an engine generates on all ranks or on none.
+        prompts, seeds = [job[2] for job in jobs[is_on_policy]], [job[3] for job in jobs[is_on_policy]]
+        completions = engine.generate(prompts, sampling, seeds)
+        for (micro_batch, row, prompt, _), completion in zip(jobs[is_on_policy], completions, strict=True):
+            generated[micro_batch, row] = Generated(prompt, completion, is_on_policy)
+
+    mixed = []
+    for micro_batch, inputs in enumerate(batches):
+        rows = {row: item for (batch, row), item in generated.items() if batch == micro_batch}
+        completions_by_row = {row: item.completion for row, item in rows.items()}
+        on_policy_rows = {row for row, item in rows.items() if item.is_on_policy}
+        mixed.append(mixing.with_completions(inputs, completions_by_row, on_policy_rows, pad_token_id))
+    return WindowRollout(mixed, list(generated.values()), samples, without_prompt)
+
+
+def complete_greedily(
+    inputs: Mapping[str, Any],
+    engine: RolloutEngine,
+    max_new_tokens: int,
+    pad_token_id: int,
+    only_prompts: bool,
+) -> dict[str, Any]:
+    """Return a batch whose rows hold the engine's greedy completion of their prompt.
+
+    With `only_prompts` that is done to rows without a completion alone; else to all, and rows without a prompt are left
+    out of what is scored.
+    """
+    rows = mixing.rows_of(inputs)
+    prompts = {row: mixing.prompt_of(ids, labels) for row, (ids, labels) in enumerate(rows)}
+    chosen = {
+        row: prompt
+        for row, prompt in prompts.items()
+        if prompt and (not only_prompts or len(prompt) == len(rows[row][0]))
+    }
+    completions = engine.generate(list(chosen.values()), engine.greedy_sampling(max_new_tokens), [0] * len(chosen))
+    by_row = dict(zip(chosen, completions, strict=True))
+    completed = mixing.with_completions(inputs, by_row, set(by_row), pad_token_id)
+    if not only_prompts:
+        labels_BL = completed["labels"].clone()
+        labels_BL[[row for row in prompts if row not in by_row]] = IGNORE_INDEX
+        completed["labels"] = labels_BL
+    return completed
