@@ -1,0 +1,103 @@
+"""The arguments of a trainer, completed and checked before anything is built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from inspect import Parameter
+from typing import Any
+
+from peft import PeftConfig
+from transformers import PreTrainedModel, TrainingArguments
+
+from gkd_trainer.config import GKDArguments, GKDConfig
+from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.teachers import FrozenTeacher, Teacher
+
+
+def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> Any:
+    """Return a configuration with GKDArguments; for the plain Trainer, made from TrainingArguments or from nothing.
+
+    Raises GKDConfigError where another trainer is extended and its configuration has no GKDArguments.
+    """
+    if isinstance(args, GKDArguments):
+        return args
+    if not is_plain_trainer:
+        raise GKDConfigError(
+            f"args must have the options of distillation; got {type(args).__name__}. Derive them from the "
+            "configuration of the trainer that you extend: `class MyConfig(GKDArguments, trl.SFTConfig)`, decorated "
+            "with @dataclass"
+        )
+    if args is None:
+        return GKDConfig(output_dir="tmp_trainer")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
+    return GKDConfig(**given)
+
+
+def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the arguments that a trainer's `__init__` takes; those it doesn't take are left out where unused.
+
+    Raises TypeError for one that was given and that the trainer does not take.
+    """
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    accepted = {}
+    for key, value in arguments.items():
+        if key in parameters or takes_any:
+            accepted[key] = value
+        elif value is not None and value != (None, None):
+            raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")
+    return accepted
+
+
+def build_teacher(
+    args: Any, teacher: Teacher | None, teacher_model: PreTrainedModel | str | None, trust_remote_code: bool
+) -> Teacher:
+    """Return the one teacher that was given, as an object, a model, or a name.
+
+    Raises GKDTeacherError where there is none, or more than one.
+    """
+    name = args.teacher_model_name_or_path
+    init_kwargs = args.teacher_model_init_kwargs
+    if teacher is None and teacher_model is None and name is None:
+        raise GKDTeacherError(
+            "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
+            "args.teacher_model_name_or_path"
+        )
+    if teacher is not None and teacher_model is not None:
+        raise GKDTeacherError("got both teacher and teacher_model: pass one of them")
+    source = teacher_model if teacher_model is not None else name
+    if teacher is None and isinstance(source, str):
+        return FrozenTeacher.from_pretrained(source, **{"trust_remote_code": trust_remote_code, **(init_kwargs or {})})
+    if init_kwargs is not None:
+        raise GKDTeacherError(
+            "teacher_model_init_kwargs load a teacher by name, but the teacher given is loaded already: drop them, or "
+            "pass the teacher's name"
+        )
+    return teacher if teacher is not None else FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+
+
+def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:
+    """Raise GKDConfigError for what Trainer takes but distillation would have to ignore."""
+    if compute_loss_func is not None:
+        raise GKDConfigError(
+            "compute_loss_func would replace the divergence: override compute_loss in a subclass instead"
+        )
+    if args.label_smoothing_factor != 0:
+        raise GKDConfigError(
+            f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
+            "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
+        )
+    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
+        raise GKDConfigError(
+            f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "
+            "changes weights, such as peft.LoraConfig"
+        )
+
+
+def refuse_data_parallel(args: Any) -> None:
+    """Raise GKDConfigError where Trainer would copy the model to several GPUs inside one process."""
+    if args.n_gpu > 1:
+        raise GKDConfigError(
+            f"{args.n_gpu} GPUs are visible to this one process, which Trainer would drive with nn.DataParallel: "
+            "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )

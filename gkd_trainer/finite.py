@@ -1,0 +1,54 @@
+"""The check that logits and divergences are finite: flagged on the device, read once a window.
+
+Shapes: B batch, N tokens trained on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gkd_trainer.errors import GKDNumericsError
+
+
+class FiniteCheck:
+    """Collects, over the micro-batches of a window, which samples had values that are not finite."""
+
+    def __init__(self) -> None:
+        self._bad_B2: list[Tensor] = []
+
+    def add(self, rows_N: Tensor, batch_size: int, is_teacher_finite_N: Tensor, is_finite_N: Tensor) -> None:
+        """Add a micro-batch: the sample of each token, and whether the teacher's logits and the value were finite."""
+        bad_N2 = torch.stack([~is_teacher_finite_N, ~is_finite_N], dim=1).long()
+        self._bad_B2.append(bad_N2.new_zeros(batch_size, 2).index_add_(0, rows_N, bad_N2))
+
+    def clear(self) -> None:
+        """Forget the window."""
+        self._bad_B2 = []
+
+    def raise_if_not(self, step: int, rank: int) -> None:
+        """Read the flags and raise GKDNumericsError for the first sample that has one.
+
+        Args:
+            step: The optimizer step that would be taken next, from 1, for the message.
+            rank: The rank that this runs on, for the message.
+        """
+        if not self._bad_B2 or not torch.cat(self._bad_B2).any():
+            return
+        for micro_batch, bad_B2 in enumerate(self._bad_B2):
+            for sample, (teacher_tokens, tokens) in enumerate(bad_B2.tolist()):
+                if teacher_tokens or tokens:
+                    raise GKDNumericsError(
+                        f"step {step}, rank {rank}, micro-batch {micro_batch}, sample {sample}: "
+                        f"{_cause(teacher_tokens, tokens)}. The optimizer has not taken this step, and what was saved "
+                        "before it stands. Look at that sample, the dtype of both models and the learning rate"
+                    )
+
+
+def _cause(teacher_tokens: int, tokens: int) -> str:
+    if teacher_tokens:
+        return f"the teacher's logits hold NaN or +inf at {teacher_tokens} of its tokens"
+    return (
+        f"the divergence is not finite at {tokens} of its tokens: the student's logits hold NaN or +inf, or one model "
+        "gives a token probability 0 (a logit of -inf) that the other does not, where the divergence is infinite"
+    )

@@ -1,0 +1,1 @@
+"""Reports: the metrics that are logged, and completions as tables."""

@@ -1,0 +1,73 @@
+"""Completions for people to read: a table in the terminal, and the same in the trackers that are on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from gkd_trainer.batch import Generated
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """One line of the table: who generated what for which prompt, and whether it came to its end."""
+
+    generated_by: str
+    prompt: str
+    completion: str
+    is_finished: bool
+
+
+def completion_rows(generated: Sequence[Generated], tokenizer: PreTrainedTokenizerBase | None) -> list[CompletionRow]:
+    """Return the table's lines, as text, or as token ids where there is no tokenizer."""
+
+    def text(token_ids: Sequence[int]) -> str:
+        return " ".join(map(str, token_ids)) if tokenizer is None else str(tokenizer.decode(list(token_ids)))
+
+    return [
+        CompletionRow(
+            "student" if item.is_on_policy else "teacher",
+            text(item.prompt),
+            text(item.completion.token_ids),
+            item.completion.is_finished,
+        )
+        for item in generated
+    ]
+
+
+def print_completions(rows: Sequence[CompletionRow], step: int, console: Console | None = None) -> None:
+    """Print the table of an optimizer step's completions."""
+    table = Table(title=f"Completions at step {step}", show_lines=True, expand=True)
+    for name, ratio in (("by", None), ("prompt", 1), ("completion", 1), ("ended", None)):
+        table.add_column(name, ratio=ratio, overflow="fold")
+    for row in rows:
+        # Text, not str: brackets in a completion are not markup.
+        table.add_row(row.generated_by, Text(row.prompt), Text(row.completion), "yes" if row.is_finished else "cut off")
+    (console or Console()).print(table)
+
+
+def send_completions(rows: Sequence[CompletionRow], step: int, callbacks: Iterable[TrainerCallback]) -> None:
+    """Send the completions to the trackers that run: TensorBoard as text, Weights & Biases as a table."""
+    columns = [field.name for field in fields(CompletionRow)]
+    for callback in callbacks:
+        writer = getattr(callback, "tb_writer", None) if isinstance(callback, TensorBoardCallback) else None
+        if writer is not None:
+            lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+            lines += [" | ".join(_cell(value) for value in astuple(row)) for row in rows]
+            writer.add_text("completions", "\n".join(f"| {line} |" for line in lines), step)
+    # The module is there only where the user's run imported it.
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        table = wandb.Table(columns=columns, data=[list(astuple(row)) for row in rows])
+        wandb.log({"completions": table}, commit=False)
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", "<br>")

@@ -1,0 +1,222 @@
+"""What can't be trained on is refused early, with what was expected, what came, and what to do."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PromptTuningConfig
+from transformers import TrainerCallback
+
+from gkd_trainer import GKDConfigError, GKDDataError, GKDNumericsError, GKDTeacherError, GKDTrainer
+from gkd_trainer.batch import LogitsSignal, TokenBatch
+from gkd_trainer.teachers import FrozenTeacher, Teacher
+
+
+class FaultyTeacher(FrozenTeacher):
+    """A teacher whose logits are faulty in one row of the n-th batch."""
+
+    fault, at, row = float("nan"), 3, 1
+
+    def score(self, batch: TokenBatch):
+        self.calls = getattr(self, "calls", 0) + 1
+        signal = super().score(batch)
+        logits = signal.head.logits(signal.hidden_NH)
+        if self.calls == self.at:
+            logits[batch.rows_N == self.row, 5] = self.fault
+        return LogitsSignal(logits)
+
+
+def test_no_teacher(make_trainer, tiny_model, token_rows, config):
+    with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
+        GKDTrainer(model=tiny_model(), args=config(), train_dataset=token_rows())
+
+
+def test_two_teachers(make_trainer, tiny_model):
+    with pytest.raises(GKDTeacherError, match="both teacher and teacher_model"):
+        make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()})
+
+
+def test_no_student(make_trainer):
+    with pytest.raises(GKDConfigError, match="pass model"):
+        make_trainer(trainer_args={"model": None})
+
+
+def test_teacher_that_is_the_student(make_trainer, tiny_model):
+    model = tiny_model()
+    with pytest.raises(GKDTeacherError, match="the same object"):
+        make_trainer(trainer_args={"model": model, "teacher_model": model})
+
+
+def test_teacher_options_for_a_loaded_teacher(make_trainer):
+    with pytest.raises(GKDTeacherError, match="teacher_model_init_kwargs load a teacher by name"):
+        make_trainer(teacher_model_init_kwargs={"dtype": "bfloat16"})
+
+
+def test_tokenizers_that_differ_are_named(make_trainer, tiny_model, byte_level):
+    other = byte_level()
+    other.add_tokens(["<|extra|>"])
+    with pytest.raises(GKDTeacherError, match=r"1 tokens are the teacher's alone, such as '<\|extra\|>'"):
+        make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model(), tokenizer=other)})
+
+
+def test_teacher_that_cannot_generate_under_seq_kd(make_trainer):
+    class Remote(Teacher):
+        vocab_size, vocabulary, model = 368, None, None
+
+        def score(self, batch):
+            raise AssertionError
+
+        def prepare(self, device):
+            raise AssertionError
+
+    with pytest.raises(GKDTeacherError, match="seq_kd=True has the teacher generate"):
+        make_trainer(trainer_args={"teacher": Remote()}, seq_kd=True)
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5])
+def test_prompts_alone_need_generated_completions(make_trainer, lmbda):
+    rows = Dataset.from_list([{"prompt": "hello"}] * 8)
+    with pytest.raises(GKDDataError, match=r"lmbda=1.*seq_kd"):
+        make_trainer(trainer_args={"train_dataset": rows}, lmbda=lmbda)
+
+
+def test_text_under_lmbda_one(make_trainer):
+    rows = Dataset.from_list([{"text": "hello there"}] * 8)
+    with pytest.raises(GKDDataError, match="prompt"):
+        make_trainer(trainer_args={"train_dataset": rows}, lmbda=1.0)
+
+
+def test_rows_without_prompt_from_a_collator_under_lmbda_one(make_trainer):
+    def all_trained(rows):
+        ids = torch.tensor([[5, 6, 7, 2]] * len(rows))
+        return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+    trainer = make_trainer(trainer_args={"data_collator": all_trained}, lmbda=1.0)
+    with pytest.raises(GKDDataError, match="4 of the first 4 samples have no prompt"):
+        trainer.train()
+
+
+def test_collator_without_labels(make_trainer):
+    def without_labels(rows):
+        ids = torch.tensor([[5, 6, 7, 2]] * len(rows))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    trainer = make_trainer(trainer_args={"data_collator": without_labels})
+    with pytest.raises(GKDDataError, match="gave no labels, only attention_mask, input_ids"):
+        trainer.train()
+
+
+def test_compute_loss_func(make_trainer):
+    with pytest.raises(GKDConfigError, match="compute_loss_func would replace the divergence"):
+        make_trainer(trainer_args={"compute_loss_func": lambda *_, **__: None})
+
+
+def test_label_smoothing(make_trainer):
+    with pytest.raises(GKDConfigError, match=r"label_smoothing_factor=0\.1"):
+        make_trainer(label_smoothing_factor=0.1)
+
+
+def test_prompt_learning_adapter(make_trainer):
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(GKDConfigError, match="virtual tokens"):
+        make_trainer(trainer_args={"peft_config": adapter})
+
+
+def test_data_parallel_names_the_remedies(make_trainer, config, monkeypatch):
+    args = config()
+    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
+    with pytest.raises(GKDConfigError, match=r"accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        make_trainer(trainer_args={"args": args})
+
+
+def test_student_that_cannot_generate_under_lmbda(make_trainer, tiny_model):
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model()
+            self.config = self.inner.config
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+    make_trainer(trainer_args={"model": Student(), "processing_class": None}).train()
+    with pytest.raises(GKDConfigError, match="has the student generate, which Student can't"):
+        make_trainer(trainer_args={"model": Student(), "processing_class": None}, lmbda=0.5)
+
+
+def test_max_length_too_small_for_any_prompt(make_trainer):
+    with pytest.raises(GKDDataError, match="max_length"):
+        make_trainer(lmbda=0.5, max_length=7, max_new_tokens=6)
+
+
+def test_no_usable_row(make_trainer):
+    rows = Dataset.from_list([{"prompt": "hello", "completion": ""}] * 4)
+    with pytest.raises(GKDDataError, match="empty completion"):
+        make_trainer(trainer_args={"train_dataset": rows})
+
+
+def test_iterable_without_usable_row_is_refused_in_the_first_step(make_trainer):
+    rows = Dataset.from_list([{"prompt": "hello", "completion": ""}] * 4).to_iterable_dataset()
+    trainer = make_trainer(trainer_args={"train_dataset": rows})
+    with pytest.raises(GKDDataError, match="no row of it can be used"):
+        trainer.train()
+
+
+def test_some_unusable_rows_are_counted_and_the_run_goes_on(make_trainer, caplog):
+    rows = [{"prompt": "hello", "completion": "one two"}] * 6 + [{"prompt": "hello", "completion": ""}] * 2
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(trainer_args={"train_dataset": Dataset.from_list(rows)}, lmbda=0.5)
+    assert any("2 of 8 rows dropped" in record.message for record in caplog.records)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def faulty_run(make_trainer, tiny_model, fault, **options):
+    teacher = FaultyTeacher(tiny_model(hidden=48, seed=1))
+    teacher.fault = fault
+    trainer = make_trainer(
+        trainer_args={"teacher": teacher},
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        **options,
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_teacher_logits_that_are_not_finite_stop_the_run_before_the_step(make_trainer, tiny_model, tmp_path, fault):
+    trainer = faulty_run(make_trainer, tiny_model, fault)
+    weights = {}
+    trainer.add_callback(_KeepWeights(weights, trainer))
+    with pytest.raises(
+        GKDNumericsError, match=r"step 2, rank 0, micro-batch 0, sample 1: the teacher's logits hold NaN or \+inf"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
+
+
+def test_minus_infinity_is_probability_zero_where_the_divergence_stays_finite(make_trainer, tiny_model):
+    trainer = faulty_run(make_trainer, tiny_model, -float("inf"), beta=0.5)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_minus_infinity_is_refused_where_the_divergence_is_infinite(make_trainer, tiny_model):
+    trainer = faulty_run(make_trainer, tiny_model, -float("inf"), beta=1.0)
+    with pytest.raises(GKDNumericsError, match="the divergence is not finite"):
+        trainer.train()
+
+
+class _KeepWeights(TrainerCallback):
+    def __init__(self, weights, trainer):
+        self.weights, self.trainer = weights, trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.weights.update({name: p.detach().clone() for name, p in self.trainer.model.named_parameters()})

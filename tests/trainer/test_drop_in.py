@@ -1,0 +1,354 @@
+"""GKDTrainer in the place of Trainer, of TRL's GKDTrainer, and in front of other trainers."""
+
+import inspect
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
+from trl.experimental.utils import DataCollatorForChatML
+
+from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfig, GKDConfigError, GKDMixin, GKDTrainer, HFRollouts
+
+MESSAGES = [
+    [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am fine"}],
+    [
+        {"role": "system", "content": "You are helpful."},
+        {"role": "user", "content": "one two"},
+        {"role": "assistant", "content": "three four five"},
+    ],
+]
+
+
+@dataclass
+class MyConfig(GKDArguments, SFTConfig):
+    pass
+
+
+class MySFT(GKDMixin, SFTTrainer):
+    pass
+
+
+def test_every_argument_of_trainer_has_its_name_place_and_default():
+    expected = list(inspect.signature(Trainer.__init__).parameters.values())
+    actual = list(inspect.signature(GKDTrainer.__init__).parameters.values())
+    assert [(p.name, p.kind, p.default) for p in actual[: len(expected)]] == [
+        (p.name, p.kind, p.default) for p in expected
+    ]
+    own = actual[len(expected) : -1]
+    assert [p.name for p in own] == ["teacher_model", "peft_config", "formatting_func", "teacher", "rollouts"]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY and p.default is None for p in own)
+
+
+def test_every_argument_of_trls_trainer_is_taken_by_keyword():
+    assert inspect.signature(TRLGKDTrainer.__init__).parameters.keys() <= (
+        inspect.signature(GKDTrainer.__init__).parameters.keys()
+    )
+
+
+def test_argument_that_trainer_does_not_take_is_unexpected(make_trainer):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'quantization'"):
+        make_trainer(trainer_args={"quantization": 4})
+
+
+def test_call_written_for_trl_runs(tiny_model, byte_level, config):
+    trainer = GKDTrainer(
+        model=tiny_model(),
+        teacher_model=tiny_model(hidden=48, seed=1),
+        args=config(lmbda=0.5, beta=0.5, temperature=0.9, max_new_tokens=4, seq_kd=False, disable_dropout=True),
+        processing_class=byte_level(),
+        train_dataset=Dataset.from_list([{"messages": row} for row in MESSAGES * 4]),
+        eval_dataset=Dataset.from_list([{"messages": row} for row in MESSAGES]),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_trls_collator_reads_its_messages(tiny_model, byte_level, config):
+    trainer = GKDTrainer(
+        model=tiny_model(),
+        teacher_model=tiny_model(hidden=48, seed=1),
+        args=config(lmbda=0.5),
+        processing_class=byte_level(),
+        data_collator=DataCollatorForChatML(tokenizer=byte_level(), max_length=64),
+        train_dataset=Dataset.from_list([{"messages": row} for row in MESSAGES * 4]),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+    assert trainer.state.log_history[0]["on_policy_share"] > 0
+
+
+def test_static_loss_gives_what_trls_gives():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
+    labels = torch.tensor([[-100, 1, 2, 3, -100], [4, 5, -100, -100, 6]])
+    for beta in (0.0, 0.5, 1.0):
+        ours = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta, 2.0)
+        assert ours.item() == pytest.approx(
+            TRLGKDTrainer.generalized_jsd_loss(student, teacher, labels, beta, 2.0).item(), rel=1e-5
+        )
+
+
+def test_without_args_a_default_configuration_is_made(tiny_model, token_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    trainer = GKDTrainer(model=tiny_model(), teacher_model=tiny_model(seed=1), train_dataset=token_rows())
+    assert isinstance(trainer.args, GKDConfig)
+    assert (trainer.args.lmbda, trainer.args.output_dir) == (0.5, "tmp_trainer")
+
+
+def test_plain_training_arguments_keep_their_values(tiny_model, token_rows, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=3e-4, max_steps=1, use_cpu=True, report_to=[], warmup_steps=2
+    )
+    trainer = GKDTrainer(tiny_model(), args, teacher_model=tiny_model(seed=1), train_dataset=token_rows())
+    assert isinstance(trainer.args, GKDConfig)
+    assert (trainer.args.learning_rate, trainer.args.max_steps, trainer.args.warmup_steps) == (3e-4, 1, 2)
+
+
+def test_callbacks_see_every_step_and_can_stop_the_run(make_trainer):
+    events = []
+
+    class Stopping(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            events.append(state.global_step)
+            control.should_training_stop = state.global_step == 2
+
+    make_trainer(trainer_args={"callbacks": [Stopping()]}, max_steps=5, lmbda=0.5).train()
+    assert events == [1, 2]
+
+
+def test_compute_metrics_and_predict_get_the_students_full_logits(make_trainer, token_rows):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["shapes"] = (prediction.predictions.shape, prediction.label_ids.shape)
+        chosen = prediction.predictions[:, :-1].argmax(-1)
+        targets = prediction.label_ids[:, 1:]
+        return {"accuracy": float((chosen == targets)[targets != -100].mean())}
+
+    trainer = make_trainer(trainer_args={"eval_dataset": token_rows(6), "compute_metrics": compute_metrics})
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    (rows, length, vocab), labels = seen["shapes"]
+    assert (rows, vocab) == (6, 368)
+    assert labels == (rows, length)
+
+    output = trainer.predict(trainer.eval_dataset)
+    batch = trainer.data_collator([trainer.eval_dataset[index] for index in range(4)])
+    with torch.no_grad():
+        expected = trainer.model(batch["input_ids"], batch["attention_mask"]).logits.numpy()
+    is_real = batch["attention_mask"].bool().numpy()
+    actual = output.predictions[:4, : expected.shape[1]]
+    assert np.abs(actual - expected)[is_real].max() < 1e-4
+    assert "test_loss" in output.metrics
+
+
+def test_model_init_makes_an_adapted_student_for_every_run(make_trainer, tiny_model):
+    made = []
+
+    def model_init():
+        made.append(tiny_model(attention_dropout=0.1))
+        return made[-1]
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = make_trainer(trainer_args={"model_init": model_init, "peft_config": lora}, lmbda=0.5)
+    trainer.train()
+    assert len(made) == 2  # Trainer makes one at construction and one for the run
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.model.get_base_model() is made[-1]
+    assert made[-1].model.layers[0].self_attn.attention_dropout == 0
+
+
+def test_subclass_can_change_the_loss_the_teacher_and_the_collator(make_trainer, tiny_model, token_rows):
+    class Doubled(GKDTrainer):
+        def compute_loss(self, *args, return_outputs=False, **kwargs):
+            result = super().compute_loss(*args, return_outputs=return_outputs, **kwargs)
+            return (2 * result[0], result[1]) if return_outputs else 2 * result
+
+    class CountingTeacher(FrozenTeacher):
+        calls = 0
+
+        def score(self, batch):
+            CountingTeacher.calls += 1
+            return super().score(batch)
+
+    collated = []
+
+    def collator(rows):
+        collated.append(len(rows))
+        return plain.data_collator(rows)
+
+    plain = make_trainer(trainer_args={"eval_dataset": token_rows(5)})
+    doubled = make_trainer(
+        trainer_class=Doubled,
+        trainer_args={
+            "eval_dataset": token_rows(5),
+            "teacher": CountingTeacher(tiny_model(hidden=48, seed=1)),
+            "data_collator": collator,
+        },
+    )
+    assert doubled.evaluate()["eval_loss"] == pytest.approx(2 * plain.evaluate()["eval_loss"], rel=1e-5)
+    assert CountingTeacher.calls == 2
+    assert collated == [4, 1]
+
+
+def test_rollouts_passed_are_the_rollouts_used(make_trainer):
+    class Spy(HFRollouts):
+        calls = 0
+
+        def generate(self, prompts, sampling, seeds):
+            Spy.calls += 1
+            return super().generate(prompts, sampling, seeds)
+
+    spy = Spy(stop_ids=[2], vocab_size=365)
+    trainer = make_trainer(trainer_args={"rollouts": spy}, lmbda=1.0, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.rollouts is spy
+    assert Spy.calls == 2  # one for each window
+
+
+def test_student_and_teacher_are_loaded_by_path(tiny_model, byte_level, token_rows, config, tmp_path):
+    student = tiny_model()
+    student.to(torch.bfloat16).save_pretrained(tmp_path / "student")
+    byte_level().save_pretrained(tmp_path / "student")
+    tiny_model(hidden=48, seed=1).save_pretrained(tmp_path / "teacher")
+    byte_level().save_pretrained(tmp_path / "teacher")
+    trainer = GKDTrainer(
+        model=str(tmp_path / "student"),
+        args=config(
+            teacher_model_name_or_path=str(tmp_path / "teacher"), teacher_model_init_kwargs='{"dtype": "bfloat16"}'
+        ),
+        train_dataset=token_rows(),
+    )
+    assert trainer.model.dtype == torch.float32
+    assert trainer.teacher_model.dtype == torch.bfloat16
+    assert len(trainer.processing_class) == 365
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_wrapped_model_is_trained_as_it_is(make_trainer, tiny_model):
+    student = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    make_trainer(trainer_args={"model": student}, lmbda=0.5, gradient_checkpointing=True).train()
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora" in name for name in changed)
+
+
+def test_student_whose_forward_takes_no_extra_arguments_gets_the_loss_undivided(make_trainer, tiny_model):
+    class Plain(type(tiny_model())):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    plain = tiny_model()
+    plain.__class__ = Plain
+    logs = []
+    for model in (plain, tiny_model()):
+        trainer = make_trainer(trainer_args={"model": model}, gradient_accumulation_steps=2, max_steps=1)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-5)
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-4)
+
+
+def test_torch_dataset_of_token_rows_trains(make_trainer, token_rows):
+    class Rows(torch.utils.data.Dataset):
+        def __init__(self):
+            self.rows = list(token_rows())
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    trainer = make_trainer(trainer_args={"train_dataset": Rows()}, lmbda=0.5)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_iterable_dataset_trains_on_the_rows_of_its_map_style_twin(make_trainer, token_rows):
+    losses = []
+    for rows in (token_rows(16), token_rows(16).to_iterable_dataset()):
+        trainer = make_trainer(
+            trainer_args={"train_dataset": rows}, train_sampling_strategy="sequential", max_steps=4, lmbda=0.5
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert trainer.args.accelerator_config.dispatch_batches is False
+    assert losses[0] == losses[1]
+
+
+def sft_trainer(config, tiny_model, byte_level, rows, **options):
+    return MySFT(
+        model=tiny_model(),
+        args=config(MyConfig, bf16=False, **options),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=byte_level(),
+        teacher_model=tiny_model(hidden=48, seed=1),
+    )
+
+
+def test_mixin_in_front_of_sfttrainer_trains_what_gkdtrainer_trains(tiny_model, byte_level, config):
+    rows = [{"messages": messages, "topic": "any"} for messages in MESSAGES * 4]
+    shared = {"lmbda": 0.5, "gradient_checkpointing": False, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    sft = sft_trainer(config, tiny_model, byte_level, rows, **shared)
+    plain = GKDTrainer(
+        model=tiny_model(),
+        args=config(**shared),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=byte_level(),
+        teacher_model=tiny_model(hidden=48, seed=1),
+    )
+    logs = []
+    for trainer in (sft, plain):
+        trainer.train()
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+    labels = sft.train_dataset[0]["labels"]
+    assert sft.processing_class.decode([label for label in labels if label != -100]) == "I am fine<|im_end|>"
+
+
+def test_sfttrainer_wraps_and_loads_by_itself(tiny_model, byte_level, config, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "student")
+    byte_level().save_pretrained(tmp_path / "student")
+    trainer = MySFT(
+        model=str(tmp_path / "student"),
+        args=config(MyConfig, bf16=False),
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in MESSAGES * 4]),
+        teacher_model=tiny_model(seed=1),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+    )
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_packed_rows_have_the_loss_of_single_rows(tiny_model, byte_level, config):
+    rows = [{"messages": messages} for messages in MESSAGES * 2]
+    packed = sft_trainer(config, tiny_model, byte_level, rows, packing=True, max_length=128, lmbda=0.0, max_steps=1)
+    single = sft_trainer(config, tiny_model, byte_level, rows, lmbda=0.0, max_steps=1)
+    assert len(packed.train_dataset) < len(single.train_dataset)
+    for trainer in (packed, single):
+        trainer.train()
+    assert packed.state.log_history[0]["loss"] == pytest.approx(single.state.log_history[0]["loss"], rel=1e-4)
+
+
+def test_sfttrainer_with_a_configuration_that_has_no_distillation_options_is_refused(
+    tiny_model, byte_level, config, tmp_path
+):
+    with pytest.raises(GKDConfigError, match=r"class MyConfig\(GKDArguments, trl.SFTConfig\)"):
+        MySFT(
+            model=tiny_model(),
+            args=SFTConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True),
+            train_dataset=Dataset.from_list([{"text": "hello"}]),
+            teacher_model=tiny_model(seed=1),
+        )
