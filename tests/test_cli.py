@@ -1,0 +1,294 @@
+"""`gkd-trainer train` as a user calls it: options and YAML, data of every kind, runs on tiny models, bad input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gkd_trainer import GKDConfig
+from gkd_trainer.cli import main
+
+ROWS = [{"prompt": f"{word} and one is", "completion": f" {word} one"} for word in ("one", "two", "three", "four")]
+
+
+@pytest.fixture(autouse=True)
+def _own_dataset_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def pair(tmp_path, tiny_model, byte_level):
+    """The options that name a student, a wider teacher and the output folder."""
+    tokenizer = byte_level()
+    for name, hidden, seed in (("student", 32, 0), ("teacher", 48, 1)):
+        tiny_model(hidden=hidden, seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    paths = {"--model": "student", "--teacher": "teacher", "--output_dir": "output"}
+    return [text for option, name in paths.items() for text in (option, str(tmp_path / name))]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """A JSON-lines file of four rows."""
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+@pytest.fixture
+def data(rows_file):
+    """The options that name a data set and keep a run short."""
+    return ["--dataset", str(rows_file), "--max_new_tokens", "4", "--max_steps", "2", "--report_to", "none"]
+
+
+@pytest.fixture
+def given_to_trainer(monkeypatch):
+    """Run main up to the trainer, and return what the trainer is given."""
+    given = {}
+
+    class TrainerReachedError(Exception):
+        pass
+
+    def record(model, args, **kwargs):
+        given.update(model=model, args=args, **kwargs)
+        raise TrainerReachedError
+
+    def run(*argv):
+        monkeypatch.setattr("gkd_trainer.trainer.GKDTrainer", record)
+        with pytest.raises(TrainerReachedError):
+            main(["train", *map(str, argv)])
+        return given
+
+    return run
+
+
+def write_rows(path, rows):
+    dataset = Dataset.from_list(rows)
+    {".csv": dataset.to_csv, ".parquet": dataset.to_parquet}.get(path.suffix, dataset.to_json)(str(path))
+    return path
+
+
+def write_yaml(path, **options):
+    path.write_text(yaml.safe_dump(options))
+    return path
+
+
+def exit_of(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in argv])
+    return stopped.value.code, capsys.readouterr().err
+
+
+def weights_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    script = (
+        "import sys; from gkd_trainer.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stopped: assert stopped.code == 0\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'trl'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "distil a teacher into a student" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_train_help_groups_every_option_of_gkd_config_behind_our_own(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    titles = ["\nstudent:", "\ndata:", "\nLoRA", "\ndistillation", "\ntraining (transformers.TrainingArguments)"]
+    positions = [text.index(title) for title in titles]
+    assert positions == sorted(positions)
+    assert [option.name for option in fields(GKDConfig) if option.init and f"  --{option.name}" not in text] == []
+    distillation = text[positions[3] : positions[4]]
+    assert "  --lmbda FLOAT" in distillation
+    assert "--teacher_model_name_or_path, --teacher TEXT" in distillation
+    assert "--learning_rate" not in distillation
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["train", "--betta", "1"], ["train", "--beta", "much"]])
+def test_arguments_that_cannot_be_parsed_exit_2(argv, capsys):
+    code, error = exit_of(argv, capsys)
+    assert code == 2
+    assert "usage: gkd-trainer" in error
+
+
+def test_every_required_option_that_is_missing_is_named(capsys):
+    code, error = exit_of(["train", "--beta", "1"], capsys)
+    assert code == 2
+    assert "required: --model_name_or_path, --teacher_model_name_or_path, --dataset" in error
+
+
+def test_command_line_wins_over_the_yaml_file(given_to_trainer, pair, rows_file, tmp_path):
+    config = write_yaml(tmp_path / "a.yaml", dataset=str(rows_file), beta=0.9, lmbda=0.25, learning_rate="3e-4")
+    args = given_to_trainer("--config", config, *pair, "--beta", "0.1")["args"]
+    assert (args.beta, args.lmbda, args.learning_rate) == (0.1, 0.25, 3e-4)
+
+
+def test_yaml_holds_aliases_mappings_lists_null_and_a_bare_no(given_to_trainer, pair, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        f"model: {pair[1]}\nteacher: {pair[3]}\ndataset: {write_rows(tmp_path / 'rows.csv', ROWS)}\n"
+        "teacher_model_init_kwargs:\n  dtype: bfloat16\n  attn_implementation: eager\n"
+        "report_to: [none]\nmax_length: null\nsave_strategy: no\nuse_peft: yes\nlora_target_modules: [q_proj, v_proj]\n"
+    )
+    given = given_to_trainer(f"--config={file}", "--output_dir", tmp_path / "output")
+    args = given["args"]
+    assert given["model"] == pair[1]
+    assert args.teacher_model_name_or_path == pair[3]
+    assert args.teacher_model_init_kwargs == {"dtype": "bfloat16", "attn_implementation": "eager"}
+    assert args.max_length is None
+    assert args.save_strategy == "no"
+    assert given["peft_config"].target_modules == {"q_proj", "v_proj"}
+
+
+def test_dictionary_options_are_json_on_the_command_line(given_to_trainer, pair, data):
+    args = given_to_trainer(*pair, *data, "--model-init-kwargs", '{"dtype": "bfloat16"}')["args"]
+    assert args.model_init_kwargs == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("betta: 0.5\nlambda: 1\n", "unknown options: betta, lambda"),
+        ("beta: much\n", "argument --beta: invalid float value: 'much'"),
+        ("beta: [0.5]\n", "beta can't be [0.5]"),
+        ("beta: null\n", "beta can't be None"),
+        ("max_steps: 2.5\n", "argument --max_steps"),
+        ("train_on: first_turn\n", "invalid choice: 'first_turn' (choose from 'all_turns', 'last_turn')"),
+        ("- beta\n", "expected options by name"),
+        ("beta: [\n", "could not read"),
+        (None, "could not read"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_used_exits_2_and_says_why(text, message, tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    if text is not None:
+        file.write_text(text)
+    code, error = exit_of(["train", "--config", file], capsys)
+    assert code == 2
+    assert message in error
+
+
+def test_the_yaml_example_names_options_that_exist(given_to_trainer, pair, data):
+    file = Path(__file__).parents[1] / "examples" / "train.yaml"
+    own = ["--eval_split", "train", "--teacher_model_init_kwargs", "{}"]
+    args = given_to_trainer("--config", file, *pair, *data, *own)["args"]
+    assert args.gradient_accumulation_steps == 8
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_a_file_of_rows_is_read_by_its_suffix(suffix, given_to_trainer, pair, tmp_path):
+    file = write_rows(tmp_path / f"rows{suffix}", ROWS)
+    given = given_to_trainer(*pair, "--dataset", file, "--train_split", "train[:3]")
+    assert given["train_dataset"].to_list() == ROWS[:3]
+    assert given["eval_dataset"] is None
+
+
+def test_a_folder_holds_its_splits(given_to_trainer, pair, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", ROWS[:3])
+    write_rows(folder / "test.jsonl", ROWS[3:])
+    given = given_to_trainer(*pair, "--dataset", folder, "--eval_split", "test")
+    assert given["train_dataset"].to_list() == ROWS[:3]
+    assert given["eval_dataset"].to_list() == ROWS[3:]
+
+
+def test_an_evaluation_file_of_its_own_needs_no_split(given_to_trainer, pair, data, tmp_path):
+    file = write_rows(tmp_path / "held_out.parquet", ROWS[:1])
+    assert given_to_trainer(*pair, *data, "--eval_dataset", file)["eval_dataset"].to_list() == ROWS[:1]
+
+
+def test_streaming_reads_rows_one_by_one(given_to_trainer, pair, data):
+    given = given_to_trainer(*pair, *data, "--streaming")
+    assert not hasattr(given["train_dataset"], "__len__")
+    assert next(iter(given["train_dataset"])) == ROWS[0]
+
+
+def test_a_run_trains_evaluates_and_saves_a_student_that_loads(pair, data, rows_file, tmp_path, capsys):
+    main(["train", *pair, *data, "--eval_dataset", str(rows_file), "--learning_rate", "1e-2", "--save_strategy", "no"])
+    before, after = weights_of(tmp_path / "student"), weights_of(tmp_path / "output")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert AutoTokenizer.from_pretrained(tmp_path / "output").eos_token == "<|im_end|>"
+    results = json.loads((tmp_path / "output" / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss"} <= results.keys()
+    assert (tmp_path / "output" / "trainer_state.json").exists()
+    assert "***** eval metrics *****" in capsys.readouterr().out
+
+
+def test_a_streamed_run_trains(pair, data, tmp_path):
+    main(["train", *pair, *data, "--streaming", "--save_strategy", "no"])
+    assert json.loads((tmp_path / "output" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_a_lora_run_saves_an_adapter_that_loads(pair, data, tmp_path):
+    lora = ["--use_peft", "--lora_r", "2", "--lora_alpha", "4", "--lora_target_modules", "all-linear"]
+    main(["train", *pair, *data, *lora, "--save_strategy", "no"])
+    assert not (tmp_path / "output" / "model.safetensors").exists()
+    config = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "output").peft_config["default"]
+    assert (config.r, config.lora_alpha) == (2, 4)
+    adapted = {name.rpartition(".")[2] for name in config.target_modules}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("source", ["true", "folder"])
+def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(source, pair, data, tmp_path):
+    options = [*pair, *data, "--save_steps", "1", "--learning_rate", "1e-2", "--per_device_train_batch_size", "2"]
+    main(["train", *options])
+    unbroken = weights_of(tmp_path / "output")
+    (tmp_path / "output" / "model.safetensors").unlink()
+    (tmp_path / "output" / "checkpoint-2").rename(tmp_path / "aside")
+    checkpoint = str(tmp_path / "output" / "checkpoint-1") if source == "folder" else "true"
+    main(["train", *options, "--resume_from_checkpoint", checkpoint])
+    resumed = weights_of(tmp_path / "output")
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    first = weights_of(tmp_path / "output" / "checkpoint-1")
+    assert any(not torch.equal(first[name], resumed[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--beta", "1.5"], "beta must be in [0, 1]"),
+        (["--dataset", "nowhere.jsonl"], "--dataset: there is no file nowhere.jsonl"),
+        (["--dataset", __file__], "expected a file that ends in .json, .jsonl, .parquet, .csv"),
+        (["--dataset", "nobody/nothing"], "--dataset: could not load the split 'train' of nobody/nothing"),
+        (["--train_split", "train[:x]"], "--dataset: could not load the split 'train[:x]'"),
+        (["--model", "./nowhere"], "--model_name_or_path: expected a folder with a model"),
+        (["--teacher", "nobody/nothing"], "--teacher_model_name_or_path: expected a folder with a model"),
+        (["--streaming", "--max_steps", "-1"], "set max_steps"),
+        (["--eval_strategy", "steps"], "set eval_dataset or eval_split"),
+        (["--lora_r", "8"], "lora_r without effect: set use_peft"),
+        (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout=0.1 has no effect while disable_dropout is on"),
+        (["--resume_from_checkpoint", "true"], "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "nowhere"], "expected a checkpoint's folder"),
+        (["--load_best_model_at_end"], "--load_best_model_at_end requires the save and eval strategy to match"),
+        (["--max_length", "5"], "none of the 4 rows can be used"),
+    ],
+)
+def test_bad_input_exits_1_with_one_message(options, message, pair, data, capsys):
+    code, error = exit_of(["train", *pair, *data, *options], capsys)
+    assert code == 1
+    _, separator, told = error.partition("gkd-trainer train: error: ")
+    assert separator
+    assert message in told
+
+
+def test_a_mistake_prints_no_traceback(pair, data):
+    command = [Path(sys.executable).with_name("gkd-trainer"), "train", *pair, *data, "--temperature", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("gkd-trainer train: error: temperature must be above 0")
+    assert "Traceback" not in result.stderr
