@@ -1,0 +1,71 @@
+"""The examples run as they are written, on the real small pair and a few problems in GSM8K's format."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+PROBLEMS = [
+    ("Ann has 3 pens and buys 4 more. How many pens has she?", "She has 3 + 4 = <<3+4=7>>7 pens.\n#### 7"),
+    ("A box holds 6 eggs. How many eggs are in 5 boxes?", "There are 5 * 6 = <<5*6=30>>30 eggs.\n#### 30"),
+    ("Bo had $20 and spent $8. How much is left?", "He has 20 - 8 = $<<20-8=12>>12 left.\n#### 12"),
+    ("Two trains carry 510 people each. How many in all?", "In all 2 * 510 = <<2*510=1020>>1,020.\n#### 1,020"),
+]
+
+
+@pytest.fixture
+def gsm8k_dir(tmp_path, monkeypatch):
+    """A folder with train.jsonl and test.jsonl."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    for split, problems in (("train", PROBLEMS), ("test", PROBLEMS[:2])):
+        lines = [json.dumps({"question": question, "answer": answer}) for question, answer in problems]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path):
+    """Run an example's main for two steps; return the folder that it saved to."""
+
+    def run_example(name, *options):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        example = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(example)
+        places = ["--student", smollm2_student_dir, "--teacher", smollm2_dir, "--data", gsm8k_dir]
+        output_dir = tmp_path / "output"
+        small = ["--output_dir", output_dir, "--max_steps", 2, "--batch_size", 2]
+        example.main([str(option) for option in (*places, *small, *options)])
+        return output_dir
+
+    return run_example
+
+
+def test_off_policy_example_lowers_the_divergence_that_it_prints(run, capsys):
+    output_dir = run("off_policy_gsm8k", "--learning_rate", 5e-4, "--max_length", 96, "--num_eval", 2)
+    before, after = re.search(r"(\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    assert AutoModelForCausalLM.from_pretrained(output_dir).config.num_hidden_layers == 15
+
+
+def test_on_policy_example_prints_completions_and_how_many_problems_were_solved(run, capsys):
+    output_dir = run("on_policy_gsm8k", "--max_new_tokens", 8, "--num_eval", 2)
+    printed = capsys.readouterr().out
+    assert "Solved 0 of 2 test problems" in printed  # the pruned student writes no numbers yet
+    assert "step 2" in printed.lower()
+    assert (output_dir / "model.safetensors").exists()
+
+
+def test_lora_example_saves_the_adapter_alone_and_generates_with_it(run, capsys):
+    output_dir = run("lora_student", "--max_new_tokens", 8, "--rank", 4)
+    assert (output_dir / "adapter_model.safetensors").exists()
+    assert not (output_dir / "model.safetensors").exists()
+    answer = capsys.readouterr().out.partition("The student with its adapter:")[2]
+    assert answer.strip()
