@@ -1,0 +1,222 @@
+"""The λ draw, the sampling seeds, and completions in place of what the data had."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion
+from gkd_trainer.rollouts.mixing import is_on_policy, lmbda_at, prompt_of, rows_of, sampling_seed, with_completions
+
+X = IGNORE_INDEX
+PAD = 0
+
+
+def draws(lmbda, positions, seed=42, step=0, granularity="sample"):
+    return [is_on_policy(lmbda, granularity, seed, step, position) for position in positions]
+
+
+@pytest.mark.parametrize("granularity", ["sample", "batch"])
+@pytest.mark.parametrize(("lmbda", "expected"), [(0.0, False), (1.0, True)])
+def test_lambda_0_never_and_lambda_1_always_draws_on_policy(lmbda, expected, granularity):
+    for step in range(100):
+        assert set(draws(lmbda, range(10), step=step, granularity=granularity)) == {expected}
+
+
+@pytest.mark.parametrize("lmbda", [0.1, 0.5, 0.8])
+def test_the_share_of_on_policy_samples_is_lambda(lmbda):
+    drawn = [draw for step in range(100) for draw in draws(lmbda, range(40), step=step)]
+    assert abs(np.mean(drawn) - lmbda) < 0.03  # 4 standard deviations of 4,000 draws at 0.5
+
+
+@pytest.mark.parametrize("lmbda", [0.2, 0.7])
+def test_the_share_of_on_policy_steps_is_lambda(lmbda):
+    drawn = [draws(lmbda, [0], step=step, granularity="batch")[0] for step in range(4000)]
+    assert abs(np.mean(drawn) - lmbda) < 0.03
+
+
+def test_granularity_batch_shares_one_draw_in_a_step():
+    steps = [set(draws(0.5, range(64), step=step, granularity="batch")) for step in range(20)]
+    assert all(len(drawn) == 1 for drawn in steps)
+    assert {drawn.pop() for drawn in steps} == {True, False}
+
+
+def test_granularity_sample_draws_each_position_by_itself():
+    assert all(len(set(draws(0.5, range(64), step=step))) == 2 for step in range(20))
+
+
+def test_the_draw_depends_on_seed_step_and_position_alone():
+    first = draws(0.5, range(64), seed=1, step=3)
+    torch.manual_seed(7)
+    np.random.seed(7)
+    random.seed(7)
+    assert draws(0.5, range(64), seed=1, step=3) == first
+    assert draws(0.5, reversed(range(64)), seed=1, step=3) == first[::-1]
+    assert draws(0.5, range(64), seed=2, step=3) != first
+    assert draws(0.5, range(64), seed=1, step=4) != first
+
+
+def test_a_larger_lambda_only_adds_on_policy_samples():
+    smaller, larger = draws(0.3, range(500)), draws(0.6, range(500))
+    assert all(b for a, b in zip(smaller, larger, strict=True) if a)
+    assert sum(larger) > sum(smaller)
+
+
+def test_sampling_seeds_differ_by_seed_step_and_position():
+    keys = [(seed, step, position) for seed in range(5) for step in range(20) for position in range(20)]
+    seeds = {sampling_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sampling_seed(1, 2, 3) == sampling_seed(1, 2, 3)
+
+
+def test_the_first_number_of_a_completion_is_independent_of_whether_it_was_drawn():
+    """One stream for both would hand on-policy samples the small uniforms alone."""
+    choices = draws(0.5, range(2000))
+    first = [np.random.Generator(np.random.Philox(sampling_seed(42, 0, position))).random() for position in range(2000)]
+    chosen = np.array(first)[np.array(choices)]
+    assert abs(chosen.mean() - 0.5) < 0.04
+    assert chosen.max() > 0.9
+
+
+def test_the_global_random_states_are_untouched():
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    draws(0.5, range(20))
+    sampling_seed(1, 2, 3)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+
+
+def test_a_constant_lambda_stays():
+    assert [lmbda_at(step, 10, 0.3, None, "constant") for step in (0, 5, 9)] == [0.3] * 3
+
+
+def test_a_linear_lambda_goes_from_the_first_step_to_the_last():
+    values = [lmbda_at(step, 11, 0.2, 0.8, "linear") for step in range(11)]
+    assert values == pytest.approx([0.2 + 0.6 * step / 10 for step in range(11)])
+    assert [lmbda_at(step, 5, 1.0, 0.0, "linear") for step in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+def test_a_linear_lambda_over_one_step_is_its_start():
+    assert lmbda_at(0, 1, 0.2, 0.8, "linear") == 0.2
+    assert lmbda_at(0, 0, 0.2, 0.8, "linear") == 0.2
+
+
+def test_a_linear_lambda_never_passes_its_end():
+    assert lmbda_at(99, 11, 0.2, 0.8, "linear") == pytest.approx(0.8)
+
+
+def batch_of(ids, mask, labels, **others):
+    return {
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask),
+        "labels": torch.tensor(labels),
+        **others,
+    }
+
+
+RIGHT = batch_of(
+    ids=[[11, 12, 13, 14, 15], [21, 22, 23, PAD, PAD]],
+    mask=[[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]],
+    labels=[[X, X, 13, 14, 15], [X, 22, 23, X, X]],
+)
+LEFT = batch_of(
+    ids=[[11, 12, 13, 14, 15], [PAD, PAD, 21, 22, 23]],
+    mask=[[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]],
+    labels=[[X, X, 13, 14, 15], [X, X, X, 22, 23]],
+)
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+def test_rows_come_without_their_padding(inputs):
+    assert rows_of(inputs) == [
+        ([11, 12, 13, 14, 15], [X, X, 13, 14, 15]),
+        ([21, 22, 23], [X, 22, 23]),
+    ]
+
+
+def test_rows_without_a_mask_are_whole():
+    inputs = {key: RIGHT[key] for key in ("input_ids", "labels")}
+    assert rows_of(inputs)[1] == ([21, 22, 23, PAD, PAD], [X, 22, 23, X, X])
+
+
+@pytest.mark.parametrize(
+    ("labels", "prompt"),
+    [
+        ([X, X, 3, 4], [1, 2]),
+        ([X, 2, X, 4], [1, 2, 3]),  # the earlier turn is part of the prompt
+        ([X, X, X, X], [1, 2, 3, 4]),
+        ([1, 2, 3, 4], []),
+        ([X, 2, X, X], [1]),
+    ],
+)
+def test_the_prompt_of_a_sample_is_all_before_its_last_trained_run(labels, prompt):
+    assert prompt_of([1, 2, 3, 4], labels) == prompt
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+def test_an_off_policy_and_an_on_policy_sample_sit_in_one_batch(inputs):
+    mixed = with_completions(inputs, {1: Completion([91, 92, 93, 94, 95, 2], True)}, {1}, pad_token_id=7)
+    assert mixed["input_ids"].tolist() == [[11, 12, 13, 14, 15, 7, 7], [21, 91, 92, 93, 94, 95, 2]]
+    assert mixed["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
+    assert mixed["labels"].tolist() == [[X, X, 13, 14, 15, X, X], [X, 91, 92, 93, 94, 95, 2]]
+    assert mixed[IS_ON_POLICY].tolist() == [False, True]
+    assert {value.dtype for key, value in mixed.items() if key != IS_ON_POLICY} == {torch.long}
+
+
+def test_only_the_completion_is_trained_on_where_earlier_turns_were():
+    inputs = batch_of([[1, 2, 3, 4, 5, 6]], [[1] * 6], [[X, 2, X, X, 5, 6]])
+    mixed = with_completions(inputs, {0: Completion([8, 9], False)}, {0}, PAD)
+    assert mixed["input_ids"].tolist() == [[1, 2, 3, 4, 8, 9]]
+    assert mixed["labels"].tolist() == [[X, X, X, X, 8, 9]]
+
+
+def test_a_trained_end_of_sequence_survives_where_it_is_also_the_pad_token():
+    mixed = with_completions(RIGHT, {1: Completion([91, 2], True)}, {1}, pad_token_id=2)
+    assert mixed["labels"][1].tolist() == [X, 91, 2, X, X]
+    assert mixed["attention_mask"][1].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_a_shorter_completion_shortens_the_batch():
+    mixed = with_completions(RIGHT, {0: Completion([9], True)}, {0}, PAD)
+    assert mixed["input_ids"].tolist() == [[11, 12, 9], [21, 22, 23]]
+
+
+def test_other_tensors_of_the_old_lengths_are_left_out_and_the_rest_stays():
+    inputs = {
+        **RIGHT,
+        "position_ids": torch.arange(5).expand(2, 5),
+        "token_embeddings": torch.zeros(2, 5, 3),
+        "row_weight": torch.tensor([0.5, 1.5]),
+        "image": torch.zeros(2, 3, 5),
+        "scalar": torch.tensor(3.0),
+        "names": ["a", "b"],
+    }
+    mixed = with_completions(inputs, {1: Completion([9], True)}, {1}, PAD)
+    assert "position_ids" not in mixed
+    assert "token_embeddings" not in mixed
+    for key in ("row_weight", "image", "scalar", "names"):
+        assert mixed[key] is inputs[key]
+
+
+def test_a_batch_without_completions_is_marked_and_else_unchanged():
+    inputs = {**LEFT, "position_ids": torch.arange(5).expand(2, 5)}
+    marked = with_completions(inputs, {}, set(), PAD)
+    assert marked.pop(IS_ON_POLICY).tolist() == [False, False]
+    assert marked.keys() == inputs.keys()
+    assert all(marked[key] is inputs[key] for key in inputs)
+
+
+def test_the_given_batch_is_not_changed():
+    before = {key: value.clone() for key, value in RIGHT.items()}
+    with_completions(RIGHT, {0: Completion([9], True)}, {0}, PAD)
+    assert RIGHT.keys() == before.keys()
+    assert all(torch.equal(RIGHT[key], before[key]) for key in before)
+
+
+def test_a_completion_of_the_teacher_is_not_marked_on_policy():
+    mixed = with_completions(RIGHT, {0: Completion([8], True), 1: Completion([9], True)}, {1}, PAD)
+    assert mixed[IS_ON_POLICY].tolist() == [False, True]
+    assert mixed["labels"].tolist() == [[X, X, 8], [X, 9, X]]

@@ -1,0 +1,131 @@
+"""The values that cross the stages: which positions are scored, what a head makes of hidden states."""
+
+import pytest
+import torch
+
+from gkd_trainer.batch import (
+    IGNORE_INDEX,
+    IS_ON_POLICY,
+    Head,
+    HiddenSignal,
+    LogitsSignal,
+    TokenBatch,
+    prompt_length,
+)
+
+X = IGNORE_INDEX
+
+
+@pytest.mark.parametrize(
+    ("labels", "length"),
+    [
+        ([X, X, X, 7, 8], 3),
+        ([X, 5, 6, X, X, 7, 8], 5),  # two turns: the last one is completed
+        ([X, X, 7, 8, X, X], 2),  # a newline after the trained turn
+        ([X, X, X], 3),  # a prompt alone
+        ([5, 6, 7], 0),  # no prompt
+        ([5, X, 7], 2),
+        ([5, X, X], 0),
+        ([], 0),
+    ],
+)
+def test_the_prompt_is_all_before_the_last_trained_run(labels, length):
+    assert prompt_length(labels) == length
+
+
+def labelled_batch():
+    labels_BL = torch.tensor([[X, X, 5, 6, X], [9, X, X, 7, 8], [X, X, X, X, X]])
+    return TokenBatch({"input_ids": labels_BL.clamp_min(0)}, labels_BL, torch.tensor([True, False, False]))
+
+
+def test_position_i_is_scored_where_token_i_plus_1_is_trained_on():
+    batch = labelled_batch()
+    # The first token of row 1 has no position that predicts it.
+    assert batch.is_scored_BL.tolist() == [
+        [False, True, True, False, False],
+        [False, False, True, True, False],
+        [False] * 5,
+    ]
+    assert batch.targets_N.tolist() == [5, 6, 7, 8]
+    assert batch.rows_N.tolist() == [0, 0, 1, 1]
+
+
+def test_targets_and_rows_are_in_the_order_of_the_scored_positions():
+    generator = torch.Generator().manual_seed(0)
+    labels_BL = torch.randint(0, 50, (7, 11), generator=generator)
+    labels_BL[torch.rand(7, 11, generator=generator) < 0.5] = X
+    batch = TokenBatch({}, labels_BL, torch.zeros(7, dtype=torch.bool))
+    expected = [
+        (row, position, labels_BL[row, position + 1].item())
+        for row in range(7)
+        for position in range(10)
+        if labels_BL[row, position + 1] != X
+    ]
+    assert batch.is_scored_BL.nonzero().tolist() == [[row, position] for row, position, _ in expected]
+    assert batch.targets_N.tolist() == [target for *_, target in expected]
+    assert batch.rows_N.tolist() == [row for row, *_ in expected]
+
+
+def test_only_what_a_forward_takes_is_model_input():
+    inputs = {
+        "input_ids": torch.ones(2, 3, dtype=torch.long),
+        "attention_mask": torch.ones(2, 3, dtype=torch.long),
+        "position_ids": torch.arange(3).expand(2, 3),
+        "labels": torch.full((2, 3), X),
+        "prompts": torch.ones(2, 2, dtype=torch.long),
+        "prompt_attention_mask": torch.ones(2, 2, dtype=torch.long),
+        IS_ON_POLICY: torch.tensor([True, False]),
+    }
+    batch = TokenBatch.from_inputs(inputs)
+    assert set(batch.model_inputs) == {"input_ids", "attention_mask", "position_ids"}
+    assert batch.is_on_policy_B.tolist() == [True, False]
+
+
+def test_without_a_mark_no_sample_is_on_policy():
+    batch = TokenBatch.from_inputs({"input_ids": torch.ones(2, 3), "labels": torch.full((2, 3), X)})
+    assert batch.is_on_policy_B.tolist() == [False, False]
+
+
+def test_a_head_scales_and_then_caps_its_logits():
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH, weight_VH, bias_V = (torch.randn(*shape, generator=generator) for shape in [(5, 4), (7, 4), (7,)])
+    expected_NV = 3.0 * torch.tanh(0.25 * (hidden_NH @ weight_VH.T + bias_V) / 3.0)
+    logits_NV = Head(weight_VH, bias_V, scale=0.25, softcap=3.0).logits(hidden_NH)
+    torch.testing.assert_close(logits_NV, expected_NV)
+
+
+@pytest.mark.parametrize(
+    ("hidden_dtype", "weight_dtype", "logits_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64, torch.float64),
+    ],
+)
+def test_logits_are_never_rounded_below_float32(hidden_dtype, weight_dtype, logits_dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH = torch.randn(5, 16, generator=generator).to(hidden_dtype)
+    weight_VH = torch.randn(7, 16, generator=generator).to(weight_dtype)
+    logits_NV = Head(weight_VH).logits(hidden_NH)
+    assert logits_NV.dtype == logits_dtype
+    expected_NV = hidden_NH.double() @ weight_VH.double().T
+    torch.testing.assert_close(logits_NV.double(), expected_NV, atol=1e-5, rtol=1e-5)
+
+
+def test_slicing_a_head_slices_its_bias_and_keeps_scale_and_softcap():
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH = torch.randn(5, 4, generator=generator)
+    head = Head(torch.randn(7, 4, generator=generator), torch.randn(7, generator=generator), 0.5, 2.0)
+    signal = HiddenSignal(hidden_NH, head)
+    assert signal.vocab_size == 7
+    sliced = signal.sliced(6)
+    assert sliced.vocab_size == 6
+    torch.testing.assert_close(sliced.head.logits(hidden_NH), head.logits(hidden_NH)[:, :6])
+    assert sliced.head.weight_VH.data_ptr() == head.weight_VH.data_ptr()
+
+
+def test_slicing_logits_keeps_the_first_tokens():
+    logits_NV = torch.arange(12.0).reshape(2, 6)
+    signal = LogitsSignal(logits_NV)
+    assert signal.vocab_size == 6
+    assert signal.sliced(4).logits_NV.tolist() == logits_NV[:, :4].tolist()

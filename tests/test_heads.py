@@ -1,0 +1,273 @@
+"""A causal LM taken apart: the head found is the model's, or the model is asked for its logits."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from gkd_trainer.batch import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
+from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
+
+FAMILIES = ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"]
+
+
+def padded_batch(vocab=368):
+    """Three rows of different lengths, padded on the right, of which some tokens are trained on."""
+    generator = torch.Generator().manual_seed(1)
+    ids_BL = torch.randint(0, vocab, (3, 9), generator=generator)
+    mask_BL = torch.tensor([[1] * 9, [1] * 7 + [0] * 2, [1] * 4 + [0] * 5])
+    labels_BL = ids_BL.masked_fill(mask_BL == 0, IGNORE_INDEX)
+    labels_BL[:, :2] = IGNORE_INDEX
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": labels_BL}
+    return TokenBatch.from_inputs(inputs)
+
+
+def model_logits(model, batch):
+    return model(**batch.model_inputs).logits[batch.is_scored_BL]
+
+
+class UnknownScale(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.config.unheard_of_scale
+        return output
+
+
+class UnknownSoftcap(LlamaForCausalLM):
+    """As good as the identity as long as logits are small, like those of a model that was never trained."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+
+class UnknownOffset(LlamaForCausalLM):
+    """Lost beside large logits, but a difference of 0.01 nat between tokens."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + 0.01 * (torch.arange(output.logits.shape[-1]) % 2)
+        return output
+
+
+class MaskedTokens(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[..., -1] = -torch.inf
+        return output
+
+
+class TwoForwards(LlamaForCausalLM):
+    """Contrasts two passes, so that no one input of the head explains the logits."""
+
+    def forward(self, *args, **kwargs):
+        first = super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits - first.logits
+        return output
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_head_give_the_models_own_logits(tiny_model, family):
+    model, batch = tiny_model(family), padded_batch()
+    head = find_head(model)
+    assert isinstance(head, SeparableHead)
+    signal, _ = predict(model, batch, head)
+    assert isinstance(signal, HiddenSignal)
+    assert signal.hidden_NH.shape == (batch.targets_N.numel(), 32)
+    expected_NV = model_logits(model, batch)
+    assert expected_NV.std() > 0.1
+    torch.testing.assert_close(signal.head.logits(signal.hidden_NH), expected_NV, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bf16_model_is_separable_and_gives_its_logits_up_to_their_rounding(tiny_model, family):
+    model, batch = tiny_model(family).bfloat16(), padded_batch()
+    head = find_head(model)
+    assert isinstance(head, SeparableHead)
+    signal, _ = predict(model, batch, head)
+    expected_NV = model_logits(model, batch).float()
+    torch.testing.assert_close(signal.head.logits(signal.hidden_NH), expected_NV, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_model_with_tiny_logits_is_separable(tiny_model, family):
+    assert isinstance(find_head(tiny_model(family, spread=1e-3)), SeparableHead)
+
+
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+@pytest.mark.parametrize("model_class", [UnknownScale, UnknownSoftcap, UnknownOffset, MaskedTokens, TwoForwards])
+def test_an_unknown_step_between_head_and_logits_is_answered_with_logits(tiny_model, model_class, spread):
+    model = model_class(tiny_model().config).eval()
+    model.config.unheard_of_scale = 0.5
+    with torch.no_grad():
+        model.lm_head.weight.mul_(spread)
+    batch = padded_batch()
+    head = find_head(model)
+    assert isinstance(head, InseparableHead)
+    assert "its logits are not its head applied to the head's input" in head.reason
+    signal, output = predict(model, batch, head)
+    assert isinstance(signal, LogitsSignal)
+    assert output.logits.shape == (3, 9, 368)
+    torch.testing.assert_close(signal.logits_NV, model_logits(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "Linear"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "ModulesToSaveWrapper"),
+    ],
+)
+def test_an_adapter_on_the_head_is_inseparable(tiny_model, options, named):
+    student = get_peft_model(tiny_model(), LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    base, batch = student.get_base_model(), padded_batch()
+    head = find_head(base)
+    assert isinstance(head, InseparableHead)
+    assert f"its head is a {named}, not a plain nn.Linear" in head.reason
+    signal, _ = predict(student, batch, head)
+    torch.testing.assert_close(signal.logits_NV, model_logits(student, batch))
+
+
+def test_an_adapter_on_the_trunk_is_separable_and_its_effect_is_in_the_hidden_states(tiny_model):
+    plain = tiny_model()
+    student = get_peft_model(tiny_model(), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])).eval()
+    batch = padded_batch()
+    head = find_head(student.get_base_model())
+    assert isinstance(head, SeparableHead)
+    signal, _ = predict(student, batch, head)
+    logits_NV = signal.head.logits(signal.hidden_NH)
+    torch.testing.assert_close(logits_NV, model_logits(student, batch), atol=1e-5, rtol=1e-5)
+    assert (logits_NV - model_logits(plain, batch)).abs().max() > 1e-3
+
+
+def test_a_head_of_another_type_is_inseparable(tiny_model):
+    model = tiny_model()
+    model.lm_head = OwnLinear(32, 368, bias=False)
+    head = find_head(model)
+    assert isinstance(head, InseparableHead)
+    assert "its head is a OwnLinear" in head.reason
+
+
+def test_a_head_whose_forward_was_replaced_is_inseparable_and_keeps_it(tiny_model):
+    model = tiny_model()
+    model.lm_head.forward = replaced = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
+    head = find_head(model)
+    assert isinstance(head, InseparableHead)
+    predict(model, padded_batch(), head)
+    assert model.lm_head.forward is replaced
+
+
+def test_a_head_on_the_meta_device_is_inseparable(tiny_model):
+    model = tiny_model()
+    model.lm_head.to("meta")
+    assert "offloaded" in find_head(model).reason
+
+
+def test_a_model_without_output_embeddings_is_inseparable():
+    assert "no output embeddings" in find_head(nn.Linear(2, 2)).reason
+
+
+def test_finding_the_head_leaves_training_flags_and_random_states_alone(tiny_model):
+    model = tiny_model(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    flags = [module.training for module in model.modules()]
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    find_head(model)
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_finding_the_head_restores_the_model_when_its_forward_raises(tiny_model):
+    model = tiny_model().train()
+    model.model.layers[1].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        find_head(model)
+    assert all(module.training for module in model.modules())
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_the_head_works_again_after_the_forward_raised(tiny_model):
+    model, batch = tiny_model(), padded_batch()
+    head, expected_NV = find_head(model), model_logits(model, batch)
+
+    def interrupt(module, args, output):
+        raise RuntimeError("interrupted")
+
+    hook = model.lm_head.register_forward_hook(interrupt)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        predict(model, batch, head)
+    hook.remove()
+    assert torch.equal(model_logits(model, batch), expected_NV)
+
+
+def test_the_output_holds_one_real_logit_column(tiny_model):
+    model, batch = tiny_model("phi"), padded_batch()
+    _, output = predict(model, batch, find_head(model))
+    assert output.logits.shape == (3, 9, 1)
+    torch.testing.assert_close(output.logits, model(**batch.model_inputs).logits[..., :1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_gradients_through_hidden_states_are_those_through_full_logits(tiny_model, family, tied):
+    batch = padded_batch()
+
+    def gradients(uses_hidden):
+        model = tiny_model(family, spread=1.0, tie_word_embeddings=tied)
+        if uses_hidden:
+            signal, output = predict(model, batch, find_head(model))
+            logits_NV = signal.head.logits(signal.hidden_NH)
+            # What DDP needs: the head's weight is also in the graph of the forward's own output.
+            assert output.logits.requires_grad
+        else:
+            logits_NV = model_logits(model, batch)
+        nn.functional.cross_entropy(logits_NV, batch.targets_N).backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected, actual = gradients(False), gradients(True)
+    assert ("lm_head.weight" in expected) is not tied
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_the_head_of_a_signal_follows_training(tiny_model):
+    model, batch = tiny_model(), padded_batch()
+    head = find_head(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    signal, _ = predict(model, batch, head)
+    torch.testing.assert_close(signal.head.logits(signal.hidden_NH), model_logits(model, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_forward_options_reach_the_model(tiny_model):
+    model, batch = tiny_model(), padded_batch()
+    for head in (find_head(model), InseparableHead("asked for")):
+        assert predict(model, batch, head, use_cache=True)[1].past_key_values is not None
+        assert predict(model, batch, head, use_cache=False)[1].past_key_values is None
+
+
+def test_the_rows_of_a_plain_head_count_its_padding(tiny_model):
+    model = tiny_model()
+    model.lm_head = nn.Linear(32, 384, bias=False)
+    assert vocabulary_rows(model) == 384
+
+
+def test_the_rows_of_another_head_are_those_of_the_config(tiny_model):
+    model = tiny_model()
+    model.lm_head = OwnLinear(32, 11, bias=False)  # packed, as quantised weights are
+    assert vocabulary_rows(model) == 368
