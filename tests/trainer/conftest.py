@@ -1,9 +1,14 @@
 """A small trainer, and rows for it."""
 
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from safetensors.torch import load_file
 
 from gkd_trainer import GKDConfig, GKDTrainer
 
@@ -70,3 +75,32 @@ def make_trainer(config, tiny_model, token_rows, byte_level):
         return trainer_class(**arguments)
 
     return make
+
+
+@pytest.fixture
+def run_apart(tiny_model, tmp_path):
+    """Train in a process of its own, or in several; returns the process, its result and the weights.
+
+    `name` is the run's folder: a run of the same name goes on in it.
+    """
+
+    def run(name, *, ranks=1, student=None, **options):
+        folder = tmp_path / name
+        if not folder.exists():
+            (student or tiny_model()).save_pretrained(folder / "student")
+            tiny_model(hidden=48, seed=1).save_pretrained(folder / "teacher")
+            (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(20))))
+        (folder / "options.json").write_text(json.dumps(options))
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        process = subprocess.run(
+            [sys.executable, *launcher, str(Path(__file__).with_name("run.py")), str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        if not (folder / "result.json").exists():
+            return process, None, None
+        return process, json.loads((folder / "result.json").read_text()), load_file(folder / "result/model.safetensors")
+
+    return run

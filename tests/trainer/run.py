@@ -1,0 +1,61 @@
+"""One training run in a process of its own, for what needs several processes or one that dies.
+
+    python run.py FOLDER
+
+trains the `student` in FOLDER on its `rows.jsonl` with the `teacher` there and the options in `options.json`, and
+writes `result` (weights) and `result.json` (log and evaluation). Under torchrun, every rank runs it.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from gkd_trainer import GKDConfig, GKDTrainer
+
+
+class DieAfterSaving(TrainerCallback):
+    """Ends the process as a power cut would, once a checkpoint is complete."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: Path) -> None:
+    options = json.loads((folder / "options.json").read_text())
+    die_at, resume = options.pop("die_at", None), options.pop("resume", False)
+    rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    trainer = GKDTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
+        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
+        args=GKDConfig(
+            output_dir=str(folder / "run"),
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_steps=1,
+            max_length=64,
+            max_new_tokens=6,
+            **options,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(7)),
+        callbacks=[DieAfterSaving(die_at)] if die_at else None,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    result = {"log": trainer.state.log_history, "evaluation": trainer.evaluate()}
+    trainer.save_model(str(folder / "result"))
+    if trainer.is_world_process_zero():
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
