@@ -208,7 +208,8 @@ class GKDArguments:
                 f"lmbda_end={self.lmbda_end} has no effect under lmbda_schedule='constant': "
                 "set lmbda_schedule='linear', or leave lmbda_end out"
             )
-        if self.generates and self.max_length is not None and self.max_length <= self.max_new_tokens:
+        generates = self.generates or self.eval_on_policy
+        if generates and self.max_length is not None and self.max_length <= self.max_new_tokens:
             raise GKDConfigError(
                 f"max_length ({self.max_length}) must exceed max_new_tokens ({self.max_new_tokens}), or no prompt "
                 "fits: raise max_length or lower max_new_tokens"
@@ -238,6 +239,10 @@ class GKDArguments:
                     f"generation_kwargs holds {name!r}, which is no option of transformers.GenerationConfig: "
                     "correct its name or leave it out"
                 )
+        try:
+            GenerationConfig(**(self.generation_kwargs or {}))
+        except (TypeError, ValueError) as error:
+            raise GKDConfigError(f"generation_kwargs is not taken by transformers.GenerationConfig: {error}") from error
 
 
 @dataclass
@@ -283,12 +288,12 @@ def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
 
 
 def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    if not isinstance(value, str):
+    if value is None or isinstance(value, dict):
         return value
     try:
         parsed = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise GKDConfigError(f"{name} must be a JSON object; got {value!r}: {error}") from error
+    except (TypeError, json.JSONDecodeError) as error:
+        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {value!r}: {error}") from error
     if not isinstance(parsed, dict):
-        raise GKDConfigError(f"{name} must be a JSON object; got {value!r}")
+        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {value!r}")
     return parsed

@@ -35,7 +35,9 @@ def find_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
         )
     except (OSError, ValueError, KeyError):  # what from_pretrained raises where no tokenizer is
         return None
-    return tokenizer
+    # For some architectures it makes an empty one there.
+    has_words = not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
+    return tokenizer if has_words else None
 
 
 def name_of(model: nn.Module | None) -> str:

@@ -552,7 +552,7 @@ class GKDMixin(_AnyTrainer):
         if not (self.args.log_completions and self._generated and self.is_world_process_zero()):
             return
         rows = completion_rows(self._generated[: self.args.num_completions_to_print], self._tokenizer_or_none)
-        print_completions(rows, self.state.global_step)
+        print_completions(rows, f"Completions at step {self.state.global_step}")
         send_completions(rows, self.state.global_step, self.callback_handler.callbacks)
 
     def _hf_rollouts(self, is_sharded: bool) -> HFRollouts:

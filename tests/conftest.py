@@ -102,7 +102,7 @@ def byte_level(byte_level_backend):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """Make a causal LM with random weights, on the CPU in float32.
 

@@ -42,9 +42,9 @@ def completion_rows(generated: Sequence[Generated], tokenizer: PreTrainedTokeniz
     ]
 
 
-def print_completions(rows: Sequence[CompletionRow], step: int, console: Console | None = None) -> None:
-    """Print the table of an optimizer step's completions."""
-    table = Table(title=f"Completions at step {step}", show_lines=True, expand=True)
+def print_completions(rows: Sequence[CompletionRow], title: str | None = None, console: Console | None = None) -> None:
+    """Print the table."""
+    table = Table(title=title, show_lines=True, expand=True)
     for name, ratio in (("by", None), ("prompt", 1), ("completion", 1), ("ended", None)):
         table.add_column(name, ratio=ratio, overflow="fold")
     for row in rows:

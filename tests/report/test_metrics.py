@@ -1,0 +1,278 @@
+"""The metrics of a run, against plain loops over tokens and samples."""
+
+import time
+
+import pytest
+import torch
+
+from gkd_trainer.report.metrics import (
+    SAMPLE_SUMS,
+    TOKEN_SUMS,
+    EvaluationMeter,
+    Stopwatch,
+    TrainingMeter,
+    sample_metrics,
+    sums_by_row,
+    token_metrics,
+)
+
+CPU = torch.device("cpu")
+QUANTITIES = ("divergence_N", "student_entropy_N", "teacher_entropy_N")
+
+
+def tokens(count, batch_size, seed=0):
+    """Random per-token quantities of a batch, of which some rows may have no token."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {name: torch.rand(count, generator=generator) for name in QUANTITIES}
+    return {
+        "rows_N": torch.randint(0, batch_size, (count,), generator=generator).sort().values,
+        "is_on_policy_B": torch.rand(batch_size, generator=generator) < 0.5,
+        "agrees_N": torch.rand(count, generator=generator) < 0.4,
+        **values,
+    }
+
+
+def sums_of(batch):
+    options = {key: value for key, value in batch.items() if key not in ("rows_N", "is_on_policy_B")}
+    return sums_by_row(batch["rows_N"], batch["is_on_policy_B"], **options)
+
+
+def row_of(**values):
+    return [values.get(name, 0.0) for name in TOKEN_SUMS]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(37, 5), (1, 3), (0, 2)])
+def test_sums_by_row_are_those_of_a_plain_loop(count, batch_size):
+    batch = tokens(count, batch_size)
+    expected = [dict.fromkeys(TOKEN_SUMS, 0.0) for _ in range(batch_size)]
+    for token, row in enumerate(batch["rows_N"].tolist()):
+        sums, divergence = expected[row], batch["divergence_N"][token].item()
+        sums["tokens"] += 1
+        sums["divergence"] += divergence
+        if batch["is_on_policy_B"][row]:
+            sums["on_policy_tokens"] += 1
+            sums["on_policy_divergence"] += divergence
+        sums["student_entropy"] += batch["student_entropy_N"][token].item()
+        sums["teacher_entropy"] += batch["teacher_entropy_N"][token].item()
+        sums["agreements"] += batch["agrees_N"][token].item()
+    sums_BK = sums_of(batch)
+    assert sums_BK.dtype == torch.float64
+    torch.testing.assert_close(sums_BK, torch.tensor([list(sums.values()) for sums in expected], dtype=torch.float64))
+
+
+def test_sums_by_row_are_cut_from_the_graph():
+    batch = tokens(7, 2)
+    batch["divergence_N"].requires_grad_()
+    assert not sums_of(batch).requires_grad
+
+
+def test_token_metrics_are_means_over_their_own_tokens():
+    sums = dict.fromkeys(TOKEN_SUMS, 0.0) | {
+        "tokens": 10.0,
+        "divergence": 8.0,
+        "on_policy_tokens": 4.0,
+        "on_policy_divergence": 2.0,
+        "student_entropy": 30.0,
+        "teacher_entropy": 20.0,
+        "agreements": 7.0,
+    }
+    assert token_metrics(sums) == {
+        "divergence_on_policy": 0.5,
+        "divergence_off_policy": 1.0,
+        "student_entropy": 3.0,
+        "teacher_entropy": 2.0,
+        "top_token_agreement": 0.7,
+    }
+
+
+def test_means_over_no_tokens_are_left_out():
+    sums = dict.fromkeys(TOKEN_SUMS, 0.0)
+    assert token_metrics(sums) == {}
+    metrics = token_metrics(sums | {"tokens": 4.0, "divergence": 2.0})
+    assert metrics["divergence_off_policy"] == 0.5
+    assert "divergence_on_policy" not in metrics
+
+
+def test_sample_metrics_are_shares_and_means():
+    sums = dict.fromkeys(SAMPLE_SUMS, 0.0) | {
+        "samples": 8.0,
+        "on_policy_samples": 2.0,
+        "completions": 4.0,
+        "completion_tokens": 50.0,
+        "truncated_completions": 1.0,
+    }
+    assert sample_metrics(sums) == {"on_policy_share": 0.25, "completion_length": 12.5, "truncated_share": 0.25}
+    assert sample_metrics(sums | {"samples_without_prompt": 3.0})["samples_without_prompt"] == 3.0
+    assert sample_metrics(dict.fromkeys(SAMPLE_SUMS, 0.0)) == {}
+
+
+def test_the_training_meter_weights_micro_batches_by_their_tokens():
+    meter = TrainingMeter(CPU)
+    batches = [tokens(5, 2, seed=1), tokens(40, 3, seed=2)]
+    for batch in batches:
+        meter.add_tokens(sums_of(batch))
+    meter.add_samples(samples=5, on_policy_samples=2, completions=2, completion_tokens=7)
+    meter.add_samples(samples=3, truncated_completions=1)
+    metrics = meter.read(lambda sums: sums)
+    assert metrics["student_entropy"] == pytest.approx(
+        torch.cat([batch["student_entropy_N"] for batch in batches]).mean().item()
+    )
+    on_policy = torch.cat([batch["divergence_N"][batch["is_on_policy_B"][batch["rows_N"]]] for batch in batches])
+    assert 0 < len(on_policy) < 45
+    assert metrics["divergence_on_policy"] == pytest.approx(on_policy.mean().item())
+    assert metrics["on_policy_share"] == 2 / 8
+    assert metrics["completion_length"] == 3.5
+    assert metrics["truncated_share"] == 0.5
+    assert metrics["tokens_per_second"] > 0
+
+
+def test_reading_the_training_meter_starts_it_again():
+    meter = TrainingMeter(CPU)
+    meter.add_tokens(sums_of(tokens(5, 2, seed=1)))
+    meter.add_samples(samples=5, on_policy_samples=2)
+    meter.read(lambda sums: sums)
+    metrics = meter.read(lambda sums: sums)
+    assert "student_entropy" not in metrics
+    assert "on_policy_share" not in metrics
+    assert metrics["tokens_per_second"] == 0.0
+    batch = tokens(8, 2, seed=3)
+    meter.add_tokens(sums_of(batch))
+    assert meter.read(lambda sums: sums)["student_entropy"] == pytest.approx(batch["student_entropy_N"].mean().item())
+
+
+def test_ranks_are_added_up_before_means_are_taken():
+    """The other rank saw other shares: means of means would differ."""
+    here, there = TrainingMeter(CPU), TrainingMeter(CPU)
+    batches = [tokens(5, 2, seed=1), tokens(40, 3, seed=2)]
+    sent = []
+    for meter, batch, samples in ((there, batches[1], 30), (here, batches[0], 10)):
+        meter.add_tokens(sums_of(batch))
+        meter.add_samples(samples=samples, on_policy_samples=10)
+    there.read(lambda sums: sent.append(sums) or sums)
+    metrics = here.read(lambda sums: sums + sent[0])
+    assert metrics["on_policy_share"] == 0.5
+    assert metrics["teacher_entropy"] == pytest.approx(
+        torch.cat([batch["teacher_entropy_N"] for batch in batches]).mean().item()
+    )
+
+
+def test_a_rank_without_tokens_reduces_as_many_numbers_as_the_others():
+    shapes = []
+    idle, busy = TrainingMeter(CPU), TrainingMeter(CPU)
+    busy.add_tokens(sums_of(tokens(5, 2)))
+    for meter in (idle, busy):
+        meter.read(lambda sums: shapes.append((sums.shape, sums.dtype)) or sums)
+    assert shapes[0] == shapes[1]
+
+
+def test_the_students_seconds_are_those_of_the_step_without_the_teachers(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("gkd_trainer.report.metrics.perf_counter", lambda: now[0])
+    meter = TrainingMeter(CPU)
+    for _ in range(2):
+        with meter.measure("rollout"):
+            now[0] += 3.0
+        with meter.measure("step"):
+            with meter.measure("teacher"):
+                now[0] += 1.0
+            now[0] += 4.0
+    meter.add_tokens(torch.tensor([row_of(tokens=32.0)], dtype=torch.float64))
+    metrics = meter.read(lambda sums: sums)
+    assert (metrics["seconds_rollout"], metrics["seconds_teacher"], metrics["seconds_student"]) == (6.0, 2.0, 8.0)
+    assert metrics["tokens_per_second"] == 2.0
+    now[0] += 5.0
+    meter.add_tokens(torch.tensor([row_of(tokens=32.0)], dtype=torch.float64))
+    metrics = meter.read(lambda sums: sums)
+    assert metrics["seconds_rollout"] == 0.0
+    assert metrics["tokens_per_second"] == 32 / 5
+
+
+def mean_loss(batch):
+    return batch["divergence_N"].mean()
+
+
+def test_the_evaluation_loss_is_a_mean_over_tokens_not_over_batches():
+    meter = EvaluationMeter()
+    batches = [tokens(3, 2, seed=1), tokens(50, 3, seed=2)]
+    batches[0]["divergence_N"] += 1
+    for batch in batches:
+        meter.add(sums_of(batch), mean_loss(batch), lambda rows: rows)
+    every = torch.cat([batch["divergence_N"] for batch in batches])
+    of_batches = torch.stack([mean_loss(batch) for batch in batches]).mean().item()
+    metrics = meter.read()
+    assert metrics["loss"] == pytest.approx(every.mean().item(), rel=1e-6)
+    assert abs(of_batches - every.mean().item()) > 1e-2
+    assert metrics.keys() == {"loss", "student_entropy", "teacher_entropy", "top_token_agreement"}
+
+
+def test_a_subclass_that_changes_the_loss_changes_its_evaluation_too():
+    meter = EvaluationMeter()
+    batches = [tokens(3, 2, seed=1), tokens(50, 3, seed=2)]
+    losses = [10 * mean_loss(batch) + 1 for batch in batches]
+    for batch, loss in zip(batches, losses, strict=True):
+        meter.add(sums_of(batch), loss, lambda rows: rows)
+    assert meter.read()["loss"] == pytest.approx((3 * losses[0] + 50 * losses[1]).item() / 53, rel=1e-6)
+
+
+def test_samples_that_only_fill_up_the_last_batch_are_not_counted():
+    meter = EvaluationMeter()
+    batch = tokens(40, 4, seed=2)
+    assert batch["rows_N"].unique().tolist() == [0, 1, 2, 3]
+    meter.add(sums_of(batch), mean_loss(batch), lambda rows: rows[:3])
+    kept = batch["rows_N"] < 3
+    metrics = meter.read()
+    assert metrics["loss"] == pytest.approx(batch["divergence_N"][kept].mean().item(), rel=1e-6)
+    assert metrics["student_entropy"] == pytest.approx(batch["student_entropy_N"][kept].mean().item())
+
+
+def test_samples_of_all_ranks_are_gathered():
+    here, there = tokens(5, 2, seed=1), tokens(30, 2, seed=2)
+    rows = []
+    for batch in (there, here):
+        meter = EvaluationMeter()
+        meter.add(sums_of(batch), mean_loss(batch), lambda sums: rows.append(sums) or torch.cat(rows))
+    every = torch.cat([here["divergence_N"], there["divergence_N"]])
+    assert meter.read()["loss"] == pytest.approx(every.mean().item(), rel=1e-6)
+
+
+def test_an_evaluation_without_tokens_has_no_metrics():
+    meter = EvaluationMeter()
+    assert meter.read() == {}
+    meter.add(sums_of(tokens(0, 2)), torch.tensor(0.0), lambda rows: rows)
+    assert meter.read() == {}
+
+
+def test_reading_the_evaluation_meter_starts_it_again():
+    meter = EvaluationMeter()
+    first, second = tokens(5, 2, seed=1), tokens(5, 2, seed=2)
+    meter.add(sums_of(first), mean_loss(first), lambda rows: rows)
+    meter.read()
+    assert meter.read() == {}
+    meter.add(sums_of(second), mean_loss(second), lambda rows: rows)
+    assert meter.read()["loss"] == pytest.approx(mean_loss(second).item(), rel=1e-6)
+
+
+def test_a_stopwatch_adds_up_by_name_and_starts_again_when_read():
+    stopwatch = Stopwatch(CPU)
+    for _ in range(2):
+        with stopwatch.measure("sleep"):
+            time.sleep(0.02)
+    with stopwatch.measure("nothing"):
+        pass
+    seconds = stopwatch.read()
+    assert seconds.keys() == {"sleep", "nothing"}
+    assert 0.04 <= seconds["sleep"] < 1.0
+    assert seconds["nothing"] < 0.02
+    assert stopwatch.read() == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_stopwatch_measures_the_device_and_does_not_wait_for_it():
+    device = torch.device("cuda")
+    stopwatch = Stopwatch(device)
+    began = time.perf_counter()
+    with stopwatch.measure("sleep"):
+        torch.cuda._sleep(2_000_000_000)
+    assert time.perf_counter() - began < 0.5
+    assert stopwatch.read()["sleep"] > 0.5

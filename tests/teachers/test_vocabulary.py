@@ -1,0 +1,79 @@
+"""Whether two models speak of the same tokens, and over how many they are compared."""
+
+import logging
+
+import pytest
+
+from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.teachers import shared_vocabulary_size
+
+VOCABULARY = {"a": 0, "b": 1, "c": 2, "d": 3, "<end>": 9}
+
+
+def test_equal_heads_are_compared_whole(caplog):
+    assert shared_vocabulary_size(12, 12, VOCABULARY, dict(VOCABULARY)) == 12
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("student_rows", "teacher_rows", "size"),
+    [
+        (12, 16, 10),  # the ids that the tokenizer uses end at 9
+        (16, 12, 10),
+        (10, 16, 10),
+        (16, 8, 8),  # a head may be smaller than its tokenizer
+        (8, 16, 8),
+    ],
+)
+def test_heads_padded_to_different_sizes_are_cut_to_what_both_use(student_rows, teacher_rows, size):
+    assert shared_vocabulary_size(student_rows, teacher_rows, VOCABULARY, dict(VOCABULARY)) == size
+
+
+def test_equal_sizes_do_not_hide_tokens_with_other_ids():
+    with pytest.raises(GKDTeacherError) as raised:
+        shared_vocabulary_size(12, 12, VOCABULARY, {**VOCABULARY, "a": 1, "b": 0})
+    message = str(raised.value)
+    assert "2 tokens have other ids in the student and the teacher, such as 'a' (0 and 1), 'b' (1 and 0)" in message
+    assert "alone" not in message
+    assert "Use a teacher with the student's tokenizer" in message
+    assert isinstance(raised.value, ValueError)
+
+
+def test_tokens_of_one_side_alone_are_named_with_their_owner():
+    student, teacher = {**VOCABULARY, "mine": 10}, {**VOCABULARY, "thine": 10, "too": 11}
+    with pytest.raises(GKDTeacherError) as raised:
+        shared_vocabulary_size(12, 12, student, teacher)
+    message = str(raised.value)
+    assert "1 tokens are the student's alone, such as 'mine'" in message
+    assert "2 tokens are the teacher's alone, such as 'thine', 'too'" in message
+    assert "other ids" not in message
+
+
+def test_a_long_difference_is_shortened_to_five_examples():
+    student = {f"s{i}": i for i in range(100)}
+    with pytest.raises(GKDTeacherError) as raised:
+        shared_vocabulary_size(100, 100, student, {f"t{i}": i for i in range(100)})
+    message = str(raised.value)
+    assert "100 tokens are the student's alone, such as 's0', 's1', 's10', 's11', 's12'; 100 tokens" in message
+
+
+@pytest.mark.parametrize("missing", ["student", "teacher"])
+def test_without_a_tokenizer_equal_sizes_are_trusted_with_one_warning(caplog, missing):
+    vocabularies = [None, VOCABULARY] if missing == "student" else [VOCABULARY, None]
+    with caplog.at_level(logging.WARNING):
+        assert shared_vocabulary_size(12, 12, *vocabularies) == 12
+    [record] = caplog.records
+    assert f"No tokenizer of the {missing} was found" in record.getMessage()
+    assert "(12)" in record.getMessage()
+
+
+@pytest.mark.parametrize("missing", ["student", "teacher"])
+def test_without_a_tokenizer_unequal_sizes_are_refused(missing):
+    vocabularies = [None, VOCABULARY] if missing == "student" else [VOCABULARY, None]
+    with pytest.raises(GKDTeacherError) as raised:
+        shared_vocabulary_size(12, 16, *vocabularies)
+    message = str(raised.value)
+    assert "predicts over 12 tokens and the teacher over 16" in message
+    assert f"the {missing}'s tokenizer is not known" in message
+    assert "processing_class" in message
+    assert "FrozenTeacher(model, tokenizer=...)" in message

@@ -1,0 +1,121 @@
+"""What users build upon: names, options and defaults change only on purpose, with a line in the changelog."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import gkd_trainer
+
+NAMES = [
+    "FrozenTeacher",
+    "GKDArguments",
+    "GKDConfig",
+    "GKDConfigError",
+    "GKDDataError",
+    "GKDError",
+    "GKDMixin",
+    "GKDNumericsError",
+    "GKDTeacherError",
+    "GKDTrainer",
+    "HFRollouts",
+    "RolloutEngine",
+    "Teacher",
+    "generalized_jsd",
+    "linear_generalized_jsd",
+]
+
+OPTIONS = {
+    "lmbda": 0.5,
+    "lmbda_end": None,
+    "lmbda_schedule": "constant",
+    "lmbda_granularity": "sample",
+    "beta": 0.5,
+    "divergence_scale": "paper",
+    "loss_temperature": 1.0,
+    "ce_weight": 0.0,
+    "seq_kd": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "max_new_tokens": 128,
+    "generation_kwargs": None,
+    "rollout_batch_size": None,
+    "max_length": 1024,
+    "train_on": "all_turns",
+    "disable_dropout": True,
+    "teacher_model_name_or_path": None,
+    "teacher_model_init_kwargs": None,
+    "eval_on_policy": False,
+    "log_completions": False,
+    "num_completions_to_print": 4,
+}
+
+PLAIN_OPTIONS = {
+    "model_init_kwargs": None,
+    "trust_remote_code": False,
+    "dataset_num_proc": None,
+    "dataset_kwargs": None,
+}
+
+
+def test_the_public_names_are_these():
+    assert gkd_trainer.__all__ == NAMES
+    assert dir(gkd_trainer) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_there(name):
+    value = getattr(gkd_trainer, name)
+    assert value.__name__ == name
+    assert value.__module__.startswith("gkd_trainer.")
+    assert value.__doc__
+
+
+def test_another_name_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'gkd_trainer' has no attribute 'GKD'"):
+        _ = gkd_trainer.GKD
+
+
+def test_the_options_and_their_defaults_are_these():
+    options = {option.name: option.default for option in dataclasses.fields(gkd_trainer.GKDArguments)}
+    assert options == OPTIONS
+    assert list(options) == list(OPTIONS)
+
+
+def test_the_plain_configuration_adds_these():
+    from transformers import TrainingArguments
+
+    base = {option.name for option in dataclasses.fields(TrainingArguments)}
+    own = {option.name: option.default for option in dataclasses.fields(gkd_trainer.GKDConfig)}
+    assert {name: own[name] for name in own.keys() - base - OPTIONS.keys()} == PLAIN_OPTIONS
+
+
+def test_every_error_is_one_of_ours_and_a_standard_one():
+    for name, standard in (
+        ("GKDConfigError", ValueError),
+        ("GKDDataError", ValueError),
+        ("GKDTeacherError", ValueError),
+        ("GKDNumericsError", ArithmeticError),
+    ):
+        assert issubclass(getattr(gkd_trainer, name), (gkd_trainer.GKDError, standard))
+        assert issubclass(getattr(gkd_trainer, name), gkd_trainer.GKDError)
+        assert issubclass(getattr(gkd_trainer, name), standard)
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import gkd_trainer", ["torch", "transformers", "trl", "datasets", "peft", "accelerate"]),
+        ("import gkd_trainer.divergence", ["transformers", "trl", "datasets", "peft", "accelerate"]),
+        ("from gkd_trainer import generalized_jsd", ["transformers", "trl", "datasets", "peft", "accelerate"]),
+        ("from gkd_trainer import GKDArguments", ["trl", "datasets"]),
+    ],
+)
+def test_an_import_brings_no_more_than_it_needs(statement, absent):
+    program = f"import sys\n{statement}\nprint(*(name for name in {absent} if name in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

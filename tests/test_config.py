@@ -1,0 +1,408 @@
+"""The options: every value and combination is checked once, here, and says what to do."""
+
+import copy
+import dataclasses
+import json
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import trl
+from transformers import GenerationConfig, HfArgumentParser, TrainingArguments
+
+from gkd_trainer.config import GKDArguments, GKDConfig
+from gkd_trainer.errors import GKDConfigError
+
+OWN_FIELDS = [option.name for option in dataclasses.fields(GKDArguments)]
+PLAIN_FIELDS = ["model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"]
+
+
+@dataclass
+class MyConfig(GKDArguments, trl.SFTConfig):
+    """What somebody writes who extends SFTTrainer."""
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    def make(config_class=GKDConfig, **options):
+        return config_class(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **options})
+
+    return make
+
+
+# Ranges
+
+NAN = float("nan")
+OUT_OF_RANGE = [
+    ("beta", [-0.1, 1.5, NAN], "in [0, 1]"),
+    ("lmbda", [-0.1, 1.01, NAN], "in [0, 1]"),
+    ("lmbda_end", [-0.1, 1.01], "in [0, 1]"),
+    ("ce_weight", [-0.1, 1.01], "in [0, 1]"),
+    ("temperature", [0, -1.0, NAN], "above 0"),
+    ("loss_temperature", [0, -1.0], "above 0"),
+    ("top_p", [0.0, 1.01], "in (0, 1]"),
+    ("top_k", [-1], "0 (keeps every token) or more"),
+    ("min_p", [-0.1, 1.01], "in [0, 1]"),
+    ("repetition_penalty", [0.0, -1.0], "above 0"),
+    ("max_new_tokens", [0, -5], "at least 1"),
+    ("rollout_batch_size", [0], "at least 1"),
+    ("max_length", [1, 0], "at least 2"),
+    ("num_completions_to_print", [0], "at least 1"),
+    ("lmbda_schedule", ["cosine"], "one of 'constant', 'linear'"),
+    ("lmbda_granularity", ["token"], "one of 'sample', 'batch'"),
+    ("divergence_scale", ["liger"], "one of 'paper', 'continuous'"),
+    ("train_on", ["first_turn"], "one of 'all_turns', 'last_turn'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [(name, value, expected) for name, values, expected in OUT_OF_RANGE for value in values],
+)
+def test_a_value_out_of_range_is_refused_with_name_range_and_value(name, value, expected):
+    options = {"lmbda_schedule": "linear"} if name == "lmbda_end" else {}
+    with pytest.raises(GKDConfigError) as raised:
+        GKDArguments(**{name: value, **options})
+    message = str(raised.value)
+    assert message.startswith(f"{name} must be {expected}")
+    assert message.endswith(f"; got {value!r}")
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta", 0),
+        ("beta", 1),
+        ("lmbda", 0.0),
+        ("lmbda", 1.0),
+        ("ce_weight", 1.0),
+        ("temperature", 1e-3),
+        ("loss_temperature", 10.0),
+        ("top_p", 1.0),
+        ("top_k", 0),
+        ("min_p", 0.0),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.5),
+        ("max_new_tokens", 1),
+        ("rollout_batch_size", 1),
+        ("max_length", 129),
+        ("max_length", None),
+        ("num_completions_to_print", 1),
+        ("train_on", "last_turn"),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(name, value):
+    assert getattr(GKDArguments(**{name: value}), name) == value
+
+
+def test_the_plain_configuration_checks_them_too(config_of):
+    with pytest.raises(GKDConfigError, match="beta must be in"):
+        config_of(beta=1.5)
+
+
+# Combinations
+
+
+def test_a_linear_schedule_needs_its_end():
+    with pytest.raises(GKDConfigError, match=r"lmbda_schedule='linear' needs lmbda_end.*got None"):
+        GKDArguments(lmbda_schedule="linear")
+    assert GKDArguments(lmbda_schedule="linear", lmbda_end=0.0).lmbda_end == 0.0
+
+
+def test_an_end_without_a_schedule_is_refused_rather_than_ignored():
+    with pytest.raises(GKDConfigError, match=r"lmbda_end=0\.9 has no effect.*set lmbda_schedule='linear'"):
+        GKDArguments(lmbda_end=0.9)
+    GKDArguments(lmbda=0.5, lmbda_end=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lmbda": 0.0, "lmbda_schedule": "linear", "lmbda_end": 0.5},
+        {"lmbda": 0.0, "seq_kd": True},
+        {"lmbda": 0.0, "eval_on_policy": True},
+    ],
+)
+def test_where_completions_are_generated_a_prompt_must_fit_beside_them(options):
+    with pytest.raises(GKDConfigError, match=r"max_length \(128\) must exceed max_new_tokens \(128\)"):
+        GKDArguments(max_length=128, max_new_tokens=128, **options)
+    GKDArguments(max_length=129, max_new_tokens=128, **options)
+
+
+def test_without_generation_max_length_may_be_short():
+    GKDArguments(lmbda=0.0, max_length=16, max_new_tokens=128)
+
+
+@pytest.mark.parametrize(
+    ("options", "generates", "is_always_on_policy"),
+    [
+        ({"lmbda": 0.0}, False, False),
+        ({"lmbda": 0.1}, True, False),
+        ({"lmbda": 1.0}, True, True),
+        ({"lmbda": 0.0, "seq_kd": True}, True, False),
+        ({"lmbda": 0.0, "lmbda_end": 1.0, "lmbda_schedule": "linear"}, True, False),
+        ({"lmbda": 1.0, "lmbda_end": 0.0, "lmbda_schedule": "linear"}, True, False),
+        ({"lmbda": 1.0, "lmbda_end": 1.0, "lmbda_schedule": "linear"}, True, True),
+    ],
+)
+def test_whether_a_run_generates_takes_its_whole_schedule_into_account(options, generates, is_always_on_policy):
+    args = GKDArguments(**options)
+    assert (args.generates, args.is_always_on_policy) == (generates, is_always_on_policy)
+
+
+# JSON fields
+
+
+@pytest.mark.parametrize("name", ["generation_kwargs", "teacher_model_init_kwargs"])
+def test_json_fields_are_parsed(name):
+    args = GKDArguments(**{name: '{"prefill_chunk_size": 3}'})
+    assert getattr(args, name) == {"prefill_chunk_size": 3}
+    assert getattr(GKDArguments(**{name: {"prefill_chunk_size": 3}}), name) == {"prefill_chunk_size": 3}
+    assert getattr(GKDArguments(), name) is None
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "dataset_kwargs", "generation_kwargs"])
+def test_json_fields_of_the_plain_configuration_are_parsed(config_of, name):
+    assert getattr(config_of(**{name: "{}"}), name) == {}
+
+
+@pytest.mark.parametrize("value", ["{not json", "[1, 2]", "3", [1, 2]])
+@pytest.mark.parametrize("name", ["generation_kwargs", "teacher_model_init_kwargs"])
+def test_what_is_no_json_object_is_refused_by_name(name, value):
+    with pytest.raises(GKDConfigError) as raised:
+        GKDArguments(**{name: value})
+    assert str(raised.value).startswith(f"{name} must be a dictionary or a JSON object; got {value!r}")
+
+
+# Options of the engine
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "max_new_tokens", "repetition_penalty"])
+def test_generation_kwargs_leave_sampling_to_the_options_of_that_name(name):
+    with pytest.raises(GKDConfigError) as raised:
+        GKDArguments(generation_kwargs={name: 1})
+    assert str(raised.value) == f"generation_kwargs can't hold '{name}': set {name} itself, outside generation_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("do_sample", False, "set top_k=1"),
+        ("num_beams", 4, "one completion"),
+        ("num_return_sequences", 2, "one completion"),
+        ("eos_token_id", 5, "the model's generation_config or the tokenizer"),
+        ("stop_strings", ["\n"], "set eos_token_id"),
+        ("pad_token_id", 5, "in the tokenizer"),
+        ("use_cache", False, "always on"),
+        ("return_dict_in_generate", True, "only token ids"),
+        ("output_scores", True, "only token ids"),
+        ("max_length", 50, "set max_new_tokens"),
+        ("max_time", 1.0, "set max_new_tokens"),
+        ("min_length", 5, "set min_new_tokens"),
+        ("typical_p", 0.9, "set top_p, top_k or min_p"),
+        ("prompt_lookup_num_tokens", 5, "token by token"),
+    ],
+)
+def test_generation_kwargs_cannot_break_the_engine(name, value, remedy):
+    with pytest.raises(GKDConfigError) as raised:
+        GKDArguments(generation_kwargs={"min_new_tokens": 2, name: value})
+    assert str(raised.value).startswith(f"generation_kwargs can't hold '{name}': ")
+    assert remedy in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["min_tokens", "_from_model_config", "__class__"])
+def test_generation_kwargs_of_unknown_names_are_refused(name):
+    with pytest.raises(GKDConfigError, match=f"generation_kwargs holds '{name}', which is no option of transformers"):
+        GKDArguments(generation_kwargs={name: 1})
+
+
+def test_generation_kwargs_that_transformers_refuses_are_refused_at_once():
+    with pytest.raises(GKDConfigError, match=r"generation_kwargs is not taken.*cache_implementation.*nonsense"):
+        GKDArguments(generation_kwargs={"cache_implementation": "nonsense"})
+
+
+def test_other_generation_kwargs_are_taken():
+    options = {"min_new_tokens": 2, "no_repeat_ngram_size": 3, "suppress_tokens": [5], "bad_words_ids": [[1, 2]]}
+    assert GKDArguments(generation_kwargs=options).generation_kwargs == options
+
+
+def test_every_name_that_is_refused_is_one_of_transformers():
+    from gkd_trainer.config import _REFUSED_GENERATION_KWARGS
+
+    assert _REFUSED_GENERATION_KWARGS.keys() <= vars(GenerationConfig()).keys()
+
+
+# Beside the configurations of others
+
+
+def test_defaults_are_those_of_trl_but_for_the_temperature(config_of, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDConfig as TRLConfig
+
+    theirs, ours = config_of(TRLConfig), config_of()
+    shared = {option.name for option in dataclasses.fields(TRLConfig)} & set(OWN_FIELDS)
+    assert shared == {
+        "beta",
+        "disable_dropout",
+        "lmbda",
+        "max_length",
+        "max_new_tokens",
+        "seq_kd",
+        "teacher_model_init_kwargs",
+        "teacher_model_name_or_path",
+        "temperature",
+    }
+    for name in shared - {"temperature"}:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.temperature == 1.0
+
+
+def test_the_plain_configuration_is_one_of_transformers(config_of):
+    args = config_of(learning_rate=1e-3)
+    assert isinstance(args, TrainingArguments)
+    assert args.learning_rate == 1e-3
+    assert args.lr_scheduler_kwargs is None or isinstance(args.lr_scheduler_kwargs, dict)
+
+
+def test_fields_of_transformers_that_hold_json_are_still_parsed(config_of):
+    for config_class in (GKDConfig, MyConfig):
+        args = config_of(config_class, lr_scheduler_kwargs='{"num_cycles": 2}')
+        assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert config_of(MyConfig, model_init_kwargs='{"dtype": "auto"}').model_init_kwargs == {"dtype": "auto"}
+
+
+def test_sft_config_can_be_extended(config_of):
+    args = config_of(MyConfig, lmbda=0.0, packing=True, beta=0.1, generation_kwargs="{}", max_length=None)
+    assert isinstance(args, trl.SFTConfig)
+    assert (args.packing, args.beta, args.generation_kwargs, args.max_length) == (True, 0.1, {}, None)
+    assert config_of(MyConfig).max_length == 1024
+    with pytest.raises(GKDConfigError, match="beta must be in"):
+        config_of(MyConfig, beta=2)
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+@pytest.mark.parametrize("options", [{"lmbda": 0.1}, {"lmbda": 0.0, "seq_kd": True}])
+def test_sequences_that_hold_several_samples_are_refused_where_completions_are_generated(config_of, name, options):
+    with pytest.raises(
+        GKDConfigError, match=f"{name}=True joins samples.*set {name}=False, or lmbda=0 and seq_kd=False"
+    ):
+        config_of(MyConfig, **{name: True}, **options)
+
+
+def test_training_on_prompts_is_refused(config_of):
+    with pytest.raises(GKDConfigError, match="completion_only_loss=False would compare the models on prompts"):
+        config_of(MyConfig, completion_only_loss=False)
+    config_of(MyConfig, completion_only_loss=True)
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free", "assistant_only_loss", "dataset_text_field"])
+def test_an_option_of_sft_config_names_the_class_that_has_it(config_of, name):
+    with pytest.raises(GKDConfigError) as raised:
+        config_of(**{name: True})
+    message = str(raised.value)
+    assert message.startswith(f"{name}: options of trl.SFTConfig")
+    assert "class MyConfig(GKDArguments, trl.SFTConfig)" in message
+
+
+def test_an_option_of_nobody_is_refused_by_python(config_of):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lambda_'"):
+        config_of(lambda_=1)
+
+
+def test_a_subclass_may_add_an_option_that_sft_config_has(config_of):
+    @dataclass
+    class WithTextField(GKDConfig):
+        dataset_text_field: str = "mine"
+
+    assert config_of(WithTextField, dataset_text_field="own").dataset_text_field == "own"
+
+
+# Documentation, command lines, files
+
+
+@pytest.mark.parametrize("name", OWN_FIELDS + PLAIN_FIELDS)
+def test_every_option_is_documented(name):
+    [option] = [option for option in dataclasses.fields(GKDConfig) if option.name == name]
+    assert len(option.metadata["help"]) > 20
+
+
+def command_line_value(name, default):
+    special = {
+        "lmbda": ("0.25", 0.25),
+        "lmbda_end": ("0.75", 0.75),
+        "lmbda_schedule": ("linear", "linear"),
+        "lmbda_granularity": ("batch", "batch"),
+        "divergence_scale": ("continuous", "continuous"),
+        "train_on": ("last_turn", "last_turn"),
+        "min_p": ("0.1", 0.1),
+        "top_p": ("0.9", 0.9),
+        "beta": ("1e-3", 1e-3),
+        "ce_weight": ("0.2", 0.2),
+        "rollout_batch_size": ("3", 3),
+        "dataset_num_proc": ("2", 2),
+        "teacher_model_name_or_path": ("a/teacher", "a/teacher"),
+        "generation_kwargs": ('{"min_new_tokens": 2}', {"min_new_tokens": 2}),
+        "teacher_model_init_kwargs": ('{"dtype": "auto"}', {"dtype": "auto"}),
+        "model_init_kwargs": ('{"dtype": "auto"}', {"dtype": "auto"}),
+        "dataset_kwargs": ('{"skip_prepare_dataset": true}', {"skip_prepare_dataset": True}),
+    }
+    if name in special:
+        return special[name]
+    if isinstance(default, bool):
+        return str(not default).lower(), not default
+    return (str(default + 1), default + 1)
+
+
+@pytest.mark.parametrize("parser_class", [HfArgumentParser, trl.TrlParser])
+@pytest.mark.parametrize("name", OWN_FIELDS + PLAIN_FIELDS)
+def test_every_option_is_read_from_the_command_line(tmp_path, parser_class, name):
+    default = next(option.default for option in dataclasses.fields(GKDConfig) if option.name == name)
+    text, expected = command_line_value(name, default)
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true", f"--{name}", text]
+    if name == "lmbda_end":
+        words += ["--lmbda_schedule", "linear"]
+    if name == "lmbda_schedule":
+        words += ["--lmbda_end", "0.75"]
+    [args] = parser_class(GKDConfig).parse_args_into_dataclasses(words)
+    assert getattr(args, name) == expected != default
+    assert type(getattr(args, name)) is type(expected)
+
+
+def test_options_are_read_from_a_yaml_file(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbeta: 1e-3\nlmbda: 1\ngeneration_kwargs:\n  min_new_tokens: 2\n"
+    )
+    [args] = trl.TrlParser(GKDConfig).parse_args_and_config(["--config", str(file), "--lmbda", "0.25"])
+    assert (args.beta, args.lmbda, args.generation_kwargs) == (1e-3, 0.25, {"min_new_tokens": 2})
+
+
+@pytest.mark.parametrize("config_class", [GKDConfig, MyConfig])
+def test_a_configuration_survives_json(config_of, config_class):
+    args = config_of(
+        config_class,
+        beta=0.1,
+        lmbda=0.2,
+        lmbda_end=0.3,
+        lmbda_schedule="linear",
+        generation_kwargs={"min_new_tokens": 2},
+        teacher_model_init_kwargs='{"dtype": "bfloat16"}',
+        min_p=0.1,
+    )
+    stored = json.loads(args.to_json_string())
+    for name in OWN_FIELDS:
+        assert stored[name] == getattr(args, name), name
+    # Secrets are not stored: transformers hides every field whose name ends in _token.
+    fields = {option.name for option in dataclasses.fields(config_class) if not option.name.endswith("_token")}
+    again = config_class(**{name: value for name, value in stored.items() if name in fields})
+    assert again.to_dict() == args.to_dict()
+
+
+def test_a_configuration_can_be_copied_and_pickled(config_of):
+    args = config_of(beta=0.1)
+    for copied in (copy.deepcopy(args), pickle.loads(pickle.dumps(args)), dataclasses.replace(args, lmbda=0.1)):
+        assert isinstance(copied, GKDConfig)
+        assert copied.beta == 0.1
+    assert dataclasses.replace(args, lmbda=0.1).lmbda == 0.1

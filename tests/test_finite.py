@@ -1,0 +1,68 @@
+"""The check of finite values: it names where and why, and is silent otherwise."""
+
+import pytest
+import torch
+
+from gkd_trainer.errors import GKDNumericsError
+from gkd_trainer.finite import FiniteCheck
+
+FINE = [True, True, True, True]
+
+
+def add(check, *, rows=(0, 0, 1, 1), batch_size=2, teacher=FINE, value=FINE):
+    flags = (torch.tensor(flag, dtype=torch.bool) for flag in (teacher, value))
+    check.add(torch.tensor(rows, dtype=torch.long), batch_size, *flags)
+
+
+def test_finite_values_raise_nothing():
+    check = FiniteCheck()
+    check.raise_if_not(step=1, rank=0)
+    add(check)
+    add(check, rows=(), teacher=(), value=())
+    check.raise_if_not(step=1, rank=0)
+
+
+def test_the_error_names_step_rank_micro_batch_and_sample():
+    check = FiniteCheck()
+    add(check)
+    add(check)
+    add(check, rows=(0, 2, 2, 3), batch_size=4, value=[True, False, False, True])
+    with pytest.raises(GKDNumericsError, match=r"^step 7, rank 3, micro-batch 2, sample 2: .* at 2 of its tokens"):
+        check.raise_if_not(step=7, rank=3)
+
+
+def test_teacher_logits_that_are_not_finite_are_the_cause_named():
+    check = FiniteCheck()
+    add(check, teacher=[True, True, False, True], value=[True, True, False, False])
+    with pytest.raises(GKDNumericsError, match=r"sample 1: the teacher's logits hold NaN or [+]inf at 1 of its tokens"):
+        check.raise_if_not(step=1, rank=0)
+
+
+def test_a_divergence_that_is_not_finite_names_the_student_and_probability_zero():
+    check = FiniteCheck()
+    add(check, value=[False, True, True, True])
+    with pytest.raises(GKDNumericsError) as raised:
+        check.raise_if_not(step=1, rank=0)
+    message = str(raised.value)
+    assert "sample 0: the divergence is not finite at 1 of its tokens" in message
+    assert "the student's logits hold NaN or +inf" in message
+    assert "probability 0" in message
+    assert "teacher's logits hold" not in message
+    assert "what was saved before it stands" in message
+    assert isinstance(raised.value, ArithmeticError)
+
+
+def test_the_first_bad_sample_is_named_whatever_its_place_in_the_batch():
+    check = FiniteCheck()
+    add(check, rows=(1, 1, 0, 0), value=[False, True, True, False])
+    with pytest.raises(GKDNumericsError, match="sample 0"):
+        check.raise_if_not(step=1, rank=0)
+
+
+def test_a_cleared_window_is_forgotten():
+    check = FiniteCheck()
+    add(check, value=[False] * 4)
+    check.clear()
+    check.raise_if_not(step=1, rank=0)
+    add(check)
+    check.raise_if_not(step=1, rank=0)

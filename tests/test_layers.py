@@ -1,0 +1,91 @@
+"""The direction of imports, read from the source: data flows one way, and so do these."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import gkd_trainer
+
+PACKAGE = Path(gkd_trainer.__file__).parent
+
+STAGES = {"data", "rollouts", "teachers", "divergence"}
+# What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
+LAYERS = [
+    {"errors"},
+    {"batch", "config"},
+    {"heads", "student", "finite", "serving"},
+    {*STAGES, "report"},
+    {"arguments"},
+    {"trainer"},
+    {"cli"},
+]
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+
+
+def part_of(path):
+    """The module or folder of the package that a file belongs to."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported_by(path):
+    """The full names of the modules that a file imports, wherever in it and for whatever reason."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide where a module stands"
+            names.add(node.module)
+            if node.module == "gkd_trainer":
+                names.update(f"gkd_trainer.{alias.name}" for alias in node.names)
+    return names
+
+
+def parts_imported_by(path):
+    return {name.split(".")[1] for name in imported_by(path) if name.startswith("gkd_trainer.")} - {"__version__"}
+
+
+# The package's own __init__ names everything, and imports it when it is used.
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
+
+
+def test_every_part_of_the_package_has_its_layer():
+    assert {part_of(path) for path in FILES} <= LEVEL.keys()
+    assert {"errors", "batch", "heads", "trainer", *STAGES} <= {part_of(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_a_module_imports_only_from_layers_below(path):
+    part = part_of(path)
+    for imported in parts_imported_by(path) - {part}:
+        assert imported in LEVEL, f"{part} imports gkd_trainer.{imported}, which has no layer"
+        assert LEVEL[imported] < LEVEL[part], f"{part} imports {imported}, which does not stand below it"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in STAGES], ids=str)
+def test_the_stages_do_not_know_one_another(path):
+    assert not parts_imported_by(path) & ((STAGES | {"trainer", "report", "arguments", "cli"}) - {part_of(path)})
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "divergence"], ids=str)
+def test_the_divergence_stands_on_torch_alone(path):
+    assert parts_imported_by(path) <= {"divergence", "errors", "batch"}
+    others = {name.split(".")[0] for name in imported_by(path)} - {"gkd_trainer", "torch"}
+    assert others <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", ["batch.py", "errors.py"])
+def test_what_the_divergence_stands_on_needs_torch_alone_too(name):
+    others = {imported.split(".")[0] for imported in imported_by(PACKAGE / name)} - {"gkd_trainer", "torch"}
+    assert others <= set(sys.stdlib_module_names)
+
+
+def test_the_lazy_package_imports_nothing_of_its_own_at_run_time():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    at_run_time = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in at_run_time}
+    assert names <= {"__future__", "importlib", "typing"}

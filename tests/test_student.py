@@ -1,0 +1,123 @@
+"""The student before training: its dtype, its tokenizer, its adapter, and no dropout."""
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from torch import nn
+
+from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.student import (
+    base_model,
+    disable_dropout,
+    find_tokenizer,
+    load_student,
+    name_of,
+    refuse_prompt_learning,
+    wrap_in_adapter,
+)
+
+
+@pytest.fixture
+def bf16_checkpoint(tiny_model, tmp_path):
+    model = tiny_model().bfloat16()
+    model.save_pretrained(tmp_path)
+    return tmp_path, model
+
+
+def test_a_bf16_checkpoint_is_loaded_in_float32(bf16_checkpoint):
+    path, saved = bf16_checkpoint
+    student = load_student(str(path), None, trust_remote_code=False)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert torch.equal(student.lm_head.weight, saved.lm_head.weight.float())
+
+
+@pytest.mark.parametrize(
+    "init_kwargs", [{"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"dtype": "auto"}, {"torch_dtype": "bfloat16"}]
+)
+def test_a_dtype_that_is_asked_for_is_taken(bf16_checkpoint, init_kwargs):
+    student = load_student(str(bf16_checkpoint[0]), init_kwargs, trust_remote_code=False)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+
+
+def test_init_kwargs_reach_the_model(bf16_checkpoint):
+    student = load_student(str(bf16_checkpoint[0]), {"attn_implementation": "eager"}, trust_remote_code=False)
+    assert student.config._attn_implementation == "eager"
+
+
+def test_the_tokenizer_beside_the_weights_is_found(bf16_checkpoint, byte_level):
+    path, _ = bf16_checkpoint
+    byte_level().save_pretrained(path)
+    tokenizer = find_tokenizer(str(path), trust_remote_code=False)
+    assert tokenizer.get_vocab() == byte_level().get_vocab()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi"])
+def test_a_folder_without_tokenizer_gives_none(tiny_model, tmp_path, family):
+    """For some of these families transformers makes a tokenizer without words instead."""
+    tiny_model(family).save_pretrained(tmp_path)
+    assert find_tokenizer(str(tmp_path), trust_remote_code=False) is None
+
+
+@pytest.mark.parametrize("name", ["", "/no/such/folder"])
+def test_no_name_or_no_folder_gives_no_tokenizer(name):
+    assert find_tokenizer(name, trust_remote_code=False) is None
+
+
+def test_a_model_is_named_after_the_place_it_was_loaded_from(bf16_checkpoint, tiny_model):
+    path = str(bf16_checkpoint[0])
+    assert name_of(load_student(path, None, trust_remote_code=False)) == path
+    assert name_of(tiny_model()) == ""
+    assert name_of(nn.Linear(1, 1)) == ""
+    assert name_of(None) == ""
+
+
+def test_a_second_adapter_is_refused(tiny_model):
+    config = LoraConfig(target_modules=["q_proj"])
+    student = wrap_in_adapter(tiny_model(), config)
+    with pytest.raises(GKDConfigError, match=r"already carries an adapter.*merge_and_unload"):
+        wrap_in_adapter(student, config)
+
+
+def test_the_base_of_an_adapted_student_is_its_causal_lm(tiny_model):
+    model = tiny_model()
+    assert base_model(model) is model
+    assert base_model(wrap_in_adapter(model, LoraConfig(target_modules=["q_proj"]))) is model
+
+
+def test_prompt_learning_is_refused_by_name(tiny_model):
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    with pytest.raises(GKDConfigError, match=r"'default' is PromptTuningConfig.*such as peft\.LoraConfig"):
+        refuse_prompt_learning(get_peft_model(tiny_model(), config))
+
+
+def test_adapters_that_change_weights_are_taken(tiny_model):
+    refuse_prompt_learning(tiny_model())
+    refuse_prompt_learning(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])))
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    refuse_prompt_learning(get_peft_model(tiny_model(), config))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {"attention_dropout": 0.5}),  # kept as a number by each attention layer
+        ("phi", {"embd_pdrop": 0.5, "resid_pdrop": 0.5}),  # nn.Dropout
+    ],
+)
+def test_without_dropout_a_model_in_training_mode_is_the_model_in_eval_mode(tiny_model, family, config):
+    model, ids_BL = tiny_model(family, **config), torch.arange(20)[None]
+    expected_BLV = model(ids_BL).logits
+    model.train()
+    assert not torch.allclose(model(ids_BL).logits, expected_BLV, atol=1e-4)
+    disable_dropout(model)
+    torch.testing.assert_close(model(ids_BL).logits, expected_BLV)
+
+
+def test_the_dropout_of_an_adapter_is_disabled(tiny_model):
+    config = LoraConfig(r=4, lora_dropout=0.5, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    student, ids_BL = get_peft_model(tiny_model(), config), torch.arange(20)[None]
+    expected_BLV = student.eval()(ids_BL).logits
+    student.train()
+    assert not torch.allclose(student(ids_BL).logits, expected_BLV, atol=1e-4)
+    disable_dropout(student)
+    torch.testing.assert_close(student(ids_BL).logits, expected_BLV)
