@@ -2,6 +2,7 @@
 
 import json
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from gkd_trainer import GKDConfig, GKDTrainer
 
 STOP = 2
+RUN = Path(__file__).with_name("run.py")
 
 
 def make_rows(count=16, vocab=360, seed=0, longest=9):
@@ -77,30 +79,33 @@ def make_trainer(config, tiny_model, token_rows, byte_level):
     return make
 
 
-@pytest.fixture
-def run_apart(tiny_model, tmp_path):
-    """Train in a process of its own, or in several; returns the process, its result and the weights.
+@pytest.fixture(scope="session")
+def full_run(tiny_model):
+    """Train as run.py does, and return its result, its weights, and the process where it had one of its own.
 
-    `name` is the run's folder: a run of the same name goes on in it.
+    That it has where there are several ranks, or where it is to die. A run in a folder that exists goes on in it.
     """
 
-    def run(name, *, ranks=1, student=None, **options):
-        folder = tmp_path / name
+    def run(folder, *, ranks=1, student=None, **options):
         if not folder.exists():
             (student or tiny_model()).save_pretrained(folder / "student")
             tiny_model(hidden=48, seed=1).save_pretrained(folder / "teacher")
             (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(20))))
         (folder / "options.json").write_text(json.dumps(options))
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        process = subprocess.run(
-            [sys.executable, *launcher, str(Path(__file__).with_name("run.py")), str(folder)],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        process = None
+        if ranks == 1 and "die_at" not in options:
+            runpy.run_path(str(RUN))["main"](folder)
+        else:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+            process = subprocess.run(
+                [sys.executable, *launcher, str(RUN), str(folder)],
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
         if not (folder / "result.json").exists():
-            return process, None, None
-        return process, json.loads((folder / "result.json").read_text()), load_file(folder / "result/model.safetensors")
+            return None, None, process
+        return json.loads((folder / "result.json").read_text()), load_file(folder / "result/model.safetensors"), process
 
     return run

@@ -18,33 +18,32 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def unbroken(full_run, tiny_model, tmp_path_factory):
+    """The result and the weights of a run with dropout that nobody kills."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    return full_run(folder, student=tiny_model(attention_dropout=0.2), **OPTIONS)[:2]
+
+
 # 20 rows in windows of 4 make 5 steps an epoch: in the middle of the first, at its end, in the middle of the second.
 @pytest.mark.parametrize("die_at", [2, 5, 7])
-def test_resumed_run_ends_with_the_weights_of_the_unbroken_one(run_apart, tiny_model, die_at):
-    def student():
-        return tiny_model(attention_dropout=0.2)
-
-    process, unbroken, expected = run_apart("unbroken", student=student(), **OPTIONS)
-    assert unbroken is not None, process.stderr
-    shares = {entry["on_policy_share"] for entry in unbroken["log"] if "on_policy_share" in entry}
+def test_resumed_run_ends_with_the_weights_of_the_unbroken_one(unbroken, full_run, tiny_model, tmp_path, die_at):
+    expected_result, expected = unbroken
+    shares = {entry["on_policy_share"] for entry in expected_result["log"] if "on_policy_share" in entry}
     assert len(shares) > 1  # on- and off-policy samples are mixed
 
-    process, nothing, _ = run_apart("killed", student=student(), die_at=die_at, **OPTIONS)
-    assert process.returncode == -signal.SIGKILL
-    assert nothing is None
-    process, resumed, weights = run_apart("killed", resume=True, **OPTIONS)
-    assert resumed is not None, process.stderr
+    student = tiny_model(attention_dropout=0.2)
+    result, _, process = full_run(tmp_path / "killed", student=student, die_at=die_at, **OPTIONS)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert result is None
+    result, weights, _ = full_run(tmp_path / "killed", resume=True, **OPTIONS)
 
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor), name
-    assert resumed["evaluation"]["eval_loss"] == unbroken["evaluation"]["eval_loss"]
+    assert result["evaluation"]["eval_loss"] == expected_result["evaluation"]["eval_loss"]
 
 
-def test_dropout_changes_the_run_above(run_apart, tiny_model):
-    weights = []
-    for name, disable_dropout in (("with", False), ("without", True)):
-        student = tiny_model(attention_dropout=0.2)
-        _, result, tensors = run_apart(name, student=student, **{**OPTIONS, "disable_dropout": disable_dropout})
-        assert result is not None
-        weights.append(tensors)
-    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_dropout_changes_the_run_above(unbroken, full_run, tiny_model, tmp_path):
+    student = tiny_model(attention_dropout=0.2)
+    _, weights, _ = full_run(tmp_path / "without", student=student, **{**OPTIONS, "disable_dropout": True})
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in unbroken[1].items())
