@@ -30,8 +30,19 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
         )
     if args is None:
         return GKDConfig(output_dir="tmp_trainer")
+    known = {field.name for field in dataclasses.fields(GKDConfig)}
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
-    return GKDConfig(**given)
+    foreign = [
+        field.name
+        for field in dataclasses.fields(args)
+        if field.name in given and field.name not in known and given[field.name] not in (field.default, None)
+    ]
+    if foreign:
+        raise GKDConfigError(
+            f"{', '.join(foreign)}: options of {type(args).__name__} that GKDConfig does not have. Derive "
+            f"`class MyConfig(GKDArguments, {type(args).__name__})` for a trainer that has them, with GKDMixin in front"
+        )
+    return GKDConfig(**{name: value for name, value in given.items() if name in known})
 
 
 def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:

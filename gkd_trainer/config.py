@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass, field
-from typing import Any, Self
+from math import inf
+from numbers import Integral, Real
+from typing import Any, Self, get_args
 
 from transformers import GenerationConfig, TrainingArguments
 
@@ -38,6 +41,15 @@ _REFUSED_GENERATION_KWARGS = {
         ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
         "leave it out: only token ids are read",
     ),
+}
+
+# What a value of each annotated type has to be an instance of, and how an error calls that.
+_TYPES: dict[Any, tuple[Any, str]] = {
+    float: (Real, "a number"),
+    int: (Integral, "a whole number"),
+    bool: (bool, "True or False"),
+    str: (str, "a string"),
+    type(None): (type(None), "None"),
 }
 
 
@@ -145,6 +157,7 @@ class GKDArguments:
         """Parse the JSON fields, check every value and combination, then let the base class do its part."""
         for name in self._json_fields():
             setattr(self, name, _parsed(name, getattr(self, name)))
+        self._check_types()
         self._check_ranges()
         self._check_combinations()
         parent = getattr(super(), "__post_init__", None)
@@ -169,6 +182,18 @@ class GKDArguments:
     def _json_fields(cls) -> tuple[str, ...]:
         return ("generation_kwargs", "teacher_model_init_kwargs")
 
+    def _check_types(self) -> None:
+        # The base class checks its own fields, or leaves them to Python.
+        for owner in (GKDArguments, GKDConfig):
+            hints = inspect.get_annotations(owner, eval_str=True) if isinstance(self, owner) else {}
+            for name in hints.keys() - set(self._json_fields()):
+                expected = [_TYPES[hint] for hint in get_args(hints[name]) or (hints[name],)]
+                value = getattr(self, name)
+                is_valid = any(
+                    isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in expected
+                )
+                _check(name, repr(value), is_valid, " or ".join(words for _, words in expected))
+
     def _check_ranges(self) -> None:
         in_unit = "in [0, 1]"
         _check("beta", self.beta, 0 <= self.beta <= 1, f"{in_unit} (0 is forward KL, 1 is reverse KL)")
@@ -176,13 +201,18 @@ class GKDArguments:
         if self.lmbda_end is not None:
             _check("lmbda_end", self.lmbda_end, 0 <= self.lmbda_end <= 1, in_unit)
         _check("ce_weight", self.ce_weight, 0 <= self.ce_weight <= 1, in_unit)
-        _check("temperature", self.temperature, self.temperature > 0, "above 0 (1 samples the student as it is)")
-        _check("loss_temperature", self.loss_temperature, self.loss_temperature > 0, "above 0")
+        finite = "above 0 and finite"
+        _check(
+            "temperature", self.temperature, 0 < self.temperature < inf, f"{finite} (1 samples the student as it is)"
+        )
+        _check("loss_temperature", self.loss_temperature, 0 < self.loss_temperature < inf, finite)
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1] (1 keeps every token)")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (keeps every token) or more")
         if self.min_p is not None:
             _check("min_p", self.min_p, 0 <= self.min_p <= 1, in_unit)
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0 (1 is none)")
+        _check(
+            "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < inf, f"{finite} (1 is none)"
+        )
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         if self.rollout_batch_size is not None:
             _check("rollout_batch_size", self.rollout_batch_size, self.rollout_batch_size >= 1, "at least 1")

@@ -77,5 +77,6 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
+            # attention_dropout, attn_dropout_p, dropout_prob, resid_pdrop
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
                 setattr(module, name, 0.0)

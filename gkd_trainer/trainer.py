@@ -5,6 +5,7 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, K summed quantitie
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import logging
@@ -37,7 +38,15 @@ from gkd_trainer.finite import FiniteCheck
 from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
-from gkd_trainer.rollouts import Draw, HFRollouts, RolloutEngine, complete_greedily, lmbda_at, roll_out_window
+from gkd_trainer.rollouts import (
+    Draw,
+    HFRollouts,
+    RolloutEngine,
+    complete_greedily,
+    has_prompts_alone,
+    lmbda_at,
+    roll_out_window,
+)
 from gkd_trainer.student import (
     base_model,
     disable_dropout,
@@ -182,6 +191,11 @@ class GKDMixin(_AnyTrainer):
             arguments["peft_config"] = peft_config
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
         refuse_data_parallel(self.args)
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise GKDConfigError(
+                "context and sequence parallelism split a sequence over ranks, across which the divergence can't look "
+                "for the next token: set cp_size and sp_size to 1"
+            )
         refuse_prompt_learning(self.model)
         if self.args.disable_dropout:
             disable_dropout(self.model)
@@ -282,7 +296,7 @@ class GKDMixin(_AnyTrainer):
         """
         _require_labels(inputs)
         batch = TokenBatch.from_inputs(inputs)
-        with self._meter.measure("teacher"):
+        with self._meter.measure("teacher") if model.training else contextlib.nullcontext():
             teacher = self.teacher.score(batch).sliced(self._vocab_size)
         head = self._student_head()
         if return_outputs and isinstance(head, SeparableHead):
@@ -384,6 +398,8 @@ class GKDMixin(_AnyTrainer):
 
     def _connect_rollouts(self, rollouts: RolloutEngine | None) -> None:
         student = base_model(self.model)
+        if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
+            raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
         if self.args.generates and rollouts is None and not hasattr(student, "generate"):
             raise GKDConfigError(
                 f"lmbda={self.args.lmbda} has the student generate, which {type(student).__name__} can't: "
@@ -398,7 +414,7 @@ class GKDMixin(_AnyTrainer):
 
     def _prepare_datasets(self) -> None:
         if self.train_dataset is not None:
-            self.train_dataset = self._prepared(self.train_dataset, "train")
+            self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {name: self._prepared(rows, name) for name, rows in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
@@ -412,10 +428,10 @@ class GKDMixin(_AnyTrainer):
             model.enable_input_require_grads()
         return model
 
-    def _prepared(self, dataset: Any, name: str) -> Any:
+    def _prepared(self, dataset: Any, name: str, is_training: bool = False) -> Any:
         if not self._prepares_rows:
             return dataset
-        args, is_training = self.args, name == "train"
+        args = self.args
         columns = getattr(dataset, "column_names", None) or ()
         rules = RowRules(
             stop_ids=frozenset(self._stop_ids),
@@ -509,8 +525,16 @@ class GKDMixin(_AnyTrainer):
             yield self.model
 
     def _completed(self, inputs: dict[str, Any], only_prompts: bool) -> dict[str, Any]:
+        if only_prompts and not self._is_true_anywhere(has_prompts_alone(inputs)):
+            return inputs
         with self._synced_rollouts() as engine:
             return complete_greedily(inputs, engine, self.args.max_new_tokens, self._pad_token_id, only_prompts)
+
+    def _is_true_anywhere(self, flag: bool) -> bool:
+        """Whether the flag is set here or, where ranks have to generate together, on any of them."""
+        if not self._is_sharded:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum") > 0)
 
     def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
         count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)

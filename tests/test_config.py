@@ -6,6 +6,7 @@ import json
 import pickle
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import trl
 from transformers import GenerationConfig, HfArgumentParser, TrainingArguments
@@ -32,18 +33,18 @@ def config_of(tmp_path):
 
 # Ranges
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = [
     ("beta", [-0.1, 1.5, NAN], "in [0, 1]"),
     ("lmbda", [-0.1, 1.01, NAN], "in [0, 1]"),
     ("lmbda_end", [-0.1, 1.01], "in [0, 1]"),
     ("ce_weight", [-0.1, 1.01], "in [0, 1]"),
-    ("temperature", [0, -1.0, NAN], "above 0"),
-    ("loss_temperature", [0, -1.0], "above 0"),
+    ("temperature", [0, -1.0, NAN, INF], "above 0 and finite"),
+    ("loss_temperature", [0, -1.0, NAN, INF], "above 0 and finite"),
     ("top_p", [0.0, 1.01], "in (0, 1]"),
     ("top_k", [-1], "0 (keeps every token) or more"),
     ("min_p", [-0.1, 1.01], "in [0, 1]"),
-    ("repetition_penalty", [0.0, -1.0], "above 0"),
+    ("repetition_penalty", [0.0, -1.0, NAN, INF], "above 0 and finite"),
     ("max_new_tokens", [0, -5], "at least 1"),
     ("rollout_batch_size", [0], "at least 1"),
     ("max_length", [1, 0], "at least 2"),
@@ -94,6 +95,61 @@ def test_a_value_out_of_range_is_refused_with_name_range_and_value(name, value, 
 )
 def test_the_ends_of_a_range_belong_to_it(name, value):
     assert getattr(GKDArguments(**{name: value}), name) == value
+
+
+def test_every_option_with_a_range_is_among_those_tested():
+    ranged = {name for name, _, _ in OUT_OF_RANGE}
+    free = {"seq_kd", "disable_dropout", "eval_on_policy", "log_completions"}
+    free |= {"generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
+    assert ranged | free == set(OWN_FIELDS)
+
+
+WRONG_TYPES = [
+    ("beta", [0.5], "a number"),
+    ("beta", None, "a number"),
+    ("beta", "0.5", "a number"),
+    ("beta", True, "a number"),
+    ("lmbda", "half", "a number"),
+    ("lmbda_end", "half", "a number or None"),
+    ("temperature", {}, "a number"),
+    ("min_p", "", "a number or None"),
+    ("max_new_tokens", 12.5, "a whole number"),
+    ("max_new_tokens", "128", "a whole number"),
+    ("top_k", False, "a whole number"),
+    ("rollout_batch_size", 2.0, "a whole number or None"),
+    ("max_length", "1k", "a whole number or None"),
+    ("seq_kd", "false", "True or False"),
+    ("disable_dropout", 1, "True or False"),
+    ("lmbda_schedule", None, "a string"),
+    ("train_on", ["last_turn"], "a string"),
+    ("teacher_model_name_or_path", 7, "a string or None"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), WRONG_TYPES)
+def test_a_value_of_another_type_is_refused_with_name_type_and_value(name, value, expected):
+    with pytest.raises(GKDConfigError) as raised:
+        GKDArguments(**{name: value})
+    assert str(raised.value) == f"{name} must be {expected}; got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("beta", [0.5], "a number"),
+        ("trust_remote_code", "no", "True or False"),
+        ("dataset_num_proc", "two", "a whole number or None"),
+    ],
+)
+def test_the_plain_configuration_checks_the_types_of_its_own_options_too(config_of, name, value, expected):
+    with pytest.raises(GKDConfigError) as raised:
+        config_of(**{name: value})
+    assert str(raised.value) == f"{name} must be {expected}; got {value!r}"
+
+
+def test_numbers_of_numpy_are_numbers():
+    args = GKDArguments(beta=np.float64(0.25), lmbda=np.float32(0.5), max_new_tokens=np.int64(5))
+    assert (args.beta, args.lmbda, args.max_new_tokens) == (0.25, 0.5, 5)
 
 
 def test_the_plain_configuration_checks_them_too(config_of):

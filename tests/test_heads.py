@@ -138,6 +138,14 @@ def test_an_adapter_on_the_head_is_inseparable(tiny_model, options, named):
     torch.testing.assert_close(signal.logits_NV, model_logits(student, batch))
 
 
+def test_an_offset_is_found_beside_large_logits_too(tiny_model):
+    model = UnknownOffset(tiny_model().config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2000)
+    assert model(torch.arange(4)[None]).logits.abs().max() > 100
+    assert isinstance(find_head(model), InseparableHead)
+
+
 def test_an_adapter_on_the_trunk_is_separable_and_its_effect_is_in_the_hidden_states(tiny_model):
     plain = tiny_model()
     student = get_peft_model(tiny_model(), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])).eval()
@@ -231,7 +239,8 @@ def test_gradients_through_hidden_states_are_those_through_full_logits(tiny_mode
             signal, output = predict(model, batch, find_head(model))
             logits_NV = signal.head.logits(signal.hidden_NH)
             # What DDP needs: the head's weight is also in the graph of the forward's own output.
-            assert output.logits.requires_grad
+            weight = model.get_output_embeddings().weight
+            assert torch.autograd.grad(output.logits.sum(), weight, retain_graph=True)[0][0].abs().max() > 0
         else:
             logits_NV = model_logits(model, batch)
         nn.functional.cross_entropy(logits_NV, batch.targets_N).backward()

@@ -36,6 +36,7 @@ def imported_by(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
+            assert "gkd_trainer" not in names, f"{path.name}: `import gkd_trainer` hides which module is used"
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative imports hide where a module stands"
             names.add(node.module)
@@ -50,7 +51,30 @@ def parts_imported_by(path):
 
 # The package's own __init__ names everything, and imports it when it is used.
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
+
+
+def name_in_package(path):
+    return str(path.relative_to(PACKAGE))
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        "import torch.nn as nn\n"
+        "from gkd_trainer.heads import predict\n"
+        "if TYPE_CHECKING:\n    from gkd_trainer.trainer import GKDTrainer\n"
+        "def late():\n    import gkd_trainer.cli\n    from gkd_trainer import GKDConfig, data\n"
+    )
+    assert {"torch.nn", "gkd_trainer.cli"} < imported_by(file)
+    assert parts_imported_by(file) == {"heads", "trainer", "cli", "GKDConfig", "data"}
+
+
+@pytest.mark.parametrize("line", ["import gkd_trainer", "from . import heads", "from ..batch import Head"])
+def test_imports_that_hide_where_a_module_stands_are_refused(tmp_path, line):
+    file = tmp_path / "module.py"
+    file.write_text(line)
+    with pytest.raises(AssertionError, match=r"hides? w"):
+        imported_by(file)
 
 
 def test_every_part_of_the_package_has_its_layer():
@@ -58,7 +82,7 @@ def test_every_part_of_the_package_has_its_layer():
     assert {"errors", "batch", "heads", "trainer", *STAGES} <= {part_of(path) for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=IDS)
+@pytest.mark.parametrize("path", FILES, ids=name_in_package)
 def test_a_module_imports_only_from_layers_below(path):
     part = part_of(path)
     for imported in parts_imported_by(path) - {part}:
@@ -66,12 +90,12 @@ def test_a_module_imports_only_from_layers_below(path):
         assert LEVEL[imported] < LEVEL[part], f"{part} imports {imported}, which does not stand below it"
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in STAGES], ids=str)
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in STAGES], ids=name_in_package)
 def test_the_stages_do_not_know_one_another(path):
     assert not parts_imported_by(path) & ((STAGES | {"trainer", "report", "arguments", "cli"}) - {part_of(path)})
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "divergence"], ids=str)
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "divergence"], ids=name_in_package)
 def test_the_divergence_stands_on_torch_alone(path):
     assert parts_imported_by(path) <= {"divergence", "errors", "batch"}
     others = {name.split(".")[0] for name in imported_by(path)} - {"gkd_trainer", "torch"}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
+from transformers import MptConfig, MptForCausalLM
 
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.student import (
@@ -111,6 +112,38 @@ def test_without_dropout_a_model_in_training_mode_is_the_model_in_eval_mode(tiny
     assert not torch.allclose(model(ids_BL).logits, expected_BLV, atol=1e-4)
     disable_dropout(model)
     torch.testing.assert_close(model(ids_BL).logits, expected_BLV)
+
+
+def test_the_dropout_of_an_architecture_with_another_name_for_it_is_disabled():
+    """MPT keeps the probability of its attention as attn_dropout_p."""
+    model, ids_BL = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=368)), torch.arange(20)[None]
+    for block in model.transformer.blocks:
+        block.attn.attn_dropout_p = 0.5
+    expected_BLV = model.eval()(ids_BL).logits
+    model.train()
+    assert not torch.allclose(model(ids_BL).logits, expected_BLV, atol=1e-4)
+    disable_dropout(model)
+    torch.testing.assert_close(model(ids_BL).logits, expected_BLV)
+
+
+class Named(nn.Module):
+    def __init__(self, name, value):
+        super().__init__()
+        setattr(self, name, value)
+
+
+@pytest.mark.parametrize("name", ["attention_dropout", "attn_dropout_p", "dropout_prob", "dropout", "resid_pdrop"])
+def test_a_number_named_as_a_dropout_probability_becomes_zero(name):
+    module = nn.Sequential(Named(name, 0.1))
+    disable_dropout(module)
+    assert getattr(module[0], name) == 0.0
+
+
+@pytest.mark.parametrize(("name", "value"), [("token_dropout", True), ("dropout_rng", "key"), ("layerdrop", 0.1)])
+def test_what_is_no_dropout_probability_stays(name, value):
+    module = Named(name, value)
+    disable_dropout(module)
+    assert getattr(module, name) is value
 
 
 def test_the_dropout_of_an_adapter_is_disabled(tiny_model):

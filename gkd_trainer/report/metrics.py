@@ -105,7 +105,6 @@ class TrainingMeter:
         self._token_sums_K: Tensor | None = None
         self._sample_sums = dict.fromkeys(SAMPLE_SUMS, 0.0)
         self._device = device
-        self._began = perf_counter()
 
     def measure(self, name: str) -> AbstractContextManager[None]:
         """Add the time of the block to the seconds of "rollout", "teacher" or "step" (which holds the teacher's)."""
@@ -130,7 +129,6 @@ class TrainingMeter:
         totals = reduce(torch.cat([token_sums_K, sample_sums_K])).tolist()
         sums = dict(zip(TOKEN_SUMS + SAMPLE_SUMS, totals, strict=True))
         seconds = self._stopwatch.read()
-        elapsed, self._began = perf_counter() - self._began, perf_counter()
         self._token_sums_K, self._sample_sums = None, dict.fromkeys(SAMPLE_SUMS, 0.0)
         return {
             **token_metrics(sums),
@@ -138,7 +136,7 @@ class TrainingMeter:
             "seconds_rollout": seconds.get("rollout", 0.0),
             "seconds_teacher": seconds.get("teacher", 0.0),
             "seconds_student": seconds.get("step", 0.0) - seconds.get("teacher", 0.0),
-            "tokens_per_second": sums["tokens"] / elapsed,
+            **_ratios(tokens_per_second=(sums["tokens"], seconds.get("rollout", 0.0) + seconds.get("step", 0.0))),
         }
 
 

@@ -43,7 +43,8 @@ def plot_stages(stages: Stages, histories: Mapping[str, Sequence[Mapping[str, An
             curves.plot([offset + step for step, _ in points], [loss for _, loss in points], label=name)
             offset += points[-1][0]
     curves.set(title="Loss while training", xlabel="optimizer step", ylabel="divergence a token, nats", ylim=(0, None))
-    curves.legend()
+    if curves.lines:
+        curves.legend()
     for axes, measure in zip(bars, measures, strict=True):
         drawn = axes.bar(list(stages), [values[measure] for values in stages.values()], color=_COLORS[: len(stages)])
         axes.bar_label(drawn, fmt="%.2f")

@@ -3,7 +3,7 @@
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.mixing import lmbda_at
-from gkd_trainer.rollouts.window import Draw, WindowRollout, complete_greedily, roll_out_window
+from gkd_trainer.rollouts.window import Draw, WindowRollout, complete_greedily, has_prompts_alone, roll_out_window
 
 __all__ = [
     "Draw",
@@ -11,6 +11,7 @@ __all__ = [
     "RolloutEngine",
     "WindowRollout",
     "complete_greedily",
+    "has_prompts_alone",
     "lmbda_at",
     "roll_out_window",
 ]

@@ -110,6 +110,11 @@ def roll_out_window(
     return WindowRollout(mixed, list(generated.values()), samples, without_prompt)
 
 
+def has_prompts_alone(inputs: Mapping[str, Any]) -> bool:
+    """Return whether any row of a batch has nothing to be scored on."""
+    return bool((inputs["labels"] == IGNORE_INDEX).all(dim=1).any())
+
+
 def complete_greedily(
     inputs: Mapping[str, Any],
     engine: RolloutEngine,

@@ -123,7 +123,6 @@ def test_the_training_meter_weights_micro_batches_by_their_tokens():
     assert metrics["on_policy_share"] == 2 / 8
     assert metrics["completion_length"] == 3.5
     assert metrics["truncated_share"] == 0.5
-    assert metrics["tokens_per_second"] > 0
 
 
 def test_reading_the_training_meter_starts_it_again():
@@ -134,7 +133,6 @@ def test_reading_the_training_meter_starts_it_again():
     metrics = meter.read(lambda sums: sums)
     assert "student_entropy" not in metrics
     assert "on_policy_share" not in metrics
-    assert metrics["tokens_per_second"] == 0.0
     batch = tokens(8, 2, seed=3)
     meter.add_tokens(sums_of(batch))
     assert meter.read(lambda sums: sums)["student_entropy"] == pytest.approx(batch["student_entropy_N"].mean().item())
@@ -165,26 +163,44 @@ def test_a_rank_without_tokens_reduces_as_many_numbers_as_the_others():
     assert shapes[0] == shapes[1]
 
 
-def test_the_students_seconds_are_those_of_the_step_without_the_teachers(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, in a list of one number to set forward."""
     now = [0.0]
     monkeypatch.setattr("gkd_trainer.report.metrics.perf_counter", lambda: now[0])
+    return now
+
+
+def train_for(meter, clock, *, rollout=0.0, teacher=0.0, student=0.0, token_count=0):
+    with meter.measure("rollout"):
+        clock[0] += rollout
+    with meter.measure("step"):
+        with meter.measure("teacher"):
+            clock[0] += teacher
+        clock[0] += student
+    meter.add_tokens(torch.tensor([row_of(tokens=float(token_count))], dtype=torch.float64))
+
+
+def test_the_students_seconds_are_those_of_the_step_without_the_teachers(clock):
     meter = TrainingMeter(CPU)
     for _ in range(2):
-        with meter.measure("rollout"):
-            now[0] += 3.0
-        with meter.measure("step"):
-            with meter.measure("teacher"):
-                now[0] += 1.0
-            now[0] += 4.0
-    meter.add_tokens(torch.tensor([row_of(tokens=32.0)], dtype=torch.float64))
+        train_for(meter, clock, rollout=3.0, teacher=1.0, student=4.0)
     metrics = meter.read(lambda sums: sums)
     assert (metrics["seconds_rollout"], metrics["seconds_teacher"], metrics["seconds_student"]) == (6.0, 2.0, 8.0)
-    assert metrics["tokens_per_second"] == 2.0
-    now[0] += 5.0
-    meter.add_tokens(torch.tensor([row_of(tokens=32.0)], dtype=torch.float64))
     metrics = meter.read(lambda sums: sums)
-    assert metrics["seconds_rollout"] == 0.0
-    assert metrics["tokens_per_second"] == 32 / 5
+    assert (metrics["seconds_rollout"], metrics["seconds_teacher"], metrics["seconds_student"]) == (0.0, 0.0, 0.0)
+
+
+def test_tokens_per_second_count_rollouts_and_steps_but_no_time_between_them(clock):
+    meter = TrainingMeter(CPU)
+    train_for(meter, clock, rollout=3.0, teacher=1.0, student=4.0, token_count=20)
+    clock[0] += 100.0  # an evaluation
+    train_for(meter, clock, teacher=1.0, student=1.0, token_count=10)
+    assert meter.read(lambda sums: sums)["tokens_per_second"] == 3.0
+    clock[0] += 100.0
+    assert "tokens_per_second" not in meter.read(lambda sums: sums)
+    train_for(meter, clock, student=4.0, token_count=2)
+    assert meter.read(lambda sums: 2 * sums)["tokens_per_second"] == 1.0  # of two ranks in the same time
 
 
 def mean_loss(batch):

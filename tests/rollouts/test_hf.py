@@ -1,6 +1,7 @@
 """Completions by transformers.generate: exactly the model's distribution, and from the seeds alone."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import GenerationConfig
 
 from gkd_trainer.batch import Sampling
 from gkd_trainer.rollouts import HFRollouts
+from gkd_trainer.rollouts.hf import _SeededChoice
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
 SEEDS = [101, 102, 103, 104, 105, 106]
@@ -174,6 +176,14 @@ def test_a_repetition_penalty_does_not_see_the_padding(model, temperature):
     ]
     assert together == alone
     assert any(2 in ids for ids in alone)
+
+
+def test_a_uniform_of_0_or_nearly_1_never_takes_a_token_of_probability_zero(monkeypatch):
+    logits_BV = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]] * 2)
+    uniforms = iter([0.0, np.nextafter(1.0, 0.0)])
+    monkeypatch.setattr(np.random, "Generator", lambda _: SimpleNamespace(random=lambda n: np.full(n, next(uniforms))))
+    choose = _SeededChoice([0, 1], 1, torch.ones(2, 3))
+    assert choose(torch.zeros(2, 3), logits_BV).argmax(dim=-1).tolist() == [1, 2]
 
 
 # Greedy

@@ -71,15 +71,6 @@ def test_sampling_seeds_differ_by_seed_step_and_position():
     assert sampling_seed(1, 2, 3) == sampling_seed(1, 2, 3)
 
 
-def test_the_first_number_of_a_completion_is_independent_of_whether_it_was_drawn():
-    """One stream for both would hand on-policy samples the small uniforms alone."""
-    choices = draws(0.5, range(2000))
-    first = [np.random.Generator(np.random.Philox(sampling_seed(42, 0, position))).random() for position in range(2000)]
-    chosen = np.array(first)[np.array(choices)]
-    assert abs(chosen.mean() - 0.5) < 0.04
-    assert chosen.max() > 0.9
-
-
 def test_the_global_random_states_are_untouched():
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     draws(0.5, range(20))

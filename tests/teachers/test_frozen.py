@@ -1,11 +1,13 @@
 """A teacher in this process: frozen, scored only where the batch is, in any dtype."""
 
 import logging
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.ao.quantization import quantize_dynamic
 
 from gkd_trainer.batch import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
 from gkd_trainer.teachers import FrozenTeacher, Teacher
@@ -119,6 +121,49 @@ def test_a_model_is_moved_to_the_device_unless_loading_placed_it(tiny_model, mon
     monkeypatch.setattr(model, "to", moves.append)
     prepared(model)
     assert moves == moved
+
+
+def quantised(model, layers):
+    """Weights in int8 for real, by torch's own dynamic quantisation; marked like a model that was loaded quantised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but here without another package
+        model = quantize_dynamic(model, layers, dtype=torch.qint8)
+    model.is_quantized = True
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layers", "signal_type"),
+    [
+        ({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, HiddenSignal),
+        ({torch.nn.Linear}, LogitsSignal),  # the head too
+    ],
+)
+def test_a_quantised_teacher_is_scored_by_its_quantised_weights(tiny_model, layers, signal_type):
+    full, batch = tiny_model(), batch_of_two()
+    names = {name for name, _ in full.named_modules() if name.split(".")[-1] in layers} or layers
+    teacher = prepared(quantised(tiny_model(), names))
+    signal = teacher.score(batch)
+    assert isinstance(signal, signal_type)
+    logits_NV = signal.logits_NV if signal_type is LogitsSignal else signal.head.logits(signal.hidden_NH)
+    expected_NV, full_NV = (
+        model(**batch.model_inputs).logits[batch.is_scored_BL].detach() for model in (teacher.model, full)
+    )
+    torch.testing.assert_close(logits_NV, expected_NV, atol=1e-5, rtol=1e-5)
+    error = (logits_NV - full_NV).abs().max() / full_NV.abs().max()
+    assert 1e-4 < error < 0.1
+    assert teacher.vocab_size == signal.vocab_size == 368
+
+
+def test_a_teacher_in_an_adapter_is_scored_with_it(tiny_model):
+    options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model, batch = get_peft_model(tiny_model(), options), batch_of_two()
+    signal = prepared(model).score(batch)
+    assert isinstance(signal, HiddenSignal)
+    logits_NV = signal.head.logits(signal.hidden_NH)
+    torch.testing.assert_close(logits_NV, model(**batch.model_inputs).logits[batch.is_scored_BL], atol=1e-5, rtol=1e-5)
+    plain_NV = tiny_model()(**batch.model_inputs).logits[batch.is_scored_BL]
+    assert (logits_NV - plain_NV).abs().max() > 1e-3
 
 
 def test_it_loads_with_the_checkpoints_dtype_unless_told(tiny_model, tmp_path):

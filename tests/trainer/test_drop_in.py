@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
 
@@ -352,3 +353,34 @@ def test_sfttrainer_with_a_configuration_that_has_no_distillation_options_is_ref
             train_dataset=Dataset.from_list([{"text": "hello"}]),
             teacher_model=tiny_model(seed=1),
         )
+
+
+def test_configuration_of_trl_itself_is_taken_over(tiny_model, byte_level, tmp_path):
+    args = TRLGKDConfig(
+        output_dir=str(tmp_path), lmbda=0.25, beta=0.1, temperature=0.8, bf16=False, use_cpu=True, report_to=[]
+    )
+    rows = Dataset.from_list([{"messages": messages} for messages in MESSAGES])
+    common = {"processing_class": byte_level(), "train_dataset": rows, "teacher_model": tiny_model(seed=1)}
+    trainer = GKDTrainer(model=tiny_model(), args=args, **common)
+    assert (trainer.args.lmbda, trainer.args.beta, trainer.args.temperature) == (0.25, 0.1, 0.8)
+    args.packing = True
+    with pytest.raises(GKDConfigError, match="packing: options of GKDConfig that GKDConfig does not have"):
+        GKDTrainer(model=tiny_model(), args=args, **common)
+
+
+def test_evaluation_sets_have_their_own_names_and_metrics(make_trainer, token_rows):
+    prompts = Dataset.from_list([{"prompt": "hello"}] * 3)
+    trainer = make_trainer(trainer_args={"eval_dataset": {"train": prompts, "data": token_rows(5)}})
+    metrics = trainer.evaluate()
+    assert metrics["eval_train_loss"] > 0
+    assert metrics["eval_data_loss"] == pytest.approx(trainer.evaluate(token_rows(5))["eval_loss"], rel=1e-6)
+
+
+def test_seconds_of_evaluation_are_not_those_of_training(make_trainer, token_rows):
+    trainer = make_trainer(
+        trainer_args={"eval_dataset": token_rows(16)}, eval_on_start=True, per_device_eval_batch_size=1, max_steps=1
+    )
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0 < entry["seconds_teacher"] < 10 * entry["seconds_student"]
+    assert entry["seconds_student"] > 0
