@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -69,3 +71,17 @@ def test_lora_example_saves_the_adapter_alone_and_generates_with_it(run, capsys)
     assert not (output_dir / "model.safetensors").exists()
     answer = capsys.readouterr().out.partition("The student with its adapter:")[2]
     assert answer.strip()
+
+
+def test_demo_measures_three_times_and_writes_its_picture(smollm2_pair, tmp_path):
+    options = ["--pair", smollm2_pair[0].parent, "--output", tmp_path, "--off-policy-steps", "1", "--mixed-steps", "1"]
+    small = ["--held-out", "2", "--shown", "1", "--max-new-tokens", "8"]
+    command = [sys.executable, EXAMPLES / "demo.py", *options, *small]
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    stages = json.loads((tmp_path / "demo.json").read_text())
+    assert list(stages) == ["before", "off-policy", "λ = 0.5"]
+    assert all(len(set(stage.values())) == 3 for stage in stages.values())
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "student, λ = 0.5" in " ".join(finished.stdout.split())
+    assert (tmp_path / "student" / "model.safetensors").exists()

@@ -384,3 +384,20 @@ def test_seconds_of_evaluation_are_not_those_of_training(make_trainer, token_row
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert 0 < entry["seconds_teacher"] < 10 * entry["seconds_student"]
     assert entry["seconds_student"] > 0
+
+
+def test_teacher_quantised_by_its_init_kwargs_teaches(make_trainer, tiny_model, tmp_path):
+    tiny_model(hidden=64, seed=1).save_pretrained(tmp_path / "teacher")
+    quantisation = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    losses = []
+    for init_kwargs in ({}, {"quantization_config": quantisation}):
+        trainer = make_trainer(
+            trainer_args={"teacher_model": str(tmp_path / "teacher")},
+            teacher_model_init_kwargs={"dtype": "float32", **init_kwargs},
+            max_steps=1,
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert type(trainer.teacher_model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
