@@ -89,12 +89,12 @@ def main() -> None:
             callbacks=[StopAfter(seconds)],
         )
 
-    off_policy = trainer("off_policy", options.off_policy_steps, 60 * 4, lmbda=0.0, beta=0.0, learning_rate=5e-4)
+    off_policy = trainer("off_policy", options.off_policy_steps, 60 * 3.5, lmbda=0.0, beta=0.0, learning_rate=5e-4)
     stages, samples = {}, {}
     stages["before"], samples["before"] = measure(off_policy)
     off_policy.train()
     stages["off-policy"], samples["off-policy"] = measure(off_policy)
-    mixed = trainer("mixed", options.mixed_steps, 60 * 2.5, lmbda=0.5, beta=0.5, learning_rate=2e-4)
+    mixed = trainer("mixed", options.mixed_steps, 60 * 2, lmbda=0.5, beta=0.5, learning_rate=2e-4)
     mixed.train()
     stages["λ = 0.5"], samples["λ = 0.5"] = measure(mixed)
 
@@ -180,7 +180,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--off-policy-steps", type=int, default=60)
     parser.add_argument("--mixed-steps", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--held-out", type=int, default=32, help="how many answers are kept to measure on")
+    parser.add_argument("--held-out", type=int, default=24, help="how many answers are kept to measure on")
     parser.add_argument("--shown", type=int, default=3, help="how many prompts the table of completions shows")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     options = parser.parse_args()
