@@ -444,6 +444,7 @@ class GKDMixin(_AnyTrainer):
             needs_completion=is_training and not (args.is_always_on_policy or args.seq_kd),
             needs_prompt=is_training and args.is_always_on_policy,
             text_field=getattr(args, "dataset_text_field", "text"),
+            vocab_size=min(vocabulary_rows(base_model(self.model)), self.teacher.vocab_size),
         )
         dataset = prepare_dataset(
             dataset,
@@ -570,7 +571,10 @@ class GKDMixin(_AnyTrainer):
         if is_training:
             self._meter.add_tokens(self._row_sums_BK)
             batch_size = batch.labels_BL.shape[0]
-            self._finite_check.add(rows_N, batch_size, result.is_teacher_finite_N, result.is_finite_N)
+            is_finite_N = result.is_finite_N
+            if result.cross_entropy_N is not None:
+                is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
+            self._finite_check.add(rows_N, batch_size, result.is_teacher_finite_N, is_finite_N)
 
     def _show_completions(self) -> None:
         if not (self.args.log_completions and self._generated and self.is_world_process_zero()):

@@ -44,7 +44,7 @@ def test_a_divergence_that_is_not_finite_names_the_student_and_probability_zero(
     with pytest.raises(GKDNumericsError) as raised:
         check.raise_if_not(step=1, rank=0)
     message = str(raised.value)
-    assert "sample 0: the divergence is not finite at 1 of its tokens" in message
+    assert "sample 0: the loss is not finite at 1 of its tokens" in message
     assert "the student's logits hold NaN or +inf" in message
     assert "probability 0" in message
     assert "teacher's logits hold" not in message

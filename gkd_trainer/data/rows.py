@@ -34,7 +34,8 @@ class RowRules:
     prompt plus completion in tokens; None is unbounded. `train_on` is "all_turns" or "last_turn".
     `is_generating` says that some completions will be generated, so that a prompt must leave room for
     `max_new_tokens`; `needs_completion` that some will be taken from the data; `needs_prompt` that the
-    student will generate them all. `text_field` is the column of plain text.
+    student will generate them all. `text_field` is the column of plain text. Rows with token ids from
+    `vocab_size` on can't be used; None allows any.
     """
 
     stop_ids: frozenset[int]
@@ -45,6 +46,7 @@ class RowRules:
     needs_completion: bool
     needs_prompt: bool
     text_field: str = "text"
+    vocab_size: int | None = None
 
 
 class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted; never seen by a caller)
@@ -261,6 +263,8 @@ class RowPreparer:
         rules = self.rules
         if not ids:
             raise RowDropped("no tokens")
+        if rules.vocab_size is not None and max(*ids, *labels) >= rules.vocab_size:
+            raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
         n_prompt = prompt_length(labels)
         first_trained = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
         if first_trained is None and rules.needs_completion:

@@ -156,6 +156,12 @@ def test_no_usable_row(make_trainer):
         make_trainer(trainer_args={"train_dataset": rows})
 
 
+def test_token_ids_that_the_models_do_not_have(make_trainer):
+    rows = Dataset.from_list([{"input_ids": [5, 400, 7], "labels": [-100, -100, 7]}] * 4)
+    with pytest.raises(GKDDataError, match="a token id beyond the models' 368 tokens"):
+        make_trainer(trainer_args={"train_dataset": rows})
+
+
 def test_iterable_without_usable_row_is_refused_in_the_first_step(make_trainer):
     rows = Dataset.from_list([{"prompt": "hello", "completion": ""}] * 4).to_iterable_dataset()
     trainer = make_trainer(trainer_args={"train_dataset": rows})
@@ -210,7 +216,7 @@ def test_minus_infinity_is_probability_zero_where_the_divergence_stays_finite(ma
 
 def test_minus_infinity_is_refused_where_the_divergence_is_infinite(make_trainer, tiny_model):
     trainer = faulty_run(make_trainer, tiny_model, -float("inf"), beta=1.0)
-    with pytest.raises(GKDNumericsError, match="the divergence is not finite"):
+    with pytest.raises(GKDNumericsError, match="the loss is not finite"):
         trainer.train()
 
 
