@@ -61,7 +61,11 @@ def find_head(model: nn.Module) -> SeparableHead | InseparableHead:
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap))
-    if not _explains_logits(model, head):
+    try:
+        explains_logits = _explains_logits(model, head)
+    except Exception as error:  # whatever a forward may raise that wants more than ids and a mask
+        return InseparableHead(f"its forward of token ids and mask alone failed with {type(error).__name__}: {error}")
+    if not explains_logits:
         return InseparableHead("its logits are not its head applied to the head's input")
     return head
 

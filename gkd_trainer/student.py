@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from gkd_trainer.errors import GKDConfigError
 
+_PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
     """Load a causal LM, in float32 unless `init_kwargs` give a dtype.
@@ -25,13 +27,20 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
     return model
 
 
-def find_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that lies beside a model's weights, or None where there is none."""
+def find_tokenizer(
+    name_or_path: str, trust_remote_code: bool, init_kwargs: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that lies beside a model's weights, or None where there is none.
+
+    Of `init_kwargs`, which loaded the model, those that say where it lies are taken for the tokenizer too.
+    """
     if not name_or_path:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code
+            name_or_path,
+            trust_remote_code=trust_remote_code,
+            **{key: value for key, value in (init_kwargs or {}).items() if key in _PLACE},
         )
     except (OSError, ValueError, KeyError):  # what from_pretrained raises where no tokenizer is
         return None

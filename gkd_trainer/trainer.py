@@ -146,7 +146,7 @@ class GKDMixin(_AnyTrainer):
             )
         if processing_class is None:
             name = model if isinstance(model, str) else name_of(model)
-            processing_class = find_tokenizer(name, trust_remote_code)
+            processing_class = find_tokenizer(name, trust_remote_code, getattr(config, "model_init_kwargs", None))
 
         self._adapter_config = peft_config if is_plain_trainer else None
         self._formatting_func = formatting_func

@@ -46,7 +46,7 @@ class FrozenTeacher(Teacher):
         """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained."""
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
-        tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"])
+        tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
         return cls(model, tokenizer)
 
     def score(self, batch: TokenBatch) -> Signal:

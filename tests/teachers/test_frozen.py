@@ -182,7 +182,7 @@ def test_remote_code_is_trusted_only_where_asked(monkeypatch, tiny_model):
 
     auto_class = SimpleNamespace(from_pretrained=load)
     monkeypatch.setattr("gkd_trainer.teachers.frozen.AutoModelForCausalLM", auto_class)
-    monkeypatch.setattr("gkd_trainer.teachers.frozen.find_tokenizer", lambda name, trusted: loaded.append(trusted))
+    monkeypatch.setattr("gkd_trainer.teachers.frozen.find_tokenizer", lambda name, trusted, _: loaded.append(trusted))
     FrozenTeacher.from_pretrained("a/teacher", dtype="auto")
     assert loaded[:2] == [{"dtype": "auto", "trust_remote_code": False}, False]
     loaded.clear()
@@ -203,3 +203,10 @@ def test_its_vocabulary_is_that_of_the_tokenizer_given_or_found(tiny_model, tmp_
 
 def test_its_vocabulary_size_counts_the_rows_of_its_head(tiny_model):
     assert FrozenTeacher(tiny_model(vocab=384)).vocab_size == 384
+
+
+def test_tokenizer_comes_from_the_place_that_the_init_kwargs_name(tiny_model, byte_level, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "inner")
+    byte_level().save_pretrained(tmp_path / "inner")
+    teacher = FrozenTeacher.from_pretrained(str(tmp_path), subfolder="inner")
+    assert teacher.vocabulary == byte_level().get_vocab()
