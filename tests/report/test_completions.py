@@ -13,7 +13,7 @@ from gkd_trainer.batch import Completion, Generated
 from gkd_trainer.report.completions import CompletionRow, completion_rows, print_completions, send_completions
 
 ROWS = [
-    CompletionRow("student", "What is [1, 2][0]?", "It is [bold]1[/bold], or [/red] so.", True),
+    CompletionRow("student", "What is [i][0], [1]?", "It is [bold]1[/bold], or [/red] so.", True),
     CompletionRow("teacher", "a|b\nc", "one | two", False),
 ]
 
@@ -53,7 +53,7 @@ def test_the_table_has_its_title_and_says_who_generated_what_and_how_it_ended():
 
 def test_brackets_in_a_completion_are_printed_not_read_as_markup():
     text = printed(ROWS)
-    assert "What is [1, 2][0]?" in text
+    assert "What is [i][0], [1]?" in text
     assert "It is [bold]1[/bold], or [/red] so." in text
 
 
@@ -84,7 +84,7 @@ def test_tensorboard_gets_a_markdown_table_whose_cells_stay_cells():
     lines = text.split("\n")
     assert lines[0] == "| generated_by | prompt | completion | is_finished |"
     assert lines[1] == "| --- | --- | --- | --- |"
-    assert lines[2] == "| student | What is [1, 2][0]? | It is [bold]1[/bold], or [/red] so. | True |"
+    assert lines[2] == "| student | What is [i][0], [1]? | It is [bold]1[/bold], or [/red] so. | True |"
     assert lines[3] == "| teacher | a\\|b<br>c | one \\| two | False |"
     assert len(lines) == 4
 

@@ -66,6 +66,13 @@ def test_scores_carry_no_gradients(tiny_model):
     assert not prepared(adapted_head(tiny_model())).score(batch).logits_NV.requires_grad
 
 
+def test_scores_carry_no_gradients_even_where_the_models_inputs_do(tiny_model):
+    """As in a model that gradient checkpointing was prepared for."""
+    model = tiny_model()
+    model.enable_input_require_grads()
+    assert not prepared(model).score(batch_of_two()).hidden_NH.requires_grad
+
+
 def test_a_teacher_set_to_training_mode_scores_without_dropout(tiny_model):
     model, batch = tiny_model(attention_dropout=0.5), batch_of_two()
     teacher = prepared(model)
