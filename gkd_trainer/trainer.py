@@ -254,7 +254,7 @@ class GKDMixin(_AnyTrainer):
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
-            if not self._has_trained:
+            if not self._has_trained and self.state.global_step == 0:
                 raise GKDDataError(
                     "the training set gave no batch: no row of it can be used; the log counts the rows that were "
                     "dropped, by reason"
@@ -371,6 +371,9 @@ class GKDMixin(_AnyTrainer):
         output: EvalLoopOutput = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        if not self.is_in_train and self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
+            # Evaluation marks the model as prepared, and training would then leave it without DDP: ranks drift apart.
+            self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         metrics = self._eval_meter.read()
         metrics.update({f"on_policy_{name}": metric for name, metric in self._eval_on_policy_meter.read().items()})
         (output.metrics or {}).update({f"{metric_key_prefix}_{name}": metric for name, metric in metrics.items()})
@@ -406,10 +409,11 @@ class GKDMixin(_AnyTrainer):
                 "use a causal LM of transformers, pass rollouts, or set lmbda=0"
             )
         self._stop_ids = _stop_ids(student, self._tokenizer_or_none)
-        self.rollouts = rollouts if rollouts is not None else self._hf_rollouts(self._is_sharded)
+        self.rollouts = rollouts if rollouts is not None else self._hf_rollouts(self._stop_ids, self._is_sharded)
         self._teacher_rollouts: RolloutEngine | None = None
         if self.args.seq_kd and self.teacher.model is not None:
-            self._teacher_rollouts = self._hf_rollouts(is_sharded=False)
+            stop_ids = {*self._stop_ids, *_stop_ids(self.teacher.model, None)}
+            self._teacher_rollouts = self._hf_rollouts(sorted(stop_ids), is_sharded=False)
             self._teacher_rollouts.sync(self.teacher.model)
 
     def _prepare_datasets(self) -> None:
@@ -583,10 +587,8 @@ class GKDMixin(_AnyTrainer):
         print_completions(rows, f"Completions at step {self.state.global_step}")
         send_completions(rows, self.state.global_step, self.callback_handler.callbacks)
 
-    def _hf_rollouts(self, is_sharded: bool) -> HFRollouts:
-        return HFRollouts(
-            self._stop_ids, self._pad_token_id, self._vocab_size, self.args.rollout_batch_size, is_sharded
-        )
+    def _hf_rollouts(self, stop_ids: list[int], is_sharded: bool) -> HFRollouts:
+        return HFRollouts(stop_ids, self._pad_token_id, self._vocab_size, self.args.rollout_batch_size, is_sharded)
 
     @property
     def _is_sharded(self) -> bool:

@@ -32,6 +32,7 @@ class DieAfterSaving(TrainerCallback):
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
+    evaluates_first = options.pop("evaluates_first", False)
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
     trainer = GKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student"),
@@ -50,6 +51,8 @@ def main(folder: Path) -> None:
         eval_dataset=rows.select(range(7)),
         callbacks=[DieAfterSaving(die_at)] if die_at else None,
     )
+    if evaluates_first:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     result = {"log": trainer.state.log_history, "evaluation": trainer.evaluate()}
     trainer.save_model(str(folder / "result"))

@@ -271,3 +271,10 @@ def test_completions_are_shown_when_logging(make_trainer, capsys):
     printed = capsys.readouterr().out
     assert "Completions at step 1" in printed
     assert printed.count("student ") == 1  # one row of the table; the metrics' names go on with other signs
+
+
+def test_teacher_stops_at_its_own_stop_ids_under_seq_kd(make_trainer, tiny_model):
+    teacher = tiny_model(hidden=48, seed=1)
+    teacher.generation_config.eos_token_id = list(range(4, 368))
+    trainer = run(make_trainer, trainer_args={"teacher_model": teacher}, lmbda=0.0, seq_kd=True)
+    assert all(len(trained) == 1 or trained[0] < 4 for _, trained, _ in trained_rows(trainer))
