@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gkd_trainer import GKDArguments, GKDConfig
-from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, TrainingMeter
+from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -33,13 +33,16 @@ def test_links_of_a_page_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_figures_of_the_divergence_page_are_what_its_snippet_gives():
+def test_figures_of_the_divergence_page_are_what_its_snippets_give():
     page = (ROOT / "docs" / "divergence.md").read_text()
-    snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
     names: dict[str, object] = {}
-    exec(snippet, names)
-    for call, figure in re.findall(r"^(generalized_jsd.*?)  # (\d\.\d+)", snippet, re.MULTILINE):
-        assert eval(call, names).item() == pytest.approx(float(figure), abs=5e-5)
+    n_figures = 0
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(snippet, names)
+        for call, figure in re.findall(r"^((?:generalized_jsd|kl_div)\(.*?)  # (\d\.\d+)", snippet, re.MULTILINE):
+            assert eval(call, names).item() == pytest.approx(float(figure), abs=5e-5), call
+            n_figures += 1
+    assert n_figures == 10
 
 
 def test_metrics_page_names_what_a_run_logs():
@@ -53,3 +56,13 @@ def test_metrics_page_names_what_a_run_logs():
     assert len(logged) == 13
     for metric in logged:
         assert f"`{metric}`" in page, metric
+
+
+def test_metrics_page_names_what_an_evaluation_gives():
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    meter = EvaluationMeter()
+    meter.add(torch.ones(2, len(TOKEN_SUMS), dtype=torch.float64), torch.tensor(1.0), lambda sums: sums)
+    measured = meter.read()
+    assert len(measured) == 4
+    for metric in measured:
+        assert f"`eval_{metric}`" in page, metric
