@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from inspect import Parameter
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 from peft import PeftConfig
@@ -45,15 +45,27 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     return GKDConfig(**{name: value for name, value in given.items() if name in known})
 
 
+def init_parameters(classes: Sequence[type]) -> dict[str, Parameter]:
+    """Return what the first class takes at construction, and through its `**kwargs` the ones behind it."""
+    parameters: dict[str, Parameter] = {}
+    for cls in classes:
+        own = [p for p in signature(cls.__init__).parameters.values() if "__init__" in vars(cls)]  # type: ignore[misc]
+        for parameter in own:
+            if parameter.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL):
+                parameters.setdefault(parameter.name, parameter)
+        if own and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in own):
+            break
+    return parameters
+
+
 def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the arguments that a trainer's `__init__` takes; those it doesn't take are left out where unused.
 
     Raises TypeError for one that was given and that the trainer does not take.
     """
-    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
     accepted = {}
     for key, value in arguments.items():
-        if key in parameters or takes_any:
+        if key in parameters:
             accepted[key] = value
         elif value is not None and value != (None, None):
             raise TypeError(f"{name}.__init__() got an unexpected keyword argument {key!r}")

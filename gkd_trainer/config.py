@@ -246,12 +246,20 @@ class GKDArguments:
             )
         self._check_generation_kwargs()
         # Fields of trl.SFTConfig, where that is the base.
-        for name in ("packing", "padding_free"):
-            if self.generates and getattr(self, name, False):
+        for name in ("packing", "padding_free", "eval_packing"):
+            if generates and getattr(self, name, False):
                 raise GKDConfigError(
                     f"{name}=True joins samples into one sequence, from which no completion can be sampled: "
-                    f"set {name}=False, or lmbda=0 and seq_kd=False"
+                    f"set {name}=False, or lmbda=0, seq_kd=False and eval_on_policy=False"
                 )
+        packs = getattr(self, "packing", False) or getattr(self, "eval_packing", False)
+        if packs and self.max_length is None:
+            raise GKDConfigError("packing fills sequences up to max_length, which is None: set max_length")
+        if self.generates and getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
+            raise GKDConfigError(
+                "train_sampling_strategy='batch_rebalance' makes batches of unequal size, in which a sample has no "
+                "fixed position to draw its completion by: use another strategy, or lmbda=0 and seq_kd=False"
+            )
         if getattr(self, "completion_only_loss", None) is False:
             raise GKDConfigError(
                 "completion_only_loss=False would compare the models on prompts: leave it out, or give rows of `text`, "

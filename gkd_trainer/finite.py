@@ -5,6 +5,8 @@ Shapes: B batch, N tokens trained on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,17 @@ class FiniteCheck:
         """Forget the window."""
         self._bad_B2 = []
 
-    def raise_if_not(self, step: int, rank: int) -> None:
+    def raise_if_not(self, step: int, rank: int, reduce: Callable[[Tensor], Tensor] = lambda flag: flag) -> None:
         """Read the flags and raise GKDNumericsError for the first sample that has one.
+
+        All ranks raise where one of them has to: the others would wait for it in their next exchange.
 
         Args:
             step: The optimizer step that would be taken next, from 1, for the message.
             rank: The rank that this runs on, for the message.
+            reduce: Adds a tensor up over ranks.
         """
-        if not self._bad_B2 or not torch.cat(self._bad_B2).any():
+        if not self._bad_B2 or not reduce(torch.cat(self._bad_B2).any().long()):
             return
         for micro_batch, bad_B2 in enumerate(self._bad_B2):
             for sample, (teacher_tokens, tokens) in enumerate(bad_B2.tolist()):
@@ -43,6 +48,7 @@ class FiniteCheck:
                         f"{_cause(teacher_tokens, tokens)}. The optimizer has not taken this step, and what was saved "
                         "before it stands. Look at that sample, the dtype of both models and the learning rate"
                     )
+        raise GKDNumericsError(f"step {step}, rank {rank}: stopped, since another rank met values that are not finite")
 
 
 def _cause(teacher_tokens: int, tokens: int) -> str:

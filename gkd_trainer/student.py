@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,8 +21,8 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
     `from_pretrained` alone takes the checkpoint's dtype, and a student in pure bf16 loses its small updates.
     """
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    if "torch_dtype" not in kwargs:  # its older name, which yields to a dtype
-        kwargs.setdefault("dtype", torch.float32)
+    if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:  # the first is the older name
+        kwargs["dtype"] = torch.float32
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     return model
 
@@ -77,7 +77,18 @@ def refuse_prompt_learning(model: nn.Module) -> None:
 
 def base_model(model: nn.Module) -> nn.Module:
     """Return the causal LM inside a PEFT wrapper (its adapters stay active), or the model itself."""
+    if isinstance(model, PeftMixedModel):
+        return cast(nn.Module, model.base_model.model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def refuse_frozen(model: nn.Module) -> None:
+    """Raise where no parameter of the student would be trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise GKDConfigError(
+            "no parameter of the student requires a gradient, so that nothing would be trained. A folder that holds an "
+            "adapter is loaded frozen: pass peft.AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)"
+        )
 
 
 def disable_dropout(model: nn.Module) -> None:

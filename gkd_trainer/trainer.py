@@ -6,13 +6,13 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, K summed quantitie
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
 from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel
@@ -27,6 +27,7 @@ from gkd_trainer.arguments import (
     accepted_by,
     build_teacher,
     completed_args,
+    init_parameters,
     refuse_data_parallel,
     refuse_meaningless,
 )
@@ -53,6 +54,7 @@ from gkd_trainer.student import (
     find_tokenizer,
     load_student,
     name_of,
+    refuse_frozen,
     refuse_prompt_learning,
     wrap_in_adapter,
 )
@@ -128,7 +130,8 @@ class GKDMixin(_AnyTrainer):
         **base_kwargs: Any,
     ) -> None:
         base_init: Callable[..., None] = super().__init__
-        base_parameters = inspect.signature(base_init).parameters
+        family = type(self).__mro__
+        base_parameters = init_parameters(family[family.index(GKDMixin) + 1 :])
         # A base that takes adapters (TRL's trainers) also loads a student by name; the plain Trainer does neither.
         is_plain_trainer = "peft_config" not in base_parameters
         config: Any = completed_args(args, is_plain_trainer)
@@ -156,9 +159,6 @@ class GKDMixin(_AnyTrainer):
         self._prepares_rows = not (dataset_kwargs.get("skip_prepare_dataset", False) or reads_messages)
         if reads_messages:
             config.remove_unused_columns = False
-        if train_dataset is not None and not hasattr(train_dataset, "__len__"):
-            # Each rank reads its own share: Accelerate would concatenate batches of unequal length on one rank.
-            config.accelerator_config.dispatch_batches = False
 
         set_seed(config.seed)  # adapters start at random
         if is_plain_trainer:
@@ -197,6 +197,15 @@ class GKDMixin(_AnyTrainer):
                 "for the next token: set cp_size and sp_size to 1"
             )
         refuse_prompt_learning(self.model)
+        if teacher.model is not None and not {*map(id, teacher.model.parameters())}.isdisjoint(
+            map(id, self.model.parameters())
+        ):
+            raise GKDTeacherError(
+                "the teacher shares weights with the student, which freezing the teacher froze too: load the teacher "
+                "separately"
+            )
+        if self.train_dataset is not None:
+            refuse_frozen(self.model)
         if self.args.disable_dropout:
             disable_dropout(self.model)
 
@@ -276,7 +285,11 @@ class GKDMixin(_AnyTrainer):
         with self._meter.measure("step"):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._finite_check.raise_if_not(self.state.global_step + 1, self.accelerator.process_index)
+            self._finite_check.raise_if_not(
+                self.state.global_step + 1,
+                self.accelerator.process_index,
+                lambda flag: self.accelerator.reduce(flag, "sum"),
+            )
         return loss
 
     def compute_loss(
@@ -403,18 +416,20 @@ class GKDMixin(_AnyTrainer):
         student = base_model(self.model)
         if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
             raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
-        if self.args.generates and rollouts is None and not hasattr(student, "generate"):
+        generates = self.args.generates or self.args.eval_on_policy
+        if generates and rollouts is None and not hasattr(student, "generate"):
+            option = f"lmbda={self.args.lmbda}" if self.args.generates else "eval_on_policy=True"
             raise GKDConfigError(
-                f"lmbda={self.args.lmbda} has the student generate, which {type(student).__name__} can't: "
-                "use a causal LM of transformers, pass rollouts, or set lmbda=0"
+                f"{option} has the student generate, which {type(student).__name__} can't: "
+                "use a causal LM of transformers, pass rollouts, or switch generation off"
             )
         self._stop_ids = _stop_ids(student, self._tokenizer_or_none)
         self.rollouts = rollouts if rollouts is not None else self._hf_rollouts(self._stop_ids, self._is_sharded)
         self._teacher_rollouts: RolloutEngine | None = None
         if self.args.seq_kd and self.teacher.model is not None:
-            stop_ids = {*self._stop_ids, *_stop_ids(self.teacher.model, None)}
+            stop_ids = {*self._stop_ids, *_stop_ids(base_model(self.teacher.model), None)}
             self._teacher_rollouts = self._hf_rollouts(sorted(stop_ids), is_sharded=False)
-            self._teacher_rollouts.sync(self.teacher.model)
+            self._teacher_rollouts.sync(base_model(self.teacher.model))
 
     def _prepare_datasets(self) -> None:
         if self.train_dataset is not None:
@@ -433,22 +448,28 @@ class GKDMixin(_AnyTrainer):
         return model
 
     def _prepared(self, dataset: Any, name: str, is_training: bool = False) -> Any:
+        if isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset):
+            # Each rank reads its own share: Accelerate would concatenate batches of unequal length on one rank.
+            self.args.accelerator_config.dispatch_batches = False
+            self.accelerator.dataloader_config.dispatch_batches = False
         if not self._prepares_rows:
             return dataset
         args = self.args
-        columns = getattr(dataset, "column_names", None) or ()
         rules = RowRules(
             stop_ids=frozenset(self._stop_ids),
             max_length=args.max_length,
             max_new_tokens=args.max_new_tokens,
             train_on=args.train_on,
-            is_generating=args.generates
-            or args.eval_on_policy
-            or ("prompt" in columns and "completion" not in columns),
+            is_generating=args.generates or (args.eval_on_policy and not is_training),
             needs_completion=is_training and not (args.is_always_on_policy or args.seq_kd),
             needs_prompt=is_training and args.is_always_on_policy,
             text_field=getattr(args, "dataset_text_field", "text"),
-            vocab_size=min(vocabulary_rows(base_model(self.model)), self.teacher.vocab_size),
+            # Cross-entropy needs its labels among the tokens that are compared.
+            vocab_size=(
+                self._vocab_size
+                if args.ce_weight > 0
+                else min(vocabulary_rows(base_model(self.model)), self.teacher.vocab_size)
+            ),
         )
         dataset = prepare_dataset(
             dataset,
@@ -458,6 +479,9 @@ class GKDMixin(_AnyTrainer):
             num_proc=getattr(args, "dataset_num_proc", None),
             name=name,
         )
+        if not is_training and self.accelerator.num_processes > 1 and not hasattr(dataset, "__len__"):
+            # Without a length, ranks fill up their last batch with samples that would be counted twice.
+            dataset = list(dataset)
         packs = getattr(args, "packing", False)
         if not is_training and getattr(args, "eval_packing", None) is not None:
             packs = args.eval_packing
@@ -588,7 +612,11 @@ class GKDMixin(_AnyTrainer):
         send_completions(rows, self.state.global_step, self.callback_handler.callbacks)
 
     def _hf_rollouts(self, stop_ids: list[int], is_sharded: bool) -> HFRollouts:
-        return HFRollouts(stop_ids, self._pad_token_id, self._vocab_size, self.args.rollout_batch_size, is_sharded)
+        tokenizer = self._tokenizer_or_none
+        # Heads of equal size are compared with their padding rows, which no token may be sampled from.
+        known = self._vocab_size if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+        vocab_size = min(self._vocab_size, known)
+        return HFRollouts(stop_ids, self._pad_token_id, vocab_size, self.args.rollout_batch_size, is_sharded)
 
     @property
     def _is_sharded(self) -> bool:
@@ -608,6 +636,12 @@ class GKDMixin(_AnyTrainer):
 
 class GKDTrainer(GKDMixin, Trainer):
     """`transformers.Trainer` whose loss is the divergence from a teacher; see GKDMixin for its arguments."""
+
+    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """Write the model card as Trainer does; scripts written for TRL call `dataset` `dataset_name`."""
+        if dataset_name is not None:
+            kwargs["dataset"] = dataset_name
+        super().create_model_card(*args, **kwargs)
 
 
 def _pad_token_id(processing_class: Any) -> int:

@@ -330,19 +330,21 @@ def test_fields_of_transformers_that_hold_json_are_still_parsed(config_of):
 
 
 def test_sft_config_can_be_extended(config_of):
-    args = config_of(MyConfig, lmbda=0.0, packing=True, beta=0.1, generation_kwargs="{}", max_length=None)
+    args = config_of(MyConfig, lmbda=0.0, packing=True, beta=0.1, generation_kwargs="{}", max_length=77)
     assert isinstance(args, trl.SFTConfig)
-    assert (args.packing, args.beta, args.generation_kwargs, args.max_length) == (True, 0.1, {}, None)
+    assert (args.packing, args.beta, args.generation_kwargs, args.max_length) == (True, 0.1, {}, 77)
     assert config_of(MyConfig).max_length == 1024
     with pytest.raises(GKDConfigError, match="beta must be in"):
         config_of(MyConfig, beta=2)
 
 
-@pytest.mark.parametrize("name", ["packing", "padding_free"])
-@pytest.mark.parametrize("options", [{"lmbda": 0.1}, {"lmbda": 0.0, "seq_kd": True}])
+@pytest.mark.parametrize("name", ["packing", "padding_free", "eval_packing"])
+@pytest.mark.parametrize(
+    "options", [{"lmbda": 0.1}, {"lmbda": 0.0, "seq_kd": True}, {"lmbda": 0.0, "eval_on_policy": True}]
+)
 def test_sequences_that_hold_several_samples_are_refused_where_completions_are_generated(config_of, name, options):
     with pytest.raises(
-        GKDConfigError, match=f"{name}=True joins samples.*set {name}=False, or lmbda=0 and seq_kd=False"
+        GKDConfigError, match=f"{name}=True joins samples.*set {name}=False, or lmbda=0, seq_kd=False and eval_on"
     ):
         config_of(MyConfig, **{name: True}, **options)
 
@@ -462,3 +464,15 @@ def test_a_configuration_can_be_copied_and_pickled(config_of):
         assert isinstance(copied, GKDConfig)
         assert copied.beta == 0.1
     assert dataclasses.replace(args, lmbda=0.1).lmbda == 0.1
+
+
+@pytest.mark.parametrize("name", ["packing", "eval_packing"])
+def test_packing_without_a_length_is_refused(config_of, name):
+    with pytest.raises(GKDConfigError, match="set max_length"):
+        config_of(MyConfig, lmbda=0.0, max_length=None, **{name: True})
+
+
+def test_batches_of_unequal_size_are_refused_where_samples_are_drawn(config_of):
+    with pytest.raises(GKDConfigError, match="batch_rebalance"):
+        config_of(lmbda=0.5, train_sampling_strategy="batch_rebalance")
+    assert config_of(lmbda=0.0, train_sampling_strategy="batch_rebalance").lmbda == 0

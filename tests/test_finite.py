@@ -66,3 +66,10 @@ def test_a_cleared_window_is_forgotten():
     check.raise_if_not(step=1, rank=0)
     add(check)
     check.raise_if_not(step=1, rank=0)
+
+
+def test_every_rank_raises_where_one_has_to():
+    check = FiniteCheck()
+    add(check, teacher=[True, True, True, True], value=[True, True, True, True])
+    with pytest.raises(GKDNumericsError, match="step 4, rank 1: stopped, since another rank"):
+        check.raise_if_not(step=4, rank=1, reduce=lambda flag: flag + 1)

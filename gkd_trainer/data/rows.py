@@ -276,7 +276,8 @@ class RowPreparer:
                 "`completion`, or lower lmbda"
             )
         if rules.max_length is not None:
-            if rules.is_generating and n_prompt > rules.max_length - rules.max_new_tokens:
+            is_completed = rules.is_generating or first_trained is None
+            if is_completed and n_prompt > rules.max_length - rules.max_new_tokens:
                 bound = f"({rules.max_length} - {rules.max_new_tokens})"
                 reason = f"prompt longer than max_length - max_new_tokens {bound}"
                 raise RowDropped(reason, n_prompt + rules.max_new_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,10 @@ class FrozenTeacher(Teacher):
         trust_remote_code: bool = False,
     ) -> None:
         self._model: PreTrainedModel = model.eval().requires_grad_(False)
+        parameters = inspect.signature(model.forward).parameters.values()
+        takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        # One forward of whole sequences has no use for keys and values.
+        self._forward_kwargs = {"use_cache": False} if takes_cache else {}
         self._tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
 
@@ -55,7 +60,7 @@ class FrozenTeacher(Teacher):
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
         self._model.eval()
         with torch.no_grad():
-            signal, _ = predict(self._model, batch, self._head, use_cache=False)
+            signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
         return signal
 
     @property

@@ -33,6 +33,7 @@ def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
     evaluates_first = options.pop("evaluates_first", False)
+    evaluates_stream = options.pop("evaluates_stream", False)
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
     trainer = GKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student"),
@@ -48,7 +49,7 @@ def main(folder: Path) -> None:
             **options,
         ),
         train_dataset=rows,
-        eval_dataset=rows.select(range(7)),
+        eval_dataset=rows.select(range(7)).to_iterable_dataset() if evaluates_stream else rows.select(range(7)),
         callbacks=[DieAfterSaving(die_at)] if die_at else None,
     )
     if evaluates_first:

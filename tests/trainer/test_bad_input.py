@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from peft import PromptTuningConfig
-from transformers import TrainerCallback
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gkd_trainer import GKDConfigError, GKDDataError, GKDNumericsError, GKDTeacherError, GKDTrainer
 from gkd_trainer.batch import LogitsSignal, TokenBatch
@@ -226,3 +226,41 @@ class _KeepWeights(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.weights.update({name: p.detach().clone() for name, p in self.trainer.model.named_parameters()})
+
+
+def test_teacher_that_shares_weights_with_an_adapted_student(make_trainer, tiny_model):
+    base = tiny_model()
+    student = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(GKDTeacherError, match="shares weights with the student"):
+        make_trainer(trainer_args={"model": student, "teacher_model": base})
+
+
+def test_student_without_a_parameter_to_train(make_trainer, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(GKDConfigError, match=r"no parameter.*is_trainable=True"):
+        make_trainer(trainer_args={"model": str(tmp_path / "adapter")})
+    trainable = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", is_trainable=True)
+    make_trainer(trainer_args={"model": trainable}).train()
+
+
+def test_labels_beyond_the_shared_vocabulary_are_dropped_where_cross_entropy_needs_them(
+    make_trainer, tiny_model, byte_level, caplog
+):
+    rows = [{"input_ids": [5, 6, label], "labels": [-100, -100, label]} for label in (7, 370, 8, 9, 10, 11, 12, 13)]
+    teacher = FrozenTeacher(tiny_model(vocab=400, seed=1), tokenizer=byte_level())
+    arguments = {"model": tiny_model(vocab=384), "teacher": teacher, "train_dataset": Dataset.from_list(rows)}
+    trainer = make_trainer(trainer_args=arguments, ce_weight=0.5)
+    assert len(trainer.train_dataset) == 7
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_student_that_cannot_generate_under_eval_on_policy(make_trainer, tiny_model):
+    student = tiny_model()
+    plain = torch.nn.Module()
+    plain.inner, plain.config = student, student.config
+    plain.forward = lambda input_ids, attention_mask=None, labels=None: student(input_ids, attention_mask)
+    with pytest.raises(GKDConfigError, match="eval_on_policy=True has the student generate"):
+        make_trainer(trainer_args={"model": plain, "processing_class": None}, eval_on_policy=True)

@@ -23,7 +23,7 @@ def steps(result):
     [
         (True, {"evaluates_first": True}),
         (False, {"gradient_checkpointing": True}),
-        (False, {"gradient_accumulation_steps": 2, "ce_weight": 0.3, "eval_on_policy": True}),
+        (False, {"evaluates_stream": True, "gradient_accumulation_steps": 2, "ce_weight": 0.3, "eval_on_policy": True}),
     ],
     ids=["tied", "untied-checkpointing", "untied-accumulation-cross-entropy"],
 )

@@ -401,3 +401,54 @@ def test_teacher_quantised_by_its_init_kwargs_teaches(make_trainer, tiny_model, 
     assert type(trainer.teacher_model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
+def test_trainer_whose_init_passes_its_arguments_on_is_known_for_what_stands_behind_it(
+    tiny_model, byte_level, config, tmp_path
+):
+    class CompanySFT(SFTTrainer):
+        def __init__(self, *args, my_option=1, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.my_option = my_option
+
+    class Mine(GKDMixin, CompanySFT):
+        pass
+
+    trainer = Mine(
+        model=tiny_model(),
+        args=config(MyConfig, bf16=False),
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in MESSAGES * 4]),
+        processing_class=byte_level(),
+        teacher_model=tiny_model(seed=1),
+        my_option=3,
+    )
+    assert trainer.my_option == 3
+    assert trainer.args.dataset_kwargs["skip_prepare_dataset"] is True
+
+
+def test_teacher_whose_forward_takes_ids_and_mask_alone_teaches(make_trainer, tiny_model):
+    class Plain(type(tiny_model())):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    teacher = tiny_model(seed=1)
+    teacher.__class__ = Plain
+    make_trainer(trainer_args={"teacher_model": teacher}).train()
+
+
+def test_resumed_run_on_iterable_rows_goes_past_the_end_of_an_epoch(make_trainer, token_rows, config):
+    def trainer(max_steps):
+        rows = token_rows(8).to_iterable_dataset()
+        args = config(max_steps=max_steps, save_strategy="steps", save_steps=3)
+        return make_trainer(trainer_args={"train_dataset": rows, "args": args})
+
+    trainer(3).train()
+    resumed = trainer(6)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
+def test_model_card_takes_the_name_that_trl_gives_the_data_set(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.create_model_card(dataset_name="some/data")
+    assert "some/data" in (tmp_path / "run" / "README.md").read_text()

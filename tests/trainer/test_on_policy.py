@@ -278,3 +278,29 @@ def test_teacher_stops_at_its_own_stop_ids_under_seq_kd(make_trainer, tiny_model
     teacher.generation_config.eos_token_id = list(range(4, 368))
     trainer = run(make_trainer, trainer_args={"teacher_model": teacher}, lmbda=0.0, seq_kd=True)
     assert all(len(trained) == 1 or trained[0] < 4 for _, trained, _ in trained_rows(trainer))
+
+
+def test_padding_rows_of_equal_heads_are_never_sampled(make_trainer, tiny_model):
+    student, teacher = (tiny_model(vocab=400, seed=seed) for seed in (0, 1))
+    trainer = run(
+        make_trainer, trainer_args={"model": student, "teacher_model": teacher}, max_steps=4, lmbda=1.0, temperature=9.0
+    )
+    sampled = [token for _, trained, _ in trained_rows(trainer) for token in trained]
+    assert len(sampled) > 40
+    assert max(sampled) < 365
+
+
+def test_prompts_alone_that_are_too_long_to_complete_are_dropped_from_an_evaluation_set(make_trainer, caplog):
+    prompts = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": text}]} for text in ("hello", "hello there " * 30)]
+    )
+    trainer = make_trainer(trainer_args={"eval_dataset": prompts}, lmbda=0.0)
+    assert len(trainer.eval_dataset) == 1
+    assert any("prompt longer than max_length" in record.message for record in caplog.records)
+
+
+def test_eval_on_policy_leaves_the_training_rows_alone(make_trainer, token_rows):
+    long = {"input_ids": [5] * 61 + [6, 2], "labels": [-100] * 61 + [6, 2]}
+    rows = Dataset.from_list([*token_rows(8), long])
+    trainer = make_trainer(trainer_args={"train_dataset": rows, "eval_dataset": rows}, lmbda=0.0, eval_on_policy=True)
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (9, 8)
