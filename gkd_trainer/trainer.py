@@ -32,7 +32,7 @@ from gkd_trainer.arguments import (
     refuse_meaningless,
 )
 from gkd_trainer.batch import Generated, Sampling, TokenBatch
-from gkd_trainer.data import RowRules, prepare_dataset
+from gkd_trainer.data import RowRules, keeping_labels, prepare_dataset
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.finite import FiniteCheck
@@ -160,6 +160,8 @@ class GKDMixin(_AnyTrainer):
         if reads_messages:
             config.remove_unused_columns = False
 
+        if data_collator is not None and self._prepares_rows:
+            data_collator = keeping_labels(data_collator)
         set_seed(config.seed)  # adapters start at random
         if is_plain_trainer:
             if isinstance(model, str):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
@@ -452,3 +452,17 @@ def test_model_card_takes_the_name_that_trl_gives_the_data_set(make_trainer, tmp
     trainer = make_trainer()
     trainer.create_model_card(dataset_name="some/data")
     assert "some/data" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_collators_of_transformers_train_on_the_rows_labels(make_trainer, byte_level):
+    losses = []
+    for side in (None, "left", "right"):
+        tokenizer = byte_level()
+        arguments = {}
+        if side is not None:
+            tokenizer.padding_side = side
+            arguments["data_collator"] = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = make_trainer(trainer_args=arguments, max_steps=1, lmbda=0.5)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
