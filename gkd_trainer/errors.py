@@ -19,3 +19,7 @@ class GKDTeacherError(GKDError, ValueError):
 
 class GKDNumericsError(GKDError, ArithmeticError):
     """Logits or a divergence that are not finite where they must be."""
+
+
+class GKDServerError(GKDError, ConnectionError):
+    """A server that did not answer in time, or not as it must, after all retries."""
