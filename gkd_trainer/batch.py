@@ -1,6 +1,6 @@
 """The typed values that cross the stages: token batches, completions, and what a model says of a batch.
 
-Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width.
+Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width, K top tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -123,8 +123,30 @@ class LogitsSignal:
         return LogitsSignal(self.logits_NV[:, :vocab_size])
 
 
-Signal = HiddenSignal | LogitsSignal
-"""What a model, student or teacher, says of the positions trained on."""
+@dataclass(frozen=True)
+class TopKSignal:
+    """A teacher's most probable tokens, with the log-probs it gave them over its whole vocabulary.
+
+    `ids_NK` are int64 and distinct within a row; `log_p_NK` are at temperature 1 and not normalised over the K:
+    what is missing to one is the teacher's mass outside. Entries of -inf are none: their ids mean nothing.
+    `vocab_size` is how many tokens the teacher predicts over.
+    """
+
+    ids_NK: Tensor
+    log_p_NK: Tensor
+    vocab_size: int
+
+    def sliced(self, vocab_size: int) -> TopKSignal:
+        """Return the same predictions over the first `vocab_size` tokens: entries beyond them become none."""
+        log_p_NK = self.log_p_NK.masked_fill(self.ids_NK >= vocab_size, -torch.inf)
+        return TopKSignal(self.ids_NK, log_p_NK, vocab_size)
+
+
+StudentSignal = HiddenSignal | LogitsSignal
+"""What a student says of the positions trained on: its whole distribution."""
+
+Signal = StudentSignal | TopKSignal
+"""What a teacher says of the positions trained on."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, Signal, TokenBatch
+from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, StudentSignal, TokenBatch
 
 _PROBE_LENGTH = 4
 _PROBE_LOGIT = 100.0
@@ -72,7 +72,7 @@ def find_head(model: nn.Module) -> SeparableHead | InseparableHead:
 
 def predict(
     model: nn.Module, batch: TokenBatch, head: SeparableHead | InseparableHead, **forward_kwargs: Any
-) -> tuple[Signal, Any]:
+) -> tuple[StudentSignal, Any]:
     """Run a model's forward and return what it predicts where the batch is scored, and the forward's output.
 
     `model` may be wrapped (DDP, ...): its hooks run, since its forward does. With a separable head the output

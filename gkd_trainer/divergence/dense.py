@@ -42,13 +42,23 @@ def dense_divergence(
     but the gradient of the student's logits, in their dtype.
     """
     N, V = student_logits_NV.shape
-    chunk_elements = _CPU_CHUNK_ELEMENTS if student_logits_NV.device.type == "cpu" else _CHUNK_ELEMENTS
-    chunk = vocab_chunk or max(256, chunk_elements // max(N, 1))
+    chunk = vocab_chunk or max(256, temporary_elements(student_logits_NV.device) // max(N, 1))
     objective = _Objective(beta, temperature, is_continuous=scale == "continuous")
     outputs = _DenseDivergence.apply(  # type: ignore[no-untyped-call]
         student_logits_NV, teacher_logits_NV.detach(), labels_N, objective, min(chunk, V)
     )
     return TokenDivergence(*outputs)
+
+
+def temporary_elements(device: torch.device) -> int:
+    """Return how many elements a temporary has under the default chunk on that device."""
+    return _CPU_CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS
+
+
+def mask_cross_entropy(cross_entropy_N: Tensor, labels_N: Tensor, V: int) -> Tensor:
+    """Return +inf where the label is no token of the vocabulary, 0 where it is IGNORE_INDEX, else what was given."""
+    is_outside_N = (labels_N < 0) | (labels_N >= V)
+    return cross_entropy_N.masked_fill(is_outside_N, math.inf).masked_fill(labels_N == IGNORE_INDEX, 0.0)
 
 
 @dataclass(frozen=True)
@@ -213,9 +223,7 @@ def _scan(logits_NV: Tensor, temperature: float, chunk: int, dtype: torch.dtype)
 def _cross_entropy(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor) -> Tensor:
     V = logits_NV.shape[1]
     label_logits_N = logits_NV.gather(1, labels_N.clamp(0, V - 1)[:, None])[:, 0].to(log_z_N.dtype)
-    is_outside_N = (labels_N < 0) | (labels_N >= V)
-    cross_entropy_N = (log_z_N - label_logits_N).masked_fill(is_outside_N, math.inf)
-    return cross_entropy_N.masked_fill(labels_N == IGNORE_INDEX, 0.0)
+    return mask_cross_entropy(log_z_N - label_logits_N, labels_N, V)
 
 
 def _log_over_mixture(gap_NC: Tensor, log_share: float, log_other_share: float) -> Tensor:

@@ -1,6 +1,6 @@
 """The entry to the divergence of a student from a teacher: checks the arguments and picks the path.
 
-Shapes: N tokens trained on, V vocabulary, H the student's hidden width, G the teacher's.
+Shapes: N tokens trained on, V vocabulary, H the student's hidden width, G the teacher's, K its top tokens.
 """
 
 from __future__ import annotations
@@ -10,23 +10,28 @@ import math
 import torch
 from torch import Tensor
 
-from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, Signal
+from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import linear_divergence
 from gkd_trainer.divergence.result import TokenDivergence
+from gkd_trainer.divergence.topk import linear_topk_divergence, topk_divergence
 from gkd_trainer.errors import GKDConfigError
 
 SCALES = ("paper", "continuous")
 """How the divergence is scaled inside 0 < beta < 1: see `token_divergence`."""
 
+TAILS = ("bucket", "renormalize")
+"""What becomes of the tokens that a top-k teacher says nothing of: see `token_divergence`."""
+
 
 def token_divergence(
-    student: Signal,
+    student: StudentSignal,
     teacher: Signal,
     *,
     beta: float,
     temperature: float = 1.0,
     scale: str = "paper",
+    tail: str = "bucket",
     labels_N: Tensor | None = None,
     vocab_chunk: int | None = None,
     token_block: int | None = None,
@@ -39,30 +44,52 @@ def token_divergence(
 
     Args:
         student: final hidden states with their head, or logits, of N positions; gradients reach it.
-        teacher: the same of the teacher, over the same N positions and V tokens; no gradient reaches it.
-            A logit of -inf, on either side, is probability zero.
+        teacher: the same of the teacher, or its top tokens, over the same N positions and V tokens; no gradient
+            reaches it. A logit of -inf, on either side, is probability zero.
         beta: in [0, 1].
-        temperature: positive and finite.
+        temperature: positive and finite; 1 for a teacher's top tokens.
         scale: "paper" for the formula above, or "continuous", which divides value and gradient by
             beta·(1 - beta) inside (0, 1), so that the two KLs are its limits.
+        tail: of a teacher's top tokens alone. "bucket" makes one more category of all tokens that are no entry,
+            on both sides: a lower bound of the divergence over all tokens, and equal to it where every token is
+            an entry. The teacher's mass there is taken to be at least the rounding of its log-probs, 1.2e-7 in
+            float32. "renormalize" compares both sides over the entries alone.
         labels_N: [N] integer token ids whose cross entropy is wanted too. IGNORE_INDEX gives 0; another id
             outside [0, V) gives +inf; neither has a gradient.
-        vocab_chunk: how many tokens of the vocabulary are worked on at once; None for a default.
-        token_block: how many positions are projected at once, if both sides are hidden states; None for a
-            default. Neither changes the result.
+        vocab_chunk: how many tokens of the vocabulary are worked on at once, if the teacher's are not its top
+            tokens; None for a default.
+        token_block: how many positions are projected at once, if both sides are hidden states, or worked on at
+            once for a teacher's top tokens; None for a default. Neither changes the result.
 
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
     """
-    check_options(beta, temperature, scale)
+    check_options(beta, temperature, scale, tail)
     _check_sizes(vocab_chunk=vocab_chunk, token_block=token_block)
     _check_signal("student", student)
-    _check_signal("teacher", teacher)
+    if isinstance(teacher, TopKSignal):
+        _check_topk(teacher, temperature)
+    else:
+        _check_signal("teacher", teacher)
     _check_pair(student, teacher, labels_N)
 
     device_type = _first_tensor(student).device.type
     # Autocast would round the projection to bfloat16, and the gradient at small gaps with it.
     with torch.autocast(device_type, enabled=False):
+        if isinstance(teacher, TopKSignal):
+            if isinstance(student, HiddenSignal):
+                return linear_topk_divergence(
+                    student, teacher, beta=beta, scale=scale, tail=tail, labels_N=labels_N, token_block=token_block
+                )
+            return topk_divergence(
+                student.logits_NV,
+                teacher,
+                beta=beta,
+                scale=scale,
+                tail=tail,
+                labels_N=labels_N,
+                token_block=token_block,
+            )
         if isinstance(student, HiddenSignal) and isinstance(teacher, HiddenSignal):
             return linear_divergence(
                 student,
@@ -146,7 +173,60 @@ def linear_generalized_jsd(
     ).values_N
 
 
-def check_options(beta: float, temperature: float, scale: str = "paper") -> None:
+def topk_generalized_jsd(
+    student_logits_NV: Tensor,
+    ids_NK: Tensor,
+    log_p_NK: Tensor,
+    *,
+    beta: float,
+    scale: str = "paper",
+    tail: str = "bucket",
+) -> Tensor:
+    """Return `token_divergence(...).values_N` of logits [N, V] and a teacher's top tokens.
+
+    `ids_NK` are int64 and distinct in a row; `log_p_NK` their log-probs over the teacher's whole vocabulary at
+    temperature 1, float32 or float64, -inf where there is no entry. The options, and what is raised, are those
+    of `token_divergence`.
+    """
+    return token_divergence(
+        LogitsSignal(student_logits_NV),
+        TopKSignal(ids_NK, log_p_NK, student_logits_NV.shape[-1]),
+        beta=beta,
+        scale=scale,
+        tail=tail,
+    ).values_N
+
+
+def linear_topk_generalized_jsd(
+    student_hidden_NH: Tensor,
+    student_weight_VH: Tensor,
+    ids_NK: Tensor,
+    log_p_NK: Tensor,
+    *,
+    beta: float,
+    scale: str = "paper",
+    tail: str = "bucket",
+    student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    token_block: int | None = None,
+) -> Tensor:
+    """Return `topk_generalized_jsd` of final hidden states and a head, without all logits at once.
+
+    The student's arguments are those of `linear_generalized_jsd`, the teacher's those of `topk_generalized_jsd`.
+    """
+    head = Head(student_weight_VH, student_bias, student_logit_scale, student_softcap)
+    return token_divergence(
+        HiddenSignal(student_hidden_NH, head),
+        TopKSignal(ids_NK, log_p_NK, student_weight_VH.shape[0]),
+        beta=beta,
+        scale=scale,
+        tail=tail,
+        token_block=token_block,
+    ).values_N
+
+
+def check_options(beta: float, temperature: float, scale: str = "paper", tail: str = "bucket") -> None:
     """Raise GKDConfigError for an option out of the range that `token_divergence` documents."""
     if not 0 <= beta <= 1:
         raise GKDConfigError(f"beta must be in [0, 1] (0 is forward KL, 1 is reverse KL); got {beta}")
@@ -156,13 +236,17 @@ def check_options(beta: float, temperature: float, scale: str = "paper") -> None
         )
     if scale not in SCALES:
         raise GKDConfigError(f"scale must be one of {', '.join(map(repr, SCALES))}; got {scale!r}")
+    if tail not in TAILS:
+        raise GKDConfigError(f"tail must be one of {', '.join(map(repr, TAILS))}; got {tail!r}")
 
 
-def _logits(signal: Signal) -> Tensor:
+def _logits(signal: StudentSignal) -> Tensor:
     return signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
 
 
 def _first_tensor(signal: Signal) -> Tensor:
+    if isinstance(signal, TopKSignal):
+        return signal.ids_NK
     return signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
 
 
@@ -172,7 +256,28 @@ def _check_sizes(**sizes: int | None) -> None:
             raise GKDConfigError(f"{name} must be at least 1, or None for a default; got {size}")
 
 
-def _check_signal(name: str, signal: Signal) -> None:
+def _check_topk(teacher: TopKSignal, temperature: float) -> None:
+    ids_NK, log_p_NK = teacher.ids_NK, teacher.log_p_NK
+    if ids_NK.ndim != 2 or ids_NK.shape[1] == 0 or ids_NK.dtype != torch.long:
+        raise GKDConfigError(
+            "the teacher's top tokens must be an int64 tensor [N, K] with K of at least 1; flatten the batch and "
+            f"length axes first; got {ids_NK.dtype} {list(ids_NK.shape)}"
+        )
+    if log_p_NK.shape != ids_NK.shape or log_p_NK.dtype not in (torch.float32, torch.float64):
+        raise GKDConfigError(
+            f"the teacher's log-probs must be a float32 or float64 tensor {list(ids_NK.shape)}, one for each of its "
+            f"top tokens; got {log_p_NK.dtype} {list(log_p_NK.shape)}: in less than float32 they don't add up to the "
+            "mass that is missing"
+        )
+    if temperature != 1:
+        raise GKDConfigError(
+            f"temperature must be 1 for a teacher that gives its top tokens; got {temperature}: their log-probs can't "
+            "be brought to another temperature, which takes the tokens that are missing; set loss_temperature to 1, or "
+            "take a teacher that gives its whole distribution"
+        )
+
+
+def _check_signal(name: str, signal: StudentSignal) -> None:
     if isinstance(signal, LogitsSignal):
         _check_tensor(f"{name} logits", signal.logits_NV, "[N, V]; flatten the batch and length axes first")
         return
@@ -198,7 +303,7 @@ def _check_tensor(what: str, tensor: Tensor, expected: str) -> None:
         raise GKDConfigError(f"the {what} must be a float tensor {expected}; got {tensor.dtype} {list(tensor.shape)}")
 
 
-def _check_pair(student: Signal, teacher: Signal, labels_N: Tensor | None) -> None:
+def _check_pair(student: StudentSignal, teacher: Signal, labels_N: Tensor | None) -> None:
     if student.vocab_size != teacher.vocab_size:
         raise GKDConfigError(
             "student and teacher must predict over the same vocabulary; got "

@@ -1,6 +1,6 @@
 """The divergence as the formula says it, in plain torch: what every faster path is tested against.
 
-Shapes: N tokens, V vocabulary. p = teacher, q = student, m = beta·p + (1 - beta)·q.
+Shapes: N tokens, V vocabulary, K top tokens of a teacher. p = teacher, q = student, m = beta·p + (1 - beta)·q.
 """
 
 from __future__ import annotations
@@ -40,6 +40,52 @@ def reference_jsd(
     return values_N
 
 
+def reference_topk_jsd(
+    student_logits_NV: Tensor,
+    ids_NK: Tensor,
+    log_p_NK: Tensor,
+    *,
+    beta: float,
+    scale: str = "paper",
+    tail: str = "bucket",
+) -> Tensor:
+    """Return the divergence of each token over the teacher's K tokens and the tail, in float64, by autograd.
+
+    Args:
+        student_logits_NV: [N, V], any float dtype.
+        ids_NK: [N, K] token ids, distinct in a row where `log_p_NK` is not -inf.
+        log_p_NK: [N, K] the teacher's log-probs; -inf is no entry.
+        beta: as for `reference_jsd`.
+        scale: likewise.
+        tail: "bucket" makes one category of all tokens that are no entry, "renormalize" leaves them out.
+
+    Returns:
+        values_N in nats.
+    """
+    N, V = student_logits_NV.shape
+    is_entry_NK = log_p_NK != -torch.inf
+    # A further column takes what is no entry, whatever its id.
+    column_NK = torch.where(is_entry_NK, ids_NK, V)
+    p_NV = torch.zeros(N, V + 1, dtype=torch.float64).scatter(1, column_NK, log_p_NK.double().exp())[:, :V]
+    is_inside_NV = torch.zeros(N, V + 1, dtype=torch.bool).scatter(1, column_NK, True)[:, :V]
+    q_NV = student_logits_NV.double().softmax(dim=1)
+    p_parts, q_parts = [p_NV], [q_NV * is_inside_NV]
+    if tail == "bucket":
+        # No teacher's mass is known better than to the rounding of its log-probs.
+        tail_p_N1 = (1 - p_NV.sum(dim=1, keepdim=True)).clamp_min(torch.finfo(log_p_NK.dtype).eps)
+        p_parts.append(torch.where(is_inside_NV.all(dim=1, keepdim=True), 0.0, tail_p_N1))
+        q_parts.append((q_NV * ~is_inside_NV).sum(dim=1, keepdim=True))
+    p_NC, q_NC = torch.cat(p_parts, dim=1), torch.cat(q_parts, dim=1)
+    p_NC, q_NC = p_NC / p_NC.sum(dim=1, keepdim=True), q_NC / q_NC.sum(dim=1, keepdim=True)
+    if beta == 0:
+        return _kl(p_NC, q_NC)
+    if beta == 1:
+        return _kl(q_NC, p_NC)
+    m_NC = beta * p_NC + (1 - beta) * q_NC
+    values_N = beta * _kl(p_NC, m_NC) + (1 - beta) * _kl(q_NC, m_NC)
+    return values_N / (beta * (1 - beta)) if scale == "continuous" else values_N
+
+
 def elementwise_jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, temperature: float) -> Tensor:
     """Return each token's contribution to the divergence, [..., V] as the logits, in their dtype.
 
@@ -61,3 +107,10 @@ def elementwise_jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: flo
 def _weighted(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     # The ratio is masked before it is multiplied, because 0·inf is NaN in the gradient even if masked later.
     return a * torch.where(a == 0, 0.0, log_a - log_b)
+
+
+def _kl(a_NC: Tensor, b_NC: Tensor) -> Tensor:
+    """Return KL(a‖b) of probabilities; categories that a gives none contribute nothing."""
+    is_absent_NC = a_NC == 0
+    log_ratio_NC = torch.where(is_absent_NC, 1.0, a_NC).log() - torch.where(is_absent_NC, 1.0, b_NC).log()
+    return (a_NC * log_ratio_NC).sum(dim=1)

@@ -20,8 +20,12 @@ class TokenDivergence:
     None if no labels were given) carry gradients to the student's side; the rest carries none.
     `student_entropy_N` and `teacher_entropy_N` are in nats, of q and p as compared: at the loss temperature.
     `agrees_N` is True where both sides have the same top token. `is_teacher_finite_N` is False where the
-    teacher's logits held NaN or +inf, or were all -inf. `is_finite_N` is False where the value is not finite;
-    such a value passes back a gradient of zero. All flags stay on the device.
+    teacher's logits held NaN or +inf, or were all -inf; of a top-k teacher, where its log-probs held NaN, had a
+    mass above one or an id outside the vocabulary, or there was no entry. `is_finite_N` is False where the value
+    is not finite; such a value passes back a gradient of zero. All flags stay on the device.
+
+    For a top-k teacher, `teacher_mass_N` and `student_mass_N` are the mass of p and of q on its entries, and
+    `teacher_entropy_N` is over the categories compared: with the tail as one, a lower bound of its entropy.
     """
 
     values_N: Tensor
@@ -31,17 +35,25 @@ class TokenDivergence:
     agrees_N: Tensor
     is_teacher_finite_N: Tensor
     is_finite_N: Tensor
+    teacher_mass_N: Tensor | None = None
+    student_mass_N: Tensor | None = None
 
     @classmethod
     def concatenated(cls, blocks: Sequence[TokenDivergence]) -> TokenDivergence:
-        """Join the results of consecutive blocks of tokens; either all of them or none have labels."""
-        cross_entropies = [block.cross_entropy_N for block in blocks if block.cross_entropy_N is not None]
+        """Join the results of consecutive blocks of tokens; either all of them or none have what may be None."""
         return cls(
             values_N=torch.cat([block.values_N for block in blocks]),
-            cross_entropy_N=torch.cat(cross_entropies) if cross_entropies else None,
+            cross_entropy_N=_concatenated_or_none([block.cross_entropy_N for block in blocks]),
             student_entropy_N=torch.cat([block.student_entropy_N for block in blocks]),
             teacher_entropy_N=torch.cat([block.teacher_entropy_N for block in blocks]),
             agrees_N=torch.cat([block.agrees_N for block in blocks]),
             is_teacher_finite_N=torch.cat([block.is_teacher_finite_N for block in blocks]),
             is_finite_N=torch.cat([block.is_finite_N for block in blocks]),
+            teacher_mass_N=_concatenated_or_none([block.teacher_mass_N for block in blocks]),
+            student_mass_N=_concatenated_or_none([block.student_mass_N for block in blocks]),
         )
+
+
+def _concatenated_or_none(blocks: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [block for block in blocks if block is not None]
+    return torch.cat(tensors) if tensors else None

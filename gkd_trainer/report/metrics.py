@@ -20,6 +20,9 @@ TOKEN_SUMS = (
     "student_entropy",
     "teacher_entropy",
     "agreements",
+    "top_k_tokens",
+    "teacher_top_k_mass",
+    "student_top_k_mass",
 )
 """What is summed over the tokens trained on, in the order of the columns of `sums_by_row`."""
 
@@ -30,6 +33,7 @@ SAMPLE_SUMS = (
     "completions",
     "completion_tokens",
     "truncated_completions",
+    "stale_steps",
 )
 """What is counted over samples and completions."""
 
@@ -42,6 +46,8 @@ def sums_by_row(
     student_entropy_N: Tensor,
     teacher_entropy_N: Tensor,
     agrees_N: Tensor,
+    teacher_mass_N: Tensor | None = None,
+    student_mass_N: Tensor | None = None,
 ) -> Tensor:
     """Return the TOKEN_SUMS of each sample of a batch, [B, K], without gradients and without reading the device.
 
@@ -52,19 +58,25 @@ def sums_by_row(
         student_entropy_N: The entropy of the student's distribution at each token, in nats.
         teacher_entropy_N: The teacher's.
         agrees_N: Whether both have the same most probable token.
+        teacher_mass_N: The teacher's probability of its top k at each token; None where it gives all.
+        student_mass_N: The student's probability of them.
     """
     dtype = _sum_dtype(rows_N.device)
     on_policy_N = is_on_policy_B[rows_N].to(dtype)
     divergence_N = divergence_N.detach().to(dtype)
+    ones_N, zeros_N = torch.ones_like(divergence_N), torch.zeros_like(divergence_N)
     columns_NK = torch.stack(
         [
-            torch.ones_like(divergence_N),
+            ones_N,
             divergence_N,
             on_policy_N,
             divergence_N * on_policy_N,
             student_entropy_N.to(dtype),
             teacher_entropy_N.to(dtype),
             agrees_N.to(dtype),
+            zeros_N if teacher_mass_N is None else ones_N,
+            zeros_N if teacher_mass_N is None else teacher_mass_N.to(dtype),
+            zeros_N if student_mass_N is None else student_mass_N.to(dtype),
         ],
         dim=1,
     )
@@ -82,16 +94,20 @@ def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         student_entropy=(sums["student_entropy"], sums["tokens"]),
         teacher_entropy=(sums["teacher_entropy"], sums["tokens"]),
         top_token_agreement=(sums["agreements"], sums["tokens"]),
+        teacher_top_k_mass=(sums["teacher_top_k_mass"], sums["top_k_tokens"]),
+        student_top_k_mass=(sums["student_top_k_mass"], sums["top_k_tokens"]),
     )
 
 
 def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return what SAMPLE_SUMS stand for; `samples_without_prompt` only where there are any."""
+    """Return what SAMPLE_SUMS stand for; `samples_without_prompt` and `rollout_staleness` only where there are any."""
     metrics = _ratios(
         on_policy_share=(sums["on_policy_samples"], sums["samples"]),
         completion_length=(sums["completion_tokens"], sums["completions"]),
         truncated_share=(sums["truncated_completions"], sums["completions"]),
     )
+    if sums["stale_steps"] > 0:
+        metrics["rollout_staleness"] = sums["stale_steps"] / sums["on_policy_samples"]
     if sums["samples_without_prompt"] > 0:
         metrics["samples_without_prompt"] = sums["samples_without_prompt"]
     return metrics
@@ -107,7 +123,7 @@ class TrainingMeter:
         self._device = device
 
     def measure(self, name: str) -> AbstractContextManager[None]:
-        """Add the time of the block to the seconds of "rollout", "teacher" or "step" (which holds the teacher's)."""
+        """Add the block's time to the seconds of "rollout" (which holds "sync") or "step" (which holds "teacher")."""
         return self._stopwatch.measure(name)
 
     def add_tokens(self, sums_BK: Tensor) -> None:
@@ -134,6 +150,7 @@ class TrainingMeter:
             **token_metrics(sums),
             **sample_metrics(sums),
             "seconds_rollout": seconds.get("rollout", 0.0),
+            "seconds_sync": seconds.get("sync", 0.0),
             "seconds_teacher": seconds.get("teacher", 0.0),
             "seconds_student": seconds.get("step", 0.0) - seconds.get("teacher", 0.0),
             **_ratios(tokens_per_second=(sums["tokens"], seconds.get("rollout", 0.0) + seconds.get("step", 0.0))),

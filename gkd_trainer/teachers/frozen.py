@@ -1,21 +1,30 @@
-"""A teacher whose model runs in this process."""
+"""A teacher whose model runs in this process.
+
+Shapes: N tokens trained on, V vocabulary, H hidden width, K top tokens.
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from gkd_trainer.batch import Signal, TokenBatch
+from gkd_trainer.batch import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
+from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
 from gkd_trainer.student import find_tokenizer, name_of
 from gkd_trainer.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
+
+_BLOCK_ELEMENTS = 2**24
+"""Size of the logits that the top tokens are taken from at once: 64 MiB in float32."""
 
 
 class FrozenTeacher(Teacher):
@@ -28,6 +37,13 @@ class FrozenTeacher(Teacher):
         model: The teacher. Its parameters stop requiring gradients.
         tokenizer: Its tokenizer; by default the one in the place that the model was loaded from, if any.
         trust_remote_code: Whether that tokenizer may run Python code that comes with it.
+        top_k: Answer with this many top tokens of each position and their log-probs over all rows of the head, as
+            a remote teacher would. What the student's vocabulary lacks of these then counts as the teacher's mass
+            elsewhere (see `TopKSignal.sliced`), while whole distributions are normalised without it. None answers
+            with whole distributions.
+
+    Raises:
+        GKDTeacherError: `top_k` is not in [1, vocab_size].
     """
 
     def __init__(
@@ -35,6 +51,7 @@ class FrozenTeacher(Teacher):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         trust_remote_code: bool = False,
+        top_k: int | None = None,
     ) -> None:
         self._model: PreTrainedModel = model.eval().requires_grad_(False)
         parameters = inspect.signature(model.forward).parameters.values()
@@ -43,25 +60,31 @@ class FrozenTeacher(Teacher):
         self._forward_kwargs = {"use_cache": False} if takes_cache else {}
         self._tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
+        if top_k is not None and not 1 <= top_k <= self.vocab_size:
+            raise GKDTeacherError(
+                f"top_k must be in [1, {self.vocab_size}], the rows of the teacher's head; got {top_k}: for whole "
+                "distributions leave it None"
+            )
+        self._top_k = top_k
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, trust_remote_code: bool = False, **init_kwargs: Any
+        cls, name_or_path: str, *, trust_remote_code: bool = False, top_k: int | None = None, **init_kwargs: Any
     ) -> FrozenTeacher:
         """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained."""
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, top_k=top_k)
 
     def score(self, batch: TokenBatch) -> Signal:
-        """Return final hidden states with the head, or logits where the head is inseparable."""
+        """Return final hidden states with the head, or logits where the head is inseparable; or the top tokens."""
         if self._head is None:
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
-        return signal
+            return signal if self._top_k is None else _top_tokens(signal, self._top_k)
 
     @property
     def vocab_size(self) -> int:
@@ -78,7 +101,7 @@ class FrozenTeacher(Teacher):
         """The teacher's model."""
         return self._model
 
-    def prepare(self, device: torch.device) -> None:
+    def prepare(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Move the model to `device`, unless it was placed when loaded, and take its head apart."""
         # Never by accelerator.prepare_model: Trainer.evaluate skips preparing the student once any model is registered.
         if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
@@ -90,3 +113,28 @@ class FrozenTeacher(Teacher):
                 type(self._model).__name__,
                 self._head.reason,
             )
+
+
+def _top_tokens(signal: StudentSignal, k: int) -> TopKSignal:
+    ids, log_p = [], []
+    device = signal.logits_NV.device if isinstance(signal, LogitsSignal) else signal.hidden_NH.device
+    # Autocast would round the projection to bfloat16.
+    with torch.autocast(device.type, enabled=False):
+        for logits_NV in _logits_in_blocks(signal):
+            top = logits_NV.float().log_softmax(dim=1).topk(k, dim=1)
+            ids.append(top.indices)
+            log_p.append(top.values)
+    return TopKSignal(torch.cat(ids), torch.cat(log_p), signal.vocab_size)
+
+
+def _logits_in_blocks(signal: StudentSignal) -> Iterator[Tensor]:
+    block_size = max(1, _BLOCK_ELEMENTS // signal.vocab_size)
+    if isinstance(signal, LogitsSignal):
+        yield from signal.logits_NV.split(block_size)
+        return
+    head = signal.head
+    # Upcast once and not once a block.
+    dtype = torch.promote_types(torch.promote_types(signal.hidden_NH.dtype, head.weight_VH.dtype), torch.float32)
+    head = replace(head, weight_VH=head.weight_VH.to(dtype))
+    for hidden_NH in signal.hidden_NH.split(block_size):
+        yield head.logits(hidden_NH)

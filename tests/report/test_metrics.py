@@ -18,12 +18,14 @@ from gkd_trainer.report.metrics import (
 
 CPU = torch.device("cpu")
 QUANTITIES = ("divergence_N", "student_entropy_N", "teacher_entropy_N")
+MASSES = ("teacher_mass_N", "student_mass_N")
 
 
-def tokens(count, batch_size, seed=0):
+def tokens(count, batch_size, seed=0, *, has_top_k=False):
     """Random per-token quantities of a batch, of which some rows may have no token."""
     generator = torch.Generator().manual_seed(seed)
-    values = {name: torch.rand(count, generator=generator) for name in QUANTITIES}
+    names = QUANTITIES + MASSES if has_top_k else QUANTITIES
+    values = {name: torch.rand(count, generator=generator) for name in names}
     return {
         "rows_N": torch.randint(0, batch_size, (count,), generator=generator).sort().values,
         "is_on_policy_B": torch.rand(batch_size, generator=generator) < 0.5,
@@ -42,8 +44,9 @@ def row_of(**values):
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(37, 5), (1, 3), (0, 2)])
-def test_sums_by_row_are_those_of_a_plain_loop(count, batch_size):
-    batch = tokens(count, batch_size)
+@pytest.mark.parametrize("has_top_k", [True, False])
+def test_sums_by_row_are_those_of_a_plain_loop(count, batch_size, has_top_k):
+    batch = tokens(count, batch_size, has_top_k=has_top_k)
     expected = [dict.fromkeys(TOKEN_SUMS, 0.0) for _ in range(batch_size)]
     for token, row in enumerate(batch["rows_N"].tolist()):
         sums, divergence = expected[row], batch["divergence_N"][token].item()
@@ -55,6 +58,10 @@ def test_sums_by_row_are_those_of_a_plain_loop(count, batch_size):
         sums["student_entropy"] += batch["student_entropy_N"][token].item()
         sums["teacher_entropy"] += batch["teacher_entropy_N"][token].item()
         sums["agreements"] += batch["agrees_N"][token].item()
+        if has_top_k:
+            sums["top_k_tokens"] += 1
+            sums["teacher_top_k_mass"] += batch["teacher_mass_N"][token].item()
+            sums["student_top_k_mass"] += batch["student_mass_N"][token].item()
     sums_BK = sums_of(batch)
     assert sums_BK.dtype == torch.float64
     torch.testing.assert_close(sums_BK, torch.tensor([list(sums.values()) for sums in expected], dtype=torch.float64))
@@ -83,6 +90,33 @@ def test_token_metrics_are_means_over_their_own_tokens():
         "teacher_entropy": 2.0,
         "top_token_agreement": 0.7,
     }
+
+
+def test_masses_in_the_top_k_are_means_over_the_tokens_of_top_k_teachers():
+    sums = dict.fromkeys(TOKEN_SUMS, 0.0) | {
+        "tokens": 10.0,
+        "top_k_tokens": 4.0,
+        "teacher_top_k_mass": 3.0,
+        "student_top_k_mass": 2.0,
+    }
+    metrics = token_metrics(sums)
+    assert (metrics["teacher_top_k_mass"], metrics["student_top_k_mass"]) == (0.75, 0.5)
+
+
+@pytest.mark.parametrize("has_top_k", [True, False])
+def test_both_meters_show_the_masses_where_the_teacher_gives_its_top_k_alone(has_top_k):
+    batches = [tokens(5, 2, seed=1, has_top_k=has_top_k), tokens(40, 3, seed=2, has_top_k=has_top_k)]
+    training, evaluation = TrainingMeter(CPU), EvaluationMeter()
+    for batch in batches:
+        training.add_tokens(sums_of(batch))
+        evaluation.add(sums_of(batch), mean_loss(batch), lambda rows: rows)
+    for metrics in (training.read(lambda sums: sums), evaluation.read()):
+        for side in ("teacher", "student"):
+            if has_top_k:
+                expected = torch.cat([batch[f"{side}_mass_N"] for batch in batches]).mean().item()
+                assert metrics[f"{side}_top_k_mass"] == pytest.approx(expected, rel=1e-6)
+            else:
+                assert f"{side}_top_k_mass" not in metrics
 
 
 def test_means_over_no_tokens_are_left_out():

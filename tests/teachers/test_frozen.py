@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.ao.quantization import quantize_dynamic
 
-from gkd_trainer.batch import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
+from gkd_trainer.batch import IGNORE_INDEX, Head, HiddenSignal, LogitsSignal, TokenBatch, TopKSignal
+from gkd_trainer.divergence import token_divergence
+from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.teachers import FrozenTeacher, Teacher
 
 CPU = torch.device("cpu")
@@ -217,3 +219,83 @@ def test_tokenizer_comes_from_the_place_that_the_init_kwargs_name(tiny_model, by
     byte_level().save_pretrained(tmp_path / "inner")
     teacher = FrozenTeacher.from_pretrained(str(tmp_path), subfolder="inner")
     assert teacher.vocabulary == byte_level().get_vocab()
+
+
+@pytest.mark.parametrize("is_separable", [True, False])
+@pytest.mark.parametrize("block_elements", [1, 3 * 368, 2**24])
+def test_top_tokens_are_those_of_the_models_log_probs_in_blocks_of_any_size(
+    tiny_model, monkeypatch, is_separable, block_elements
+):
+    monkeypatch.setattr("gkd_trainer.teachers.frozen._BLOCK_ELEMENTS", block_elements)
+    model, batch = tiny_model() if is_separable else adapted_head(tiny_model()), batch_of_two()
+    signal = prepared(model, top_k=5).score(batch)
+    assert isinstance(signal, TopKSignal)
+    expected = model(**batch.model_inputs).logits[batch.is_scored_BL].log_softmax(dim=1).topk(5, dim=1)
+    assert torch.equal(signal.ids_NK, expected.indices)
+    torch.testing.assert_close(signal.log_p_NK, expected.values, atol=1e-5, rtol=1e-5)
+    assert signal.vocab_size == 368
+    assert not signal.log_p_NK.requires_grad
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_top_tokens_of_a_bfloat16_teacher_are_projected_and_normalised_in_float32(tiny_model, is_autocast):
+    model, batch = tiny_model().bfloat16(), batch_of_two()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        top = prepared(model, top_k=368).score(batch)
+        whole = prepared(model).score(batch)
+    assert top.log_p_NK.dtype == torch.float32
+    torch.testing.assert_close(top.log_p_NK.exp().sum(dim=1), torch.ones(len(batch.targets_N)))
+    expected_NV = whole.head.logits(whole.hidden_NH).log_softmax(dim=1)
+    torch.testing.assert_close(top.log_p_NK, expected_NV.gather(1, top.ids_NK), atol=1e-6, rtol=1e-6)
+
+
+def test_the_logits_for_top_tokens_exist_for_one_block_at_a_time(tiny_model, monkeypatch):
+    monkeypatch.setattr("gkd_trainer.teachers.frozen._BLOCK_ELEMENTS", 2 * 368)
+    teacher, batch = prepared(tiny_model(), top_k=5), batch_of_two()
+    sizes, logits = [], Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
+    teacher.score(batch)
+    assert max(sizes) == 2
+    assert sum(sizes) == len(batch.targets_N)
+
+
+def test_a_batch_without_trained_tokens_has_no_top_tokens(tiny_model):
+    batch = batch_of_two()
+    nothing = TokenBatch(batch.model_inputs, torch.full_like(batch.labels_BL, IGNORE_INDEX), batch.is_on_policy_B)
+    assert prepared(tiny_model(), top_k=5).score(nothing).log_p_NK.shape == (0, 5)
+
+
+@pytest.mark.parametrize("shared", [368, 350])
+def test_all_tokens_as_top_tokens_give_the_divergence_of_whole_distributions(tiny_model, shared):
+    """Also where the teacher's head has more rows than the vocabulary that is compared."""
+    batch = batch_of_two()
+    student = prepared(tiny_model(seed=1)).score(batch).sliced(shared)
+    expected_N, actual_N = (
+        token_divergence(student, prepared(tiny_model(), top_k=top_k).score(batch).sliced(shared), beta=0.5).values_N
+        for top_k in (None, 368)
+    )
+    torch.testing.assert_close(actual_N, expected_N, atol=1e-6, rtol=1e-4)
+
+
+def test_top_tokens_beyond_the_shared_vocabulary_count_as_mass_elsewhere(tiny_model):
+    batch = batch_of_two()
+    teacher, student = prepared(tiny_model(), top_k=60), prepared(tiny_model(seed=1)).score(batch)
+    whole = teacher.score(batch)
+    is_beyond_NK = whole.ids_NK >= 200
+    assert 0 < is_beyond_NK.sum() < is_beyond_NK.numel()
+    result = token_divergence(student.sliced(200), whole.sliced(200), beta=0.5)
+    assert result.is_finite_N.all()
+    torch.testing.assert_close(result.teacher_mass_N, whole.log_p_NK.exp().masked_fill(is_beyond_NK, 0.0).sum(dim=1))
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 369])
+def test_a_top_k_that_the_head_does_not_have_is_refused(tiny_model, top_k):
+    with pytest.raises(GKDTeacherError, match=rf"top_k must be in \[1, 368\].*got {top_k}: for whole .* leave it None"):
+        FrozenTeacher(tiny_model(), top_k=top_k)
+
+
+def test_a_teacher_that_is_loaded_answers_with_top_tokens_too(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    teacher = FrozenTeacher.from_pretrained(str(tmp_path), top_k=3)
+    teacher.prepare(CPU)
+    assert teacher.score(batch_of_two()).ids_NK.shape[1] == 3

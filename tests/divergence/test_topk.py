@@ -1,0 +1,648 @@
+"""The divergence from top tokens against its float64 oracle. Shapes: N tokens, V vocabulary, K top tokens, H width."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, TopKSignal
+from gkd_trainer.divergence import (
+    linear_topk_generalized_jsd,
+    reference_jsd,
+    reference_topk_jsd,
+    token_divergence,
+    topk_generalized_jsd,
+)
+from gkd_trainer.divergence.topk import linear_topk_divergence, topk_divergence
+from gkd_trainer.errors import GKDConfigError
+
+BETAS = (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)
+TAILS = ("bucket", "renormalize")
+N, V, K, H = 7, 131, 5, 9
+
+
+def pair(N=N, V=V, *, sigma=1.0, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    student_logits_NV = 3 * torch.randn(N, V, generator=generator)
+    teacher_logits_NV = student_logits_NV + sigma * torch.randn(N, V, generator=generator)
+    return student_logits_NV.to(dtype).requires_grad_(), teacher_logits_NV.to(dtype)
+
+
+def top(teacher_logits_NV, K=K):
+    top_NK = teacher_logits_NV.log_softmax(dim=1).topk(K, dim=1)
+    return top_NK.indices, top_NK.values
+
+
+def signal(teacher_logits_NV, K=K):
+    return TopKSignal(*top(teacher_logits_NV, K), teacher_logits_NV.shape[1])
+
+
+def hidden_signal(N=N, *, dtype=torch.float32, with_bias=True, requires_grad=True, **head):
+    generator = torch.Generator().manual_seed(3)
+
+    def leaf(*shape, std):
+        return (std * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_(requires_grad)
+
+    bias_V = leaf(V, std=0.5) if with_bias else None
+    return HiddenSignal(leaf(N, H, std=1.0), Head(leaf(V, H, std=1.0), bias_V, **head))
+
+
+def leaves(student):
+    tensors = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
+    return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+
+
+def oracle_logits(student):
+    head = student.head
+    bias_V = None if head.bias_V is None else head.bias_V.double()
+    logits_NV = functional.linear(student.hidden_NH.double(), head.weight_VH.double(), bias_V) * head.scale
+    return logits_NV if head.softcap is None else head.softcap * (logits_NV / head.softcap).tanh()
+
+
+def upstream(N=N):
+    """Upstream gradients of both signs and different sizes."""
+    return torch.linspace(-1.0, 2.5, N)
+
+
+def gradients(values_N, wrt, upstream_N=None):
+    upstream_N = upstream(len(values_N)) if upstream_N is None else upstream_N
+    return torch.autograd.grad(values_N, wrt, upstream_N.to(values_N.dtype), retain_graph=True)
+
+
+def assert_values_close(actual_N, expected_N, beta):
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=2e-5, atol=2e-6 * (beta * (1 - beta) or 1))
+
+
+def assert_close_in_norm(actual, expected, *, tolerance):
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("scale", ["paper", "continuous"])
+@pytest.mark.parametrize("top_k", [1, 2, 5, V - 1])
+def test_values_and_gradient_equal_the_oracle(beta, tail, scale, top_k):
+    student_logits_NV, teacher_logits_NV = pair()
+    ids_NK, log_p_NK = top(teacher_logits_NV, top_k)
+    options = {"beta": beta, "tail": tail, "scale": scale}
+    actual_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, **options)
+    expected_N = reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, **options)
+    assert actual_N.dtype == torch.float32
+    assert_values_close(actual_N, expected_N, beta if scale == "paper" else 0)
+    (actual_NV,), (expected_NV,) = gradients(actual_N, student_logits_NV), gradients(expected_N, student_logits_NV)
+    if tail == "renormalize" and top_k == 1:
+        assert expected_NV.norm() < 1e-12
+        assert actual_NV.norm() < 1e-12
+        return
+    assert_close_in_norm(actual_NV, expected_NV, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("shape", "top_k"), [((1, 1), 1), ((1, 13), 3), ((3, 2), 1), ((7, 2), 2), ((3, 257), 17)])
+def test_odd_sizes_equal_the_oracle(beta, tail, shape, top_k):
+    student_logits_NV, teacher_logits_NV = pair(*shape)
+    ids_NK, log_p_NK = top(teacher_logits_NV, top_k)
+    actual_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail)
+    assert_values_close(actual_N, reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail), beta)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("scale", ["paper", "continuous"])
+def test_gradcheck_in_float64(beta, tail, scale):
+    student_logits_NV, teacher_logits_NV = pair(3, 6, dtype=torch.float64)
+    labels_N = torch.tensor([0, 5, 2])
+    teacher = signal(teacher_logits_NV, 3)
+
+    def divergence(student_logits_NV):
+        result = topk_divergence(
+            student_logits_NV, teacher, beta=beta, tail=tail, scale=scale, labels_N=labels_N, token_block=2
+        )
+        return result.values_N, result.cross_entropy_N
+
+    assert torch.autograd.gradcheck(divergence, (student_logits_NV,))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_all_tokens_as_entries_give_the_full_divergence(beta, tail):
+    student_logits_NV, teacher_logits_NV = pair()
+    actual_N = topk_generalized_jsd(student_logits_NV, *top(teacher_logits_NV, V), beta=beta, tail=tail)
+    expected_N = reference_jsd(student_logits_NV, teacher_logits_NV, beta=beta)
+    assert_values_close(actual_N, expected_N, beta)
+    (actual_NV,), (expected_NV,) = gradients(actual_N, student_logits_NV), gradients(expected_N, student_logits_NV)
+    assert_close_in_norm(actual_NV, expected_NV, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_bucket_bounds_the_full_divergence_from_below_and_grows_with_k(beta):
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair(N=64, dtype=torch.float64))
+    full_N = reference_jsd(student_logits_NV, teacher_logits_NV, beta=beta)
+    bounds = [
+        topk_generalized_jsd(student_logits_NV, *top(teacher_logits_NV, top_k), beta=beta)
+        for top_k in (1, 2, 5, 30, V - 1)
+    ]
+    for lower_N, upper_N in zip(bounds, [*bounds[1:], full_N], strict=True):
+        assert (lower_N <= upper_N + 1e-12).all()
+    assert (bounds[0] >= 0).all()
+    assert bounds[0].mean() < 0.9 * full_N.mean()
+
+
+def test_a_hand_computed_example_fixes_orientation_and_tail():
+    student_logits_NV = torch.tensor([[0.2, 0.3, 0.1, 0.4]]).log()
+    ids_NK, log_p_NK = torch.tensor([[2, 0]]), torch.tensor([[0.6, 0.1]]).log()
+
+    def value(**options):
+        return topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, **options).item()
+
+    forward = 0.6 * math.log(0.6 / 0.1) + 0.1 * math.log(0.1 / 0.2) + 0.3 * math.log(0.3 / 0.7)
+    reverse = 0.1 * math.log(0.1 / 0.6) + 0.2 * math.log(0.2 / 0.1) + 0.7 * math.log(0.7 / 0.3)
+    renormalized = 6 / 7 * math.log(6 / 7 * 3) + 1 / 7 * math.log(1 / 7 * 3 / 2)
+    assert value(beta=0.0) == pytest.approx(forward, rel=1e-5)
+    assert value(beta=1.0) == pytest.approx(reverse, rel=1e-5)
+    assert value(beta=0.0, tail="renormalize") == pytest.approx(renormalized, rel=1e-5)
+
+
+def test_the_example_of_the_documentation_has_these_figures():
+    p_NV, q_NV = torch.tensor([[0.6, 0.2, 0.1, 0.1]]), torch.tensor([[0.3, 0.1, 0.5, 0.1]])
+    log_q_NV, of_top = q_NV.log(), top(p_NV.log(), 2)
+    assert reference_jsd(log_q_NV, p_NV.log(), beta=0.0).item() == pytest.approx(0.3936, abs=5e-5)
+    assert topk_generalized_jsd(log_q_NV, *of_top, beta=0.0).item() == pytest.approx(0.3348, abs=5e-5)
+    without_tail_N = topk_generalized_jsd(log_q_NV, *of_top, beta=0.0, tail="renormalize")
+    assert without_tail_N.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_student_is_pulled_back_from_outside_the_top_k_by_the_bucket_alone(beta):
+    student_logits_NV, teacher_logits_NV = pair()
+    ids_NK, log_p_NK = top(teacher_logits_NV)
+    leaking_NV = student_logits_NV.detach().clone()
+    is_outside_NV = torch.ones(N, V, dtype=torch.bool).scatter(1, ids_NK, False)
+    leaking_NV[is_outside_NV] += 6
+    leaking_NV.requires_grad_()
+    bucket_N = topk_generalized_jsd(leaking_NV, ids_NK, log_p_NK, beta=beta)
+    (bucket_NV,) = gradients(bucket_N, leaking_NV, torch.ones(N))
+    assert (bucket_NV[is_outside_NV] > 0).all()
+    renormalized_N = topk_generalized_jsd(leaking_NV, ids_NK, log_p_NK, beta=beta, tail="renormalize")
+    (renormalized_NV,) = gradients(renormalized_N, leaking_NV)
+    assert (renormalized_NV[is_outside_NV] == 0).all()
+    assert (renormalized_NV[~is_outside_NV] != 0).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_entries_are_ignored_whatever_their_ids(beta, tail):
+    student_logits_NV, teacher_logits_NV = pair()
+    ids_NK, log_p_NK = top(teacher_logits_NV)
+    wide = topk_divergence(student_logits_NV, TopKSignal(ids_NK, log_p_NK, V), beta=beta, tail=tail)
+    meaningless_N3 = torch.tensor([[0, V + 50, -1]]).expand(N, 3).clone()
+    meaningless_N3[:, 0] = ids_NK[:, 1]
+    ids_NK = torch.cat([meaningless_N3, ids_NK], dim=1)
+    log_p_NK = torch.cat([torch.full((N, 3), -math.inf), log_p_NK], dim=1)
+    padded = topk_divergence(student_logits_NV, TopKSignal(ids_NK, log_p_NK, V), beta=beta, tail=tail)
+    assert padded.is_teacher_finite_N.all()
+    for name, expected_N in vars(wide).items():
+        torch.testing.assert_close(getattr(padded, name), expected_N, rtol=1e-5, atol=1e-6, msg=name)
+    assert_close_in_norm(
+        gradients(padded.values_N, student_logits_NV)[0],
+        gradients(wide.values_N, student_logits_NV)[0],
+        tolerance=1e-5,
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_what_a_slice_takes_from_the_teacher_goes_to_the_tail(beta):
+    student_logits_NV, teacher_logits_NV = pair()
+    shared = 100
+    sliced = signal(teacher_logits_NV, 20).sliced(shared)
+    is_gone_NK = sliced.log_p_NK == -math.inf
+    assert 0 < is_gone_NK.sum() < N * 20
+    result = topk_divergence(student_logits_NV[:, :shared], sliced, beta=beta)
+    kept_NV = teacher_logits_NV.softmax(dim=1)[:, :shared]
+    expected_N = kept_NV.gather(1, sliced.ids_NK.clamp_max(shared - 1)).masked_fill(is_gone_NK, 0).sum(1)
+    torch.testing.assert_close(result.teacher_mass_N, expected_N)
+    expected_N = reference_topk_jsd(student_logits_NV[:, :shared], sliced.ids_NK, sliced.log_p_NK, beta=beta)
+    assert_values_close(result.values_N, expected_N, beta)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_all_tokens_of_a_slice_give_the_divergence_of_the_sliced_models(beta):
+    student_logits_NV, teacher_logits_NV = pair()
+    shared = 100
+    student_logits_NV = student_logits_NV.detach()[:, :shared]
+    sliced = signal(teacher_logits_NV, V).sliced(shared)
+    actual_N = topk_generalized_jsd(student_logits_NV, sliced.ids_NK, sliced.log_p_NK, beta=beta)
+    assert_values_close(actual_N, reference_jsd(student_logits_NV, teacher_logits_NV[:, :shared], beta=beta), beta)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("sigma", [0.1, 0.03])
+def test_the_gradient_is_right_where_teacher_and_student_are_close(beta, tail, sigma):
+    student_logits_NV, teacher_logits_NV = pair(V=4099, sigma=sigma)
+    ids_NK, log_p_NK = top(teacher_logits_NV, 64)
+    actual_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail)
+    expected_N = reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail)
+    assert_close_in_norm(
+        gradients(actual_N, student_logits_NV)[0], gradients(expected_N, student_logits_NV)[0], tolerance=1e-3
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_teacher_sure_of_its_top_token_is_finite_with_a_gradient_like_the_oracles(beta):
+    student_logits_NV, _ = pair()
+    ids_NK = student_logits_NV.argmax(dim=1, keepdim=True)
+    log_p_NK = torch.zeros(N, 1)
+    result = topk_divergence(student_logits_NV, TopKSignal(ids_NK, log_p_NK, V), beta=beta)
+    expected_N = reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta)
+    assert result.is_finite_N.all()
+    assert_values_close(result.values_N, expected_N, beta)
+    assert_close_in_norm(
+        gradients(result.values_N, student_logits_NV)[0], gradients(expected_N, student_logits_NV)[0], tolerance=1e-5
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_student_that_hardly_leaves_the_top_k_has_a_finite_value_and_gradient(beta):
+    """Its tail underflows as a probability, though not as a logarithm."""
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair())
+    ids_NK, log_p_NK = top(teacher_logits_NV)
+    student_logits_NV = student_logits_NV.scatter(1, ids_NK, 300 + student_logits_NV.gather(1, ids_NK))
+    student_logits_NV.requires_grad_()
+    actual_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta)
+    expected_N = reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta)
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=1e-4, atol=1e-6)
+    assert_close_in_norm(
+        gradients(actual_N, student_logits_NV)[0], gradients(expected_N, student_logits_NV)[0], tolerance=1e-4
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("mass", [1.0, 0.75])
+def test_a_student_without_a_tail_is_infinitely_far_only_from_a_teacher_with_one(beta, mass):
+    student_logits_NV = torch.full((N, V), -math.inf)
+    student_logits_NV[:, :2] = 1.0
+    student_logits_NV.requires_grad_()
+    ids_NK, log_p_NK = torch.tensor([[0, 1]]).expand(N, 2), torch.full((N, 2), mass / 2).log()
+    result = topk_divergence(student_logits_NV, TopKSignal(ids_NK, log_p_NK, V), beta=beta)
+    is_infinite = beta == 0 and mass < 1
+    assert result.is_finite_N.tolist() == [not is_infinite] * N
+    assert not result.values_N.isnan().any()
+    if mass == 1:
+        assert result.values_N.abs().max() < 1e-6
+    assert gradients(result.values_N, student_logits_NV)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("offset", [-500.0, 500.0])
+def test_logits_far_from_zero_are_compared_as_precisely(beta, offset):
+    student_logits_NV, _ = pair()
+    student_logits_NV = (student_logits_NV.detach() + offset).requires_grad_()
+    noise_NV = 0.03 * torch.randn(N, V, generator=torch.Generator().manual_seed(1))
+    ids_NK, log_p_NK = top((student_logits_NV.detach() - offset) + noise_NV)
+    actual_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta)
+    expected_N = reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta)
+    assert_close_in_norm(
+        gradients(actual_N, student_logits_NV)[0], gradients(expected_N, student_logits_NV)[0], tolerance=1e-4
+    )
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_same_model_gives_no_loss_and_no_gradient(beta):
+    student_logits_NV, _ = pair()
+    values_N = topk_generalized_jsd(student_logits_NV, *top(student_logits_NV.detach()), beta=beta)
+    assert values_N.abs().max() < 1e-6
+    assert gradients(values_N, student_logits_NV)[0].abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
+def test_flags_tell_rows_that_are_not_finite_and_leave_the_others_alone(beta, tail):
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair(N=9))
+    ids_NK, log_p_NK = top(teacher_logits_NV)
+    clean_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail)
+    log_p_NK[0, 1] = math.nan
+    log_p_NK[1, 2] = math.inf
+    log_p_NK[2] = -math.inf
+    log_p_NK[3, 0] = 2e-3
+    log_p_NK[4, :2] = math.log(0.6)
+    ids_NK[5, 3] = V
+    is_outside_V = torch.ones(V, dtype=torch.bool).scatter(0, ids_NK[6], False)
+    student_logits_NV[6, is_outside_V.nonzero()[3, 0]] = math.nan
+    student_logits_NV[7, ids_NK[7, 2]] = math.inf
+    student_logits_NV.requires_grad_()
+    result = topk_divergence(student_logits_NV, TopKSignal(ids_NK, log_p_NK, V), beta=beta, tail=tail)
+    assert result.is_teacher_finite_N.tolist() == [False] * 6 + [True] * 3
+    assert result.is_finite_N.tolist() == [False] * 8 + [True]
+    assert not result.agrees_N[:8].any()
+    assert result.values_N[8] == clean_N[8]
+    (gradient_NV,) = gradients(result.values_N, student_logits_NV)
+    assert (gradient_NV[:8] == 0).all()
+    assert gradient_NV[8].isfinite().all()
+    assert (gradient_NV[8] != 0).sum() == (V if tail == "bucket" else K)
+
+
+def test_rounding_of_a_mass_near_one_is_not_taken_for_a_broken_teacher():
+    student_logits_NV, _ = pair()
+    log_p_NK = torch.full((N, K), (1 + 5e-4) / K).log()
+    result = topk_divergence(student_logits_NV, TopKSignal(torch.arange(K).expand(N, K), log_p_NK, V), beta=1.0)
+    assert result.is_teacher_finite_N.all()
+    assert result.is_finite_N.all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_entropies_masses_and_agreement_equal_plain_torch(tail):
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair(64, 31, sigma=3.0))
+    teacher = signal(teacher_logits_NV)
+    student_logits_NV[0, 4] = -math.inf
+    result = topk_divergence(student_logits_NV, teacher, beta=0.5, tail=tail)
+    p_NK, q_NV = teacher.log_p_NK.exp(), student_logits_NV.softmax(dim=1)
+    torch.testing.assert_close(result.student_entropy_N, torch.special.entr(q_NV).sum(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.teacher_mass_N, p_NK.sum(1))
+    torch.testing.assert_close(result.student_mass_N, q_NV.gather(1, teacher.ids_NK).sum(1))
+    p_NC = torch.cat([p_NK, 1 - p_NK.sum(1, keepdim=True)], dim=1)
+    if tail == "renormalize":
+        p_NC = p_NK / p_NK.sum(1, keepdim=True)
+    torch.testing.assert_close(result.teacher_entropy_N, torch.special.entr(p_NC).sum(1), rtol=1e-5, atol=1e-5)
+    full_N = torch.special.entr(teacher_logits_NV.softmax(1)).sum(1)
+    assert (result.teacher_entropy_N <= full_N).all()
+    expected_N = student_logits_NV.argmax(1) == teacher_logits_NV.argmax(1)
+    assert result.agrees_N.tolist() == expected_N.tolist()
+    assert 0 < expected_N.sum() < 64
+
+
+def test_a_teacher_of_whole_distributions_has_no_masses():
+    student_logits_NV, teacher_logits_NV = pair()
+    result = token_divergence(LogitsSignal(student_logits_NV), LogitsSignal(teacher_logits_NV), beta=0.5)
+    assert result.teacher_mass_N is None
+    assert result.student_mass_N is None
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_cross_entropy_is_that_of_all_tokens_and_adds_its_gradient(tail):
+    student_logits_NV, teacher_logits_NV = pair()
+    teacher = signal(teacher_logits_NV)
+    labels_N = torch.tensor([0, V - 1, 7, 6, -100, int(teacher.ids_NK[5, 0]), int(teacher.ids_NK[6, 4])])
+    result = topk_divergence(student_logits_NV, teacher, beta=0.1, tail=tail, labels_N=labels_N)
+    expected_N = functional.cross_entropy(student_logits_NV.double(), labels_N, reduction="none")
+    torch.testing.assert_close(result.cross_entropy_N.double(), expected_N, rtol=1e-6, atol=1e-6)
+    divergence_N = reference_topk_jsd(student_logits_NV, teacher.ids_NK, teacher.log_p_NK, beta=0.1, tail=tail)
+    assert_close_in_norm(
+        gradients(0.7 * result.values_N - 0.2 * result.cross_entropy_N, student_logits_NV)[0],
+        gradients(0.7 * divergence_N - 0.2 * expected_N, student_logits_NV)[0],
+        tolerance=1e-5,
+    )
+
+
+def test_broken_rows_and_labels_do_not_reach_each_others_gradient():
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair())
+    teacher = signal(teacher_logits_NV)
+    teacher.log_p_NK[0, 0] = math.nan
+    student_logits_NV[1, 7] = -math.inf
+    student_logits_NV.requires_grad_()
+    labels_N = torch.tensor([3, 7, V, -1, 4, 5, 6])
+    result = topk_divergence(student_logits_NV, teacher, beta=0.5, labels_N=labels_N)
+    assert result.cross_entropy_N[1:4].tolist() == [math.inf] * 3
+    (gradient_NV,) = gradients(result.cross_entropy_N, student_logits_NV)
+    assert (gradient_NV[1:4] == 0).all()
+    (both_NV,) = gradients(result.values_N + result.cross_entropy_N, student_logits_NV)
+    torch.testing.assert_close(both_NV[0], gradient_NV[0])
+    assert both_NV.isfinite().all()
+    assert (both_NV[4:] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    student_logits_NV, teacher_logits_NV = pair(dtype=dtype)
+    ids_NK, log_p_NK = top(teacher_logits_NV.float())
+    values_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=0.5)
+    expected_N = reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, beta=0.5)
+    assert_values_close(values_N, expected_N, 0.5)
+    (actual_NV,), (expected_NV,) = gradients(values_N, student_logits_NV), gradients(expected_N, student_logits_NV)
+    assert actual_NV.dtype == dtype
+    assert_close_in_norm(actual_NV, expected_NV, tolerance=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("token_block", [1, 3, 256, None])
+def test_hidden_states_equal_the_oracle_in_blocks_of_any_size(beta, tail, token_block):
+    student = hidden_signal(scale=0.7, softcap=5.0)
+    ids_NK, log_p_NK = top(pair()[1])
+    actual_N = linear_topk_generalized_jsd(
+        student.hidden_NH,
+        student.head.weight_VH,
+        ids_NK,
+        log_p_NK,
+        beta=beta,
+        tail=tail,
+        scale="continuous",
+        student_bias=student.head.bias_V,
+        student_logit_scale=0.7,
+        student_softcap=5.0,
+        token_block=token_block,
+    )
+    expected_N = reference_topk_jsd(oracle_logits(student), ids_NK, log_p_NK, beta=beta, tail=tail, scale="continuous")
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=1e-5, atol=1e-5)
+    pairs = zip(gradients(actual_N, leaves(student)), gradients(expected_N, leaves(student)), strict=True)
+    for actual, expected in pairs:
+        assert_close_in_norm(actual, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("token_block", [1, 3, None])
+def test_every_field_from_hidden_states_equals_that_from_logits_in_tiles_of_any_size(token_block):
+    student, teacher = hidden_signal(), signal(pair()[1])
+    options = {"beta": 0.3, "labels_N": torch.arange(N)}
+    expected = topk_divergence(student.head.logits(student.hidden_NH), teacher, **options)
+    from_hidden = linear_topk_divergence(student, teacher, token_block=token_block, **options)
+    from_logits = topk_divergence(student.head.logits(student.hidden_NH), teacher, token_block=token_block, **options)
+    for actual in (from_hidden, from_logits):
+        for name, expected_N in vars(expected).items():
+            torch.testing.assert_close(getattr(actual, name), expected_N, rtol=1e-5, atol=1e-6, msg=name)
+        for part in ("values_N", "cross_entropy_N"):
+            pairs = zip(
+                gradients(getattr(actual, part), leaves(student)),
+                gradients(getattr(expected, part), leaves(student)),
+                strict=True,
+            )
+            for actual_gradient, expected_gradient in pairs:
+                assert_close_in_norm(actual_gradient, expected_gradient, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_bfloat16_hidden_states_give_the_gradient_of_logits_that_were_never_rounded(beta, is_autocast):
+    student = hidden_signal(N=16, dtype=torch.bfloat16, with_bias=False)
+    noise_NV = torch.randn(16, V, generator=torch.Generator().manual_seed(2))
+    teacher = signal((oracle_logits(student).detach() + 0.1 * noise_NV).float())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+        actual_N = token_divergence(student, teacher, beta=beta, token_block=5).values_N
+    expected_N = reference_topk_jsd(oracle_logits(student), teacher.ids_NK, teacher.log_p_NK, beta=beta)
+    pairs = zip(gradients(actual_N, leaves(student)), gradients(expected_N, leaves(student)), strict=True)
+    for actual, expected in pairs:
+        assert actual.dtype == torch.bfloat16
+        # Only the finished gradient is rounded: half a unit in the last of bfloat16's 8 bits.
+        assert_close_in_norm(actual, expected, tolerance=2**-8)
+
+
+def test_a_weight_tied_to_the_embedding_gets_the_sum_of_both_gradients():
+    """The weight that projects the hidden states also made them."""
+    weight_VH = hidden_signal().head.weight_VH
+    inputs_N = torch.arange(N)
+    ids_NK, log_p_NK = top(pair()[1])
+    actual_N = linear_topk_generalized_jsd(weight_VH[inputs_N], weight_VH, ids_NK, log_p_NK, beta=0.5, token_block=3)
+    double_VH = weight_VH.double()
+    expected_N = reference_topk_jsd(double_VH[inputs_N] @ double_VH.T, ids_NK, log_p_NK, beta=0.5)
+    assert_close_in_norm(gradients(actual_N, weight_VH)[0], gradients(expected_N, weight_VH)[0], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["hidden_NH", "weight_VH", "bias_V"])
+def test_gradients_reach_only_what_requires_one(trained):
+    student, teacher = hidden_signal(requires_grad=False), signal(pair()[1])
+    owner = student if trained == "hidden_NH" else student.head
+    getattr(owner, trained).requires_grad_()
+    teacher.log_p_NK.requires_grad_()
+    token_divergence(student, teacher, beta=0.5, token_block=3).values_N.sum().backward()
+    tensors = {"hidden_NH": student.hidden_NH, **vars(student.head), "log_p_NK": teacher.log_p_NK}
+    with_gradient = [
+        name for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and tensor.grad is not None
+    ]
+    assert with_gradient == [trained]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_tokens_give_a_zero_that_is_connected_to_the_graph(beta, tail):
+    teacher = signal(torch.zeros(0, V))
+    student, student_logits_NV = hidden_signal(N=0), torch.zeros(0, V, requires_grad=True)
+    labels_N = torch.zeros(0, dtype=torch.long)
+    for signal_of_none, wrt in ((student, leaves(student)), (LogitsSignal(student_logits_NV), [student_logits_NV])):
+        result = token_divergence(signal_of_none, teacher, beta=beta, tail=tail, labels_N=labels_N)
+        loss = result.values_N.sum() + result.cross_entropy_N.sum()
+        assert loss.item() == 0
+        for tensor, gradient in zip(wrt, torch.autograd.grad(loss, wrt), strict=True):
+            assert gradient.shape == tensor.shape
+            assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_from_hidden_states_nothing_larger_than_what_came_in_is_kept_between_the_passes(tail):
+    student, teacher = hidden_signal(N=64), signal(pair(N=64)[1])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+    ):
+        values_N = linear_topk_divergence(
+            student, teacher, beta=0.5, tail=tail, labels_N=torch.arange(64), token_block=16
+        ).values_N
+    assert max(kept) <= V * H  # the head's weight
+    assert 16 * V > V * H
+    values_N.sum().backward()
+
+
+@pytest.mark.parametrize("token_block", [3, None])
+def test_an_infinite_row_does_not_reach_the_weights_gradient(token_block):
+    student, teacher = hidden_signal(), signal(pair()[1])
+    clean_N = linear_topk_divergence(student, teacher, beta=0.5).values_N
+    expected = gradients(clean_N, leaves(student), upstream() * (torch.arange(N) != 3))
+    broken_log_p_NK = teacher.log_p_NK.clone()
+    broken_log_p_NK[3, 2] = math.nan
+    broken = replace(teacher, log_p_NK=broken_log_p_NK)
+    result = linear_topk_divergence(student, broken, beta=0.5, token_block=token_block)
+    assert result.is_teacher_finite_N.tolist() == [row != 3 for row in range(N)]
+    actual = gradients(result.values_N, leaves(student))
+    for actual_gradient, expected_gradient in zip(actual, expected, strict=True):
+        torch.testing.assert_close(actual_gradient, expected_gradient)
+
+
+class RefuseHostSynchronisation(TorchDispatchMode):
+    """Raise on whatever would make the host wait for values on a device."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name()
+        if any(word in name for word in ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")):
+            raise AssertionError(f"{name} waits for the device")
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_hidden", [True, False])
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_value_is_read_on_the_host_forward_or_backward(is_hidden, tail):
+    teacher = signal(pair()[1])
+    student = hidden_signal() if is_hidden else LogitsSignal(pair()[0])
+    leaf = student.hidden_NH if is_hidden else student.logits_NV
+    with RefuseHostSynchronisation():
+        result = token_divergence(student, teacher, beta=0.5, tail=tail, labels_N=torch.arange(N))
+        (result.values_N.sum() + result.cross_entropy_N.sum()).backward()
+    assert leaf.grad is not None
+
+
+class RecordNewStorages(TorchDispatchMode):
+    """Record, by its size in elements, the memory of every tensor made that doesn't share that of `known`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.tensors_of_size = known.untyped_storage().data_ptr(), {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        outputs = operation(*args, **(kwargs or {}))
+        for tensor in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.known:
+                storage = tensor.untyped_storage()
+                size = storage.nbytes() // tensor.element_size()
+                self.tensors_of_size.setdefault(size, {})[storage.data_ptr()] = tensor
+        return outputs
+
+
+def test_nothing_as_large_as_the_logits_is_made_but_the_gradient():
+    student_logits_NV, teacher_logits_NV = pair(32)
+    teacher = signal(teacher_logits_NV)
+    with RecordNewStorages(student_logits_NV) as forward:
+        result = topk_divergence(student_logits_NV, teacher, beta=0.5, labels_N=torch.arange(32), token_block=4)
+        loss = result.values_N.sum() + result.cross_entropy_N.sum()
+    assert max(forward.tensors_of_size) == 4 * V
+    with RecordNewStorages(student_logits_NV) as backward:
+        torch.autograd.grad(loss, student_logits_NV)
+    assert sorted(backward.tensors_of_size)[-2:] == [4 * V, 32 * V]
+    assert len(backward.tensors_of_size[32 * V]) == 1
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options", "message"),
+    [
+        (
+            {},
+            {"temperature": 2.0},
+            r"temperature must be 1 for .* top tokens; got 2.0: .*missing",
+        ),
+        ({}, {"tail": "drop"}, r"tail must be one of 'bucket', 'renormalize'; got 'drop'"),
+        ({"ids_NK": torch.zeros(N, K)}, {}, r"top tokens must be an int64 tensor \[N, K\].*got torch.float32 \[7, 5\]"),
+        ({"ids_NK": torch.zeros(N, 0, dtype=torch.long)}, {}, r"K of at least 1.*got torch.int64 \[7, 0\]"),
+        ({"ids_NK": torch.zeros(1, N, K, dtype=torch.long)}, {}, r"flatten the batch.*got torch.int64 \[1, 7, 5\]"),
+        (
+            {"log_p_NK": torch.zeros(N, K + 1)},
+            {},
+            r"log-probs must be a float.*\[7, 5\].*got torch.float32 \[7, 6\]",
+        ),
+        ({"log_p_NK": torch.zeros(N, K).bfloat16()}, {}, r"log-probs must be a float32 .*got torch.bfloat16.*add up"),
+        ({"vocab_size": V + 1}, {}, r"got 131 tokens for the student and 132 for the teacher"),
+    ],
+)
+def test_what_does_not_fit_is_refused(teacher, options, message):
+    student_logits_NV, teacher_logits_NV = pair()
+    with pytest.raises(GKDConfigError, match=message):
+        token_divergence(
+            LogitsSignal(student_logits_NV),
+            replace(signal(teacher_logits_NV), **teacher),
+            **{"beta": 0.5, **options},
+        )
+
+
+def test_scores_of_other_positions_are_refused():
+    with pytest.raises(GKDConfigError, match=r"N = 7 for the student and N = 6 for the teacher"):
+        token_divergence(LogitsSignal(pair()[0]), signal(pair(N=6)[1]), beta=0.5)
