@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
-from gkd_trainer.teachers import FrozenTeacher, Teacher
+from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
 
 
 def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> Any:
@@ -75,28 +75,44 @@ def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any
 def build_teacher(
     args: Any, teacher: Teacher | None, teacher_model: PreTrainedModel | str | None, trust_remote_code: bool
 ) -> Teacher:
-    """Return the one teacher that was given, as an object, a model, or a name.
+    """Return the one teacher that was given, as an object, a model, a name, or the address of its servers.
 
     Raises GKDTeacherError where there is none, or more than one.
     """
-    name = args.teacher_model_name_or_path
+    name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
     init_kwargs = args.teacher_model_init_kwargs
-    if teacher is None and teacher_model is None and name is None:
+    if teacher is None and teacher_model is None and name is None and urls is None:
         raise GKDTeacherError(
             "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
-            "args.teacher_model_name_or_path"
+            "args.teacher_model_name_or_path or args.teacher_server_base_url"
         )
-    if teacher is not None and teacher_model is not None:
-        raise GKDTeacherError("got both teacher and teacher_model: pass one of them")
+    if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
+        raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
     source = teacher_model if teacher_model is not None else name
     if teacher is None and isinstance(source, str):
-        return FrozenTeacher.from_pretrained(source, **{"trust_remote_code": trust_remote_code, **(init_kwargs or {})})
+        options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+        return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
     if init_kwargs is not None:
         raise GKDTeacherError(
             "teacher_model_init_kwargs load a teacher by name, but the teacher given is loaded already: drop them, or "
             "pass the teacher's name"
         )
-    return teacher if teacher is not None else FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    if teacher is not None:
+        if top_k is not None:
+            raise GKDTeacherError(
+                "teacher_top_k is set for a teacher that is given as an object: pass it top_k instead"
+            )
+        return teacher
+    if isinstance(teacher_model, PreTrainedModel):
+        return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
+    return VLLMServerTeacher(
+        urls,
+        **({} if top_k is None else {"top_k": top_k}),
+        api_token=args.teacher_server_api_token,
+        server_timeout=args.vllm_server_timeout,
+        request_timeout=args.vllm_request_timeout,
+        checks=args.teacher_server_checks,
+    )
 
 
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:

@@ -37,6 +37,8 @@ from transformers import (
     set_seed,
 )
 
+from tests.serving import FaultyProxy, VLLMProcess
+
 ROOT = Path(__file__).parents[1]
 
 CORPUS = [
@@ -80,7 +82,7 @@ def byte_level_backend():
     return tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def byte_level(byte_level_backend):
     """Make a byte-level tokenizer with a chat template, pad == eos == <|im_end|>, and optionally a bos."""
 
@@ -153,3 +155,34 @@ def smollm2_dir(smollm2_pair):
 def smollm2_student_dir(smollm2_pair):
     """The folder of the student cut out of SmolLM2-135M-Instruct."""
     return smollm2_pair[1]
+
+
+@pytest.fixture(scope="session")
+def served_model(tiny_model):
+    """The model behind `vllm_server`; vLLM's CPU kernels want heads of 32 or wider."""
+    return tiny_model(hidden=128)
+
+
+@pytest.fixture(scope="session")
+def served_dir(served_model, byte_level, tmp_path_factory):
+    """The folder of `served_model` and of the tokenizer that `byte_level` makes by default."""
+    folder = tmp_path_factory.mktemp("served")
+    served_model.save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_server(served_dir, tmp_path_factory):
+    """A vLLM server of `served_dir` in float32, one for the whole run; who kills it starts it again."""
+    server = VLLMProcess(served_dir, tmp_path_factory.mktemp("vllm") / "server.log")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(vllm_server):
+    """A proxy before `vllm_server` that can be told to answer wrongly."""
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        yield proxy

@@ -2,6 +2,7 @@
 
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
 
-__all__ = ["FrozenTeacher", "Teacher", "shared_vocabulary_size"]
+__all__ = ["FrozenTeacher", "Teacher", "VLLMServerTeacher", "shared_vocabulary_size"]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.batch import Signal, TokenBatch
 
@@ -34,5 +34,8 @@ class Teacher(ABC):
         """The teacher's model where it lives in this process; `seq_kd` generates with it."""
 
     @abstractmethod
-    def prepare(self, device: torch.device) -> None:
-        """Make ready to score batches that lie on `device`; called once, before training."""
+    def prepare(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Make ready to score batches that lie on `device`; called once, before training.
+
+        `tokenizer` is the student's, against which a teacher is checked that can't be asked for its own.
+        """
