@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gkd_trainer.config import GKDArguments, GKDConfig
-    from gkd_trainer.divergence import generalized_jsd, linear_generalized_jsd
-    from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDError, GKDNumericsError, GKDTeacherError
-    from gkd_trainer.rollouts import HFRollouts, RolloutEngine
-    from gkd_trainer.teachers import FrozenTeacher, Teacher
+    from gkd_trainer.divergence import generalized_jsd, linear_generalized_jsd, topk_generalized_jsd
+    from gkd_trainer.errors import (
+        GKDConfigError,
+        GKDDataError,
+        GKDError,
+        GKDNumericsError,
+        GKDServerError,
+        GKDTeacherError,
+    )
+    from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
+    from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
     from gkd_trainer.trainer import GKDMixin, GKDTrainer
 
 __version__ = "0.1.0"
@@ -24,14 +31,19 @@ _MODULES = {
     "GKDError": "errors",
     "GKDMixin": "trainer",
     "GKDNumericsError": "errors",
+    "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "RolloutEngine": "rollouts",
     "Teacher": "teachers",
+    "VLLMColocateRollouts": "rollouts",
+    "VLLMServerRollouts": "rollouts",
+    "VLLMServerTeacher": "teachers",
     "generalized_jsd": "divergence",
     "linear_generalized_jsd": "divergence",
+    "topk_generalized_jsd": "divergence",
 }
 
 __all__ = [
@@ -43,13 +55,18 @@ __all__ = [
     "GKDError",
     "GKDMixin",
     "GKDNumericsError",
+    "GKDServerError",
     "GKDTeacherError",
     "GKDTrainer",
     "HFRollouts",
     "RolloutEngine",
     "Teacher",
+    "VLLMColocateRollouts",
+    "VLLMServerRollouts",
+    "VLLMServerTeacher",
     "generalized_jsd",
     "linear_generalized_jsd",
+    "topk_generalized_jsd",
 ]
 
 

@@ -43,6 +43,9 @@ _REFUSED_GENERATION_KWARGS = {
     ),
 }
 
+# Fields of vLLM's SamplingParams that are neither options of their own nor fixed by the rollouts.
+_VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
+
 # What a value of each annotated type has to be an instance of, and how an error calls that.
 _TYPES: dict[Any, tuple[Any, str]] = {
     float: (Real, "a number"),
@@ -53,11 +56,11 @@ _TYPES: dict[Any, tuple[Any, str]] = {
 }
 
 
-def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
+def _option(default: Any, help: str, choices: list[str] | None = None, is_secret: bool = False) -> Any:
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
         metadata["choices"] = choices
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not is_secret)
 
 
 @dataclass
@@ -119,11 +122,71 @@ class GKDArguments:
     repetition_penalty: float = _option(1.0, "Penalty (> 0) on tokens that occurred before; 1 is none.")
     max_new_tokens: int = _option(128, "Longest completion that is generated, in tokens.")
     generation_kwargs: dict[str, Any] | str | None = _option(
-        None, "Further options of transformers.GenerationConfig for the rollouts, as a dictionary or JSON."
+        None,
+        "Further options of transformers.GenerationConfig for the rollouts (of vLLM's SamplingParams under use_vllm), "
+        "as a dictionary or JSON.",
     )
     rollout_batch_size: int | None = _option(
         None,
-        "Most prompts generated for at once; by default all of an optimizer step's on this rank.",
+        "Most prompts that transformers generates for at once; by default all of a call's on this rank. vLLM batches "
+        "by itself.",
+    )
+    rollout_steps: int = _option(
+        1,
+        "For how many optimizer steps completions are generated at once; those of the last are then rollout_steps − 1 "
+        "steps old.",
+    )
+    rollout_overlap: bool = _option(
+        False,
+        "Whether the next completions are generated while these are trained on, one call of rollouts older; needs "
+        "vllm_mode='server'.",
+    )
+    use_vllm: bool = _option(False, "Whether vLLM generates the student's completions, instead of transformers.")
+    vllm_mode: str = _option(
+        "colocate",
+        "Whether vLLM runs in the trainer's process, or as one or several servers started by you.",
+        ["colocate", "server"],
+    )
+    vllm_server_base_url: list[str] | str | None = _option(
+        None,
+        "Where the rollout servers listen, such as http://127.0.0.1:8000; a list, or separated by commas. Prompts are "
+        "spread over them.",
+    )
+    vllm_server_api_token: str | None = _option(
+        None, "The API key that the rollout servers were started with.", is_secret=True
+    )
+    vllm_server_timeout: float = _option(
+        240.0,
+        "Seconds (> 0) for which a server that can't be reached is tried again, as while it restarts; a teacher's too.",
+    )
+    vllm_request_timeout: float = _option(
+        300.0,
+        "Seconds (> 0) within which a server must have answered one request, such as one completion; a teacher's too.",
+    )
+    vllm_weight_sync: str = _option(
+        "auto",
+        "How vLLM gets the student's weights: 'full' sends all, adapters merged in; 'adapter' a LoRA adapter alone; "
+        "'nccl' all, from GPU to GPU, to a server; 'auto' is 'adapter' for a LoRA student beside its engine on CUDA, "
+        "else 'full'.",
+        ["auto", "full", "adapter", "nccl"],
+    )
+    vllm_sync_dir: str | None = _option(
+        None,
+        "A folder that the trainer and the rollout servers both see, through which weights pass; by default one in "
+        "memory (/dev/shm) where all servers are on this machine.",
+    )
+    vllm_gpu_memory_utilization: float = _option(
+        0.3, "Share of a GPU's memory, in (0, 1], for the weights and the KV cache of vllm_mode='colocate'."
+    )
+    vllm_max_model_length: int | None = _option(
+        None, "Most tokens of a prompt and its completion in vllm_mode='colocate'; by default max_length."
+    )
+    vllm_tensor_parallel_size: int = _option(1, "Over how many ranks one engine of vllm_mode='colocate' is spread.")
+    vllm_enable_sleep_mode: bool = _option(
+        False, "Whether the engine of vllm_mode='colocate' frees the GPU's memory while the student trains."
+    )
+    vllm_engine_kwargs: dict[str, Any] | str | None = _option(
+        None, "Further arguments of vllm.LLM for vllm_mode='colocate', as a dictionary or JSON."
     )
     max_length: int | None = _option(
         1024,
@@ -144,6 +207,28 @@ class GKDArguments:
         "Options of AutoModelForCausalLM.from_pretrained for a teacher given by name, as a dictionary or JSON; "
         "its dtype is the checkpoint's unless given here.",
     )
+    teacher_top_k: int | None = _option(
+        None,
+        "Compare over the teacher's most probable tokens (this many) and one bucket for all others. By default over "
+        "the whole vocabulary, and 64 for a teacher behind a server.",
+    )
+    teacher_tail: str = _option(
+        "bucket",
+        "What becomes of the tokens outside teacher_top_k: 'bucket' compares their summed probability, 'renormalize' "
+        "leaves them out on both sides.",
+        ["bucket", "renormalize"],
+    )
+    teacher_server_base_url: list[str] | str | None = _option(
+        None,
+        "Where ordinary vLLM servers with the teacher listen, such as http://127.0.0.1:8001; a list, or separated by "
+        "commas. Takes the place of a teacher model.",
+    )
+    teacher_server_api_token: str | None = _option(
+        None, "The API key that the teacher's servers were started with.", is_secret=True
+    )
+    teacher_server_checks: bool = _option(
+        True, "Whether the teacher's servers are checked at first contact: tokenizer, scores, reproducibility."
+    )
     eval_on_policy: bool = _option(
         False, "Whether evaluate also measures the divergence on fresh greedy completions of the student."
     )
@@ -157,6 +242,8 @@ class GKDArguments:
         """Parse the JSON fields, check every value and combination, then let the base class do its part."""
         for name in self._json_fields():
             setattr(self, name, _parsed(name, getattr(self, name)))
+        for name in self._url_fields():
+            setattr(self, name, _listed(name, getattr(self, name)))
         self._check_types()
         self._check_ranges()
         self._check_combinations()
@@ -180,13 +267,17 @@ class GKDArguments:
 
     @classmethod
     def _json_fields(cls) -> tuple[str, ...]:
-        return ("generation_kwargs", "teacher_model_init_kwargs")
+        return ("generation_kwargs", "vllm_engine_kwargs", "teacher_model_init_kwargs")
+
+    @staticmethod
+    def _url_fields() -> tuple[str, ...]:
+        return ("vllm_server_base_url", "teacher_server_base_url")
 
     def _check_types(self) -> None:
         # The base class checks its own fields, or leaves them to Python.
         for owner in (GKDArguments, GKDConfig):
             hints = inspect.get_annotations(owner, eval_str=True) if isinstance(self, owner) else {}
-            for name in hints.keys() - set(self._json_fields()):
+            for name in hints.keys() - {*self._json_fields(), *self._url_fields()}:
                 expected = [_TYPES[hint] for hint in get_args(hints[name]) or (hints[name],)]
                 value = getattr(self, name)
                 is_valid = any(
@@ -216,6 +307,18 @@ class GKDArguments:
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         if self.rollout_batch_size is not None:
             _check("rollout_batch_size", self.rollout_batch_size, self.rollout_batch_size >= 1, "at least 1")
+        _check("rollout_steps", self.rollout_steps, self.rollout_steps >= 1, "at least 1")
+        for name in ("vllm_server_timeout", "vllm_request_timeout"):
+            _check(name, getattr(self, name), 0 < getattr(self, name) < inf, finite)
+        _check(
+            "vllm_gpu_memory_utilization",
+            self.vllm_gpu_memory_utilization,
+            0 < self.vllm_gpu_memory_utilization <= 1,
+            "in (0, 1]",
+        )
+        for name in ("vllm_max_model_length", "vllm_tensor_parallel_size", "teacher_top_k"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value >= 1, "at least 1")
         if self.max_length is not None:
             _check("max_length", self.max_length, self.max_length >= 2, "at least 2 (a prompt and a completion)")
         _check(
@@ -245,6 +348,7 @@ class GKDArguments:
                 "fits: raise max_length or lower max_new_tokens"
             )
         self._check_generation_kwargs()
+        self._check_servers()
         # Fields of trl.SFTConfig, where that is the base.
         for name in ("packing", "padding_free", "eval_packing"):
             if generates and getattr(self, name, False):
@@ -266,8 +370,49 @@ class GKDArguments:
                 "which are trained on as a whole"
             )
 
+    def _check_servers(self) -> None:
+        is_server_mode = self.use_vllm and self.vllm_mode == "server"
+        if is_server_mode and not self.vllm_server_base_url:
+            raise GKDConfigError(
+                "vllm_mode='server' needs vllm_server_base_url, where your vLLM servers listen, such as "
+                "http://127.0.0.1:8000; got None (docs/vllm.md says how to start one)"
+            )
+        if self.vllm_server_base_url and not is_server_mode:
+            raise GKDConfigError(
+                "vllm_server_base_url has no effect without use_vllm=True and vllm_mode='server': set them, or leave "
+                "it out"
+            )
+        if self.rollout_overlap and not is_server_mode:
+            raise GKDConfigError(
+                "rollout_overlap=True generates while the student trains, which takes another process: set "
+                "use_vllm=True and vllm_mode='server', or leave it out"
+            )
+        if self.vllm_weight_sync == "nccl" and not is_server_mode:
+            raise GKDConfigError(
+                "vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'"
+            )
+        if self.teacher_server_base_url and self.teacher_model_name_or_path is not None:
+            raise GKDConfigError(
+                "got both teacher_server_base_url and teacher_model_name_or_path: the teacher is in one place, set one"
+            )
+        if self.loss_temperature != 1 and (self.teacher_server_base_url or self.teacher_top_k is not None):
+            raise GKDConfigError(
+                f"loss_temperature={self.loss_temperature} can't be applied to a teacher's top tokens: their log-probs "
+                "are at temperature 1, and how the rest of its distribution would change is not known. Set it to 1, or "
+                "use a teacher in this process without teacher_top_k"
+            )
+
     def _check_generation_kwargs(self) -> None:
         assert not isinstance(self.generation_kwargs, str)  # parsed before
+        if self.use_vllm:
+            for name in self.generation_kwargs or {}:
+                if name not in _VLLM_GENERATION_KWARGS:
+                    raise GKDConfigError(
+                        f"generation_kwargs can't hold {name!r} under use_vllm: it takes "
+                        f"{', '.join(sorted(_VLLM_GENERATION_KWARGS))}; what else vLLM samples by are options of their "
+                        "own"
+                    )
+            return
         known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
         for name in self.generation_kwargs or {}:
             if name in _REFUSED_GENERATION_KWARGS:
@@ -283,7 +428,7 @@ class GKDArguments:
             raise GKDConfigError(f"generation_kwargs is not taken by transformers.GenerationConfig: {error}") from error
 
 
-@dataclass
+@dataclass(repr=False)  # that of TrainingArguments hides every token
 class GKDConfig(GKDArguments, TrainingArguments):
     """The configuration of GKDTrainer: GKDArguments on top of transformers.TrainingArguments."""
 
@@ -323,6 +468,18 @@ class GKDConfig(GKDArguments, TrainingArguments):
 def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
     if not is_valid:
         raise GKDConfigError(f"{name} must be {expected}; got {value}")
+
+
+def _listed(name: str, value: list[str] | str | None) -> list[str] | None:
+    """Return URLs as a list, of which the command line gives one string."""
+    urls = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    is_valid = urls is None or (
+        isinstance(urls, list)
+        and bool(urls)
+        and all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in urls)
+    )
+    _check(name, repr(value), is_valid, "URLs that start with http:// or https://, as a list or separated by commas")
+    return urls
 
 
 def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -56,9 +56,10 @@ class EvaluationMixin(GenerationMixin):
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
         self._eval_meter, self._eval_on_policy_meter = EvaluationMeter(), EvaluationMeter()
-        output: EvalLoopOutput = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        with self._saving_before_it_fails():
+            output: EvalLoopOutput = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         if not self.is_in_train and self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # Evaluation marks the model as prepared, and training would then leave it without DDP: ranks drift apart.
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]

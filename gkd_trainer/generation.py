@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,25 +15,33 @@ from accelerate.utils import DistributedType
 from torch import nn
 from trl.models import unwrap_model_for_generation
 
-from gkd_trainer.any_trainer import AnyTrainer, pad_token_id
+from gkd_trainer.any_trainer import pad_token_id, require_labels
 from gkd_trainer.batch import Generated, Sampling
 from gkd_trainer.errors import GKDConfigError, GKDDataError
+from gkd_trainer.recovery import RecoveryMixin
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.metrics import TrainingMeter
 from gkd_trainer.rollouts import (
+    Block,
+    Completions,
     Draw,
     HFRollouts,
     RolloutEngine,
+    VLLMColocateRollouts,
+    VLLMServerRollouts,
+    WindowPlan,
     complete_greedily,
+    done,
+    generate_jobs,
     has_prompts_alone,
     lmbda_at,
-    roll_out_window,
+    plan_window,
 )
 from gkd_trainer.student import base_model
 from gkd_trainer.teachers import Teacher
 
 
-class GenerationMixin(AnyTrainer):
+class GenerationMixin(RecoveryMixin):
     """Has the student, and under `seq_kd` the teacher, complete prompts."""
 
     teacher: Teacher
@@ -51,36 +63,36 @@ class GenerationMixin(AnyTrainer):
                 "use a causal LM of transformers, pass rollouts, or switch generation off"
             )
         self._stop_ids = _stop_ids(student, self._tokenizer_or_none)
-        self.rollouts = rollouts if rollouts is not None else self._hf_rollouts(self._stop_ids, self._is_sharded)
+        self.rollouts = rollouts if rollouts is not None else self._student_rollouts()
+        self._synced_version: tuple[int, ...] | None = None
+        self._epoch_iterator: Iterator[Any] | None = None
+        self._block: Block | None = None
+        self._ahead: Block | None = None
+        self._saved_blocks: list[dict[str, Any]] = []
+        self._background = ThreadPoolExecutor(1, "rollouts") if self.args.rollout_overlap else None
         self._teacher_rollouts: RolloutEngine | None = None
         if self.args.seq_kd and self.teacher.model is not None:
             stop_ids = {*self._stop_ids, *_stop_ids(base_model(self.teacher.model), None)}
             self._teacher_rollouts = self._hf_rollouts(sorted(stop_ids), is_sharded=False)
             self._teacher_rollouts.sync(base_model(self.teacher.model))
 
-    def _roll_out(self, batches: list[Any]) -> list[dict[str, Any]]:
-        args, step = self.args, self.state.global_step
-        draw = Draw(
-            lmbda=lmbda_at(step, self.state.max_steps, args.lmbda, args.lmbda_end, args.lmbda_schedule),
-            granularity=args.lmbda_granularity,
-            seed=args.seed,
-            step=step,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            batch_size=self._train_batch_size,
-        )
-        sampling = Sampling(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            extra=args.generation_kwargs or {},
-        )
-        with self._synced_rollouts() as engine:
-            window = roll_out_window(batches, draw, sampling, engine, self._teacher_rollouts, self._pad_token_id)
-        if window.without_prompt and args.is_always_on_policy and not self._has_trained:
+    def _next_window(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[dict[str, Any]]:
+        """Return the next window after its rollouts; empty at the end of the epoch."""
+        if epoch_iterator is not self._epoch_iterator:  # what was left of an epoch that was stopped is dropped
+            self._epoch_iterator = epoch_iterator
+            self._wait_for_rollouts()
+            self._block = self._ahead = None
+            self._restore_blocks(epoch_iterator, num_batches)
+        if self._block is None or not self._block.plans:
+            self._block, self._ahead = self._ahead or self._new_block(epoch_iterator, num_batches), None
+        block = self._block
+        if block is None:
+            return []
+        self._raise_together(block.of_student.exception())
+        if self._background is not None and self._ahead is None:
+            self._ahead = self._new_block(epoch_iterator, self.args.gradient_accumulation_steps, self._background)
+        window = block.pop(self._pad_token_id)
+        if window.without_prompt and self.args.is_always_on_policy and not self._has_trained:
             raise GKDDataError(
                 f"lmbda=1 trains on completions alone, but {window.without_prompt} of the first {window.samples} "
                 "samples have no prompt to complete (their first token is already trained on): give the prompt labels "
@@ -94,21 +106,113 @@ class GenerationMixin(AnyTrainer):
             completions=len(window.generated),
             completion_tokens=sum(len(item.completion.token_ids) for item in window.generated),
             truncated_completions=sum(not item.completion.is_finished for item in window.generated),
+            stale_steps=(self.state.global_step - block.weights_step) * window.on_policy_samples,
         )
         return window.batches
 
+    def _new_block(
+        self, epoch_iterator: Iterator[Any], num_batches: int, background: ThreadPoolExecutor | None = None
+    ) -> Block | None:
+        """Plan the windows behind the current block's and generate them: now, or in the background."""
+        step = self.state.global_step
+        first = step + (len(self._block.plans) if self._block is not None else 0)
+        plans = self._plan_windows(epoch_iterator, num_batches, first, self.args.rollout_steps)
+        if not plans:
+            return None
+        args = self.args
+        sampling = Sampling(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            extra=args.generation_kwargs or {},
+        )
+        student_jobs = [plan.student_jobs for plan in plans]
+        with self._synced_rollouts() as engine:
+            if background is not None:
+                of_student = background.submit(generate_jobs, student_jobs, sampling, engine)
+            else:
+                of_student = done(generate_jobs(student_jobs, sampling, engine))
+            of_teacher: Completions = [[] for _ in plans]
+            if self._teacher_rollouts is not None:
+                of_teacher = generate_jobs([plan.teacher_jobs for plan in plans], sampling, self._teacher_rollouts)
+        return Block(plans, of_student, of_teacher, step)
+
+    def _plan_windows(
+        self, epoch_iterator: Iterator[Any], num_batches: int, first_step: int, windows: int
+    ) -> list[WindowPlan]:
+        args, plans = self.args, []
+        for step in range(first_step, min(first_step + windows, self.state.max_steps)):
+            batches = list(itertools.islice(epoch_iterator, num_batches))
+            if not batches:
+                break
+            for batch in batches:
+                require_labels(batch)
+            draw = Draw(
+                lmbda=lmbda_at(step, self.state.max_steps, args.lmbda, args.lmbda_end, args.lmbda_schedule),
+                granularity=args.lmbda_granularity,
+                seed=args.seed,
+                step=step,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+                batch_size=self._train_batch_size,
+            )
+            plans.append(plan_window(batches, draw, teacher_generates=self._teacher_rollouts is not None))
+            # The last window of an epoch is smaller only where the iterator ends.
+            num_batches = args.gradient_accumulation_steps
+        return plans
+
+    def _wait_for_rollouts(self) -> None:
+        """Wait until no rollouts are under way: weights must not change below them, and ranks wait for one another."""
+        errors = []
+        for block in (self._block, self._ahead):
+            if block is not None:
+                errors.append(block.of_student.exception())
+        self._raise_together(next((error for error in errors if error is not None), None))
+
+    def _blocks_state(self) -> list[dict[str, Any]]:
+        """Return what a checkpoint has to keep of completions that are not yet trained on."""
+        blocks = [block for block in (self._block, self._ahead) if block is not None and block.plans]
+        # One that failed has nothing to keep: it is generated anew after resuming.
+        return [block.state() for block in blocks if block.of_student.exception() is None]
+
+    def _restore_blocks(self, epoch_iterator: Iterator[Any], num_batches: int) -> None:
+        states, self._saved_blocks = self._saved_blocks, []
+        step = self.state.global_step
+        if not states or states[0]["windows"][0]["step"] != step:
+            return
+        blocks = []
+        for state in states:
+            windows = len(state["windows"])
+            plans = self._plan_windows(epoch_iterator, num_batches, step, windows)
+            blocks.append(Block.restored(state, plans))
+            step, num_batches = step + windows, self.args.gradient_accumulation_steps
+        self._block, self._ahead = blocks[0], blocks[1] if len(blocks) > 1 else None
+
     def _completed(self, inputs: dict[str, Any], only_prompts: bool) -> dict[str, Any]:
-        if only_prompts and not self._is_true_anywhere(has_prompts_alone(inputs)):
+        if only_prompts and not self._is_anywhere(has_prompts_alone(inputs)):
             return inputs
         with self._synced_rollouts() as engine:
             return complete_greedily(inputs, engine, self.args.max_new_tokens, self._pad_token_id, only_prompts)
 
     @contextmanager
     def _synced_rollouts(self) -> Iterator[RolloutEngine]:
+        self._wait_for_rollouts()
         # Completions come from the numerics that the loss sees: under autocast, the same rounding.
         with self._gathered_student() as student, self.accelerator.autocast():
-            self.rollouts.sync(base_model(student))
-            yield self.rollouts
+            version = self._weights_version(student)
+            if version != self._synced_version:
+                with self._meter.measure("sync"), self._failing_together():
+                    self.rollouts.sync(student)
+                self._synced_version = version
+            with self._failing_together():
+                yield self.rollouts
+
+    def _weights_version(self, student: nn.Module) -> tuple[int, ...]:
+        """Return what differs once the weights do: optimizer steps, and whatever else writes to them in place."""
+        return self.state.global_step, id(student), sum(parameter._version for parameter in student.parameters())
 
     @contextmanager
     def _gathered_student(self) -> Iterator[nn.Module]:
@@ -118,18 +222,67 @@ class GenerationMixin(AnyTrainer):
         else:
             yield self.model
 
-    def _is_true_anywhere(self, flag: bool) -> bool:
-        """Whether the flag is set here or, where ranks have to generate together, on any of them."""
-        if not self._is_sharded:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum") > 0)
+    def _student_rollouts(self) -> RolloutEngine:
+        args = self.args
+        if not args.use_vllm:
+            return self._hf_rollouts(self._stop_ids, self._is_sharded)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise GKDConfigError(
+                "use_vllm=True takes the weights one by one, which FSDP version 1 keeps in flat blocks: set "
+                "fsdp_version: 2"
+            )
+        if args.vllm_mode == "server":
+            return VLLMServerRollouts(
+                args.vllm_server_base_url,
+                self._stop_ids,
+                self._sampled_vocab_size,
+                api_token=args.vllm_server_api_token,
+                server_timeout=args.vllm_server_timeout,
+                request_timeout=args.vllm_request_timeout,
+                weight_sync=args.vllm_weight_sync,
+                sync_dir=args.vllm_sync_dir,
+                rank=self.accelerator.process_index,
+            )
+        return VLLMColocateRollouts(
+            self.model,
+            self._stop_ids,
+            self._sampled_vocab_size,
+            # The numerics that the loss sees.
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            max_model_length=args.vllm_max_model_length or args.max_length,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            weight_sync=args.vllm_weight_sync,
+            trust_remote_code=getattr(args, "trust_remote_code", False),
+            engine_kwargs=args.vllm_engine_kwargs,
+        )
 
-    def _hf_rollouts(self, stop_ids: list[int], is_sharded: bool) -> HFRollouts:
+    @property
+    def _sampled_vocab_size(self) -> int:
         tokenizer = self._tokenizer_or_none
         # Heads of equal size are compared with their padding rows, which no token may be sampled from.
         known = self._vocab_size if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
-        vocab_size = min(self._vocab_size, known)
-        return HFRollouts(stop_ids, self._pad_token_id, vocab_size, self.args.rollout_batch_size, is_sharded)
+        return min(self._vocab_size, known)
+
+    def _hf_rollouts(self, stop_ids: list[int], is_sharded: bool) -> HFRollouts:
+        return HFRollouts(
+            stop_ids, self._pad_token_id, self._sampled_vocab_size, self.args.rollout_batch_size, is_sharded
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        states = self._blocks_state()
+        if states:
+            _rollouts_file(output_dir, self.accelerator.process_index).write_text(json.dumps(states))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._saved_blocks = []
+        if checkpoint is not None:
+            file = _rollouts_file(checkpoint, self.accelerator.process_index)
+            if file.exists():
+                self._saved_blocks = json.loads(file.read_text())
 
     def _show_completions(self) -> None:
         if not (self.args.log_completions and self._generated and self.is_world_process_zero()):
@@ -152,6 +305,10 @@ class GenerationMixin(AnyTrainer):
     @property
     def _pad_token_id(self) -> int:
         return pad_token_id(self.processing_class)
+
+
+def _rollouts_file(checkpoint: str, rank: int) -> Path:
+    return Path(checkpoint) / f"rollouts-rank{rank}.json"
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:

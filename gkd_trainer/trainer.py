@@ -220,7 +220,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         The count is over all ranks where `average_tokens_across_devices` is set. It is taken after the rollouts, which
         replace the completions that the data set gave.
         """
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._note_window_rng()
+        if self.args.generates:
+            with self._meter.measure("rollout"), self._saving_before_it_fails():
+                batches = self._next_window(epoch_iterator, num_batches)
+        else:
+            batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             if not self._has_trained and self.state.global_step == 0:
                 raise GKDDataError(
@@ -230,9 +235,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             return batches, None
         for batch in batches:
             require_labels(batch)
-        if self.args.generates:
-            with self._meter.measure("rollout"):
-                batches = self._roll_out(batches)
         self._has_trained = True
         self._finite_check.clear()
         return batches, self._count_trained_tokens(batches, device)
@@ -241,7 +243,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward of a micro-batch; at the window's last one, refuse logits that aren't finite."""
-        with self._meter.measure("step"):
+        with self._meter.measure("step"), self._saving_before_it_fails():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._finite_check.raise_if_not(
@@ -268,7 +270,11 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         """
         require_labels(inputs)
         batch = TokenBatch.from_inputs(inputs)
-        with self._meter.measure("teacher") if model.training else contextlib.nullcontext():
+        with (
+            self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
+            # A teacher elsewhere may fail one rank alone.
+            self._failing_together() if self.teacher.model is None else contextlib.nullcontext(),
+        ):
             teacher = self.teacher.score(batch).sliced(self._vocab_size)
         head = self._student_head()
         if return_outputs and isinstance(head, SeparableHead):
@@ -282,6 +288,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             beta=self.args.beta,
             temperature=self.args.loss_temperature,
             scale=self.args.divergence_scale,
+            tail=self.args.teacher_tail,
             labels_N=batch.targets_N if mixes_ce else None,
         )
         rows_N = batch.rows_N
@@ -314,8 +321,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
 
     def _connect_teacher(self, teacher: Teacher) -> None:
         self.teacher = teacher
-        self.teacher.prepare(self.args.device)
         tokenizer = self._tokenizer_or_none
+        self.teacher.prepare(self.args.device, tokenizer)
         self._vocab_size = shared_vocabulary_size(
             vocabulary_rows(base_model(self.model)),
             self.teacher.vocab_size,
@@ -362,6 +369,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             student_entropy_N=result.student_entropy_N,
             teacher_entropy_N=result.teacher_entropy_N,
             agrees_N=result.agrees_N,
+            teacher_mass_N=result.teacher_mass_N,
+            student_mass_N=result.student_mass_N,
         )
         if is_training:
             self._meter.add_tokens(self._row_sums_BK)

@@ -53,6 +53,18 @@ OUT_OF_RANGE = [
     ("lmbda_granularity", ["token"], "one of 'sample', 'batch'"),
     ("divergence_scale", ["liger"], "one of 'paper', 'continuous'"),
     ("train_on", ["first_turn"], "one of 'all_turns', 'last_turn'"),
+    ("rollout_steps", [0], "at least 1"),
+    ("vllm_mode", ["remote"], "one of 'colocate', 'server'"),
+    ("vllm_weight_sync", ["ipc"], "one of 'auto', 'full', 'adapter', 'nccl'"),
+    ("vllm_server_timeout", [0, NAN, INF], "above 0 and finite"),
+    ("vllm_request_timeout", [-1.0, NAN, INF], "above 0 and finite"),
+    ("vllm_gpu_memory_utilization", [0.0, 1.5], "in (0, 1]"),
+    ("vllm_max_model_length", [0], "at least 1"),
+    ("vllm_tensor_parallel_size", [0], "at least 1"),
+    ("vllm_server_base_url", ["localhost:8000", [], [8000]], "URLs that start with http:// or https://"),
+    ("teacher_server_base_url", ["ftp://a"], "URLs that start with http:// or https://"),
+    ("teacher_top_k", [0], "at least 1"),
+    ("teacher_tail", ["drop"], "one of 'bucket', 'renormalize'"),
 ]
 
 
@@ -87,6 +99,11 @@ def test_a_value_out_of_range_is_refused_with_name_range_and_value(name, value, 
         ("repetition_penalty", 0.5),
         ("max_new_tokens", 1),
         ("rollout_batch_size", 1),
+        ("rollout_steps", 1),
+        ("vllm_gpu_memory_utilization", 1.0),
+        ("vllm_max_model_length", 1),
+        ("vllm_tensor_parallel_size", 1),
+        ("teacher_top_k", 1),
         ("max_length", 129),
         ("max_length", None),
         ("num_completions_to_print", 1),
@@ -101,6 +118,8 @@ def test_every_option_with_a_range_is_among_those_tested():
     ranged = {name for name, _, _ in OUT_OF_RANGE}
     free = {"seq_kd", "disable_dropout", "eval_on_policy", "log_completions"}
     free |= {"generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
+    free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
+    free |= {"vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
     assert ranged | free == set(OWN_FIELDS)
 
 
@@ -123,6 +142,9 @@ WRONG_TYPES = [
     ("lmbda_schedule", None, "a string"),
     ("train_on", ["last_turn"], "a string"),
     ("teacher_model_name_or_path", 7, "a string or None"),
+    ("use_vllm", 1, "True or False"),
+    ("rollout_steps", 1.5, "a whole number"),
+    ("teacher_top_k", "all", "a whole number or None"),
 ]
 
 
@@ -377,6 +399,51 @@ def test_a_subclass_may_add_an_option_that_sft_config_has(config_of):
     assert config_of(WithTextField, dataset_text_field="own").dataset_text_field == "own"
 
 
+# vLLM and servers
+
+
+SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:8000"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' needs vllm_server_base_url.*got None"),
+        ({"vllm_server_base_url": "http://a:1"}, "has no effect without use_vllm=True and vllm_mode='server'"),
+        ({"rollout_overlap": True}, "rollout_overlap=True generates while the student trains.*vllm_mode='server'"),
+        ({"rollout_overlap": True, "use_vllm": True}, "vllm_mode='server'"),
+        ({"vllm_weight_sync": "nccl"}, "'nccl' sends weights to a server"),
+        (
+            {"teacher_server_base_url": "http://a:1", "teacher_model_name_or_path": "a/teacher"},
+            "got both teacher_server_base_url and teacher_model_name_or_path",
+        ),
+        ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
+        ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
+        ({"use_vllm": True, "generation_kwargs": {"min_new_tokens": 2}}, "can't hold 'min_new_tokens' under use_vllm"),
+    ],
+)
+def test_what_servers_can_not_do_is_refused(options, message):
+    with pytest.raises(GKDConfigError, match=message):
+        GKDArguments(**options)
+
+
+def test_urls_come_as_a_list_or_separated_by_commas():
+    assert GKDArguments(**SERVER).vllm_server_base_url == ["http://127.0.0.1:8000"]
+    urls = ["http://a:1", "https://b"]
+    assert GKDArguments(**{**SERVER, "vllm_server_base_url": urls}).vllm_server_base_url == urls
+    assert GKDArguments(**{**SERVER, "vllm_server_base_url": "http://a:1,https://b"}).vllm_server_base_url == urls
+
+
+def test_sampling_options_of_vllm_are_taken_where_vllm_samples():
+    args = GKDArguments(use_vllm=True, generation_kwargs={"min_tokens": 2, "presence_penalty": 0.5})
+    assert args.generation_kwargs == {"min_tokens": 2, "presence_penalty": 0.5}
+
+
+def test_api_keys_are_not_in_what_is_logged(config_of):
+    args = config_of(vllm_server_api_token="hidden-1", teacher_server_api_token="hidden-2")
+    assert "hidden-" not in args.to_json_string() + str(args) + repr(args)
+
+
 # Documentation, command lines, files
 
 
@@ -405,6 +472,18 @@ def command_line_value(name, default):
         "teacher_model_init_kwargs": ('{"dtype": "auto"}', {"dtype": "auto"}),
         "model_init_kwargs": ('{"dtype": "auto"}', {"dtype": "auto"}),
         "dataset_kwargs": ('{"skip_prepare_dataset": true}', {"skip_prepare_dataset": True}),
+        "vllm_mode": ("server", "server"),
+        "vllm_weight_sync": ("adapter", "adapter"),
+        "vllm_server_base_url": ("http://a:1, http://b:2", ["http://a:1", "http://b:2"]),
+        "teacher_server_base_url": ("http://a:1", ["http://a:1"]),
+        "vllm_server_api_token": ("secret", "secret"),
+        "teacher_server_api_token": ("secret", "secret"),
+        "vllm_sync_dir": ("/shared", "/shared"),
+        "vllm_gpu_memory_utilization": ("0.5", 0.5),
+        "vllm_max_model_length": ("64", 64),
+        "vllm_engine_kwargs": ('{"enforce_eager": true}', {"enforce_eager": True}),
+        "teacher_top_k": ("64", 64),
+        "teacher_tail": ("renormalize", "renormalize"),
     }
     if name in special:
         return special[name]
@@ -423,6 +502,9 @@ def test_every_option_is_read_from_the_command_line(tmp_path, parser_class, name
         words += ["--lmbda_schedule", "linear"]
     if name == "lmbda_schedule":
         words += ["--lmbda_end", "0.75"]
+    if name in ("vllm_mode", "vllm_server_base_url", "rollout_overlap"):
+        server = {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": "http://a:1", name: text}
+        words += [word for option, value in server.items() for word in (f"--{option}", value)]
     [args] = parser_class(GKDConfig).parse_args_into_dataclasses(words)
     assert getattr(args, name) == expected != default
     assert type(getattr(args, name)) is type(expected)
@@ -451,7 +533,8 @@ def test_a_configuration_survives_json(config_of, config_class):
     )
     stored = json.loads(args.to_json_string())
     for name in OWN_FIELDS:
-        assert stored[name] == getattr(args, name), name
+        if not name.endswith("_token"):
+            assert stored[name] == getattr(args, name), name
     # Secrets are not stored: transformers hides every field whose name ends in _token.
     fields = {option.name for option in dataclasses.fields(config_class) if not option.name.endswith("_token")}
     again = config_class(**{name: value for name, value in stored.items() if name in fields})

@@ -48,12 +48,12 @@ def test_figures_of_the_divergence_page_are_what_its_snippets_give():
 def test_metrics_page_names_what_a_run_logs():
     page = (ROOT / "docs" / "metrics.md").read_text()
     meter = TrainingMeter(torch.device("cpu"))
-    meter.add_tokens(torch.ones(2, len(TOKEN_SUMS), dtype=torch.float64) * torch.tensor([2, 2, 1, 1, 1, 1, 1]))
+    meter.add_tokens(torch.tensor([[2.0, 2.0] + [1.0] * (len(TOKEN_SUMS) - 2)] * 2, dtype=torch.float64))
     meter.add_samples(**dict.fromkeys(SAMPLE_SUMS, 1.0))
     with meter.measure("step"):
         pass
     logged = meter.read(lambda sums: sums)
-    assert len(logged) == 13
+    assert len(logged) == 17
     for metric in logged:
         assert f"`{metric}`" in page, metric
 
@@ -63,6 +63,6 @@ def test_metrics_page_names_what_an_evaluation_gives():
     meter = EvaluationMeter()
     meter.add(torch.ones(2, len(TOKEN_SUMS), dtype=torch.float64), torch.tensor(1.0), lambda sums: sums)
     measured = meter.read()
-    assert len(measured) == 4
+    assert len(measured) == 6
     for metric in measured:
         assert f"`eval_{metric}`" in page, metric

@@ -15,9 +15,11 @@ STAGES = {"data", "rollouts", "teachers", "divergence"}
 LAYERS = [
     {"errors"},
     {"batch", "config"},
-    {"heads", "student", "finite"},
+    {"heads", "student", "finite", "serving"},
+    {"weights"},
     {*STAGES, "report"},
     {"arguments", "any_trainer"},
+    {"recovery"},
     {"generation"},
     {"preparation", "evaluation"},
     {"trainer"},

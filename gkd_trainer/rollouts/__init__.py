@@ -1,17 +1,35 @@
 """Rollouts: prompts turned into completions, and the draw of the samples that get them."""
 
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.block import Block, Completions, done
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.mixing import lmbda_at
-from gkd_trainer.rollouts.window import Draw, WindowRollout, complete_greedily, has_prompts_alone, roll_out_window
+from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
+from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
+from gkd_trainer.rollouts.window import (
+    Draw,
+    WindowPlan,
+    WindowRollout,
+    complete_greedily,
+    generate_jobs,
+    has_prompts_alone,
+    plan_window,
+)
 
 __all__ = [
+    "Block",
+    "Completions",
     "Draw",
     "HFRollouts",
     "RolloutEngine",
+    "VLLMColocateRollouts",
+    "VLLMServerRollouts",
+    "WindowPlan",
     "WindowRollout",
     "complete_greedily",
+    "done",
+    "generate_jobs",
     "has_prompts_alone",
     "lmbda_at",
-    "roll_out_window",
+    "plan_window",
 ]

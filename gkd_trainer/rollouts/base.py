@@ -26,7 +26,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def sync(self, model: nn.Module) -> None:
-        """Make the next `generate` use the weights that `model` has now."""
+        """Make the next `generate` use the weights that `model` has now; wrapped by PEFT, its adapters are active."""
 
     def greedy_sampling(self, max_new_tokens: int) -> Sampling:
         """Return the sampling that always takes the most probable token."""

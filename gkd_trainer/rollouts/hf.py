@@ -25,6 +25,7 @@ from transformers import (
 
 from gkd_trainer.batch import Completion, Sampling
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.student import base_model
 
 
 class HFRollouts(RolloutEngine):
@@ -56,7 +57,7 @@ class HFRollouts(RolloutEngine):
 
     def sync(self, model: nn.Module) -> None:
         """Generate with `model` from now on; its weights are shared, so that nothing is copied."""
-        self._model = model
+        self._model = base_model(model)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """Return one completion per prompt; see RolloutEngine."""

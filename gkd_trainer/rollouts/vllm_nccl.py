@@ -1,0 +1,111 @@
+"""Weights from GPU to GPU, by vLLM's own weight transfer over NCCL."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gkd_trainer.errors import GKDConfigError, GKDServerError
+from gkd_trainer.rollouts.vllm_sync import WeightSync
+from gkd_trainer.serving import VLLMServer
+from gkd_trainer.weights import checkpoint_weights
+
+
+class NCCLSync(WeightSync):
+    """All weights, broadcast from rank 0 into the memory of each server's GPUs.
+
+    The servers need VLLM_SERVER_DEV_MODE=1 and `--weight-transfer-config '{"backend": "nccl"}'`, and GPUs that rank 0
+    can reach over NCCL. A server that was restarted in the middle of a window can't be given the weights of its start
+    again: that ends the run, with a checkpoint. (vLLM's transfer by CUDA IPC pickles memory handles into its requests;
+    it is not offered for that reason.)
+    """
+
+    def __init__(self, servers: Sequence[VLLMServer]) -> None:
+        super().__init__(servers)
+        self._engines: list[Any] = []
+        self._source = _Source()
+        self._version: str | None = None
+
+    def send(self, model: nn.Module) -> None:
+        """Broadcast the weights to each server."""
+        self._note_rows(model)
+        self._source.model = model
+        if not self._engines:
+            self._engines = [self._connected(server) for server in self._servers]
+        self._version = secrets.token_hex(8)
+        for server, engine in zip(self._servers, self._engines, strict=True):
+            engine.send_weights()
+            server.post("/reset_prefix_cache", {}, lambda answer: answer)
+            server.post("/update_weight_version", {"new_version": self._version}, lambda answer: answer["success"])
+
+    def follow(self, model: nn.Module) -> None:
+        """Take part in gathering sharded weights."""
+        self._note_rows(model)
+        for _ in range(2 * len(self._servers)):  # what is sent, and the tensors
+            for _ in checkpoint_weights(model):
+                pass
+        self._version = None
+
+    def is_held_by(self, server: VLLMServer) -> bool:
+        """Return whether a server holds the weights that were sent last."""
+        version = server.get("/weight_info", lambda answer: str(answer["weight_version"]))
+        if self._version is None and version != "default":  # this rank did not send them
+            self._version = version
+        return version == self._version
+
+    def restore(self, server: VLLMServer) -> None:
+        """Raise: the weights of the last sync are no longer at hand."""
+        raise GKDServerError(
+            f"the vLLM server at {server.base_url} no longer holds the student's weights; it seems to have been "
+            "restarted. vllm_weight_sync='full' survives that, 'nccl' does not: start all servers anew, and resume"
+        )
+
+    def _connected(self, server: VLLMServer) -> Any:
+        try:
+            from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+            from vllm.utils.network_utils import get_ip, get_open_port
+        except ImportError as error:
+            raise GKDConfigError(
+                'vllm_weight_sync="nccl" needs vLLM here too: pip install "gkd-trainer[vllm]"; importing it failed '
+                f"with: {error}"
+            ) from error
+        workers = server.get("/get_world_size", lambda answer: int(answer["world_size"]))
+        info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=workers + 1)
+        return WeightTransferTrainerFactory.trainer_init(info, client=_Client(server), source=self._source)
+
+
+class _Client:
+    """What vLLM's trainer side drives a server by: the four calls of its VLLMWeightSyncClient, through our client."""
+
+    def __init__(self, server: VLLMServer) -> None:
+        self._server = server
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._server.post("/init_weight_transfer_engine", {"init_info": init_info}, lambda answer: answer)
+
+    def start_weight_update(self) -> None:
+        self._server.post("/start_weight_update", {}, lambda answer: answer)
+
+    def update_weights(self, update_info: Any) -> None:
+        self._server.post("/update_weights", {"update_info": update_info}, lambda answer: answer)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._server.post("/finish_weight_update", {"weight_version": weight_version}, lambda answer: answer)
+
+
+class _Source:
+    """The student's weights as vLLM's WeightSource: what it will send, and then the tensors, in the same order."""
+
+    model: nn.Module
+
+    def metadata(self) -> list[Any]:
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, weight.dtype, tuple(weight.shape)) for name, weight in checkpoint_weights(self.model)]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return checkpoint_weights(self.model)

@@ -1,0 +1,75 @@
+"""What both vLLM engines ask for: every sampling field, so that no default of a model or a server applies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gkd_trainer.batch import Completion, Sampling
+from gkd_trainer.errors import GKDConfigError
+
+_NEVER = -100.0
+"""The logit bias of tokens that may not be sampled: as low as vLLM takes it, e⁻¹⁰⁰ of a probability."""
+
+
+def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: range) -> dict[str, Any]:
+    """Return the fields of vLLM's SamplingParams, which its completions endpoint takes under the same names.
+
+    Args:
+        sampling: How tokens are drawn; `extra` holds further fields of SamplingParams.
+        stop_ids: A completion ends with the first of these tokens, which it includes.
+        padding_ids: Rows of the head that are no tokens.
+    """
+    fields: dict[str, Any] = {
+        "n": 1,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "min_tokens": 0,
+        "stop_token_ids": list(stop_ids),
+        # Its own end of sequence would stop it too; all of ours are above.
+        "ignore_eos": True,
+        **sampling.extra,
+    }
+    if padding_ids:
+        fields["logit_bias"] = {
+            **{str(token_id): _NEVER for token_id in padding_ids},
+            **(fields.get("logit_bias") or {}),
+        }
+    return fields
+
+
+def parse_completion(
+    token_ids: Sequence[int], finish_reason: str | None, sampling: Sampling, stop_ids: Sequence[int], vocab_size: int
+) -> Completion:
+    """Return what vLLM generated as a Completion.
+
+    Raises ValueError where it is not one: too long or too short, cut off for another reason, or of unknown tokens.
+    """
+    ids = [int(token_id) for token_id in token_ids]
+    is_finished = finish_reason == "stop"
+    if not ids or not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(f"expected token ids in [0, {vocab_size}), at least one; got {ids[:8]}")
+    is_complete = ids[-1] in stop_ids if is_finished else len(ids) == sampling.max_new_tokens
+    if finish_reason not in ("stop", "length") or len(ids) > sampling.max_new_tokens or not is_complete:
+        raise ValueError(
+            f"expected a completion that ends with one of the stop ids {list(stop_ids)} or after "
+            f"{sampling.max_new_tokens} tokens; got {len(ids)} tokens up to {ids[-1]}, finish_reason {finish_reason!r}"
+        )
+    return Completion(ids, is_finished)
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_length: int) -> None:
+    """Raise GKDConfigError where a prompt and its completion would not fit the engine."""
+    longest = max(map(len, prompts), default=0)
+    if longest + sampling.max_new_tokens > max_model_length:
+        raise GKDConfigError(
+            f"the engine holds sequences of up to {max_model_length} tokens, but a prompt of {longest} and "
+            f"max_new_tokens={sampling.max_new_tokens} make {longest + sampling.max_new_tokens}: raise "
+            "vllm_max_model_length (--max-model-len of a server), or lower max_length"
+        )

@@ -1,0 +1,138 @@
+"""The weights of a student as its checkpoint would hold them: what another engine needs to become the same model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.student import base_model
+
+
+def checkpoint_weights(model: nn.Module, with_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of each weight that `save_pretrained` of the merged model would write.
+
+    Adapters are merged into copies, one layer at a time: the model itself is not touched, so that nothing drifts. A
+    tied head comes under both names, for engines that keep two. Weights that are sharded (DTensor) are gathered one by
+    one: all ranks have to iterate.
+
+    Args:
+        model: A causal LM, wrapped by PEFT or not.
+        with_adapters: Whether adapters are merged in; else the base model's own weights come.
+
+    Raises:
+        GKDConfigError: A weight is quantised, so that an engine of another kind can't take it.
+    """
+    student: Any = base_model(model)
+    named = dict(_named(student, "", with_adapters))
+    quantised = [name for name, weight in named.items() if not (weight.is_floating_point() or weight.is_complex())]
+    if quantised or getattr(student, "is_quantized", False):
+        raise GKDConfigError(
+            f"the student's weights are quantised ({', '.join(quantised[:2]) or 'see its quantization_config'}), which "
+            "vLLM can't be given: use use_vllm=False, or vllm_weight_sync='adapter' with a server that holds the base "
+            "model"
+        )
+    for name, weight in revert_weight_conversion(student, named).items():
+        yield name, _gathered(weight)
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Return whether the head's weight is the embeddings', also with what adapters add to either."""
+    student: Any = base_model(model)
+    if not getattr(student.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    embeddings, head = student.get_input_embeddings(), student.get_output_embeddings()
+    if isinstance(embeddings, _ADAPTED) or isinstance(head, _ADAPTED):
+        return False
+    return head is None or embeddings.weight is head.weight
+
+
+def is_plain_lora(model: nn.Module) -> bool:
+    """Return whether an adapter is one that vLLM can load as it is: LoRA on linear layers, and nothing else trained."""
+    if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+        return False
+    config = model.peft_config[model.active_adapters[0]]
+    if not isinstance(config, LoraConfig):
+        return False
+    # DoRA, biases, whole modules and single tokens are not in the files that vLLM reads.
+    others = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "alpha_pattern", "rank_pattern")
+    if any(getattr(config, name, None) for name in others) or config.bias != "none":
+        return False
+    student: Any = base_model(model)
+    return not any(
+        isinstance(module, BaseTunerLayer)
+        for module in (student.get_input_embeddings(), student.get_output_embeddings())
+    )
+
+
+def write_weights(model: nn.Module, folder: Path) -> None:
+    """Write `checkpoint_weights` as safetensors; the folder appears at once and complete.
+
+    Raises FileExistsError where it is there already.
+    """
+    aside = folder.with_name(folder.name + ".part")
+    aside.mkdir(mode=0o700)
+    weights: dict[str, Tensor] = {}
+    places = set()
+    for name, weight in checkpoint_weights(model):
+        # To the host one by one: a whole gathered model may not fit beside the training on a GPU.
+        weight = weight.cpu()
+        # safetensors would leave out the second of two names of one memory, as of a tied head.
+        weights[name] = weight.clone() if weight.data_ptr() in places else weight
+        places.add(weight.data_ptr())
+    save_torch_state_dict(weights, aside, metadata={"format": "pt"})
+    aside.rename(folder)
+
+
+_ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def _gathered(weight: Any) -> Tensor:
+    gathered: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return gathered
+
+
+def _named(module: nn.Module, prefix: str, with_adapters: bool) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(module, _ADAPTED):
+        module = _merged_copy(module) if with_adapters else _base_of(module)
+    own = {**module._parameters, **_persistent_buffers(module)}
+    for name, weight in own.items():
+        if weight is not None:
+            yield prefix + name, weight.detach()
+    for name, child in module._modules.items():
+        # Checkpointing, compiling and FSDP put modules in between that no checkpoint names.
+        if child is not None:
+            inner = name in ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+            yield from _named(child, prefix if inner else f"{prefix}{name}.", with_adapters)
+
+
+def _merged_copy(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        merged: Any = copy.deepcopy(module)
+        if hasattr(merged, "unload_and_optionally_merge_module"):
+            base: nn.Module = merged.unload_and_optionally_merge_module(
+                merge=True, safe_merge=False, adapter_names=None
+            )
+            return base
+        merged.merge(safe_merge=False)
+        return _base_of(merged)
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    base: Any = module
+    inner: nn.Module = base.get_base_layer() if isinstance(module, BaseTunerLayer) else base.original_module
+    return inner
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set}
