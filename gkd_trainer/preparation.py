@@ -56,6 +56,7 @@ class PreparationMixin(GenerationMixin):
         if not self._prepares_rows:
             return dataset
         args = self.args
+        student_rows = vocabulary_rows(base_model(self.model))
         rules = RowRules(
             stop_ids=frozenset(self._stop_ids),
             max_length=args.max_length,
@@ -69,7 +70,7 @@ class PreparationMixin(GenerationMixin):
             vocab_size=(
                 self._vocab_size
                 if args.ce_weight > 0
-                else min(vocabulary_rows(base_model(self.model)), self.teacher.vocab_size)
+                else min(student_rows, self.teacher.vocab_size or student_rows)
             ),
         )
         dataset = prepare_dataset(

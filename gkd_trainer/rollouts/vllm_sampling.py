@@ -37,10 +37,8 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: ra
         **sampling.extra,
     }
     if padding_ids:
-        fields["logit_bias"] = {
-            **{str(token_id): _NEVER for token_id in padding_ids},
-            **(fields.get("logit_bias") or {}),
-        }
+        biases = {int(token_id): bias for token_id, bias in (fields.get("logit_bias") or {}).items()}
+        fields["logit_bias"] = {**biases, **dict.fromkeys(padding_ids, _NEVER)}
     return fields
 
 

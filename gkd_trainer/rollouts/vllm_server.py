@@ -12,7 +12,7 @@ from gkd_trainer.batch import Completion, Sampling
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
-from gkd_trainer.rollouts.vllm_sync import AdapterSync, FullSync, WeightSync, shared_directory
+from gkd_trainer.rollouts.vllm_sync import AdapterSync, FullSync, WeightSync, shared_folder
 from gkd_trainer.serving import VLLMServer, spread
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class VLLMServerRollouts(RolloutEngine):
 
             self._sync: WeightSync = NCCLSync(self._servers)
         else:
-            directory = shared_directory(sync_dir, urls) if rank == 0 else None
-            self._sync = (AdapterSync if weight_sync == "adapter" else FullSync)(self._servers, directory)
+            folder = shared_folder(sync_dir, urls) if rank == 0 else None
+            self._sync = (AdapterSync if weight_sync == "adapter" else FullSync)(self._servers, folder)
 
     def sync(self, model: nn.Module) -> None:
         """Hand the servers the weights that the student has now; all ranks have to call it."""

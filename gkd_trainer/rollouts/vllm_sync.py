@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -17,7 +16,14 @@ from torch import nn
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.serving import VLLMServer, spread
 from gkd_trainer.student import base_model
-from gkd_trainer.weights import checkpoint_weights, has_tied_head, is_plain_lora, write_weights
+from gkd_trainer.weights import (
+    PrivateFolder,
+    checkpoint_weights,
+    has_tied_head,
+    is_plain_lora,
+    write_adapter,
+    write_weights,
+)
 
 _ADAPTER = "gkd-student-"
 """How the names of our adapters begin."""
@@ -61,9 +67,9 @@ class WeightSync(ABC):
 class FolderSync(WeightSync):
     """Through a folder that both sides see, under a name that is new each time: what a server holds is that name."""
 
-    def __init__(self, servers: Sequence[VLLMServer], directory: tempfile.TemporaryDirectory[str] | None) -> None:
+    def __init__(self, servers: Sequence[VLLMServer], folder: PrivateFolder | None) -> None:
         super().__init__(servers)
-        self._directory = directory
+        self._folder = folder
         self._sent = 0
         self._current: Path | None = None
 
@@ -74,10 +80,10 @@ class FolderSync(WeightSync):
     def _held(self, server: VLLMServer) -> Path | None: ...
 
     def send(self, model: nn.Module) -> None:
-        assert self._directory is not None
+        assert self._folder is not None
         self._note_rows(model)
         self._sent += 1
-        folder = Path(self._directory.name) / f"weights-{self._sent:06d}"
+        folder = self._folder.path / f"weights-{self._sent:06d}"
         self._write(model, folder)
         previous, self._current = self._current, folder
         spread(self._servers, self._servers, lambda server, _: self.restore(server))
@@ -100,8 +106,8 @@ class FolderSync(WeightSync):
 class FullSync(FolderSync):
     """All weights, which a server loads in place of its own."""
 
-    def __init__(self, servers: Sequence[VLLMServer], directory: tempfile.TemporaryDirectory[str] | None) -> None:
-        super().__init__(servers, directory)
+    def __init__(self, servers: Sequence[VLLMServer], folder: PrivateFolder | None) -> None:
+        super().__init__(servers, folder)
         self._checked: set[str] = set()
         for server in servers:
             try:
@@ -161,9 +167,7 @@ class AdapterSync(FolderSync):
                 "vllm_weight_sync='adapter' needs a student with one plain LoRA adapter on its linear layers (no DoRA, "
                 "trained biases, modules_to_save or rank_pattern): use 'full', which merges a copy of any adapter"
             )
-        aside = folder.with_name(folder.name + ".part")
-        model.save_pretrained(aside)  # type: ignore[operator]
-        aside.rename(folder)
+        write_adapter(model, folder)
 
     def _held(self, server: VLLMServer) -> Path | None:
         names = server.get("/v1/models", lambda answer: {card["id"]: card["root"] for card in answer["data"]})
@@ -198,8 +202,8 @@ class AdapterSync(FolderSync):
         return f"{_ADAPTER}{folder.parent.name}-{folder.name}"
 
 
-def shared_directory(sync_dir: str | None, urls: Sequence[str]) -> tempfile.TemporaryDirectory[str]:
-    """Return a new folder of an unpredictable name that only this user can enter, removed at the latest at exit."""
+def shared_folder(sync_dir: str | None, urls: Sequence[str]) -> PrivateFolder:
+    """Return a new folder that this process and the servers see."""
     parent = sync_dir
     if parent is None:
         far = [url for url in urls if not _is_on_this_machine(url)]
@@ -209,7 +213,7 @@ def shared_directory(sync_dir: str | None, urls: Sequence[str]) -> tempfile.Temp
                 "to a folder that both see, such as one on a network file system"
             )
         parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    return tempfile.TemporaryDirectory(prefix="gkd-trainer-", dir=parent, ignore_cleanup_errors=True)
+    return PrivateFolder(parent)
 
 
 def _is_on_this_machine(url: str) -> bool:

@@ -20,8 +20,8 @@ class Teacher(ABC):
 
     @property
     @abstractmethod
-    def vocab_size(self) -> int:
-        """How many tokens the teacher predicts over, padding rows included."""
+    def vocab_size(self) -> int | None:
+        """How many tokens the teacher predicts over, padding rows included; None where nothing tells."""
 
     @property
     @abstractmethod

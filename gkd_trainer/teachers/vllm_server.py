@@ -117,7 +117,6 @@ class VLLMServerTeacher(Teacher):
         self._top_k, self._model_name, self._checks, self._local_copy = top_k, model, checks, local_copy
         self._served: dict[VLLMServer, _Served] = {}
         self._vocabulary: Mapping[str, int] | None = None
-        self._vocab_size: int | None = None
         self._witness: _Sequence | None = None
         self._record: _Scores | None = None
         self._turn = 0
@@ -144,23 +143,24 @@ class VLLMServerTeacher(Teacher):
                 )
         size = min(_SEQUENCES_AT_ONCE, -(-len(sequences) // len(self._servers)))
         groups = [sequences[start : start + size] for start in range(0, len(sequences), size or 1)]
+        if self._vocabulary is None:
+            raise RuntimeError("VLLMServerTeacher.score was called before prepare(device, tokenizer)")
         answers = spread(self._servers, groups, self._score, first=self._turn)
         self._turn = (self._turn + len(groups)) % len(self._servers)
         nothing = _Scores(np.empty((0, self._top_k), np.int64), np.empty((0, self._top_k)))
         scores = [nothing, *chain.from_iterable(answers)]
         device = batch.labels_BL.device
+        ids_NK = np.concatenate([each.ids_PK for each in scores])
+        known = max(self._vocabulary.values())
         return TopKSignal(
-            ids_NK=torch.from_numpy(np.concatenate([each.ids_PK for each in scores])).to(device),
+            ids_NK=torch.from_numpy(ids_NK).to(device),
             log_p_NK=torch.from_numpy(np.concatenate([each.log_p_PK for each in scores])).to(device, torch.float32),
-            vocab_size=self.vocab_size,
+            vocab_size=int(ids_NK.max(initial=known)) + 1,
         )
 
     @property
-    def vocab_size(self) -> int:
-        """How many ids the tokenizer uses; the teacher may give others, of padding rows, some probability."""
-        if self._vocab_size is None:
-            raise RuntimeError("VLLMServerTeacher was used before prepare(device, tokenizer)")
-        return self._vocab_size
+    def vocab_size(self) -> None:
+        """None: a server does not say how many rows its head has."""
 
     @property
     def vocabulary(self) -> Mapping[str, int] | None:
@@ -184,8 +184,7 @@ class VLLMServerTeacher(Teacher):
                 "processing_class to the trainer"
             )
         self._vocabulary = tokenizer.get_vocab()
-        self._vocab_size = max(self._vocabulary.values()) + 1
-        self._top_k = min(self._top_k, self._vocab_size)
+        self._top_k = min(self._top_k, max(self._vocabulary.values()) + 1)
         self._served = {server: self._find_model(server) for server in self._servers}
         text = _PROBE + "".join(tokenizer.all_special_tokens)
         probe_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -14,7 +14,7 @@ _NAMED = 5
 
 def shared_vocabulary_size(
     student_rows: int,
-    teacher_rows: int,
+    teacher_rows: int | None,
     student_vocabulary: Mapping[str, int] | None,
     teacher_vocabulary: Mapping[str, int] | None,
 ) -> int:
@@ -25,13 +25,15 @@ def shared_vocabulary_size(
 
     Args:
         student_rows: Rows of the student's head, padding included.
-        teacher_rows: Rows of the teacher's head.
+        teacher_rows: Rows of the teacher's head; None where that is not known, which counts as the student's.
         student_vocabulary: The id of each token of the student's tokenizer; None where it is not known.
         teacher_vocabulary: The same of the teacher's.
 
     Raises:
         GKDTeacherError: The tokenizers differ, or their sizes do where a tokenizer is not known.
     """
+    if teacher_rows is None:
+        teacher_rows = student_rows
     if student_vocabulary is None or teacher_vocabulary is None:
         missing = "student" if student_vocabulary is None else "teacher"
         if student_rows != teacher_rows:

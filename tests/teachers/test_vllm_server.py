@@ -219,10 +219,10 @@ def test_small_batches_take_the_servers_in_turn(make, vllm_server):
 def test_the_vocabulary_is_that_of_the_tokenizer_and_padding_rows_are_left_to_slicing(make, tokenizer):
     teacher = make()
     assert teacher.vocabulary == tokenizer.get_vocab()
-    assert teacher.vocab_size == 365  # the model has 368 rows
+    assert teacher.vocab_size is None  # nothing tells that the model has 368 rows, 3 more than tokens
     assert teacher.model is None
     signal = teacher.score(batch_of_six())
-    assert signal.vocab_size == 365
+    assert 365 < signal.vocab_size <= 368
     assert (signal.ids_NK >= 365).any()
     assert (signal.sliced(365).log_p_NK[signal.ids_NK >= 365] == -torch.inf).all()
 
@@ -530,8 +530,6 @@ def test_a_teacher_that_was_not_prepared_says_so():
     teacher = VLLMServerTeacher("http://127.0.0.1:9")
     with pytest.raises(RuntimeError, match="before prepare"):
         teacher.score(batch_of_six())
-    with pytest.raises(RuntimeError, match="before prepare"):
-        _ = teacher.vocab_size
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,317 @@
+"""The trainer with a real vLLM: rollouts in process and from a server, a served teacher, and servers that fail."""
+
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from gkd_trainer import FrozenTeacher, GKDServerError, VLLMColocateRollouts, VLLMServerTeacher
+from gkd_trainer.rollouts import HFRollouts
+from tests.serving import FaultyProxy, changed, delayed, status
+
+PROMPTS = [[5, 6, 7, 8], [30, 31], [100, 120, 140, 160, 180]]
+# Large steps, so that the weights of one step give other completions than those of the next.
+RUN = {
+    "lmbda": 1.0,
+    "beta": 1.0,
+    "learning_rate": 1e-2,
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}
+TIMEOUTS = {"vllm_server_timeout": 1.5, "vllm_request_timeout": 10.0}
+
+
+class At(TrainerCallback):
+    """Does something once a step is complete."""
+
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.do()
+
+
+@pytest.fixture
+def student(tiny_model):
+    """A student of the shape that the server holds, with other weights."""
+    return tiny_model(hidden=128, seed=7)
+
+
+@pytest.fixture
+def server_options(vllm_server):
+    return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": vllm_server.base_url}
+
+
+@pytest.fixture
+def run(make_trainer, tiny_model):
+    """Make a trainer, train it, and return it."""
+
+    def run(model=None, callbacks=None, resume=False, **options):
+        arguments = {"callbacks": callbacks, "model": model if model is not None else tiny_model(hidden=128, seed=7)}
+        trainer = make_trainer(trainer_args=arguments, **{**RUN, **options})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def greedy(engine):
+    return [list(completion.token_ids) for completion in engine.generate(PROMPTS, engine.greedy_sampling(12), [0] * 3)]
+
+
+def greedy_by_transformers(model):
+    engine = HFRollouts([2], pad_token_id=2, vocab_size=360)
+    engine.sync(model)
+    return greedy(engine)
+
+
+def assert_same_weights(trainer, other):
+    for (name, weight), expected in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+def test_both_modes_train_alike_and_follow_the_student(run, server_options, student):
+    before = greedy_by_transformers(student)
+    colocated = run(use_vllm=True, vllm_engine_kwargs={"enforce_eager": True}, vllm_max_model_length=64, model=student)
+    served = run(**server_options)
+    assert isinstance(colocated.rollouts, VLLMColocateRollouts)
+    # To the last digit that is logged: same seeds, same weights, same numerics.
+    assert losses(served) == losses(colocated)
+    assert len(set(losses(served))) == 4
+    for trainer in (colocated, served):
+        after = greedy_by_transformers(trainer.model)
+        assert after != before
+        trainer.rollouts.sync(trainer.model)
+        assert greedy(trainer.rollouts) == after
+    assert all(seconds > 0 for seconds in logged(served, "seconds_sync"))
+
+
+def test_weights_pass_only_when_they_have_changed(run, vllm_server, student):
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url}
+        trainer = run(model=student, max_steps=2, **options)
+        loads = [request for request in proxy.requests if request.path == "/collective_rpc"]
+        assert len(loads) == 2
+        rows = [{"prompt": "one two"}, {"prompt": "three"}]
+        trainer.evaluate(rows)  # the weights after the last step
+        trainer.evaluate(rows)
+        assert len([request for request in proxy.requests if request.path == "/collective_rpc"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "staleness"),
+    [
+        ({"rollout_steps": 2}, {2: 1.0, 4: 1.0}),
+        ({"rollout_overlap": True}, {2: 1.0, 3: 1.0, 4: 1.0}),
+        ({"rollout_steps": 2, "rollout_overlap": True}, {2: 1.0, 3: 2.0, 4: 3.0}),
+    ],
+)
+def test_completions_are_as_old_as_the_options_say(run, server_options, options, staleness):
+    trainer = run(**server_options, **options)
+    entries = enumerate((entry for entry in trainer.state.log_history if "loss" in entry), start=1)
+    assert {step: entry["rollout_staleness"] for step, entry in entries if "rollout_staleness" in entry} == staleness
+    again = run(**server_options, **options)
+    assert losses(again) == losses(trainer)
+    assert_same_weights(again, trainer)
+
+
+def test_a_block_of_steps_makes_one_call(run, vllm_server):
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url}
+        run(rollout_steps=4, **options)
+        assert proxy.paths().count("/collective_rpc") == 1
+        assert proxy.paths().count("/v1/completions") == 16
+
+
+# 16 rows in windows of 4 make 4 steps an epoch: in the middle of the first, at its end, in the middle of the second.
+@pytest.mark.parametrize("options", [{"rollout_overlap": True}, {"rollout_steps": 3}], ids=["overlap", "steps"])
+def test_a_resumed_run_trains_on_the_completions_that_were_under_way(run, server_options, tmp_path, options):
+    options = {**server_options, **options, "max_steps": 7, "lmbda": 0.7}
+    unbroken = run(save_strategy="steps", save_steps=1, output_dir=str(tmp_path / "unbroken"), **options)
+    for step in (2, 4, 5):
+        checkpoint = tmp_path / "unbroken" / f"checkpoint-{step}"
+        resumed = run(resume=str(checkpoint), output_dir=str(tmp_path / f"resumed-{step}"), **options)
+        assert losses(resumed) == losses(unbroken)
+        assert_same_weights(resumed, unbroken)
+    kept = {step: (tmp_path / f"unbroken/checkpoint-{step}/rollouts-rank0.json").exists() for step in range(1, 8)}
+    # None over an epoch's end, nor after the last step.
+    expected = {"rollout_overlap": {1, 2, 3, 5, 6}, "rollout_steps": {1, 2, 5, 6}}
+    assert {step for step, exists in kept.items() if exists} == expected[
+        next(name for name in expected if name in options)
+    ]
+
+
+# A teacher behind a server
+
+
+@pytest.fixture
+def teacher_model(served_model, vllm_server, served_dir):
+    """The model that the server started with, served again: rollouts of the tests before replaced its weights."""
+    import httpx
+
+    load = {"method": "reload_weights", "kwargs": {"weights_path": str(served_dir)}}
+    httpx.post(f"{vllm_server.base_url}/collective_rpc", json=load, trust_env=False, timeout=60).raise_for_status()
+    httpx.post(f"{vllm_server.base_url}/reset_prefix_cache", trust_env=False, timeout=60).raise_for_status()
+    return served_model
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_served_teacher_trains_as_the_same_one_in_this_process(run, make_trainer, teacher_model, vllm_server, tail):
+    options = {**RUN, "lmbda": 0.5, "beta": 0.5, "teacher_tail": tail}
+    local = make_trainer(
+        trainer_args={"teacher": FrozenTeacher(teacher_model, top_k=16)}, **{**options, "teacher_top_k": None}
+    )
+    local.train()
+    served = make_trainer(
+        trainer_args={"teacher_model": None}, teacher_server_base_url=vllm_server.base_url, teacher_top_k=16, **options
+    )
+    served.train()
+    assert losses(served) == pytest.approx(losses(local), rel=1e-4)
+    assert isinstance(served.teacher, VLLMServerTeacher)
+    assert served.teacher_model is None
+    for name in ("teacher_top_k_mass", "student_top_k_mass"):
+        assert logged(served, name) == pytest.approx(logged(local, name), rel=1e-3)
+        assert all(0 < mass < 1 for mass in logged(served, name))
+
+
+def test_the_whole_vocabulary_as_top_k_is_the_whole_divergence(run, make_trainer, teacher_model):
+    options = {**RUN, "lmbda": 0.0, "beta": 0.5}
+    whole = make_trainer(trainer_args={"teacher_model": teacher_model}, **options)
+    whole.train()
+    top = make_trainer(trainer_args={"teacher_model": teacher_model}, teacher_top_k=368, **options)
+    top.train()
+    assert losses(top) == pytest.approx(losses(whole), rel=1e-5)
+
+
+# When servers fail
+
+
+def test_a_server_that_is_killed_and_comes_back_disturbs_nothing(run, server_options, vllm_server):
+    expected = run(**server_options)
+    restart = threading.Thread(target=vllm_server.start)
+
+    def kill():
+        vllm_server.kill()
+        restart.start()
+
+    disturbed = run(callbacks=[At(2, kill)], **server_options, vllm_server_timeout=180.0)
+    restart.join()
+    assert losses(disturbed) == losses(expected)
+    assert_same_weights(disturbed, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"rollout_overlap": True}], ids=["now", "overlap"])
+def test_a_rollout_server_that_stays_away_leaves_a_checkpoint_that_resumes(run, vllm_server, tmp_path, options):
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        options = {
+            **options,
+            "use_vllm": True,
+            "vllm_mode": "server",
+            "vllm_server_base_url": proxy.base_url,
+            "output_dir": str(tmp_path / "run"),
+            **TIMEOUTS,
+        }
+        expected = run(**{**options, "output_dir": str(tmp_path / "expected")})
+        began = time.monotonic()
+        with pytest.raises(GKDServerError) as raised:
+            run(callbacks=[At(2, proxy.stop)], **options)
+        assert time.monotonic() - began < 30
+        message = str(raised.value)
+        assert proxy.base_url in message
+        assert "ConnectError" in message
+        assert "checkpoint-" in message
+        assert "train(resume_from_checkpoint=True)" in message
+        proxy.start()
+        resumed = run(resume=True, **options)
+        # With overlap, what failed to be generated in time is generated anew from newer weights.
+        if not options.get("rollout_overlap"):
+            assert losses(resumed) == losses(expected)
+            assert_same_weights(resumed, expected)
+        assert resumed.state.global_step == 4
+
+
+def test_a_teacher_server_that_stays_away_in_the_middle_of_a_window_leaves_one_too(
+    make_trainer, tiny_model, teacher_model, vllm_server, tmp_path
+):
+    # Dropout draws from the global random state, which the first micro-batch of the lost step has moved already.
+    options = {**RUN, "lmbda": 0.5, "disable_dropout": False, **TIMEOUTS, "teacher_top_k": 8}
+    student = tiny_model(attention_dropout=0.3)
+    student.save_pretrained(tmp_path / "student")
+
+    def trainer_of(proxy, folder, callbacks=None):
+        return make_trainer(
+            trainer_args={"model": str(tmp_path / "student"), "teacher_model": None, "callbacks": callbacks},
+            teacher_server_base_url=proxy.base_url,
+            output_dir=str(tmp_path / folder),
+            **options,
+        )
+
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        expected = trainer_of(proxy, "expected")
+        expected.train()
+
+        def fail_at_the_second_micro_batch():
+            proxy.next(lambda request, forward: forward(), path="/v1/completions")
+            proxy.next(status(500), times=None, path="/v1/completions")
+
+        with pytest.raises(GKDServerError, match=r"status 500.*checkpoint-2") as raised:
+            trainer_of(proxy, "run", [At(2, fail_at_the_second_micro_batch)]).train()
+        assert "/v1/completions" in str(raised.value)
+        proxy.heal()
+        resumed = trainer_of(proxy, "run")
+        resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(expected)
+    assert_same_weights(resumed, expected)
+
+
+def test_a_failure_before_the_first_step_leaves_no_checkpoint(run, vllm_server, tmp_path):
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        proxy.next(status(500), times=None, path="/v1/completions")
+        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url, **TIMEOUTS}
+        with pytest.raises(GKDServerError, match="status 500"):
+            run(output_dir=str(tmp_path / "run"), **options)
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_mistakes_that_pass_change_nothing(run, server_options, vllm_server):
+    expected = run(**server_options)
+
+    def lose_a_token(answer):
+        answer["choices"][0]["token_ids"].pop()
+
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        proxy.next(status(500), times=3, path="/v1/completions")
+        proxy.next(delayed(0.3), times=5, path="/v1/completions")
+        proxy.next(changed(lose_a_token), times=2, path="/v1/completions")
+        disturbed = run(**{**server_options, "vllm_server_base_url": proxy.base_url})
+    assert losses(disturbed) == losses(expected)
+    assert_same_weights(disturbed, expected)
+
+
+def test_a_checkpoint_of_a_failed_run_is_not_written_twice(run, vllm_server, tmp_path):
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url, **TIMEOUTS}
+        folder = tmp_path / "run"
+        with pytest.raises(GKDServerError, match="checkpoint-2"):
+            run(
+                callbacks=[At(2, proxy.stop)],
+                output_dir=str(folder),
+                save_strategy="steps",
+                save_steps=2,
+                **options,
+            )
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert load_file(folder / "checkpoint-2" / "model.safetensors")
