@@ -16,6 +16,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gkd_trainer import GKDConfig, GKDTrainer
+from gkd_trainer.serving import VLLMServer
 
 
 class DieAfterSaving(TrainerCallback):
@@ -29,11 +30,26 @@ class DieAfterSaving(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class LoseServer(TrainerCallback):
+    """After the first step, one rank finds nothing where its rollout server was."""
+
+    def __init__(self, rank):
+        self.rank, self.trainer = rank, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == self.rank:
+            self.trainer.rollouts._servers = [VLLMServer("http://127.0.0.1:9", server_timeout=1.0)]
+
+
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
     evaluates_first = options.pop("evaluates_first", False)
     evaluates_stream = options.pop("evaluates_stream", False)
+    loses_server = options.pop("loses_server_on_rank", None)
+    callbacks = [DieAfterSaving(die_at)] if die_at else []
+    if loses_server is not None:
+        callbacks.append(LoseServer(loses_server))
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
     trainer = GKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student"),
@@ -50,8 +66,10 @@ def main(folder: Path) -> None:
         ),
         train_dataset=rows,
         eval_dataset=rows.select(range(7)).to_iterable_dataset() if evaluates_stream else rows.select(range(7)),
-        callbacks=[DieAfterSaving(die_at)] if die_at else None,
+        callbacks=callbacks,
     )
+    for callback in callbacks:
+        callback.trainer = trainer
     if evaluates_first:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)

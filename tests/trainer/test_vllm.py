@@ -154,6 +154,61 @@ def test_a_resumed_run_trains_on_the_completions_that_were_under_way(run, server
     ]
 
 
+# Several ranks
+
+
+RANKS = {
+    "lmbda": 1.0,
+    "max_steps": 3,
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "train_sampling_strategy": "sequential",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+}
+
+
+def test_two_ranks_roll_out_as_one_by_servers_and_by_one_engine_over_both(
+    full_run, tiny_model, server_options, tmp_path
+):
+    def student():
+        return tiny_model(hidden=128, seed=7)
+
+    one, expected, _ = full_run(
+        tmp_path / "one", student=student(), per_device_train_batch_size=4, **RANKS, **server_options
+    )
+    over_both = {"use_vllm": True, "vllm_tensor_parallel_size": 2, "vllm_engine_kwargs": {"enforce_eager": True}}
+    for name, options in (("servers", server_options), ("tensor-parallel", over_both)):
+        folder = tmp_path / name
+        two, actual, process = full_run(
+            folder, ranks=2, student=student(), per_device_train_batch_size=2, **RANKS, **options
+        )
+        assert two is not None, process.stderr
+        steps = [[entry["loss"] for entry in result["log"] if "loss" in entry] for result in (one, two)]
+        assert steps[1] == pytest.approx(steps[0], rel=1e-4)
+        for weight, tensor in expected.items():
+            assert torch.allclose(actual[weight], tensor, rtol=0, atol=1e-5), (name, weight)
+
+
+def test_a_server_that_fails_one_rank_stops_both_and_saves(full_run, tiny_model, server_options, tmp_path):
+    folder, student = tmp_path / "two", tiny_model(hidden=128, seed=7)
+    began = time.monotonic()
+    result, _, process = full_run(
+        folder,
+        ranks=2,
+        student=student,
+        per_device_train_batch_size=2,
+        loses_server_on_rank=1,
+        **RANKS,
+        **server_options,
+    )
+    assert result is None
+    assert time.monotonic() - began < 90
+    assert "http://127.0.0.1:9 did not complete" in process.stderr
+    assert "stopped, since a server failed another rank" in process.stderr
+    assert (folder / "run" / "checkpoint-1" / "trainer_state.json").exists()
+
+
 # A teacher behind a server
 
 
