@@ -53,7 +53,9 @@ class FiniteCheck:
 
 def _cause(teacher_tokens: int, tokens: int) -> str:
     if teacher_tokens:
-        return f"the teacher's logits hold NaN or +inf at {teacher_tokens} of its tokens"
+        return (
+            f"the teacher's logits hold NaN or +inf at {teacher_tokens} of its tokens, or its top tokens no probability"
+        )
     return (
         f"the loss is not finite at {tokens} of its tokens: the student's logits hold NaN or +inf, one model gives a "
         "token probability 0 (a logit of -inf) where the divergence is then infinite, or a label is no token of the "

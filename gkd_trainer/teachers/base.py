@@ -25,6 +25,11 @@ class Teacher(ABC):
 
     @property
     @abstractmethod
+    def top_k(self) -> int | None:
+        """How many tokens of each distribution it gives, at temperature 1; None for whole distributions."""
+
+    @property
+    @abstractmethod
     def vocabulary(self) -> Mapping[str, int] | None:
         """The id of each token of the teacher's tokenizer; None where its tokenizer is not known."""
 

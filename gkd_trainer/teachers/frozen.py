@@ -92,6 +92,11 @@ class FrozenTeacher(Teacher):
         return vocabulary_rows(self._model)
 
     @property
+    def top_k(self) -> int | None:
+        """How many tokens of each distribution it gives; None for whole ones."""
+        return self._top_k
+
+    @property
     def vocabulary(self) -> Mapping[str, int] | None:
         """The id of each token of the teacher's tokenizer, where it has one."""
         return None if self._tokenizer is None else self._tokenizer.get_vocab()

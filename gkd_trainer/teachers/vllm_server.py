@@ -163,6 +163,11 @@ class VLLMServerTeacher(Teacher):
         """None: a server does not say how many rows its head has."""
 
     @property
+    def top_k(self) -> int:
+        """How many tokens of each distribution are asked for."""
+        return self._top_k
+
+    @property
     def vocabulary(self) -> Mapping[str, int] | None:
         """The id of each token of the tokenizer that `prepare` was given; None before."""
         return self._vocabulary

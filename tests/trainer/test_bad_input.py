@@ -60,9 +60,14 @@ def test_tokenizers_that_differ_are_named(make_trainer, tiny_model, byte_level):
         make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model(), tokenizer=other)})
 
 
+def test_a_temperature_that_top_tokens_can_not_take_is_refused(make_trainer, tiny_model):
+    with pytest.raises(GKDConfigError, match=r"loss_temperature=2\.0 can't be applied to the teacher's 5 top tokens"):
+        make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model(), top_k=5)}, loss_temperature=2.0)
+
+
 def test_teacher_that_cannot_generate_under_seq_kd(make_trainer):
     class Remote(Teacher):
-        vocab_size, vocabulary, model = 368, None, None
+        vocab_size, vocabulary, model, top_k = 368, None, None, None
 
         def score(self, batch):
             raise AssertionError
