@@ -1,10 +1,16 @@
-"""On-policy distillation on GSM8K: the student solves the problems, and the teacher scores every token that it wrote.
+r"""On-policy distillation on GSM8K: the student solves the problems, and the teacher scores every token that it wrote.
 
     python examples/on_policy_gsm8k.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
 Only the questions are read (lmbda=1), and beta=1 is the reverse KL, which keeps the student to what the teacher finds
 likely. Completions are printed while training; at the end the student solves a few test problems greedily.
 `--data` also takes a folder with train.jsonl and test.jsonl.
+
+`--vllm colocate` generates with vLLM in this process. `--vllm server --vllm_server_base_url http://127.0.0.1:8000` does
+so with a server, which gets the weights of every step. Start it before, with the student (docs/vllm.md has more):
+
+    VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
+        --model Qwen/Qwen2.5-0.5B-Instruct --host 127.0.0.1 --port 8000 --max-model-len 512
 """
 
 from __future__ import annotations
@@ -27,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         beta=1.0,
         max_new_tokens=args.max_new_tokens,
         max_length=256 + args.max_new_tokens,
+        use_vllm=args.vllm is not None,
+        vllm_mode=args.vllm or "colocate",
+        vllm_server_base_url=args.vllm_server_base_url,
+        vllm_engine_kwargs={"enforce_eager": not torch.cuda.is_available()},  # on a CPU compiling it takes long
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
@@ -70,6 +80,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--num_eval", type=int, default=32)
+    parser.add_argument("--vllm", choices=["colocate", "server"], help="by default transformers generates")
+    parser.add_argument("--vllm_server_base_url", help="where the server with the student listens")
     return parser.parse_args(argv)
 
 

@@ -192,7 +192,8 @@ def _train(arguments: Sequence[str]) -> None:
         ("model_name_or_path", student.model_name_or_path, config.model_init_kwargs),
         ("teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs),
     ):
-        _require_model(option, str(name), init_kwargs, config.trust_remote_code)
+        if name is not None:  # the teacher may be behind a server
+            _require_model(option, name, init_kwargs, config.trust_remote_code)
     train_rows, eval_rows = data.load_train(), data.load_eval()
 
     from gkd_trainer.trainer import GKDTrainer
@@ -215,6 +216,7 @@ def _train(arguments: Sequence[str]) -> None:
         trainer.save_metrics("eval", metrics)
     if config.push_to_hub:
         trainer.push_to_hub()
+    trainer.rollouts.close()
     trainer.accelerator.end_training()
 
 
@@ -228,13 +230,14 @@ def _parse_train(arguments: Sequence[str]) -> tuple[StudentOptions, DataOptions,
     }
     parser = _train_parser(GKDArguments, GKDConfig, hints)
     options = _parse_with_config(parser, hints, arguments)
+    teachers = ("teacher_model_name_or_path", "teacher_server_base_url")
     missing = [
-        name
-        for name in ("model_name_or_path", "teacher_model_name_or_path", "dataset")
-        if getattr(options, name) is None
+        " or ".join(f"--{name}" for name in names)
+        for names in (("model_name_or_path",), teachers, ("dataset",))
+        if all(getattr(options, name) is None for name in names)
     ]
     if missing:
-        parser.error(f"the following options are required: {', '.join(f'--{name}' for name in missing)}")
+        parser.error(f"the following options are required: {', '.join(missing)}")
     try:
         config = _build(GKDConfig, options)
     except GKDError:
@@ -262,7 +265,8 @@ def _train_parser(arguments_class: type, config_class: type, hints: Mapping[str,
             _option_group("training (transformers.TrainingArguments)", rest.values(), hints),
         ],
         prog="gkd-trainer train",
-        usage="gkd-trainer train --model STUDENT --teacher TEACHER --dataset DATA [--config FILE] [OPTION ...]",
+        usage="gkd-trainer train --model STUDENT (--teacher TEACHER | --teacher_server_base_url URL) --dataset DATA "
+        "[--config FILE] [OPTION ...]",
         description="Distil a teacher into a student, and save the student with its tokenizer in --output_dir.",
         epilog="An option may be written with - in place of _.",
         formatter_class=_TrainHelp,

@@ -46,6 +46,8 @@ _REFUSED_GENERATION_KWARGS = {
 # Fields of vLLM's SamplingParams that are neither options of their own nor fixed by the rollouts.
 _VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
 
+_VLLM_MAX_TEMPERATURE = 2.0
+
 # What a value of each annotated type has to be an instance of, and how an error calls that.
 _TYPES: dict[Any, tuple[Any, str]] = {
     float: (Real, "a number"),
@@ -381,6 +383,10 @@ class GKDArguments:
             raise GKDConfigError(
                 "vllm_server_base_url has no effect without use_vllm=True and vllm_mode='server': set them, or leave "
                 "it out"
+            )
+        if self.use_vllm and self.temperature > _VLLM_MAX_TEMPERATURE:
+            raise GKDConfigError(
+                f"temperature must be at most {_VLLM_MAX_TEMPERATURE} where vLLM samples; got {self.temperature}"
             )
         if self.rollout_overlap and not is_server_mode:
             raise GKDConfigError(

@@ -56,6 +56,7 @@ class EvaluationMixin(GenerationMixin):
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
         self._eval_meter, self._eval_on_policy_meter = EvaluationMeter(), EvaluationMeter()
+        self._note_random_states()
         with self._saving_before_it_fails():
             output: EvalLoopOutput = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

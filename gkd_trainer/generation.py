@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ from gkd_trainer.rollouts import (
 )
 from gkd_trainer.student import base_model
 from gkd_trainer.teachers import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 class GenerationMixin(RecoveryMixin):
@@ -78,20 +81,23 @@ class GenerationMixin(RecoveryMixin):
 
     def _next_window(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[dict[str, Any]]:
         """Return the next window after its rollouts; empty at the end of the epoch."""
-        if epoch_iterator is not self._epoch_iterator:  # what was left of an epoch that was stopped is dropped
+        step = self.state.global_step
+        if epoch_iterator is not self._epoch_iterator:  # what is left of an epoch that was stopped is dropped
             self._epoch_iterator = epoch_iterator
-            self._wait_for_rollouts()
-            self._block = self._ahead = None
+            self._drop_blocks()
             self._restore_blocks(epoch_iterator, num_batches)
-        if self._block is None or not self._block.plans:
-            self._block, self._ahead = self._ahead or self._new_block(epoch_iterator, num_batches), None
+        if self._block is None or not self._block.holds(step):
+            self._block, self._ahead = self._ahead, None
+        if self._block is None:
+            self._block = self._generated_block(self._plan_windows(epoch_iterator, num_batches, step))
         block = self._block
         if block is None:
             return []
         self._raise_together(block.of_student.exception())
         if self._background is not None and self._ahead is None:
-            self._ahead = self._new_block(epoch_iterator, self.args.gradient_accumulation_steps, self._background)
-        window = block.pop(self._pad_token_id)
+            plans = self._plan_windows(epoch_iterator, self.args.gradient_accumulation_steps, block.next_step)
+            self._ahead = self._generated_block(plans, self._background)
+        window = block.window(step, self._pad_token_id)
         if window.without_prompt and self.args.is_always_on_policy and not self._has_trained:
             raise GKDDataError(
                 f"lmbda=1 trains on completions alone, but {window.without_prompt} of the first {window.samples} "
@@ -106,17 +112,12 @@ class GenerationMixin(RecoveryMixin):
             completions=len(window.generated),
             completion_tokens=sum(len(item.completion.token_ids) for item in window.generated),
             truncated_completions=sum(not item.completion.is_finished for item in window.generated),
-            stale_steps=(self.state.global_step - block.weights_step) * window.on_policy_samples,
+            stale_steps=(step - block.weights_step) * window.on_policy_samples,
         )
         return window.batches
 
-    def _new_block(
-        self, epoch_iterator: Iterator[Any], num_batches: int, background: ThreadPoolExecutor | None = None
-    ) -> Block | None:
-        """Plan the windows behind the current block's and generate them: now, or in the background."""
-        step = self.state.global_step
-        first = step + (len(self._block.plans) if self._block is not None else 0)
-        plans = self._plan_windows(epoch_iterator, num_batches, first, self.args.rollout_steps)
+    def _generated_block(self, plans: list[WindowPlan], background: ThreadPoolExecutor | None = None) -> Block | None:
+        """Return windows with their completions, by the weights of now: generated at once, or in the background."""
         if not plans:
             return None
         args = self.args
@@ -138,13 +139,14 @@ class GenerationMixin(RecoveryMixin):
             of_teacher: Completions = [[] for _ in plans]
             if self._teacher_rollouts is not None:
                 of_teacher = generate_jobs([plan.teacher_jobs for plan in plans], sampling, self._teacher_rollouts)
-        return Block(plans, of_student, of_teacher, step)
+        return Block(plans, of_student, of_teacher, self.state.global_step)
 
     def _plan_windows(
-        self, epoch_iterator: Iterator[Any], num_batches: int, first_step: int, windows: int
+        self, epoch_iterator: Iterator[Any], num_batches: int, first_step: int, windows: int | None = None
     ) -> list[WindowPlan]:
         args, plans = self.args, []
-        for step in range(first_step, min(first_step + windows, self.state.max_steps)):
+        end = first_step + (windows or args.rollout_steps)
+        for step in range(first_step, min(end, self.state.max_steps)):
             batches = list(itertools.islice(epoch_iterator, num_batches))
             if not batches:
                 break
@@ -165,30 +167,46 @@ class GenerationMixin(RecoveryMixin):
         return plans
 
     def _wait_for_rollouts(self) -> None:
-        """Wait until no rollouts are under way: weights must not change below them, and ranks wait for one another."""
-        errors = []
-        for block in (self._block, self._ahead):
-            if block is not None:
-                errors.append(block.of_student.exception())
-        self._raise_together(next((error for error in errors if error is not None), None))
+        """Wait until no rollouts are under way: weights must not change below them."""
+        error = next(filter(None, [block.of_student.exception() for block in self._blocks]), None)
+        if self._is_anywhere(error is not None):
+            self._drop_blocks()
+        self._raise_together(error)
+
+    def _drop_blocks(self) -> None:
+        for block in self._blocks:
+            block.of_student.exception()  # waits
+        self._block = self._ahead = None
+        self._synced_version = None
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return [block for block in (self._block, self._ahead) if block is not None]
 
     def _blocks_state(self) -> list[dict[str, Any]]:
         """Return what a checkpoint has to keep of completions that are not yet trained on."""
-        blocks = [block for block in (self._block, self._ahead) if block is not None and block.plans]
-        # One that failed has nothing to keep: it is generated anew after resuming.
-        return [block.state() for block in blocks if block.of_student.exception() is None]
+        failed = any(block.of_student.exception() is not None for block in self._blocks)
+        if self._is_anywhere(failed):  # they are generated anew after resuming
+            return []
+        states = [block.state(self.state.global_step) for block in self._blocks]
+        return [state for state in states if state["windows"]]
 
     def _restore_blocks(self, epoch_iterator: Iterator[Any], num_batches: int) -> None:
         states, self._saved_blocks = self._saved_blocks, []
         step = self.state.global_step
-        if not states or states[0]["windows"][0]["step"] != step:
+        if self._is_anywhere(not states or states[0]["windows"][0]["step"] != step):
             return
-        blocks = []
+        blocks: list[Block | None] = []
         for state in states:
-            windows = len(state["windows"])
-            plans = self._plan_windows(epoch_iterator, num_batches, step, windows)
+            plans = self._plan_windows(epoch_iterator, num_batches, step, len(state["windows"]))
             blocks.append(Block.restored(state, plans))
-            step, num_batches = step + windows, self.args.gradient_accumulation_steps
+            step, num_batches = step + len(plans), self.args.gradient_accumulation_steps
+            if self._is_anywhere(blocks[-1] is None):
+                logger.warning(
+                    "The checkpoint holds completions of other prompts or steps than this run has: they are generated "
+                    "anew. A run resumes exactly with the data, seed, batch sizes and steps of the one that saved it."
+                )
+                blocks[-1] = self._generated_block(plans)
         self._block, self._ahead = blocks[0], blocks[1] if len(blocks) > 1 else None
 
     def _completed(self, inputs: dict[str, Any], only_prompts: bool) -> dict[str, Any]:
@@ -272,9 +290,11 @@ class GenerationMixin(RecoveryMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        states = self._blocks_state()
+        file, states = _rollouts_file(output_dir, self.accelerator.process_index), self._blocks_state()
         if states:
-            _rollouts_file(output_dir, self.accelerator.process_index).write_text(json.dumps(states))
+            file.write_text(json.dumps(states))
+        else:  # that of an older run in the same folder
+            file.unlink(missing_ok=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

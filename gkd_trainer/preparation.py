@@ -68,9 +68,7 @@ class PreparationMixin(GenerationMixin):
             text_field=getattr(args, "dataset_text_field", "text"),
             # Cross-entropy needs its labels among the tokens that are compared.
             vocab_size=(
-                self._vocab_size
-                if args.ce_weight > 0
-                else min(student_rows, self.teacher.vocab_size or student_rows)
+                self._vocab_size if args.ce_weight > 0 else min(student_rows, self.teacher.vocab_size or student_rows)
             ),
         )
         dataset = prepare_dataset(

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
@@ -31,6 +31,10 @@ _NOT_THERE = (502, 503, 504)
 
 _FIRST_WAIT, _LONGEST_WAIT, _JITTER = 0.2, 5.0, 0.2
 _CONNECT_SECONDS = 10.0
+
+
+class RequestRefusedError(GKDServerError):
+    """A request that the server takes for wrong (a 4xx status): asking again would not help."""
 
 
 class VLLMServer:
@@ -57,8 +61,8 @@ class VLLMServer:
         if not base_url.startswith(("http://", "https://")):
             raise GKDConfigError(f"a server's base URL must start with http:// or https://; got {base_url!r}")
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self.failures = 0
-        """How many requests failed so far: where it has grown, the server may be another one than before."""
+        self.interruptions = 0
+        """How many connections failed so far: where it has grown, the server may have been started anew."""
         self._server_timeout, self._request_timeout = server_timeout, request_timeout
         self._client = httpx.Client(
             base_url=self.base_url,
@@ -82,7 +86,15 @@ class VLLMServer:
         """
         return self._call("POST", path, body, parse)
 
-    def _call(self, method: str, path: str, body: Any, parse: Callable[[Any], T]) -> T:
+    def tell(self, path: str, body: Any) -> None:
+        """POST JSON to an endpoint whose answer says nothing beyond its status, and may be no JSON; else as `post`."""
+        self._call("POST", path, body, None)
+
+    @overload
+    def _call(self, method: str, path: str, body: Any, parse: Callable[[Any], T]) -> T: ...
+    @overload
+    def _call(self, method: str, path: str, body: Any, parse: None) -> None: ...
+    def _call(self, method: str, path: str, body: Any, parse: Callable[[Any], T] | None) -> T | None:
         started = time.monotonic()
         call = f"{method} {path}"
         wrong_answers = 0
@@ -111,7 +123,7 @@ class VLLMServer:
                 "vllm_request_timeout"
             ) from error
 
-    def _request(self, method: str, path: str, body: Any, parse: Callable[[Any], T]) -> T:
+    def _request(self, method: str, path: str, body: Any, parse: Callable[[Any], T] | None) -> T | None:
         deadline = time.monotonic() + self._request_timeout
         timeout = httpx.Timeout(self._request_timeout, connect=min(_CONNECT_SECONDS, self._request_timeout))
         has_begun = False
@@ -124,30 +136,29 @@ class VLLMServer:
                     if time.monotonic() > deadline:
                         raise _WrongAnswerError(f"the answer was not complete after {self._request_timeout:g} s")
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            self.failures += 1
+            self.interruptions += 1
             raise _UnreachableError(f"{type(error).__name__}: {error}") from error
         except httpx.TimeoutException as error:
-            self.failures += 1
             raise _WrongAnswerError(f"no answer within {self._request_timeout:g} s ({type(error).__name__})") from error
         except httpx.RequestError as error:
-            self.failures += 1
+            self.interruptions += 1
             kind = _WrongAnswerError if has_begun else _UnreachableError
             raise kind(f"{type(error).__name__}: {error}") from error
         if response.status_code in _NOT_THERE:
-            self.failures += 1
+            self.interruptions += 1
             raise _UnreachableError(f"status {response.status_code}: {_excerpt(content)}")
         if response.status_code >= 500 or response.status_code in (408, 425, 429):
-            self.failures += 1
             raise _WrongAnswerError(f"status {response.status_code}: {_excerpt(content)}")
         if response.status_code >= 300:
-            raise GKDServerError(
+            raise RequestRefusedError(
                 f"the vLLM server at {self.base_url} refused {method} {path} with status {response.status_code}: "
                 f"{_excerpt(content)}"
             )
+        if parse is None:
+            return None
         try:
             return parse(json.loads(content) if content else None)
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            self.failures += 1
             raise _WrongAnswerError(
                 f"an answer that can't be used ({type(error).__name__}: {error}): {_excerpt(content)}"
             ) from error

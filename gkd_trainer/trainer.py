@@ -220,7 +220,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         The count is over all ranks where `average_tokens_across_devices` is set. It is taken after the rollouts, which
         replace the completions that the data set gave.
         """
-        self._note_window_rng()
+        self._note_random_states()
         if self.args.generates:
             with self._meter.measure("rollout"), self._saving_before_it_fails():
                 batches = self._next_window(epoch_iterator, num_batches)

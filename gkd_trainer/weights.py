@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,32 @@ def checkpoint_weights(model: nn.Module, with_adapters: bool = True) -> Iterator
         GKDConfigError: A weight is quantised, so that an engine of another kind can't take it, or an adapter is of a
             kind that can't be merged.
     """
+    refuse_quantised(model)
     student: Any = base_model(model)
-    base = _named(student, "", with_adapters=False)
-    quantised = [name for name, weight in base if not (weight.is_floating_point() or weight.is_complex())]
-    if quantised or getattr(student, "is_quantized", False):
+    shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in _named(student, "", False)}
+    named: Iterable[tuple[str, Tensor]] = _named(student, "", with_adapters)
+    if revert_weight_conversion(student, shapes).keys() != shapes.keys():
+        # Models whose checkpoints name or cut weights otherwise, such as experts: all at once.
+        named = revert_weight_conversion(student, dict(named)).items()
+    for name, weight in named:
+        yield name, _gathered(weight)
+
+
+def refuse_quantised(model: nn.Module) -> None:
+    """Raise GKDConfigError where weights are packed, so that an engine of another kind can't take them."""
+    student: Any = base_model(model)
+    packed = [name for name, weight in _named(student, "", False) if not weight.is_floating_point()]
+    if packed or getattr(student, "is_quantized", False):
         raise GKDConfigError(
-            f"the student's weights are quantised ({', '.join(quantised[:2]) or 'see its quantization_config'}), which "
+            f"the student's weights are quantised ({', '.join(packed[:2]) or 'see its quantization_config'}), which "
             "vLLM can't be given: use use_vllm=False, or vllm_weight_sync='adapter' with a server that holds the base "
             "model"
         )
-    named = dict(_named(student, "", with_adapters))
-    for name, weight in revert_weight_conversion(student, named).items():
-        yield name, _gathered(weight)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether weights are spread over ranks (DTensor), which then have to gather them together."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def has_tied_head(model: nn.Module) -> bool:

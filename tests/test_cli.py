@@ -127,7 +127,8 @@ def test_arguments_that_cannot_be_parsed_exit_2(argv, capsys):
 def test_every_required_option_that_is_missing_is_named(capsys):
     code, error = exit_of(["train", "--beta", "1"], capsys)
     assert code == 2
-    assert "required: --model_name_or_path, --teacher_model_name_or_path, --dataset" in error
+    teacher = "--teacher_model_name_or_path or --teacher_server_base_url"
+    assert f"required: --model_name_or_path, {teacher}, --dataset" in error
 
 
 def test_command_line_wins_over_the_yaml_file(given_to_trainer, pair, rows_file, tmp_path):
@@ -241,6 +242,48 @@ def test_a_lora_run_saves_an_adapter_that_loads(pair, data, tmp_path):
     assert (config.r, config.lora_alpha) == (2, 4)
     adapted = {name.rpartition(".")[2] for name in config.target_modules}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_run_from_a_served_teacher_names_no_teacher_model(vllm_server, served_dir, data, tmp_path):
+    served = ["--model", str(served_dir), "--teacher_server_base_url", vllm_server.base_url, "--teacher_top_k", "16"]
+    main(["train", *served, *data, "--output_dir", str(tmp_path / "output"), "--logging_steps", "1"])
+    state = json.loads((tmp_path / "output" / "trainer_state.json").read_text())
+    assert 0 < state["log_history"][0]["teacher_top_k_mass"] < 1
+
+
+def test_several_teacher_servers_are_a_list_in_yaml_and_joined_by_commas_elsewhere(given_to_trainer, pair, tmp_path):
+    urls = ["http://127.0.0.1:8001", "http://127.0.0.1:8002"]
+    common = ["--model", pair[1], "--dataset", write_rows(tmp_path / "rows.csv", ROWS), *pair[4:]]
+    assert (
+        given_to_trainer(*common, "--teacher_server_base_url", ",".join(urls))["args"].teacher_server_base_url == urls
+    )
+    file = write_yaml(tmp_path / "a.yaml", teacher_server_base_url=urls)
+    assert given_to_trainer(*common, "--config", file)["args"].teacher_server_base_url == urls
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--teacher_server_base_url", "127.0.0.1:8001"],
+            "teacher_server_base_url must be URLs that start with http://",
+        ),
+        (["--teacher_server_base_url", "http://127.0.0.1:1"], "the vLLM server at http://127.0.0.1:1 did not complete"),
+        (
+            ["--teacher_server_base_url", "http://127.0.0.1:1", "--teacher_model_init_kwargs", "{}"],
+            "teacher_model_init_kwargs load a teacher by name",
+        ),
+        (
+            ["--teacher_server_base_url", "http://127.0.0.1:1", "--teacher", "nowhere"],
+            "got both teacher_server_base_url and teacher_model_name_or_path",
+        ),
+    ],
+)
+def test_a_served_teacher_that_cannot_be_used_exits_1_with_one_message(options, message, pair, data, capsys):
+    student = [*pair[:2], *pair[4:]]
+    code, error = exit_of(["train", *student, *data, "--vllm_server_timeout", "0.1", *options], capsys)
+    assert code == 1
+    assert message in error.partition("gkd-trainer train: error: ")[2]
 
 
 @pytest.mark.parametrize("source", ["true", "folder"])

@@ -34,14 +34,23 @@ def gsm8k_dir(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path):
-    """Run an example's main for two steps; return the folder that it saved to."""
+def tiny_teacher_dir(tiny_model, byte_level, tmp_path):
+    """A teacher with the tokenizer of `served_dir`."""
+    folder = tmp_path / "teacher"
+    tiny_model(hidden=48, seed=1).save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+    return folder
 
-    def run_example(name, *options):
+
+@pytest.fixture
+def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path):
+    """Run an example's main for two steps; return the folder that it saved to. Options given last win."""
+
+    def run_example(name, *options, teacher=("--teacher", smollm2_dir)):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         example = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(example)
-        places = ["--student", smollm2_student_dir, "--teacher", smollm2_dir, "--data", gsm8k_dir]
+        places = ["--student", smollm2_student_dir, *teacher, "--data", gsm8k_dir]
         output_dir = tmp_path / "output"
         small = ["--output_dir", output_dir, "--max_steps", 2, "--batch_size", 2]
         example.main([str(option) for option in (*places, *small, *options)])
@@ -63,6 +72,25 @@ def test_on_policy_example_prints_completions_and_how_many_problems_were_solved(
     assert "Solved 0 of 2 test problems" in printed  # the pruned student writes no numbers yet
     assert "step 2" in printed.lower()
     assert (output_dir / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_on_policy_example_generates_with_vllm(mode, run, capsys, request, served_dir, tiny_teacher_dir):
+    options = ["--student", served_dir, "--vllm", mode, "--max_new_tokens", 8, "--num_eval", 2]
+    if mode == "server":
+        options += ["--vllm_server_base_url", request.getfixturevalue("vllm_server").base_url]
+    run("on_policy_gsm8k", *options, teacher=("--teacher", tiny_teacher_dir))
+    printed = capsys.readouterr().out
+    assert re.search(r"Solved \d of 2 test problems", printed)
+    assert "step 2" in printed.lower()
+
+
+def test_server_teacher_example_prints_the_probability_of_the_top_tokens(run, capsys, vllm_server, served_dir):
+    options = ["--student", served_dir, "--teacher_top_k", 32, "--max_new_tokens", 8]
+    run("server_teacher", *options, teacher=("--teacher_url", vllm_server.base_url))
+    masses = re.findall(r"step (\d): teacher (\d\.\d+), student (\d\.\d+)", capsys.readouterr().out)
+    assert [step for step, _, _ in masses] == ["1", "2"]
+    assert all(0 < float(teacher) < 1 and 0 < float(student) < 1 for _, teacher, student in masses)
 
 
 def test_lora_example_saves_the_adapter_alone_and_generates_with_it(run, capsys):

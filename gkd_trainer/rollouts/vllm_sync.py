@@ -21,9 +21,13 @@ from gkd_trainer.weights import (
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
+    is_sharded,
     write_adapter,
     write_weights,
 )
+
+TRIES = 3
+"""How often what a server's restart spoiled is done again."""
 
 _ADAPTER = "gkd-student-"
 """How the names of our adapters begin."""
@@ -86,14 +90,17 @@ class FolderSync(WeightSync):
         folder = self._folder.path / f"weights-{self._sent:06d}"
         self._write(model, folder)
         previous, self._current = self._current, folder
-        spread(self._servers, self._servers, lambda server, _: self.restore(server))
-        if previous is not None:
-            shutil.rmtree(previous)
+        try:
+            spread(self._servers, self._servers, lambda server, _: self.restore(server))
+        finally:
+            if previous is not None:
+                shutil.rmtree(previous)
 
     def follow(self, model: nn.Module) -> None:
         self._note_rows(model)
-        for _ in checkpoint_weights(model):  # sharded weights are gathered by all ranks together
-            pass
+        if is_sharded(model):  # such weights are gathered by all ranks together
+            for _ in checkpoint_weights(model):
+                pass
         self._current = None
 
     def is_held_by(self, server: VLLMServer) -> bool:
@@ -131,10 +138,16 @@ class FullSync(FolderSync):
         if self._current is None:
             raise GKDServerError(f"the vLLM server at {server.base_url} has no weights of the student: call sync first")
         load = {"method": "reload_weights", "kwargs": {"weights_path": str(self._current)}}
-        server.post("/collective_rpc", load, lambda answer: answer["results"])
-        server.post("/reset_prefix_cache", {}, lambda answer: answer)
-        # Last: a server that holds the name has done all of the above.
-        server.post("/update_weight_version", {"new_version": str(self._current)}, lambda answer: answer["success"])
+        for _ in range(TRIES):
+            interruptions = server.interruptions
+            server.post("/collective_rpc", load, lambda answer: answer["results"])
+            forget_and_name(server, str(self._current))
+            if server.interruptions == interruptions:
+                return
+            # One that was started anew in between may have taken the name, but not the weights.
+        raise GKDServerError(
+            f"the vLLM server at {server.base_url} was interrupted {TRIES} times while it took weights"
+        )
 
     def _refuse_stale_head(self, server: VLLMServer, model: nn.Module) -> None:
         if server.base_url in self._checked:
@@ -161,7 +174,13 @@ class FullSync(FolderSync):
 class AdapterSync(FolderSync):
     """A LoRA adapter alone, which a server loads beside the base model that it was started with."""
 
+    def follow(self, model: nn.Module) -> None:
+        self._note_rows(model)
+        self._current = None
+
     def _write(self, model: nn.Module, folder: Path) -> None:
+        if is_sharded(model):
+            raise GKDConfigError("vllm_weight_sync='adapter' can't gather an adapter that is sharded: use 'full'")
         if not is_plain_lora(model):
             raise GKDConfigError(
                 "vllm_weight_sync='adapter' needs a student with one plain LoRA adapter on its linear layers (no DoRA, "
@@ -184,12 +203,14 @@ class AdapterSync(FolderSync):
         if self._current is None:
             raise GKDServerError(f"the vLLM server at {server.base_url} has no adapter of the student: call sync first")
         name = self._name_of(self._current)
-        load = {"lora_name": name, "lora_path": str(self._current)}
+        # In place: asking again after an answer that was lost is no mistake.
+        load = {"lora_name": name, "lora_path": str(self._current), "load_inplace": True}
         for old in server.get("/v1/models", lambda answer: [card["id"] for card in answer["data"]]):
             if old.startswith(_ADAPTER) and old != name:
-                server.post("/v1/unload_lora_adapter", {"lora_name": old}, lambda answer: answer)
+                with contextlib.suppress(GKDServerError):  # it is gone already
+                    server.tell("/v1/unload_lora_adapter", {"lora_name": old})
         try:
-            server.post("/v1/load_lora_adapter", load, lambda answer: answer)
+            server.tell("/v1/load_lora_adapter", load)
         except GKDServerError as error:
             raise GKDServerError(
                 f"{error}. An adapter is taken by a server that was started with --enable-lora and the environment "
@@ -200,6 +221,20 @@ class AdapterSync(FolderSync):
     @staticmethod
     def _name_of(folder: Path) -> str:
         return f"{_ADAPTER}{folder.parent.name}-{folder.name}"
+
+
+def forget_and_name(server: VLLMServer, version: str) -> None:
+    """Have a server forget what it cached of older weights, and hold its new ones under a name.
+
+    Last in a sync: a server that holds the name has done all before it.
+    """
+
+    def require_success(answer: Any) -> None:
+        if answer is not None and not answer.get("success", True):
+            raise ValueError("it did not succeed: requests of somebody else are under way")
+
+    server.post("/reset_prefix_cache", {}, require_success)
+    server.post("/update_weight_version", {"new_version": version}, require_success)
 
 
 def shared_folder(sync_dir: str | None, urls: Sequence[str]) -> PrivateFolder:

@@ -33,7 +33,7 @@ def test_no_teacher(make_trainer, tiny_model, token_rows, config):
 
 
 def test_two_teachers(make_trainer, tiny_model):
-    with pytest.raises(GKDTeacherError, match="both teacher and teacher_model"):
+    with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model"):
         make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()})
 
 

@@ -1,0 +1,479 @@
+"""Completions by a vLLM engine in this process: those of the weights it was given last, and from the seeds alone."""
+
+import gc
+import os
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from gkd_trainer.batch import Sampling
+from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts
+from tests.test_weights import adapted, assert_equal_states, state_of
+
+# PEFT's advice about adapters on either end of a tied model: what it advises against is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
+SEEDS = [101, 102, 103, 104, 105, 106]
+ROWS, VOCABULARY = 368, 360
+"""The head has rows that are no tokens."""
+STOP = 2
+DRAWS = 2000
+ENGINE = {"enforce_eager": True, "max_num_seqs": 64}
+
+
+def global_states():
+    return SimpleNamespace(
+        torch=torch.get_rng_state(),
+        numpy=np.random.get_state()[1].tolist(),
+        python=random.getstate(),
+        environment={name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        threads=torch.get_num_threads(),
+    )
+
+
+def assert_undisturbed(before, after=None):
+    after = after or global_states()
+    assert torch.equal(after.torch, before.torch)
+    assert (after.numpy, after.python, after.threads) == (before.numpy, before.python, before.threads)
+    # vLLM and its dependencies add variables of their own, but change none.
+    assert {name: after.environment.get(name) for name in before.environment} == before.environment
+    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND"}
+    assert not ours & (after.environment.keys() - before.environment.keys())
+
+
+def token_ids(completions):
+    return [list(completion.token_ids) for completion in completions]
+
+
+def greedy(engine, length=10, **options):
+    return engine.generate(PROMPTS, Sampling(length, temperature=0.0, **options), [0] * len(PROMPTS))
+
+
+def greedy_of_transformers(model, length=10, **options):
+    engine = HFRollouts([STOP], pad_token_id=STOP, vocab_size=VOCABULARY)
+    engine.sync(model)
+    return greedy(engine, length, **options)
+
+
+def lora(*target_modules, **options):
+    return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=list(target_modules), **options)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_model):
+    """Make a student whose greedy completions are not of one token repeated, also where its head is tied."""
+
+    def make(seed=0, spread=12.0, tied=False, **config):
+        model = tiny_model(hidden=128, vocab=ROWS, seed=seed, spread=spread, tie_word_embeddings=tied, **config)
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                if parameter.dim() > 1:
+                    parameter *= 8
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def built(make):
+    """The engine of this module, and the process's states before and after it was built."""
+    gc.collect()  # vLLM takes down what engines of one process share when any of them goes
+    model = make(tied=True)
+    before = global_states()
+    engine = VLLMColocateRollouts(model, [STOP], VOCABULARY, max_model_length=64, engine_kwargs=ENGINE)
+    with pytest.raises(RuntimeError, match=r"before sync\(model\)"):
+        engine.generate(PROMPTS, Sampling(2), SEEDS)
+    others = []
+    yield SimpleNamespace(engine=engine, before=before, after=global_states(), others=others)
+    others.clear()
+    del engine
+    gc.collect()
+
+
+@pytest.fixture
+def model(make):
+    return make()
+
+
+@pytest.fixture
+def engine(built, model):
+    """The module's engine, with the weights of `model`."""
+    built.engine.sync(model)
+    return built.engine
+
+
+# What it does to the process
+
+
+def test_building_leaves_random_states_environment_and_threads_as_they_were(built):
+    assert_undisturbed(built.before, built.after)
+
+
+def test_the_number_of_threads_can_be_set_after_building(built):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_sync_and_rollouts_leave_the_random_states_as_they_were(built, model):
+    before = global_states()
+    built.engine.sync(model)
+    assert_undisturbed(before)
+    built.engine.generate(PROMPTS, Sampling(6, temperature=0.8, top_p=0.9, top_k=9), SEEDS)
+    assert_undisturbed(before)
+
+
+def test_autocast_around_it_does_not_reach_the_engine(built, model):
+    built.engine.sync(model)
+    expected = greedy(built.engine)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        built.engine.sync(model)
+        assert greedy(built.engine) == expected
+        assert torch.is_autocast_enabled("cpu")
+
+
+# Whose completions they are
+
+
+def test_greedy_completions_are_those_of_the_weights_synced_last(built, make):
+    seen = []
+    for seed in (1, 2, 3):
+        model = make(seed=seed)
+        built.engine.sync(model)
+        completions = greedy(built.engine)
+        assert completions == greedy_of_transformers(model)
+        assert completions not in seen
+        seen.append(completions)
+    assert len({token for completion in seen[0] for token in completion.token_ids}) > 6
+
+
+def test_a_small_step_of_training_is_enough_to_change_the_completions(engine, model):
+    before = greedy(engine)
+    model(torch.tensor(PROMPTS[:1]), labels=torch.tensor(PROMPTS[:1])).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert greedy(engine) == before  # not before a sync
+    engine.sync(model)
+    after = greedy(engine)
+    assert after != before
+    assert after == greedy_of_transformers(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora("q_proj", "down_proj"),
+        lora("q_proj", "v_proj", use_dora=True),
+        lora("q_proj", modules_to_save=["norm"]),
+        lora("embed_tokens"),
+        lora("lm_head"),
+        lora("embed_tokens", "lm_head", "gate_proj"),
+        lora("q_proj", modules_to_save=["lm_head"]),
+        lora("q_proj", trainable_token_indices=[5, 6, 7, 8, 9]),
+    ],
+    ids=["linear layers", "DoRA", "a whole layer", "embeddings", "head", "both ends", "a whole head", "some tokens"],
+)
+def test_an_adapted_student_completes_as_with_its_adapter_and_stays_as_it_was(built, make, config):
+    model = adapted(make(tied=True), config)
+    expected, before = greedy_of_transformers(model), state_of(model)
+    built.engine.sync(model)
+    assert greedy(built.engine) == expected
+    assert_equal_states(state_of(model), before)
+    with model.disable_adapter():
+        assert greedy_of_transformers(model) != expected
+
+
+def test_the_student_of_the_demo_completes_as_transformers_does(built, smollm2_student_dir):
+    model = AutoModelForCausalLM.from_pretrained(smollm2_student_dir, dtype=torch.float32).eval()
+    engine = VLLMColocateRollouts(model, [STOP], VOCABULARY, max_model_length=64, engine_kwargs=ENGINE)
+    built.others.append(engine)
+    seen = []
+    for scale in (1.0, 0.7):
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, ::3] *= scale  # the tied head's too
+        engine.sync(model)
+        completions = greedy(engine, 6)
+        assert completions == greedy_of_transformers(model, 6)
+        assert completions not in seen
+        seen.append(completions)
+
+
+def test_a_lora_adapter_alone_can_be_sent(built, make):
+    model = adapted(make(), lora("q_proj", "down_proj"))
+    engine = VLLMColocateRollouts(
+        model, [STOP], VOCABULARY, max_model_length=64, weight_sync="adapter", engine_kwargs=ENGINE
+    )
+    built.others.append(engine)
+    base = model.get_base_model()
+    before, seen = state_of(model), []
+    for _ in range(2):
+        engine.sync(model)
+        completions = greedy(engine)
+        assert completions == greedy_of_transformers(model)
+        assert completions not in seen
+        seen.append(completions)
+        assert_equal_states(state_of(model), before)
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if "lora_B" in name:
+                    parameter *= -2
+        before = state_of(model)
+
+
+# Where the randomness comes from
+
+
+def test_completions_do_not_depend_on_order_or_grouping(engine):
+    sampling = Sampling(12)
+    together = token_ids(engine.generate(PROMPTS, sampling, SEEDS))
+    assert len({tuple(ids) for ids in together}) == len(PROMPTS)
+    assert token_ids(engine.generate(PROMPTS, sampling, SEEDS)) == together
+    alone = [
+        token_ids(engine.generate([prompt], sampling, [seed]))[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)
+    ]
+    assert alone == together
+    order = [3, 0, 5, 1, 4, 2]
+    shuffled = engine.generate([PROMPTS[i] for i in order], sampling, [SEEDS[i] for i in order])
+    assert token_ids(shuffled) == [together[i] for i in order]
+
+
+def test_the_seed_of_a_prompt_and_nothing_else_changes_its_completion(engine):
+    first = token_ids(engine.generate(PROMPTS, Sampling(12), SEEDS))
+    torch.manual_seed(99)
+    second = token_ids(engine.generate(PROMPTS, Sampling(12), [*SEEDS[:2], 7, *SEEDS[3:]]))
+    assert [a != b for a, b in zip(first, second, strict=True)] == [False, False, True, False, False, False]
+
+
+def test_equal_prompts_with_other_seeds_get_other_completions(engine):
+    completions = token_ids(engine.generate([PROMPTS[0]] * 20, Sampling(8), list(range(20))))
+    assert len({tuple(ids) for ids in completions}) > 15
+
+
+def test_seeds_of_64_bits_are_told_apart(engine):
+    seeds = [2**63 - 1, 2**63 - 2, 2**62, 1]
+    completions = token_ids(engine.generate([PROMPTS[0]] * 4, Sampling(12), seeds))
+    assert len({tuple(ids) for ids in completions}) == 4
+    assert token_ids(engine.generate([PROMPTS[0]], Sampling(12), [2**63 - 2])) == completions[1:2]
+
+
+# The distribution
+
+
+def next_token_probabilities(model, prompt, temperature=1.0):
+    with torch.no_grad():
+        return (model(torch.tensor([prompt])).logits[0, -1, :VOCABULARY].double() / temperature).softmax(-1)
+
+
+def drawn_frequencies(engine, sampling, prompt=PROMPTS[0]):
+    completions = engine.generate([prompt] * DRAWS, sampling, list(range(DRAWS)))
+    return np.bincount([completion.token_ids[0] for completion in completions], minlength=VOCABULARY) / DRAWS
+
+
+def distance(frequencies, expected):
+    """Total variation; 2,000 draws over 8 tokens stay below 0.04."""
+    return 0.5 * np.abs(frequencies - expected.numpy()).sum()
+
+
+def restricted(probabilities, keep):
+    kept = torch.where(keep, probabilities, 0.0)
+    return kept / kept.sum()
+
+
+def top(probabilities, count):
+    return restricted(probabilities, probabilities >= probabilities.sort(descending=True).values[count - 1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_tokens_come_as_often_as_the_model_says(engine, model, temperature):
+    expected = {t: top(next_token_probabilities(model, PROMPTS[0], t), 8) for t in (0.5, 1.0, 2.0)}
+    assert expected[temperature].max() < 0.9
+    frequencies = drawn_frequencies(engine, Sampling(1, temperature=temperature, top_k=8))
+    assert (frequencies > 0).sum() <= 8
+    for other, probabilities in expected.items():
+        assert (distance(frequencies, probabilities) < 0.04) == (other == temperature)
+
+
+def test_top_p_keeps_the_smallest_set_of_at_least_that_mass(engine, model):
+    probabilities = next_token_probabilities(model, PROMPTS[0], 0.5)
+    kept = int((probabilities.sort(descending=True).values.cumsum(-1) < 0.6).sum()) + 1
+    assert 1 < kept < 12
+    frequencies = drawn_frequencies(engine, Sampling(1, temperature=0.5, top_p=0.6))
+    assert distance(frequencies, top(probabilities, kept)) < 0.04
+
+
+def test_min_p_keeps_tokens_by_their_share_of_the_top_one(engine, model):
+    probabilities = next_token_probabilities(model, PROMPTS[0], 0.5)
+    keep = probabilities >= 0.2 * probabilities.max()
+    assert 1 < keep.sum() < 12
+    frequencies = drawn_frequencies(engine, Sampling(1, temperature=0.5, min_p=0.2))
+    assert distance(frequencies, restricted(probabilities, keep)) < 0.04
+
+
+def test_the_only_token_of_top_k_1_is_the_greedy_one(engine):
+    expected = greedy(engine)
+    assert engine.generate(PROMPTS, Sampling(10, top_k=1), SEEDS) == expected
+    assert engine.generate(PROMPTS, Sampling(10), SEEDS) != expected
+
+
+def test_a_repetition_penalty_is_transformers_own(engine, model):
+    penalised = greedy(engine, repetition_penalty=1.5)
+    assert penalised == greedy_of_transformers(model, repetition_penalty=1.5)
+    assert penalised != greedy(engine)
+
+
+def test_options_of_the_engine_reach_it(engine):
+    unlimited = token_ids(greedy(engine))
+    banned = sorted({ids[0] for ids in unlimited})
+    biased = token_ids(greedy(engine, extra={"logit_bias": dict.fromkeys(banned, -100.0)}))
+    assert not {ids[0] for ids in biased} & set(banned)
+
+
+# Where a completion ends
+
+
+def test_a_completion_ends_with_the_stop_token_or_is_cut_off(built, make):
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[STOP] = model.lm_head.weight[20] * 1.2
+    built.engine.sync(model)
+    completions = built.engine.generate(PROMPTS * 5, Sampling(25), list(range(30)))
+    assert len({len(completion.token_ids) for completion in completions if completion.is_finished}) > 1
+    assert {completion.is_finished for completion in completions} == {True, False}
+    for completion in completions:
+        ids = list(completion.token_ids)
+        assert ids.count(STOP) == completion.is_finished == (ids[-1] == STOP)
+        assert completion.is_finished or len(ids) == 25
+    long_enough = built.engine.generate(PROMPTS * 5, Sampling(25, extra={"min_tokens": 6}), list(range(30)))
+    assert min(len(completion.token_ids) for completion in long_enough) >= 6
+
+
+def test_the_end_of_sequence_of_the_config_alone_does_not_stop_it(make, built, monkeypatch):
+    """The engine's config says that eos is 2."""
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[STOP] = model.lm_head.weight[20] * 1.2
+    built.engine.sync(model)
+    monkeypatch.setattr(built.engine, "_stop_ids", [7])
+    completions = built.engine.generate(PROMPTS * 5, Sampling(25), list(range(30)))
+    assert any(STOP in completion.token_ids[:-1] for completion in completions)
+
+
+# What is never sampled, and what is refused
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_rows_of_the_head_that_are_no_tokens_are_never_sampled(built, make, temperature):
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] *= 5
+        best_BL = torch.cat([model(torch.tensor([prompt])).logits[0].argmax(-1) for prompt in PROMPTS])
+    assert (best_BL >= VOCABULARY).any()
+    built.engine.sync(model)
+    completions = built.engine.generate(PROMPTS * 5, Sampling(10, temperature=temperature), list(range(30)))
+    assert all(max(completion.token_ids) < VOCABULARY for completion in completions)
+    if temperature == 0:
+        assert greedy(built.engine) == greedy_of_transformers(model)
+
+
+def test_a_bias_of_the_users_leaves_the_padding_rows_out(built, make):
+    model = make()
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] *= 5
+    built.engine.sync(model)
+    completions = greedy(built.engine, extra={"logit_bias": {5: 1.0}})
+    assert all(max(completion.token_ids) < VOCABULARY for completion in completions)
+
+
+def test_no_prompts_give_no_completions(engine):
+    assert engine.generate([], Sampling(4), []) == []
+
+
+def test_a_prompt_too_long_for_the_engine_is_refused_with_the_numbers(engine):
+    with pytest.raises(
+        GKDConfigError, match=r"up to 64 tokens, but a prompt of 60 and max_new_tokens=5 make 65: raise vllm_max_model"
+    ):
+        engine.generate([PROMPTS[0], [5] * 60], Sampling(5), [0, 1])
+    [completion] = engine.generate([[5] * 60], Sampling(4), [0])
+    assert len(completion.token_ids) <= 4
+
+
+def test_an_option_that_vllm_does_not_know_is_refused(engine):
+    with pytest.raises(GKDConfigError, match=r"vLLM does not take these sampling options: .*min_tokns"):
+        engine.generate(PROMPTS, Sampling(5, extra={"min_tokns": 3}), SEEDS)
+
+
+def refused(model, **options):
+    return VLLMColocateRollouts(model, [STOP], VOCABULARY, **options)
+
+
+def test_sleep_mode_without_a_gpu_is_refused(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(GKDConfigError, match="vllm_enable_sleep_mode=True needs a CUDA device"):
+        refused(model, enable_sleep_mode=True)
+
+
+def test_adapter_sync_of_a_student_without_plain_lora_is_refused(model):
+    for student in (model, get_peft_model(model, lora("q_proj", use_dora=True))):
+        with pytest.raises(GKDConfigError, match="'adapter' needs a student with one plain LoRA adapter"):
+            refused(student, weight_sync="adapter")
+
+
+def test_a_lora_rank_that_vllm_does_not_take_is_refused(model):
+    student = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=600, target_modules=["q_proj"]))
+    with pytest.raises(GKDConfigError, match=r"ranks up to 512; got 600: set vllm_weight_sync='full'"):
+        refused(student, weight_sync="adapter")
+
+
+def test_an_engine_over_more_ranks_than_there_are_is_refused(model):
+    with pytest.raises(GKDConfigError, match=r"vllm_tensor_parallel_size \(2\) must divide the number of ranks \(1\)"):
+        refused(model, tensor_parallel_size=2)
+
+
+def test_without_vllm_the_error_says_what_to_install(model, monkeypatch):
+    before = global_states()
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(GKDConfigError, match=r'vLLM rollouts need: pip install "gkd-trainer\[vllm\]".*docs/vllm.md'):
+        refused(model)
+    assert_undisturbed(before)
+
+
+class SleepyEngine:
+    """Stands in for vLLM's engine on a GPU, which must not be asked for anything while it sleeps."""
+
+    def __init__(self, llm):
+        self._llm, self.is_awake, self.calls = llm, True, []
+
+    def sleep(self, level):
+        self.is_awake = False
+        self.calls.append("sleep")
+
+    def wake_up(self):
+        self.is_awake = True
+        self.calls.append("wake up")
+
+    def __getattr__(self, name):
+        assert self.is_awake
+        return getattr(self._llm, name)
+
+
+def test_an_engine_that_sleeps_is_woken_up_for_each_sync_and_each_rollout(engine, model, monkeypatch):
+    sleepy = SleepyEngine(engine._llm)
+    monkeypatch.setattr(engine, "_llm", sleepy)
+    monkeypatch.setattr(engine, "_sleeps", True)
+    engine.sync(model)
+    greedy(engine)
+    greedy(engine)
+    engine.sync(model)
+    greedy(engine)
+    assert sleepy.calls == ["sleep", "wake up", "sleep", "wake up", "sleep"]
+    monkeypatch.setattr(engine, "_is_asleep", False)

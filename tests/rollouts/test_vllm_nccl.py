@@ -1,0 +1,158 @@
+"""Weights from GPU to GPU, as far as a CPU allows: what would be sent, and what the servers are asked."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from gkd_trainer import serving
+from gkd_trainer.errors import GKDConfigError, GKDServerError
+from gkd_trainer.rollouts import VLLMServerRollouts
+from gkd_trainer.rollouts.vllm_nccl import NCCLSync, _Client, _Source
+from gkd_trainer.serving import VLLMServer
+from gkd_trainer.weights import checkpoint_weights
+from tests.serving import Answer, FaultyProxy, status
+from tests.test_weights import adapted
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(serving, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(serving, "_LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(serving, "_JITTER", 0.01)
+
+
+@pytest.fixture
+def fake():
+    """A server that says yes to everything, and remembers the version of the weights that it was told."""
+    held = {"weight_version": "default", "world_size": 2, "success": True}
+
+    def rule(request, forward):
+        if request.path == "/update_weight_version":
+            held["weight_version"] = request.json["new_version"]
+        return Answer(200, json.dumps(held).encode())
+
+    with FaultyProxy("http://127.0.0.1:9") as server:
+        server.next(rule, times=None)
+        server.held = held
+        yield server
+
+
+def client(server):
+    return VLLMServer(server.base_url, server_timeout=2.0, request_timeout=10.0)
+
+
+def asked(server):
+    return [(request.method, request.path, request.json) for request in server.requests]
+
+
+STUDENTS = {
+    "untied": (False, None),
+    "tied": (True, None),
+    "LoRA": (False, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4)),
+    "LoRA, tied": (True, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4)),
+}
+
+
+@pytest.mark.parametrize(("is_tied", "config"), STUDENTS.values(), ids=STUDENTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_source_announces_what_it_then_yields_each_time(tiny_model, is_tied, config, dtype):
+    source = _Source()
+    model = tiny_model(tie_word_embeddings=is_tied).to(dtype)
+    source.model = model if config is None else adapted(model, config)
+    announced = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+    for _ in range(2):
+        assert [(name, weight.dtype, tuple(weight.shape)) for name, weight in source] == announced
+    assert {dtype for _, dtype, _ in announced} == {dtype}
+    assert len({name for name, _, _ in announced}) == len(announced)
+    weights = dict(source)
+    assert all(torch.equal(weight, weights[name]) for name, weight in checkpoint_weights(source.model))
+    assert "lm_head.weight" in weights
+
+
+def test_the_source_follows_the_models_weights(tiny_model):
+    source = _Source()
+    source.model = tiny_model()
+    with torch.no_grad():
+        source.model.lm_head.weight.add_(1.0)
+    assert torch.equal(dict(source)["lm_head.weight"], source.model.lm_head.weight)
+
+
+def test_the_client_has_the_calls_of_vllms_own_and_asks_the_endpoints_behind_them(fake):
+    from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+
+    ours = _Client(client(fake))
+    assert isinstance(ours, VLLMWeightSyncClient)
+    ours.init_weight_transfer_engine({"master_port": 5})
+    ours.start_weight_update()
+    ours.update_weights({"names": ["a"]})
+    ours.finish_weight_update()
+    ours.finish_weight_update("v2")
+    assert asked(fake) == [
+        ("POST", "/init_weight_transfer_engine", {"init_info": {"master_port": 5}}),
+        ("POST", "/start_weight_update", {}),
+        ("POST", "/update_weights", {"update_info": {"names": ["a"]}}),
+        ("POST", "/finish_weight_update", {"weight_version": None}),
+        ("POST", "/finish_weight_update", {"weight_version": "v2"}),
+    ]
+
+
+@pytest.fixture
+def sync(fake, monkeypatch):
+    """NCCLSync whose broadcast is a note in `fake.requests`."""
+    sync = NCCLSync([client(fake)])
+    engine = SimpleNamespace(send_weights=lambda: sync._servers[0].post("/broadcast", None, lambda answer: answer))
+    monkeypatch.setattr(sync, "_connected", lambda server: engine)
+    return sync
+
+
+def test_weights_get_their_name_after_they_were_sent_and_a_new_one_each_time(sync, fake, tiny_model):
+    sync.send(tiny_model())
+    sync.send(tiny_model(seed=1))
+    calls = ["/broadcast", "/reset_prefix_cache", "/update_weight_version"]
+    assert fake.paths() == calls * 2
+    first, second = (request.json["new_version"] for request in fake.requests[2::3])
+    assert first != second
+    assert sync.is_held_by(sync._servers[0])
+    fake.held["weight_version"] = first
+    assert not sync.is_held_by(sync._servers[0])
+
+
+def test_another_rank_takes_the_name_that_the_server_holds(sync, fake, tiny_model):
+    sync.send(tiny_model())
+    other = NCCLSync([client(fake)])
+    other.follow(tiny_model())
+    assert other.is_held_by(other._servers[0])
+    fake.held["weight_version"] = "default"
+    assert not other.is_held_by(other._servers[0])
+
+
+def test_a_server_that_lost_the_weights_ends_the_run_with_the_remedy(sync, fake, tiny_model):
+    sync.send(tiny_model())
+    with pytest.raises(GKDServerError, match=f"{fake.base_url} no longer holds.*vllm_weight_sync='full' survives that"):
+        sync.restore(sync._servers[0])
+
+
+def test_padding_rows_are_known_after_the_weights_were_sent(sync, tiny_model):
+    assert list(sync.padding_ids(366)) == []
+    sync.send(tiny_model())
+    assert list(sync.padding_ids(366)) == [366, 367]
+
+
+def test_a_server_that_was_not_started_for_it_is_refused_with_the_remedy(vllm_server, served_model, monkeypatch):
+    engine = VLLMServerRollouts(vllm_server.base_url, [2], 368, server_timeout=5, weight_sync="nccl")
+    with pytest.raises(GKDConfigError, match='"nccl" sends from a CUDA device, and none is here: use "full"'):
+        engine.sync(served_model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    remedy = (
+        rf"{vllm_server.base_url} takes no weights over NCCL: .*--weight-transfer-config '{{\"backend\": \"nccl\"}}'"
+    )
+    with pytest.raises(GKDConfigError, match=remedy):
+        engine.sync(served_model)
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        proxy.next(status(404), path="/server_info", times=None)
+        engine = VLLMServerRollouts(proxy.base_url, [2], 368, server_timeout=5, weight_sync="nccl")
+        with pytest.raises(GKDConfigError, match="VLLM_SERVER_DEV_MODE=1"):
+            engine.sync(served_model)

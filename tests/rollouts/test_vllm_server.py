@@ -1,0 +1,565 @@
+"""Completions by vLLM servers: those of the weights that were sent last, or an error says why there are none."""
+
+import copy
+import gc
+import json
+import logging
+import re
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from peft import LoraConfig
+
+from gkd_trainer import serving
+from gkd_trainer.batch import Sampling
+from gkd_trainer.errors import GKDConfigError, GKDServerError
+from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts
+from gkd_trainer.rollouts.vllm_sync import shared_folder
+from tests.serving import Answer, FaultyProxy, changed, cut_in_half, free_port, status
+from tests.test_weights import adapted, assert_equal_states, state_of
+
+PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
+SEEDS = [101, 102, 103, 104, 105, 106]
+ROWS, VOCABULARY = 368, 360
+"""The head has rows that are no tokens."""
+STOP = 2
+COMPLETIONS, VERSION, LOAD = "/v1/completions", "/weight_info", "/collective_rpc"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(serving, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(serving, "_LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(serving, "_JITTER", 0.01)
+
+
+def post(server, path, body):
+    httpx.post(server.base_url + path, json=body, timeout=60, trust_env=False).raise_for_status()
+
+
+def load(server, folder, version):
+    """Give a server other weights, as somebody else would, or a restart."""
+    post(server, LOAD, {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+    post(server, "/reset_prefix_cache", {})
+    post(server, "/update_weight_version", {"new_version": version})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server_as_it_was(vllm_server, served_dir):
+    yield
+    load(vllm_server, served_dir, "default")
+
+
+@pytest.fixture
+def make(proxy):
+    """Make an engine of the server behind `proxy`."""
+
+    def make(base_url=proxy.base_url, **options):
+        options = {"server_timeout": 5.0, "request_timeout": 60.0, **options}
+        return VLLMServerRollouts(base_url, [STOP], VOCABULARY, **options)
+
+    return make
+
+
+@pytest.fixture
+def student(tiny_model):
+    """Make a student of the served model's shape, with other weights than it."""
+
+    def make(seed=1, spread=12.0, **config):
+        return tiny_model(hidden=128, vocab=ROWS, seed=seed, spread=spread, **config)
+
+    return make
+
+
+@pytest.fixture
+def model(student):
+    return student()
+
+
+@pytest.fixture
+def engine(make, proxy, model):
+    """An engine with the weights of `model`; what was asked of the proxy meanwhile is forgotten."""
+    engine = make()
+    engine.sync(model)
+    proxy.requests.clear()
+    return engine
+
+
+def greedy(engine, prompts=PROMPTS, length=10, **options):
+    return engine.generate(prompts, Sampling(length, temperature=0.0, **options), [0] * len(prompts))
+
+
+def greedy_of_transformers(model, prompts=PROMPTS, length=10, **options):
+    engine = HFRollouts([STOP], pad_token_id=STOP, vocab_size=VOCABULARY)
+    engine.sync(model)
+    return greedy(engine, prompts, length, **options)
+
+
+def token_ids(completions):
+    return [list(completion.token_ids) for completion in completions]
+
+
+# Whose completions they are
+
+
+def test_greedy_completions_are_those_of_the_weights_synced_last(make, student):
+    engine, seen = make(), []
+    for seed in (1, 2, 3):
+        model = student(seed=seed)
+        engine.sync(model)
+        completions = greedy(engine)
+        assert completions == greedy_of_transformers(model)
+        assert completions not in seen
+        seen.append(completions)
+    assert len({token for completion in seen[0] for token in completion.token_ids}) > 6
+
+
+ADAPTERS = {
+    "LoRA": LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=16),
+    "LoRA on the head": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"], r=4, lora_alpha=16),
+    "DoRA": LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=16, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_an_adapted_student_completes_as_with_its_adapter_and_stays_as_it_was(make, student, config):
+    model = adapted(student(), copy.deepcopy(config))
+    expected, before = greedy_of_transformers(model), state_of(model)
+    engine = make()
+    engine.sync(model)
+    assert greedy(engine) == expected
+    assert_equal_states(state_of(model), before)
+    with model.disable_adapter():
+        assert greedy_of_transformers(model) != expected
+
+
+def test_two_servers_share_the_prompts_and_complete_them_as_one_does(engine, make, model, proxy, vllm_server):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    proxy.requests.clear()
+    with FaultyProxy(vllm_server.base_url) as second:
+        both = make([proxy.base_url, second.base_url])
+        both.sync(model)
+        assert both.generate(PROMPTS, Sampling(8), SEEDS) == expected
+        for each, prompts in ((proxy, PROMPTS[::2]), (second, PROMPTS[1::2])):
+            asked = [request.json["prompt"] for request in each.requests if request.path == COMPLETIONS]
+            assert sorted(asked) == sorted(prompts)
+            assert each.paths().count(LOAD) == 1
+
+
+def test_another_rank_completes_with_what_rank_0_sent_and_can_send_it_again(engine, make, model, proxy, served_dir):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    other = make(rank=1)
+    other.sync(model)
+    assert LOAD not in proxy.paths()
+    assert other.generate(PROMPTS, Sampling(8), SEEDS) == expected
+    load(proxy, served_dir, "default")
+    assert other.generate(PROMPTS, Sampling(8), SEEDS) == expected
+
+
+def test_ranks_begin_with_different_servers(engine, make, model, proxy, vllm_server):
+    with FaultyProxy(vllm_server.base_url) as second:
+        other = make([proxy.base_url, second.base_url], rank=1)
+        other.sync(model)
+        other.generate(PROMPTS[:1], Sampling(2), SEEDS[:1])
+        assert COMPLETIONS in second.paths()
+        assert COMPLETIONS not in proxy.paths()
+
+
+# Where the randomness comes from
+
+
+def test_completions_do_not_depend_on_order_or_grouping(engine):
+    together = token_ids(engine.generate(PROMPTS, Sampling(12), SEEDS))
+    assert len({tuple(ids) for ids in together}) == len(PROMPTS)
+    alone = [engine.generate([prompt], Sampling(12), [seed]) for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+    assert [ids for completions in alone for ids in token_ids(completions)] == together
+    order = [3, 0, 5, 1, 4, 2]
+    shuffled = engine.generate([PROMPTS[i] for i in order], Sampling(12), [SEEDS[i] for i in order])
+    assert token_ids(shuffled) == [together[i] for i in order]
+    second = token_ids(engine.generate(PROMPTS, Sampling(12), [*SEEDS[:2], 7, *SEEDS[3:]]))
+    assert [a != b for a, b in zip(together, second, strict=True)] == [False, False, True, False, False, False]
+
+
+# What is asked
+
+
+def test_a_request_says_everything_that_a_server_would_else_fill_in(engine, proxy, vllm_server):
+    sampling = Sampling(7, temperature=0.8, top_p=0.9, top_k=11, min_p=0.05, repetition_penalty=1.1)
+    engine.generate(PROMPTS[:1], sampling, SEEDS[:1])
+    [request] = [request for request in proxy.requests if request.path == COMPLETIONS]
+    assert request.json == {
+        "model": str(vllm_server.model),
+        "prompt": PROMPTS[0],
+        "seed": SEEDS[0],
+        "n": 1,
+        "max_tokens": 7,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 11,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "min_tokens": 0,
+        "stop_token_ids": [STOP],
+        "ignore_eos": True,
+        "logit_bias": {str(token): -100.0 for token in range(VOCABULARY, ROWS)},
+        "return_token_ids": True,
+        "add_special_tokens": False,
+        "stream": False,
+    }
+
+
+def test_sampling_that_restricts_nothing_is_said_too(engine, proxy):
+    engine.generate(PROMPTS[:1], Sampling(1), SEEDS[:1])
+    [request] = [request for request in proxy.requests if request.path == COMPLETIONS]
+    restricting = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert {name: request.json[name] for name in restricting} == restricting
+
+
+def test_options_of_the_engine_are_added_and_win(engine, proxy):
+    sampling = Sampling(3, extra={"min_tokens": 3, "frequency_penalty": 0.5, "logit_bias": {5: 1.5}})
+    engine.generate(PROMPTS[:1], sampling, SEEDS[:1])
+    [request] = [request for request in proxy.requests if request.path == COMPLETIONS]
+    assert (request.json["min_tokens"], request.json["frequency_penalty"]) == (3, 0.5)
+    assert request.json["logit_bias"] == {"5": 1.5, **{str(token): -100.0 for token in range(VOCABULARY, ROWS)}}
+
+
+def test_rows_of_the_head_that_are_no_tokens_are_never_sampled(make, student):
+    model = student()
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] *= 5
+    engine = make()
+    engine.sync(model)
+    completions = engine.generate(PROMPTS * 5, Sampling(10), list(range(30)))
+    assert all(max(completion.token_ids) < VOCABULARY for completion in completions)
+    assert greedy(engine) == greedy_of_transformers(model)
+
+
+def test_a_completion_ends_with_the_stop_token_or_is_cut_off(make, student):
+    model = student()
+    with torch.no_grad():
+        model.lm_head.weight[STOP] = model.lm_head.weight[20] * 2.5
+    engine = make()
+    engine.sync(model)
+    completions = engine.generate(PROMPTS * 5, Sampling(25), list(range(30)))
+    assert {completion.is_finished for completion in completions} == {True, False}
+    for completion in completions:
+        ids = list(completion.token_ids)
+        assert ids.count(STOP) == completion.is_finished == (ids[-1] == STOP)
+        assert completion.is_finished or len(ids) == 25
+
+
+def test_the_token_goes_with_every_request(make, proxy, model):
+    engine = make(api_token="secret")
+    engine.sync(model)
+    engine.generate(PROMPTS, Sampling(1), SEEDS)
+    assert {COMPLETIONS, VERSION, LOAD} <= set(proxy.paths())
+    assert {request.authorization for request in proxy.requests} == {"Bearer secret"}
+
+
+def test_no_prompts_give_no_completions_and_no_requests(engine, proxy):
+    assert engine.generate([], Sampling(4), []) == []
+    assert proxy.requests == []
+
+
+def test_a_prompt_too_long_for_the_server_is_refused_with_the_numbers(engine, proxy):
+    with pytest.raises(GKDConfigError, match="up to 256 tokens, but a prompt of 250 and max_new_tokens=7 make 257"):
+        engine.generate([PROMPTS[0], [5] * 250], Sampling(7), [0, 1])
+    assert proxy.requests == []
+
+
+# Where weights pass
+
+
+def test_weights_lie_in_a_folder_of_this_user_alone_and_old_ones_are_removed(make, proxy, student):
+    engine, folders = make(), []
+    for seed in (1, 2):
+        engine.sync(student(seed=seed))
+        body = next(request.json for request in reversed(proxy.requests) if request.path == LOAD)
+        folders.append(Path(body["kwargs"]["weights_path"]))
+    parent = folders[0].parent
+    assert parent.parent == Path("/dev/shm")
+    assert parent.stat().st_mode & 0o777 == 0o700
+    assert folders[0] != folders[1]
+    assert list(parent.iterdir()) == [folders[1]]
+    assert folders[1].stat().st_mode & 0o777 == 0o700
+    del engine
+    gc.collect()
+    assert not parent.exists()
+
+
+def test_weights_pass_through_the_folder_that_was_named(make, proxy, model, tmp_path):
+    engine = make(sync_dir=str(tmp_path))
+    engine.sync(model)
+    [parent] = tmp_path.iterdir()
+    assert parent.stat().st_mode & 0o777 == 0o700
+    [request] = [request for request in proxy.requests if request.path == LOAD]
+    assert Path(request.json["kwargs"]["weights_path"]).parent == parent
+    assert greedy(engine) == greedy_of_transformers(model)
+
+
+@pytest.mark.parametrize("url", ["http://10.1.2.3:8000", "http://gpu-node:8000", "http://[2001:db8::1]:8000"])
+def test_a_server_that_may_be_elsewhere_needs_a_folder_that_both_see(url, tmp_path):
+    with pytest.raises(GKDConfigError, match=f"{re.escape(url)} may be on another machine.*set vllm_sync_dir"):
+        shared_folder(None, ["http://localhost:8000", url])
+    assert shared_folder(str(tmp_path), [url]).path.parent == tmp_path
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000"])
+def test_a_server_on_this_machine_needs_none(url):
+    assert shared_folder(None, [url]).path.parent == Path("/dev/shm")
+
+
+# Servers that lose weights
+
+
+def test_a_server_that_was_killed_and_started_again_gets_the_weights_again(engine, model, vllm_server):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    vllm_server.kill()
+    vllm_server.start()
+    assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
+    assert greedy(engine) == greedy_of_transformers(model)
+
+
+def loses_weights(server, folder):
+    """A rule: before the answer the server is given other weights."""
+
+    def rule(request, forward):
+        load(server, folder, "default")
+        return forward()
+
+    return rule
+
+
+def test_a_window_in_whose_middle_the_weights_were_lost_is_generated_again(
+    engine, proxy, vllm_server, served_dir, caplog
+):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    proxy.requests.clear()
+    proxy.next(loses_weights(vllm_server, served_dir), path=COMPLETIONS)
+    with caplog.at_level(logging.WARNING, logger="gkd_trainer.rollouts.vllm_server"):
+        assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
+    assert proxy.paths().count(COMPLETIONS) == 2 * len(PROMPTS)
+    assert proxy.paths().count(LOAD) == 1
+    [record] = caplog.records
+    assert record.message == f"{proxy.base_url} lost the student's weights; this window is generated again"
+
+
+def test_weights_lost_three_times_in_one_window_are_an_error_that_names_the_server(engine, proxy, vllm_server):
+    def rule(request, forward):
+        post(vllm_server, "/update_weight_version", {"new_version": "somebody-elses"})
+        return forward()
+
+    proxy.next(rule, path=COMPLETIONS, times=None)
+    with pytest.raises(GKDServerError, match=f"{proxy.base_url} lost the student's weights 3 times"):
+        engine.generate(PROMPTS[:2], Sampling(2), SEEDS[:2])
+    assert proxy.paths().count(COMPLETIONS) == 6
+
+
+def test_weights_of_the_sync_before_are_not_taken_for_the_last_ones(engine, make, student, proxy):
+    previous = next(iter(engine._sync._folder.path.iterdir()))
+    model = student(seed=2)
+    engine.sync(model)
+    post(proxy, "/update_weight_version", {"new_version": str(previous)})
+    assert greedy(engine) == greedy_of_transformers(model)
+    assert proxy.paths().count(LOAD) == 2
+
+
+def test_completions_without_weights_sent_are_refused(make, proxy):
+    post(proxy, "/update_weight_version", {"new_version": "default"})
+    with pytest.raises(GKDServerError, match=f"{proxy.base_url} has no weights of the student: call sync first"):
+        make().generate(PROMPTS, Sampling(2), SEEDS)
+    assert COMPLETIONS not in proxy.paths()
+
+
+# Servers that answer wrongly
+
+
+def choice_with(**fields):
+    return changed(lambda answer: answer["choices"][0].update(fields))
+
+
+FAULTS = {
+    "status 500": (status(500, b"out of memory"), "status 500: out of memory"),
+    "half an answer": (cut_in_half, "without sending complete message body"),
+    "an unknown token": (choice_with(token_ids=[5, ROWS, 5, 5]), r"expected token ids in \[0, 360\)"),
+    "a padding row": (choice_with(token_ids=[5, VOCABULARY, 5, 5]), r"expected token ids in \[0, 360\)"),
+    "a negative token": (choice_with(token_ids=[5, -1, 5, 5]), r"expected token ids in \[0, 360\)"),
+    "no tokens": (choice_with(token_ids=[]), "at least one; got"),
+    "no token ids": (choice_with(token_ids=None), "TypeError"),
+    "words": (choice_with(token_ids=["a", "b", "c", "d"]), "ValueError"),
+    "too few tokens": (choice_with(token_ids=[5, 5, 5]), "after 4 tokens; got 3 tokens up to 5"),
+    "too many tokens": (choice_with(token_ids=[5] * 5), "after 4 tokens; got 5 tokens"),
+    "too many tokens up to a stop": (choice_with(token_ids=[5, 5, 5, 5, STOP], finish_reason="stop"), "got 5 tokens"),
+    "a stop without a stop token": (
+        choice_with(token_ids=[5, 5], finish_reason="stop"),
+        "up to 5, finish_reason 'stop'",
+    ),
+    "another reason": (choice_with(token_ids=[5, 5, 5, 5], finish_reason="abort"), "finish_reason 'abort'"),
+    "no reason": (choice_with(token_ids=[5, 5, 5, 5], finish_reason=None), "finish_reason None"),
+    "no choice": (changed(lambda answer: answer.update(choices=[])), "IndexError"),
+    "no JSON": (status(200, b"<html>"), "JSONDecodeError"),
+}
+
+
+@pytest.mark.parametrize(("fault", "cause"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_wrong_answer_is_asked_for_again_and_then_one_error(engine, proxy, fault, cause):
+    expected = engine.generate(PROMPTS[:2], Sampling(4), SEEDS[:2])
+    proxy.next(fault, path=COMPLETIONS, times=3)
+    assert engine.generate(PROMPTS[:2], Sampling(4), SEEDS[:2]) == expected
+    proxy.requests.clear()
+    proxy.next(fault, path=COMPLETIONS, times=None)
+    with pytest.raises(GKDServerError, match=f"{proxy.base_url} did not complete POST {COMPLETIONS}.*{cause}"):
+        engine.generate(PROMPTS[:1], Sampling(4), SEEDS[:1])
+    assert proxy.paths().count(COMPLETIONS) == 4
+    proxy.heal()
+    assert engine.generate(PROMPTS[:2], Sampling(4), SEEDS[:2]) == expected
+
+
+@pytest.mark.parametrize("path", [LOAD, "/reset_prefix_cache", "/update_weight_version"])
+def test_a_sync_that_fails_in_any_step_is_tried_again_and_then_an_error(make, model, proxy, path):
+    engine = make()
+    proxy.next(status(500), path=path, times=3)
+    engine.sync(model)
+    assert greedy(engine) == greedy_of_transformers(model)
+    proxy.next(status(500), path=path, times=None)
+    with pytest.raises(GKDServerError, match=f"did not complete POST {path}"):
+        engine.sync(model)
+
+
+def test_a_server_that_takes_the_weights_only_in_part_does_not_hold_them(make, model, student, proxy):
+    engine = make()
+    engine.sync(student(seed=2))
+    proxy.next(status(500), path="/update_weight_version", times=None)
+    with pytest.raises(GKDServerError, match="update_weight_version"):
+        engine.sync(model)
+    proxy.heal()
+    assert greedy(engine) == greedy_of_transformers(model)
+
+
+# Servers that were not started for this
+
+
+def test_a_port_that_nobody_listens_on_ends_within_the_time_out(make):
+    url = f"http://127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with pytest.raises(GKDServerError, match=f"{url} did not complete GET /v1/models"):
+        make(url, server_timeout=0.5)
+    assert 0.5 <= time.monotonic() - started < 2
+
+
+def test_a_server_without_its_developers_endpoints_is_refused_with_the_remedy(make, proxy):
+    proxy.next(status(404), path=VERSION, times=None)
+    with pytest.raises(GKDConfigError, match=rf"{proxy.base_url} takes no weights: .*VLLM_SERVER_DEV_MODE=1.*404"):
+        make()
+
+
+def test_servers_of_different_models_are_refused(make, proxy, vllm_server):
+    with FaultyProxy(vllm_server.base_url) as second:
+        second.next(changed(lambda answer: answer["data"][0].update(id="other")), path="/v1/models")
+        with pytest.raises(GKDConfigError, match=f"under one name; got {vllm_server.model}, other"):
+            make([proxy.base_url, second.base_url])
+
+
+def served_with(hf_overrides, device="cpu"):
+    def change(answer):
+        answer["vllm_config"]["model_config"]["hf_overrides"] = hf_overrides
+        answer["vllm_config"]["device_config"]["device"] = device
+
+    return changed(change)
+
+
+UNTIED = {"tie_word_embeddings": False}
+
+
+def test_a_server_on_cpus_that_ties_the_head_is_refused_with_the_remedy(make, student, proxy):
+    with pytest.raises(
+        GKDConfigError,
+        match=rf"{proxy.base_url} ties the head.*packed copy.*--hf-overrides '{{\"tie_word_embeddings\": false}}'",
+    ):
+        make().sync(student(tie_word_embeddings=True))
+    assert LOAD not in proxy.paths()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_tied_student_is_taken_by_servers_that_keep_its_head_right(make, student, proxy):
+    tied = student(spread=2.0, tie_word_embeddings=True)
+    untying = adapted(student(tie_word_embeddings=True), copy.deepcopy(ADAPTERS["LoRA on the head"]))
+    proxy.next(served_with(UNTIED), path="/server_info")
+    engine = make()
+    engine.sync(tied)
+    assert greedy(engine) == greedy_of_transformers(tied)
+    proxy.next(served_with({}, device="cuda"), path="/server_info")
+    make().sync(tied)
+    proxy.next(served_with({}, device="cuda"), path="/server_info")
+    with pytest.raises(GKDConfigError, match="the adapter changes the embeddings or the head alone"):
+        make().sync(untying)
+    proxy.next(served_with(UNTIED, device="cuda"), path="/server_info")
+    engine = make()
+    engine.sync(untying)
+    assert greedy(engine) == greedy_of_transformers(untying)
+
+
+@pytest.fixture
+def adapter_server():
+    """Stands in for a server with --enable-lora, which answers in plain text; on a CPU a real one takes too long."""
+    adapters = {}
+
+    def rule(request, forward):
+        name = (request.json or {}).get("lora_name")
+        if request.path == "/v1/load_lora_adapter":
+            adapters[name] = request.json["lora_path"]
+            return Answer(200, b"Success: LoRA adapter added")
+        if request.path == "/v1/unload_lora_adapter":
+            return Answer(200, b"Success") if adapters.pop(name, None) else Answer(404, b'{"error": "not found"}')
+        if request.path == COMPLETIONS:
+            held = request.json["model"] in adapters
+            choice = {"token_ids": [5, 5], "finish_reason": "length"}
+            return Answer(200, json.dumps({"choices": [choice]}).encode()) if held else Answer(404, b"no such model")
+        cards = [{"id": "base", "root": "/base", "max_model_len": 64}]
+        cards += [{"id": name, "root": folder, "max_model_len": None} for name, folder in adapters.items()]
+        return Answer(200, json.dumps({"data": cards}).encode())
+
+    with FaultyProxy("http://127.0.0.1:9") as server:
+        server.next(rule, times=None)
+        server.adapters = adapters
+        yield server
+
+
+def test_an_adapter_alone_takes_the_place_of_the_one_before(make, student, adapter_server):
+    model = adapted(student(), copy.deepcopy(ADAPTERS["LoRA"]))
+    engine = make(adapter_server.base_url, weight_sync="adapter")
+    names = []
+    for _ in range(2):
+        engine.sync(model)
+        [(name, folder)] = adapter_server.adapters.items()
+        names.append(name)
+        assert {path.name for path in Path(folder).iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+        greedy(engine, PROMPTS[:1], length=2)
+        assert adapter_server.requests[-2].json["model"] == name
+    assert names[0] != names[1]
+    other = make(adapter_server.base_url, weight_sync="adapter", rank=1)
+    other.sync(model)
+    greedy(other, PROMPTS[:1], length=2)
+    assert adapter_server.adapters.keys() == {names[1]}
+
+
+def test_a_server_that_lost_the_adapter_gets_it_again(make, student, adapter_server):
+    engine = make(adapter_server.base_url, weight_sync="adapter")
+    engine.sync(adapted(student(), copy.deepcopy(ADAPTERS["LoRA"])))
+    before = dict(adapter_server.adapters)
+    adapter_server.adapters.clear()
+    greedy(engine, PROMPTS[:2], length=2)
+    assert adapter_server.adapters == before
+
+
+def test_a_student_without_plain_lora_sends_no_adapter(make, student, adapter_server):
+    engine = make(adapter_server.base_url, weight_sync="adapter")
+    for model in (student(), adapted(student(), copy.deepcopy(ADAPTERS["DoRA"]))):
+        with pytest.raises(GKDConfigError, match="'adapter' needs a student with one plain LoRA adapter"):
+            engine.sync(model)
+    assert adapter_server.adapters == {}
