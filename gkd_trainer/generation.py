@@ -93,7 +93,7 @@ class GenerationMixin(RecoveryMixin):
         block = self._block
         if block is None:
             return []
-        self._raise_together(block.of_student.exception())
+        self._raise_failure(block.of_student.exception())
         if self._background is not None and self._ahead is None:
             plans = self._plan_windows(epoch_iterator, self.args.gradient_accumulation_steps, block.next_step)
             self._ahead = self._generated_block(plans, self._background)
@@ -168,9 +168,11 @@ class GenerationMixin(RecoveryMixin):
 
     def _wait_for_rollouts(self) -> None:
         """Wait until no rollouts are under way: weights must not change below them."""
-        error = next(filter(None, [block.of_student.exception() for block in self._blocks]), None)
+        self._raise_failure(next(filter(None, [block.of_student.exception() for block in self._blocks]), None))
+
+    def _raise_failure(self, error: BaseException | None) -> None:
         if self._is_anywhere(error is not None):
-            self._drop_blocks()
+            self._drop_blocks()  # a trainer that goes on afterwards generates anew
         self._raise_together(error)
 
     def _drop_blocks(self) -> None:

@@ -419,6 +419,7 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
         ),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
+        ({"use_vllm": True, "temperature": 2.5}, r"temperature must be at most 2\.0 where vLLM samples; got 2\.5"),
         ({"use_vllm": True, "generation_kwargs": {"min_new_tokens": 2}}, "can't hold 'min_new_tokens' under use_vllm"),
     ],
 )

@@ -97,6 +97,7 @@ def test_both_modes_train_alike_and_follow_the_student(run, server_options, stud
         trainer.rollouts.sync(trainer.model)
         assert greedy(trainer.rollouts) == after
     assert all(seconds > 0 for seconds in logged(served, "seconds_sync"))
+    colocated.rollouts.close()
 
 
 def test_weights_pass_only_when_they_have_changed(run, vllm_server, student):
@@ -298,11 +299,13 @@ def test_a_rollout_server_that_stays_away_leaves_a_checkpoint_that_resumes(run, 
         assert resumed.state.global_step == 4
 
 
+@pytest.mark.parametrize("rollout_steps", [1, 2])
 def test_a_teacher_server_that_stays_away_in_the_middle_of_a_window_leaves_one_too(
-    make_trainer, tiny_model, teacher_model, vllm_server, tmp_path
+    make_trainer, tiny_model, teacher_model, vllm_server, tmp_path, rollout_steps
 ):
     # Dropout draws from the global random state, which the first micro-batch of the lost step has moved already.
     options = {**RUN, "lmbda": 0.5, "disable_dropout": False, **TIMEOUTS, "teacher_top_k": 8}
+    options["rollout_steps"] = rollout_steps
     student = tiny_model(attention_dropout=0.3)
     student.save_pretrained(tmp_path / "student")
 
@@ -326,10 +329,38 @@ def test_a_teacher_server_that_stays_away_in_the_middle_of_a_window_leaves_one_t
             trainer_of(proxy, "run", [At(2, fail_at_the_second_micro_batch)]).train()
         assert "/v1/completions" in str(raised.value)
         proxy.heal()
+        kept = tmp_path / "run" / "checkpoint-2" / "rollouts-rank0.json"
+        assert kept.exists()  # of the window that was lost, and what is left of its block
         resumed = trainer_of(proxy, "run")
         resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(expected)
     assert_same_weights(resumed, expected)
+
+
+def test_a_trainer_that_failed_goes_on_when_its_server_is_back(run, vllm_server, tmp_path):
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url, **TIMEOUTS}
+        trainer = run(max_steps=1, rollout_overlap=True, output_dir=str(tmp_path / "run"), **options)
+        trainer.args.max_steps = 4
+        trainer.add_callback(At(2, proxy.stop))
+        with pytest.raises(GKDServerError):
+            trainer.train()
+        proxy.start()
+        trainer.evaluate([{"prompt": "one two"}])
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 4
+
+
+def test_a_checkpoint_of_an_older_run_is_not_taken_for_this_ones(run, vllm_server, tmp_path):
+    with FaultyProxy(vllm_server.base_url) as proxy:
+        options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url, **TIMEOUTS}
+        folder = tmp_path / "run"
+        run(max_steps=2, save_strategy="steps", save_steps=2, output_dir=str(folder), learning_rate=1e-4, **options)
+        older = load_file(folder / "checkpoint-2" / "model.safetensors")
+        with pytest.raises(GKDServerError, match="checkpoint-2"):
+            run(callbacks=[At(2, proxy.stop)], output_dir=str(folder), **options)
+    newer = load_file(folder / "checkpoint-2" / "model.safetensors")
+    assert any(not torch.equal(newer[name], weight) for name, weight in older.items())
 
 
 def test_a_failure_before_the_first_step_leaves_no_checkpoint(run, vllm_server, tmp_path):
