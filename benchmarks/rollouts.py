@@ -246,7 +246,7 @@ def conversations(options: argparse.Namespace) -> Any:
     from gkd_trainer.data import gsm8k
 
     if options.data:
-        return gsm8k.load(options.data, "train", "messages", limit=256)
+        return gsm8k.load(options.data, "train", "conversation", limit=256)
     lines = (ROOT / "examples" / "demo_data" / "teacher_answers.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line) for line in lines]
     return Dataset.from_list(
