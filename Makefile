@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo test lint types format build clean
+.PHONY: help install demo test bench lint types format build clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ demo: $(VENV)/installed $(SMOLLM2)/student/config.json ## Distil a real model he
 
 test: $(VENV)/installed $(SMOLLM2)/student/config.json lint types ## Run all checks and tests (ARGS="-k name" picks some).
 	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/installed ## Measure the divergence's time and memory beside its peers (options in ARGS="...").
+	$(BIN)/python -m benchmarks.loss $(ARGS)
 
 lint: $(VENV)/installed ## Check style and imports.
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
+from gkd_trainer.divergence.loss import checked_divergence_options
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
 
@@ -126,6 +127,7 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
+    checked_divergence_options(args.divergence, args.divergence_options)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise GKDConfigError(
             f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "

@@ -95,6 +95,22 @@ class GKDArguments:
         "Divergence, in [0, 1]: 0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), between "
         "is the generalised JSD.",
     )
+    divergence: str = _option(
+        "jsd",
+        "The divergence: 'jsd' is that of beta, the others have no beta: skewed KLs (DistiLLM), total variation, α-β "
+        "divergence (ABKD), adaptive KL (AKL).",
+        ["jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl"],
+    )
+    divergence_options: dict[str, Any] | str | None = _option(
+        None,
+        'Options of the divergence where not its defaults, such as {"alpha": 0.1} of the skewed KLs, as a dictionary '
+        "or JSON.",
+    )
+    loss_workspace_mb: float | None = _option(
+        None,
+        "Memory in MiB (at least 1) that the divergence may take besides hidden states and gradients; by default 128 "
+        "on the CPU and 1024 elsewhere.",
+    )
     divergence_scale: str = _option(
         "paper",
         "'paper' takes the JSD as published, whose gradient vanishes towards both ends; 'continuous' divides it by "
@@ -269,7 +285,7 @@ class GKDArguments:
 
     @classmethod
     def _json_fields(cls) -> tuple[str, ...]:
-        return ("generation_kwargs", "vllm_engine_kwargs", "teacher_model_init_kwargs")
+        return ("divergence_options", "generation_kwargs", "vllm_engine_kwargs", "teacher_model_init_kwargs")
 
     @staticmethod
     def _url_fields() -> tuple[str, ...]:
@@ -309,6 +325,8 @@ class GKDArguments:
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         if self.rollout_batch_size is not None:
             _check("rollout_batch_size", self.rollout_batch_size, self.rollout_batch_size >= 1, "at least 1")
+        if self.loss_workspace_mb is not None:
+            _check("loss_workspace_mb", self.loss_workspace_mb, 1 <= self.loss_workspace_mb < inf, "at least 1")
         _check("rollout_steps", self.rollout_steps, self.rollout_steps >= 1, "at least 1")
         for name in ("vllm_server_timeout", "vllm_request_timeout"):
             _check(name, getattr(self, name), 0 < getattr(self, name) < inf, finite)

@@ -281,23 +281,26 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             head = InseparableHead("the caller wants logits")
         student, outputs = predict(model, batch, head)
         student = student.sliced(self._vocab_size)
-        mixes_ce = self.args.ce_weight > 0 and model.training
+        rows_N = batch.rows_N
+        labels_N = label_weight_N = None
+        if self.args.ce_weight > 0 and model.training:
+            # The student's own samples take the divergence alone: their tokens are no targets to reach.
+            labels_N, label_weight_N = batch.targets_N, self.args.ce_weight * ~batch.is_on_policy_B[rows_N]
         result = token_divergence(
             student,
             teacher,
             beta=self.args.beta,
+            divergence=self.args.divergence,
+            divergence_options=self.args.divergence_options,
             temperature=self.args.loss_temperature,
             scale=self.args.divergence_scale,
             tail=self.args.teacher_tail,
-            labels_N=batch.targets_N if mixes_ce else None,
+            labels_N=labels_N,
+            label_weight_N=label_weight_N,
+            workspace_mb=self.args.loss_workspace_mb,
         )
-        rows_N = batch.rows_N
         self._record(batch, rows_N, result, model.training)
-        loss_N = result.values_N
-        if result.cross_entropy_N is not None:
-            # The student's own samples take the divergence alone: their tokens are no targets to reach.
-            weight_N = self.args.ce_weight * ~batch.is_on_policy_B[rows_N]
-            loss_N = weight_N * result.cross_entropy_N + (1 - weight_N) * loss_N
+        loss_N = result.values_N if result.loss_N is None else result.loss_N
         loss = loss_N.sum()
         if isinstance(head, SeparableHead):
             # Nothing to train on leaves the sum empty: it stays connected to the weight too, for DDP.

@@ -54,6 +54,12 @@ OUT_OF_RANGE = [
     ("divergence_scale", ["liger"], "one of 'paper', 'continuous'"),
     ("train_on", ["first_turn"], "one of 'all_turns', 'last_turn'"),
     ("rollout_steps", [0], "at least 1"),
+    (
+        "divergence",
+        ["kl"],
+        "one of 'jsd', 'skew_kl', 'skew_reverse_kl', 'total_variation', 'alpha_beta', 'adaptive_kl'",
+    ),
+    ("loss_workspace_mb", [0.5, NAN], "at least 1"),
     ("vllm_mode", ["remote"], "one of 'colocate', 'server'"),
     ("vllm_weight_sync", ["ipc"], "one of 'auto', 'full', 'adapter', 'nccl'"),
     ("vllm_server_timeout", [0, NAN, INF], "above 0 and finite"),
@@ -119,7 +125,7 @@ def test_every_option_with_a_range_is_among_those_tested():
     free = {"seq_kd", "disable_dropout", "eval_on_policy", "log_completions"}
     free |= {"generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
-    free |= {"vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
+    free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
     assert ranged | free == set(OWN_FIELDS)
 
 
@@ -473,6 +479,9 @@ def command_line_value(name, default):
         "teacher_model_init_kwargs": ('{"dtype": "auto"}', {"dtype": "auto"}),
         "model_init_kwargs": ('{"dtype": "auto"}', {"dtype": "auto"}),
         "dataset_kwargs": ('{"skip_prepare_dataset": true}', {"skip_prepare_dataset": True}),
+        "divergence": ("skew_kl", "skew_kl"),
+        "divergence_options": ('{"alpha": 0.2}', {"alpha": 0.2}),
+        "loss_workspace_mb": ("64", 64.0),
         "vllm_mode": ("server", "server"),
         "vllm_weight_sync": ("adapter", "adapter"),
         "vllm_server_base_url": ("http://a:1, http://b:2", ["http://a:1", "http://b:2"]),

@@ -106,6 +106,8 @@ def test_the_stages_do_not_know_one_another(path):
 def test_the_divergence_stands_on_torch_alone(path):
     assert parts_imported_by(path) <= {"divergence", "errors", "batch"}
     others = {name.split(".")[0] for name in imported_by(path)} - {"gkd_trainer", "torch"}
+    if path.name == "triton.py":  # which is imported where there is a GPU to run it on
+        others -= {"triton"}
     assert others <= set(sys.stdlib_module_names)
 
 

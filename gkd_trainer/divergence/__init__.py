@@ -7,7 +7,7 @@ from gkd_trainer.divergence.loss import (
     token_divergence,
     topk_generalized_jsd,
 )
-from gkd_trainer.divergence.reference import reference_jsd, reference_topk_jsd
+from gkd_trainer.divergence.reference import reference_divergence, reference_jsd, reference_topk_jsd
 from gkd_trainer.divergence.result import TokenDivergence
 from gkd_trainer.divergence.trl_loss import trl_generalized_jsd_loss
 
@@ -16,6 +16,7 @@ __all__ = [
     "generalized_jsd",
     "linear_generalized_jsd",
     "linear_topk_generalized_jsd",
+    "reference_divergence",
     "reference_jsd",
     "reference_topk_jsd",
     "token_divergence",

@@ -1,50 +1,277 @@
-"""The divergence from final hidden states and heads, one block of tokens at a time.
+"""The divergence from final hidden states and heads: blocks of tokens, with the gradient made in the forward pass.
 
-Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's.
+Shapes: N tokens, V vocabulary, H the student's hidden width, B a block of tokens.
+A block costs one product with each head for its logits, and one each for the gradients of the student's hidden
+states and weight; the backward pass scales them.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from gkd_trainer.batch import HiddenSignal
-from gkd_trainer.divergence.blocks import compare_in_blocks, with_upcast_head
-from gkd_trainer.divergence.dense import dense_divergence
-from gkd_trainer.divergence.result import TokenDivergence
+from gkd_trainer.batch import Head, HiddenSignal
+from gkd_trainer.divergence.objective import Objective
+from gkd_trainer.divergence.projection import HeadGradient, Projection
+from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
+from gkd_trainer.divergence.rows import RowComparison, RowStatistics, tiles
+
+CPU_WORKSPACE_MB = 128
+"""The default budget on the CPU: some hundred tokens at the largest vocabularies."""
+
+WORKSPACE_MB = 1024
+"""The default budget elsewhere, where larger products keep the device busy."""
+
+_RESERVE = 1 / 6
+"""The share of the budget for what is not logits: temporaries, and tiles of a weight in another dtype."""
+
+_TEMPORARIES = 16
+"""How many temporaries a comparison that is not compiled has alive at once."""
 
 
 def linear_divergence(
     student: HiddenSignal,
     teacher: HiddenSignal,
     *,
-    beta: float,
-    temperature: float = 1.0,
-    scale: str = "paper",
+    objective: Objective,
     labels_N: Tensor | None = None,
+    label_weight_N: Tensor | None = None,
     token_block: int | None = None,
-    vocab_chunk: int | None = None,
+    workspace_mb: float | None = None,
 ) -> TokenDivergence:
     """Compare two models token by token from their final hidden states.
 
-    The arguments are those of `loss.token_divergence`, which checks them. Logits exist for one block of
-    tokens at a time and are made again in the backward pass. Gradients reach the student's hidden states,
-    weight and bias, each in its own dtype, where they require one.
+    The arguments are those of `loss.token_divergence`, which checks them. Gradients reach the student's hidden
+    states, weight and bias, each in its own dtype, where they require one. An upstream gradient that is the same
+    for all tokens (of the loss where labels are weighted, of the values where there are no labels) scales what
+    the forward pass prepared; any other makes the logits once more.
     """
-    with torch.no_grad():
-        teacher = with_upcast_head(teacher)
+    student, teacher = _gathered(student), _gathered(teacher)
+    heads = (student.head, teacher.head)
+    comparison = _Comparison(
+        forms=((heads[0].scale, heads[0].softcap), (heads[1].scale, heads[1].softcap)),
+        objective=objective,
+        plan=_plan(student, teacher, token_block, workspace_mb),
+        is_differentiable=torch.is_grad_enabled(),
+    )
+    of_student = (student.hidden_NH, heads[0].weight_VH, heads[0].bias_V)
+    of_teacher = (teacher.hidden_NH, heads[1].weight_VH, heads[1].bias_V)
+    outputs = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
+        *of_student,
+        *(None if tensor is None else tensor.detach() for tensor in of_teacher),
+        labels_N,
+        None if label_weight_N is None else label_weight_N.detach().to(comparison.plan.dtype),
+        comparison,
+    )
+    loss_N, *statistics = outputs
+    return replace(TokenDivergence(*statistics), loss_N=loss_N)
 
-    def compare(student_logits_NV: Tensor, teacher_NG: Tensor, labels_N: Tensor | None) -> TokenDivergence:
-        with torch.no_grad():
-            teacher_logits_NV = teacher.head.logits(teacher_NG)
-        return dense_divergence(
-            student_logits_NV,
-            teacher_logits_NV,
-            beta=beta,
-            temperature=temperature,
-            scale=scale,
-            labels_N=labels_N,
-            vocab_chunk=vocab_chunk,
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
+        """Take both sides' hidden states, weight and bias, labels_N, label_weight_N and the comparison."""
+        *sides, labels_N, label_weight_N, comparison = inputs
+        student, teacher = comparison.signals(sides)
+        needs = ctx.needs_input_grad[:3]
+        # Labels without weights are mixed by the caller, who will hardly weight all tokens alike.
+        is_prepared = comparison.is_differentiable and any(needs) and (labels_N is None or label_weight_N is not None)
+        gradient = value_weight_N = None
+        if is_prepared:
+            gradient = HeadGradient.zeros(student, needs, comparison.plan.dtype)
+            value_weight_N = _value_weight(student, label_weight_N, comparison.plan.dtype)
+        rows = comparison.run(student, teacher, labels_N, value_weight_N, label_weight_N, gradient)
+
+        loss_N = None
+        if label_weight_N is not None:
+            loss_N = mixed_loss(rows.values_R, rows.cross_entropy_R, label_weight_N)
+        ctx.comparison, ctx.gradient = comparison, gradient
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*sides, labels_N, label_weight_N)
+        ctx.mark_non_differentiable(*rows[2:])
+        return loss_N, *rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        loss_upstream_N, values_upstream_N, label_upstream_N = upstream[:3]
+        *sides, labels_N, label_weight_N = ctx.saved_tensors
+        comparison: _Comparison = ctx.comparison
+        student, teacher = comparison.signals(sides)
+        others = (None,) * 6
+
+        # Taken, so that a second backward pass does not scale what the first one handed out.
+        gradient, ctx.gradient = ctx.gradient, None
+        prepared_for, *rest = (
+            (loss_upstream_N, values_upstream_N, label_upstream_N)
+            if label_weight_N is not None
+            else (values_upstream_N, loss_upstream_N, label_upstream_N)
         )
+        if gradient is not None and prepared_for is not None and rest == [None, None] and _is_uniform(prepared_for):
+            factor = prepared_for[0] if len(prepared_for) else prepared_for.new_ones(())
+            return *gradient.scaled(factor, student), *others
 
-    return compare_in_blocks(compare, student, teacher.hidden_NH.detach(), labels_N, token_block=token_block)
+        value_weight_N, ce_weight_N = values_upstream_N, label_upstream_N
+        if loss_upstream_N is not None:
+            assert label_weight_N is not None
+            value_weight_N = _sum_of(value_weight_N, loss_upstream_N * (1 - label_weight_N))
+            ce_weight_N = _sum_of(ce_weight_N, loss_upstream_N * label_weight_N)
+        if value_weight_N is None:
+            if ce_weight_N is None:
+                return None, None, None, *others
+            value_weight_N = torch.zeros_like(ce_weight_N)
+        del gradient
+        gradient = HeadGradient.zeros(student, ctx.needs_input_grad[:3], comparison.plan.dtype)
+        # Weights of at most one: those of a scaled loss would leave the range of half-precision products.
+        size = _largest(value_weight_N, ce_weight_N)
+        ce_weight_N = None if ce_weight_N is None else ce_weight_N / size
+        comparison.run(student, teacher, labels_N, value_weight_N / size, ce_weight_N, gradient)
+        return *gradient.scaled(size, student), *others
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The dtype of the logits, and the sizes that the budget allows.
+
+    `block` is in tokens, `tile` in rows of a weight that are converted at once, `temporary` in elements.
+    """
+
+    dtype: torch.dtype
+    block: int
+    tile: int
+    temporary: int
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """How two models are compared; their tensors are handed in, since autograd keeps them.
+
+    `forms` are the student's and the teacher's (scale, softcap).
+    """
+
+    forms: tuple[tuple[float, float | None], tuple[float, float | None]]
+    objective: Objective
+    plan: _Plan
+    is_differentiable: bool
+
+    def signals(self, sides: list[Any]) -> list[HiddenSignal]:
+        """Return student and teacher of their hidden states, weight and bias."""
+        return [
+            HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *form))
+            for (hidden_NH, weight_VH, bias_V), form in zip((sides[:3], sides[3:]), self.forms, strict=True)
+        ]
+
+    def run(
+        self,
+        student: HiddenSignal,
+        teacher: HiddenSignal,
+        labels_N: Tensor | None,
+        value_weight_N: Tensor | None,
+        label_weight_N: Tensor | None,
+        gradient: HeadGradient | None,
+    ) -> RowStatistics:
+        """Compare block by block; add to `gradient` that of the values and cross entropies times their weights."""
+        plan, N = self.plan, student.hidden_NH.shape[0]
+        project_student = Projection(student.head, plan.dtype, plan.tile)
+        project_teacher = Projection(teacher.head, plan.dtype, plan.tile)
+        compare = RowComparison(self.objective, student.head.softcap, plan.temporary)
+        if gradient is None:
+            value_weight_N = label_weight_N = None
+        shape = (min(plan.block, max(N, 1)), student.vocab_size)
+        student_BV, teacher_BV = (student.hidden_NH.new_empty(shape, dtype=plan.dtype) for _ in range(2))
+        per_block = []
+        for rows in tiles(N, plan.block):
+            size = rows.stop - rows.start
+            project_student.logits(student.hidden_NH[rows], student_BV[:size])
+            project_teacher.logits(teacher.hidden_NH[rows], teacher_BV[:size])
+            labels_B, value_weight_B, label_weight_B = (
+                None if tensor is None else tensor[rows] for tensor in (labels_N, value_weight_N, label_weight_N)
+            )
+            per_block.append(
+                compare(
+                    student_BV[:size],
+                    teacher_BV[:size],
+                    labels_B,
+                    value_weight_R=value_weight_B,
+                    label_weight_R=label_weight_B,
+                )
+            )
+            if gradient is not None:
+                hidden_BH = student.hidden_NH[rows]
+                project_student.add_gradient(student_BV[:size], teacher_BV[:size], hidden_BH, rows, gradient)
+        return RowStatistics.joined(per_block)
+
+
+def planned_block(N: int, V: int, device: torch.device) -> int:
+    """Return the size of the largest block that N tokens are compared in under the default budget, in float32."""
+    largest = _largest_block(V, _default_workspace_mb(device) * 2**20 / torch.float32.itemsize)
+    return int(max(rows.stop - rows.start for rows in tiles(N, largest)))
+
+
+def _plan(student: HiddenSignal, teacher: HiddenSignal, token_block: int | None, workspace_mb: float | None) -> _Plan:
+    dtype = torch.float32
+    for signal in (student, teacher):
+        for tensor in (signal.hidden_NH, signal.head.weight_VH):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    if workspace_mb is None:
+        workspace_mb = _default_workspace_mb(student.hidden_NH.device)
+    elements = workspace_mb * 2**20 / dtype.itemsize
+    widest = max(student.hidden_NH.shape[1], teacher.hidden_NH.shape[1], 1)
+    return _Plan(
+        dtype,
+        block=token_block or _largest_block(student.vocab_size, elements),
+        tile=max(1, int(elements * _RESERVE / 4 / widest)),
+        temporary=int(elements * _RESERVE * 3 / 4 / _TEMPORARIES),
+    )
+
+
+def _default_workspace_mb(device: torch.device) -> int:
+    return CPU_WORKSPACE_MB if device.type == "cpu" else WORKSPACE_MB
+
+
+def _largest_block(V: int, elements: float) -> int:
+    return max(1, math.floor(elements * (1 - _RESERVE) / (2 * V)))
+
+
+def _gathered(signal: HiddenSignal) -> HiddenSignal:
+    """Return the signal with the whole of a head that is sharded over ranks; its gradient finds the shards."""
+    if not torch.distributed.is_available():
+        return signal
+    from torch.distributed.tensor import DTensor
+
+    weight_VH, bias_V = signal.head.weight_VH, signal.head.bias_V
+    if isinstance(weight_VH, DTensor):
+        weight_VH = weight_VH.full_tensor()
+    if isinstance(bias_V, DTensor):
+        bias_V = bias_V.full_tensor()
+    return replace(signal, head=replace(signal.head, weight_VH=weight_VH, bias_V=bias_V))
+
+
+def _value_weight(student: HiddenSignal, label_weight_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if label_weight_N is not None:
+        return 1 - label_weight_N
+    return student.hidden_NH.new_ones(student.hidden_NH.shape[0], dtype=dtype)
+
+
+def _is_uniform(upstream_N: Tensor) -> bool:
+    """Return whether it is known without waiting for a device that all elements are the same."""
+    if upstream_N.numel() <= 1 or upstream_N.stride(0) == 0:
+        return True
+    return upstream_N.device.type == "cpu" and bool((upstream_N == upstream_N[0]).all())
+
+
+def _sum_of(a_N: Tensor | None, b_N: Tensor) -> Tensor:
+    return b_N if a_N is None else a_N + b_N
+
+
+def _largest(*tensors: Tensor | None) -> Tensor:
+    """Return the largest magnitude, or one if that is zero or there are no elements."""
+    magnitudes = torch.cat([tensor.abs() for tensor in tensors if tensor is not None])
+    if not magnitudes.numel():
+        return magnitudes.new_ones(())
+    return torch.where(magnitudes.amax() == 0, 1.0, magnitudes.amax())

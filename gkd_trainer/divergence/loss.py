@@ -6,6 +6,8 @@ Shapes: N tokens trained on, V vocabulary, H the student's hidden width, G the t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from torch import Tensor
 from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import linear_divergence
-from gkd_trainer.divergence.result import TokenDivergence
+from gkd_trainer.divergence.objective import OPTIONS, Objective
+from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.topk import linear_topk_divergence, topk_divergence
 from gkd_trainer.errors import GKDConfigError
 
@@ -28,13 +31,17 @@ def token_divergence(
     student: StudentSignal,
     teacher: Signal,
     *,
-    beta: float,
+    beta: float = 0.5,
+    divergence: str = "jsd",
+    divergence_options: Mapping[str, float] | None = None,
     temperature: float = 1.0,
     scale: str = "paper",
     tail: str = "bucket",
     labels_N: Tensor | None = None,
+    label_weight_N: Tensor | None = None,
     vocab_chunk: int | None = None,
     token_block: int | None = None,
+    workspace_mb: float | None = None,
 ) -> TokenDivergence:
     """Return the divergence of each token, beta·KL(p‖m) + (1 - beta)·KL(q‖m) with m = beta·p + (1 - beta)·q.
 
@@ -46,7 +53,11 @@ def token_divergence(
         student: final hidden states with their head, or logits, of N positions; gradients reach it.
         teacher: the same of the teacher, or its top tokens, over the same N positions and V tokens; no gradient
             reaches it. A logit of -inf, on either side, is probability zero.
-        beta: in [0, 1].
+        beta: in [0, 1]; of "jsd" alone.
+        divergence: "jsd" for the formula above, or "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta" or
+            "adaptive_kl": see `reference_divergence` for their formulas and sources.
+        divergence_options: their options where not the defaults: "alpha" in (0, 1), 0.1, of the skewed KLs; positive
+            "alpha", 0.2, and "beta", 0.7, of "alpha_beta"; "mu" in (0, 1), 0.5, of "adaptive_kl".
         temperature: positive and finite; 1 for a teacher's top tokens.
         scale: "paper" for the formula above, or "continuous", which divides value and gradient by
             beta·(1 - beta) inside (0, 1), so that the two KLs are its limits.
@@ -56,63 +67,63 @@ def token_divergence(
             float32. "renormalize" compares both sides over the entries alone.
         labels_N: [N] integer token ids whose cross entropy is wanted too. IGNORE_INDEX gives 0; another id
             outside [0, V) gives +inf; neither has a gradient.
-        vocab_chunk: how many tokens of the vocabulary are worked on at once, if the teacher's are not its top
-            tokens; None for a default.
+        label_weight_N: [N] weights of the cross entropy in `loss_N`, (1 - weight)·value + weight·cross entropy; comes
+            with `labels_N`. The mix has to be known here for its gradient to be made in the forward pass.
+        vocab_chunk: bounds the temporaries made of two sets of logits to N × vocab_chunk elements, or one row;
+            None for a default.
         token_block: how many positions are projected at once, if both sides are hidden states, or worked on at
-            once for a teacher's top tokens; None for a default. Neither changes the result.
+            once for a teacher's top tokens; None for what fits into `workspace_mb`.
+        workspace_mb: the memory in MiB that comparing two sets of hidden states may take besides inputs and
+            gradients; None for 128 on the CPU and 1024 elsewhere. None of these three changes the result.
 
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
     """
     check_options(beta, temperature, scale, tail)
-    _check_sizes(vocab_chunk=vocab_chunk, token_block=token_block)
+    _check_sizes(vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
     _check_signal("student", student)
     if isinstance(teacher, TopKSignal):
         _check_topk(teacher, temperature)
     else:
         _check_signal("teacher", teacher)
-    _check_pair(student, teacher, labels_N)
+    _check_pair(student, teacher, labels_N, label_weight_N)
 
-    device_type = _first_tensor(student).device.type
+    objective = Objective(
+        divergence=divergence,
+        beta=beta,
+        options=checked_divergence_options(divergence, divergence_options),
+        temperature=temperature,
+        is_continuous=scale == "continuous",
+    )
     # Autocast would round the projection to bfloat16, and the gradient at small gaps with it.
-    with torch.autocast(device_type, enabled=False):
-        if isinstance(teacher, TopKSignal):
-            if isinstance(student, HiddenSignal):
-                return linear_topk_divergence(
-                    student, teacher, beta=beta, scale=scale, tail=tail, labels_N=labels_N, token_block=token_block
-                )
-            return topk_divergence(
-                student.logits_NV,
-                teacher,
-                beta=beta,
-                scale=scale,
-                tail=tail,
-                labels_N=labels_N,
-                token_block=token_block,
-            )
+    with torch.autocast(_first_tensor(student).device.type, enabled=False):
         if isinstance(student, HiddenSignal) and isinstance(teacher, HiddenSignal):
             return linear_divergence(
                 student,
                 teacher,
-                beta=beta,
-                temperature=temperature,
-                scale=scale,
+                objective=objective,
                 labels_N=labels_N,
+                label_weight_N=label_weight_N,
                 token_block=token_block,
-                vocab_chunk=vocab_chunk,
+                workspace_mb=workspace_mb,
             )
-        student_logits_NV = _logits(student)
-        with torch.no_grad():
-            teacher_logits_NV = _logits(teacher)
-        return dense_divergence(
-            student_logits_NV,
-            teacher_logits_NV,
-            beta=beta,
-            temperature=temperature,
-            scale=scale,
-            labels_N=labels_N,
-            vocab_chunk=vocab_chunk,
-        )
+        if not isinstance(teacher, TopKSignal):
+            with torch.no_grad():
+                teacher_logits_NV = _logits(teacher)
+            result = dense_divergence(
+                _logits(student), teacher_logits_NV, objective=objective, labels_N=labels_N, vocab_chunk=vocab_chunk
+            )
+        elif isinstance(student, HiddenSignal):
+            result = linear_topk_divergence(
+                student, teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
+            )
+        else:
+            result = topk_divergence(
+                student.logits_NV, teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
+            )
+    if label_weight_N is None or result.cross_entropy_N is None:
+        return result
+    return replace(result, loss_N=mixed_loss(result.values_N, result.cross_entropy_N, label_weight_N))
 
 
 def generalized_jsd(
@@ -240,6 +251,26 @@ def check_options(beta: float, temperature: float, scale: str = "paper", tail: s
         raise GKDConfigError(f"tail must be one of {', '.join(map(repr, TAILS))}; got {tail!r}")
 
 
+def checked_divergence_options(divergence: str, options: Mapping[str, float] | None) -> tuple[float, ...]:
+    """Return a divergence's options in the order of OPTIONS; raise GKDConfigError for a name or number it hasn't."""
+    if divergence not in OPTIONS:
+        raise GKDConfigError(f"divergence must be one of {', '.join(map(repr, OPTIONS))}; got {divergence!r}")
+    defaults, options = OPTIONS[divergence], options or {}
+    if unknown := [name for name in options if name not in defaults]:
+        raise GKDConfigError(
+            f"the options of the divergence {divergence!r} are {list(defaults)}; got {unknown}: leave them out"
+        )
+    numbers = defaults | dict(options)
+    largest = math.inf if divergence == "alpha_beta" else 1.0
+    for name, number in numbers.items():
+        if not 0 < number < largest:
+            raise GKDConfigError(
+                f"the option {name!r} of the divergence {divergence!r} must be in (0, {largest:g}) (its limits are KLs "
+                f"that 'jsd' has at beta 0 and 1); got {number}"
+            )
+    return tuple(numbers.values())
+
+
 def _logits(signal: StudentSignal) -> Tensor:
     return signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
 
@@ -250,9 +281,9 @@ def _first_tensor(signal: Signal) -> Tensor:
     return signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
 
 
-def _check_sizes(**sizes: int | None) -> None:
+def _check_sizes(**sizes: float | None) -> None:
     for name, size in sizes.items():
-        if size is not None and size < 1:
+        if size is not None and not size >= 1:
             raise GKDConfigError(f"{name} must be at least 1, or None for a default; got {size}")
 
 
@@ -303,7 +334,9 @@ def _check_tensor(what: str, tensor: Tensor, expected: str) -> None:
         raise GKDConfigError(f"the {what} must be a float tensor {expected}; got {tensor.dtype} {list(tensor.shape)}")
 
 
-def _check_pair(student: StudentSignal, teacher: Signal, labels_N: Tensor | None) -> None:
+def _check_pair(
+    student: StudentSignal, teacher: Signal, labels_N: Tensor | None, label_weight_N: Tensor | None
+) -> None:
     if student.vocab_size != teacher.vocab_size:
         raise GKDConfigError(
             "student and teacher must predict over the same vocabulary; got "
@@ -323,4 +356,9 @@ def _check_pair(student: StudentSignal, teacher: Signal, labels_N: Tensor | None
         raise GKDConfigError(
             f"labels_N must be an int64 tensor with one token id for each position, [{N}]; got "
             f"{labels_N.dtype} {list(labels_N.shape)}"
+        )
+    if label_weight_N is not None and (labels_N is None or label_weight_N.shape != (N,)):
+        raise GKDConfigError(
+            f"label_weight_N must have one weight for each position, [{N}], and come with labels_N; got "
+            f"{list(label_weight_N.shape)} {'without' if labels_N is None else 'with'} labels_N"
         )

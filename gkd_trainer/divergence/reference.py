@@ -86,6 +86,56 @@ def reference_topk_jsd(
     return values_N / (beta * (1 - beta)) if scale == "continuous" else values_N
 
 
+def reference_divergence(
+    student_logits_NV: Tensor,
+    teacher_logits_NV: Tensor,
+    *,
+    divergence: str,
+    temperature: float = 1.0,
+    alpha: float = 0.1,
+    beta: float = 0.7,
+    mu: float = 0.5,
+) -> Tensor:
+    """Return another divergence than the JSD of each token, in float64, by autograd.
+
+    Args:
+        student_logits_NV: [N, V], any float dtype.
+        teacher_logits_NV: [N, V], likewise; no gradient reaches it.
+        divergence: "skew_kl", KL(p‖alpha·p + (1 - alpha)·q), and "skew_reverse_kl", KL(q‖(1 - alpha)·p + alpha·q)
+            (Ko et al. 2024, arXiv 2402.03898); "total_variation", Σ|p - q| / 2; "alpha_beta", Σ(alpha·p^(alpha + beta)
+            / (alpha + beta) + beta·q^(alpha + beta) / (alpha + beta) - p^alpha·q^beta) / (alpha·beta) (Wang et al.
+            2025, arXiv 2505.04560); "adaptive_kl", w·KL(p‖q) + (1 - w)·KL(q‖p) with w the head's share of Σ|p - q|, a
+            constant to the gradient, where the head are p's most probable tokens with a mass of at most mu, or the
+            first (Wu et al. 2024, arXiv 2404.02657).
+        temperature: positive; both sides are softmax(logits / temperature).
+        alpha: as above.
+        beta: as above.
+        mu: as above.
+
+    Returns:
+        values_N.
+    """
+    q_NV = (student_logits_NV.double() / temperature).softmax(dim=1)
+    p_NV = (teacher_logits_NV.detach().double() / temperature).softmax(dim=1)
+    if divergence == "skew_kl":
+        return _kl(p_NV, alpha * p_NV + (1 - alpha) * q_NV)
+    if divergence == "skew_reverse_kl":
+        return _kl(q_NV, (1 - alpha) * p_NV + alpha * q_NV)
+    if divergence == "total_variation":
+        return (p_NV - q_NV).abs().sum(dim=1) / 2
+    if divergence == "alpha_beta":
+        powers_NV = (alpha * p_NV ** (alpha + beta) + beta * q_NV ** (alpha + beta)) / (alpha + beta)
+        return (powers_NV - p_NV**alpha * q_NV**beta).sum(dim=1) / (alpha * beta)
+    gap_NV = (p_NV - q_NV.detach()).abs()
+    weights = []
+    for p_V, gap_V in zip(p_NV, gap_NV, strict=True):
+        order = p_V.argsort(descending=True)
+        head = order[: max(1, int((p_V[order].cumsum(0) <= mu).sum()))]
+        weights.append(gap_V[head].sum() / gap_V.sum() if gap_V.sum() > 0 else gap_V.new_tensor(0.5))
+    weight_N = torch.stack(weights)
+    return weight_N * _kl(p_NV, q_NV) + (1 - weight_N) * _kl(q_NV, p_NV)
+
+
 def elementwise_jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, temperature: float) -> Tensor:
     """Return each token's contribution to the divergence, [..., V] as the logits, in their dtype.
 

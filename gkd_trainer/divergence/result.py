@@ -16,8 +16,8 @@ from torch import Tensor
 class TokenDivergence:
     """The divergence of each token, and what was seen on the way to it.
 
-    `values_N` (nats; float32, or float64 for float64 inputs) and `cross_entropy_N` (nats at temperature 1;
-    None if no labels were given) carry gradients to the student's side; the rest carries none.
+    `values_N` (nats; float32, or float64 for float64 inputs), `cross_entropy_N` (nats at temperature 1; None if no
+    labels were given) and `loss_N` carry gradients to the student's side; the rest carries none.
     `student_entropy_N` and `teacher_entropy_N` are in nats, of q and p as compared: at the loss temperature.
     `agrees_N` is True where both sides have the same top token. `is_teacher_finite_N` is False where the
     teacher's logits held NaN or +inf, or were all -inf; of a top-k teacher, where its log-probs held NaN, had a
@@ -26,6 +26,8 @@ class TokenDivergence:
 
     For a top-k teacher, `teacher_mass_N` and `student_mass_N` are the mass of p and of q on its entries, and
     `teacher_entropy_N` is over the categories compared: with the tail as one, a lower bound of its entropy.
+
+    `loss_N` is what is minimised where labels are weighted, (1 - weight)·value + weight·cross entropy, else None.
     """
 
     values_N: Tensor
@@ -37,6 +39,7 @@ class TokenDivergence:
     is_finite_N: Tensor
     teacher_mass_N: Tensor | None = None
     student_mass_N: Tensor | None = None
+    loss_N: Tensor | None = None
 
     @classmethod
     def concatenated(cls, blocks: Sequence[TokenDivergence]) -> TokenDivergence:
@@ -51,7 +54,14 @@ class TokenDivergence:
             is_finite_N=torch.cat([block.is_finite_N for block in blocks]),
             teacher_mass_N=_concatenated_or_none([block.teacher_mass_N for block in blocks]),
             student_mass_N=_concatenated_or_none([block.student_mass_N for block in blocks]),
+            loss_N=_concatenated_or_none([block.loss_N for block in blocks]),
         )
+
+
+def mixed_loss(values_N: Tensor, cross_entropy_N: Tensor, label_weight_N: Tensor) -> Tensor:
+    """Return (1 - weight)·value + weight·cross entropy of each token; what has weight zero may be infinite."""
+    from_values_N = torch.where(label_weight_N == 1, 0.0, (1 - label_weight_N) * values_N)
+    return from_values_N + torch.where(label_weight_N == 0, 0.0, label_weight_N * cross_entropy_N)
 
 
 def _concatenated_or_none(blocks: Sequence[Tensor | None]) -> Tensor | None:

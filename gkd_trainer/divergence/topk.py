@@ -10,7 +10,6 @@ tokens in proportion to q.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from gkd_trainer.batch import HiddenSignal, TopKSignal
 from gkd_trainer.divergence.blocks import compare_in_blocks
-from gkd_trainer.divergence.dense import dense_divergence, mask_cross_entropy, temporary_elements
+from gkd_trainer.divergence.dense import dense_divergence
+from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.result import TokenDivergence
+from gkd_trainer.divergence.rows import mask_cross_entropy, tile_rows, tiles
 
 _EXCESS_MASS = 1e-3
 """How far above one the mass of a teacher's top k may be by rounding; more is no distribution."""
@@ -30,8 +31,7 @@ def topk_divergence(
     student_logits_NV: Tensor,
     teacher: TopKSignal,
     *,
-    beta: float,
-    scale: str = "paper",
+    objective: Objective,
     tail: str = "bucket",
     labels_N: Tensor | None = None,
     token_block: int | None = None,
@@ -49,7 +49,7 @@ def topk_divergence(
     if labels_N is not None:
         picked_NJ = torch.cat([picked_NJ, labels_N.clamp(0, V - 1)[:, None]], dim=1)
         is_inside_NJ = torch.nn.functional.pad(is_entry_NK, (0, 1), value=False)
-    tile = token_block or max(1, temporary_elements(student_logits_NV.device) // V)
+    tile = token_block or tile_rows(student_logits_NV)
     logits_NJ, log_rest_N, log_z_N, top_q_N, entropy_q_N = _Split.apply(  # type: ignore[no-untyped-call]
         student_logits_NV, picked_NJ, is_inside_NJ, dtype, tile
     )
@@ -71,7 +71,7 @@ def topk_divergence(
     # What the categories don't show must show in the value: logits outside them, a mass above one.
     student_NC = student_NC.masked_fill(~is_student_finite_N[:, None], math.nan)
     teacher_NC = teacher_NC.masked_fill(~is_teacher_finite_N[:, None], math.nan)
-    result = dense_divergence(student_NC, teacher_NC, beta=beta, scale=scale)
+    result = dense_divergence(student_NC, teacher_NC, objective=objective)
 
     cross_entropy_N = None
     if labels_N is not None:
@@ -95,8 +95,7 @@ def linear_topk_divergence(
     student: HiddenSignal,
     teacher: TopKSignal,
     *,
-    beta: float,
-    scale: str = "paper",
+    objective: Objective,
     tail: str = "bucket",
     labels_N: Tensor | None = None,
     token_block: int | None = None,
@@ -112,7 +111,7 @@ def linear_topk_divergence(
         student_logits_NV: Tensor, ids_NK: Tensor, log_p_NK: Tensor, labels_N: Tensor | None
     ) -> TokenDivergence:
         block = TopKSignal(ids_NK, log_p_NK, teacher.vocab_size)
-        return topk_divergence(student_logits_NV, block, beta=beta, scale=scale, tail=tail, labels_N=labels_N)
+        return topk_divergence(student_logits_NV, block, objective=objective, tail=tail, labels_N=labels_N)
 
     return compare_in_blocks(compare, student, teacher.ids_NK, teacher.log_p_NK, labels_N, token_block=token_block)
 
@@ -130,7 +129,7 @@ class _Split(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Return logits_NJ at the picked ids, log_rest_N, and of all logits log_z_N, top_N and entropy_N."""
         per_tile = []
-        for rows in _tiles(logits_NV.shape[0], tile):
+        for rows in tiles(logits_NV.shape[0], tile):
             logits_RV, top_R = _shifted(logits_NV[rows], dtype)
             log_z_R = logits_RV.logsumexp(dim=1)
             log_q_RV = logits_RV - log_z_R[:, None]
@@ -151,7 +150,7 @@ class _Split(torch.autograd.Function):
         upstream_NJ, upstream_rest_N, upstream_z_N, *_ = upstream
         logits_NV, picked_NJ, is_inside_NJ, log_rest_N, log_z_N = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
-        for rows in _tiles(logits_NV.shape[0], ctx.tile):
+        for rows in tiles(logits_NV.shape[0], ctx.tile):
             logits_RV, _ = _shifted(logits_NV[rows], ctx.dtype)
             gradient_RV = torch.zeros_like(logits_RV)
             if upstream_rest_N is not None:
@@ -192,8 +191,3 @@ def _log_tail(log_p_NK: Tensor, is_entry_NK: Tensor, V: int, *, is_rest_empty_N:
     has_no_outside_N = is_entry_NK.sum(dim=1) == V
     is_empty_N = is_rest_empty_N & (tail_p_N <= resolution)
     return log_tail_p_N.masked_fill(has_no_outside_N | is_empty_N, -math.inf)
-
-
-def _tiles(N: int, tile: int) -> Iterator[slice]:
-    # One tile at least: of no tokens, there are empty tensors to join.
-    return (slice(start, start + tile) for start in range(0, max(N, 1), tile))

@@ -7,12 +7,27 @@ import torch
 from torch.nn import functional
 
 from gkd_trainer.batch import Head, HiddenSignal
-from gkd_trainer.divergence import reference_jsd, token_divergence
+from gkd_trainer.divergence import linear, reference_jsd, token_divergence
 from gkd_trainer.divergence.dense import dense_divergence
-from gkd_trainer.divergence.linear import linear_divergence
+from gkd_trainer.divergence.objective import Objective
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)
 N, V, H, G = 11, 67, 8, 13
+
+
+def objective_of(*, beta, temperature=1.0, scale="paper"):
+    return Objective(beta=beta, temperature=temperature, is_continuous=scale == "continuous")
+
+
+def linear_divergence(student, teacher, *, labels_N=None, label_weight_N=None, token_block=None, **options):
+    return linear.linear_divergence(
+        student,
+        teacher,
+        objective=objective_of(**options),
+        labels_N=labels_N,
+        label_weight_N=label_weight_N,
+        token_block=token_block,
+    )
 
 
 def signal(*, N=N, width=H, V=V, seed=0, dtype=torch.float32, requires_grad=True, with_bias=True, **head):
@@ -87,9 +102,7 @@ def test_gradcheck_in_float64_with_bias_scale_and_softcap(beta, with_bias):
 
     def divergence(hidden_NH, weight_VH, bias_V=None):
         student_now = HiddenSignal(hidden_NH, replace(student.head, weight_VH=weight_VH, bias_V=bias_V))
-        result = linear_divergence(
-            student_now, teacher, beta=beta, temperature=2.0, labels_N=labels_N, token_block=2, vocab_chunk=2
-        )
+        result = linear_divergence(student_now, teacher, beta=beta, temperature=2.0, labels_N=labels_N, token_block=2)
         return result.values_N, result.cross_entropy_N
 
     assert torch.autograd.gradcheck(divergence, leaves(student))
@@ -99,10 +112,13 @@ def test_gradcheck_in_float64_with_bias_scale_and_softcap(beta, with_bias):
 def test_every_field_equals_that_of_the_path_from_logits(token_block):
     student, teacher = student_and_teacher()
     labels_N = torch.arange(N)
-    options = {"beta": 0.3, "temperature": 2.0, "labels_N": labels_N, "scale": "continuous"}
-    actual = linear_divergence(student, teacher, token_block=token_block, **options)
+    options = {"beta": 0.3, "temperature": 2.0, "scale": "continuous"}
+    actual = linear_divergence(student, teacher, token_block=token_block, labels_N=labels_N, **options)
     expected = dense_divergence(
-        student.head.logits(student.hidden_NH), teacher.head.logits(teacher.hidden_NH), **options
+        student.head.logits(student.hidden_NH),
+        teacher.head.logits(teacher.hidden_NH),
+        objective=objective_of(**options),
+        labels_N=labels_N,
     )
     for name, expected_N in vars(expected).items():
         torch.testing.assert_close(getattr(actual, name), expected_N, rtol=1e-5, atol=1e-6, msg=name)

@@ -18,6 +18,7 @@ def result(start, stop, *, has_labels=True, has_top_k=True):
         is_finite_N=values_N > 2,
         teacher_mass_N=values_N + 40 if has_top_k else None,
         student_mass_N=values_N + 50 if has_top_k else None,
+        loss_N=values_N + 60 if has_labels else None,
     )
 
 

@@ -14,14 +14,27 @@ from gkd_trainer.divergence import (
     reference_jsd,
     reference_topk_jsd,
     token_divergence,
+    topk,
     topk_generalized_jsd,
 )
-from gkd_trainer.divergence.topk import linear_topk_divergence, topk_divergence
+from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.errors import GKDConfigError
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)
 TAILS = ("bucket", "renormalize")
 N, V, K, H = 7, 131, 5, 9
+
+
+def objective_of(beta, scale="paper"):
+    return Objective(beta=beta, is_continuous=scale == "continuous")
+
+
+def topk_divergence(student_logits_NV, teacher, *, beta, scale="paper", **options):
+    return topk.topk_divergence(student_logits_NV, teacher, objective=objective_of(beta, scale), **options)
+
+
+def linear_topk_divergence(student, teacher, *, beta, scale="paper", **options):
+    return topk.linear_topk_divergence(student, teacher, objective=objective_of(beta, scale), **options)
 
 
 def pair(N=N, V=V, *, sigma=1.0, seed=0, dtype=torch.float32):

@@ -1,0 +1,362 @@
+"""The divergence's cost: seconds over those of its matrix products alone, and peak memory, beside its peers.
+
+    taskset -c 1 python benchmarks/loss.py            # CPU, float32, one thread on one core; about 15 minutes
+    python benchmarks/loss.py --cuda                  # the same on a GPU, in bfloat16
+    python benchmarks/loss.py --contenders ours ours-frozen --shapes 49152,576,576
+
+Forward and backward of N tokens at beta 0.5. All contenders take turns in one process, and a ratio is the median of
+the ratios of each turn. Memory is measured in a process of its own for each: the peak above weights, inputs and
+gradients. TRL and Liger are left out where they are not installed.
+
+Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, B a block of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from gkd_trainer.batch import Head, HiddenSignal
+from gkd_trainer.divergence import reference_jsd, token_divergence
+from gkd_trainer.divergence.linear import planned_block
+
+BETA = 0.5
+SHAPES = ("49152,576,576", "151936,896,1536")
+SIGMAS = (1.0, 0.3, 0.1, 0.03)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Hidden states and heads of both sides; gradients are wanted of the student's."""
+
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    teacher_hidden_NG: Tensor
+    teacher_weight_VG: Tensor
+
+    @classmethod
+    def random(cls, N: int, V: int, H: int, G: int, device: str, dtype: torch.dtype, *, is_frozen: bool) -> Problem:
+        torch.manual_seed(0)
+
+        def normal(*shape: int, std: float) -> Tensor:
+            return (torch.randn(*shape, device=device) * std).to(dtype)
+
+        problem = cls(
+            normal(N, H, std=1.0),
+            normal(V, H, std=2 / math.sqrt(H)),
+            normal(N, G, std=1.0),
+            normal(V, G, std=2 / math.sqrt(G)),
+        )
+        problem.hidden_NH.requires_grad_()
+        problem.weight_VH.requires_grad_(not is_frozen)
+        return problem
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Size of the gradients in float32, as they are accumulated."""
+        return 4 * sum(tensor.numel() for tensor in (self.hidden_NH, self.weight_VH) if tensor.requires_grad)
+
+    def clear(self) -> None:
+        self.hidden_NH.grad = self.weight_VH.grad = None
+
+
+def ours(problem: Problem) -> None:
+    student = HiddenSignal(problem.hidden_NH, Head(problem.weight_VH))
+    teacher = HiddenSignal(problem.teacher_hidden_NG, Head(problem.teacher_weight_VG))
+    token_divergence(student, teacher, beta=BETA).values_N.sum().backward()
+
+
+@torch.no_grad()
+def products_alone(problem: Problem) -> None:
+    """Make the products that `ours` makes, in its blocks: what no divergence from hidden states goes below."""
+    N, V = len(problem.hidden_NH), len(problem.weight_VH)
+    B = planned_block(N, V, problem.hidden_NH.device)
+    options = {"device": problem.hidden_NH.device, "dtype": problem.hidden_NH.dtype}
+    student_BV, teacher_BV = torch.empty(B, V, **options), torch.empty(B, V, **options)
+    hidden_gradient_NH = torch.empty_like(problem.hidden_NH)
+    weight_gradient_VH = torch.zeros_like(problem.weight_VH) if problem.weight_VH.requires_grad else None
+    for start in range(0, N, B):
+        hidden_BH = problem.hidden_NH[start : start + B]
+        rows = slice(start, start + len(hidden_BH))
+        logits_BV = student_BV[: len(hidden_BH)]
+        torch.mm(hidden_BH, problem.weight_VH.T, out=logits_BV)
+        torch.mm(problem.teacher_hidden_NG[rows], problem.teacher_weight_VG.T, out=teacher_BV[: len(hidden_BH)])
+        torch.mm(logits_BV, problem.weight_VH, out=hidden_gradient_NH[rows])
+        if weight_gradient_VH is not None:
+            weight_gradient_VH.addmm_(logits_BV.T, hidden_BH)
+
+
+def plain_torch(problem: Problem) -> None:
+    log_q_NV = torch.log_softmax(problem.hidden_NH.float() @ problem.weight_VH.float().T, dim=1)
+    with torch.no_grad():
+        teacher_logits_NV = problem.teacher_hidden_NG.float() @ problem.teacher_weight_VG.float().T
+        log_p_NV = torch.log_softmax(teacher_logits_NV, dim=1)
+    log_m_NV = torch.logaddexp(log_p_NV + math.log(BETA), log_q_NV + math.log(1 - BETA))
+    kl = torch.nn.functional.kl_div
+    kl_p = kl(log_m_NV, log_p_NV, reduction="sum", log_target=True)
+    kl_q = kl(log_m_NV, log_q_NV, reduction="sum", log_target=True)
+    (BETA * kl_p + (1 - BETA) * kl_q).backward()
+
+
+def trl_gkd(problem: Problem) -> None:
+    from trl.experimental.gkd import GKDTrainer
+
+    student_logits_NV = torch.nn.functional.linear(problem.hidden_NH, problem.weight_VH)
+    with torch.no_grad():
+        teacher_logits_NV = torch.nn.functional.linear(problem.teacher_hidden_NG, problem.teacher_weight_VG)
+    GKDTrainer.generalized_jsd_loss(student_logits_NV, teacher_logits_NV, beta=BETA, reduction="sum").backward()
+
+
+def trl(problem: Problem) -> None:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    values_N, _ = ChunkedDivergenceFunction.apply(
+        problem.hidden_NH, problem.weight_VH, None, problem.teacher_hidden_NG, problem.teacher_weight_VG, None, BETA
+    )
+    values_N.sum().backward()
+
+
+def liger(problem: Problem) -> None:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, compiled=True)
+    labels_N = torch.zeros(len(problem.hidden_NH), dtype=torch.long, device=problem.hidden_NH.device)
+    loss(
+        problem.hidden_NH, problem.weight_VH, problem.teacher_hidden_NG, problem.teacher_weight_VG, labels_N
+    ).backward()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that is measured; `floor` names what its time is divided by, None where it is a floor itself."""
+
+    run: Callable[[Problem], None]
+    title: str
+    is_frozen: bool = False
+    floor: str | None = "products"
+    is_slow: bool = False
+    needs: str | None = None
+
+
+CONTENDERS = {
+    "products": Contender(products_alone, "products alone", floor=None),
+    "products-frozen": Contender(products_alone, "products alone, frozen head", is_frozen=True, floor=None),
+    "ours": Contender(ours, "ours"),
+    "ours-frozen": Contender(ours, "ours, frozen head", is_frozen=True, floor="products-frozen"),
+    "torch": Contender(plain_torch, "plain torch", is_slow=True),
+    "trl-gkd": Contender(trl_gkd, "plain torch, TRL's GKDTrainer", is_slow=True, needs="trl"),
+    "trl": Contender(trl, "TRL chunked divergence", is_slow=True, needs="trl"),
+    "liger": Contender(liger, "Liger chunked JSD, compiled", needs="liger_kernel"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cuda", action="store_true", help="measure on the GPU, in bfloat16")
+    parser.add_argument("--core", type=int, help="the core to run on; by default the first one allowed")
+    parser.add_argument("--tokens", type=int, help="N; by default 1024, and 8192 on a GPU")
+    parser.add_argument("--rounds", type=int, default=7, help="turns that each contender takes; slow ones take two")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="V,H,G each")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--memory-of", nargs=3, metavar=("CONTENDER", "SHAPE", "N"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "cuda" if args.cuda else "cpu"
+    if args.cuda and not torch.cuda.is_available():
+        parser.error("--cuda needs a GPU that this torch can use; got none: leave it out to measure on the CPU")
+    core = min(os.sched_getaffinity(0)) if args.core is None else args.core
+    if not args.cuda:
+        os.sched_setaffinity(0, {core})
+        torch.set_num_threads(1)
+    dtype = torch.bfloat16 if args.cuda else torch.float32
+    if args.memory_of:
+        name, shape, N = args.memory_of
+        print(json.dumps(measure_memory(CONTENDERS[name], sizes(shape), int(N), device, dtype)))
+        return
+
+    N = args.tokens or (8192 if args.cuda else 1024)
+    console = Console(width=120)
+    where = torch.cuda.get_device_name() if args.cuda else f"core {core}, {torch.get_num_threads()} thread"
+    console.print(f"torch {torch.__version__}, {where}, {dtype}, beta {BETA}, load average {os.getloadavg()[0]:.1f}")
+    names = [name for name in args.contenders if _is_installed(CONTENDERS[name])]
+    for shape in args.shapes:
+        console.print(compare(names, shape, N, device, dtype, args))
+    if not args.cuda:
+        console.print(f"first call with an empty compilation cache: {first_call_seconds(args.shapes[0]):.1f} s")
+    for sigma, errors in gradient_errors(device).items():
+        of_hidden, of_weight = errors
+        console.print(
+            f"bfloat16, logit gap {sigma}: relative gradient error {of_hidden:.2%} hidden, {of_weight:.2%} head"
+        )
+
+
+def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtype, args: argparse.Namespace) -> Table:
+    """Return the table of one shape: seconds by turns in this process, memory in one process each."""
+    problems = {
+        is_frozen: Problem.random(N, *sizes(shape), device, dtype, is_frozen=is_frozen) for is_frozen in (False, True)
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(args.rounds + 1):
+        for name in names:
+            contender = CONTENDERS[name]
+            if contender.is_slow and turn > 2:
+                continue
+            problem = problems[contender.is_frozen]
+            elapsed = _seconds(contender.run, problem)
+            problem.clear()
+            if turn > 0:  # the first one compiles
+                seconds[name].append(elapsed)
+    del problems, problem
+    gc.collect()
+
+    V, H, G = sizes(shape)
+    table = Table(title=f"V = {V}, H = {H}, G = {G}, N = {N}")
+    for column in ("", "seconds", "over its products", "over ours", "peak MB", "peak MB at N = 8192"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in names:
+        contender = CONTENDERS[name]
+        floor = contender.floor if contender.floor in seconds else None
+        large = ""
+        if name in ("ours", "ours-frozen"):
+            large = f"{_memory_elsewhere(name, shape, 8192, args.cuda):.0f}"
+        table.add_row(
+            contender.title,
+            f"{statistics.median(seconds[name]):.3f}",
+            "" if floor is None else f"{_median_ratio(seconds[name], seconds[floor]):.2f}",
+            f"{_median_ratio(seconds[name], seconds['ours']):.2f}" if "ours" in seconds else "",
+            f"{_memory_elsewhere(name, shape, N, args.cuda):.0f}",
+            large,
+        )
+    return table
+
+
+def measure_memory(contender: Contender, shape: tuple[int, int, int], N: int, device: str, dtype: torch.dtype) -> float:
+    """Return the peak in MiB above weights, inputs and gradients of one run in this process."""
+    problem = Problem.random(N, *shape, device, dtype, is_frozen=contender.is_frozen)
+    few = Problem(
+        problem.hidden_NH[:8].detach().requires_grad_(),
+        problem.weight_VH,
+        problem.teacher_hidden_NG[:8],
+        problem.teacher_weight_VG,
+    )
+    contender.run(few)  # compiles, and loads what is loaded once
+    few.clear()
+    problem.clear()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contender.run(problem)
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _status_bytes("VmRSS")
+        contender.run(problem)
+        peak = _status_bytes("VmHWM") - before
+    return (peak - problem.gradient_bytes) / 2**20
+
+
+def first_call_seconds(shape: str) -> float:
+    """Return how long the first call takes in a new process that finds nothing compiled before."""
+    code = (
+        "import time, torch; torch.set_num_threads(1); from benchmarks.loss import *\n"
+        f"problem = Problem.random(64, *sizes({shape!r}), 'cpu', torch.float32, is_frozen=False)\n"
+        "start = time.perf_counter(); ours(problem); print(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        return float(_output([sys.executable, "-c", code], TORCHINDUCTOR_CACHE_DIR=cache))
+
+
+def gradient_errors(device: str) -> dict[float, tuple[float, ...]]:
+    """Return, for logit gaps of each size, the relative error of the gradients of bfloat16 inputs, in norm."""
+    errors = {}
+    for sigma in SIGMAS:
+        problem = Problem.random(64, 49152, 576, 576, device, torch.bfloat16, is_frozen=False)
+        noise_NH = sigma / 2 * torch.randn_like(problem.hidden_NH)
+        # The head turns hidden states of size 1 into logits of size 2.
+        problem = Problem(
+            problem.hidden_NH,
+            problem.weight_VH,
+            (problem.hidden_NH + noise_NH).detach(),
+            problem.weight_VH.detach(),
+        )
+        ours(problem)
+        actual = (problem.hidden_NH.grad, problem.weight_VH.grad)
+        leaves = [tensor.detach().double().requires_grad_() for tensor in (problem.hidden_NH, problem.weight_VH)]
+        teacher_logits_NV = problem.teacher_hidden_NG.double() @ problem.teacher_weight_VG.double().T
+        values_N = reference_jsd(leaves[0] @ leaves[1].T, teacher_logits_NV, beta=BETA)
+        expected = torch.autograd.grad(values_N.sum(), leaves)
+        errors[sigma] = tuple(
+            float((a.double() - b).norm() / b.norm()) for a, b in zip(actual, expected, strict=True) if a is not None
+        )
+    return errors
+
+
+def sizes(shape: str) -> tuple[int, int, int]:
+    V, H, G = map(int, shape.split(","))
+    return V, H, G
+
+
+def _seconds(run: Callable[[Problem], None], problem: Problem) -> float:
+    if problem.hidden_NH.is_cuda:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(problem)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    before = time.perf_counter()
+    run(problem)
+    return time.perf_counter() - before
+
+
+def _median_ratio(seconds: list[float], of: list[float]) -> float:
+    # The slow contenders took fewer turns.
+    return statistics.median(a / b for a, b in zip(seconds, of, strict=False))
+
+
+def _memory_elsewhere(name: str, shape: str, N: int, is_cuda: bool) -> float:
+    arguments = ["--memory-of", name, shape, str(N), *(["--cuda"] if is_cuda else [])]
+    return float(json.loads(_output([sys.executable, __file__, *arguments])))
+
+
+def _output(command: list[str], **environment: str) -> str:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with contextlib.suppress(KeyError):
+        environment["PYTHONPATH"] = f"{root}:{os.environ['PYTHONPATH']}"
+    environment.setdefault("PYTHONPATH", root)
+    done = subprocess.run(
+        command, env=os.environ | environment, cwd=root, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _is_installed(contender: Contender) -> bool:
+    return contender.needs is None or importlib.util.find_spec(contender.needs) is not None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Student and teacher compared from rows of logits: values, statistics and, in place, the gradient.
+
+Shapes: R rows (tokens), V vocabulary.
+p = teacher, q = student, both softmax(logits / temperature), log_z = the log-normaliser of a side.
+A probability that is zero in the computation's dtype counts as zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gkd_trainer.batch import IGNORE_INDEX
+from gkd_trainer.divergence.objective import TERMS, Objective, Pair
+
+logger = logging.getLogger(__name__)
+
+_CPU_TILE_ELEMENTS = 2**18
+"""Size of a temporary on the CPU: 1 MiB in float32, so that what is alive at once stays in cache."""
+
+_TILE_ELEMENTS = 2**24
+"""The same off the CPU, where many small kernels cost more than 64 MiB a temporary."""
+
+_COMPILED_VOCABULARY = 4096
+"""The vocabulary from which fusing pays for the seconds of a compilation."""
+
+_engine: str | None = None
+"""Which implementation runs: "eager", "compiled" or "triton" in tests, None for what suits the tensors."""
+
+
+class RowStatistics(NamedTuple):
+    """What is known of each row [R]; the fields are those of `TokenDivergence`."""
+
+    values_R: Tensor
+    cross_entropy_R: Tensor | None
+    student_entropy_R: Tensor
+    teacher_entropy_R: Tensor
+    agrees_R: Tensor
+    is_teacher_finite_R: Tensor
+    is_finite_R: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowStatistics]) -> RowStatistics:
+        """Join the statistics of consecutive rows."""
+        return cls._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+
+
+@dataclass(frozen=True)
+class RowComparison:
+    """How rows of logits are compared: the objective, and the cap that the student's logits went through.
+
+    `temporary` is how many elements a temporary may have, if not one row's; None for a default.
+    """
+
+    objective: Objective
+    softcap: float | None = None
+    temporary: int | None = None
+
+    def __call__(
+        self,
+        student_RV: Tensor,
+        teacher_RV: Tensor,
+        labels_R: Tensor | None = None,
+        *,
+        value_weight_R: Tensor | None = None,
+        label_weight_R: Tensor | None = None,
+    ) -> RowStatistics:
+        """Compare rows of logits, both float32 or both float64, and turn the student's into a gradient.
+
+        Where weights are given, `student_RV` is overwritten by value_weight·∂value/∂logits +
+        label_weight·∂cross entropy/∂logits, with respect to the logits before the soft-cap; a row that is not
+        finite gets zero. `label_weight_R` comes with `value_weight_R` or not at all.
+        """
+        numbers = self.objective.numbers(self.softcap)
+        variant = _Variant(self.objective.kind, self.objective.temperature != 1, self.softcap is not None)
+        compare, largest = _implementation(variant, student_RV)
+        if self.temporary is not None and largest != sys.maxsize:
+            largest = max(1, min(largest, self.temporary // student_RV.shape[1]))
+        parts = []
+        for rows in tiles(student_RV.shape[0], largest):
+            # As plain tensors: of views, the compiler looks at what they are of, whose size changes.
+            inputs = (
+                None if tensor is None else tensor[rows].data
+                for tensor in (student_RV, teacher_RV, labels_R, value_weight_R, label_weight_R)
+            )
+            parts.append(compare(*inputs, numbers))
+        return RowStatistics.joined(parts)
+
+
+def tile_rows(logits_RV: Tensor) -> int:
+    """Return how many rows are compared at once."""
+    elements = _CPU_TILE_ELEMENTS if logits_RV.device.type == "cpu" else _TILE_ELEMENTS
+    return max(1, elements // logits_RV.shape[1])
+
+
+def tiles(N: int, largest: int) -> Iterator[slice]:
+    """Split N rows into tiles of nearly one size; one tile at least, so that of no rows there are empty results."""
+    count = max(1, -(-N // largest))
+    return (slice(N * index // count, N * (index + 1) // count) for index in range(count))
+
+
+def mask_cross_entropy(cross_entropy_R: Tensor, labels_R: Tensor, V: int) -> Tensor:
+    """Return +inf where the label is no token of the vocabulary, 0 where it is IGNORE_INDEX, else what was given."""
+    is_outside_R = (labels_R < 0) | (labels_R >= V)
+    return cross_entropy_R.masked_fill(is_outside_R, math.inf).masked_fill(labels_R == IGNORE_INDEX, 0.0)
+
+
+class _Variant(NamedTuple):
+    """What code is specialised on; everything else is a tensor, so that nothing is compiled again for it."""
+
+    kind: str
+    is_tempered: bool
+    is_capped: bool
+
+
+_Compare = Callable[..., RowStatistics]
+
+
+def _compare(
+    student_RV: Tensor,
+    teacher_RV: Tensor,
+    labels_R: Tensor | None,
+    value_weight_R: Tensor | None,
+    label_weight_R: Tensor | None,
+    parameters: tuple[Tensor, ...],
+    variant: _Variant,
+) -> RowStatistics:
+    per_temperature, per_softcap, factor, first, second = parameters
+    student_tempered_RV, teacher_tempered_RV = student_RV, teacher_RV
+    if variant.is_tempered:
+        student_tempered_RV, teacher_tempered_RV = student_RV * per_temperature, teacher_RV * per_temperature
+    top_q_R1, log_z_q_R1 = _normaliser(student_tempered_RV)
+    top_p_R1, log_z_p_R1 = _normaliser(teacher_tempered_RV)
+    log_q_RV, log_p_RV = student_tempered_RV - log_z_q_R1, teacher_tempered_RV - log_z_p_R1
+    q_RV, p_RV = log_q_RV.exp(), log_p_RV.exp()
+    # Near-equal logits subtract without rounding; log q - log p would round both first.
+    gap_RV = (student_tempered_RV - teacher_tempered_RV) - (log_z_q_R1 - log_z_p_R1)
+    # Tokens that neither side can give have no gap: -inf - -inf.
+    gap_RV = torch.where(torch.maximum(student_tempered_RV, teacher_tempered_RV) == -math.inf, 0.0, gap_RV)
+    value_terms_RV, slope_RV = TERMS[variant.kind](Pair(q_RV, p_RV, log_q_RV, log_p_RV, gap_RV), first, second)
+    values_R = value_terms_RV.sum(dim=1) * factor
+    is_finite_R = values_R.isfinite()
+    is_teacher_finite_R = log_z_p_R1[:, 0].isfinite()
+    is_top_RV = (student_tempered_RV == top_q_R1) & (teacher_tempered_RV == top_p_R1)
+    # As a maximum of floats, which is fused with the sums; `any` is not.
+    is_top_shared_R = is_top_RV.to(student_RV.dtype).amax(dim=1) > 0
+    agrees_R = is_top_shared_R & is_teacher_finite_R & log_z_q_R1[:, 0].isfinite()
+
+    cross_entropy_R = None
+    log_z_R1 = log_z_q_R1
+    if labels_R is not None:
+        if variant.is_tempered:
+            _, log_z_R1 = _normaliser(student_RV)
+        V = student_RV.shape[1]
+        label_logits_R = student_RV.gather(1, labels_R.clamp(0, V - 1)[:, None])[:, 0]
+        cross_entropy_R = mask_cross_entropy(log_z_R1[:, 0] - label_logits_R, labels_R, V)
+
+    entropy_q_R, entropy_p_R = _entropy(q_RV, log_q_RV), _entropy(p_RV, log_p_RV)
+    if value_weight_R is not None:
+        weight_R1 = (value_weight_R * factor * per_temperature)[:, None]
+        gradient_RV = (slope_RV - q_RV * slope_RV.sum(dim=1, keepdim=True)) * weight_R1
+        # An infinite row would otherwise reach the others through the head's weight, even at weight zero.
+        gradient_RV = torch.where(is_finite_R[:, None], gradient_RV, 0.0)
+        if label_weight_R is not None and labels_R is not None and cross_entropy_R is not None:
+            ids_V = torch.arange(student_RV.shape[1], device=student_RV.device)
+            label_slope_RV = (student_RV - log_z_R1).exp() - (ids_V == labels_R[:, None]).to(student_RV.dtype)
+            is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
+            gradient_RV += torch.where(is_trained_R[:, None], label_slope_RV * label_weight_R[:, None], 0.0)
+        if variant.is_capped:
+            gradient_RV *= 1 - (student_RV * per_softcap) ** 2
+        student_RV.copy_(gradient_RV)
+    return RowStatistics(
+        values_R, cross_entropy_R, entropy_q_R, entropy_p_R, agrees_R, is_teacher_finite_R, is_finite_R
+    )
+
+
+def _normaliser(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest logit and the log-normaliser of each row; both -inf where all is -inf."""
+    top_R1 = logits_RV.amax(dim=1, keepdim=True)
+    # Where all is -inf there is nothing to shift by: -inf - -inf would be NaN.
+    shift_R1 = torch.where(top_R1 == -math.inf, 0.0, top_R1)
+    return top_R1, (logits_RV - shift_R1).exp().sum(dim=1, keepdim=True).log() + shift_R1
+
+
+def _entropy(p_RV: Tensor, log_p_RV: Tensor) -> Tensor:
+    # Zero probability contributes nothing: 0·-inf would be NaN. NaN stays NaN.
+    return -(p_RV * log_p_RV.clamp(min=-1e4)).sum(dim=1)
+
+
+def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_Compare, int]:
+    """Return what compares rows, and how many it is given at once."""
+    engine = _engine or _suitable_engine(variant, student_RV)
+    if engine == "triton":
+        return functools.partial(_compare_with_triton, variant=variant), sys.maxsize
+    compare = _compiled(variant) if engine == "compiled" else functools.partial(_compare, variant=variant)
+
+    def compare_with_tensors(student_RV: Tensor, *inputs: Any) -> RowStatistics:
+        *others, numbers = inputs
+        return compare(student_RV, *others, _as_tensors(numbers, student_RV.dtype, student_RV.device))
+
+    return compare_with_tensors, tile_rows(student_RV)
+
+
+def _suitable_engine(variant: _Variant, student_RV: Tensor) -> str:
+    if student_RV.is_cuda:
+        return "triton" if student_RV.dtype == torch.float32 and variant.kind in _triton_kinds() else "eager"
+    # One row is a shape of its own to the compiler.
+    is_worth_it = student_RV.device.type == "cpu" and student_RV.shape[1] >= _COMPILED_VOCABULARY
+    return "compiled" if is_worth_it and student_RV.shape[0] > 1 else "eager"
+
+
+def _compare_with_triton(*inputs: Any, variant: _Variant) -> RowStatistics:
+    from gkd_trainer.divergence import triton
+
+    return RowStatistics._make(triton.compare_rows(*inputs, **variant._asdict()))
+
+
+@functools.cache
+def _triton_kinds() -> frozenset[str]:
+    try:
+        from gkd_trainer.divergence import triton
+    except ImportError:
+        logger.warning("Triton can't be imported, and the divergence will be slower: pip install triton")
+        return frozenset()
+    return triton.KINDS
+
+
+@functools.cache
+def _compiled(variant: _Variant) -> _Compare:
+    """Return `_compare` fused for any number of rows and tokens, or as it is where nothing can be compiled."""
+    # Code of its own for each variant: the compiler counts the variants of one function, and stops at eight.
+    code = _compare.__code__.replace(co_name="_".join(map(str, ("compare", *variant))))
+    copy = types.FunctionType(code, _compare.__globals__, closure=_compare.__closure__)
+    eager = functools.partial(_compare, variant=variant)
+    fastest: _Compare = functools.partial(torch.compile(copy, dynamic=True, fullgraph=True), variant=variant)
+    is_first = True
+
+    def compare(*inputs: Any) -> RowStatistics:
+        nonlocal fastest, is_first
+        try:
+            # The compiler warns of what it uses itself.
+            with warnings.catch_warnings(action="ignore") if is_first else contextlib.nullcontext():
+                is_first = False
+                return fastest(*inputs)
+        except Exception as error:  # no compiler, a broken one, no folder to write to: whatever it may be
+            if fastest is eager:
+                raise
+            logger.warning("The divergence can't be compiled, and will be slower: %s: %s", type(error).__name__, error)
+            fastest = eager
+        return eager(*inputs)
+
+    return compare
+
+
+@functools.lru_cache(maxsize=64)
+def _as_tensors(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    # Tensors, so that nothing is compiled again for other numbers; kept, since copies to a device take time.
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(number, dtype=dtype, device=device) for number in numbers)

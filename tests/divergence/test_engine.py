@@ -1,0 +1,286 @@
+"""How the path from hidden states works: what is projected how often, in which memory, by which implementation.
+
+Shapes: N tokens, V vocabulary, H, G hidden widths.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gkd_trainer.batch import Head, HiddenSignal
+from gkd_trainer.divergence import reference_jsd, rows, token_divergence
+from gkd_trainer.divergence.projection import Projection
+
+N, V, H, G = 11, 67, 8, 13
+
+
+def signal(*, N=N, V=V, width=H, seed=0, dtype=torch.float32, requires_grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_NH = torch.randn(N, width, generator=generator).to(dtype).requires_grad_(requires_grad)
+    weight_VH = (torch.randn(V, width, generator=generator) * 2 / width**0.5).to(dtype).requires_grad_(requires_grad)
+    return HiddenSignal(hidden_NH, Head(weight_VH))
+
+
+def teacher(**options):
+    return signal(**{"width": G, "seed": 1, "requires_grad": False, **options})
+
+
+def leaves(signal):
+    return [signal.hidden_NH, signal.head.weight_VH]
+
+
+def logits(signal):
+    return signal.hidden_NH.double() @ signal.head.weight_VH.double().T
+
+
+def assert_close_in_norm(actual, expected, *, tolerance=5e-6):
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+@pytest.fixture
+def projections(monkeypatch):
+    """The number of rows in each projection, as they are made."""
+    made = []
+    project = Projection.logits
+    monkeypatch.setattr(
+        Projection,
+        "logits",
+        lambda self, hidden_BH, out_BV: (made.append(len(out_BV)), project(self, hidden_BH, out_BV)),
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("reduce", "times"),
+    [
+        (lambda values_N: values_N.sum() / 7, 1),
+        (lambda values_N: values_N.mean(), 1),
+        (lambda values_N: (values_N * torch.linspace(-1, 2, N)).sum(), 2),
+    ],
+)
+def test_an_upstream_that_is_the_same_for_all_tokens_projects_each_side_once(projections, reduce, times):
+    student, other = signal(), teacher()
+    gradients = torch.autograd.grad(reduce(token_divergence(student, other, beta=0.5).values_N), leaves(student))
+    assert sum(projections) == 2 * N * times
+    expected = torch.autograd.grad(reduce(reference_jsd(logits(student), logits(other), beta=0.5)), leaves(student))
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert_close_in_norm(actual, wanted)
+
+
+def test_without_a_graph_no_gradient_is_made(projections, monkeypatch):
+    monkeypatch.setattr(Projection, "add_gradient", None)
+    with torch.no_grad():
+        token_divergence(signal(), teacher(), beta=0.5)
+    token_divergence(signal(requires_grad=False), teacher(), beta=0.5)
+    assert sum(projections) == 4 * N
+
+
+def test_a_second_backward_pass_gives_the_same_gradient():
+    student = signal()
+    loss = token_divergence(student, teacher(), beta=0.5).values_N.sum() / 3
+    first = torch.autograd.grad(loss, leaves(student), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for again, gradient in zip(torch.autograd.grad(loss, leaves(student)), kept, strict=True):
+        assert_close_in_norm(again, gradient)
+    for gradient, before in zip(first, kept, strict=True):
+        assert torch.equal(gradient, before)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_mix_known_beforehand_is_one_pass_with_the_gradient_of_the_mix(projections, temperature):
+    student, other = signal(), teacher()
+    labels_N, weight_N = torch.arange(N), torch.linspace(0, 1, N)
+    labels_N[3] = -100
+    result = token_divergence(
+        student, other, beta=0.3, temperature=temperature, labels_N=labels_N, label_weight_N=weight_N
+    )
+    gradients = torch.autograd.grad(result.loss_N.sum() / 5, leaves(student), retain_graph=True)
+    assert sum(projections) == 2 * N
+    values_N = reference_jsd(logits(student), logits(other), beta=0.3, temperature=temperature)
+    cross_entropy_N = functional.cross_entropy(logits(student), labels_N, reduction="none")
+    expected_N = (1 - weight_N) * values_N + weight_N * cross_entropy_N
+    torch.testing.assert_close(result.loss_N.double(), expected_N, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(expected_N.sum() / 5, leaves(student), retain_graph=True)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert_close_in_norm(actual, wanted)
+    # Together with upstreams of the parts, and not uniform.
+    mixed_N = result.loss_N * weight_N - result.values_N + 2 * result.cross_entropy_N
+    expected_N = expected_N * weight_N - values_N + 2 * cross_entropy_N
+    expected = torch.autograd.grad(expected_N.sum(), leaves(student))
+    for actual, wanted in zip(torch.autograd.grad(mixed_N.sum(), leaves(student)), expected, strict=True):
+        assert_close_in_norm(actual, wanted)
+
+
+def test_what_has_weight_zero_in_the_mix_may_be_infinite():
+    student = signal()
+    labels_N, weight_N = torch.full((N,), V), torch.zeros(N)
+    result = token_divergence(student, teacher(), beta=0.5, labels_N=labels_N, label_weight_N=weight_N)
+    assert torch.equal(result.loss_N, result.values_N)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(result.loss_N.sum(), leaves(student)))
+
+
+def test_a_head_that_is_tied_to_the_embeddings_adds_its_gradient_to_theirs():
+    weight_VH = signal().head.weight_VH
+    ids_N = torch.arange(N)
+
+    def gradient(divergence):
+        hidden_NH = functional.embedding(ids_N, weight_VH).tanh()
+        return torch.autograd.grad(divergence(HiddenSignal(hidden_NH, Head(weight_VH))).sum(), weight_VH)[0]
+
+    other = teacher()
+    assert_close_in_norm(
+        gradient(lambda student: token_divergence(student, other, beta=0.5).values_N),
+        gradient(lambda student: reference_jsd(logits(student), logits(other), beta=0.5)),
+    )
+
+
+def test_a_padded_vocabulary_is_cut_without_a_copy(monkeypatch):
+    student, other = signal(), teacher(V=V + 5)
+    seen = []
+    project = Projection.logits
+    monkeypatch.setattr(
+        Projection,
+        "logits",
+        lambda self, hidden_BH, out_BV: (seen.append(self.head.weight_VH.data_ptr()), project(self, hidden_BH, out_BV)),
+    )
+    values_N = token_divergence(student.sliced(60), other.sliced(60), beta=0.5).values_N
+    assert seen == [student.head.weight_VH.data_ptr(), other.head.weight_VH.data_ptr()]
+    gradient_VH = torch.autograd.grad(values_N.sum(), student.head.weight_VH)[0]
+    assert (gradient_VH[60:] == 0).all()
+    assert (gradient_VH[:60] != 0).any(dim=1).all()
+
+
+def test_a_sharded_head_is_gathered_and_its_gradient_finds_the_shards():
+    from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        student, other = signal(), teacher()
+        sharded = distribute_tensor(student.head.weight_VH.detach(), init_device_mesh("cpu", (1,))).requires_grad_()
+        token_divergence(HiddenSignal(student.hidden_NH, Head(sharded)), other, beta=0.5).values_N.sum().backward()
+        token_divergence(student, other, beta=0.5).values_N.sum().backward()
+        assert isinstance(sharded.grad, DTensor)
+        torch.testing.assert_close(sharded.grad.full_tensor(), student.head.weight_VH.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_student_row_that_is_not_finite_does_not_reach_the_weights_gradient():
+    student, other = signal(), teacher()
+    broken_NH = student.hidden_NH.detach().clone()
+    broken_NH[4, 2] = float("nan")
+    broken = HiddenSignal(broken_NH.requires_grad_(), student.head)
+    result = token_divergence(broken, other, beta=0.5)
+    assert result.is_finite_N.tolist() == [row != 4 for row in range(N)]
+    hidden_NH, weight_VH = torch.autograd.grad(result.values_N.sum(), leaves(broken))
+    assert (hidden_NH[4] == 0).all()
+    assert weight_VH.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_vocabulary_of_one_token_has_no_divergence(beta):
+    student, other = signal(V=1), teacher(V=1)
+    values_N = token_divergence(student, other, beta=beta).values_N
+    assert (values_N == 0).all()
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(values_N.sum(), leaves(student)))
+
+
+class PeakOfNewStorages(TorchDispatchMode):
+    """The largest number of bytes that were alive at once in storages made since."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        outputs = operation(*args, **(kwargs or {}))
+        known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in args if isinstance(tensor, torch.Tensor)}
+        for tensor in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if isinstance(tensor, torch.Tensor):
+                reference = StorageWeakRef(tensor.untyped_storage())
+                if reference.cdata not in known:
+                    self.alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
+        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace_mb", [1, 2])
+def test_memory_beyond_inputs_and_gradients_stays_in_the_budget_for_any_number_of_tokens(
+    dtype, workspace_mb, monkeypatch
+):
+    monkeypatch.setattr(rows, "_CPU_TILE_ELEMENTS", 2**13)
+    V = 2000
+    for N in (64, 320):
+        student, other = signal(N=N, V=V, dtype=dtype), teacher(N=N, V=V, dtype=dtype)
+        with PeakOfNewStorages() as memory:
+            token_divergence(student, other, beta=0.5, workspace_mb=workspace_mb).values_N.sum().backward()
+        gradients = 4 * sum(leaf.numel() for leaf in leaves(student))
+        if dtype == torch.bfloat16:  # and what they are rounded to
+            gradients += gradients // 2
+        assert memory.peak - gradients <= 1.1 * workspace_mb * 2**20
+        # Some of it is made use of, if there are as many tokens.
+        assert N == 64 or memory.peak - gradients >= 0.6 * workspace_mb * 2**20
+
+
+@pytest.mark.parametrize("workspace_mb", [1, 1.5, 100])
+def test_the_budget_does_not_change_the_result(workspace_mb):
+    student, other = signal(N=300, V=1000), teacher(N=300, V=1000)
+    expected_N = reference_jsd(logits(student), logits(other), beta=0.5)
+    actual_N = token_divergence(student, other, beta=0.5, workspace_mb=workspace_mb).values_N
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(expected_N.sum(), leaves(student))
+    for gradient, wanted in zip(torch.autograd.grad(actual_N.sum(), leaves(student)), expected, strict=True):
+        assert_close_in_norm(gradient, wanted)
+
+
+def test_compiled_and_eager_agree_and_one_compilation_serves_any_size(monkeypatch):
+    def run(engine, N, V, beta=0.3):
+        monkeypatch.setattr(rows, "_engine", engine)
+        student, other = signal(N=N, V=V), teacher(N=N, V=V)
+        student = replace(student, head=replace(student.head, softcap=9.0))
+        labels_N, weight_N = torch.arange(N) % V, torch.linspace(0, 1, N)
+        result = token_divergence(
+            student, other, beta=beta, temperature=2.0, labels_N=labels_N, label_weight_N=weight_N, token_block=9
+        )
+        return result, torch.autograd.grad(result.loss_N.sum(), leaves(student))
+
+    compiled = 0
+    for N, V in ((11, 67), (8, 67), (20, 300)):
+        (actual, gradients), (expected, wanted) = run("compiled", N, V), run("eager", N, V)
+        for name, expected_N in vars(expected).items():
+            torch.testing.assert_close(getattr(actual, name), expected_N, rtol=1e-5, atol=1e-6, msg=name)
+        for gradient, other in zip(gradients, wanted, strict=True):
+            assert_close_in_norm(gradient, other)
+        compiled = compiled or counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == compiled > 0
+    run("compiled", 20, 300, beta=0.7)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_without_a_compiler_the_same_is_computed_and_said_once(monkeypatch, caplog):
+    def compile_nothing(*args, **options):
+        def fail(*inputs, **options):
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    rows._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(rows, "_engine", "compiled")
+    student, other = signal(), teacher()
+    actual_N = token_divergence(student, other, beta=0.5, token_block=4).values_N
+    rows._compiled.cache_clear()
+    expected_N = reference_jsd(logits(student), logits(other), beta=0.5)
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=1e-5, atol=1e-6)
+    assert [record.message for record in caplog.records] == [
+        "The divergence can't be compiled, and will be slower: RuntimeError: no C++ compiler"
+    ]

@@ -1,0 +1,152 @@
+"""The divergences besides the JSD against the float64 oracle, and their options. Shapes: N tokens, V vocabulary."""
+
+import math
+
+import pytest
+import torch
+
+from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, TopKSignal
+from gkd_trainer.divergence import reference_divergence, reference_jsd, token_divergence
+from gkd_trainer.errors import GKDConfigError
+
+N, V = 6, 97
+
+CASES = [
+    ("skew_kl", {}),
+    ("skew_kl", {"alpha": 0.6}),
+    ("skew_reverse_kl", {}),
+    ("skew_reverse_kl", {"alpha": 0.6}),
+    ("total_variation", {}),
+    ("alpha_beta", {"alpha": 0.2, "beta": 0.7}),
+    ("alpha_beta", {"alpha": 1.5, "beta": 0.5}),
+    ("adaptive_kl", {}),
+    ("adaptive_kl", {"mu": 0.8}),
+]
+NAMES = sorted({name for name, _ in CASES})
+
+
+def pair(*, gap=2.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student_logits_NV = 3 * torch.randn(N, V, generator=generator)
+    teacher_logits_NV = student_logits_NV + gap * torch.randn(N, V, generator=generator)
+    return student_logits_NV.requires_grad_(), teacher_logits_NV
+
+
+def value(student_logits_NV, teacher_logits_NV, divergence, options=None, **more):
+    student, teacher = LogitsSignal(student_logits_NV), LogitsSignal(teacher_logits_NV)
+    return token_divergence(student, teacher, divergence=divergence, divergence_options=options, **more).values_N
+
+
+def gradient(values_N, wrt):
+    return torch.autograd.grad(values_N, wrt, torch.linspace(-1, 2, N, dtype=values_N.dtype))[0]
+
+
+def assert_close_in_norm(actual, expected, *, tolerance):
+    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(("divergence", "options"), CASES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("gap", [2.0, 0.1])
+def test_values_and_gradient_equal_the_oracle(divergence, options, temperature, gap):
+    student_logits_NV, teacher_logits_NV = pair(gap=gap)
+    actual_N = value(student_logits_NV, teacher_logits_NV, divergence, options, temperature=temperature)
+    expected_N = reference_divergence(
+        student_logits_NV,
+        teacher_logits_NV,
+        divergence=divergence,
+        temperature=temperature,
+        **({"alpha": 0.2} if divergence == "alpha_beta" else {}) | options,
+    )
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=2e-5, atol=5e-6)
+    assert_close_in_norm(gradient(actual_N, student_logits_NV), gradient(expected_N, student_logits_NV), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_the_same_model_gives_no_loss_and_no_gradient(divergence):
+    student_logits_NV, _ = pair()
+    values_N = value(student_logits_NV, student_logits_NV.detach(), divergence)
+    assert values_N.abs().max() < 2e-6
+    assert gradient(values_N, student_logits_NV).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_tokens_that_neither_side_can_give_are_as_if_absent(divergence):
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair())
+    expected_N = value(student_logits_NV[:, 5:], teacher_logits_NV[:, 5:], divergence)
+    student_logits_NV[:, :5] = teacher_logits_NV[:, :5] = -math.inf
+    student_logits_NV.requires_grad_()
+    actual_N = value(student_logits_NV, teacher_logits_NV, divergence)
+    torch.testing.assert_close(actual_N, expected_N, rtol=1e-5, atol=1e-6)
+    gradient_NV = gradient(actual_N, student_logits_NV)
+    assert gradient_NV.isfinite().all()
+    assert (gradient_NV[:, :5] == 0).all()
+
+
+@pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_token_that_one_side_alone_can_give_leaves_these_finite(divergence, side):
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair())
+    (student_logits_NV if side == "student" else teacher_logits_NV)[:, 3] = -math.inf
+    student_logits_NV.requires_grad_()
+    options = {"alpha": 0.2} if divergence == "alpha_beta" else {}
+    actual_N = value(student_logits_NV, teacher_logits_NV, divergence)
+    expected_N = reference_divergence(student_logits_NV, teacher_logits_NV, divergence=divergence, **options)
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=2e-5, atol=5e-6)
+    assert gradient(actual_N, student_logits_NV).isfinite().all()
+
+
+def test_skewed_kls_have_the_kls_as_their_limits():
+    student_logits_NV, teacher_logits_NV = (logits_NV.double() for logits_NV in pair())
+    for divergence, beta in (("skew_kl", 0.0), ("skew_reverse_kl", 1.0)):
+        torch.testing.assert_close(
+            value(student_logits_NV, teacher_logits_NV, divergence, {"alpha": 1e-9}),
+            reference_jsd(student_logits_NV, teacher_logits_NV, beta=beta),
+            rtol=1e-5,
+            atol=1e-7,
+        )
+
+
+def test_the_alpha_beta_divergence_has_the_kls_as_its_limits():
+    student_logits_NV, teacher_logits_NV = (logits_NV.double() for logits_NV in pair())
+    for options, beta in (({"alpha": 1.0, "beta": 1e-7}, 0.0), ({"alpha": 1e-7, "beta": 1.0}, 1.0)):
+        torch.testing.assert_close(
+            value(student_logits_NV, teacher_logits_NV, "alpha_beta", options),
+            reference_jsd(student_logits_NV, teacher_logits_NV, beta=beta),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("divergence", NAMES)
+def test_hidden_states_and_a_top_k_of_all_tokens_give_what_logits_give(divergence):
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (
+        HiddenSignal(torch.randn(N, 8, generator=generator), Head(torch.randn(V, 8, generator=generator)))
+        for _ in range(2)
+    )
+    student.hidden_NH.requires_grad_()
+    student_logits_NV, teacher_logits_NV = (side.head.logits(side.hidden_NH) for side in (student, teacher))
+    expected_N = value(student_logits_NV, teacher_logits_NV, divergence)
+    expected_NH = gradient(expected_N, student.hidden_NH)
+    all_tokens = TopKSignal(torch.arange(V).expand(N, V), teacher_logits_NV.log_softmax(dim=1), V)
+    for other, tolerance in ((teacher, 1e-5), (all_tokens, 1e-4)):
+        actual_N = token_divergence(student, other, divergence=divergence, token_block=4).values_N
+        torch.testing.assert_close(actual_N, expected_N, rtol=tolerance, atol=tolerance)
+        assert_close_in_norm(gradient(actual_N, student.hidden_NH), expected_NH, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "options", "message"),
+    [
+        ("kl", None, r"divergence must be one of 'jsd', 'skew_kl'.*got 'kl'"),
+        ("jsd", {"alpha": 0.1}, r"options of the divergence 'jsd' are \[\]; got \['alpha'\]"),
+        ("skew_kl", {"alpha": 0.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\).*got 0.0"),
+        ("adaptive_kl", {"mu": 1.5}, r"'mu' of the divergence 'adaptive_kl' must be in \(0, 1\).*got 1.5"),
+        ("alpha_beta", {"beta": -0.5}, r"'beta' of the divergence 'alpha_beta' must be in \(0, inf\).*got -0.5"),
+    ],
+)
+def test_an_option_that_a_divergence_has_not_is_refused(divergence, options, message):
+    with pytest.raises(GKDConfigError, match=message):
+        value(*pair(), divergence, options)

@@ -1,0 +1,54 @@
+"""Triton's kernels: in its interpreter everywhere, on a GPU where there is one, and compiled for one that is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CASES = Path(__file__).with_name("triton_cases.py")
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gkd_trainer.divergence import triton as kernels
+
+kernel = kernels._compare_kernel
+signature = {
+    name: "*i64" if name == "labels_ptr" else "*fp32" if name.endswith("_ptr")
+    else "i32" if name in ("student_stride", "teacher_stride", "V")
+    else "constexpr" if name.isupper() else "fp32"
+    for name in kernel.arg_names
+}
+for kind in sorted(kernels.KINDS):
+    constants = {name: True for name in kernel.arg_names if name.isupper()} | {"KIND": kind, "TILE": 1024}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
+    assert "ptx" in compiled.asm, kind
+"""
+
+
+def run(*command, **environment):
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root} | environment
+    done = subprocess.run([sys.executable, *command], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_kernels_are_right_in_tritons_interpreter():
+    # A process of its own: the variable has to be there before Triton is imported. Its NumPy warns of inf - inf.
+    run("-m", "pytest", "-q", "-W", "ignore", str(CASES), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernels_are_right_on_a_gpu():
+    run("-m", "pytest", "-q", "-W", "ignore", str(CASES))
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_here():
+    run("-W", "ignore", "-c", COMPILE)
