@@ -2,9 +2,9 @@
 
     python benchmarks/rollouts.py --pair .cache/smollm2
 
-prints four tables, both sides of each measured in turns in this one run, on one pinned core: tokens a second of vLLM in
-process and of `transformers.generate`; seconds of a sync; seconds of whole on-policy steps, beside TRL's GKDTrainer; and
-seconds to score 32 sequences of 200 tokens by a server, beside a forward of the same model. `--parts` picks some.
+prints four tables, both sides of each measured in turns in this one run, on one pinned core: tokens a second of vLLM
+in process and of `transformers.generate`; seconds of a sync; seconds of whole on-policy steps, beside TRL's GKDTrainer;
+and seconds to score 32 sequences of 200 tokens by a server, beside a forward of the same model. `--parts` picks some.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def generate(options: argparse.Namespace) -> None:
         seconds = in_turns(calls, options.repeats)
         for name, times in seconds.items():
             rows.append([name, dtype, f"{PROMPTS * NEW_TOKENS / statistics.median(times):.0f}"])
+        vllm.close()
         rows[-1].append(f"{ratio(seconds['transformers.generate'], seconds['vLLM colocate']):.2f}")
     table(f"{PROMPTS} prompts, {NEW_TOKENS} new tokens", ["engine", "dtype", "tokens/s", "vLLM faster by"], rows)
 
