@@ -108,7 +108,7 @@ class GKDArguments:
     )
     loss_workspace_mb: float | None = _option(
         None,
-        "Memory in MiB (at least 1) that the divergence may take besides hidden states and gradients; by default 128 "
+        "Memory in MiB (at least 1) that the divergence may take besides hidden states and gradients; by default 256 "
         "on the CPU and 1024 elsewhere.",
     )
     divergence_scale: str = _option(

@@ -21,8 +21,8 @@ from gkd_trainer.divergence.projection import HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.rows import RowComparison, RowStatistics, tiles
 
-CPU_WORKSPACE_MB = 128
-"""The default budget on the CPU: some hundred tokens at the largest vocabularies."""
+CPU_WORKSPACE_MB = 256
+"""The default budget on the CPU. With less, at large vocabularies, moving the weights takes over from multiplying."""
 
 WORKSPACE_MB = 1024
 """The default budget elsewhere, where larger products keep the device busy."""

@@ -74,7 +74,7 @@ def token_divergence(
         token_block: how many positions are projected at once, if both sides are hidden states, or worked on at
             once for a teacher's top tokens; None for what fits into `workspace_mb`.
         workspace_mb: the memory in MiB that comparing two sets of hidden states may take besides inputs and
-            gradients; None for 128 on the CPU and 1024 elsewhere. None of these three changes the result.
+            gradients; None for 256 on the CPU and 1024 elsewhere. None of these three changes the result.
 
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
