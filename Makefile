@@ -9,10 +9,10 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo test bench lint types format build clean
+.PHONY: help install demo test test-servers bench lint types format build clean
 
 help: ## Show the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed ## Make .venv and install the package with what development needs.
 
@@ -41,6 +41,9 @@ test: $(VENV)/installed $(SMOLLM2)/student/config.json lint types ## Run all che
 
 bench: $(VENV)/installed ## Measure the divergence's time and memory beside its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)
+
+test-servers: $(VENV)/installed ## Run the tests that take vLLM servers of their own.
+	$(BIN)/pytest -m servers
 
 lint: $(VENV)/installed ## Check style and imports.
 	$(BIN)/ruff check .

@@ -3,59 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 from dataclasses import dataclass, field
-from math import inf
-from numbers import Integral, Real
-from typing import Any, Self, get_args
+from typing import Any, Self
 
-from transformers import GenerationConfig, TrainingArguments
+from transformers import TrainingArguments
 
+from gkd_trainer.checks import check_combinations, check_ranges, check_types, parsed_json, parsed_urls
 from gkd_trainer.errors import GKDConfigError
-
-# What generation_kwargs may not hold, and what to do instead.
-_REFUSED_GENERATION_KWARGS = {
-    **{
-        name: f"set {name} itself, outside generation_kwargs"
-        for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "repetition_penalty")
-    },
-    **dict.fromkeys(
-        ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), "set top_p, top_k or min_p instead, the warpers here"
-    ),
-    **dict.fromkeys(("max_length", "max_time"), "set max_new_tokens instead"),
-    "min_length": "set min_new_tokens instead, which does not count the padding",
-    "do_sample": "completions are always sampled; set top_k=1 to take the most probable token",
-    **dict.fromkeys(
-        ("num_beams", "num_return_sequences", "num_beam_groups", "prompt_lookup_num_tokens", "is_assistant", "use_mtp"),
-        "leave it out: each prompt gets one completion, sampled token by token",
-    ),
-    **dict.fromkeys(
-        ("eos_token_id", "stop_strings"),
-        "set eos_token_id in the model's generation_config or the tokenizer instead: completions end at any of them",
-    ),
-    "pad_token_id": "set it in the tokenizer instead",
-    "token_healing": "leave it out: the prompt's tokens stay as they are",
-    "use_cache": "leave it out: the cache is always on",
-    **dict.fromkeys(
-        ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"),
-        "leave it out: only token ids are read",
-    ),
-}
-
-# Fields of vLLM's SamplingParams that are neither options of their own nor fixed by the rollouts.
-_VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
-
-_VLLM_MAX_TEMPERATURE = 2.0
-
-# What a value of each annotated type has to be an instance of, and how an error calls that.
-_TYPES: dict[Any, tuple[Any, str]] = {
-    float: (Real, "a number"),
-    int: (Integral, "a whole number"),
-    bool: (bool, "True or False"),
-    str: (str, "a string"),
-    type(None): (type(None), "None"),
-}
 
 
 def _option(default: Any, help: str, choices: list[str] | None = None, is_secret: bool = False) -> Any:
@@ -259,12 +213,15 @@ class GKDArguments:
     def __post_init__(self) -> None:
         """Parse the JSON fields, check every value and combination, then let the base class do its part."""
         for name in self._json_fields():
-            setattr(self, name, _parsed(name, getattr(self, name)))
+            setattr(self, name, parsed_json(name, getattr(self, name)))
         for name in self._url_fields():
-            setattr(self, name, _listed(name, getattr(self, name)))
-        self._check_types()
-        self._check_ranges()
-        self._check_combinations()
+            setattr(self, name, parsed_urls(name, getattr(self, name)))
+        # The base class checks its own fields, or leaves them to Python.
+        for owner in (GKDArguments, GKDConfig):
+            if isinstance(self, owner):
+                check_types(self, owner, {*self._json_fields(), *self._url_fields()})
+        check_ranges(self, dataclasses.fields(GKDArguments))
+        check_combinations(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
@@ -290,166 +247,6 @@ class GKDArguments:
     @staticmethod
     def _url_fields() -> tuple[str, ...]:
         return ("vllm_server_base_url", "teacher_server_base_url")
-
-    def _check_types(self) -> None:
-        # The base class checks its own fields, or leaves them to Python.
-        for owner in (GKDArguments, GKDConfig):
-            hints = inspect.get_annotations(owner, eval_str=True) if isinstance(self, owner) else {}
-            for name in hints.keys() - {*self._json_fields(), *self._url_fields()}:
-                expected = [_TYPES[hint] for hint in get_args(hints[name]) or (hints[name],)]
-                value = getattr(self, name)
-                is_valid = any(
-                    isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in expected
-                )
-                _check(name, repr(value), is_valid, " or ".join(words for _, words in expected))
-
-    def _check_ranges(self) -> None:
-        in_unit = "in [0, 1]"
-        _check("beta", self.beta, 0 <= self.beta <= 1, f"{in_unit} (0 is forward KL, 1 is reverse KL)")
-        _check("lmbda", self.lmbda, 0 <= self.lmbda <= 1, f"{in_unit} (0 is all data, 1 is all student)")
-        if self.lmbda_end is not None:
-            _check("lmbda_end", self.lmbda_end, 0 <= self.lmbda_end <= 1, in_unit)
-        _check("ce_weight", self.ce_weight, 0 <= self.ce_weight <= 1, in_unit)
-        finite = "above 0 and finite"
-        _check(
-            "temperature", self.temperature, 0 < self.temperature < inf, f"{finite} (1 samples the student as it is)"
-        )
-        _check("loss_temperature", self.loss_temperature, 0 < self.loss_temperature < inf, finite)
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1] (1 keeps every token)")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (keeps every token) or more")
-        if self.min_p is not None:
-            _check("min_p", self.min_p, 0 <= self.min_p <= 1, in_unit)
-        _check(
-            "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < inf, f"{finite} (1 is none)"
-        )
-        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
-        if self.rollout_batch_size is not None:
-            _check("rollout_batch_size", self.rollout_batch_size, self.rollout_batch_size >= 1, "at least 1")
-        if self.loss_workspace_mb is not None:
-            _check("loss_workspace_mb", self.loss_workspace_mb, 1 <= self.loss_workspace_mb < inf, "at least 1")
-        _check("rollout_steps", self.rollout_steps, self.rollout_steps >= 1, "at least 1")
-        for name in ("vllm_server_timeout", "vllm_request_timeout"):
-            _check(name, getattr(self, name), 0 < getattr(self, name) < inf, finite)
-        _check(
-            "vllm_gpu_memory_utilization",
-            self.vllm_gpu_memory_utilization,
-            0 < self.vllm_gpu_memory_utilization <= 1,
-            "in (0, 1]",
-        )
-        for name in ("vllm_max_model_length", "vllm_tensor_parallel_size", "teacher_top_k"):
-            value = getattr(self, name)
-            _check(name, value, value is None or value >= 1, "at least 1")
-        if self.max_length is not None:
-            _check("max_length", self.max_length, self.max_length >= 2, "at least 2 (a prompt and a completion)")
-        _check(
-            "num_completions_to_print",
-            self.num_completions_to_print,
-            self.num_completions_to_print >= 1,
-            "at least 1",
-        )
-        for option in dataclasses.fields(GKDArguments):
-            choices = option.metadata.get("choices")
-            if choices is not None:
-                value = getattr(self, option.name)
-                _check(option.name, repr(value), value in choices, "one of " + ", ".join(map(repr, choices)))
-
-    def _check_combinations(self) -> None:
-        if self.lmbda_schedule == "linear" and self.lmbda_end is None:
-            raise GKDConfigError("lmbda_schedule='linear' needs lmbda_end, the λ of the last step; got None")
-        if self.lmbda_schedule == "constant" and self.lmbda_end not in (None, self.lmbda):
-            raise GKDConfigError(
-                f"lmbda_end={self.lmbda_end} has no effect under lmbda_schedule='constant': "
-                "set lmbda_schedule='linear', or leave lmbda_end out"
-            )
-        generates = self.generates or self.eval_on_policy
-        if generates and self.max_length is not None and self.max_length <= self.max_new_tokens:
-            raise GKDConfigError(
-                f"max_length ({self.max_length}) must exceed max_new_tokens ({self.max_new_tokens}), or no prompt "
-                "fits: raise max_length or lower max_new_tokens"
-            )
-        self._check_generation_kwargs()
-        self._check_servers()
-        # Fields of trl.SFTConfig, where that is the base.
-        for name in ("packing", "padding_free", "eval_packing"):
-            if generates and getattr(self, name, False):
-                raise GKDConfigError(
-                    f"{name}=True joins samples into one sequence, from which no completion can be sampled: "
-                    f"set {name}=False, or lmbda=0, seq_kd=False and eval_on_policy=False"
-                )
-        packs = getattr(self, "packing", False) or getattr(self, "eval_packing", False)
-        if packs and self.max_length is None:
-            raise GKDConfigError("packing fills sequences up to max_length, which is None: set max_length")
-        if self.generates and getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
-            raise GKDConfigError(
-                "train_sampling_strategy='batch_rebalance' makes batches of unequal size, in which a sample has no "
-                "fixed position to draw its completion by: use another strategy, or lmbda=0 and seq_kd=False"
-            )
-        if getattr(self, "completion_only_loss", None) is False:
-            raise GKDConfigError(
-                "completion_only_loss=False would compare the models on prompts: leave it out, or give rows of `text`, "
-                "which are trained on as a whole"
-            )
-
-    def _check_servers(self) -> None:
-        is_server_mode = self.use_vllm and self.vllm_mode == "server"
-        if is_server_mode and not self.vllm_server_base_url:
-            raise GKDConfigError(
-                "vllm_mode='server' needs vllm_server_base_url, where your vLLM servers listen, such as "
-                "http://127.0.0.1:8000; got None (docs/vllm.md says how to start one)"
-            )
-        if self.vllm_server_base_url and not is_server_mode:
-            raise GKDConfigError(
-                "vllm_server_base_url has no effect without use_vllm=True and vllm_mode='server': set them, or leave "
-                "it out"
-            )
-        if self.use_vllm and self.temperature > _VLLM_MAX_TEMPERATURE:
-            raise GKDConfigError(
-                f"temperature must be at most {_VLLM_MAX_TEMPERATURE} where vLLM samples; got {self.temperature}"
-            )
-        if self.rollout_overlap and not is_server_mode:
-            raise GKDConfigError(
-                "rollout_overlap=True generates while the student trains, which takes another process: set "
-                "use_vllm=True and vllm_mode='server', or leave it out"
-            )
-        if self.vllm_weight_sync == "nccl" and not is_server_mode:
-            raise GKDConfigError(
-                "vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'"
-            )
-        if self.teacher_server_base_url and self.teacher_model_name_or_path is not None:
-            raise GKDConfigError(
-                "got both teacher_server_base_url and teacher_model_name_or_path: the teacher is in one place, set one"
-            )
-        if self.loss_temperature != 1 and (self.teacher_server_base_url or self.teacher_top_k is not None):
-            raise GKDConfigError(
-                f"loss_temperature={self.loss_temperature} can't be applied to a teacher's top tokens: their log-probs "
-                "are at temperature 1, and how the rest of its distribution would change is not known. Set it to 1, or "
-                "use a teacher in this process without teacher_top_k"
-            )
-
-    def _check_generation_kwargs(self) -> None:
-        assert not isinstance(self.generation_kwargs, str)  # parsed before
-        if self.use_vllm:
-            for name in self.generation_kwargs or {}:
-                if name not in _VLLM_GENERATION_KWARGS:
-                    raise GKDConfigError(
-                        f"generation_kwargs can't hold {name!r} under use_vllm: it takes "
-                        f"{', '.join(sorted(_VLLM_GENERATION_KWARGS))}; what else vLLM samples by are options of their "
-                        "own"
-                    )
-            return
-        known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-        for name in self.generation_kwargs or {}:
-            if name in _REFUSED_GENERATION_KWARGS:
-                raise GKDConfigError(f"generation_kwargs can't hold {name!r}: {_REFUSED_GENERATION_KWARGS[name]}")
-            if name not in known:
-                raise GKDConfigError(
-                    f"generation_kwargs holds {name!r}, which is no option of transformers.GenerationConfig: "
-                    "correct its name or leave it out"
-                )
-        try:
-            GenerationConfig(**(self.generation_kwargs or {}))
-        except (TypeError, ValueError) as error:
-            raise GKDConfigError(f"generation_kwargs is not taken by transformers.GenerationConfig: {error}") from error
 
 
 @dataclass(repr=False)  # that of TrainingArguments hides every token
@@ -487,32 +284,3 @@ class GKDConfig(GKDArguments, TrainingArguments):
     @classmethod
     def _json_fields(cls) -> tuple[str, ...]:
         return (*super()._json_fields(), "model_init_kwargs", "dataset_kwargs")
-
-
-def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
-    if not is_valid:
-        raise GKDConfigError(f"{name} must be {expected}; got {value}")
-
-
-def _listed(name: str, value: list[str] | str | None) -> list[str] | None:
-    """Return URLs as a list, of which the command line gives one string."""
-    urls = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-    is_valid = urls is None or (
-        isinstance(urls, list)
-        and bool(urls)
-        and all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in urls)
-    )
-    _check(name, repr(value), is_valid, "URLs that start with http:// or https://, as a list or separated by commas")
-    return urls
-
-
-def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    if value is None or isinstance(value, dict):
-        return value
-    try:
-        parsed = json.loads(value)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {value!r}: {error}") from error
-    if not isinstance(parsed, dict):
-        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {value!r}")
-    return parsed

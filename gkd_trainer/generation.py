@@ -59,7 +59,7 @@ class GenerationMixin(RecoveryMixin):
         if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
             raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
         generates = self.args.generates or self.args.eval_on_policy
-        if generates and rollouts is None and not hasattr(student, "generate"):
+        if generates and rollouts is None and not self.args.use_vllm and not hasattr(student, "generate"):
             option = f"lmbda={self.args.lmbda}" if self.args.generates else "eval_on_policy=True"
             raise GKDConfigError(
                 f"{option} has the student generate, which {type(student).__name__} can't: "
@@ -261,6 +261,7 @@ class GenerationMixin(RecoveryMixin):
                 request_timeout=args.vllm_request_timeout,
                 weight_sync=args.vllm_weight_sync,
                 sync_dir=args.vllm_sync_dir,
+                max_length=args.max_length,
                 rank=self.accelerator.process_index,
             )
         return VLLMColocateRollouts(
@@ -273,7 +274,8 @@ class GenerationMixin(RecoveryMixin):
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             enable_sleep_mode=args.vllm_enable_sleep_mode,
-            weight_sync=args.vllm_weight_sync,
+            # An adapter that is sharded would have to be gathered first, as the full weights are.
+            weight_sync="full" if args.vllm_weight_sync == "auto" and self._is_sharded else args.vllm_weight_sync,
             trust_remote_code=getattr(args, "trust_remote_code", False),
             engine_kwargs=args.vllm_engine_kwargs,
         )

@@ -46,8 +46,10 @@ class VLLMServer:
         server_timeout: Seconds for which a server that can't be reached is tried again, as while it restarts.
         request_timeout: Seconds within which one request must be answered in full.
 
-    A call ends within `server_timeout` + `request_timeout` seconds and some, with an answer or with GKDServerError;
-    one that is answered wrongly (status 500, half an answer, too late, one that `parse` refuses) four times ends then.
+    A call ends within `server_timeout` + 2 · `request_timeout` seconds and a pause, with an answer or with
+    GKDServerError: the last attempt begins within the first, and a server that stops in the middle of its answer is
+    waited for once more. One that is answered wrongly (status 500, half an answer, too late, one that `parse` refuses)
+    four times ends then.
     """
 
     def __init__(

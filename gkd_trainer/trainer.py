@@ -331,7 +331,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
                 "top tokens: their log-probs are at temperature 1, and how the rest would change is not known. Set it "
                 "to 1, or use a teacher in this process without top_k"
             )
-        self.teacher.prepare(self.args.device, tokenizer)
+        self.teacher.prepare(self.args.device, tokenizer, self.args.max_length)
         self._vocab_size = shared_vocabulary_size(
             vocabulary_rows(base_model(self.model)),
             self.teacher.vocab_size,

@@ -107,7 +107,7 @@ def test_a_value_out_of_range_is_refused_with_name_range_and_value(name, value, 
         ("rollout_batch_size", 1),
         ("rollout_steps", 1),
         ("vllm_gpu_memory_utilization", 1.0),
-        ("vllm_max_model_length", 1),
+        ("vllm_max_model_length", 1024),
         ("vllm_tensor_parallel_size", 1),
         ("teacher_top_k", 1),
         ("max_length", 129),
@@ -313,7 +313,7 @@ def test_other_generation_kwargs_are_taken():
 
 
 def test_every_name_that_is_refused_is_one_of_transformers():
-    from gkd_trainer.config import _REFUSED_GENERATION_KWARGS
+    from gkd_trainer.checks import _REFUSED_GENERATION_KWARGS
 
     assert _REFUSED_GENERATION_KWARGS.keys() <= vars(GenerationConfig()).keys()
 
@@ -425,6 +425,7 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
         ),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
+        ({"vllm_max_model_length": 512}, r"vllm_max_model_length \(512\) must be at least max_length \(1024\)"),
         ({"use_vllm": True, "temperature": 2.5}, r"temperature must be at most 2\.0 where vLLM samples; got 2\.5"),
         ({"use_vllm": True, "generation_kwargs": {"min_new_tokens": 2}}, "can't hold 'min_new_tokens' under use_vllm"),
     ],
@@ -490,7 +491,7 @@ def command_line_value(name, default):
         "teacher_server_api_token": ("secret", "secret"),
         "vllm_sync_dir": ("/shared", "/shared"),
         "vllm_gpu_memory_utilization": ("0.5", 0.5),
-        "vllm_max_model_length": ("64", 64),
+        "vllm_max_model_length": ("2048", 2048),
         "vllm_engine_kwargs": ('{"enforce_eager": true}', {"enforce_eager": True}),
         "teacher_top_k": ("64", 64),
         "teacher_tail": ("renormalize", "renormalize"),

@@ -27,6 +27,7 @@ from gkd_trainer.weights import (
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
+    is_sharded,
     refuse_quantised,
     write_adapter,
 )
@@ -206,6 +207,8 @@ class VLLMColocateRollouts(RolloutEngine):
     def _load_adapter(self, model: nn.Module) -> None:
         from vllm.lora.request import LoRARequest
 
+        if is_sharded(model):
+            raise GKDConfigError("vllm_weight_sync='adapter' can't gather an adapter that is sharded: use 'full'")
         folder = self._folder.path / "adapter"
         shutil.rmtree(folder, ignore_errors=True)
         write_adapter(model, folder)

@@ -36,6 +36,7 @@ class VLLMServerRollouts(RolloutEngine):
         request_timeout: Seconds within which a request must be answered.
         weight_sync: "full", "adapter" or "nccl"; "auto" is "full".
         sync_dir: The folder that both sides see; None for one in memory where all servers are on this machine.
+        max_length: The longest prompt with its completion that is to come, in tokens; None is unknown.
         rank: Which of several ranks this is. Each talks to the servers by itself; rank 0 hands out the weights.
 
     Raises:
@@ -54,6 +55,7 @@ class VLLMServerRollouts(RolloutEngine):
         request_timeout: float = 300.0,
         weight_sync: str = "auto",
         sync_dir: str | None = None,
+        max_length: int | None = None,
         rank: int = 0,
     ) -> None:
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
@@ -73,6 +75,11 @@ class VLLMServerRollouts(RolloutEngine):
                 f"the rollout servers must all serve the student under one name; got {', '.join(n for n, _ in served)}"
             )
         self._max_model_length = min(length for _, length in served)
+        if max_length is not None and max_length > self._max_model_length:
+            raise GKDConfigError(
+                f"the rollout servers take at most {self._max_model_length} tokens, but max_length is {max_length}: "
+                f"start them with --max-model-len {max_length} or more, or lower max_length"
+            )
         if weight_sync == "nccl":
             from gkd_trainer.rollouts.vllm_nccl import NCCLSync
 

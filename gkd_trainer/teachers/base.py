@@ -39,8 +39,14 @@ class Teacher(ABC):
         """The teacher's model where it lives in this process; `seq_kd` generates with it."""
 
     @abstractmethod
-    def prepare(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def prepare(
+        self,
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+    ) -> None:
         """Make ready to score batches that lie on `device`; called once, before training.
 
-        `tokenizer` is the student's, against which a teacher is checked that can't be asked for its own.
+        `tokenizer` is the student's, against which a teacher is checked that can't be asked for its own; `max_length`
+        the longest sequence to come, in tokens, which a teacher with a limit refuses here; None is unknown.
         """

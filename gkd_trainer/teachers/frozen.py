@@ -106,7 +106,12 @@ class FrozenTeacher(Teacher):
         """The teacher's model."""
         return self._model
 
-    def prepare(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def prepare(
+        self,
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+    ) -> None:
         """Move the model to `device`, unless it was placed when loaded, and take its head apart."""
         # Never by accelerator.prepare_model: Trainer.evaluate skips preparing the student once any model is registered.
         if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):

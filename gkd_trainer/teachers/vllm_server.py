@@ -13,14 +13,21 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.batch import TokenBatch, TopKSignal
-from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
 from gkd_trainer.serving import VLLMServer, spread
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.prompt_scores import (
+    TokenSequence,
+    TopScores,
+    parse_scores,
+    sequences_of,
+    total_variation,
+    whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +46,6 @@ For SmolLM2-135M and K = 20, bf16 is 0.02 away from float32, and weights rounded
 _FLOAT32_NOISE = 0.01
 """The same for a local copy in float32."""
 
-_MINUS_INFINITY = -9999.0
-"""What vLLM writes for a log-prob of -inf, which JSON has no number for."""
-
-_EXCESS = 1e-3
-"""How far rounding may raise a log-prob above 0, or the mass of the top tokens above 1."""
-
 _PROBE = (
     "Hello, world! It's 3.14159 + 2024 = ?\n\n\tdef f(x_1):  return x_1**2  # naïve café, Größe\n"
     "你好，世界 · Привет 😀 <p>{}</p>"
@@ -61,9 +62,6 @@ _NEUTRAL_GREEDY = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
 }
-
-_Ints = npt.NDArray[np.int64]
-_Floats = npt.NDArray[np.float64]
 
 
 class VLLMServerTeacher(Teacher):
@@ -87,8 +85,8 @@ class VLLMServerTeacher(Teacher):
             compares the server with and then lets go. The mean total variation of their distributions may be 0.01
             in float32 and 0.1 in other dtypes.
 
-    Most of a request's time goes into text of the candidates, which nobody reads here: a server started with
-    `--skip-tokenizer-init` answers several times faster, but has no tokenizer to compare.
+    vLLM makes text of the candidates, which nobody reads here: a server started with `--skip-tokenizer-init` does not,
+    but has no tokenizer to compare.
     """
 
     def __init__(
@@ -117,8 +115,8 @@ class VLLMServerTeacher(Teacher):
         self._top_k, self._model_name, self._checks, self._local_copy = top_k, model, checks, local_copy
         self._served: dict[VLLMServer, _Served] = {}
         self._vocabulary: Mapping[str, int] | None = None
-        self._witness: _Sequence | None = None
-        self._record: _Scores | None = None
+        self._witness: TokenSequence | None = None
+        self._record: TopScores | None = None
         self._turn = 0
 
     def score(self, batch: TokenBatch) -> TopKSignal:
@@ -131,23 +129,15 @@ class VLLMServerTeacher(Teacher):
             GKDTeacherError: A sequence is longer than a server takes.
             GKDDataError: A token is trained on that no distribution stands before: padding, or a sequence's first.
         """
-        sequences = _sequences(batch)
-        longest = max((len(sequence.token_ids) for sequence in sequences), default=0)
-        for server in self._servers:
-            limit = self._of(server).max_model_len
-            if longest >= limit:
-                raise GKDTeacherError(
-                    f"the vLLM server at {server.base_url} takes at most {limit - 1} tokens and generates one more, "
-                    f"but a sequence to score has {longest}: start the server with --max-model-len {longest + 1} or "
-                    "more, or train with a smaller max_length"
-                )
+        sequences = sequences_of(batch)
+        self._refuse_longer(max((len(sequence.token_ids) for sequence in sequences), default=0))
         size = min(_SEQUENCES_AT_ONCE, -(-len(sequences) // len(self._servers)))
         groups = [sequences[start : start + size] for start in range(0, len(sequences), size or 1)]
         if self._vocabulary is None:
             raise RuntimeError("VLLMServerTeacher.score was called before prepare(device, tokenizer)")
         answers = spread(self._servers, groups, self._score, first=self._turn)
         self._turn = (self._turn + len(groups)) % len(self._servers)
-        nothing = _Scores(np.empty((0, self._top_k), np.int64), np.empty((0, self._top_k)))
+        nothing = TopScores(np.empty((0, self._top_k), np.int64), np.empty((0, self._top_k)))
         scores = [nothing, *chain.from_iterable(answers)]
         device = batch.labels_BL.device
         ids_NK = np.concatenate([each.ids_PK for each in scores])
@@ -176,12 +166,18 @@ class VLLMServerTeacher(Teacher):
     def model(self) -> None:
         """None: the teacher lives in another process."""
 
-    def prepare(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def prepare(
+        self,
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+    ) -> None:
         """Find out what the servers serve, check it, and record how they score a fixed text.
 
         Raises:
             GKDServerError: A server can't be reached, or does not answer as it must after all retries.
-            GKDTeacherError: A check failed, `top_k` is more than a server gives, or there is no tokenizer.
+            GKDTeacherError: A check failed, `top_k` or `max_length` is more than a server gives or takes, or there is
+                no tokenizer.
         """
         if tokenizer is None:
             raise GKDTeacherError(
@@ -191,11 +187,12 @@ class VLLMServerTeacher(Teacher):
         self._vocabulary = tokenizer.get_vocab()
         self._top_k = min(self._top_k, max(self._vocabulary.values()) + 1)
         self._served = {server: self._find_model(server) for server in self._servers}
+        self._refuse_longer(max_length or 0)
         text = _PROBE + "".join(tokenizer.all_special_tokens)
         probe_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = min(served.max_model_len for served in self._served.values()) - 2
-        probe = _whole(probe_ids[:room])
-        self._witness = _whole(probe.token_ids[:_WITNESS_TOKENS])
+        probe = whole(probe_ids[:room])
+        self._witness = whole(probe.token_ids[:_WITNESS_TOKENS])
         self._record = None
         for server in self._servers:
             if self._checks:
@@ -203,10 +200,10 @@ class VLLMServerTeacher(Teacher):
             scores = self._check_scores(server, probe) if self._checks else self._first_scores(server, probe)[0]
             seen = scores.first(len(self._witness.targets_P))
             self._record = self._record or seen
-            if _total_variation(self._record, seen) > _NOISE:
+            if total_variation(self._record, seen) > _NOISE:
                 raise GKDTeacherError(
                     f"the vLLM servers at {self._servers[0].base_url} and {server.base_url} score one text "
-                    f"differently (mean total variation {_total_variation(self._record, seen):.2f}; rounding explains "
+                    f"differently (mean total variation {total_variation(self._record, seen):.2f}; rounding explains "
                     f"at most {_NOISE}): start all of them with the same model"
                 )
         self._local_copy = None
@@ -215,6 +212,16 @@ class VLLMServerTeacher(Teacher):
         if server not in self._served:
             raise RuntimeError("VLLMServerTeacher.score was called before prepare(device, tokenizer)")
         return self._served[server]
+
+    def _refuse_longer(self, length: int) -> None:
+        for server in self._servers:
+            limit = self._of(server).max_model_len
+            if length >= limit:
+                raise GKDTeacherError(
+                    f"the vLLM server at {server.base_url} takes at most {limit - 1} tokens and generates one more, "
+                    f"but sequences to score have up to {length}: start the server with --max-model-len {length + 1} "
+                    f"or more, or train with max_length={limit - 1} or less"
+                )
 
     def _find_model(self, server: VLLMServer) -> _Served:
         models = server.get("/v1/models", _parse_models)
@@ -226,7 +233,7 @@ class VLLMServerTeacher(Teacher):
             )
         return _Served(name, models[name])
 
-    def _body(self, server: VLLMServer, sequences: Sequence[_Sequence]) -> dict[str, Any]:
+    def _body(self, server: VLLMServer, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         return {
             "model": self._of(server).name,
             "prompt": [sequence.token_ids for sequence in sequences],
@@ -234,20 +241,20 @@ class VLLMServerTeacher(Teacher):
             **_NEUTRAL_GREEDY,
         }
 
-    def _score(self, server: VLLMServer, sequences: Sequence[_Sequence]) -> list[_Scores]:
+    def _score(self, server: VLLMServer, sequences: Sequence[TokenSequence]) -> list[TopScores]:
         assert self._witness is not None
         asked = [self._witness, *sequences]
 
-        def parse(answer: Any) -> list[_Scores]:
-            seen, *scores = _parse_scores(answer, asked, self._top_k)
+        def parse(answer: Any) -> list[TopScores]:
+            seen, *scores = parse_scores(answer, asked, self._top_k)
             self._compare_with_record(server, seen)
             return scores
 
         return server.post("/v1/completions", self._body(server, asked), parse)
 
-    def _compare_with_record(self, server: VLLMServer, seen: _Scores) -> None:
+    def _compare_with_record(self, server: VLLMServer, seen: TopScores) -> None:
         assert self._record is not None
-        distance = _total_variation(self._record, seen)
+        distance = total_variation(self._record, seen)
         if distance > _NOISE:
             # No ValueError: asking again would only hide that other answers came from another model.
             raise GKDServerError(
@@ -256,11 +263,11 @@ class VLLMServerTeacher(Teacher):
                 f"with {self._of(server).name!r} as it was, and resume from the last checkpoint"
             )
 
-    def _first_scores(self, server: VLLMServer, probe: _Sequence) -> tuple[_Scores, int]:
+    def _first_scores(self, server: VLLMServer, probe: TokenSequence) -> tuple[TopScores, int]:
         """Return the scores of the probe, and the token that the server generates after it."""
 
-        def parse(answer: Any) -> tuple[_Scores, int]:
-            [scores] = _parse_scores(answer, [probe], self._top_k)
+        def parse(answer: Any) -> tuple[TopScores, int]:
+            [scores] = parse_scores(answer, [probe], self._top_k)
             [token] = answer["choices"][0]["token_ids"]
             return scores, int(token)
 
@@ -296,13 +303,13 @@ class VLLMServerTeacher(Teacher):
                 f"({_some(served_ids, index)} and {_some(ids, index)}). Serve a teacher with the student's tokenizer"
             )
 
-    def _check_scores(self, server: VLLMServer, probe: _Sequence) -> _Scores:
+    def _check_scores(self, server: VLLMServer, probe: TokenSequence) -> TopScores:
         """Return the scores of the probe after they were compared with what they must agree with."""
         first, token = self._first_scores(server, probe)
-        longer = _whole([*probe.token_ids, token])
-        parse = partial(_parse_scores, asked=[longer], top_k=self._top_k)
+        longer = whole([*probe.token_ids, token])
+        parse = partial(parse_scores, asked=[longer], top_k=self._top_k)
         [second] = server.post("/v1/completions", self._body(server, [longer]), parse)
-        distance = _total_variation(first, second.first(len(first.ids_PK)))
+        distance = total_variation(first, second.first(len(first.ids_PK)))
         if distance > _NOISE:
             raise GKDTeacherError(
                 f"the vLLM server at {server.base_url} scored one text twice and differently: mean total variation "
@@ -323,12 +330,12 @@ class VLLMServerTeacher(Teacher):
         return first
 
     def _compare_with_local_copy(
-        self, server: VLLMServer, probe: _Sequence, scores: _Scores, model: PreTrainedModel
+        self, server: VLLMServer, probe: TokenSequence, scores: TopScores, model: PreTrainedModel
     ) -> None:
         with torch.no_grad():
             logits_PV = model.eval()(input_ids=torch.tensor([probe.token_ids], device=model.device)).logits[0, :-1]
         top = logits_PV.double().log_softmax(dim=-1).topk(self._top_k)
-        distance = _total_variation(scores, _Scores(top.indices.cpu().numpy(), top.values.cpu().numpy()))
+        distance = total_variation(scores, TopScores(top.indices.cpu().numpy(), top.values.cpu().numpy()))
         tolerance = _FLOAT32_NOISE if model.dtype == torch.float32 else _NOISE
         if not distance <= tolerance:
             raise GKDTeacherError(
@@ -346,123 +353,10 @@ class _Served:
     max_model_len: int
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """Token ids up to the last that is scored, and the indices of those that are."""
-
-    token_ids: list[int]
-    targets_P: _Ints
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """The top tokens before each scored one, in falling order."""
-
-    ids_PK: _Ints
-    log_p_PK: _Floats
-
-    def first(self, count: int) -> _Scores:
-        return _Scores(self.ids_PK[:count], self.log_p_PK[:count])
-
-
-def _whole(token_ids: list[int]) -> _Sequence:
-    return _Sequence(token_ids, np.arange(1, len(token_ids)))
-
-
-def _sequences(batch: TokenBatch) -> list[_Sequence]:
-    """Return the sequences of a batch that have tokens to score, in its order."""
-    ids_BL = batch.model_inputs["input_ids"].cpu().numpy()
-    is_target_BL = batch.is_scored_BL.roll(1, dims=1).cpu().numpy()
-    mask_BL = batch.model_inputs.get("attention_mask")
-    is_real_BL = np.ones_like(is_target_BL) if mask_BL is None else mask_BL.bool().cpu().numpy()
-    position_ids_BL = batch.model_inputs.get("position_ids")
-    is_start_BL = np.zeros_like(is_target_BL) if position_ids_BL is None else position_ids_BL.cpu().numpy() == 0
-    if (is_target_BL & ~is_real_BL).any():
-        raise GKDDataError("tokens are trained on that the attention mask hides: set their labels to -100")
-    sequences = []
-    for row in np.flatnonzero(is_target_BL.any(axis=1)):
-        real_indices = np.flatnonzero(is_real_BL[row])
-        for indices in np.split(real_indices, np.flatnonzero(is_start_BL[row, real_indices])):
-            targets_P = np.flatnonzero(is_target_BL[row, indices])
-            if targets_P.size == 0:
-                continue
-            if targets_P[0] == 0:
-                raise GKDDataError(
-                    f"row {row} of a batch trains on the first token of a sequence, which no distribution of a "
-                    "teacher's stands before: set its label to -100, or begin with a bos token"
-                )
-            sequences.append(_Sequence(ids_BL[row, indices[: targets_P[-1] + 1]].tolist(), targets_P))
-    return sequences
-
-
 def _parse_models(answer: Any) -> dict[str, int]:
     base_len = next(entry["max_model_len"] for entry in answer["data"] if entry.get("max_model_len"))
     # Adapters are listed too, without a length of their own.
     return {str(entry["id"]): int(entry.get("max_model_len") or base_len) for entry in answer["data"]}
-
-
-def _parse_scores(answer: Any, asked: Sequence[_Sequence], top_k: int) -> list[_Scores]:
-    choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-    indices = [choice["index"] for choice in choices]
-    if indices != list(range(len(asked))):
-        raise ValueError(f"{len(asked)} prompts were sent, and the choices that came are {indices}")
-    return [
-        _parse_sequence(choice["prompt_logprobs"], sequence, top_k)
-        for choice, sequence in zip(choices, asked, strict=True)
-    ]
-
-
-def _parse_sequence(positions: Sequence[Any], sequence: _Sequence, top_k: int) -> _Scores:
-    """Return the scores in `prompt_logprobs`, whose entry i holds {id: {"logprob": ...}} for the prompt's token i."""
-    if len(positions) != len(sequence.token_ids):
-        raise ValueError(f"{len(sequence.token_ids)} positions were sent, and scores of {len(positions)} came")
-    if positions[0] is not None:
-        raise ValueError("the first token of a prompt has scores, which nothing stands before")
-    scored = [positions[target] for target in sequence.targets_P]
-    counts_P = np.array([len(entries) for entries in scored])
-    if counts_P.min() < top_k or counts_P.max() > top_k + 1:
-        raise ValueError(f"{top_k} or {top_k + 1} tokens a position expected, got {counts_P.min()} to {counts_P.max()}")
-    # vLLM gives the prompt's own token too: a position has one entry more where it is not of the top k.
-    is_entry_PC = np.arange(top_k + 1) < counts_P[:, None]
-    ids_PC = np.full(is_entry_PC.shape, -1, dtype=np.int64)
-    ids_PC[is_entry_PC] = np.fromiter(map(int, chain.from_iterable(scored)), np.int64)
-    log_p_PC = np.full(is_entry_PC.shape, -np.inf)
-    log_p_PC[is_entry_PC] = np.fromiter((entry["logprob"] for entries in scored for entry in entries.values()), float)
-
-    if ids_PC[is_entry_PC].min() < 0:
-        raise ValueError(f"a token id is negative: {ids_PC[is_entry_PC].min()}")
-    is_own_PC = ids_PC == np.array(sequence.token_ids)[sequence.targets_P][:, None]
-    if not (is_own_PC.sum(axis=1) == 1).all():
-        raise ValueError("a position has no score of the prompt's own token")
-    if not np.isfinite(log_p_PC[is_entry_PC]).all() or log_p_PC[is_entry_PC].max() > _EXCESS:
-        raise ValueError("a log-prob is not finite, or above 0")
-
-    log_p_PC[log_p_PC <= _MINUS_INFINITY] = -np.inf
-    is_extra_PC = is_own_PC & is_entry_PC[:, -1:]
-    # Sorted by log-prob, what is not of the top k last.
-    order_PC = np.lexsort((-log_p_PC, is_extra_PC | ~is_entry_PC))
-    ids_PK = np.take_along_axis(ids_PC, order_PC, axis=1)[:, :top_k]
-    log_p_PK = np.take_along_axis(log_p_PC, order_PC, axis=1)[:, :top_k]
-    mass = np.exp(log_p_PK).sum(axis=1).max()
-    if mass > 1 + _EXCESS:
-        raise ValueError(f"the top {top_k} tokens of a position have the mass {mass:.3f}, more than 1")
-    return _Scores(ids_PK, log_p_PK)
-
-
-def _total_variation(one: _Scores, other: _Scores) -> float:
-    """Return the mean over positions of the least total variation that two distributions with these tops can have."""
-    return max(_excess(one, other), _excess(other, one))
-
-
-def _excess(one: _Scores, other: _Scores) -> float:
-    """Return the mean mass that `one` puts on its top tokens beyond what `other` may put there."""
-    is_same_PKK = one.ids_PK[:, :, None] == other.ids_PK[:, None, :]
-    p_PK, others_p_PK = np.exp(one.log_p_PK), np.exp(other.log_p_PK)
-    # A token outside of a top k has at most the least probability in it.
-    most_PK = np.where(
-        is_same_PKK.any(axis=2), (is_same_PKK * others_p_PK[:, None, :]).sum(axis=2), others_p_PK.min(axis=1)[:, None]
-    )
-    return float(np.maximum(p_PK - most_PK, 0).sum(axis=1).mean())
 
 
 def _some(ids: Sequence[int], start: int, count: int = 5) -> str:

@@ -57,8 +57,8 @@ def greedy(engine, length=10, **options):
     return engine.generate(PROMPTS, Sampling(length, temperature=0.0, **options), [0] * len(PROMPTS))
 
 
-def greedy_of_transformers(model, length=10, **options):
-    engine = HFRollouts([STOP], pad_token_id=STOP, vocab_size=VOCABULARY)
+def greedy_of_transformers(model, length=10, vocab_size=VOCABULARY, **options):
+    engine = HFRollouts([STOP], pad_token_id=STOP, vocab_size=vocab_size)
     engine.sync(model)
     return greedy(engine, length, **options)
 
@@ -195,7 +195,8 @@ def test_an_adapted_student_completes_as_with_its_adapter_and_stays_as_it_was(bu
 
 def test_the_student_of_the_demo_completes_as_transformers_does(built, smollm2_student_dir):
     model = AutoModelForCausalLM.from_pretrained(smollm2_student_dir, dtype=torch.float32).eval()
-    engine = VLLMColocateRollouts(model, [STOP], VOCABULARY, max_model_length=64, engine_kwargs=ENGINE)
+    size = model.config.vocab_size
+    engine = VLLMColocateRollouts(model, [STOP], size, max_model_length=64, engine_kwargs=ENGINE)
     built.others.append(engine)
     seen = []
     for scale in (1.0, 0.7):
@@ -203,9 +204,21 @@ def test_the_student_of_the_demo_completes_as_transformers_does(built, smollm2_s
             model.model.embed_tokens.weight[:, ::3] *= scale  # the tied head's too
         engine.sync(model)
         completions = greedy(engine, 6)
-        assert completions == greedy_of_transformers(model, 6)
+        assert completions == greedy_of_transformers(model, 6, size)
         assert completions not in seen
         seen.append(completions)
+
+
+def test_the_engine_of_a_bfloat16_student_is_one_and_repeats_a_call(built, make):
+    model = make().to(torch.bfloat16)
+    engine = VLLMColocateRollouts(model, [STOP], VOCABULARY, max_model_length=64, engine_kwargs=ENGINE)
+    built.others.append(engine)
+    assert engine._llm.llm_engine.model_config.dtype == torch.bfloat16
+    engine.sync(model)
+    first = engine.generate(PROMPTS, Sampling(12), SEEDS)
+    assert len({tuple(completion.token_ids) for completion in first}) == len(PROMPTS)
+    engine.sync(model)
+    assert engine.generate(PROMPTS, Sampling(12), SEEDS) == first
 
 
 def test_a_lora_adapter_alone_can_be_sent(built, make):

@@ -102,6 +102,12 @@ def token_ids(completions):
     return [list(completion.token_ids) for completion in completions]
 
 
+def test_servers_that_do_not_hold_the_longest_sequences_are_refused_at_first_contact(make):
+    with pytest.raises(GKDConfigError, match=r"take at most 256 tokens, but max_length is 257.*--max-model-len 257"):
+        make(max_length=257)
+    assert make(max_length=256)
+
+
 # Whose completions they are
 
 
@@ -315,14 +321,6 @@ def test_a_server_on_this_machine_needs_none(url):
 
 
 # Servers that lose weights
-
-
-def test_a_server_that_was_killed_and_started_again_gets_the_weights_again(engine, model, vllm_server):
-    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
-    vllm_server.kill()
-    vllm_server.start()
-    assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
-    assert greedy(engine) == greedy_of_transformers(model)
 
 
 def loses_weights(server, folder):

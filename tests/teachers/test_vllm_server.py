@@ -239,11 +239,18 @@ def test_labels_on_padding_are_refused(make):
         make().score(batch)
 
 
+def test_a_server_that_does_not_take_the_longest_sequences_is_refused_at_first_contact(proxy, tokenizer):
+    teacher = VLLMServerTeacher(proxy.base_url, top_k=5)
+    with pytest.raises(GKDTeacherError, match=r"up to 256: start.*--max-model-len 257.*max_length=255"):
+        teacher.prepare(torch.device("cpu"), tokenizer, max_length=256)
+    teacher.prepare(torch.device("cpu"), tokenizer, max_length=255)
+
+
 def test_a_sequence_that_is_too_long_for_the_server_is_refused_before_it_is_sent(make, proxy):
     teacher = make()
     teacher.score(batch_of(token_rows([300]), [[254]]))  # what follows is not sent
     proxy.requests.clear()
-    with pytest.raises(GKDTeacherError, match=r"at most 255 tokens.*has 256: start.* --max-model-len 257 or more"):
+    with pytest.raises(GKDTeacherError, match=r"at most 255 tokens.*up to 256: start.* --max-model-len 257 or more"):
         teacher.score(batch_of(token_rows([300]), [[255]]))
     assert proxy.requests == []
 

@@ -72,7 +72,7 @@ def test_teacher_that_cannot_generate_under_seq_kd(make_trainer):
         def score(self, batch):
             raise AssertionError
 
-        def prepare(self, device, tokenizer=None):
+        def prepare(self, device, tokenizer=None, max_length=None):
             raise AssertionError
 
     with pytest.raises(GKDTeacherError, match="seq_kd=True has the teacher generate"):
