@@ -18,6 +18,9 @@ from typing import Any
 
 import httpx
 
+MAX_MODEL_LENGTH = 320
+"""What the servers take, in tokens: enough for the examples, which ask for 256 and a few new ones."""
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -48,7 +51,7 @@ class VLLMProcess:
     def start(self) -> None:
         """Start the server, on the same port as before, and wait until it answers."""
         arguments = ["--model", self.model, "--host", "127.0.0.1", "--port", self.port, "--dtype", "float32"]
-        arguments += ["--max-model-len", 256, "--max-num-seqs", 16, "--max-logprobs", 64, "--enforce-eager"]
+        arguments += ["--max-model-len", MAX_MODEL_LENGTH, "--max-num-seqs", 16, "--max-logprobs", 64, "--enforce-eager"]
         environment = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_trainer import GKDConfig
 from gkd_trainer.cli import main
+from tests.serving import MAX_MODEL_LENGTH
 
 ROWS = [{"prompt": f"{word} and one is", "completion": f" {word} one"} for word in ("one", "two", "three", "four")]
 
@@ -246,6 +247,7 @@ def test_a_lora_run_saves_an_adapter_that_loads(pair, data, tmp_path):
 
 def test_a_run_from_a_served_teacher_names_no_teacher_model(vllm_server, served_dir, data, tmp_path):
     served = ["--model", str(served_dir), "--teacher_server_base_url", vllm_server.base_url, "--teacher_top_k", "16"]
+    served += ["--max_length", str(MAX_MODEL_LENGTH - 1)]
     main(["train", *served, *data, "--output_dir", str(tmp_path / "output"), "--logging_steps", "1"])
     state = json.loads((tmp_path / "output" / "trainer_state.json").read_text())
     assert 0 < state["log_history"][0]["teacher_top_k_mass"] < 1

@@ -18,7 +18,7 @@ from gkd_trainer.batch import Sampling
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts
 from gkd_trainer.rollouts.vllm_sync import shared_folder
-from tests.serving import Answer, FaultyProxy, changed, cut_in_half, free_port, status
+from tests.serving import MAX_MODEL_LENGTH, Answer, FaultyProxy, changed, cut_in_half, free_port, status
 from tests.test_weights import adapted, assert_equal_states, state_of
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
@@ -103,9 +103,9 @@ def token_ids(completions):
 
 
 def test_servers_that_do_not_hold_the_longest_sequences_are_refused_at_first_contact(make):
-    with pytest.raises(GKDConfigError, match=r"take at most 256 tokens, but max_length is 257.*--max-model-len 257"):
-        make(max_length=257)
-    assert make(max_length=256)
+    with pytest.raises(GKDConfigError, match=r"take at most 320 tokens, but max_length is 321.*--max-model-len 321"):
+        make(max_length=MAX_MODEL_LENGTH + 1)
+    assert make(max_length=MAX_MODEL_LENGTH)
 
 
 # Whose completions they are
@@ -273,8 +273,8 @@ def test_no_prompts_give_no_completions_and_no_requests(engine, proxy):
 
 
 def test_a_prompt_too_long_for_the_server_is_refused_with_the_numbers(engine, proxy):
-    with pytest.raises(GKDConfigError, match="up to 256 tokens, but a prompt of 250 and max_new_tokens=7 make 257"):
-        engine.generate([PROMPTS[0], [5] * 250], Sampling(7), [0, 1])
+    with pytest.raises(GKDConfigError, match="up to 320 tokens, but a prompt of 314 and max_new_tokens=7 make 321"):
+        engine.generate([PROMPTS[0], [5] * (MAX_MODEL_LENGTH - 6)], Sampling(7), [0, 1])
     assert proxy.requests == []
 
 

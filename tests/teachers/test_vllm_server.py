@@ -13,7 +13,7 @@ from gkd_trainer import serving
 from gkd_trainer.batch import IGNORE_INDEX, TokenBatch
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
 from gkd_trainer.teachers import Teacher, VLLMServerTeacher
-from tests.serving import FaultyProxy, changed, cut_in_half, status, trickle
+from tests.serving import MAX_MODEL_LENGTH, FaultyProxy, changed, cut_in_half, status, trickle
 
 CPU = torch.device("cpu")
 SCORES = "/v1/completions"
@@ -241,17 +241,17 @@ def test_labels_on_padding_are_refused(make):
 
 def test_a_server_that_does_not_take_the_longest_sequences_is_refused_at_first_contact(proxy, tokenizer):
     teacher = VLLMServerTeacher(proxy.base_url, top_k=5)
-    with pytest.raises(GKDTeacherError, match=r"up to 256: start.*--max-model-len 257.*max_length=255"):
-        teacher.prepare(torch.device("cpu"), tokenizer, max_length=256)
-    teacher.prepare(torch.device("cpu"), tokenizer, max_length=255)
+    with pytest.raises(GKDTeacherError, match=r"up to 320: start.*--max-model-len 321.*max_length=319"):
+        teacher.prepare(torch.device("cpu"), tokenizer, max_length=MAX_MODEL_LENGTH)
+    teacher.prepare(torch.device("cpu"), tokenizer, max_length=MAX_MODEL_LENGTH - 1)
 
 
 def test_a_sequence_that_is_too_long_for_the_server_is_refused_before_it_is_sent(make, proxy):
     teacher = make()
-    teacher.score(batch_of(token_rows([300]), [[254]]))  # what follows is not sent
+    teacher.score(batch_of(token_rows([MAX_MODEL_LENGTH + 9]), [[MAX_MODEL_LENGTH - 2]]))  # what follows is not sent
     proxy.requests.clear()
-    with pytest.raises(GKDTeacherError, match=r"at most 255 tokens.*up to 256: start.* --max-model-len 257 or more"):
-        teacher.score(batch_of(token_rows([300]), [[255]]))
+    with pytest.raises(GKDTeacherError, match=r"at most 319 tokens.*up to 320: start.* --max-model-len 321 or more"):
+        teacher.score(batch_of(token_rows([MAX_MODEL_LENGTH + 9]), [[MAX_MODEL_LENGTH - 1]]))
     assert proxy.requests == []
 
 
