@@ -65,6 +65,13 @@ class GKDArguments:
         "Memory in MiB (at least 1) that the divergence may take besides hidden states and gradients; by default 256 "
         "on the CPU and 1024 elsewhere.",
     )
+    loss_product_dtype: str = _option(
+        "auto",
+        "What the matrix products of the divergence round their inputs to; logits are float32 all the same. 'auto' is "
+        "the dtype of mixed precision, or of a model in half precision, on CUDA, and 'float32' elsewhere. On a CPU "
+        "'bfloat16' rounds those of the gradient alone.",
+        ["auto", "float32", "bfloat16", "float16"],
+    )
     divergence_scale: str = _option(
         "paper",
         "'paper' takes the JSD as published, whose gradient vanishes towards both ends; 'continuous' divides it by "

@@ -297,6 +297,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             tail=self.args.teacher_tail,
             labels_N=labels_N,
             label_weight_N=label_weight_N,
+            product_dtype=self._product_dtype,
             workspace_mb=self.args.loss_workspace_mb,
         )
         self._record(batch, rows_N, result, model.training)
@@ -321,6 +322,16 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             logs.update(self._meter.read(lambda sums: self.accelerator.reduce(sums, "sum")))
             self._show_completions()
         super().log(logs, start_time)
+
+    @property
+    def _product_dtype(self) -> torch.dtype | None:
+        dtype = self.args.loss_product_dtype
+        if dtype == "auto":
+            # Autocast covers the model's forward alone.
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+            if dtype is None or self.args.device.type != "cuda":
+                return None
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
 
     def _connect_teacher(self, teacher: Teacher) -> None:
         self.teacher = teacher

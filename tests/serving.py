@@ -51,7 +51,15 @@ class VLLMProcess:
     def start(self) -> None:
         """Start the server, on the same port as before, and wait until it answers."""
         arguments = ["--model", self.model, "--host", "127.0.0.1", "--port", self.port, "--dtype", "float32"]
-        arguments += ["--max-model-len", MAX_MODEL_LENGTH, "--max-num-seqs", 16, "--max-logprobs", 64, "--enforce-eager"]
+        arguments += [
+            "--max-model-len",
+            MAX_MODEL_LENGTH,
+            "--max-num-seqs",
+            16,
+            "--max-logprobs",
+            64,
+            "--enforce-eager",
+        ]
         environment = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",

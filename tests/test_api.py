@@ -40,6 +40,7 @@ OPTIONS = {
     "divergence": "jsd",
     "divergence_options": None,
     "loss_workspace_mb": None,
+    "loss_product_dtype": "auto",
     "divergence_scale": "paper",
     "loss_temperature": 1.0,
     "ce_weight": 0.0,

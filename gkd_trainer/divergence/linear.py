@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from gkd_trainer.batch import Head, HiddenSignal
 from gkd_trainer.divergence.objective import Objective
-from gkd_trainer.divergence.projection import HeadGradient, Projection
+from gkd_trainer.divergence.projection import HALVES, HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.rows import RowComparison, RowStatistics, tiles
 
@@ -41,6 +41,7 @@ def linear_divergence(
     objective: Objective,
     labels_N: Tensor | None = None,
     label_weight_N: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
     token_block: int | None = None,
     workspace_mb: float | None = None,
 ) -> TokenDivergence:
@@ -56,7 +57,7 @@ def linear_divergence(
     comparison = _Comparison(
         forms=((heads[0].scale, heads[0].softcap), (heads[1].scale, heads[1].softcap)),
         objective=objective,
-        plan=_plan(student, teacher, token_block, workspace_mb),
+        plan=_plan(student, teacher, product_dtype, token_block, workspace_mb),
         is_differentiable=torch.is_grad_enabled(),
     )
     of_student = (student.hidden_NH, heads[0].weight_VH, heads[0].bias_V)
@@ -136,12 +137,13 @@ class _LinearDivergence(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Plan:
-    """The dtype of the logits, and the sizes that the budget allows.
+    """The dtype of the logits, those that the products of each side round to, and the sizes that the budget allows.
 
     `block` is in tokens, `tile` in rows of a weight that are converted at once, `temporary` in elements.
     """
 
     dtype: torch.dtype
+    halves: tuple[torch.dtype | None, torch.dtype | None]
     block: int
     tile: int
     temporary: int
@@ -177,8 +179,10 @@ class _Comparison:
     ) -> RowStatistics:
         """Compare block by block; add to `gradient` that of the values and cross entropies times their weights."""
         plan, N = self.plan, student.hidden_NH.shape[0]
-        project_student = Projection(student.head, plan.dtype, plan.tile)
-        project_teacher = Projection(teacher.head, plan.dtype, plan.tile)
+        project_student, project_teacher = (
+            Projection(signal.head, plan.dtype, plan.tile, half)
+            for signal, half in zip((student, teacher), plan.halves, strict=True)
+        )
         compare = RowComparison(self.objective, student.head.softcap, plan.temporary)
         if gradient is None:
             value_weight_N = label_weight_N = None
@@ -213,7 +217,13 @@ def planned_block(N: int, V: int, device: torch.device) -> int:
     return int(max(rows.stop - rows.start for rows in tiles(N, largest)))
 
 
-def _plan(student: HiddenSignal, teacher: HiddenSignal, token_block: int | None, workspace_mb: float | None) -> _Plan:
+def _plan(
+    student: HiddenSignal,
+    teacher: HiddenSignal,
+    product_dtype: torch.dtype | None,
+    token_block: int | None,
+    workspace_mb: float | None,
+) -> _Plan:
     dtype = torch.float32
     for signal in (student, teacher):
         for tensor in (signal.hidden_NH, signal.head.weight_VH):
@@ -224,10 +234,20 @@ def _plan(student: HiddenSignal, teacher: HiddenSignal, token_block: int | None,
     widest = max(student.hidden_NH.shape[1], teacher.hidden_NH.shape[1], 1)
     return _Plan(
         dtype,
+        halves=(_half(student, product_dtype, dtype), _half(teacher, product_dtype, dtype)),
         block=token_block or _largest_block(student.vocab_size, elements),
         tile=max(1, int(elements * _RESERVE / 4 / widest)),
         temporary=int(elements * _RESERVE * 3 / 4 / _TEMPORARIES),
     )
+
+
+def _half(signal: HiddenSignal, product_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
+    """Return what a side's products round their inputs to, or None where they take them as they are."""
+    of_weight = signal.head.weight_VH.dtype
+    if product_dtype is None and signal.hidden_NH.is_cuda and signal.hidden_NH.dtype == of_weight:
+        product_dtype = of_weight  # nothing is rounded, and the sums are of float32 all the same
+    is_taken = product_dtype == torch.bfloat16 or (product_dtype in HALVES and signal.hidden_NH.is_cuda)
+    return product_dtype if is_taken and dtype == torch.float32 else None
 
 
 def _default_workspace_mb(device: torch.device) -> int:

@@ -23,6 +23,8 @@ from gkd_trainer.errors import GKDConfigError
 SCALES = ("paper", "continuous")
 """How the divergence is scaled inside 0 < beta < 1: see `token_divergence`."""
 
+_PRODUCT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
 TAILS = ("bucket", "renormalize")
 """What becomes of the tokens that a top-k teacher says nothing of: see `token_divergence`."""
 
@@ -39,6 +41,7 @@ def token_divergence(
     tail: str = "bucket",
     labels_N: Tensor | None = None,
     label_weight_N: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
     vocab_chunk: int | None = None,
     token_block: int | None = None,
     workspace_mb: float | None = None,
@@ -69,6 +72,10 @@ def token_divergence(
             outside [0, V) gives +inf; neither has a gradient.
         label_weight_N: [N] weights of the cross entropy in `loss_N`, (1 - weight)·value + weight·cross entropy; comes
             with `labels_N`. The mix has to be known here for its gradient to be made in the forward pass.
+        product_dtype: what the matrix products between float32 hidden states, heads and gradients round their inputs
+            to, while logits and gradients add up in float32: bfloat16 or float16 on CUDA; elsewhere bfloat16, for
+            the products of the gradient alone. float32 rounds nothing, and neither does None, by which halves are
+            multiplied as they are on CUDA.
         vocab_chunk: bounds the temporaries made of two sets of logits to N × vocab_chunk elements, or one row;
             None for a default.
         token_block: how many positions are projected at once, if both sides are hidden states, or worked on at
@@ -80,6 +87,10 @@ def token_divergence(
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
     """
     check_options(beta, temperature, scale, tail)
+    if product_dtype not in _PRODUCT_DTYPES:
+        raise GKDConfigError(
+            f"product_dtype must be None, {', '.join(map(str, _PRODUCT_DTYPES[1:]))}; got {product_dtype}"
+        )
     _check_sizes(vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
     _check_signal("student", student)
     if isinstance(teacher, TopKSignal):
@@ -104,6 +115,7 @@ def token_divergence(
                 objective=objective,
                 labels_N=labels_N,
                 label_weight_N=label_weight_N,
+                product_dtype=product_dtype,
                 token_block=token_block,
                 workspace_mb=workspace_mb,
             )

@@ -1,4 +1,4 @@
-"""The products between hidden states, a head and its logits, in float32 for any dtype of the weights.
+"""The products between hidden states, a head and its logits, with float32 logits for any dtype of the weights.
 
 Shapes: V vocabulary, H hidden width, B a block of tokens, C a tile of the vocabulary.
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gkd_trainer.batch import Head, HiddenSignal
 
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes that products may take their inputs in."""
 
 _FLOAT16_GAIN = 2.0**12
 """By what a gradient is raised before it becomes float16, whose smallest number is 6e-8."""
@@ -54,23 +55,26 @@ class HeadGradient:
 
 @dataclass(frozen=True)
 class Projection:
-    """A head's products in `dtype` (float32 or float64), none of which copies the whole weight.
+    """A head's products, whose sums are of `dtype` (float32 or float64).
 
-    `tile` is how many rows of the weight are converted at once where its dtype is another.
+    Products that round their inputs to `half` (None for none) are all of them on CUDA, where a weight of another
+    dtype is copied once; elsewhere those of the gradient alone, since torch 2.13 can't sum the logits in float32
+    there. `tile` is how many rows of the weight are converted at once where the whole is not.
     """
 
     head: Head
     dtype: torch.dtype
     tile: int
+    half: torch.dtype | None = None
 
     def logits(self, hidden_BH: Tensor, out_BV: Tensor) -> None:
         """Write the logits of hidden states into `out_BV`, which is of `dtype`."""
         head = self.head
-        if self._multiplies_halves(hidden_BH):
-            torch.mm(hidden_BH, head.weight_VH.T, out_dtype=self.dtype, out=out_BV)
+        if self.half is not None and head.weight_VH.is_cuda:
+            torch.mm(hidden_BH.to(self.half), self._half_weight_VH.T, out_dtype=self.dtype, out=out_BV)
         else:
             hidden_BH = hidden_BH.to(self.dtype)
-            for columns, weight_CH in self._weight_tiles:
+            for columns, weight_CH in self._weight_tiles(self.dtype):
                 torch.mm(hidden_BH, weight_CH.T, out=out_BV[:, columns])
         if head.bias_V is not None:
             out_BV += head.bias_V
@@ -84,54 +88,55 @@ class Projection:
     ) -> None:
         """Add a block's part to the gradients of hidden states, weight and bias.
 
-        `slope_BV` is with respect to the logits before the soft-cap; `scratch_BV` is overwritten. With half
-        weights on CUDA, both products take the slope in half precision and add up in float32.
+        `slope_BV` is with respect to the logits before the soft-cap; it and `scratch_BV` may be overwritten.
         """
         scale = self.head.scale
         if gradient.bias_V is not None:
             gradient.bias_V.add_(slope_BV.sum(dim=0), alpha=scale)
         # A row that is not finite has a slope of zero, but 0·NaN is NaN.
         hidden_BH = torch.where(hidden_BH.isfinite(), hidden_BH, 0.0)
-        if self._multiplies_halves(hidden_BH):
-            self._add_half_gradient(slope_BV, scratch_BV, hidden_BH, rows, gradient)
+        if self.half is not None:
+            half_BV = scratch_BV.view(self.half)[:, : slope_BV.shape[1]]
+            self._add_half_gradient(slope_BV, half_BV, hidden_BH.to(self.half), rows, gradient)
             return
         if gradient.hidden_NH is not None:
-            for columns, weight_CH in self._weight_tiles:
+            for columns, weight_CH in self._weight_tiles(self.dtype):
                 gradient.hidden_NH[rows].addmm_(slope_BV[:, columns], weight_CH, alpha=scale)
         if gradient.weight_VH is not None:
             gradient.weight_VH.addmm_(slope_BV.T, hidden_BH.to(self.dtype), alpha=scale)
 
     def _add_half_gradient(
-        self, slope_BV: Tensor, scratch_BV: Tensor, hidden_BH: Tensor, rows: slice, gradient: HeadGradient
+        self, slope_BV: Tensor, half_BV: Tensor, half_BH: Tensor, rows: slice, gradient: HeadGradient
     ) -> None:
-        weight_VH = self.head.weight_VH
-        gain = _FLOAT16_GAIN if weight_VH.dtype == torch.float16 else 1.0
+        gain = _FLOAT16_GAIN if half_BV.dtype == torch.float16 else 1.0
         scale = self.head.scale / gain
-        half_BV = scratch_BV.view(weight_VH.dtype)[:, : weight_VH.shape[0]]
         half_BV.copy_(slope_BV if gain == 1 else slope_BV.mul_(gain))
         if gradient.hidden_NH is not None:
-            product_BH = torch.mm(half_BV, weight_VH, out_dtype=self.dtype)
-            gradient.hidden_NH[rows].add_(product_BH, alpha=scale)
+            for columns, weight_CH in self._weight_tiles(half_BV.dtype):
+                gradient.hidden_NH[rows].add_(self._product(half_BV[:, columns], weight_CH), alpha=scale)
         if gradient.weight_VH is not None:
             # Tile by tile: the whole product would be another gradient of the weight in size.
             for columns in self._columns:
-                product_CH = torch.mm(half_BV[:, columns].T, hidden_BH, out_dtype=self.dtype)
-                gradient.weight_VH[columns].add_(product_CH, alpha=scale)
+                gradient.weight_VH[columns].add_(self._product(half_BV[:, columns].T, half_BH), alpha=scale)
 
-    def _multiplies_halves(self, hidden_BH: Tensor) -> bool:
-        # Such products give float32 on CUDA alone (torch 2.13).
-        weight_VH = self.head.weight_VH
-        is_half = weight_VH.dtype in _HALVES and hidden_BH.dtype == weight_VH.dtype
-        return is_half and weight_VH.is_cuda and self.dtype == torch.float32
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return a product of halves: in `dtype` on CUDA, elsewhere summed in float32 and rounded once."""
+        return torch.mm(left, right, out_dtype=self.dtype) if left.is_cuda else torch.mm(left, right)
 
-    @property
-    def _weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+    @cached_property
+    def _half_weight_VH(self) -> Tensor:
+        assert self.half is not None
+        return self.head.weight_VH.to(self.half)
+
+    def _weight_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         weight_VH = self.head.weight_VH
-        if weight_VH.dtype == self.dtype:
+        if weight_VH.dtype == dtype:
             yield slice(None), weight_VH
-            return
-        for columns in self._columns:
-            yield columns, weight_VH[columns].to(self.dtype)
+        elif dtype == self.half and weight_VH.is_cuda:
+            yield slice(None), self._half_weight_VH
+        else:
+            for columns in self._columns:
+                yield columns, weight_VH[columns].to(dtype)
 
     @cached_property
     def _columns(self) -> list[slice]:

@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd_trainer.batch import Head, HiddenSignal
 from gkd_trainer.divergence import reference_jsd, rows, token_divergence
 from gkd_trainer.divergence.projection import Projection
+from tests.memory import NewStorages
 
 N, V, H, G = 11, 67, 8, 13
 
@@ -199,27 +198,6 @@ def test_a_vocabulary_of_one_token_has_no_divergence(beta):
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(values_N.sum(), leaves(student)))
 
 
-class PeakOfNewStorages(TorchDispatchMode):
-    """The largest number of bytes that were alive at once in storages made since."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        outputs = operation(*args, **(kwargs or {}))
-        known = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in args if isinstance(tensor, torch.Tensor)}
-        for tensor in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
-            if isinstance(tensor, torch.Tensor):
-                reference = StorageWeakRef(tensor.untyped_storage())
-                if reference.cdata not in known:
-                    self.alive[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
-        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return outputs
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace_mb", [1, 2])
 def test_memory_beyond_inputs_and_gradients_stays_in_the_budget_for_any_number_of_tokens(
@@ -229,7 +207,7 @@ def test_memory_beyond_inputs_and_gradients_stays_in_the_budget_for_any_number_o
     V = 2000
     for N in (64, 320):
         student, other = signal(N=N, V=V, dtype=dtype), teacher(N=N, V=V, dtype=dtype)
-        with PeakOfNewStorages() as memory:
+        with NewStorages() as memory:
             token_divergence(student, other, beta=0.5, workspace_mb=workspace_mb).values_N.sum().backward()
         gradients = 4 * sum(leaf.numel() for leaf in leaves(student))
         if dtype == torch.bfloat16:  # and what they are rounded to
@@ -292,3 +270,38 @@ def test_without_a_compiler_the_same_is_computed_and_said_once(monkeypatch, capl
     assert [record.message for record in caplog.records] == [
         "The divergence can't be compiled, and will be slower: RuntimeError: no C++ compiler"
     ]
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.3, 0.1, 0.03])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("token_block", [None, 7])
+def test_gradients_from_bfloat16_products_are_right_to_a_percent_and_values_are_those_of_float32(
+    sigma, dtype, token_block
+):
+    student = signal(N=16, width=64, V=2003, dtype=dtype)
+    noise_NH = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    # The head turns hidden states of size 1 into logits of size 2.
+    other = HiddenSignal((student.hidden_NH + sigma / 2 * noise_NH).detach(), Head(student.head.weight_VH.detach()))
+    options = {"beta": 0.5, "token_block": token_block}
+    values_N = token_divergence(student, other, product_dtype=torch.bfloat16, **options).values_N
+    assert torch.equal(values_N, token_divergence(student, other, **options).values_N)
+    expected_N = reference_jsd(logits(student), logits(other), beta=0.5)
+    pairs = zip(
+        torch.autograd.grad(values_N.sum(), leaves(student)),
+        torch.autograd.grad(expected_N.sum(), leaves(student)),
+        strict=True,
+    )
+    for actual, expected in pairs:
+        assert actual.dtype == dtype
+        assert_close_in_norm(actual, expected, tolerance=1e-2)
+        assert (actual.double() - expected).norm() > 1e-4 * expected.norm()  # they are rounded
+
+
+def test_float64_is_never_rounded_and_float16_not_on_a_cpu():
+    for dtype, product_dtype in ((torch.float64, torch.bfloat16), (torch.float32, torch.float16)):
+        student, other = signal(dtype=dtype), teacher(dtype=dtype)
+        of_halves, expected = (
+            torch.autograd.grad(token_divergence(student, other, product_dtype=each).values_N.sum(), leaves(student))
+            for each in (product_dtype, None)
+        )
+        assert all(map(torch.equal, of_halves, expected))

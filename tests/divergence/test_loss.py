@@ -192,6 +192,7 @@ def test_logits_are_compared_in_float32_under_autocast():
         ({"temperature": math.inf}, r"temperature must be positive and finite.*got inf"),
         ({"scale": "sum"}, r"scale must be one of 'paper', 'continuous'; got 'sum'"),
         ({"vocab_chunk": 0}, r"vocab_chunk must be at least 1.*got 0"),
+        ({"product_dtype": torch.float64}, r"product_dtype must be None, torch.float32.*got torch.float64"),
         ({"token_block": -1}, r"token_block must be at least 1.*got -1"),
         ({"labels_N": torch.zeros(N + 1, dtype=torch.long)}, r"labels_N must be an int64.*\[6\]; got .*\[7\]"),
         ({"labels_N": torch.zeros(N)}, r"labels_N must be an int64 tensor.*got torch.float32"),

@@ -9,6 +9,7 @@ from torch import nn
 
 from gkd_trainer import FrozenTeacher, GKDTrainer
 from gkd_trainer.divergence import reference_jsd
+from tests.memory import NewStorages
 
 
 def batch_of(trainer, count=4):
@@ -228,3 +229,34 @@ def test_bf16_autocast_still_compares_float32_logits(make_trainer):
     logged = mixed.state.log_history[0]["loss"]
     plain.train()
     assert logged == pytest.approx(plain.state.log_history[0]["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("is_lora", [False, True])
+def test_a_step_makes_no_tensor_of_the_size_of_all_logits(make_trainer, tiny_model, token_rows, is_lora):
+    vocab = 2000
+    models = {"model": tiny_model(vocab=vocab), "teacher_model": tiny_model(vocab=vocab, hidden=48, seed=1)}
+    if is_lora:
+        models["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = make_trainer(trainer_args={**models, "train_dataset": token_rows(longest=40)}, loss_workspace_mb=1)
+    inputs = batch_of(trainer, 16)
+    trainer.compute_loss(trainer.model, inputs).backward()
+    trainer.model.zero_grad()
+    with NewStorages() as memory:
+        trainer.compute_loss(trainer.model, inputs).backward()
+    trained = int((inputs["labels"][:, 1:] != -100).sum())
+    assert memory.largest <= 2**20 / 2 < 4 * trained * vocab / 3
+
+
+def test_products_of_the_gradient_may_round_to_bfloat16(make_trainer, tiny_model):
+    losses, of_each = [], []
+    for dtype in ("auto", "float32", "bfloat16"):
+        trainer = make_trainer(trainer_args={"model": tiny_model()}, loss_product_dtype=dtype)
+        loss = trainer.compute_loss(trainer.model, batch_of(trainer))
+        loss.backward()
+        losses.append(loss.item())
+        of_each.append(gradients(trainer.model))
+    assert losses[0] == losses[1] == losses[2]
+    automatic, exact, rounded = of_each
+    assert_same_gradients(automatic, exact, 0)
+    assert_same_gradients(rounded, exact, 1e-2)
+    assert not torch.equal(rounded["lm_head.weight"], exact["lm_head.weight"])
