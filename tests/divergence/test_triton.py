@@ -12,6 +12,9 @@ pytest.importorskip("triton")
 
 CASES = Path(__file__).with_name("triton_cases.py")
 
+# Without conftest.py, whose imports the kernels do without.
+PYTEST = ("-m", "pytest", "-q", "--noconftest", "-W", "ignore", str(CASES))
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -41,13 +44,13 @@ def run(*command, **environment):
 
 def test_the_kernels_are_right_in_tritons_interpreter():
     # A process of its own: the variable has to be there before Triton is imported. Its NumPy warns of inf - inf.
-    run("-m", "pytest", "-q", "-W", "ignore", str(CASES), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    run(*PYTEST, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernels_are_right_on_a_gpu():
-    run("-m", "pytest", "-q", "-W", "ignore", str(CASES))
+    run(*PYTEST)
 
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_here():
