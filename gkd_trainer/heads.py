@@ -5,15 +5,17 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, StudentSignal, TokenBatch
+
+T = TypeVar("T")
 
 _PROBE_LENGTH = 4
 _PROBE_LOGIT = 100.0
@@ -21,11 +23,15 @@ _PROBE_LOGIT = 100.0
 
 @dataclass(frozen=True)
 class SeparableHead:
-    """The head of a model whose logits were seen to be softcap·tanh(scale·(h·Wᵀ + b) / softcap)."""
+    """The head of a model whose logits were seen to be softcap·tanh(scale·(h·Wᵀ + b) / softcap).
+
+    `is_sharded`: FSDP spreads its weight over ranks, and makes it whole inside of the model's forward.
+    """
 
     module: nn.Linear
     scale: float
     softcap: float | None
+    is_sharded: bool = False
 
     def head(self) -> Head:
         """Return the head with the weights as they are now, in the autograd graph where they are trained."""
@@ -39,13 +45,13 @@ class InseparableHead:
     reason: str
 
 
-def find_head(model: nn.Module) -> SeparableHead | InseparableHead:
+def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | InseparableHead:
     """Return the head of a causal LM, checked by one forward of four tokens against the model's own logits.
 
     The check is what makes it safe: whatever an unknown architecture does between hidden states and logits
     shows there. It runs in eval mode and draws no random numbers. `model` is not wrapped for distribution.
     """
-    module = _output_embeddings(model)
+    module = output_embeddings(model)
     if module is None:
         return InseparableHead("it has no output embeddings")
     # Exactly nn.Linear: adapters, quantised layers and wrappers are other types, whose weight alone is not the head.
@@ -60,7 +66,7 @@ def find_head(model: nn.Module) -> SeparableHead | InseparableHead:
         return InseparableHead("the forward of its head was replaced")
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
-    head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap))
+    head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap), is_sharded)
     try:
         explains_logits = _explains_logits(model, head)
     except Exception as error:  # whatever a forward may raise that wants more than ids and a mask
@@ -73,24 +79,47 @@ def find_head(model: nn.Module) -> SeparableHead | InseparableHead:
 def predict(
     model: nn.Module, batch: TokenBatch, head: SeparableHead | InseparableHead, **forward_kwargs: Any
 ) -> tuple[StudentSignal, Any]:
-    """Run a model's forward and return what it predicts where the batch is scored, and the forward's output.
+    """Return what a model predicts where the batch is scored, and its forward's output; see `compare`."""
+    return compare(model, batch, head, lambda signal: signal, **forward_kwargs)
 
-    `model` may be wrapped (DDP, ...): its hooks run, since its forward does. With a separable head the output
-    holds one logit column, which keeps the head's weight in the graph that DDP walks; with an inseparable one,
-    all logits [B, L, V].
+
+def compare(
+    model: nn.Module,
+    batch: TokenBatch,
+    head: SeparableHead | InseparableHead,
+    comparison: Callable[[StudentSignal], T],
+    **forward_kwargs: Any,
+) -> tuple[T, Any]:
+    """Run a model's forward; return `comparison` of what it predicts where the batch is scored, and its output.
+
+    `model` may be wrapped (DDP, FSDP): its hooks run, since its forward does. With a separable head the comparison is
+    made inside of the forward, where the head's weight is whole, and the output holds one logit column; with an
+    inseparable one it holds all logits [B, L, V]. Where the head is sharded, a loss has to include `connection` of the
+    output.
     """
     if isinstance(head, InseparableHead):
         output = model(**batch.model_inputs, **forward_kwargs)
-        return LogitsSignal(_logits(output)[batch.is_scored_BL]), output
-    with _capture(head.module) as captured:
+        return comparison(LogitsSignal(logits_of(output)[batch.is_scored_BL])), output
+
+    def compare_hidden(hidden_BLH: Tensor) -> T:
+        return comparison(HiddenSignal(hidden_BLH[batch.is_scored_BL], head.head()))
+
+    with _in_place_of(head, compare_hidden) as results:
         output = model(**batch.model_inputs, **forward_kwargs)
-    hidden_BLH = captured[-1]
-    return HiddenSignal(hidden_BLH[batch.is_scored_BL], head.head()), output
+    return results[-1], output
+
+
+def connection(output: Any) -> Tensor:
+    """Return a zero that depends on a forward's logits: its backward pass reaches the forward's output first.
+
+    FSDP waits for that before anything else.
+    """
+    return logits_of(output)[..., :0].sum()
 
 
 def vocabulary_rows(model: nn.Module) -> int:
     """Return how many tokens a causal LM predicts over, padding rows included."""
-    module = _output_embeddings(model)
+    module = output_embeddings(model)
     weight = getattr(module, "weight", None)
     # A quantised weight is packed: its shape says nothing.
     if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2:
@@ -99,20 +128,23 @@ def vocabulary_rows(model: nn.Module) -> int:
 
 
 @contextmanager
-def _capture(head: nn.Linear) -> Iterator[list[Tensor]]:
-    captured: list[Tensor] = []
+def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T]) -> Iterator[list[T]]:
+    module, results = head.module, list[T]()
 
     def first_column(hidden_BLH: Tensor) -> Tensor:
-        captured.append(hidden_BLH)
-        bias = None if head.bias is None else head.bias[:1]
+        results.append(call(hidden_BLH))
+        if head.is_sharded:
+            # The loss depends on what is returned: a column of logits would bring it a second gradient of the weight.
+            return hidden_BLH[..., :1]
+        bias = None if module.bias is None else module.bias[:1]
         # A slice of the hidden states would do as well, but would take the head's weight out of DDP's graph.
-        return nn.functional.linear(hidden_BLH, head.weight[:1], bias)
+        return nn.functional.linear(hidden_BLH, module.weight[:1], bias)
 
-    head.forward = first_column  # type: ignore[method-assign,assignment]
+    module.forward = first_column  # type: ignore[method-assign,assignment]
     try:
-        yield captured
+        yield results
     finally:
-        del head.forward
+        del module.forward
 
 
 def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
@@ -137,7 +169,7 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
         with torch.no_grad():
             ids_BL = torch.arange(_PROBE_LENGTH, device=head.module.weight.device)[None]
             ids_BL = ids_BL % head.module.weight.shape[0]
-            logits_BLV = _logits(model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)))
+            logits_BLV = logits_of(model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)))
             if len(hidden) != 1 or hidden[0].shape[:-1] != (1, _PROBE_LENGTH):
                 return False
             expected_BLV = head.head().logits(hidden[0])
@@ -153,12 +185,12 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
     return bool((error_BL <= tolerance * largest_BL).all())
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     logits: Tensor = output["logits"] if isinstance(output, dict) else output.logits
     return logits
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def output_embeddings(model: nn.Module) -> nn.Module | None:
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     if get_output_embeddings is None:
         return None

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError
@@ -76,7 +77,9 @@ def refuse_prompt_learning(model: nn.Module) -> None:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the causal LM inside a PEFT wrapper (its adapters stay active), or the model itself."""
+    """Return the causal LM inside wrappers of PEFT (its adapters stay active) and FSDP, or the model itself."""
+    if isinstance(model, FullyShardedDataParallel):
+        model = model.module
     if isinstance(model, PeftMixedModel):
         return cast(nn.Module, model.base_model.model)
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -26,13 +26,21 @@ from gkd_trainer.arguments import (
     refuse_data_parallel,
     refuse_meaningless,
 )
-from gkd_trainer.batch import Generated, TokenBatch
+from gkd_trainer.batch import Generated, StudentSignal, TokenBatch
 from gkd_trainer.data import keeping_labels
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.evaluation import EvaluationMixin
 from gkd_trainer.finite import FiniteCheck
-from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
+from gkd_trainer.heads import (
+    InseparableHead,
+    SeparableHead,
+    compare,
+    connection,
+    find_head,
+    output_embeddings,
+    vocabulary_rows,
+)
 from gkd_trainer.preparation import PreparationMixin
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
@@ -49,6 +57,9 @@ from gkd_trainer.student import (
 from gkd_trainer.teachers import Teacher, shared_vocabulary_size
 
 logger = logging.getLogger(__name__)
+
+_TEACHER_TOLERANCE = 1e-3
+"""How much the magnitude of a teacher's weight may differ between ranks, by the order of summing on their devices."""
 
 
 class GKDMixin(PreparationMixin, EvaluationMixin):
@@ -193,7 +204,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         self._finite_check = FiniteCheck()
         self._generated: list[Generated] = []
         self._has_trained = False
-        self._head_of: tuple[nn.Module, SeparableHead | InseparableHead] | None = None
+        self._head_of: tuple[nn.Module | None, SeparableHead | InseparableHead] | None = None
         self._connect_teacher(teacher)
         self._connect_rollouts(rollouts)
         self._prepare_datasets()
@@ -279,33 +290,35 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         head = self._student_head()
         if return_outputs and isinstance(head, SeparableHead):
             head = InseparableHead("the caller wants logits")
-        student, outputs = predict(model, batch, head)
-        student = student.sliced(self._vocab_size)
         rows_N = batch.rows_N
         labels_N = label_weight_N = None
         if self.args.ce_weight > 0 and model.training:
             # The student's own samples take the divergence alone: their tokens are no targets to reach.
             labels_N, label_weight_N = batch.targets_N, self.args.ce_weight * ~batch.is_on_policy_B[rows_N]
-        result = token_divergence(
-            student,
-            teacher,
-            beta=self.args.beta,
-            divergence=self.args.divergence,
-            divergence_options=self.args.divergence_options,
-            temperature=self.args.loss_temperature,
-            scale=self.args.divergence_scale,
-            tail=self.args.teacher_tail,
-            labels_N=labels_N,
-            label_weight_N=label_weight_N,
-            product_dtype=self._product_dtype,
-            workspace_mb=self.args.loss_workspace_mb,
-        )
+
+        def divergence_of(student: StudentSignal) -> TokenDivergence:
+            return token_divergence(
+                student.sliced(self._vocab_size),
+                teacher,
+                beta=self.args.beta,
+                divergence=self.args.divergence,
+                divergence_options=self.args.divergence_options,
+                temperature=self.args.loss_temperature,
+                scale=self.args.divergence_scale,
+                tail=self.args.teacher_tail,
+                labels_N=labels_N,
+                label_weight_N=label_weight_N,
+                product_dtype=self._product_dtype,
+                workspace_mb=self.args.loss_workspace_mb,
+            )
+
+        result, outputs = compare(model, batch, head, divergence_of)
         self._record(batch, rows_N, result, model.training)
         loss_N = result.values_N if result.loss_N is None else result.loss_N
         loss = loss_N.sum()
-        if isinstance(head, SeparableHead):
-            # Nothing to train on leaves the sum empty: it stays connected to the weight too, for DDP.
-            loss = loss + head.module.weight[:0].sum()
+        # Nothing to train on leaves the sum empty: it stays connected to the head too, for DDP.
+        if len(rows_N) == 0 or (isinstance(head, SeparableHead) and head.is_sharded):
+            loss = loss + connection(outputs)
         if num_items_in_batch is None:
             loss = loss / max(1, len(rows_N))
         else:
@@ -343,6 +356,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
                 "to 1, or use a teacher in this process without top_k"
             )
         self.teacher.prepare(self.args.device, tokenizer, self.args.max_length)
+        self._require_equal_teachers()
         self._vocab_size = shared_vocabulary_size(
             vocabulary_rows(base_model(self.model)),
             self.teacher.vocab_size,
@@ -350,6 +364,19 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             self.teacher.vocabulary,
         )
         self._student_head()  # tells at construction, not in the first step, where full logits are needed
+
+    def _require_equal_teachers(self) -> None:
+        if self.teacher.model is None or self.accelerator.num_processes == 1:
+            return
+        weights = (each for each in self.teacher.model.parameters() if each.is_floating_point())
+        weight = next(weights, torch.ones(()))
+        sizes = self.accelerator.gather(weight.detach().float().abs().sum().to(self.args.device))
+        if (sizes - sizes[0]).abs().max() > _TEACHER_TOLERANCE * sizes[0]:
+            raise GKDTeacherError(
+                "the teacher's weights must be the same on every rank; the magnitudes of the first one's differ: "
+                f"{sizes.tolist()}. Under FSDP with cpu_ram_efficient_loading, from_pretrained gives them to the first "
+                "rank alone: pass the teacher by its name, which loads it on every rank"
+            )
 
     def _adapted(self, model: nn.Module, args: Any) -> nn.Module:
         if self._adapter_config is not None:
@@ -368,18 +395,25 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         return count
 
     def _student_head(self) -> SeparableHead | InseparableHead:
-        # Found anew after model_init made another student, and after FSDP wrapped it.
-        if self._head_of is None or self._head_of[0] is not self.model:
-            if self._is_sharded:
-                head: SeparableHead | InseparableHead = InseparableHead("its weights are sharded over ranks")
-            elif self.args.torch_compile:
-                head = InseparableHead("its forward is compiled as a whole")
-            else:
-                head = find_head(base_model(self.model))
+        module = output_embeddings(base_model(self.model))
+        # Found anew after model_init made another student, but not after FSDP, which leaves the modules as they are.
+        if self._head_of is None or self._head_of[0] is not module:
+            head = self._found_head()
             if isinstance(head, InseparableHead):
                 logger.warning("The student's full logits are built, which takes more memory: %s.", head.reason)
-            self._head_of = (self.model, head)
+            self._head_of = (module, head)
         return self._head_of[1]
+
+    def _found_head(self) -> SeparableHead | InseparableHead:
+        if self._is_sharded and not self.is_fsdp_enabled:
+            return InseparableHead("its weights are sharded over ranks")
+        if self.args.torch_compile:
+            return InseparableHead("its forward is compiled as a whole")
+        head = find_head(base_model(self.model), is_sharded=self.is_fsdp_enabled)
+        # Under FSDP the first rank alone may have loaded the weights, and the others zeros, which any head explains.
+        if self._is_anywhere(isinstance(head, InseparableHead)) and isinstance(head, SeparableHead):
+            return InseparableHead("that of another rank can't be taken apart")
+        return head
 
     def _record(self, batch: TokenBatch, rows_N: Tensor, result: TokenDivergence, is_training: bool) -> None:
         self._row_sums_BK = sums_by_row(

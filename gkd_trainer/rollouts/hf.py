@@ -5,6 +5,7 @@ Shapes: B batch, L length, T new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,10 +55,12 @@ class HFRollouts(RolloutEngine):
         self._batch_size = None if is_sharded else batch_size
         self._is_sharded = is_sharded
         self._model: Any = None
+        self._wrapped: nn.Module | None = None
 
     def sync(self, model: nn.Module) -> None:
         """Generate with `model` from now on; its weights are shared, so that nothing is copied."""
         self._model = base_model(model)
+        self._wrapped = model if self._is_sharded and model is not self._model else None
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """Return one completion per prompt; see RolloutEngine."""
@@ -70,7 +73,7 @@ class HFRollouts(RolloutEngine):
         # By length: a batch is as wide as its longest prompt.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         completions: dict[int, Completion] = {}
-        with _ready_to_generate(self._model), torch.no_grad():
+        with _ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
                 batch = self._generate_batch(
@@ -196,3 +199,33 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
             module.gradient_checkpointing = True
         for module in in_training:
             module.training = True
+
+
+@contextmanager
+def _calling(wrapped: nn.Module | None, model: Any) -> Iterator[None]:
+    """Have calls of `model` begin at what it is wrapped in, if that is given: its hooks gather sharded weights."""
+    if wrapped is None:
+        yield
+        return
+    forward, is_own = model.forward, "forward" in vars(model)
+    is_inside = False
+
+    @functools.wraps(forward)
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_inside
+        if is_inside:
+            return forward(*args, **kwargs)
+        is_inside = True
+        try:
+            return wrapped(*args, **kwargs)
+        finally:
+            is_inside = False
+
+    model.forward = enter
+    try:
+        yield
+    finally:
+        if is_own:
+            model.forward = forward
+        else:
+            del model.forward

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -73,7 +74,9 @@ class FrozenTeacher(Teacher):
     ) -> FrozenTeacher:
         """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained."""
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+        # A student that FSDP shards is read by the first rank alone; a teacher is whole on every one.
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
         return cls(model, tokenizer, top_k=top_k)
 

@@ -106,6 +106,7 @@ def full_run(tiny_model):
             )
         if not (folder / "result.json").exists():
             return None, None, process
-        return json.loads((folder / "result.json").read_text()), load_file(folder / "result/model.safetensors"), process
+        weights = next((folder / "result").glob("*model.safetensors"))  # of an adapter, or of all
+        return json.loads((folder / "result.json").read_text()), load_file(weights), process
 
     return run

@@ -12,7 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import load_dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gkd_trainer import GKDConfig, GKDTrainer
@@ -47,26 +50,37 @@ def main(folder: Path) -> None:
     evaluates_first = options.pop("evaluates_first", False)
     evaluates_stream = options.pop("evaluates_stream", False)
     loses_server = options.pop("loses_server_on_rank", None)
+    is_lora = options.pop("is_lora", False)
+    names_teacher = options.pop("names_teacher", False)
     callbacks = [DieAfterSaving(die_at)] if die_at else []
     if loses_server is not None:
         callbacks.append(LoseServer(loses_server))
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    if options.get("fsdp"):
+        # As `accelerate launch` does: the first rank alone reads weights, and the others zeros.
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    args = GKDConfig(
+        output_dir=str(folder / "run"),
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        max_length=64,
+        max_new_tokens=6,
+        **options,
+    )
+    if args.fsdp:
+        # Accelerate takes FSDP for GPUs alone; nothing after its decision asks for one.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    teacher = str(folder / "teacher")
     trainer = GKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student"),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
-        args=GKDConfig(
-            output_dir=str(folder / "run"),
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            logging_steps=1,
-            max_length=64,
-            max_new_tokens=6,
-            **options,
-        ),
+        teacher_model=teacher if names_teacher else AutoModelForCausalLM.from_pretrained(teacher),
+        args=args,
         train_dataset=rows,
         eval_dataset=rows.select(range(7)).to_iterable_dataset() if evaluates_stream else rows.select(range(7)),
         callbacks=callbacks,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if is_lora else None,
     )
     for callback in callbacks:
         callback.trainer = trainer

@@ -1,5 +1,9 @@
 """Two processes over gloo do what one does."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +15,15 @@ OPTIONS = {
     "per_device_eval_batch_size": 2,
     "optim": "sgd",
     "max_grad_norm": 0.0,
+}
+
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": True,
+    },
 }
 
 
@@ -47,3 +60,48 @@ def test_two_ranks_train_and_evaluate_like_one(full_run, tiny_model, tmp_path, t
     for metric, value in one["evaluation"].items():
         if "runtime" not in metric and "per_second" not in metric and "preparation" not in metric:
             assert two["evaluation"][metric] == pytest.approx(value, rel=1e-4), metric
+
+
+@pytest.mark.parametrize(
+    ("tied", "extra"),
+    [
+        (False, {"gradient_checkpointing": True}),
+        (True, {"gradient_accumulation_steps": 2, "ce_weight": 0.3}),
+        (False, {"is_lora": True}),
+    ],
+    ids=["untied-checkpointing", "tied-accumulation-cross-entropy", "lora"],
+)
+def test_two_ranks_that_share_the_student_by_fsdp_train_like_one(full_run, tiny_model, tmp_path, tied, extra):
+    student = tiny_model(tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    options = {**OPTIONS, "learning_rate": 1.0, "lmbda": 0.5, "names_teacher": True, **extra}
+    one, expected, _ = full_run(tmp_path / "one", student=student, per_device_train_batch_size=4, **options)
+    two, actual, process = full_run(
+        tmp_path / "two", ranks=2, student=student, per_device_train_batch_size=2, **options, **FSDP
+    )
+    assert two is not None, process.stderr
+    assert "full logits" not in process.stderr
+
+    for name, tensor in expected.items():
+        assert torch.allclose(actual[name], tensor, rtol=0, atol=1e-5), name
+    trained = [name for name in expected if name in before or "lora_B" in name]
+    assert max((expected[name] - before.get(name, 0)).abs().max() for name in trained) > 1e-3
+    for first, second in zip(steps(one), steps(two), strict=True):
+        for metric in ("loss", "completion_length", "student_entropy", "top_token_agreement"):
+            assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
+    assert two["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-4)
+
+
+def test_a_teacher_whose_weights_only_the_first_rank_has_is_refused(full_run, tmp_path):
+    two, _, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **OPTIONS, **FSDP)
+    assert two is None
+    assert "the teacher's weights must be the same on every rank" in process.stderr
+
+
+def test_fsdp_version_1_gives_the_gradients_and_completions_of_a_whole_student():
+    script = Path(__file__).with_name("fsdp1.py")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.run(
+        [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert process.returncode == 0, process.stderr
