@@ -21,6 +21,16 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from gkd_trainer import GKDConfig, GKDTrainer
 from gkd_trainer.serving import VLLMServer
 
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": True,
+    },
+}
+"""Options of a run whose student is sharded over its ranks."""
+
 
 class DieAfterSaving(TrainerCallback):
     """Ends the process as a power cut would, once a checkpoint is complete."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainer.run import FSDP
+
 OPTIONS = {
     "max_steps": 3,
     "save_strategy": "no",
@@ -15,15 +17,6 @@ OPTIONS = {
     "per_device_eval_batch_size": 2,
     "optim": "sgd",
     "max_grad_norm": 0.0,
-}
-
-FSDP = {
-    "fsdp": True,
-    "fsdp_config": {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-        "cpu_ram_efficient_loading": True,
-    },
 }
 
 

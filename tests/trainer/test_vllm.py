@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from gkd_trainer import FrozenTeacher, GKDServerError, VLLMColocateRollouts, VLLMServerTeacher
 from gkd_trainer.rollouts import HFRollouts
 from tests.serving import FaultyProxy, changed, delayed, status
+from tests.trainer.run import FSDP
 
 PROMPTS = [[5, 6, 7, 8], [30, 31], [100, 120, 140, 160, 180]]
 # Large steps, so that the weights of one step give other completions than those of the next.
@@ -169,26 +170,34 @@ RANKS = {
 }
 
 
+def assert_two_ranks_do_as_one(full_run, student, folder, options, *, one, **further):
+    two, actual, process = full_run(
+        folder, ranks=2, student=student, per_device_train_batch_size=2, **RANKS, **options, **further
+    )
+    assert two is not None, process.stderr
+    result, expected, _ = one
+    steps = [[entry["loss"] for entry in each["log"] if "loss" in entry] for each in (result, two)]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-4)
+    for name, tensor in expected.items():
+        assert torch.allclose(actual[name], tensor, rtol=0, atol=1e-5), name
+
+
 def test_two_ranks_roll_out_as_one_by_servers_and_by_one_engine_over_both(
     full_run, tiny_model, server_options, tmp_path
 ):
-    def student():
-        return tiny_model(hidden=128, seed=7)
-
-    one, expected, _ = full_run(
-        tmp_path / "one", student=student(), per_device_train_batch_size=4, **RANKS, **server_options
-    )
+    student = tiny_model(hidden=128, seed=7)
+    one = full_run(tmp_path / "one", student=student, per_device_train_batch_size=4, **RANKS, **server_options)
+    assert_two_ranks_do_as_one(full_run, student, tmp_path / "servers", server_options, one=one)
     over_both = {"use_vllm": True, "vllm_tensor_parallel_size": 2, "vllm_engine_kwargs": {"enforce_eager": True}}
-    for name, options in (("servers", server_options), ("tensor-parallel", over_both)):
-        folder = tmp_path / name
-        two, actual, process = full_run(
-            folder, ranks=2, student=student(), per_device_train_batch_size=2, **RANKS, **options
-        )
-        assert two is not None, process.stderr
-        steps = [[entry["loss"] for entry in result["log"] if "loss" in entry] for result in (one, two)]
-        assert steps[1] == pytest.approx(steps[0], rel=1e-4)
-        for weight, tensor in expected.items():
-            assert torch.allclose(actual[weight], tensor, rtol=0, atol=1e-5), (name, weight)
+    assert_two_ranks_do_as_one(full_run, student, tmp_path / "tensor-parallel", over_both, one=one)
+
+
+@pytest.mark.servers
+def test_servers_get_the_weights_of_a_student_that_is_sharded_by_fsdp(full_run, tiny_model, server_options, tmp_path):
+    student = tiny_model(hidden=128, seed=7)
+    one = full_run(tmp_path / "one", student=student, per_device_train_batch_size=4, **RANKS, **server_options)
+    options = {**server_options, **FSDP}
+    assert_two_ranks_do_as_one(full_run, student, tmp_path / "sharded", options, one=one, names_teacher=True)
 
 
 def test_a_server_that_fails_one_rank_stops_both_and_saves(full_run, tiny_model, server_options, tmp_path):
