@@ -1,4 +1,4 @@
-"""The part of the trainer that loses nothing when a server fails: ranks stop together, and the last step is saved."""
+"""The part of the trainer that loses nothing when a server or a teacher fails: ranks stop together, and the last step is saved."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from gkd_trainer.any_trainer import AnyTrainer
-from gkd_trainer.errors import GKDError, GKDServerError
+from gkd_trainer.errors import GKDError, GKDServerError, GKDTeacherError
 
 
 class RecoveryMixin(AnyTrainer):
-    """Turns the failure of a server into a checkpoint and one error on every rank."""
+    """Turns the failure of a server or a teacher into a checkpoint and one error on every rank."""
 
     _random_states: tuple[Any, ...] | None = None
     _last_checkpoint: Path | None = None
@@ -28,10 +28,10 @@ class RecoveryMixin(AnyTrainer):
 
     @contextmanager
     def _saving_before_it_fails(self) -> Iterator[None]:
-        """Save a checkpoint of the last complete step where a server fails for good, and say so in the error."""
+        """Save a checkpoint of the last complete step where a server or a teacher fails, and say so in the error."""
         try:
             yield
-        except GKDServerError as error:
+        except (GKDServerError, GKDTeacherError) as error:
             step = self.state.global_step
             if not self.is_in_train or step == 0:
                 raise
@@ -44,9 +44,12 @@ class RecoveryMixin(AnyTrainer):
                     torch.cuda.set_rng_state_all(devices)
                 self._save_checkpoint(self.model, getattr(self, "_trial", None))
             what = "weights, without what save_only_model leaves out," if self.args.save_only_model else "run"
-            raise GKDServerError(
-                f"{error}. The {what} up to step {step} is saved in {self._last_checkpoint}: once the server is back, "
-                "go on with train(resume_from_checkpoint=True)"
+            kind, when = GKDTeacherError, "once that is mended"
+            if isinstance(error, GKDServerError):
+                kind, when = GKDServerError, "once the server is back"
+            raise kind(
+                f"{error}. The {what} up to step {step} is saved in {self._last_checkpoint}: {when}, go on with "
+                "train(resume_from_checkpoint=True)"
             ) from error
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

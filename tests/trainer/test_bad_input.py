@@ -213,6 +213,27 @@ def test_teacher_logits_that_are_not_finite_stop_the_run_before_the_step(make_tr
     assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
 
 
+def test_a_teacher_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(make_trainer, tiny_model, tmp_path):
+    class Failing(FrozenTeacher):
+        fails_at = 2
+
+        def score(self, batch: TokenBatch):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == self.fails_at:
+                raise GKDTeacherError("a row is too long")
+            return super().score(batch)
+
+    teacher = Failing(tiny_model(hidden=48, seed=1))
+    with pytest.raises(
+        GKDTeacherError, match=r"a row is too long.*step 1 is saved in .*checkpoint-1: once that is mend"
+    ):
+        make_trainer(trainer_args={"teacher": teacher}).train()
+    trainer = make_trainer(trainer_args={"teacher": teacher})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert teacher.calls == 3
+
+
 def test_minus_infinity_is_probability_zero_where_the_divergence_stays_finite(make_trainer, tiny_model):
     trainer = faulty_run(make_trainer, tiny_model, -float("inf"), beta=0.5)
     trainer.train()
