@@ -1,4 +1,4 @@
-"""The part of the trainer that loses nothing when a server or a teacher fails: ranks stop together, and the last step is saved."""
+"""The part of the trainer that loses nothing when a server or teacher fails: ranks stop together, after saving."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class RecoveryMixin(AnyTrainer):
                     torch.cuda.set_rng_state_all(devices)
                 self._save_checkpoint(self.model, getattr(self, "_trial", None))
             what = "weights, without what save_only_model leaves out," if self.args.save_only_model else "run"
-            kind, when = GKDTeacherError, "once that is mended"
-            if isinstance(error, GKDServerError):
-                kind, when = GKDServerError, "once the server is back"
+            is_server = isinstance(error, GKDServerError)
+            kind = GKDServerError if is_server else GKDTeacherError
+            when = "once the server is back" if is_server else "once that is mended"
             raise kind(
                 f"{error}. The {what} up to step {step} is saved in {self._last_checkpoint}: {when}, go on with "
                 "train(resume_from_checkpoint=True)"
