@@ -16,9 +16,6 @@ from torch import Tensor
 _FAR = 1e4
 """A gap that stands for infinity where the probability before it is zero: 0·inf would be NaN."""
 
-_RATIO_GAP = {torch.float32: 80.0, torch.float64: 700.0}
-"""The largest gap whose exponential is finite. Beyond it the smaller probability is zero."""
-
 
 class Pair(NamedTuple):
     """Both distributions over the vocabulary, [R, V] each."""
@@ -153,7 +150,9 @@ def _log_over_mixture(gap_RV: Tensor, share_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(q/m) and log(p/m) with m = share_p·p + (1 - share_p)·q; finite everywhere."""
     # From the gap, and not as log q - log m, which would lose small gaps in the rounding of log m, as log and exp
     # in place of log1p and expm1 would lose small shares.
-    limit = _RATIO_GAP[gap_RV.dtype]
+    # The largest gap whose exponential is finite: beyond it the smaller probability is zero. Not from a table, whose
+    # numbers the compiler would take for variables at first, and then start over.
+    limit = 80.0 if gap_RV.dtype == torch.float32 else 700.0
     gap_RV = gap_RV.clamp(-limit, limit)
     log_q_over_m = -torch.log1p(share_p * torch.expm1(-gap_RV))
     return log_q_over_m, log_q_over_m - gap_RV
