@@ -252,6 +252,18 @@ def test_compiled_and_eager_agree_and_one_compilation_serves_any_size(monkeypatc
     assert counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.parametrize(("largest", "sizes"), [(2, {1}), (3, {2, 3})])
+def test_no_tile_is_a_single_row_unless_all_are(largest, sizes, monkeypatch):
+    monkeypatch.setattr(rows, "_CPU_TILE_ELEMENTS", largest * V)
+    seen = set()
+    compare = rows._compare
+    monkeypatch.setattr(
+        rows, "_compare", lambda *inputs, **options: (seen.add(len(inputs[0])), compare(*inputs, **options))[1]
+    )
+    token_divergence(signal(), teacher(), beta=0.5)
+    assert seen == sizes
+
+
 def test_without_a_compiler_the_same_is_computed_and_said_once(monkeypatch, caplog):
     def compile_nothing(*args, **options):
         def fail(*inputs, **options):
