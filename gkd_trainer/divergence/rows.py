@@ -153,62 +153,72 @@ def _compare(
     student_tempered_RV, teacher_tempered_RV = student_RV, teacher_RV
     if variant.is_tempered:
         student_tempered_RV, teacher_tempered_RV = student_RV * per_temperature, teacher_RV * per_temperature
-    top_q_R1, log_z_q_R1 = _normaliser(student_tempered_RV)
-    top_p_R1, log_z_p_R1 = _normaliser(teacher_tempered_RV)
-    log_q_RV, log_p_RV = student_tempered_RV - log_z_q_R1, teacher_tempered_RV - log_z_p_R1
-    q_RV, p_RV = log_q_RV.exp(), log_p_RV.exp()
+    q, p = _softmax(student_tempered_RV), _softmax(teacher_tempered_RV)
     # Near-equal logits subtract without rounding; log q - log p would round both first.
-    gap_RV = (student_tempered_RV - teacher_tempered_RV) - (log_z_q_R1 - log_z_p_R1)
+    gap_RV = (student_tempered_RV - teacher_tempered_RV) - (q.log_z_R1 - p.log_z_R1)
     # Tokens that neither side can give have no gap: -inf - -inf.
-    gap_RV = torch.where(torch.maximum(student_tempered_RV, teacher_tempered_RV) == -math.inf, 0.0, gap_RV)
-    value_terms_RV, slope_RV = TERMS[variant.kind](Pair(q_RV, p_RV, log_q_RV, log_p_RV, gap_RV), first, second)
+    gap_RV = torch.where(q.probability_RV + p.probability_RV == 0, 0.0, gap_RV)
+    log_q_RV, log_p_RV = student_tempered_RV - q.log_z_R1, teacher_tempered_RV - p.log_z_R1
+    pair = Pair(q.probability_RV, p.probability_RV, log_q_RV, log_p_RV, gap_RV)
+    value_terms_RV, slope_RV = TERMS[variant.kind](pair, first, second)
     values_R = value_terms_RV.sum(dim=1) * factor
     is_finite_R = values_R.isfinite()
-    is_teacher_finite_R = log_z_p_R1[:, 0].isfinite()
-    is_top_RV = (student_tempered_RV == top_q_R1) & (teacher_tempered_RV == top_p_R1)
+    is_teacher_finite_R = p.log_z_R1[:, 0].isfinite()
     # As a maximum of floats, which is fused with the sums; `any` is not.
-    is_top_shared_R = is_top_RV.to(student_RV.dtype).amax(dim=1) > 0
-    agrees_R = is_top_shared_R & is_teacher_finite_R & log_z_q_R1[:, 0].isfinite()
+    teacher_at_top_RV = torch.where(student_tempered_RV == q.top_R1, teacher_tempered_RV, -math.inf)
+    is_top_shared_R = teacher_at_top_RV.amax(dim=1) == p.top_R1[:, 0]
+    agrees_R = is_top_shared_R & is_teacher_finite_R & q.log_z_R1[:, 0].isfinite()
 
     cross_entropy_R = None
-    log_z_R1 = log_z_q_R1
+    untempered_q = q
     if labels_R is not None:
         if variant.is_tempered:
-            _, log_z_R1 = _normaliser(student_RV)
+            untempered_q = _softmax(student_RV)
         V = student_RV.shape[1]
         label_logits_R = student_RV.gather(1, labels_R.clamp(0, V - 1)[:, None])[:, 0]
-        cross_entropy_R = mask_cross_entropy(log_z_R1[:, 0] - label_logits_R, labels_R, V)
+        cross_entropy_R = mask_cross_entropy(untempered_q.log_z_R1[:, 0] - label_logits_R, labels_R, V)
 
-    entropy_q_R, entropy_p_R = _entropy(q_RV, log_q_RV), _entropy(p_RV, log_p_RV)
     if value_weight_R is not None:
         weight_R1 = (value_weight_R * factor * per_temperature)[:, None]
-        gradient_RV = (slope_RV - q_RV * slope_RV.sum(dim=1, keepdim=True)) * weight_R1
+        gradient_RV = (slope_RV - q.probability_RV * slope_RV.sum(dim=1, keepdim=True)) * weight_R1
         # An infinite row would otherwise reach the others through the head's weight, even at weight zero.
         gradient_RV = torch.where(is_finite_R[:, None], gradient_RV, 0.0)
         if label_weight_R is not None and labels_R is not None and cross_entropy_R is not None:
             ids_V = torch.arange(student_RV.shape[1], device=student_RV.device)
-            label_slope_RV = (student_RV - log_z_R1).exp() - (ids_V == labels_R[:, None]).to(student_RV.dtype)
+            is_label_RV = (ids_V == labels_R[:, None]).to(student_RV.dtype)
+            label_slope_RV = untempered_q.probability_RV - is_label_RV
             is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
             gradient_RV += torch.where(is_trained_R[:, None], label_slope_RV * label_weight_R[:, None], 0.0)
         if variant.is_capped:
             gradient_RV *= 1 - (student_RV * per_softcap) ** 2
         student_RV.copy_(gradient_RV)
     return RowStatistics(
-        values_R, cross_entropy_R, entropy_q_R, entropy_p_R, agrees_R, is_teacher_finite_R, is_finite_R
+        values_R, cross_entropy_R, q.entropy_R, p.entropy_R, agrees_R, is_teacher_finite_R, is_finite_R
     )
 
 
-def _normaliser(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest logit and the log-normaliser of each row; both -inf where all is -inf."""
+class _Softmax(NamedTuple):
+    """The distribution of each row of logits, and what is known of it."""
+
+    probability_RV: Tensor
+    entropy_R: Tensor
+    log_z_R1: Tensor
+    top_R1: Tensor
+
+
+def _softmax(logits_RV: Tensor) -> _Softmax:
+    """Return the softmax of logits; where all are -inf, NaN with a largest logit and a log-normaliser of -inf."""
     top_R1 = logits_RV.amax(dim=1, keepdim=True)
     # Where all is -inf there is nothing to shift by: -inf - -inf would be NaN.
     shift_R1 = torch.where(top_R1 == -math.inf, 0.0, top_R1)
-    return top_R1, (logits_RV - shift_R1).exp().sum(dim=1, keepdim=True).log() + shift_R1
-
-
-def _entropy(p_RV: Tensor, log_p_RV: Tensor) -> Tensor:
+    shifted_RV = logits_RV - shift_R1
+    # The one exponential of each logit, which the compiler keeps because it is used more than once.
+    weight_RV = shifted_RV.exp()
+    z_R1 = weight_RV.sum(dim=1, keepdim=True)
     # Zero probability contributes nothing: 0·-inf would be NaN. NaN stays NaN.
-    return -(p_RV * log_p_RV.clamp(min=-1e4)).sum(dim=1)
+    weighted_R1 = (weight_RV * shifted_RV.clamp(min=-1e4)).sum(dim=1, keepdim=True)
+    entropy_R1 = z_R1.log() - weighted_R1 / z_R1
+    return _Softmax(weight_RV * (1 / z_R1), entropy_R1[:, 0], z_R1.log() + shift_R1, top_R1)
 
 
 def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_Compare, int]:
