@@ -1,12 +1,14 @@
 """The divergence's cost: seconds over those of its matrix products alone, and peak memory, beside its peers.
 
-    taskset -c 1 python benchmarks/loss.py            # CPU, float32, one thread on one core; about 15 minutes
+    taskset -c 1 python benchmarks/loss.py            # CPU, float32, one thread on one core; about 20 minutes
+    python benchmarks/loss.py --threads 2             # two threads on two cores
     python benchmarks/loss.py --cuda                  # the same on a GPU, in bfloat16
     python benchmarks/loss.py --contenders ours ours-frozen --shapes 49152,576,576
 
 Forward and backward of N tokens at beta 0.5. All contenders take turns in one process, and a ratio is the median of
 the ratios of each turn. Memory is measured in a process of its own for each: the peak above weights, inputs and
-gradients. TRL and Liger are left out where they are not installed.
+gradients. TRL and Liger are left out where they are not installed. All of it is in float32 on the CPU, but for the
+contenders that name bfloat16: their time, too, is divided by that of the float32 products.
 
 Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, B a block of tokens.
 """
@@ -77,10 +79,14 @@ class Problem:
         self.hidden_NH.grad = self.weight_VH.grad = None
 
 
-def ours(problem: Problem) -> None:
+def ours(problem: Problem, product_dtype: torch.dtype | None = None) -> None:
     student = HiddenSignal(problem.hidden_NH, Head(problem.weight_VH))
     teacher = HiddenSignal(problem.teacher_hidden_NG, Head(problem.teacher_weight_VG))
-    token_divergence(student, teacher, beta=BETA).values_N.sum().backward()
+    token_divergence(student, teacher, beta=BETA, product_dtype=product_dtype).values_N.sum().backward()
+
+
+def ours_bf16_products(problem: Problem) -> None:
+    ours(problem, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -145,11 +151,15 @@ def liger(problem: Problem) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that is measured; `floor` names what its time is divided by, None where it is a floor itself."""
+    """Something that is measured; `floor` names what its time is divided by, None where it is a floor itself.
+
+    `dtype` is that of hidden states and heads, None for the run's.
+    """
 
     run: Callable[[Problem], None]
     title: str
     is_frozen: bool = False
+    dtype: torch.dtype | None = None
     floor: str | None = "products"
     is_slow: bool = False
     needs: str | None = None
@@ -160,6 +170,8 @@ CONTENDERS = {
     "products-frozen": Contender(products_alone, "products alone, frozen head", is_frozen=True, floor=None),
     "ours": Contender(ours, "ours"),
     "ours-frozen": Contender(ours, "ours, frozen head", is_frozen=True, floor="products-frozen"),
+    "ours-products-bf16": Contender(ours_bf16_products, "ours, products of the gradient in bf16"),
+    "ours-bf16": Contender(ours_bf16_products, "the same, all inputs in bf16", dtype=torch.bfloat16),
     "torch": Contender(plain_torch, "plain torch", is_slow=True),
     "trl-gkd": Contender(trl_gkd, "plain torch, TRL's GKDTrainer", is_slow=True, needs="trl"),
     "trl": Contender(trl, "TRL chunked divergence", is_slow=True, needs="trl"),
@@ -170,7 +182,8 @@ CONTENDERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU, in bfloat16")
-    parser.add_argument("--core", type=int, help="the core to run on; by default the first one allowed")
+    parser.add_argument("--threads", type=int, default=1, help="threads, each with a core")
+    parser.add_argument("--cores", type=int, nargs="+", help="the cores to run on; by default the first ones allowed")
     parser.add_argument("--tokens", type=int, help="N; by default 1024, and 8192 on a GPU")
     parser.add_argument("--rounds", type=int, default=7, help="turns that each contender takes; slow ones take two")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="V,H,G each")
@@ -180,10 +193,12 @@ def main() -> None:
     device = "cuda" if args.cuda else "cpu"
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda needs a GPU that this torch can use; got none: leave it out to measure on the CPU")
-    core = min(os.sched_getaffinity(0)) if args.core is None else args.core
+    cores = args.cores or sorted(os.sched_getaffinity(0))[: args.threads]
     if not args.cuda:
-        os.sched_setaffinity(0, {core})
-        torch.set_num_threads(1)
+        if len(cores) < args.threads:
+            parser.error(f"--threads {args.threads} needs as many cores; got {cores}: threads that share one wait")
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.cuda else torch.float32
     if args.memory_of:
         name, shape, N = args.memory_of
@@ -192,13 +207,16 @@ def main() -> None:
 
     N = args.tokens or (8192 if args.cuda else 1024)
     console = Console(width=120)
-    where = torch.cuda.get_device_name() if args.cuda else f"core {core}, {torch.get_num_threads()} thread"
+    where = torch.cuda.get_device_name() if args.cuda else f"cores {cores}, {torch.get_num_threads()} thread(s)"
     console.print(f"torch {torch.__version__}, {where}, {dtype}, beta {BETA}, load average {os.getloadavg()[0]:.1f}")
     names = [name for name in args.contenders if _is_installed(CONTENDERS[name])]
+    if args.cuda:
+        names = [name for name in names if CONTENDERS[name].dtype is None and "bf16" not in name]
     for shape in args.shapes:
         console.print(compare(names, shape, N, device, dtype, args))
     if not args.cuda:
-        console.print(f"first call with an empty compilation cache: {first_call_seconds(args.shapes[0]):.1f} s")
+        seconds = first_call_seconds(args.shapes[0], args.threads)
+        console.print(f"first call with an empty compilation cache: {seconds:.1f} s")
     for sigma, errors in gradient_errors(device).items():
         of_hidden, of_weight = errors
         console.print(
@@ -208,8 +226,9 @@ def main() -> None:
 
 def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtype, args: argparse.Namespace) -> Table:
     """Return the table of one shape: seconds by turns in this process, memory in one process each."""
+    kinds = {(CONTENDERS[name].is_frozen, CONTENDERS[name].dtype or dtype) for name in names}
     problems = {
-        is_frozen: Problem.random(N, *sizes(shape), device, dtype, is_frozen=is_frozen) for is_frozen in (False, True)
+        (is_frozen, of): Problem.random(N, *sizes(shape), device, of, is_frozen=is_frozen) for is_frozen, of in kinds
     }
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(args.rounds + 1):
@@ -217,7 +236,7 @@ def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtyp
             contender = CONTENDERS[name]
             if contender.is_slow and turn > 2:
                 continue
-            problem = problems[contender.is_frozen]
+            problem = problems[contender.is_frozen, contender.dtype or dtype]
             elapsed = _seconds(contender.run, problem)
             problem.clear()
             if turn > 0:  # the first one compiles
@@ -234,13 +253,13 @@ def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtyp
         floor = contender.floor if contender.floor in seconds else None
         large = ""
         if name in ("ours", "ours-frozen"):
-            large = f"{_memory_elsewhere(name, shape, 8192, args.cuda):.0f}"
+            large = f"{_memory_elsewhere(name, shape, 8192, args):.0f}"
         table.add_row(
             contender.title,
             f"{statistics.median(seconds[name]):.3f}",
             "" if floor is None else f"{_median_ratio(seconds[name], seconds[floor]):.2f}",
             f"{_median_ratio(seconds[name], seconds['ours']):.2f}" if "ours" in seconds else "",
-            f"{_memory_elsewhere(name, shape, N, args.cuda):.0f}",
+            f"{_memory_elsewhere(name, shape, N, args):.0f}",
             large,
         )
     return table
@@ -248,7 +267,7 @@ def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtyp
 
 def measure_memory(contender: Contender, shape: tuple[int, int, int], N: int, device: str, dtype: torch.dtype) -> float:
     """Return the peak in MiB above weights, inputs and gradients of one run in this process."""
-    problem = Problem.random(N, *shape, device, dtype, is_frozen=contender.is_frozen)
+    problem = Problem.random(N, *shape, device, contender.dtype or dtype, is_frozen=contender.is_frozen)
     few = Problem(
         problem.hidden_NH[:8].detach().requires_grad_(),
         problem.weight_VH,
@@ -273,10 +292,10 @@ def measure_memory(contender: Contender, shape: tuple[int, int, int], N: int, de
     return (peak - problem.gradient_bytes) / 2**20
 
 
-def first_call_seconds(shape: str) -> float:
+def first_call_seconds(shape: str, threads: int) -> float:
     """Return how long the first call takes in a new process that finds nothing compiled before."""
     code = (
-        "import time, torch; torch.set_num_threads(1); from benchmarks.loss import *\n"
+        f"import time, torch; torch.set_num_threads({threads}); from benchmarks.loss import *\n"
         f"problem = Problem.random(64, *sizes({shape!r}), 'cpu', torch.float32, is_frozen=False)\n"
         "start = time.perf_counter(); ours(problem); print(time.perf_counter() - start)"
     )
@@ -332,8 +351,9 @@ def _median_ratio(seconds: list[float], of: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, of, strict=False))
 
 
-def _memory_elsewhere(name: str, shape: str, N: int, is_cuda: bool) -> float:
-    arguments = ["--memory-of", name, shape, str(N), *(["--cuda"] if is_cuda else [])]
+def _memory_elsewhere(name: str, shape: str, N: int, args: argparse.Namespace) -> float:
+    # It inherits the cores.
+    arguments = ["--memory-of", name, shape, str(N), "--threads", str(args.threads), *(["--cuda"] if args.cuda else [])]
     return float(json.loads(_output([sys.executable, __file__, *arguments])))
 
 

@@ -18,33 +18,39 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from pair import (
+    ON_POLICY,
+    announce,
+    conversations,
+    in_turns,
+    load,
+    our_trainer,
+    parser,
+    pin,
+    ratio,
+    seconds_of,
+    table,
+    tokenizer_of,
+    trl_trainer,
+)
+
 PARTS = ("generate", "sync", "steps", "teacher")
 PROMPTS, NEW_TOKENS = 16, 128
 SEQUENCES, SEQUENCE_LENGTH, TOP_K = 32, 200, 20
-STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_new_tokens": 96, "max_length": 256}
+STEP = {**ON_POLICY, "beta": 1.0, "max_steps": 1, "bf16": False}
 
 
 def main() -> None:
     """Measure the parts that were asked for."""
     options = parse_options()
-    os.sched_setaffinity(0, set(options.cores))
-    os.environ.update(OMP_NUM_THREADS=str(options.threads), VLLM_NO_USAGE_STATS="1", HF_HUB_DISABLE_TELEMETRY="1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    warnings.filterwarnings("ignore")
-    import torch
-
-    torch.set_num_threads(options.threads)
-    print(f"cores {sorted(os.sched_getaffinity(0))}, {options.threads} thread(s), medians of {options.repeats} turns")
+    pin(options)
+    announce(options)
     for part in options.parts:
         {"generate": generate, "sync": sync, "steps": steps, "teacher": teacher}[part](options)
         gc.collect()
@@ -68,10 +74,10 @@ def generate(options: argparse.Namespace) -> None:
             engine_kwargs={"enforce_eager": options.eager},
         )
         sampling, seeds = Sampling(NEW_TOKENS), range(PROMPTS)
-        calls: dict[str, Callable[[], object]] = {}
+        calls: dict[str, Callable[[], float]] = {}
         for name, engine in (("transformers.generate", hf), ("vLLM colocate", vllm)):
             engine.sync(student)
-            calls[name] = partial(engine.generate, prompts, sampling, seeds)
+            calls[name] = seconds_of(partial(engine.generate, prompts, sampling, seeds))
         seconds = in_turns(calls, options.repeats)
         for name, times in seconds.items():
             rows.append([name, dtype, f"{PROMPTS * NEW_TOKENS / statistics.median(times):.0f}"])
@@ -90,7 +96,10 @@ def sync(options: argparse.Namespace) -> None:
     with vllm_server(options, options.pair / "teacher", "float32", *arguments) as url:
         colocate = VLLMColocateRollouts(model, [2], size, max_model_length=512, engine_kwargs={"enforce_eager": True})
         server = VLLMServerRollouts(url, [2], size)
-        calls = {"in process": lambda: colocate.sync(model), "through a server": lambda: server.sync(model)}
+        calls = {
+            "in process": seconds_of(lambda: colocate.sync(model)),
+            "through a server": seconds_of(lambda: server.sync(model)),
+        }
         seconds = in_turns(calls, 2 * options.repeats)
     rows = [[name, f"{statistics.median(times):.2f}", f"{min(times):.2f}"] for name, times in seconds.items()]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -98,14 +107,25 @@ def sync(options: argparse.Namespace) -> None:
 
 
 def steps(options: argparse.Namespace) -> None:
-    """Seconds of whole on-policy steps, ours with either engine and TRL's, all in float32."""
+    """Seconds of whole on-policy steps in float32: TRL's, and ours with either engine and either teacher."""
+    from gkd_trainer.teachers import VLLMServerTeacher
+
+    engine = {"use_vllm": True, "vllm_max_model_length": 640, "vllm_engine_kwargs": {"enforce_eager": options.eager}}
     trainers = {
-        "TRL GKDTrainer": trl_trainer(options),
-        "ours, transformers.generate": our_trainer(options),
-        "ours, vLLM colocate": our_trainer(options, use_vllm=True, vllm_engine_kwargs={"enforce_eager": options.eager}),
+        "TRL GKDTrainer": trl_trainer(options, STEP),
+        "ours, transformers.generate": our_trainer(options, STEP),
+        "ours, vLLM colocate": our_trainer(options, {**STEP, **engine}),
     }
-    # One step a call, from the weights of now and on the same prompts; in turns, so that a noisy minute meets all.
-    seconds = in_turns({name: trainer.train for name, trainer in trainers.items()}, options.repeats)
+    # A process has one engine: both trainers sync it before they generate.
+    rollouts = trainers["ours, vLLM colocate"].rollouts
+    with vllm_server(options, options.pair / "teacher", "float32") as url:
+        teacher = VLLMServerTeacher(url, top_k=TOP_K)
+        trainers[f"the same, served top-{TOP_K} teacher"] = our_trainer(
+            options, STEP, teacher=teacher, rollouts=rollouts
+        )
+        # One step a call, from the weights of now and on the same prompts; in turns: a noisy minute meets all.
+        calls = {name: seconds_of(trainer.train) for name, trainer in trainers.items()}
+        seconds = in_turns(calls, options.repeats)
     trl = seconds["TRL GKDTrainer"]
     rows = []
     for name, times in seconds.items():
@@ -114,8 +134,19 @@ def steps(options: argparse.Namespace) -> None:
             f"{logged[f'seconds_{part}']:.1f}" if f"seconds_{part}" in logged else "—"
             for part in ("rollout", "sync", "teacher", "student")
         ]
-        rows.append([name, f"{statistics.median(times):.1f}", f"{ratio(trl, times):.2f}", *split])
-    header = ["trainer", "s a step", "faster than TRL by", "rollout", "of it sync", "teacher", "student"]
+        step = statistics.median(times)
+        share = f"{logged['seconds_teacher'] / times[-1]:.0%}" if "seconds_teacher" in logged else "—"
+        rows.append([name, f"{step:.1f}", f"{ratio(trl, times):.2f}", *split, share])
+    header = [
+        "trainer",
+        "s a step",
+        "faster than TRL by",
+        "rollout",
+        "of it sync",
+        "teacher",
+        "student",
+        "teacher's share",
+    ]
     table("On-policy steps: 2 sequences × accumulation 4, 96 new tokens, float32", header, rows)
 
 
@@ -138,9 +169,9 @@ def teacher(options: argparse.Namespace) -> None:
             with vllm_server(options, options.pair / "teacher", dtype, *arguments) as url, torch.no_grad():
                 scorer = VLLMServerTeacher(url, top_k=TOP_K)
                 scorer.prepare(torch.device("cpu"), tokenizer_of(options))
-                calls: dict[str, Callable[[], Any]] = {
-                    "forward": lambda model=model: model(**inputs, use_cache=False),
-                    "server": lambda scorer=scorer: scorer.score(batch),
+                calls = {
+                    "forward": seconds_of(partial(model, **inputs, use_cache=False)),
+                    "server": seconds_of(partial(scorer.score, batch)),
                 }
                 seconds = in_turns(calls, options.repeats)
             forward, server = seconds["forward"], seconds["server"]
@@ -148,119 +179,6 @@ def teacher(options: argparse.Namespace) -> None:
             rows.append([kind, dtype, *figures, f"{ratio(server, forward):.2f}"])
     title = f"Scores of {SEQUENCES} sequences of {SEQUENCE_LENGTH} tokens, top {TOP_K}"
     table(title, ["server", "dtype", "transformers forward, s", "server, s", "server over forward"], rows)
-
-
-def our_trainer(options: argparse.Namespace, **further: Any) -> Any:
-    """Return our trainer on the pair."""
-    from gkd_trainer import GKDConfig, GKDTrainer
-
-    return GKDTrainer(
-        model=load(options.pair / "student", "float32"),
-        teacher_model=load(options.pair / "teacher", "float32"),
-        args=GKDConfig(**common_arguments(options), vllm_max_model_length=512, **further),
-        train_dataset=conversations(options),
-        processing_class=tokenizer_of(options),
-    )
-
-
-def trl_trainer(options: argparse.Namespace) -> Any:
-    """Return TRL's trainer on the pair, with its best settings: the KV cache on, which checkpointing would forbid."""
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-    return GKDTrainer(
-        model=load(options.pair / "student", "float32"),
-        teacher_model=load(options.pair / "teacher", "float32"),
-        args=GKDConfig(**common_arguments(options), gradient_checkpointing=False),
-        train_dataset=conversations(options),
-        processing_class=tokenizer_of(options),
-    )
-
-
-def common_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that both trainers take."""
-    return {
-        **STEP,
-        "output_dir": tempfile.mkdtemp(prefix="benchmark-"),
-        "lmbda": 1.0,
-        "beta": 1.0,
-        "temperature": 1.0,
-        "learning_rate": 1e-6,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-
-
-def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, made in turns after one that is not counted."""
-    for call in calls.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return the median of the turns' ratios."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    printed = Table(title=title, title_justify="left")
-    for column, name in enumerate(header):
-        printed.add_column(name, justify="left" if column == 0 else "right")
-    for row in rows:
-        printed.add_row(*row)
-    Console(width=140).print(printed)
-
-
-def load(folder: Path, dtype: str) -> Any:
-    """Return a causal LM in eval mode."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-
-
-def tokenizer_of(options: argparse.Namespace) -> Any:
-    """Return the tokenizer of the pair."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(options.pair / "teacher")
-
-
-def conversations(options: argparse.Namespace) -> Any:
-    """Return rows of `messages`: GSM8K where `--data` names it, else the demo's."""
-    from datasets import Dataset
-
-    from gkd_trainer.data import gsm8k
-
-    if options.data:
-        return gsm8k.load(options.data, "train", "conversation", limit=256)
-    lines = (ROOT / "examples" / "demo_data" / "teacher_answers.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line) for line in lines]
-    return Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": answer["prompt"]},
-                    {"role": "assistant", "content": answer["completion"]},
-                ]
-            }
-            for answer in answers
-        ]
-    )
 
 
 def prompt_ids(options: argparse.Namespace, count: int) -> list[list[int]]:
@@ -291,7 +209,7 @@ def vllm_server(options: argparse.Namespace, model: Path, dtype: str, *arguments
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    fixed = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512", "--max-num-seqs", "32"]
+    fixed = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "640", "--max-num-seqs", "32"]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype]
     environment = {
         **os.environ,
@@ -324,15 +242,9 @@ def vllm_server(options: argparse.Namespace, model: Path, dtype: str, *arguments
 
 def parse_options() -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, default=ROOT / ".cache" / "smollm2", help="see examples/smollm2.py")
-    parser.add_argument("--data", help="a folder with GSM8K's train.jsonl; by default the demo's conversations")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cores", type=int, nargs="+", default=[0], help="the cores that everything runs on")
-    parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile, which starts faster")
-    return parser.parse_args()
+    options = parser(__doc__, PARTS)
+    options.add_argument("--eager", action="store_true", help="vLLM without torch.compile, which starts faster")
+    return options.parse_args()
 
 
 if __name__ == "__main__":
