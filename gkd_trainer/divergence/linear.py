@@ -1,13 +1,14 @@
 """The divergence from final hidden states and heads: blocks of tokens, with the gradient made in the forward pass.
 
-Shapes: N tokens, V vocabulary, H the student's hidden width, B a block of tokens.
-A block costs one product with each head for its logits, and one each for the gradients of the student's hidden
-states and weight; the backward pass scales them.
+Shapes: N tokens, V vocabulary, H the student's hidden width, K top tokens of a teacher, B a block of tokens.
+A block costs one product with each head for its logits (a teacher of top tokens has none), and one each for the
+gradients of the student's hidden states and weight; the backward pass scales them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gkd_trainer.batch import Head, HiddenSignal
+from gkd_trainer.batch import Head, HiddenSignal, TopKSignal
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.projection import HALVES, HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.rows import RowComparison, RowStatistics, tiles
+from gkd_trainer.divergence.topk import TopKRowComparison
 
 CPU_WORKSPACE_MB = 256
 """The default budget on the CPU. With less, at large vocabularies, moving the weights takes over from multiplying."""
@@ -36,32 +38,41 @@ _TEMPORARIES = 16
 
 def linear_divergence(
     student: HiddenSignal,
-    teacher: HiddenSignal,
+    teacher: HiddenSignal | TopKSignal,
     *,
     objective: Objective,
+    tail: str = "bucket",
     labels_N: Tensor | None = None,
     label_weight_N: Tensor | None = None,
     product_dtype: torch.dtype | None = None,
     token_block: int | None = None,
     workspace_mb: float | None = None,
 ) -> TokenDivergence:
-    """Compare two models token by token from their final hidden states.
+    """Compare a student with a teacher token by token from the student's final hidden states.
 
     The arguments are those of `loss.token_divergence`, which checks them. Gradients reach the student's hidden
     states, weight and bias, each in its own dtype, where they require one. An upstream gradient that is the same
     for all tokens (of the loss where labels are weighted, of the values where there are no labels) scales what
     the forward pass prepared; any other makes the logits once more.
     """
-    student, teacher = _gathered(student), _gathered(teacher)
-    heads = (student.head, teacher.head)
+    student = _gathered(student)
+    of_student = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
+    of_teacher: tuple[Tensor | None, ...]
+    teacher_form = None
+    if isinstance(teacher, TopKSignal):
+        of_teacher = (teacher.ids_NK, teacher.log_p_NK)
+    else:
+        teacher = _gathered(teacher)
+        of_teacher = (teacher.hidden_NH, teacher.head.weight_VH, teacher.head.bias_V)
+        teacher_form = (teacher.head.scale, teacher.head.softcap)
     comparison = _Comparison(
-        forms=((heads[0].scale, heads[0].softcap), (heads[1].scale, heads[1].softcap)),
+        student_form=(student.head.scale, student.head.softcap),
+        teacher_form=teacher_form,
         objective=objective,
+        tail=tail,
         plan=_plan(student, teacher, product_dtype, token_block, workspace_mb),
         is_differentiable=torch.is_grad_enabled(),
     )
-    of_student = (student.hidden_NH, heads[0].weight_VH, heads[0].bias_V)
-    of_teacher = (teacher.hidden_NH, heads[1].weight_VH, heads[1].bias_V)
     outputs = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
         *of_student,
         *(None if tensor is None else tensor.detach() for tensor in of_teacher),
@@ -76,7 +87,7 @@ def linear_divergence(
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        """Take both sides' hidden states, weight and bias, labels_N, label_weight_N and the comparison."""
+        """Take the tensors of student and teacher (see `signals`), labels_N, label_weight_N and the comparison."""
         *sides, labels_N, label_weight_N, comparison = inputs
         student, teacher = comparison.signals(sides)
         needs = ctx.needs_input_grad[:3]
@@ -94,7 +105,7 @@ class _LinearDivergence(torch.autograd.Function):
         ctx.comparison, ctx.gradient = comparison, gradient
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*sides, labels_N, label_weight_N)
-        ctx.mark_non_differentiable(*rows[2:])
+        ctx.mark_non_differentiable(*(field for field in rows[2:] if field is not None))
         return loss_N, *rows
 
     @staticmethod
@@ -104,7 +115,7 @@ class _LinearDivergence(torch.autograd.Function):
         *sides, labels_N, label_weight_N = ctx.saved_tensors
         comparison: _Comparison = ctx.comparison
         student, teacher = comparison.signals(sides)
-        others = (None,) * 6
+        others = (None,) * len(ctx.needs_input_grad[3:])
 
         # Taken, so that a second backward pass does not scale what the first one handed out.
         gradient, ctx.gradient = ctx.gradient, None
@@ -139,67 +150,82 @@ class _LinearDivergence(torch.autograd.Function):
 class _Plan:
     """The dtype of the logits, those that the products of each side round to, and the sizes that the budget allows.
 
-    `block` is in tokens, `tile` in rows of a weight that are converted at once, `temporary` in elements.
+    `block` is in tokens, `scratch` in columns of a second buffer beside a block's logits, `tile` in rows of a weight
+    that are converted at once, `temporary` in elements.
     """
 
     dtype: torch.dtype
-    halves: tuple[torch.dtype | None, torch.dtype | None]
+    halves: list[torch.dtype | None]
     block: int
+    scratch: int
     tile: int
     temporary: int
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """How two models are compared; their tensors are handed in, since autograd keeps them.
+    """How student and teacher are compared; their tensors are handed in, since autograd keeps them.
 
-    `forms` are the student's and the teacher's (scale, softcap).
+    The forms are (scale, softcap) of each head, None of a teacher of top tokens, which has none.
     """
 
-    forms: tuple[tuple[float, float | None], tuple[float, float | None]]
+    student_form: tuple[float, float | None]
+    teacher_form: tuple[float, float | None] | None
     objective: Objective
+    tail: str
     plan: _Plan
     is_differentiable: bool
 
-    def signals(self, sides: list[Any]) -> list[HiddenSignal]:
-        """Return student and teacher of their hidden states, weight and bias."""
-        return [
-            HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *form))
-            for (hidden_NH, weight_VH, bias_V), form in zip((sides[:3], sides[3:]), self.forms, strict=True)
-        ]
+    def signals(self, tensors: list[Any]) -> tuple[HiddenSignal, HiddenSignal | TopKSignal]:
+        """Return student and teacher of their tensors: hidden states, weight and bias, or ids and log-probs."""
+        hidden_NH, weight_VH, bias_V, *of_teacher = tensors
+        student = HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.student_form))
+        if self.teacher_form is None:
+            ids_NK, log_p_NK = of_teacher
+            return student, TopKSignal(ids_NK, log_p_NK, student.vocab_size)
+        hidden_NH, weight_VH, bias_V = of_teacher
+        return student, HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.teacher_form))
 
     def run(
         self,
         student: HiddenSignal,
-        teacher: HiddenSignal,
+        teacher: HiddenSignal | TopKSignal,
         labels_N: Tensor | None,
         value_weight_N: Tensor | None,
         label_weight_N: Tensor | None,
         gradient: HeadGradient | None,
     ) -> RowStatistics:
         """Compare block by block; add to `gradient` that of the values and cross entropies times their weights."""
-        plan, N = self.plan, student.hidden_NH.shape[0]
-        project_student, project_teacher = (
+        plan, N, softcap = self.plan, student.hidden_NH.shape[0], student.head.softcap
+        project_student, *project_teacher = (
             Projection(signal.head, plan.dtype, plan.tile, half)
-            for signal, half in zip((student, teacher), plan.halves, strict=True)
+            for signal, half in zip(_of_hidden_states(student, teacher), plan.halves, strict=True)
         )
-        compare = RowComparison(self.objective, student.head.softcap, plan.temporary)
+        compare: Callable[..., RowStatistics] = RowComparison(self.objective, softcap, plan.temporary)
+        if isinstance(teacher, TopKSignal):
+            compare = TopKRowComparison(self.objective, self.tail, softcap, plan.temporary)
         if gradient is None:
             value_weight_N = label_weight_N = None
-        shape = (min(plan.block, max(N, 1)), student.vocab_size)
-        student_BV, teacher_BV = (student.hidden_NH.new_empty(shape, dtype=plan.dtype) for _ in range(2))
+        student_BV, scratch = (
+            student.hidden_NH.new_empty((min(plan.block, max(N, 1)), columns), dtype=plan.dtype)
+            for columns in (student.vocab_size, plan.scratch)
+        )
         per_block = []
         for rows in tiles(N, plan.block):
             size = rows.stop - rows.start
             project_student.logits(student.hidden_NH[rows], student_BV[:size])
-            project_teacher.logits(teacher.hidden_NH[rows], teacher_BV[:size])
+            if isinstance(teacher, TopKSignal):
+                of_teacher: tuple[Tensor, ...] = (teacher.ids_NK[rows], teacher.log_p_NK[rows])
+            else:
+                project_teacher[0].logits(teacher.hidden_NH[rows], scratch[:size])
+                of_teacher = (scratch[:size],)
             labels_B, value_weight_B, label_weight_B = (
                 None if tensor is None else tensor[rows] for tensor in (labels_N, value_weight_N, label_weight_N)
             )
             per_block.append(
                 compare(
                     student_BV[:size],
-                    teacher_BV[:size],
+                    *of_teacher,
                     labels_B,
                     value_weight_R=value_weight_B,
                     label_weight_R=label_weight_B,
@@ -207,38 +233,48 @@ class _Comparison:
             )
             if gradient is not None:
                 hidden_BH = student.hidden_NH[rows]
-                project_student.add_gradient(student_BV[:size], teacher_BV[:size], hidden_BH, rows, gradient)
+                project_student.add_gradient(student_BV[:size], scratch[:size], hidden_BH, rows, gradient)
         return RowStatistics.joined(per_block)
 
 
 def planned_block(N: int, V: int, device: torch.device) -> int:
-    """Return the size of the largest block that N tokens are compared in under the default budget, in float32."""
-    largest = _largest_block(V, _default_workspace_mb(device) * 2**20 / torch.float32.itemsize)
+    """Return the size of the largest block that two models' N tokens are compared in by default, in float32."""
+    largest = _largest_block(2 * V, _default_workspace_mb(device) * 2**20 / torch.float32.itemsize)
     return int(max(rows.stop - rows.start for rows in tiles(N, largest)))
 
 
 def _plan(
     student: HiddenSignal,
-    teacher: HiddenSignal,
+    teacher: HiddenSignal | TopKSignal,
     product_dtype: torch.dtype | None,
     token_block: int | None,
     workspace_mb: float | None,
 ) -> _Plan:
-    dtype = torch.float32
-    for signal in (student, teacher):
+    dtype, sides, V = torch.float32, _of_hidden_states(student, teacher), student.vocab_size
+    for signal in sides:
         for tensor in (signal.hidden_NH, signal.head.weight_VH):
             dtype = torch.promote_types(dtype, tensor.dtype)
     if workspace_mb is None:
         workspace_mb = _default_workspace_mb(student.hidden_NH.device)
     elements = workspace_mb * 2**20 / dtype.itemsize
-    widest = max(student.hidden_NH.shape[1], teacher.hidden_NH.shape[1], 1)
+    widest = max(1, *(signal.hidden_NH.shape[1] for signal in sides))
+    halves = [_half(signal, product_dtype, dtype) for signal in sides]
+    # For the teacher's logits, or what the student's gradient is rounded to.
+    scratch = V if len(sides) == 2 else 0 if halves[0] is None else -(-V // 2)
+    # Top tokens are compared a whole block at once.
+    temporaries = _TEMPORARIES * teacher.ids_NK.shape[1] if isinstance(teacher, TopKSignal) else 0
     return _Plan(
         dtype,
-        halves=(_half(student, product_dtype, dtype), _half(teacher, product_dtype, dtype)),
-        block=token_block or _largest_block(student.vocab_size, elements),
+        halves=halves,
+        block=token_block or _largest_block(V + scratch + temporaries, elements),
+        scratch=scratch,
         tile=max(1, int(elements * _RESERVE / 4 / widest)),
         temporary=int(elements * _RESERVE * 3 / 4 / _TEMPORARIES),
     )
+
+
+def _of_hidden_states(student: HiddenSignal, teacher: HiddenSignal | TopKSignal) -> list[HiddenSignal]:
+    return [student] if isinstance(teacher, TopKSignal) else [student, teacher]
 
 
 def _half(signal: HiddenSignal, product_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
@@ -254,8 +290,8 @@ def _default_workspace_mb(device: torch.device) -> int:
     return CPU_WORKSPACE_MB if device.type == "cpu" else WORKSPACE_MB
 
 
-def _largest_block(V: int, elements: float) -> int:
-    return max(1, math.floor(elements * (1 - _RESERVE) / (2 * V)))
+def _largest_block(columns: int, elements: float) -> int:
+    return max(1, math.floor(elements * (1 - _RESERVE) / columns))
 
 
 def _gathered(signal: HiddenSignal) -> HiddenSignal:

@@ -17,7 +17,7 @@ from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import linear_divergence
 from gkd_trainer.divergence.objective import OPTIONS, Objective
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
-from gkd_trainer.divergence.topk import linear_topk_divergence, topk_divergence
+from gkd_trainer.divergence.topk import topk_divergence
 from gkd_trainer.errors import GKDConfigError
 
 SCALES = ("paper", "continuous")
@@ -78,10 +78,11 @@ def token_divergence(
             multiplied as they are on CUDA.
         vocab_chunk: bounds the temporaries made of two sets of logits to N × vocab_chunk elements, or one row;
             None for a default.
-        token_block: how many positions are projected at once, if both sides are hidden states, or worked on at
-            once for a teacher's top tokens; None for what fits into `workspace_mb`.
-        workspace_mb: the memory in MiB that comparing two sets of hidden states may take besides inputs and
-            gradients; None for 256 on the CPU and 1024 elsewhere. None of these three changes the result.
+        token_block: how many positions are projected at once, if the student is hidden states and the teacher hidden
+            states or top tokens, None for what fits into `workspace_mb`; or how many positions of logits are compared
+            with top tokens at once, None for a default.
+        workspace_mb: the memory in MiB that projecting positions may take besides inputs and gradients; None for 256
+            on the CPU and 1024 elsewhere. None of these three changes the result.
 
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
@@ -108,30 +109,27 @@ def token_divergence(
     )
     # Autocast would round the projection to bfloat16, and the gradient at small gaps with it.
     with torch.autocast(_first_tensor(student).device.type, enabled=False):
-        if isinstance(student, HiddenSignal) and isinstance(teacher, HiddenSignal):
+        if isinstance(student, HiddenSignal) and not isinstance(teacher, LogitsSignal):
             return linear_divergence(
                 student,
                 teacher,
                 objective=objective,
+                tail=tail,
                 labels_N=labels_N,
                 label_weight_N=label_weight_N,
                 product_dtype=product_dtype,
                 token_block=token_block,
                 workspace_mb=workspace_mb,
             )
-        if not isinstance(teacher, TopKSignal):
+        if isinstance(teacher, TopKSignal):
+            result = topk_divergence(
+                _logits(student), teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
+            )
+        else:
             with torch.no_grad():
                 teacher_logits_NV = _logits(teacher)
             result = dense_divergence(
                 _logits(student), teacher_logits_NV, objective=objective, labels_N=labels_N, vocab_chunk=vocab_chunk
-            )
-        elif isinstance(student, HiddenSignal):
-            result = linear_topk_divergence(
-                student, teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
-            )
-        else:
-            result = topk_divergence(
-                student.logits_NV, teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
             )
     if label_weight_N is None or result.cross_entropy_N is None:
         return result

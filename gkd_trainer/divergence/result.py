@@ -5,7 +5,6 @@ Shapes: N tokens trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,29 +40,8 @@ class TokenDivergence:
     student_mass_N: Tensor | None = None
     loss_N: Tensor | None = None
 
-    @classmethod
-    def concatenated(cls, blocks: Sequence[TokenDivergence]) -> TokenDivergence:
-        """Join the results of consecutive blocks of tokens; either all of them or none have what may be None."""
-        return cls(
-            values_N=torch.cat([block.values_N for block in blocks]),
-            cross_entropy_N=_concatenated_or_none([block.cross_entropy_N for block in blocks]),
-            student_entropy_N=torch.cat([block.student_entropy_N for block in blocks]),
-            teacher_entropy_N=torch.cat([block.teacher_entropy_N for block in blocks]),
-            agrees_N=torch.cat([block.agrees_N for block in blocks]),
-            is_teacher_finite_N=torch.cat([block.is_teacher_finite_N for block in blocks]),
-            is_finite_N=torch.cat([block.is_finite_N for block in blocks]),
-            teacher_mass_N=_concatenated_or_none([block.teacher_mass_N for block in blocks]),
-            student_mass_N=_concatenated_or_none([block.student_mass_N for block in blocks]),
-            loss_N=_concatenated_or_none([block.loss_N for block in blocks]),
-        )
-
 
 def mixed_loss(values_N: Tensor, cross_entropy_N: Tensor, label_weight_N: Tensor) -> Tensor:
     """Return (1 - weight)·value + weight·cross entropy of each token; what has weight zero may be infinite."""
     from_values_N = torch.where(label_weight_N == 1, 0.0, (1 - label_weight_N) * values_N)
     return from_values_N + torch.where(label_weight_N == 0, 0.0, label_weight_N * cross_entropy_N)
-
-
-def _concatenated_or_none(blocks: Sequence[Tensor | None]) -> Tensor | None:
-    tensors = [block for block in blocks if block is not None]
-    return torch.cat(tensors) if tensors else None

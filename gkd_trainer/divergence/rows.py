@@ -49,6 +49,8 @@ class RowStatistics(NamedTuple):
     agrees_R: Tensor
     is_teacher_finite_R: Tensor
     is_finite_R: Tensor
+    teacher_mass_R: Tensor | None = None
+    student_mass_R: Tensor | None = None
 
     def new_empty(self, R: int) -> RowStatistics:
         """Return statistics of R rows to be filled in, of the same fields and dtypes."""
@@ -121,6 +123,14 @@ def tiles(N: int, largest: int) -> Iterator[slice]:
     """Split N rows into tiles of nearly one size; one tile at least, so that of no rows there are empty results."""
     count = max(1, -(-N // largest))
     return (slice(N * index // count, N * (index + 1) // count) for index in range(count))
+
+
+def is_compiled(logits_RV: Tensor) -> bool:
+    """Return whether code on these rows runs fused by the compiler."""
+    if _engine is not None:
+        return _engine == "compiled"
+    # One row is a shape of its own to the compiler.
+    return logits_RV.device.type == "cpu" and logits_RV.shape[1] >= _COMPILED_VOCABULARY and logits_RV.shape[0] > 1
 
 
 def mask_cross_entropy(cross_entropy_R: Tensor, labels_R: Tensor, V: int) -> Tensor:
@@ -238,9 +248,7 @@ def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_Compare, in
 def _suitable_engine(variant: _Variant, student_RV: Tensor) -> str:
     if student_RV.is_cuda:
         return "triton" if student_RV.dtype == torch.float32 and variant.kind in _triton_kinds() else "eager"
-    # One row is a shape of its own to the compiler.
-    is_worth_it = student_RV.device.type == "cpu" and student_RV.shape[1] >= _COMPILED_VOCABULARY
-    return "compiled" if is_worth_it and student_RV.shape[0] > 1 else "eager"
+    return "compiled" if is_compiled(student_RV) else "eager"
 
 
 def _compare_with_triton(*inputs: Any, variant: _Variant) -> RowStatistics:
@@ -261,32 +269,35 @@ def _triton_kinds() -> frozenset[str]:
 
 @functools.cache
 def _compiled(variant: _Variant) -> _Compare:
-    """Return `_compare` fused for any number of rows and tokens, or as it is where nothing can be compiled."""
     # Code of its own for each variant: the compiler counts the variants of one function, and stops at eight.
     code = _compare.__code__.replace(co_name="_".join(map(str, ("compare", *variant))))
     copy = types.FunctionType(code, _compare.__globals__, closure=_compare.__closure__)
-    eager = functools.partial(_compare, variant=variant)
+    return functools.partial(fused(copy), variant=variant)
+
+
+@functools.cache
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function fused for any number of rows and tokens, or as it is where nothing can be compiled."""
     # Trying out which vector instructions the C++ compiler knows would take as long as all the rest; where it does not
     # know those of the processor, nothing is compiled.
-    compiled = torch.compile(copy, dynamic=True, fullgraph=True, options={"cpp.vec_isa_ok": True})
-    fastest: _Compare = functools.partial(compiled, variant=variant)
+    fastest = torch.compile(function, dynamic=True, fullgraph=True, options={"cpp.vec_isa_ok": True})
     is_first = True
 
-    def compare(*inputs: Any) -> RowStatistics:
+    def run(*inputs: Any, **options: Any) -> Any:
         nonlocal fastest, is_first
         try:
             # The compiler warns of what it uses itself.
             with warnings.catch_warnings(action="ignore") if is_first else contextlib.nullcontext():
                 is_first = False
-                return fastest(*inputs)
+                return fastest(*inputs, **options)
         except Exception as error:  # no compiler, a broken one, no folder to write to: whatever it may be
-            if fastest is eager:
+            if fastest is function:
                 raise
             logger.warning("The divergence can't be compiled, and will be slower: %s: %s", type(error).__name__, error)
-            fastest = eager
-        return eager(*inputs)
+            fastest = function
+        return function(*inputs, **options)
 
-    return compare
+    return run
 
 
 @functools.lru_cache(maxsize=64)

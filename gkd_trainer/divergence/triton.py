@@ -68,6 +68,8 @@ def compare_rows(
         (agrees_R > 0) & is_teacher_finite_R & log_z_q_R.isfinite(),
         is_teacher_finite_R,
         values_R.isfinite(),
+        None,
+        None,
     )
 
 

@@ -1,21 +1,22 @@
 """How the path from hidden states works: what is projected how often, in which memory, by which implementation.
 
-Shapes: N tokens, V vocabulary, H, G hidden widths.
+Shapes: N tokens, V vocabulary, H, G hidden widths, K top tokens of a teacher.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from gkd_trainer.batch import Head, HiddenSignal
-from gkd_trainer.divergence import reference_jsd, rows, token_divergence
+from gkd_trainer.batch import Head, HiddenSignal, TopKSignal
+from gkd_trainer.divergence import reference_jsd, reference_topk_jsd, rows, token_divergence, topk
 from gkd_trainer.divergence.projection import Projection
 from tests.memory import NewStorages
 
-N, V, H, G = 11, 67, 8, 13
+N, V, H, G, K = 11, 67, 8, 13, 5
 
 
 def signal(*, N=N, V=V, width=H, seed=0, dtype=torch.float32, requires_grad=True):
@@ -27,6 +28,25 @@ def signal(*, N=N, V=V, width=H, seed=0, dtype=torch.float32, requires_grad=True
 
 def teacher(**options):
     return signal(**{"width": G, "seed": 1, "requires_grad": False, **options})
+
+
+def top_of(other, K=K):
+    top_NK = logits(other).log_softmax(dim=1).float().topk(K, dim=1)
+    return TopKSignal(top_NK.indices, top_NK.values, other.vocab_size)
+
+
+def top_teacher(K=K, **options):
+    return top_of(teacher(**options), K)
+
+
+def reference(student, other, *, beta, temperature=1.0):
+    if isinstance(other, TopKSignal):
+        return reference_topk_jsd(logits(student), other.ids_NK, other.log_p_NK, beta=beta)
+    return reference_jsd(logits(student), logits(other), beta=beta, temperature=temperature)
+
+
+# Teachers, with how many projections of N tokens a comparison with them takes.
+TEACHERS = [pytest.param(teacher, 2, id="hidden"), pytest.param(top_teacher, 1, id="top-k")]
 
 
 def leaves(signal):
@@ -63,26 +83,30 @@ def projections(monkeypatch):
         (lambda values_N: (values_N * torch.linspace(-1, 2, N)).sum(), 2),
     ],
 )
-def test_an_upstream_that_is_the_same_for_all_tokens_projects_each_side_once(projections, reduce, times):
-    student, other = signal(), teacher()
+@pytest.mark.parametrize(("make", "sides"), TEACHERS)
+def test_an_upstream_that_is_the_same_for_all_tokens_projects_each_side_once(projections, reduce, times, make, sides):
+    student, other = signal(), make()
     gradients = torch.autograd.grad(reduce(token_divergence(student, other, beta=0.5).values_N), leaves(student))
-    assert sum(projections) == 2 * N * times
-    expected = torch.autograd.grad(reduce(reference_jsd(logits(student), logits(other), beta=0.5)), leaves(student))
+    assert sum(projections) == sides * N * times
+    expected = torch.autograd.grad(reduce(reference(student, other, beta=0.5)), leaves(student))
     for actual, wanted in zip(gradients, expected, strict=True):
         assert_close_in_norm(actual, wanted)
 
 
-def test_without_a_graph_no_gradient_is_made(projections, monkeypatch):
+@pytest.mark.parametrize(("make", "sides"), TEACHERS)
+def test_without_a_graph_no_gradient_is_made(projections, monkeypatch, make, sides):
     monkeypatch.setattr(Projection, "add_gradient", None)
+    monkeypatch.setattr(topk, "_write", None)
     with torch.no_grad():
-        token_divergence(signal(), teacher(), beta=0.5)
-    token_divergence(signal(requires_grad=False), teacher(), beta=0.5)
-    assert sum(projections) == 4 * N
+        token_divergence(signal(), make(), beta=0.5)
+    token_divergence(signal(requires_grad=False), make(), beta=0.5)
+    assert sum(projections) == 2 * sides * N
 
 
-def test_a_second_backward_pass_gives_the_same_gradient():
+@pytest.mark.parametrize("make", [teacher, top_teacher])
+def test_a_second_backward_pass_gives_the_same_gradient(make):
     student = signal()
-    loss = token_divergence(student, teacher(), beta=0.5).values_N.sum() / 3
+    loss = token_divergence(student, make(), beta=0.5).values_N.sum() / 3
     first = torch.autograd.grad(loss, leaves(student), retain_graph=True)
     kept = [gradient.clone() for gradient in first]
     for again, gradient in zip(torch.autograd.grad(loss, leaves(student)), kept, strict=True):
@@ -91,17 +115,19 @@ def test_a_second_backward_pass_gives_the_same_gradient():
         assert torch.equal(gradient, before)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_mix_known_beforehand_is_one_pass_with_the_gradient_of_the_mix(projections, temperature):
-    student, other = signal(), teacher()
+@pytest.mark.parametrize(
+    ("make", "sides", "temperature"), [(teacher, 2, 1.0), (teacher, 2, 2.0), (top_teacher, 1, 1.0)]
+)
+def test_a_mix_known_beforehand_is_one_pass_with_the_gradient_of_the_mix(projections, make, sides, temperature):
+    student, other = signal(), make()
     labels_N, weight_N = torch.arange(N), torch.linspace(0, 1, N)
     labels_N[3] = -100
     result = token_divergence(
         student, other, beta=0.3, temperature=temperature, labels_N=labels_N, label_weight_N=weight_N
     )
     gradients = torch.autograd.grad(result.loss_N.sum() / 5, leaves(student), retain_graph=True)
-    assert sum(projections) == 2 * N
-    values_N = reference_jsd(logits(student), logits(other), beta=0.3, temperature=temperature)
+    assert sum(projections) == sides * N
+    values_N = reference(student, other, beta=0.3, temperature=temperature)
     cross_entropy_N = functional.cross_entropy(logits(student), labels_N, reduction="none")
     expected_N = (1 - weight_N) * values_N + weight_N * cross_entropy_N
     torch.testing.assert_close(result.loss_N.double(), expected_N, rtol=1e-5, atol=1e-6)
@@ -116,12 +142,13 @@ def test_a_mix_known_beforehand_is_one_pass_with_the_gradient_of_the_mix(project
         assert_close_in_norm(actual, wanted)
 
 
-def test_what_has_weight_zero_in_the_mix_may_be_infinite():
+@pytest.mark.parametrize("make", [teacher, top_teacher])
+def test_what_has_weight_zero_in_the_mix_may_be_infinite(make):
     student = signal()
     labels_N, weight_N = torch.full((N,), V), torch.zeros(N)
-    result = token_divergence(student, teacher(), beta=0.5, labels_N=labels_N, label_weight_N=weight_N)
+    result = token_divergence(student, make(), beta=0.5, labels_N=labels_N, label_weight_N=weight_N)
     assert torch.equal(result.loss_N, result.values_N)
-    values_N = token_divergence(student, teacher(), beta=0.5).values_N
+    values_N = token_divergence(student, make(), beta=0.5).values_N
     expected = torch.autograd.grad(values_N.sum(), leaves(student))
     for actual, wanted in zip(torch.autograd.grad(result.loss_N.sum(), leaves(student)), expected, strict=True):
         assert_close_in_norm(actual, wanted)
@@ -173,18 +200,23 @@ def test_a_sharded_head_is_gathered_and_its_gradient_finds_the_shards():
         torch.distributed.destroy_process_group()
 
 
-def test_a_student_row_that_is_not_finite_does_not_reach_the_weights_gradient():
+@pytest.mark.parametrize("has_top_tokens", [False, True])
+def test_a_student_row_that_is_not_finite_does_not_reach_the_weights_gradient(has_top_tokens):
     student, other = signal(), teacher()
+
+    def compare(student, other):
+        return token_divergence(student, top_of(other) if has_top_tokens else other, beta=0.5)
+
     broken_NH = student.hidden_NH.detach().clone()
     broken_NH[4, 2] = float("nan")
     broken = HiddenSignal(broken_NH.requires_grad_(), student.head)
-    result = token_divergence(broken, other, beta=0.5)
+    result = compare(broken, other)
     assert result.is_finite_N.tolist() == [row != 4 for row in range(N)]
     hidden_NH, weight_VH = torch.autograd.grad(result.values_N.sum(), leaves(broken))
     assert (hidden_NH[4] == 0).all()
     others = [row for row in range(N) if row != 4]
     rest = HiddenSignal(student.hidden_NH[others], student.head)
-    of_rest = token_divergence(rest, HiddenSignal(other.hidden_NH[others], other.head), beta=0.5)
+    of_rest = compare(rest, HiddenSignal(other.hidden_NH[others], other.head))
     expected_NH, expected_VH = torch.autograd.grad(of_rest.values_N.sum(), leaves(student))
     assert_close_in_norm(weight_VH, expected_VH)
     assert_close_in_norm(hidden_NH, expected_NH)
@@ -200,13 +232,14 @@ def test_a_vocabulary_of_one_token_has_no_divergence(beta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace_mb", [1, 2])
+@pytest.mark.parametrize("make", [teacher, top_teacher, partial(top_teacher, K=300)])
 def test_memory_beyond_inputs_and_gradients_stays_in_the_budget_for_any_number_of_tokens(
-    dtype, workspace_mb, monkeypatch
+    dtype, workspace_mb, make, monkeypatch
 ):
     monkeypatch.setattr(rows, "_CPU_TILE_ELEMENTS", 2**13)
     V = 2000
     for N in (64, 320):
-        student, other = signal(N=N, V=V, dtype=dtype), teacher(N=N, V=V, dtype=dtype)
+        student, other = signal(N=N, V=V, dtype=dtype), make(N=N, V=V, dtype=dtype)
         with NewStorages() as memory:
             token_divergence(student, other, beta=0.5, workspace_mb=workspace_mb).values_N.sum().backward()
         gradients = 4 * sum(leaf.numel() for leaf in leaves(student))
@@ -218,9 +251,10 @@ def test_memory_beyond_inputs_and_gradients_stays_in_the_budget_for_any_number_o
 
 
 @pytest.mark.parametrize("workspace_mb", [1, 1.5, 100])
-def test_the_budget_does_not_change_the_result(workspace_mb):
-    student, other = signal(N=300, V=1000), teacher(N=300, V=1000)
-    expected_N = reference_jsd(logits(student), logits(other), beta=0.5)
+@pytest.mark.parametrize("make", [teacher, top_teacher])
+def test_the_budget_does_not_change_the_result(workspace_mb, make):
+    student, other = signal(N=300, V=1000), make(N=300, V=1000)
+    expected_N = reference(student, other, beta=0.5)
     actual_N = token_divergence(student, other, beta=0.5, workspace_mb=workspace_mb).values_N
     torch.testing.assert_close(actual_N.double(), expected_N, rtol=1e-5, atol=1e-6)
     expected = torch.autograd.grad(expected_N.sum(), leaves(student))
@@ -228,14 +262,21 @@ def test_the_budget_does_not_change_the_result(workspace_mb):
         assert_close_in_norm(gradient, wanted)
 
 
-def test_compiled_and_eager_agree_and_one_compilation_serves_any_size(monkeypatch):
+@pytest.mark.parametrize(("make", "temperature"), [(teacher, 2.0), (top_teacher, 1.0)])
+def test_compiled_and_eager_agree_and_one_compilation_serves_any_size(monkeypatch, make, temperature):
     def run(engine, N, V, beta=0.3):
         monkeypatch.setattr(rows, "_engine", engine)
-        student, other = signal(N=N, V=V), teacher(N=N, V=V)
+        student, other = signal(N=N, V=V), make(N=N, V=V)
         student = replace(student, head=replace(student.head, softcap=9.0))
         labels_N, weight_N = torch.arange(N) % V, torch.linspace(0, 1, N)
         result = token_divergence(
-            student, other, beta=beta, temperature=2.0, labels_N=labels_N, label_weight_N=weight_N, token_block=9
+            student,
+            other,
+            beta=beta,
+            temperature=temperature,
+            labels_N=labels_N,
+            label_weight_N=weight_N,
+            token_block=9,
         )
         return result, torch.autograd.grad(result.loss_N.sum(), leaves(student))
 
@@ -287,17 +328,19 @@ def test_without_a_compiler_the_same_is_computed_and_said_once(monkeypatch, capl
 @pytest.mark.parametrize("sigma", [1.0, 0.3, 0.1, 0.03])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("token_block", [None, 7])
+@pytest.mark.parametrize("has_top_tokens", [False, True])
 def test_gradients_from_bfloat16_products_are_right_to_a_percent_and_values_are_those_of_float32(
-    sigma, dtype, token_block
+    sigma, dtype, token_block, has_top_tokens
 ):
     student = signal(N=16, width=64, V=2003, dtype=dtype)
     noise_NH = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     # The head turns hidden states of size 1 into logits of size 2.
     other = HiddenSignal((student.hidden_NH + sigma / 2 * noise_NH).detach(), Head(student.head.weight_VH.detach()))
+    other = top_of(other, 32) if has_top_tokens else other
     options = {"beta": 0.5, "token_block": token_block}
     values_N = token_divergence(student, other, product_dtype=torch.bfloat16, **options).values_N
     assert torch.equal(values_N, token_divergence(student, other, **options).values_N)
-    expected_N = reference_jsd(logits(student), logits(other), beta=0.5)
+    expected_N = reference(student, other, beta=0.5)
     pairs = zip(
         torch.autograd.grad(values_N.sum(), leaves(student)),
         torch.autograd.grad(expected_N.sum(), leaves(student)),

@@ -17,6 +17,7 @@ from gkd_trainer.divergence import (
     topk,
     topk_generalized_jsd,
 )
+from gkd_trainer.divergence.linear import linear_divergence
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.errors import GKDConfigError
 
@@ -34,7 +35,7 @@ def topk_divergence(student_logits_NV, teacher, *, beta, scale="paper", **option
 
 
 def linear_topk_divergence(student, teacher, *, beta, scale="paper", **options):
-    return topk.linear_topk_divergence(student, teacher, objective=objective_of(beta, scale), **options)
+    return linear_divergence(student, teacher, objective=objective_of(beta, scale), **options)
 
 
 def pair(N=N, V=V, *, sigma=1.0, seed=0, dtype=torch.float32):
