@@ -166,15 +166,17 @@ class TopKRowComparison:
         """Measure the logits without those inside the top k, which become -inf in place if that is wanted."""
         # Added and not assigned: an id of no entry may be that of another entry too, and must leave it alone.
         hole_RJ = torch.where(is_inside_RJ, -math.inf, 0.0).to(student_RV.dtype)
-        parts = []
+        rest = _Rest(*student_RV.new_empty(3, len(student_RV), 1).unbind())
         for rows in self._tiles(student_RV):
             # As plain tensors: of views, the compiler looks at what they are of, whose size changes.
             logits_RV = student_RV[rows].data
             add = logits_RV.scatter_add_ if is_overwritten else logits_RV.scatter_add
             logits_RV = add(1, picked_RJ[rows], hole_RJ[rows])
             measure = fused(_measure) if is_compiled(logits_RV) else _measure
-            parts.append(measure(logits_RV))
-        return _Rest(*map(torch.cat, zip(*parts, strict=True)))
+            # Copied, as in `RowComparison`.
+            for whole_R1, part_R1 in zip(rest, measure(logits_RV), strict=True):
+                whole_R1[rows] = part_R1
+        return rest
 
     def _spread(self, student_RV: Tensor, rest: _Rest, slope_R1: Tensor, is_finite_R1: Tensor) -> None:
         """Overwrite the rest's logits by its slope in proportion to q, and what is not of it by zero."""
