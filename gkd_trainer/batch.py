@@ -6,7 +6,7 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width, K 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,19 +63,30 @@ class Generated:
 class Head:
     """How final hidden states become logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
-    `weight_VH` and `bias_V` are float tensors that may have more rows than the vocabulary that is compared
-    (see `sliced`); `scale` multiplies the logits; `softcap` None leaves them unbounded.
+    `weight_VH` and `bias_V` are float tensors; `scale` multiplies the logits; `softcap` None leaves them unbounded.
+    `vocab_size` is how many of the first rows predict, None for all (see `sliced`).
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    vocab_size: int | None = None
 
     def sliced(self, vocab_size: int) -> Head:
-        """Return the head of the first `vocab_size` tokens, sharing memory with this one."""
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
-        return Head(self.weight_VH[:vocab_size], bias_V, self.scale, self.softcap)
+        """Return the head of the first `vocab_size` tokens.
+
+        The rows are not cut off yet: autograd would make the gradient of the whole weight a second time for that.
+        """
+        used = len(self.weight_VH) if self.vocab_size is None else self.vocab_size
+        return replace(self, vocab_size=min(vocab_size, used))
+
+    def cut(self) -> Head:
+        """Return the head without the rows that don't predict, sharing memory with this one."""
+        if self.vocab_size is None:
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
+        return Head(self.weight_VH[: self.vocab_size], bias_V, self.scale, self.softcap)
 
     def logits(self, hidden_H: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], in float32 (float64 where both are float64).
@@ -83,8 +94,9 @@ class Head:
         Inputs are raised before the product: logits rounded to bf16 give a wrong gradient.
         """
         dtype = torch.promote_types(torch.promote_types(hidden_H.dtype, self.weight_VH.dtype), torch.float32)
-        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
-        logits_V = torch.nn.functional.linear(hidden_H.to(dtype), self.weight_VH.to(dtype), bias_V)
+        head = self.cut()
+        bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+        logits_V = torch.nn.functional.linear(hidden_H.to(dtype), head.weight_VH.to(dtype), bias_V)
         if self.scale != 1.0:
             logits_V = logits_V * self.scale
         return logits_V if self.softcap is None else self.softcap * torch.tanh(logits_V / self.softcap)
@@ -100,7 +112,7 @@ class HiddenSignal:
     @property
     def vocab_size(self) -> int:
         """Number of tokens that are predicted over."""
-        return self.head.weight_VH.shape[0]
+        return self.head.weight_VH.shape[0] if self.head.vocab_size is None else self.head.vocab_size
 
     def sliced(self, vocab_size: int) -> HiddenSignal:
         """Return the same predictions over the first `vocab_size` tokens."""

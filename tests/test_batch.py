@@ -121,7 +121,9 @@ def test_slicing_a_head_slices_its_bias_and_keeps_scale_and_softcap():
     sliced = signal.sliced(6)
     assert sliced.vocab_size == 6
     torch.testing.assert_close(sliced.head.logits(hidden_NH), head.logits(hidden_NH)[:, :6])
-    assert sliced.head.weight_VH.data_ptr() == head.weight_VH.data_ptr()
+    assert sliced.head.cut().weight_VH.shape == (6, 4)
+    assert sliced.head.cut().weight_VH.data_ptr() == head.weight_VH.data_ptr()
+    assert sliced.sliced(3).head.logits(hidden_NH).shape == (5, 3)
 
 
 def test_slicing_logits_keeps_the_first_tokens():

@@ -64,9 +64,9 @@ def linear_divergence(
     else:
         teacher = _gathered(teacher)
         of_teacher = (teacher.hidden_NH, teacher.head.weight_VH, teacher.head.bias_V)
-        teacher_form = (teacher.head.scale, teacher.head.softcap)
+        teacher_form = (teacher.head.scale, teacher.head.softcap, teacher.head.vocab_size)
     comparison = _Comparison(
-        student_form=(student.head.scale, student.head.softcap),
+        student_form=(student.head.scale, student.head.softcap, student.head.vocab_size),
         teacher_form=teacher_form,
         objective=objective,
         tail=tail,
@@ -166,11 +166,11 @@ class _Plan:
 class _Comparison:
     """How student and teacher are compared; their tensors are handed in, since autograd keeps them.
 
-    The forms are (scale, softcap) of each head, None of a teacher of top tokens, which has none.
+    The forms are (scale, softcap, vocab_size) of each head, None of a teacher of top tokens, which has none.
     """
 
-    student_form: tuple[float, float | None]
-    teacher_form: tuple[float, float | None] | None
+    student_form: tuple[float, float | None, int | None]
+    teacher_form: tuple[float, float | None, int | None] | None
     objective: Objective
     tail: str
     plan: _Plan
@@ -198,7 +198,7 @@ class _Comparison:
         """Compare block by block; add to `gradient` that of the values and cross entropies times their weights."""
         plan, N, softcap = self.plan, student.hidden_NH.shape[0], student.head.softcap
         project_student, *project_teacher = (
-            Projection(signal.head, plan.dtype, plan.tile, half)
+            Projection(signal.head.cut(), plan.dtype, plan.tile, half)
             for signal, half in zip(_of_hidden_states(student, teacher), plan.halves, strict=True)
         )
         compare: Callable[..., RowStatistics] = RowComparison(self.objective, softcap, plan.temporary)
@@ -206,6 +206,8 @@ class _Comparison:
             compare = TopKRowComparison(self.objective, self.tail, softcap, plan.temporary)
         if gradient is None:
             value_weight_N = label_weight_N = None
+        else:
+            gradient = gradient.cut(student.vocab_size)
         student_BV, scratch = (
             student.hidden_NH.new_empty((min(plan.block, max(N, 1)), columns), dtype=plan.dtype)
             for columns in (student.vocab_size, plan.scratch)

@@ -332,7 +332,7 @@ def _check_signal(name: str, signal: StudentSignal) -> None:
         )
     if head.bias_V is not None and head.bias_V.shape != head.weight_VH.shape[:1]:
         raise GKDConfigError(
-            f"the {name}'s head bias must have the shape [{signal.vocab_size}], an entry for each row of the "
+            f"the {name}'s head bias must have the shape [{len(head.weight_VH)}], an entry for each row of the "
             f"weight; got {list(head.bias_V.shape)}: slice both alike"
         )
     if head.softcap is not None and not head.softcap > 0:

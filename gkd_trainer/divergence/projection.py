@@ -39,6 +39,11 @@ class HeadGradient:
         )
         return cls(hidden_NH, weight_VH, bias_V)
 
+    def cut(self, V: int) -> HeadGradient:
+        """Return what is of the first V tokens, sharing memory with this one."""
+        weight_VH, bias_V = (None if gradient is None else gradient[:V] for gradient in (self.weight_VH, self.bias_V))
+        return HeadGradient(self.hidden_NH, weight_VH, bias_V)
+
     def scaled(self, factor: Tensor, student: HiddenSignal) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients times a factor, each in the dtype of what it is of; they are overwritten."""
         head = student.head

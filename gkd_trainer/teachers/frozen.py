@@ -145,7 +145,7 @@ def _logits_in_blocks(signal: StudentSignal) -> Iterator[Tensor]:
     if isinstance(signal, LogitsSignal):
         yield from signal.logits_NV.split(block_size)
         return
-    head = signal.head
+    head = signal.head.cut()
     # Upcast once and not once a block.
     dtype = torch.promote_types(torch.promote_types(signal.hidden_NH.dtype, head.weight_VH.dtype), torch.float32)
     head = replace(head, weight_VH=head.weight_VH.to(dtype))

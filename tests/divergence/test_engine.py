@@ -185,6 +185,26 @@ def test_a_padded_vocabulary_is_cut_without_a_copy(monkeypatch):
     assert (gradient_VH[:60] != 0).any(dim=1).all()
 
 
+@pytest.mark.parametrize("make", [teacher, top_teacher])
+def test_a_padded_vocabulary_has_one_gradient_of_the_whole_weight_and_bias(make):
+    whole, other = signal(V=4096, width=64), make(V=4000)
+    bias_V = torch.linspace(-1, 1, 4096).requires_grad_()
+    student = replace(whole, head=replace(whole.head, bias_V=bias_V)).sliced(4000)
+    wanted = (*leaves(student), bias_V)
+    with NewStorages() as memory:
+        values_N = token_divergence(student, other, beta=0.5, token_block=1).values_N
+        gradients = torch.autograd.grad(values_N.sum(), wanted)
+    assert memory.peak < 2 * 4 * whole.head.weight_VH.numel()
+    cut_NV = logits(whole)[:, :4000] + bias_V.double()[:4000]
+    teacher_NV = logits(teacher(V=4000))
+    expected_N = reference_jsd(cut_NV, teacher_NV, beta=0.5)
+    if isinstance(other, TopKSignal):
+        expected_N = reference_topk_jsd(cut_NV, other.ids_NK, other.log_p_NK, beta=0.5)
+    for gradient, expected in zip(gradients, torch.autograd.grad(expected_N.sum(), wanted), strict=True):
+        assert gradient.shape == expected.shape
+        assert_close_in_norm(gradient, expected)
+
+
 def test_a_sharded_head_is_gathered_and_its_gradient_finds_the_shards():
     from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 
