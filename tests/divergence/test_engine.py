@@ -190,11 +190,11 @@ def test_a_padded_vocabulary_has_one_gradient_of_the_whole_weight_and_bias(make)
     whole, other = signal(V=4096, width=64), make(V=4000)
     bias_V = torch.linspace(-1, 1, 4096).requires_grad_()
     student = replace(whole, head=replace(whole.head, bias_V=bias_V)).sliced(4000)
-    wanted = (*leaves(student), bias_V)
+    wanted = (*leaves(whole), bias_V)
     with NewStorages() as memory:
         values_N = token_divergence(student, other, beta=0.5, token_block=1).values_N
         gradients = torch.autograd.grad(values_N.sum(), wanted)
-    assert memory.peak < 2 * 4 * whole.head.weight_VH.numel()
+    assert memory.peak < 1.5 * 4 * whole.head.weight_VH.numel()
     cut_NV = logits(whole)[:, :4000] + bias_V.double()[:4000]
     teacher_NV = logits(teacher(V=4000))
     expected_N = reference_jsd(cut_NV, teacher_NV, beta=0.5)
