@@ -37,15 +37,12 @@ from gkd_trainer.heads import (
     SeparableHead,
     compare,
     connection,
-    find_head,
-    output_embeddings,
-    vocabulary_rows,
 )
+from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
-    base_model,
     disable_dropout,
     find_tokenizer,
     load_student,
@@ -54,15 +51,12 @@ from gkd_trainer.student import (
     refuse_prompt_learning,
     wrap_in_adapter,
 )
-from gkd_trainer.teachers import Teacher, shared_vocabulary_size
+from gkd_trainer.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
-_TEACHER_TOLERANCE = 1e-3
-"""How much the magnitude of a teacher's weight may differ between ranks, by the order of summing on their devices."""
 
-
-class GKDMixin(PreparationMixin, EvaluationMixin):
+class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
     """Generalised knowledge distillation for a trainer of the Hugging Face family.
 
     Put it in front of the trainer that you extend: `class MySFT(GKDMixin, trl.SFTTrainer)`, with
@@ -204,7 +198,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
         self._finite_check = FiniteCheck()
         self._generated: list[Generated] = []
         self._has_trained = False
-        self._head_of: tuple[nn.Module | None, SeparableHead | InseparableHead] | None = None
         self._connect_teacher(teacher)
         self._connect_rollouts(rollouts)
         self._prepare_datasets()
@@ -308,7 +301,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
                 tail=self.args.teacher_tail,
                 labels_N=labels_N,
                 label_weight_N=label_weight_N,
-                product_dtype=self._product_dtype,
+                product_dtype=_product_dtype(self.args, self.accelerator.mixed_precision),
                 workspace_mb=self.args.loss_workspace_mb,
             )
 
@@ -336,48 +329,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             self._show_completions()
         super().log(logs, start_time)
 
-    @property
-    def _product_dtype(self) -> torch.dtype | None:
-        dtype = self.args.loss_product_dtype
-        if dtype == "auto":
-            # Autocast covers the model's forward alone.
-            dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
-            if dtype is None or self.args.device.type != "cuda":
-                return None
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
-
-    def _connect_teacher(self, teacher: Teacher) -> None:
-        self.teacher = teacher
-        tokenizer = self._tokenizer_or_none
-        if self.teacher.top_k is not None and self.args.loss_temperature != 1:
-            raise GKDConfigError(
-                f"loss_temperature={self.args.loss_temperature} can't be applied to the teacher's {self.teacher.top_k} "
-                "top tokens: their log-probs are at temperature 1, and how the rest would change is not known. Set it "
-                "to 1, or use a teacher in this process without top_k"
-            )
-        self.teacher.prepare(self.args.device, tokenizer, self.args.max_length)
-        self._require_equal_teachers()
-        self._vocab_size = shared_vocabulary_size(
-            vocabulary_rows(base_model(self.model)),
-            self.teacher.vocab_size,
-            None if tokenizer is None else tokenizer.get_vocab(),
-            self.teacher.vocabulary,
-        )
-        self._student_head()  # tells at construction, not in the first step, where full logits are needed
-
-    def _require_equal_teachers(self) -> None:
-        if self.teacher.model is None or self.accelerator.num_processes == 1:
-            return
-        weights = (each for each in self.teacher.model.parameters() if each.is_floating_point())
-        weight = next(weights, torch.ones(()))
-        sizes = self.accelerator.gather(weight.detach().float().abs().sum().to(self.args.device))
-        if (sizes - sizes[0]).abs().max() > _TEACHER_TOLERANCE * sizes[0]:
-            raise GKDTeacherError(
-                "the teacher's weights must be the same on every rank; the magnitudes of the first one's differ: "
-                f"{sizes.tolist()}. Under FSDP with cpu_ram_efficient_loading, from_pretrained gives them to the first "
-                "rank alone: pass the teacher by its name, which loads it on every rank"
-            )
-
     def _adapted(self, model: nn.Module, args: Any) -> nn.Module:
         if self._adapter_config is not None:
             model = wrap_in_adapter(model, self._adapter_config)
@@ -393,27 +344,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin):
             # These ranks see the same tokens.
             count = count // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
         return count
-
-    def _student_head(self) -> SeparableHead | InseparableHead:
-        module = output_embeddings(base_model(self.model))
-        # Found anew after model_init made another student, but not after FSDP, which leaves the modules as they are.
-        if self._head_of is None or self._head_of[0] is not module:
-            head = self._found_head()
-            if isinstance(head, InseparableHead):
-                logger.warning("The student's full logits are built, which takes more memory: %s.", head.reason)
-            self._head_of = (module, head)
-        return self._head_of[1]
-
-    def _found_head(self) -> SeparableHead | InseparableHead:
-        if self._is_sharded and not self.is_fsdp_enabled:
-            return InseparableHead("its weights are sharded over ranks")
-        if self.args.torch_compile:
-            return InseparableHead("its forward is compiled as a whole")
-        head = find_head(base_model(self.model), is_sharded=self.is_fsdp_enabled)
-        # Under FSDP the first rank alone may have loaded the weights, and the others zeros, which any head explains.
-        if self._is_anywhere(isinstance(head, InseparableHead)) and isinstance(head, SeparableHead):
-            return InseparableHead("that of another rank can't be taken apart")
-        return head
 
     def _record(self, batch: TokenBatch, rows_N: Tensor, result: TokenDivergence, is_training: bool) -> None:
         self._row_sums_BK = sums_by_row(
@@ -443,3 +373,13 @@ class GKDTrainer(GKDMixin, Trainer):
         if dataset_name is not None:
             kwargs["dataset"] = dataset_name
         super().create_model_card(*args, **kwargs)
+
+
+def _product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:
+    """Return what the divergence's products round to: autocast, which covers the model's forward alone, tells none."""
+    name: str = args.loss_product_dtype
+    if name == "auto":
+        if args.device.type != "cuda":
+            return None
+        name = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, name)
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)

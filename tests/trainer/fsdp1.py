@@ -35,8 +35,8 @@ def student(tied):
 
 
 def take_step(model, head, optimizer, batches):
-    for ids_BL, teacher in batches:
-        batch = TokenBatch.from_inputs({"input_ids": ids_BL, "labels": ids_BL})
+    for ids_BL, labels_BL, teacher in batches:
+        batch = TokenBatch.from_inputs({"input_ids": ids_BL, "labels": labels_BL})
         comparison = functools.partial(token_divergence, teacher=teacher, beta=0.5)
         result, output = compare(model, batch, head, comparison)
         loss = result.values_N.sum()
@@ -48,7 +48,7 @@ def main():
     distributed.init_process_group("gloo")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
-    for tied, use_orig_params in itertools.product((True, False), repeat=2):
+    for tied, use_orig_params, is_last_idle in itertools.product((True, False), repeat=3):
         whole, part = student(tied), student(tied)
         heads = find_head(whole), find_head(part, is_sharded=True)
         sharded = FullyShardedDataParallel(
@@ -63,10 +63,13 @@ def main():
 
         torch.manual_seed(1)
         head = Head(torch.randn(VOCABULARY, WIDTH))
-        batches = [
-            (torch.randint(VOCABULARY, (ROWS, LENGTH)), HiddenSignal(torch.randn(ROWS * (LENGTH - 1), WIDTH), head))
-            for _ in range(ranks)
-        ]
+        batches = []
+        for of_rank in range(ranks):
+            ids_BL = torch.randint(VOCABULARY, (ROWS, LENGTH))
+            has_nothing_to_train_on = is_last_idle and of_rank == ranks - 1
+            labels_BL = torch.full_like(ids_BL, -100) if has_nothing_to_train_on else ids_BL
+            trained = 0 if has_nothing_to_train_on else ROWS * (LENGTH - 1)
+            batches.append((ids_BL, labels_BL, HiddenSignal(torch.randn(trained, WIDTH), head)))
         # FSDP averages over the ranks.
         take_step(whole, heads[0], torch.optim.SGD(whole.parameters(), lr=0.1), batches)
         take_step(sharded, heads[1], torch.optim.SGD(sharded.parameters(), lr=0.1 * ranks), batches[rank : rank + 1])

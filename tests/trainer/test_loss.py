@@ -1,6 +1,7 @@
 """What the trainer's loss is: the divergence over the window's trained tokens, on every path to it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from gkd_trainer import FrozenTeacher, GKDTrainer
 from gkd_trainer.divergence import reference_jsd
+from gkd_trainer.trainer import _product_dtype
 from tests.memory import NewStorages
 
 
@@ -260,3 +262,19 @@ def test_products_of_the_gradient_may_round_to_bfloat16(make_trainer, tiny_model
     assert_same_gradients(automatic, exact, 0)
     assert_same_gradients(rounded, exact, 1e-2)
     assert not torch.equal(rounded["lm_head.weight"], exact["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("option", "device", "mixed_precision", "expected"),
+    [
+        ("auto", "cuda", "bf16", torch.bfloat16),
+        ("auto", "cuda", "fp16", torch.float16),
+        ("auto", "cuda", "no", None),
+        ("auto", "cpu", "bf16", None),
+        ("float32", "cuda", "bf16", torch.float32),
+        ("bfloat16", "cpu", "no", torch.bfloat16),
+    ],
+)
+def test_products_follow_mixed_precision_on_cuda_unless_told_otherwise(option, device, mixed_precision, expected):
+    args = SimpleNamespace(loss_product_dtype=option, device=torch.device(device))
+    assert _product_dtype(args, mixed_precision) == expected
