@@ -17,6 +17,10 @@ class GKDTeacherError(GKDError, ValueError):
     """A teacher that doesn't fit the student, or can't do what is asked of it."""
 
 
+class GKDRolloutError(GKDError, RuntimeError):
+    """Completions that could not be generated, or weights that a rollout engine could not be given."""
+
+
 class GKDNumericsError(GKDError, ArithmeticError):
     """Logits or a divergence that are not finite where they must be."""
 

@@ -8,17 +8,18 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers.trainer_utils import has_length
 from trl.models import unwrap_model_for_generation
 
 from gkd_trainer.any_trainer import pad_token_id, require_labels
 from gkd_trainer.batch import Generated, Sampling
-from gkd_trainer.errors import GKDConfigError, GKDDataError
+from gkd_trainer.checkpoints import rollouts_file
+from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDRolloutError
 from gkd_trainer.recovery import RecoveryMixin
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.metrics import TrainingMeter
@@ -69,6 +70,8 @@ class GenerationMixin(RecoveryMixin):
         self.rollouts = rollouts if rollouts is not None else self._student_rollouts()
         self._synced_version: tuple[int, ...] | None = None
         self._epoch_iterator: Iterator[Any] | None = None
+        self._ended_iterator: Iterator[Any] | None = None
+        self._has_warned_of_shards = False
         self._block: Block | None = None
         self._ahead: Block | None = None
         self._saved_blocks: list[dict[str, Any]] = []
@@ -147,7 +150,7 @@ class GenerationMixin(RecoveryMixin):
         args, plans = self.args, []
         end = first_step + (windows or args.rollout_steps)
         for step in range(first_step, min(end, self.state.max_steps)):
-            batches = list(itertools.islice(epoch_iterator, num_batches))
+            batches = self._take_window(epoch_iterator, num_batches)
             if not batches:
                 break
             for batch in batches:
@@ -166,6 +169,30 @@ class GenerationMixin(RecoveryMixin):
             num_batches = args.gradient_accumulation_steps
         return plans
 
+    def _take_window(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Any]:
+        """Return the next batches of an epoch; none at its end, which comes on all ranks at once.
+
+        Streams have no length, so that ranks may run out of data at different steps, and wait for one another for ever.
+        Their epoch ends with the first window that any rank can't fill: Trainer takes no optimizer step for a smaller
+        one, since it does not know that it is the last.
+        """
+        if epoch_iterator is self._ended_iterator:
+            return []
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if has_length(self.callback_handler.train_dataloader):
+            return batches
+        lacking = self._count_ranks(len(batches) < num_batches)
+        if lacking == 0:
+            return batches
+        self._ended_iterator = epoch_iterator
+        if lacking < self.accelerator.num_processes and not self._has_warned_of_shards:
+            self._has_warned_of_shards = True
+            logger.warning(
+                "The ranks' shards of the training stream differ in length: an epoch ends with the shortest, and what "
+                "is left of the others is not trained on in it."
+            )
+        return []
+
     def _wait_for_rollouts(self) -> None:
         """Wait until no rollouts are under way: weights must not change below them."""
         self._raise_failure(next(filter(None, [block.of_student.exception() for block in self._blocks]), None))
@@ -173,7 +200,7 @@ class GenerationMixin(RecoveryMixin):
     def _raise_failure(self, error: BaseException | None) -> None:
         if self._is_anywhere(error is not None):
             self._drop_blocks()  # a trainer that goes on afterwards generates anew
-        self._raise_together(error)
+        self._raise_together(error, GKDRolloutError, "generating completions")
 
     def _drop_blocks(self) -> None:
         for block in self._blocks:
@@ -224,10 +251,13 @@ class GenerationMixin(RecoveryMixin):
         with self._gathered_student() as student, self.accelerator.autocast():
             version = self._weights_version(student)
             if version != self._synced_version:
-                with self._meter.measure("sync"), self._failing_together():
+                with (
+                    self._meter.measure("sync"),
+                    self._failing_together(GKDRolloutError, "handing the student's weights to the rollout engine"),
+                ):
                     self.rollouts.sync(student)
                 self._synced_version = version
-            with self._failing_together():
+            with self._failing_together(GKDRolloutError, "generating completions"):
                 yield self.rollouts
 
     def _weights_version(self, student: nn.Module) -> tuple[int, ...]:
@@ -294,7 +324,7 @@ class GenerationMixin(RecoveryMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        file, states = _rollouts_file(output_dir, self.accelerator.process_index), self._blocks_state()
+        file, states = rollouts_file(output_dir, self.accelerator.process_index), self._blocks_state()
         if states:
             file.write_text(json.dumps(states))
         else:  # that of an older run in the same folder
@@ -304,7 +334,7 @@ class GenerationMixin(RecoveryMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
         self._saved_blocks = []
         if checkpoint is not None:
-            file = _rollouts_file(checkpoint, self.accelerator.process_index)
+            file = rollouts_file(checkpoint, self.accelerator.process_index)
             if file.exists():
                 self._saved_blocks = json.loads(file.read_text())
 
@@ -329,10 +359,6 @@ class GenerationMixin(RecoveryMixin):
     @property
     def _pad_token_id(self) -> int:
         return pad_token_id(self.processing_class)
-
-
-def _rollouts_file(checkpoint: str, rank: int) -> Path:
-    return Path(checkpoint) / f"rollouts-rank{rank}.json"
 
 
 def _stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""The part of the trainer that loses nothing when a server or teacher fails: ranks stop together, after saving."""
+"""The part of the trainer that loses nothing when rollouts, a sync or a teacher fail: ranks stop together, saved."""
 
 from __future__ import annotations
 
@@ -10,16 +10,48 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from gkd_trainer.any_trainer import AnyTrainer
-from gkd_trainer.errors import GKDError, GKDServerError, GKDTeacherError
+from gkd_trainer.checkpoints import last_whole_checkpoint, required_whole
+from gkd_trainer.errors import (
+    GKDConfigError,
+    GKDDataError,
+    GKDError,
+    GKDRolloutError,
+    GKDServerError,
+    GKDTeacherError,
+)
+
+_KINDS: tuple[type[GKDError], ...] = (
+    GKDError,
+    GKDDataError,
+    GKDConfigError,
+    GKDRolloutError,
+    GKDTeacherError,
+    GKDServerError,
+)
+"""What a rank raises where another failed; of several, the last that any of them had."""
 
 
 class RecoveryMixin(AnyTrainer):
-    """Turns the failure of a server or a teacher into a checkpoint and one error on every rank."""
+    """Turns whatever fails in rollouts, a sync or a teacher into a checkpoint and one error on every rank."""
 
+    _common_failure: GKDError | None = None
     _random_states: tuple[Any, ...] | None = None
     _last_checkpoint: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+
+        Raises GKDConfigError where there is none, or where the one that was named is not whole.
+        """
+        checkpoint: str | None = None
+        if resume_from_checkpoint is True:
+            checkpoint = str(last_whole_checkpoint(self.args.output_dir))
+        elif resume_from_checkpoint:
+            checkpoint = str(required_whole(resume_from_checkpoint))
+        return super().train(checkpoint, *args, **kwargs)
 
     def _note_random_states(self) -> None:
         """Remember the random states of a step's end: a run that resumes there has to find them."""
@@ -28,29 +60,41 @@ class RecoveryMixin(AnyTrainer):
 
     @contextmanager
     def _saving_before_it_fails(self) -> Iterator[None]:
-        """Save a checkpoint of the last complete step where a server or a teacher fails, and say so in the error."""
+        """Save a checkpoint of the last complete step where what all ranks raise together ends it, and name it."""
         try:
             yield
-        except (GKDServerError, GKDTeacherError) as error:
-            step = self.state.global_step
-            if not self.is_in_train or step == 0:
+        except GKDError as error:
+            is_common, self._common_failure = error is self._common_failure, None
+            # Saving takes all ranks: what one rank raises by itself is passed on as it is.
+            if not is_common or not self.is_in_train or self.state.global_step == 0:
                 raise
-            if self._last_checkpoint is None or self._last_checkpoint.name != f"checkpoint-{step}":
-                if self._random_states is not None:
-                    python, numpy, cpu, devices = self._random_states
-                    random.setstate(python)
-                    np.random.set_state(numpy)
-                    torch.set_rng_state(cpu)
-                    torch.cuda.set_rng_state_all(devices)
+            kind = next(kind for kind in reversed(_KINDS) if isinstance(error, kind))
+            raise kind(f"{error}. {self._saved(error)}") from error
+
+    def _saved(self, error: GKDError) -> str:
+        """Save a checkpoint of the last complete step, unless there is one, and say where it is."""
+        step = self.state.global_step
+        if self._last_checkpoint is None or self._last_checkpoint.name != f"checkpoint-{step}":
+            if self._random_states is not None:
+                python, numpy, cpu, devices = self._random_states
+                random.setstate(python)
+                np.random.set_state(numpy)
+                torch.set_rng_state(cpu)
+                torch.cuda.set_rng_state_all(devices)
+            before = self._last_checkpoint
+            try:
                 self._save_checkpoint(self.model, getattr(self, "_trial", None))
-            what = "weights, without what save_only_model leaves out," if self.args.save_only_model else "run"
-            is_server = isinstance(error, GKDServerError)
-            kind = GKDServerError if is_server else GKDTeacherError
-            when = "once the server is back" if is_server else "once that is mended"
-            raise kind(
-                f"{error}. The {what} up to step {step} is saved in {self._last_checkpoint}: {when}, go on with "
-                "train(resume_from_checkpoint=True)"
-            ) from error
+            except Exception as failure:  # a full disk must not hide what ended the run
+                return (
+                    f"The run up to step {step} could not be saved ({type(failure).__name__}: {failure}); the last "
+                    f"checkpoint is {before or 'none'}"
+                )
+        what = "weights, without what save_only_model leaves out," if self.args.save_only_model else "run"
+        when = "once the server is back" if isinstance(error, GKDServerError) else "once that is fixed"
+        return (
+            f"The {what} up to step {step} is saved in {self._last_checkpoint}: {when}, go on with "
+            "train(resume_from_checkpoint=True)"
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -61,28 +105,53 @@ class RecoveryMixin(AnyTrainer):
         self._last_checkpoint = None if checkpoint is None else Path(checkpoint)
 
     @contextmanager
-    def _failing_together(self) -> Iterator[None]:
-        error = None
+    def _failing_together(self, kind: type[GKDError], what: str, *, exchanges: bool = True) -> Iterator[None]:
+        """Raise what fails in the block on every rank, as a GKDError.
+
+        Args:
+            kind: The error that stands in for one that is not a GKDError.
+            what: The part of the run that failed, as that error begins.
+            exchanges: Whether the ranks tell one another of failures, for which all have to enter the block.
+        """
+        failed: Exception | None = None
         try:
             yield
-        except GKDError as failure:
-            error = failure
-        self._raise_together(error)
+        except Exception as failure:
+            failed = failure
+        self._raise_together(failed, kind, what, exchanges=exchanges)
 
-    def _raise_together(self, error: BaseException | None) -> None:
+    def _raise_together(
+        self, failure: BaseException | None, kind: type[GKDError], what: str, *, exchanges: bool = True
+    ) -> None:
         """Raise what failed on this rank, and on all others too: they would wait for it in their next exchange."""
-        if self.accelerator.num_processes > 1:
-            is_server = isinstance(error, GKDServerError)
-            flags = torch.tensor([is_server, error is not None and not is_server], device=self.args.device).long()
-            of_servers, others = self.accelerator.reduce(flags, "sum").tolist()
-            if error is None and of_servers + others > 0:
-                kind = GKDServerError if of_servers else GKDError
-                raise kind("stopped, since another rank failed, whose error says more")
+        if failure is not None and self.args.auto_find_batch_size and should_reduce_batch_size(failure):
+            raise failure  # Trainer starts again with smaller batches
+        error = self._typed(failure, kind, what)
+        is_alone = self.accelerator.num_processes == 1
+        if exchanges and not is_alone:
+            code = 0 if error is None else 1 + max(i for i, each in enumerate(_KINDS) if isinstance(error, each))
+            worst = int(self.accelerator.gather(torch.tensor([code], device=self.args.device)).max())
+            if error is None and worst > 0:
+                error = _KINDS[worst - 1]("stopped, since another rank failed, whose error says more")
         if error is not None:
+            self._common_failure = error if exchanges or is_alone else None
             raise error
+
+    @staticmethod
+    def _typed(failure: BaseException | None, kind: type[GKDError], what: str) -> GKDError | None:
+        if failure is None or isinstance(failure, GKDError):
+            return failure
+        error = kind(f"{what} failed with {type(failure).__name__}: {failure}")
+        # contextlib drops a RuntimeError whose cause is a StopIteration, and raises that instead.
+        error.__cause__ = None if isinstance(failure, StopIteration) else failure
+        return error
 
     def _is_anywhere(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank."""
+        return self._count_ranks(flag) > 0
+
+    def _count_ranks(self, flag: bool) -> int:
+        """Return on how many ranks the flag is set."""
         if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum") > 0)
+            return int(flag)
+        return int(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum"))

@@ -6,7 +6,6 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, K summed quantitie
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -229,7 +228,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             with self._meter.measure("rollout"), self._saving_before_it_fails():
                 batches = self._next_window(epoch_iterator, num_batches)
         else:
-            batches = list(itertools.islice(epoch_iterator, num_batches))
+            batches = self._take_window(epoch_iterator, num_batches)
         if not batches:
             if not self._has_trained and self.state.global_step == 0:
                 raise GKDDataError(
@@ -276,8 +275,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         batch = TokenBatch.from_inputs(inputs)
         with (
             self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
-            # A teacher elsewhere may fail one rank alone.
-            self._failing_together() if self.teacher.model is None else contextlib.nullcontext(),
+            self._failing_together(
+                GKDTeacherError,
+                "the teacher's scoring of a batch",
+                # A teacher elsewhere may fail one rank alone; one that lives here would make each micro-batch wait.
+                exchanges=self.teacher.model is None,
+            ),
         ):
             teacher = self.teacher.score(batch).sliced(self._vocab_size)
         head = self._student_head()

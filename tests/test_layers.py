@@ -16,7 +16,7 @@ LAYERS = [
     {"errors"},
     {"batch", "checks"},
     {"config"},
-    {"heads", "student", "finite", "serving"},
+    {"heads", "student", "finite", "serving", "checkpoints"},
     {"weights"},
     {*STAGES, "report"},
     {"arguments", "any_trainer"},

@@ -93,7 +93,7 @@ def full_run(tiny_model):
             (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(20))))
         (folder / "options.json").write_text(json.dumps(options))
         process = None
-        if ranks == 1 and "die_at" not in options:
+        if ranks == 1 and not {"die_at", "die_in_save"} & options.keys():
             runpy.run_path(str(RUN))["main"](folder)
         else:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from datasets import load_dataset
+from datasets import IterableDataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -43,6 +43,19 @@ class DieAfterSaving(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class DyingTrainer(GKDTrainer):
+    """Ends the process in the middle of a checkpoint: the weights are written, and half of the optimizer's state."""
+
+    die_in_save = None
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.state.global_step == self.die_in_save:
+            file = Path(output_dir) / "optimizer.pt"
+            file.write_bytes(file.read_bytes()[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class LoseServer(TrainerCallback):
     """After the first step, one rank finds nothing where its rollout server was."""
 
@@ -54,9 +67,25 @@ class LoseServer(TrainerCallback):
             self.trainer.rollouts._servers = [VLLMServer("http://127.0.0.1:9", server_timeout=1.0)]
 
 
+def rows_of(shards, names):
+    """The rows of a stream; `names` only keeps an empty shard from being left out."""
+    for shard in shards:
+        yield from shard
+
+
+def cut(rows, lengths):
+    """Arguments of `rows_of`, of which Accelerate gives each rank its share: so many rows, one after the other."""
+    rows, shards = list(rows), []
+    for length in lengths:
+        shards.append(rows[:length])
+        rows = rows[length:]
+    return {"shards": shards, "names": list(range(len(lengths)))}
+
+
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
+    die_in_save = options.pop("die_in_save", None)
     evaluates_first = options.pop("evaluates_first", False)
     evaluates_stream = options.pop("evaluates_stream", False)
     loses_server = options.pop("loses_server_on_rank", None)
@@ -66,6 +95,8 @@ def main(folder: Path) -> None:
     if loses_server is not None:
         callbacks.append(LoseServer(loses_server))
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    shards = options.pop("shards", None)
+    stream = None if shards is None else IterableDataset.from_generator(rows_of, gen_kwargs=cut(rows, shards))
     if options.get("fsdp"):
         # As `accelerate launch` does: the first rank alone reads weights, and the others zeros.
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
@@ -83,15 +114,16 @@ def main(folder: Path) -> None:
         # Accelerate takes FSDP for GPUs alone; nothing after its decision asks for one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     teacher = str(folder / "teacher")
-    trainer = GKDTrainer(
+    trainer = DyingTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student"),
         teacher_model=teacher if names_teacher else AutoModelForCausalLM.from_pretrained(teacher),
         args=args,
-        train_dataset=rows,
+        train_dataset=rows if stream is None else stream,
         eval_dataset=rows.select(range(7)).to_iterable_dataset() if evaluates_stream else rows.select(range(7)),
         callbacks=callbacks,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if is_lora else None,
     )
+    trainer.die_in_save = die_in_save
     for callback in callbacks:
         callback.trainer = trainer
     if evaluates_first:

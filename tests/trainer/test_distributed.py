@@ -85,6 +85,33 @@ def test_two_ranks_that_share_the_student_by_fsdp_train_like_one(full_run, tiny_
     assert two["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-4)
 
 
+STREAM = {**OPTIONS, "max_steps": 5, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"lmbda": 0.0},
+        {"lmbda": 0.5},
+        {"lmbda": 0.5, "rollout_steps": 2},
+        {"lmbda": 1.0, "gradient_accumulation_steps": 2, "max_steps": 3},
+    ],
+    ids=["off-policy", "mixed", "blocks", "accumulation"],
+)
+def test_ranks_whose_shards_of_a_stream_differ_in_length_end_their_epochs_together(full_run, tmp_path, extra):
+    # 3 and 6 batches on the two ranks.
+    result, _, process = full_run(tmp_path / "run", ranks=2, **{**STREAM, **extra}, shards=[6, 12])
+    assert result is not None, process.stderr
+    assert len(steps(result)) == extra.get("max_steps", 5)
+    assert "differ in length" in process.stderr
+
+
+def test_a_rank_without_data_stops_all_with_an_error(full_run, tmp_path):
+    result, _, process = full_run(tmp_path / "run", ranks=2, **STREAM, lmbda=0.5, shards=[0, 12])
+    assert result is None
+    assert process.stderr.count("GKDDataError: the training set gave no batch") == 2, process.stderr
+
+
 def test_a_teacher_whose_weights_only_the_first_rank_has_is_refused(full_run, tmp_path):
     two, _, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **OPTIONS, **FSDP)
     assert two is None

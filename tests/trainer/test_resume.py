@@ -43,6 +43,20 @@ def test_resumed_run_ends_with_the_weights_of_the_unbroken_one(unbroken, full_ru
     assert result["evaluation"]["eval_loss"] == expected_result["evaluation"]["eval_loss"]
 
 
+def test_a_run_that_was_killed_while_it_saved_goes_on_from_the_checkpoint_before(
+    unbroken, full_run, tiny_model, tmp_path, caplog
+):
+    student = tiny_model(attention_dropout=0.2)
+    result, _, process = full_run(tmp_path / "killed", student=student, die_in_save=7, **OPTIONS)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert result is None
+    assert (tmp_path / "killed" / "run" / "checkpoint-7").is_dir()
+    _, weights, _ = full_run(tmp_path / "killed", resume=True, **OPTIONS)
+    assert "checkpoint-6, the last whole checkpoint" in caplog.text
+    for name, tensor in unbroken[1].items():
+        assert torch.equal(weights[name], tensor), name
+
+
 def test_dropout_changes_the_run_above(unbroken, full_run, tiny_model, tmp_path):
     student = tiny_model(attention_dropout=0.2)
     _, weights, _ = full_run(tmp_path / "without", student=student, **{**OPTIONS, "disable_dropout": True})

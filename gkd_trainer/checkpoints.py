@@ -1,0 +1,107 @@
+"""Which checkpoints of a run are whole: a process that is killed while it saves leaves one that is not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
+
+from gkd_trainer.errors import GKDConfigError
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ROLLOUTS = re.compile(r"rollouts-rank\d+\.json")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what a checkpoint lacks or which of its files was cut off; None where it is whole.
+
+    The first rank writes Trainer's state last; what other ranks write may come after it. No weights are loaded.
+    """
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        problem = _damage_of(file)
+        if problem is not None:
+            return f"{file.relative_to(checkpoint)} {problem}"
+    return None
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path:
+    """Return the newest checkpoint of a run that is whole; log a warning for each newer one that is not.
+
+    Raises:
+        GKDConfigError: There is none.
+    """
+    folder = Path(output_dir)
+    damaged: list[str] = []
+    for checkpoint in _checkpoints_in(folder):
+        problem = damage(checkpoint)
+        if problem is None:
+            if damaged:
+                logger.warning(
+                    "Resuming from %s, the last whole checkpoint. The run ended while it saved %s",
+                    checkpoint,
+                    "; ".join(damaged),
+                )
+            return checkpoint
+        damaged.append(f"{checkpoint.name}: {problem}")
+    found = "; ".join(damaged) or f"no folder of the form checkpoint-STEP in {folder}"
+    raise GKDConfigError(
+        f"resume_from_checkpoint=True needs a whole checkpoint in output_dir; found {found}. Leave "
+        "resume_from_checkpoint out to start from the beginning, or set output_dir to that of the run to resume"
+    )
+
+
+def required_whole(checkpoint: str | Path) -> Path:
+    """Return a checkpoint that was named.
+
+    Raises:
+        GKDConfigError: It is not there, or not whole.
+    """
+    path = Path(checkpoint)
+    problem = damage(path) if path.is_dir() else "there is no such folder"
+    if problem is None:
+        return path
+    others = [other for other in _checkpoints_in(path.parent) if other != path and damage(other) is None]
+    remedy = f"resume from {others[0]}" if others else "start from the beginning"
+    raise GKDConfigError(f"can't resume from the checkpoint {path}: {problem}. Use True for the last one, or {remedy}")
+
+
+def rollouts_file(checkpoint: str | Path, rank: int) -> Path:
+    """Return where a checkpoint keeps the completions of a rank that are not trained on yet."""
+    return Path(checkpoint) / f"rollouts-rank{rank}.json"
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    if not folder.is_dir():
+        return []
+    steps = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
+    return sorted((path for path in steps if steps[path]), key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def _damage_of(file: Path) -> str | None:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="numpy"):  # compares the file's length with its header
+                return None
+        if file.name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+            shards = set(json.loads(file.read_bytes())["weight_map"].values())
+            missing = sorted(shard for shard in shards if not (file.parent / shard).is_file())
+            return f"names {', '.join(missing)}, which is not there" if missing else None
+        if file.name == TRAINER_STATE_NAME or _ROLLOUTS.fullmatch(file.name):
+            json.loads(file.read_bytes())
+            return None
+        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+            return "is not whole"
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"can't be read ({error})"
+    return None

@@ -1,0 +1,95 @@
+"""A checkpoint is resumed from only where it is whole."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gkd_trainer import GKDConfigError
+from gkd_trainer.checkpoints import damage, last_whole_checkpoint, required_whole
+
+
+def write_checkpoint(folder):
+    folder.mkdir(parents=True)
+    shards = {"a.safetensors": "a", "b.safetensors": "b"}
+    for file, name in shards.items():
+        save_file({name: torch.ones(1000)}, folder / file)
+    index = {"weight_map": {name: file for file, name in shards.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.save({"state": torch.ones(1000)}, folder / "optimizer.pt")
+    torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state_1.pth")
+    (folder / "rollouts-rank1.json").write_text(json.dumps([{"weights_step": 3, "windows": []}]))
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    (folder / "notes.json").write_text("{ somebody else's")
+    return folder
+
+
+def cut(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def test_a_whole_checkpoint_has_no_damage(tmp_path):
+    assert damage(write_checkpoint(tmp_path / "checkpoint-3")) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.safetensors",
+        "model.safetensors.index.json",
+        "optimizer.pt",
+        "rng_state_1.pth",
+        "rollouts-rank1.json",
+        "trainer_state.json",
+    ],
+)
+def test_a_file_that_was_cut_off_is_named(tmp_path, name):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-3")
+    cut(checkpoint / name)
+    assert damage(checkpoint).startswith(name)
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "trainer_state.json"])
+def test_a_file_that_is_missing_is_named(tmp_path, name):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-3")
+    (checkpoint / name).unlink()
+    assert name in damage(checkpoint)
+
+
+def test_the_last_whole_checkpoint_is_taken_by_its_step_and_the_damage_of_newer_ones_logged(tmp_path, caplog):
+    for step in (9, 10, 11):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-12-copy").mkdir()
+    (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert "checkpoint-11: it has no trainer_state.json" in caplog.text
+
+
+def test_without_damage_nothing_is_logged(tmp_path, caplog):
+    write_checkpoint(tmp_path / "checkpoint-3")
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_no_whole_checkpoint_is_an_error_that_says_what_was_found(tmp_path, is_there):
+    if is_there:
+        cut(write_checkpoint(tmp_path / "run" / "checkpoint-3") / "trainer_state.json")
+    match = "checkpoint-3: trainer_state.json" if is_there else "no folder of the form"
+    with pytest.raises(GKDConfigError, match=match):
+        last_whole_checkpoint(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_one_to_take(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint-2")
+    damaged = write_checkpoint(tmp_path / "checkpoint-3")
+    cut(damaged / "optimizer.pt")
+    with pytest.raises(GKDConfigError, match=r"optimizer\.pt is not whole.*checkpoint-2"):
+        required_whole(damaged)
+    assert required_whole(tmp_path / "checkpoint-2") == tmp_path / "checkpoint-2"
+    with pytest.raises(GKDConfigError, match="there is no such folder"):
+        required_whole(tmp_path / "checkpoint-4")
