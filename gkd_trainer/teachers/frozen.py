@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from accelerate.utils import patch_environment
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 
 from gkd_trainer.batch import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDTeacherError
@@ -74,8 +76,7 @@ class FrozenTeacher(Teacher):
     ) -> FrozenTeacher:
         """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained."""
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
-        # A student that FSDP shards is read by the first rank alone; a teacher is whole on every one.
-        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        with _whole_on_every_rank():
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
         return cls(model, tokenizer, top_k=top_k)
@@ -126,6 +127,18 @@ class FrozenTeacher(Teacher):
                 type(self._model).__name__,
                 self._head.reason,
             )
+
+
+@contextmanager
+def _whole_on_every_rank() -> Iterator[None]:
+    """Load models whole, where a student's weights would come to one rank alone (FSDP) or in parts (ZeRO-3)."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def _top_tokens(signal: StudentSignal, k: int) -> TopKSignal:

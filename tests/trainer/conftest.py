@@ -1,6 +1,7 @@
 """A small trainer, and rows for it."""
 
 import json
+import os
 import random
 import runpy
 import subprocess
@@ -86,7 +87,7 @@ def full_run(tiny_model):
     That it has where there are several ranks, or where it is to die. A run in a folder that exists goes on in it.
     """
 
-    def run(folder, *, ranks=1, student=None, **options):
+    def run(folder, *, ranks=1, student=None, environment=None, **options):
         if not folder.exists():
             (student or tiny_model()).save_pretrained(folder / "student")
             tiny_model(hidden=48, seed=1).save_pretrained(folder / "teacher")
@@ -103,6 +104,7 @@ def full_run(tiny_model):
                 text=True,
                 timeout=240,
                 check=False,
+                env=os.environ | (environment or {}),
             )
         if not (folder / "result.json").exists():
             return None, None, process

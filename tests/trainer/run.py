@@ -100,10 +100,17 @@ def main(folder: Path) -> None:
     if options.get("fsdp"):
         # As `accelerate launch` does: the first rank alone reads weights, and the others zeros.
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    if options.get("deepspeed"):
+        import deepspeed.ops
+
+        # Gloo does without the operator that DeepSpeed would compile, for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        PartialState(backend="gloo")  # `use_cpu` would switch DeepSpeed off
+        options["accelerator_config"] = {"use_configured_state": True}
     args = GKDConfig(
         output_dir=str(folder / "run"),
         report_to=[],
-        use_cpu=True,
+        use_cpu=not options.get("deepspeed"),
         disable_tqdm=True,
         logging_steps=1,
         max_length=64,
@@ -115,7 +122,7 @@ def main(folder: Path) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     teacher = str(folder / "teacher")
     trainer = DyingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
+        model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype="float32"),
         teacher_model=teacher if names_teacher else AutoModelForCausalLM.from_pretrained(teacher),
         args=args,
         train_dataset=rows if stream is None else stream,

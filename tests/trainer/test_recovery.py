@@ -88,7 +88,7 @@ def test_any_exception_becomes_a_typed_error_that_names_its_checkpoint(run, tmp_
 
 @pytest.mark.parametrize("error", [GKDServerError("gone"), GKDTeacherError("gone"), GKDConfigError("too long")])
 def test_our_own_errors_keep_their_type(run, tmp_path, error):
-    with pytest.raises(type(error), match="gone|too long") as raised:
+    with pytest.raises(type(error), match=r"gone|too long") as raised:
         run("rollouts", "generate", error)
     assert "checkpoint-2" in str(raised.value)
     assert "once the server is back" in str(raised.value) or not isinstance(error, GKDServerError)
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_can_not_be_written_does_not_hide_what_failed(run, tmp
         raise OSError("No space left on device")
 
     monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
-    with pytest.raises(GKDRolloutError, match="first cause.*could not be saved .*No space left.* none"):
+    with pytest.raises(GKDRolloutError, match=r"first cause.*could not be saved .*No space left.* none"):
         run("rollouts", "generate", ValueError("first cause"))
 
 

@@ -1,0 +1,80 @@
+"""Two ranks under DeepSpeed, on a CPU over gloo, do what one does without it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / ".cache" / "deepspeed"
+"""Where `make test` puts DeepSpeed: beside the environment, since it is imported wherever it is installed."""
+
+pytestmark = pytest.mark.skipif(not PACKAGE.is_dir(), reason="needs DeepSpeed in .cache/deepspeed: run `make test`")
+
+OPTIONS = {
+    "max_steps": 3,
+    "save_strategy": "no",
+    "learning_rate": 0.1,
+    "train_sampling_strategy": "sequential",
+    "per_device_eval_batch_size": 2,
+    "max_grad_norm": 0.0,
+    "lmbda": 0.5,
+}
+
+
+def zero(stage):
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+
+
+ENVIRONMENT = {
+    "ACCELERATE_USE_DEEPSPEED": "true",  # as `accelerate launch` sets it
+    "ACCELERATE_TORCH_DEVICE": "cpu",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONPATH": f"{ROOT}:{PACKAGE}",
+}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_with_a_teacher_by_name_train_like_one(full_run, tiny_model, tmp_path, stage):
+    student = tiny_model(tie_word_embeddings=False)
+    options = {**OPTIONS, "optim": "sgd", "names_teacher": True}
+    one, expected, _ = full_run(tmp_path / "one", student=student, per_device_train_batch_size=4, **options)
+    two, actual, process = full_run(
+        tmp_path / "two",
+        ranks=2,
+        student=student,
+        environment=ENVIRONMENT,
+        per_device_train_batch_size=2,
+        deepspeed=zero(stage),
+        **options,
+    )
+    assert two is not None, process.stderr
+    for name, tensor in expected.items():
+        assert torch.allclose(actual[name], tensor, rtol=0, atol=1e-5), name
+    assert max((expected[name] - weight).abs().max() for name, weight in student.state_dict().items()) > 1e-3
+    for first, second in zip(one["log"], two["log"], strict=True):
+        for metric in {"loss", "completion_length", "eval_loss"} & first.keys():
+            assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
+
+
+def test_a_teacher_that_was_cut_into_parts_is_refused(full_run, tmp_path):
+    two, _, process = full_run(
+        tmp_path / "two",
+        ranks=2,
+        environment=ENVIRONMENT,
+        per_device_train_batch_size=2,
+        deepspeed=zero(3),
+        **OPTIONS,
+    )
+    assert two is None
+    assert "pass the teacher by its name, which loads it whole" in process.stderr
