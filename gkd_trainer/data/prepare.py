@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from gkd_trainer.batch import PROMPT_IDS
 from gkd_trainer.data.rows import RowDropped, RowPreparer, RowRules
 from gkd_trainer.errors import GKDDataError
 
@@ -54,7 +55,9 @@ def prepare_dataset(
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
         beside its own. Labels are IGNORE_INDEX where a token is not trained on: everywhere in a row that is a
-        prompt alone. Rows that can't be used are left out, and counted in the log.
+        prompt alone. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion
+        where that is not what stands before its last trained run, else empty. Rows that can't be used are left out,
+        and counted in the log.
 
     Raises:
         GKDDataError: the format can't be used with these rules or this tokenizer, or no row can be used.
@@ -97,20 +100,24 @@ class _PrepareRow:
             **prepared.per_token,
             "input_ids": prepared.input_ids,
             "labels": prepared.labels,
+            **self._prompt(prepared.prompt_ids),
             _PROBLEM: "",
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
         }
 
-    @staticmethod
-    def _dropped(reason: str, needed_length: int) -> dict[str, Any]:
+    def _dropped(self, reason: str, needed_length: int) -> dict[str, Any]:
         return {
             "input_ids": [],
             "labels": [],
+            **self._prompt([]),
             _PROBLEM: reason,
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
         }
+
+    def _prompt(self, prompt_ids: list[int]) -> dict[str, list[int]]:
+        return {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
 
 
 @dataclass
@@ -141,7 +148,7 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     mapped = dataset.map(
         _PrepareRow(preparer, is_refusal_raised=True),
-        features=Features({**dataset.features, **_NEW_FEATURES}),
+        features=_features(dataset, preparer.rules),
         num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
         desc=f"Preparing {name}",
     )
@@ -171,10 +178,15 @@ def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     _PrepareRow(preparer, is_refusal_raised=True)(first)
-    features = None if dataset.features is None else Features({**dataset.features, **_NEW_FEATURES})
+    features = None if dataset.features is None else _features(dataset, preparer.rules)
     mapped = dataset.map(_PrepareRow(preparer, is_refusal_raised=False), features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
     return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT]).remove_columns(_BOOKKEEPING)
+
+
+def _features(dataset: Any, rules: RowRules) -> Features:
+    prompt = {PROMPT_IDS: List(Value("int32"))} if rules.is_generating else {}
+    return Features({**dataset.features, **_NEW_FEATURES, **prompt})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

@@ -68,6 +68,16 @@ def render_turns(
     return conversation.by_prefixes(turns)
 
 
+def render_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, template_kwargs: Mapping[str, Any]
+) -> str:
+    """Render what the model is given when it is asked for the next turn, by the tokenizer's own template."""
+    text: str = tokenizer.apply_chat_template(
+        list(messages), tools=tools or None, tokenize=False, add_generation_prompt=True, **template_kwargs
+    )
+    return text
+
+
 def encode_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
     """Tokenise a text such that each span gets its own tokens, as if generated after what precedes it.
 

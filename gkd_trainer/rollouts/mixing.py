@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion, prompt_length
+from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, prompt_length
 
 _CHOICE, _SAMPLING = 0, 1
 
@@ -54,31 +54,36 @@ def rows_of(inputs: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def prompt_of(ids: list[int], labels: list[int]) -> list[int]:
-    """Return the prompt of a sample: all before its last trained run; empty where there is none."""
-    return ids[: prompt_length(labels)]
+def prompts_of(inputs: Mapping[str, Any]) -> list[list[int]]:
+    """Return the prompt of each sample: its own (see PROMPT_IDS), or all before its last trained run, or none."""
+    before_last_run = [ids[: prompt_length(labels)] for ids, labels in rows_of(inputs)]
+    own_BP = inputs.get(PROMPT_IDS)
+    if own_BP is None:
+        return before_last_run
+    own = [[token_id for token_id in ids if token_id != IGNORE_INDEX] for ids in own_BP.tolist()]
+    return [given or found for given, found in zip(own, before_last_run, strict=True)]
 
 
 def with_completions(
     inputs: Mapping[str, Any],
-    completions: Mapping[int, Completion],
-    on_policy_rows: set[int],
+    generated: Mapping[int, Generated],
     pad_token_id: int,
 ) -> dict[str, Any]:
-    """Return a batch in which the given rows hold their prompt and a new completion, the only part trained on.
+    """Return a batch in which some rows hold what was generated: a prompt, and a completion, the only part trained on.
 
-    Padded on the right; says under IS_ON_POLICY which rows are `on_policy_rows`. Other tensors of shape [B, L] do not
+    Padded on the right; says under IS_ON_POLICY which rows the student generated. Other tensors of shape [B, L] do not
     fit the new lengths and are left out.
     """
     ids_BL: Tensor = inputs["input_ids"]
     marked = dict(inputs)
-    marked[IS_ON_POLICY] = torch.tensor([row in on_policy_rows for row in range(ids_BL.shape[0])], device=ids_BL.device)
-    if not completions:
+    is_on_policy = [row in generated and generated[row].is_on_policy for row in range(ids_BL.shape[0])]
+    marked[IS_ON_POLICY] = torch.tensor(is_on_policy, device=ids_BL.device)
+    if not generated:
         return marked
     ids_rows, labels_rows = [], []
     for row, (ids, labels) in enumerate(rows_of(inputs)):
-        if row in completions:
-            prompt, completion = prompt_of(ids, labels), list(completions[row].token_ids)
+        if row in generated:
+            prompt, completion = list(generated[row].prompt), list(generated[row].completion.token_ids)
             ids, labels = prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
         ids_rows.append(torch.tensor(ids, dtype=torch.long))
         labels_rows.append(torch.tensor(labels, dtype=torch.long))
@@ -86,10 +91,14 @@ def with_completions(
     def padded(rows: list[Tensor], value: int) -> Tensor:
         return pad_sequence(rows, batch_first=True, padding_value=value).to(ids_BL.device)
 
+    if PROMPT_IDS in marked:  # what was generated has its prompt before it now
+        own_BP = marked[PROMPT_IDS].clone()
+        own_BP[list(generated)] = IGNORE_INDEX
+        marked[PROMPT_IDS] = own_BP
     kept = {
         key: value
         for key, value in marked.items()
-        if not (isinstance(value, Tensor) and value.shape[:2] == ids_BL.shape[:2])
+        if key == PROMPT_IDS or not (isinstance(value, Tensor) and value.shape[:2] == ids_BL.shape[:2])
     }
     return {
         **kept,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gkd_trainer.batch import prompt_length
-from gkd_trainer.data.rows import RowPreparer
+from gkd_trainer.batch import PROMPT_IDS, prompt_length
+from gkd_trainer.data.rows import RowDropped, RowPreparer
 from tests.data.templates import ANSWER, CHATS
 from tests.data.test_turns import trained_runs
 
@@ -52,6 +52,10 @@ def prepare(chat_tokenizer, rules):
         return RowPreparer.create(tokenizer, rules(**{"stop_ids": stop_ids, **changes}), None).prepare(row), tokenizer
 
     return prepare
+
+
+def prompt_of(row):
+    return row.prompt_ids or row.input_ids[: prompt_length(row.labels)]
 
 
 def test_each_answer_is_trained_on_with_its_stop_token_and_nothing_else(chat, prepare):
@@ -118,3 +122,56 @@ def test_the_header_is_not_trained_on_where_later_turns_rewrite_a_tool_call(prep
     row, tokenizer = prepare(CHATS[name], {"messages": messages, "tools": TOOLS})
     assert "five six" not in tokenizer.decode(row.input_ids)
     assert trained_runs(tokenizer, row.labels) == [call, answer]
+
+
+def test_the_prompt_is_what_the_model_is_given_at_inference_in_any_format(chat, prepare):
+    messages = conversation(chat)
+    row, tokenizer = prepare(chat, {"messages": messages}, is_generating=True)
+    expected = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert prompt_of(row) == expected
+    assert row.n_prompt == len(expected)
+    completed, _ = prepare(chat, {"prompt": messages[:-1], "completion": messages[-1:]}, is_generating=True)
+    assert prompt_of(completed) == expected
+    alone, _ = prepare(chat, {"prompt": messages[:-1]}, is_generating=True, needs_completion=False)
+    assert prompt_of(alone) == alone.input_ids == expected
+
+
+def test_a_prompt_that_stands_in_the_row_is_not_kept_twice(prepare):
+    row, _ = prepare(CHATS["smollm2"], {"messages": conversation(CHATS["smollm2"])}, is_generating=True)
+    assert row.prompt_ids == []
+    row, _ = prepare(CHATS["qwen3"], {"messages": conversation(CHATS["qwen3"])}, is_generating=False)
+    assert row.prompt_ids == []
+
+
+def test_the_prompt_has_the_tools_and_the_variables_of_the_row(prepare):
+    options = {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
+    row, tokenizer = prepare(CHATS["qwen3"], {"messages": WITH_TOOL, **options}, is_generating=True)
+    expected = tokenizer.apply_chat_template(
+        WITH_TOOL[:-1], tools=TOOLS, enable_thinking=False, add_generation_prompt=True
+    )["input_ids"]
+    assert prompt_of(row) == expected
+    assert tokenizer.decode(expected).endswith("<think>\n\n</think>\n\n")
+
+
+def test_the_prompt_of_a_turn_that_opens_the_conversation_is_its_header(prepare):
+    row, tokenizer = prepare(CHATS["qwen2.5"], {"messages": WITH_TOOL[3:]}, is_generating=True)
+    assert row.prompt_ids == []
+    assert tokenizer.decode(prompt_of(row)).endswith("<|im_start|>assistant\n")
+
+
+def test_the_length_that_must_leave_room_is_that_of_the_prompt(prepare):
+    chat = CHATS["r1-distill"]  # its generation prompt is two tokens longer than the header in the row
+    row, _ = prepare(chat, {"messages": conversation(chat)}, is_generating=True)
+    assert len(row.prompt_ids) == prompt_length(row.labels) + 2
+    fitting = len(row.prompt_ids) + 8
+    assert prepare(chat, {"messages": conversation(chat)}, is_generating=True, max_length=fitting)[0].prompt_ids
+    with pytest.raises(RowDropped, match=rf"prompt longer.*\({fitting - 1} - 8\)") as dropped:
+        prepare(chat, {"messages": conversation(chat)}, is_generating=True, max_length=fitting - 1)
+    assert dropped.value.needed_length == fitting
+
+
+def test_a_row_that_was_prepared_before_keeps_its_prompt(prepare):
+    chat = CHATS["qwen3"]
+    row, _ = prepare(chat, {"messages": conversation(chat)}, is_generating=True)
+    again = {"input_ids": row.input_ids, "labels": row.labels, PROMPT_IDS: row.prompt_ids}
+    assert prepare(chat, again, is_generating=True)[0] == row
