@@ -29,9 +29,13 @@ _NOT_MODEL_INPUTS = frozenset(
         "labels",
         IS_ON_POLICY,
         PROMPT_IDS,
+        # What rows of tokens may say in place of labels.
+        "completion_mask",
+        "assistant_masks",
         # Added by TRL's DataCollatorForChatML.
         "prompts",
         "prompt_attention_mask",
+        "byte_offsets",
     }
 )
 

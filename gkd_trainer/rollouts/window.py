@@ -104,10 +104,15 @@ def plan_window(batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_genera
         batches: Collated batches with `input_ids` and `labels` [B, L].
         draw: Which samples are on-policy, and their seeds.
         teacher_generates: Whether the teacher completes all others (`seq_kd`), or they stay as the data has them.
+
+    Raises:
+        GKDDataError: a batch holds what can't be extended by completions, whether or not any of its samples gets one.
+
     """
     jobs: dict[bool, list[Job]] = {True: [], False: []}
     samples = without_prompt = 0
     for micro_batch, inputs in enumerate(batches):
+        mixing.require_extendable(inputs)
         for row, prompt in enumerate(mixing.prompts_of(inputs)):
             samples += 1
             position = draw.position(micro_batch, row)

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Completion, Generated
-from gkd_trainer.rollouts.mixing import is_on_policy, lmbda_at, prompts_of, rows_of, sampling_seed, with_completions
+from gkd_trainer.errors import GKDDataError
+from gkd_trainer.rollouts.mixing import (
+    is_on_policy,
+    lmbda_at,
+    prompts_of,
+    require_extendable,
+    rows_of,
+    sampling_seed,
+    with_completions,
+)
 
 X = IGNORE_INDEX
 PAD = 0
@@ -197,21 +206,100 @@ def test_a_shorter_completion_shortens_the_batch():
     assert mixed["input_ids"].tolist() == [[11, 12, 9], [21, 22, 23]]
 
 
-def test_other_tensors_of_the_old_lengths_are_left_out_and_the_rest_stays():
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+@pytest.mark.parametrize(
+    ("name", "values", "of_prompt", "of_completion"),
+    [
+        ("position_ids", [0, 1, 2, 3, 4], [0], [1, 2, 3, 4, 5, 6]),
+        ("position_ids", [7, 8, 9, 10, 11], [0], [1, 2, 3, 4, 5, 6]),  # as left padding counts them
+        ("token_type_ids", [0, 0, 0, 0, 0], [0], [0] * 6),
+        ("token_type_ids", [0, 0, 1, 1, 1], [0], [1] * 6),
+        ("mm_token_type_ids", [1, 0, 0, 0, 0], [1], [0] * 6),
+        ("completion_mask", [0, 1, 1, 1, 1], [0], [1] * 6),
+        ("assistant_masks", [1, 0, 1, 0, 1], [0], [1] * 6),
+    ],
+)
+def test_values_per_token_stay_with_their_rows_and_go_on_in_completions(inputs, name, values, of_prompt, of_completion):
+    values_BL = torch.zeros(2, 5, dtype=torch.long)
+    for row, own in enumerate([[5, 4, 3, 2, 1], values[:3]]):  # of the second row, padded, only three are real
+        values_BL[row][inputs["attention_mask"][row].bool()] = torch.tensor(own)
+    mixed = with_completions({**inputs, name: values_BL}, generated(1, [21], [91, 92, 93, 94, 95, 2]), PAD)
+    assert mixed[name].tolist() == [[5, 4, 3, 2, 1, 0, 0], of_prompt + of_completion]
+    assert mixed["input_ids"].shape == mixed[name].shape
+
+
+def test_types_of_one_kind_suit_a_prompt_of_its_own():
+    for name, kind in (("token_type_ids", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+        inputs = {**RIGHT, name: torch.full((2, 5), kind)}
+        mixed = with_completions(inputs, generated(1, [98, 99], [91]), PAD)
+        assert mixed[name][1].tolist() == [kind] * 3 + [0] * 2
+
+
+def test_a_mask_keeps_its_type_and_what_it_hides_inside_of_a_row():
+    inputs = {**RIGHT, "attention_mask": torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)}
+    mixed = with_completions(inputs, generated(1, [21], [91, 2]), PAD)
+    assert mixed["input_ids"][0].tolist() == [11, 12, 13, 14, 15]
+    assert mixed["attention_mask"][0].tolist() == [True, False, True, True, True]
+    assert mixed["labels"][0].tolist() == RIGHT["labels"][0].tolist()
+
+
+def test_what_has_a_value_per_sample_or_image_goes_along():
     inputs = {
         **RIGHT,
-        "position_ids": torch.arange(5).expand(2, 5),
-        "token_embeddings": torch.zeros(2, 5, 3),
         "row_weight": torch.tensor([0.5, 1.5]),
-        "image": torch.zeros(2, 3, 5),
+        "pixel_values": torch.zeros(2, 5, 3),  # by name, whatever its shape
+        "image_grid_thw": torch.ones(1, 3),
+        "prompts": torch.ones(2, 5),
+        "features": torch.zeros(2, 3, 5),
         "scalar": torch.tensor(3.0),
         "names": ["a", "b"],
+        "nothing": None,
     }
     mixed = with_completions(inputs, generated(1, [21], [9]), PAD)
-    assert "position_ids" not in mixed
-    assert "token_embeddings" not in mixed
-    for key in ("row_weight", "image", "scalar", "names"):
+    for key in inputs.keys() - RIGHT.keys():
         assert mixed[key] is inputs[key]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("token_embeddings", torch.zeros(2, 5, 3), r"token_embeddings \[2, 5, 3\], which has a value per token"),
+        ("special_mask", torch.zeros(2, 5), r"special_mask \[2, 5\], which has a value per token"),
+        ("position_ids", torch.zeros(3, 2, 5), r"position_ids \[3, 2, 5\].*one value per token of input_ids \[2, 5\]"),
+        ("attention_mask", torch.ones(2, 1, 5, 5), r"attention_mask \[2, 1, 5, 5\].*one value per token"),
+        ("cu_seq_lens_q", torch.tensor([0, 5]), r"cu_seq_lens_q \[2\].*joined in one row"),
+        ("max_length_k", 5, r"max_length_k, which.*joined in one row"),
+    ],
+)
+def test_what_can_not_be_extended_is_refused_by_name(name, value, reason):
+    with pytest.raises(GKDDataError, match=rf"{reason}.*Leave {name} out of what it returns, or generate nothing"):
+        require_extendable({**RIGHT, name: value})
+    require_extendable(RIGHT)
+
+
+def test_the_byte_offsets_of_trls_collator_are_left_out_where_tokens_change():
+    inputs = {**RIGHT, "byte_offsets": torch.zeros(2, 5, 2)}
+    assert with_completions(inputs, generated(1, [21], [9]), PAD).keys() == {*RIGHT, IS_ON_POLICY}
+
+
+def test_positions_of_packed_samples_are_refused_where_one_is_to_be_completed():
+    inputs = {**RIGHT, "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])}
+    with pytest.raises(GKDDataError, match=r"position_ids.*count up by one.*\[0, 1, 2, 0, 1\].*a row of its own"):
+        with_completions(inputs, generated(0, [11, 12], [9]), PAD)
+    mixed = with_completions(inputs, generated(1, [21], [9]), PAD)
+    assert mixed["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+
+
+def test_an_image_behind_the_prompt_is_refused():
+    inputs = {**RIGHT, "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 0], [0] * 5])}
+    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*behind the prompt.*before the last assistant turn"):
+        with_completions(inputs, generated(0, [11, 12], [9]), PAD)
+
+
+def test_types_of_other_tokens_than_the_prompts_are_refused():
+    inputs = {**RIGHT, "mm_token_type_ids": torch.tensor([[1, 0, 0, 0, 0], [0] * 5])}
+    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*not its prompt's; got \[1, 0, 0, 0, 0\]"):
+        with_completions(inputs, generated(0, [98, 99], [9]), PAD)
 
 
 def test_a_batch_without_completions_is_marked_and_else_unchanged():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, Sampling
+from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, generate_jobs, plan_window
 from gkd_trainer.rollouts.mixing import is_on_policy, sampling_seed
 
@@ -104,6 +105,11 @@ def test_the_teacher_generates_the_rest_and_its_samples_are_not_on_policy():
     assert len(window.generated) == 6
     assert window.on_policy_samples == sum(drawn)
     assert sorted(item.is_on_policy for item in window.generated) == sorted(drawn)
+
+
+def test_what_can_not_be_extended_is_refused_before_any_sample_is_drawn():
+    with pytest.raises(GKDDataError, match=r"returned weights \[2, 3\], which has a value per token"):
+        plan_window([{**micro_batch(10, 11), "weights": torch.ones(2, 3)}], draw_of(0.0), teacher_generates=False)
 
 
 def test_a_sample_without_prompt_stays_as_it_is_and_is_counted():

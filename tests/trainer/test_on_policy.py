@@ -79,6 +79,26 @@ def test_off_and_on_policy_samples_sit_in_one_micro_batch(make_trainer):
             assert trained == [label for label in data[tuple(ids)]["labels"] if label != -100]
 
 
+def test_samples_keep_their_position_ids_beside_completed_ones(make_trainer, token_rows):
+    rows = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in token_rows()]
+
+    def collator(rows):
+        columns = {"input_ids": 0, "labels": -100, "position_ids": 0, "attention_mask": 0}
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        length = max(len(row["input_ids"]) for row in rows)
+        return {
+            name: torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
+            for name, fill in columns.items()
+        }
+
+    arguments = {"train_dataset": Dataset.from_list(rows), "data_collator": collator}
+    trainer = run(make_trainer, Scripted(), lmbda=0.5, per_device_train_batch_size=8, trainer_args=arguments)
+    for batch in trainer.batches:
+        assert set(batch["is_on_policy"].tolist()) == {True, False}
+        for positions, mask in zip(batch["position_ids"], batch["attention_mask"].bool(), strict=True):
+            assert positions[mask].tolist() == list(range(int(mask.sum())))
+
+
 def test_truncated_completion_is_trained_on_whole_and_counted(make_trainer):
     trainer = run(make_trainer, Scripted(token_ids=(7, 8, 9), is_finished=False), lmbda=1.0)
     assert all(trained == [7, 8, 9] for _, trained, _ in trained_rows(trainer))
