@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 _PROBLEM = "gkd_problem"
 _N_PROMPT = "gkd_n_prompt"
 _NEEDED_LENGTH = "gkd_needed_length"
-_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH]
+_UNENDED = "gkd_unended"
+_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH, _UNENDED]
 
 _NEW_FEATURES = {
     "input_ids": List(Value("int32")),
@@ -27,6 +28,7 @@ _NEW_FEATURES = {
     _PROBLEM: Value("string"),
     _N_PROMPT: Value("int64"),
     _NEEDED_LENGTH: Value("int64"),
+    _UNENDED: Value("string"),
 }
 
 _N_REASONS_SHOWN = 8
@@ -104,6 +106,7 @@ class _PrepareRow:
             _PROBLEM: "",
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
+            _UNENDED: prepared.unended,
         }
 
     def _dropped(self, reason: str, needed_length: int) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class _PrepareRow:
             _PROBLEM: reason,
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
+            _UNENDED: "",
         }
 
     def _prompt(self, prompt_ids: list[int]) -> dict[str, list[int]]:
@@ -128,8 +132,9 @@ class _KeepUsable:
     is_generating: bool
     counts: Counter[str] = field(default_factory=Counter)
     is_promptless_seen: bool = False
+    is_unended_seen: bool = False
 
-    def __call__(self, problem: str, n_prompt: int) -> bool:
+    def __call__(self, problem: str, n_prompt: int, unended: str) -> bool:
         if problem:
             self.counts[problem] += 1
             n_dropped = self.counts[problem]
@@ -140,6 +145,9 @@ class _KeepUsable:
         if n_prompt == 0 and self.is_generating and not self.is_promptless_seen:
             self.is_promptless_seen = True
             logger.warning("%s: rows without a prompt (trained on from the first token) stay off-policy", self.name)
+        if unended and not self.is_unended_seen:
+            self.is_unended_seen = True
+            logger.warning("%s: last assistant turns end with %s", self.name, unended)
         return True
 
 
@@ -169,6 +177,10 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
             n_promptless,
             len(usable),
         )
+    unended = Counter(end for end in (notes[_UNENDED][i] for i in usable) if end)
+    if unended:
+        [(end, count)] = unended.most_common(1)
+        logger.warning("%s: in %d of %d rows the last assistant turn ends with %s", name, count, len(usable), end)
     return mapped.remove_columns(_BOOKKEEPING)
 
 
@@ -181,7 +193,7 @@ def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
     features = None if dataset.features is None else _features(dataset, preparer.rules)
     mapped = dataset.map(_PrepareRow(preparer, is_refusal_raised=False), features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
-    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT]).remove_columns(_BOOKKEEPING)
+    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
 
 
 def _features(dataset: Any, rules: RowRules) -> Features:

@@ -12,7 +12,16 @@ from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, is_conversational, maybe_convert_to_chatml
 
 from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS, prompt_length
-from gkd_trainer.data.turns import encode_spans, marked_template, render_prompt, render_turns, turn_labels
+from gkd_trainer.data.turns import (
+    Span,
+    encode_spans,
+    ended_at,
+    marked_template,
+    render_prompt,
+    render_turns,
+    turn_labels,
+    without_stop,
+)
 from gkd_trainer.errors import GKDDataError
 
 NEEDS_COMPLETION = (
@@ -63,7 +72,8 @@ class PreparedRow:
     """Token ids and labels of a row, cut to `max_length`.
 
     `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or where those are empty, the tokens before the
-    last trained run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise.
+    last trained run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` says
+    with what its last turn ends in place of a stop token, or is empty.
     """
 
     input_ids: list[int]
@@ -71,16 +81,18 @@ class PreparedRow:
     n_prompt: int
     prompt_ids: list[int]
     per_token: dict[str, list[Any]]
+    unended: str
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A row's tokens before they are cut; `prompt_ids` as in PreparedRow."""
+    """A row's tokens before they are cut; `prompt_ids` and `unended` as in PreparedRow."""
 
     ids: list[int]
     labels: list[int]
     prompt_ids: list[int] = field(default_factory=list)
     per_token: dict[str, list[Any]] = field(default_factory=dict)
+    unended: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,13 +104,15 @@ class RowPreparer:
     formatting_func: Callable[[Any], Any] | None
     patched_template: str | None
     leading_ids: tuple[int, ...]
+    added_ids: frozenset[int]
 
     @classmethod
     def create(cls, tokenizer: Any, rules: RowRules, formatting_func: Callable[[Any], Any] | None) -> RowPreparer:
         """Build a preparer; `tokenizer` None suffices for tokenised rows."""
         if tokenizer is None:
-            return cls(None, rules, formatting_func, None, ())
-        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer))
+            return cls(None, rules, formatting_func, None, (), frozenset())
+        added_ids = frozenset(tokenizer.added_tokens_decoder)
+        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer), added_ids)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -218,10 +232,17 @@ class RowPreparer:
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, ranges = encode_spans(self.tokenizer, text, spans)
+        # Without a stop token a turn ends with what its template ends it with, such as <|im_end|>; the newline behind
+        # that begins the next turn.
+        unended = without_stop(ids, ranges, self._stop_ids)
+        ranges = [ended_at(self.tokenizer, ids, span, self.added_ids) if span in unended else span for span in ranges]
         labels = self._trained(turn_labels(ids, ranges, self._stop_ids))
         # A template for training may render other text before a turn than the model is given when it is asked for it.
         prompt_ids, _ = encode_spans(self.tokenizer, asked, [])
-        return _Tokens(ids, labels, [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids)
+        prompt_ids = [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids
+        # Completions are sampled for the last turn. Before it, templates write other ends (gpt-oss <|end|>).
+        is_unended = without_stop(ids, ranges[-1:], self._stop_ids)
+        return _Tokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
 
     def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> _Tokens:
         self._require_chat_template()
@@ -268,6 +289,18 @@ class RowPreparer:
             return ids
         return [*ids, eos_id]
 
+    def _end_of(self, ids: list[int], span: Span) -> str:
+        last = ids[span[1] - 1]
+        token = self.tokenizer.decode([last], skip_special_tokens=False)
+        stops = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(self._stop_ids))
+        where = f"generation ends at {stops or 'no token'}"
+        if last not in self.added_ids:
+            return f"{token!r}, which is no special token, while {where}: have the chat template end turns with one"
+        return (
+            f"{token!r}, at which generation does not end ({where}): add its id, {last}, to eos_token_id in the "
+            "student's generation_config"
+        )
+
     def _trained(self, labels: list[int]) -> list[int]:
         if all(label == IGNORE_INDEX or label in self._stop_ids for label in labels):
             raise RowDropped("empty completion")
@@ -300,7 +333,7 @@ class RowPreparer:
                 raise RowDropped(reason, first_trained + 1)
         cut = slice(rules.max_length)
         per_token = {column: values[cut] for column, values in tokens.per_token.items()}
-        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token)
+        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended)
 
     @property
     def _stop_ids(self) -> frozenset[int]:

@@ -112,13 +112,23 @@ def turn_labels(ids: Sequence[int], ranges: Sequence[Span], stop_ids: Collection
     """
     labels = [IGNORE_INDEX] * len(ids)
     for start, end in ranges:
-        stop = next((i for i in range(start, end) if ids[i] in stop_ids), None)
-        if stop is not None:
-            end = stop + 1
-        elif start < end < len(ids) and ids[end] in stop_ids:
-            end += 1
+        stop = _stop_of(ids, (start, end), stop_ids)
+        end = end if stop is None else stop + 1
         labels[start:end] = ids[start:end]
     return labels
+
+
+def without_stop(ids: Sequence[int], ranges: Sequence[Span], stop_ids: Collection[int]) -> list[Span]:
+    """Return the ranges, but for empty ones, that have no stop token as `turn_labels` looks for it."""
+    return [(start, end) for start, end in ranges if start < end and _stop_of(ids, (start, end), stop_ids) is None]
+
+
+def ended_at(tokenizer: Any, ids: Sequence[int], span: Span, end_ids: Collection[int]) -> Span:
+    """Return a range of tokens without the white space behind its end, where it ends with one of `end_ids`."""
+    start, end = span
+    while start < end and ids[end - 1] not in end_ids and not _decode(tokenizer, [ids[end - 1]]).strip():
+        end -= 1
+    return (start, end) if start < end and ids[end - 1] in end_ids else span
 
 
 class _Conversation:
@@ -249,6 +259,14 @@ class _Conversation:
 
 class _PrefixLost(Exception):  # noqa: N818 (not an error: it is always caught here)
     pass
+
+
+def _stop_of(ids: Sequence[int], span: Span, stop_ids: Collection[int]) -> int | None:
+    start, end = span
+    stop = next((i for i in range(start, end) if ids[i] in stop_ids), None)
+    if stop is None and start < end < len(ids) and ids[end] in stop_ids:
+        return end
+    return stop
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -66,6 +66,10 @@ def test_each_answer_is_trained_on_with_its_stop_token_and_nothing_else(chat, pr
     ]
 
 
+def test_a_model_that_stops_where_its_template_ends_turns_is_not_warned_about(chat, prepare):
+    assert prepare(chat, {"messages": conversation(chat)})[0].unended == ""
+
+
 def test_what_stands_before_the_last_trained_run_lacks_the_answer(chat, prepare):
     row, tokenizer = prepare(chat, {"messages": conversation(chat)})
     prompt = tokenizer.decode(row.input_ids[: prompt_length(row.labels)])

@@ -1,5 +1,7 @@
 """The prompts of on-policy samples on their way through the trainer: those that the model is given at inference."""
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
@@ -190,6 +192,18 @@ def test_completions_that_wait_in_a_checkpoint_are_found_again(train, tmp_path):
     assert kept.exists()
     expected = [batch["input_ids"].tolist() for batch in whole.batches[1:]]
     assert [batch["input_ids"].tolist() for batch in resumed.batches] == expected
+
+
+def test_a_student_that_does_not_stop_where_its_template_ends_turns_is_told_about(train, caplog):
+    chat = dataclasses.replace(CHATS["gemma3"], stops=())
+    _, tokenizer = train(chat)
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    [warning] = [record.getMessage() for record in caplog.records if "eos_token_id" in record.getMessage()]
+    assert warning == (
+        "train: in 4 of 4 rows the last assistant turn ends with '<end_of_turn>', at which generation does not end "
+        f"(generation ends at '<eos>' ({tokenizer.eos_token_id})): add its id, {end}, to eos_token_id in the student's "
+        "generation_config"
+    )
 
 
 def test_unprepared_rows_and_their_collator_are_left_alone(train):
