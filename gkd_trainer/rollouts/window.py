@@ -10,13 +10,17 @@ from gkd_trainer.batch import IGNORE_INDEX, Completion, Generated, Sampling
 from gkd_trainer.rollouts import mixing
 from gkd_trainer.rollouts.base import RolloutEngine
 
+# Where the positions start of rows beyond the batch size; each micro-batch of each rank has as many as fit in 32 bits.
+_BEYOND_BATCH = 1 << 62
+_BEYOND_BITS = 32
+
 
 @dataclass(frozen=True)
 class Draw:
     """What decides over the samples of an optimizer step.
 
     `lmbda` is the share λ at this step, `granularity` "sample" or "batch"; (`seed`, `step`, position) key the
-    generator, with position = (micro-batch · world_size + rank) · batch_size + row.
+    generator. `batch_size` is how many samples a micro-batch of a rank is configured to have.
     """
 
     lmbda: float
@@ -28,8 +32,16 @@ class Draw:
     batch_size: int
 
     def position(self, micro_batch: int, row: int) -> int:
-        """Return the place of a sample in the step's global batch."""
-        return (micro_batch * self.world_size + self.rank) * self.batch_size + row
+        """Return the place of a sample in the step, which no other sample of any rank has.
+
+        That is its place in the global batch, (micro-batch · world_size + rank) · batch_size + row, the same on any
+        layout. Rows beyond `batch_size`, which a user's data loader or a balancing sampler may give, have places of
+        their own behind all of those.
+        """
+        batch = micro_batch * self.world_size + self.rank
+        if row < self.batch_size:
+            return batch * self.batch_size + row
+        return _BEYOND_BATCH + (batch << _BEYOND_BITS) + row
 
     def is_on_policy(self, position: int) -> bool:
         """Return whether the sample at `position` is on-policy."""

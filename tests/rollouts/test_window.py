@@ -167,6 +167,18 @@ def test_positions_count_rows_then_ranks_then_micro_batches():
     assert draw.position(2, 1) == 29
 
 
+def test_no_two_samples_of_a_step_share_a_position_whatever_their_batches_hold():
+    sizes = {0: [4, 9, 1, 5], 1: [12, 2, 4, 4], 2: [1, 1, 30, 4]}  # by rank, where 4 are configured
+    positions = [
+        draw_of(0.5, rank=rank, world_size=3, batch_size=4).position(micro_batch, row)
+        for rank, batches in sizes.items()
+        for micro_batch, size in enumerate(batches)
+        for row in range(size)
+    ]
+    assert len(set(positions)) == len(positions) == 77
+    assert len({sampling_seed(42, 5, position) for position in positions}) == 77
+
+
 def test_granularity_batch_takes_all_samples_of_all_ranks_or_none():
     for step in range(10):
         shares = {
