@@ -103,6 +103,20 @@ def test_a_turn_that_is_marked_in_parts_is_one_run(byte_level, rules):
     assert trained_runs(tokenizer, row.labels) == ["one, twofour<|im_end|>"]
 
 
+def test_a_marked_generation_prompt_takes_no_range_from_its_turn(byte_level, rules):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ 'one two' + m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% generation %}{{ 'one two' }}{% endgeneration %}{% endif %}"
+    )
+    tokenizer = byte_level(template)
+    messages = [*WITH_TOOL[:1], *WITH_TOOL[3:]] * 2
+    row = RowPreparer.create(tokenizer, rules(), None).prepare({"messages": messages})
+    assert trained_runs(tokenizer, row.labels) == ["four<|im_end|>", "four<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     ("name", "call", "answer"),
     [
