@@ -29,7 +29,14 @@ NEEDS_COMPLETION = (
     "prompt) or seq_kd=True (the teacher does), or add completions"
 )
 
-PER_TOKEN_COLUMNS = ("attention_mask", "token_type_ids", "position_ids", "completion_mask", "assistant_masks")
+PER_TOKEN_COLUMNS = (
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "position_ids",
+    "completion_mask",
+    "assistant_masks",
+)
 """Columns of tokenised rows that must stay as long as `input_ids`."""
 
 _CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
