@@ -6,9 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from gkd_trainer import GKDTrainer, HFRollouts
+from gkd_trainer import GKDArguments, GKDMixin, GKDTrainer, HFRollouts
 from gkd_trainer.batch import PROMPT_IDS, Completion
 from gkd_trainer.rollouts import RolloutEngine
 from tests.data.templates import CHATS
@@ -66,7 +67,7 @@ def expected_prompts(tokenizer, chat):
 def train(make_trainer, chat_tokenizer, tiny_model):
     """Make a trainer for a chat whose rows are its conversations; the engine records the prompts."""
 
-    def make(chat, rows=None, *, trainer_args=None, **options):
+    def make(chat, rows=None, *, trainer_args=None, trainer_class=Inspecting, **options):
         tokenizer = chat_tokenizer(chat)
         student = tiny_model(vocab=VOCAB)
         student.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([chat.eos, *chat.stops])
@@ -79,7 +80,7 @@ def train(make_trainer, chat_tokenizer, tiny_model):
             **(trainer_args or {}),
         }
         defaults = {"lmbda": 1.0, "max_steps": 1, "max_length": 512, "train_sampling_strategy": "sequential"}
-        return make_trainer(trainer_class=Inspecting, trainer_args=arguments, **{**defaults, **options}), tokenizer
+        return make_trainer(trainer_class=trainer_class, trainer_args=arguments, **{**defaults, **options}), tokenizer
 
     return make
 
@@ -118,6 +119,22 @@ def test_prompts_pass_any_collator_and_data_set(train, chat_tokenizer, kind):
         rows = Dataset.from_list([{"messages": messages} for messages in conversations(chat)])
         arguments["train_dataset"] = rows.to_iterable_dataset()
     trainer, _ = train(chat, trainer_args=arguments)
+    trainer.train()
+    assert trainer.rollouts.prompts == expected_prompts(tokenizer, chat)
+
+
+def test_prompts_pass_through_trls_trainer(train, config):
+    @dataclasses.dataclass
+    class SFTOptions(GKDArguments, SFTConfig):
+        pass
+
+    class SFT(GKDMixin, SFTTrainer):
+        pass
+
+    chat = CHATS[THINKS]
+    args = config(SFTOptions, lmbda=1.0, max_steps=1, max_length=512, train_sampling_strategy="sequential")
+    rows = Dataset.from_list([{"messages": messages} for messages in conversations(chat)])
+    trainer, tokenizer = train(chat, rows, trainer_args={"args": args}, trainer_class=SFT)
     trainer.train()
     assert trainer.rollouts.prompts == expected_prompts(tokenizer, chat)
 
