@@ -18,8 +18,26 @@ IGNORE_INDEX = -100
 IS_ON_POLICY = "is_on_policy"
 """The key under which a batch of tensors says which of its samples the student generated."""
 
-# The prompts that TRL's DataCollatorForChatML adds are not input of a model's forward.
-_NOT_MODEL_INPUTS = frozenset({"labels", IS_ON_POLICY, "prompts", "prompt_attention_mask"})
+PROMPT_IDS = "on_policy_prompt_ids"
+"""The key of a sample's own prompt, where that is not what stands before its last trained run.
+
+In a row a list of token ids, empty where there is none; in a batch of tensors [B, P], filled up with IGNORE_INDEX.
+"""
+
+_NOT_MODEL_INPUTS = frozenset(
+    {
+        "labels",
+        IS_ON_POLICY,
+        PROMPT_IDS,
+        # What rows of tokens may say in place of labels.
+        "completion_mask",
+        "assistant_masks",
+        # Added by TRL's DataCollatorForChatML.
+        "prompts",
+        "prompt_attention_mask",
+        "byte_offsets",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,6 @@ def check_combinations(args: Any) -> None:
     packs = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
     if packs and args.max_length is None:
         raise GKDConfigError("packing fills sequences up to max_length, which is None: set max_length")
-    if args.generates and getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
-        raise GKDConfigError(
-            "train_sampling_strategy='batch_rebalance' makes batches of unequal size, in which a sample has no "
-            "fixed position to draw its completion by: use another strategy, or lmbda=0 and seq_kd=False"
-        )
     if getattr(args, "completion_only_loss", None) is False:
         raise GKDConfigError(
             "completion_only_loss=False would compare the models on prompts: leave it out, or give rows of `text`, "

@@ -9,7 +9,8 @@ import datasets
 import torch
 from trl import pack_dataset
 
-from gkd_trainer.data import RowRules, prepare_dataset
+from gkd_trainer.batch import PROMPT_IDS
+from gkd_trainer.data import KeepPrompts, RowRules, prepare_dataset
 from gkd_trainer.generation import GenerationMixin
 from gkd_trainer.heads import vocabulary_rows
 from gkd_trainer.student import base_model
@@ -25,8 +26,8 @@ class PreparationMixin(GenerationMixin):
         super()._set_signature_columns_if_needed()
         # Kept whatever the student's forward is called with: without labels a collator would take all tokens for them.
         columns = self._signature_columns or []
-        own = [column for column in ("input_ids", "labels") if column not in columns]
-        self._signature_columns = [*columns, *own]
+        own = ["input_ids", "labels", *([PROMPT_IDS] if self._keeps_prompts else [])]
+        self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the loader of an evaluation set, whose rows are prepared if it is given here."""
@@ -40,7 +41,13 @@ class PreparationMixin(GenerationMixin):
         """Return the loader of a test set, with its rows prepared."""
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
+    @property
+    def _keeps_prompts(self) -> bool:
+        return self._prepares_rows and bool(self.args.generates or self.args.eval_on_policy)
+
     def _prepare_datasets(self) -> None:
+        if self._keeps_prompts:
+            self.data_collator = KeepPrompts(self.data_collator)
         if self.train_dataset is not None:
             self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
         if isinstance(self.eval_dataset, dict):

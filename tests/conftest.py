@@ -105,6 +105,29 @@ def byte_level(byte_level_backend):
 
 
 @pytest.fixture(scope="session")
+def chat_tokenizer():
+    """Make a byte-level tokenizer with the special tokens and the template of a chat of tests/data/templates.py."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS * 4, trainer)
+
+    def make(chat):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=copy.deepcopy(backend),
+            bos_token=chat.bos,
+            eos_token=chat.eos,
+            pad_token=chat.eos,
+            extra_special_tokens=list(chat.special),
+            chat_template=chat.template,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_model():
     """Make a causal LM with random weights, on the CPU in float32.
 

@@ -6,6 +6,7 @@ import torch
 from gkd_trainer.batch import (
     IGNORE_INDEX,
     IS_ON_POLICY,
+    PROMPT_IDS,
     Head,
     HiddenSignal,
     LogitsSignal,
@@ -74,6 +75,10 @@ def test_only_what_a_forward_takes_is_model_input():
         "labels": torch.full((2, 3), X),
         "prompts": torch.ones(2, 2, dtype=torch.long),
         "prompt_attention_mask": torch.ones(2, 2, dtype=torch.long),
+        PROMPT_IDS: torch.ones(2, 2, dtype=torch.long),
+        "byte_offsets": torch.ones(2, 3, 2, dtype=torch.long),
+        "completion_mask": torch.ones(2, 3, dtype=torch.long),
+        "assistant_masks": torch.ones(2, 3, dtype=torch.long),
         IS_ON_POLICY: torch.tensor([True, False]),
     }
     batch = TokenBatch.from_inputs(inputs)

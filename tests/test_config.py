@@ -566,9 +566,3 @@ def test_a_configuration_can_be_copied_and_pickled(config_of):
 def test_packing_without_a_length_is_refused(config_of, name):
     with pytest.raises(GKDConfigError, match="set max_length"):
         config_of(MyConfig, lmbda=0.0, max_length=None, **{name: True})
-
-
-def test_batches_of_unequal_size_are_refused_where_samples_are_drawn(config_of):
-    with pytest.raises(GKDConfigError, match="batch_rebalance"):
-        config_of(lmbda=0.5, train_sampling_strategy="batch_rebalance")
-    assert config_of(lmbda=0.0, train_sampling_strategy="batch_rebalance").lmbda == 0

@@ -1,4 +1,4 @@
-"""Collators of transformers that know no labels of their own, made to keep those of the rows."""
+"""Collators, made to keep what they know nothing of: the labels of the rows, and the prompts of their completions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
-from gkd_trainer.batch import IGNORE_INDEX
+from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -32,9 +33,52 @@ class KeepLabels:
         return batch
 
 
+class KeepPrompts:
+    """Collates rows with any collator, and gives the batch their prompts (see PROMPT_IDS) where any row has one.
+
+    Where a collator makes samples of its own, which are not the tokens of the rows, the batch gets none: there a prompt
+    is what stands before the last trained run. Other attributes are those of the collator.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """Return the collated batch, with PROMPT_IDS [B, P] where any row has a prompt of its own."""
+        if not all(isinstance(row, Mapping) for row in rows) or not any(PROMPT_IDS in row for row in rows):
+            return self.collator(rows)
+        batch = self.collator([{key: value for key, value in row.items() if key != PROMPT_IDS} for row in rows])
+        found = [row.get(PROMPT_IDS) for row in rows]
+        prompts = [torch.as_tensor([] if prompt is None else prompt, dtype=torch.long) for prompt in found]
+        if not any(map(len, prompts)) or not _holds(batch, rows):
+            return batch
+        return {**batch, PROMPT_IDS: pad_sequence(prompts, batch_first=True, padding_value=IGNORE_INDEX)}
+
+
 def keeping_labels(collator: Collator) -> Collator:
     """Return the collator, wrapped where it is one of transformers that would lose the labels."""
     loses_labels = isinstance(collator, DataCollatorWithPadding) or (
         isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm
     )
     return KeepLabels(collator) if loses_labels else collator
+
+
+def _holds(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a batch's samples are the rows, in their order; they may be cut at the end."""
+    ids_BL = batch.get("input_ids")
+    if not isinstance(ids_BL, torch.Tensor) or len(ids_BL) != len(rows):
+        return False
+    mask_BL = batch.get("attention_mask")
+    if not isinstance(mask_BL, torch.Tensor) or mask_BL.shape != ids_BL.shape:
+        mask_BL = torch.ones_like(ids_BL)
+    for ids_L, mask_L, row in zip(ids_BL, mask_BL, rows, strict=True):
+        sample, expected = ids_L[mask_L.bool()].tolist(), torch.as_tensor(row["input_ids"]).tolist()
+        # Without a mask, padding stands behind.
+        if not sample or sample[: len(expected)] != expected[: len(sample)]:
+            return False
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from gkd_trainer.batch import PROMPT_IDS
 from gkd_trainer.data.rows import RowDropped, RowPreparer, RowRules
 from gkd_trainer.errors import GKDDataError
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 _PROBLEM = "gkd_problem"
 _N_PROMPT = "gkd_n_prompt"
 _NEEDED_LENGTH = "gkd_needed_length"
-_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH]
+_UNENDED = "gkd_unended"
+_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH, _UNENDED]
 
 _NEW_FEATURES = {
     "input_ids": List(Value("int32")),
@@ -26,6 +28,7 @@ _NEW_FEATURES = {
     _PROBLEM: Value("string"),
     _N_PROMPT: Value("int64"),
     _NEEDED_LENGTH: Value("int64"),
+    _UNENDED: Value("string"),
 }
 
 _N_REASONS_SHOWN = 8
@@ -54,7 +57,9 @@ def prepare_dataset(
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
         beside its own. Labels are IGNORE_INDEX where a token is not trained on: everywhere in a row that is a
-        prompt alone. Rows that can't be used are left out, and counted in the log.
+        prompt alone. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion
+        where that is not what stands before its last trained run, else empty. Rows that can't be used are left out,
+        and counted in the log.
 
     Raises:
         GKDDataError: the format can't be used with these rules or this tokenizer, or no row can be used.
@@ -97,20 +102,26 @@ class _PrepareRow:
             **prepared.per_token,
             "input_ids": prepared.input_ids,
             "labels": prepared.labels,
+            **self._prompt(prepared.prompt_ids),
             _PROBLEM: "",
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
+            _UNENDED: prepared.unended,
         }
 
-    @staticmethod
-    def _dropped(reason: str, needed_length: int) -> dict[str, Any]:
+    def _dropped(self, reason: str, needed_length: int) -> dict[str, Any]:
         return {
             "input_ids": [],
             "labels": [],
+            **self._prompt([]),
             _PROBLEM: reason,
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
+            _UNENDED: "",
         }
+
+    def _prompt(self, prompt_ids: list[int]) -> dict[str, list[int]]:
+        return {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
 
 
 @dataclass
@@ -121,8 +132,9 @@ class _KeepUsable:
     is_generating: bool
     counts: Counter[str] = field(default_factory=Counter)
     is_promptless_seen: bool = False
+    is_unended_seen: bool = False
 
-    def __call__(self, problem: str, n_prompt: int) -> bool:
+    def __call__(self, problem: str, n_prompt: int, unended: str) -> bool:
         if problem:
             self.counts[problem] += 1
             n_dropped = self.counts[problem]
@@ -133,6 +145,9 @@ class _KeepUsable:
         if n_prompt == 0 and self.is_generating and not self.is_promptless_seen:
             self.is_promptless_seen = True
             logger.warning("%s: rows without a prompt (trained on from the first token) stay off-policy", self.name)
+        if unended and not self.is_unended_seen:
+            self.is_unended_seen = True
+            logger.warning("%s: last assistant turns end with %s", self.name, unended)
         return True
 
 
@@ -141,7 +156,7 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     mapped = dataset.map(
         _PrepareRow(preparer, is_refusal_raised=True),
-        features=Features({**dataset.features, **_NEW_FEATURES}),
+        features=_features(dataset, preparer.rules),
         num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
         desc=f"Preparing {name}",
     )
@@ -162,6 +177,10 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
             n_promptless,
             len(usable),
         )
+    unended = Counter(end for end in (notes[_UNENDED][i] for i in usable) if end)
+    if unended:
+        [(end, count)] = unended.most_common(1)
+        logger.warning("%s: in %d of %d rows the last assistant turn ends with %s", name, count, len(usable), end)
     return mapped.remove_columns(_BOOKKEEPING)
 
 
@@ -171,10 +190,15 @@ def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     _PrepareRow(preparer, is_refusal_raised=True)(first)
-    features = None if dataset.features is None else Features({**dataset.features, **_NEW_FEATURES})
+    features = None if dataset.features is None else _features(dataset, preparer.rules)
     mapped = dataset.map(_PrepareRow(preparer, is_refusal_raised=False), features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
-    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT]).remove_columns(_BOOKKEEPING)
+    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
+
+
+def _features(dataset: Any, rules: RowRules) -> Features:
+    prompt = {PROMPT_IDS: List(Value("int32"))} if rules.is_generating else {}
+    return Features({**dataset.features, **_NEW_FEATURES, **prompt})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

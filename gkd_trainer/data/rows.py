@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, is_conversational, maybe_convert_to_chatml
 
-from gkd_trainer.batch import IGNORE_INDEX, prompt_length
-from gkd_trainer.data.turns import encode_spans, marked_template, render_turns, turn_labels
+from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS, prompt_length
+from gkd_trainer.data.turns import (
+    Span,
+    encode_spans,
+    ended_at,
+    marked_template,
+    render_prompt,
+    render_turns,
+    turn_labels,
+    without_stop,
+)
 from gkd_trainer.errors import GKDDataError
 
 NEEDS_COMPLETION = (
@@ -20,7 +29,14 @@ NEEDS_COMPLETION = (
     "prompt) or seq_kd=True (the teacher does), or add completions"
 )
 
-PER_TOKEN_COLUMNS = ("attention_mask", "token_type_ids", "position_ids", "completion_mask", "assistant_masks")
+PER_TOKEN_COLUMNS = (
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "position_ids",
+    "completion_mask",
+    "assistant_masks",
+)
 """Columns of tokenised rows that must stay as long as `input_ids`."""
 
 _CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
@@ -62,14 +78,28 @@ class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted
 class PreparedRow:
     """Token ids and labels of a row, cut to `max_length`.
 
-    `n_prompt` counts the tokens before the last trained run of the uncut row. `per_token` holds the
-    row's own per-token columns, cut likewise.
+    `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or where those are empty, the tokens before the
+    last trained run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` says
+    with what its last turn ends in place of a stop token, or is empty.
     """
 
     input_ids: list[int]
     labels: list[int]
     n_prompt: int
+    prompt_ids: list[int]
     per_token: dict[str, list[Any]]
+    unended: str
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A row's tokens before they are cut; `prompt_ids` and `unended` as in PreparedRow."""
+
+    ids: list[int]
+    labels: list[int]
+    prompt_ids: list[int] = field(default_factory=list)
+    per_token: dict[str, list[Any]] = field(default_factory=dict)
+    unended: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,13 +111,15 @@ class RowPreparer:
     formatting_func: Callable[[Any], Any] | None
     patched_template: str | None
     leading_ids: tuple[int, ...]
+    added_ids: frozenset[int]
 
     @classmethod
     def create(cls, tokenizer: Any, rules: RowRules, formatting_func: Callable[[Any], Any] | None) -> RowPreparer:
         """Build a preparer; `tokenizer` None suffices for tokenised rows."""
         if tokenizer is None:
-            return cls(None, rules, formatting_func, None, ())
-        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer))
+            return cls(None, rules, formatting_func, None, (), frozenset())
+        added_ids = frozenset(tokenizer.added_tokens_decoder)
+        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer), added_ids)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -99,8 +131,7 @@ class RowPreparer:
         """
         if self.formatting_func is not None:
             row = self._formatted(row)
-        ids, labels, per_token = self._tokens(row)
-        return self._fitted(ids, labels, per_token)
+        return self._fitted(self._tokens(row))
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row
@@ -117,7 +148,7 @@ class RowPreparer:
             f"messages, prompt and completion, text, or input_ids); it returned {type(result).__name__}"
         )
 
-    def _tokens(self, row: Mapping[str, Any]) -> tuple[list[int], list[int], dict[str, list[Any]]]:
+    def _tokens(self, row: Mapping[str, Any]) -> _Tokens:
         if row.get("input_ids") is not None:
             return _tokenised(row)
         text_field = self.rules.text_field
@@ -149,10 +180,9 @@ class RowPreparer:
                 "expected tokenised rows (`input_ids`), since there is no tokenizer; got the columns "
                 f"{sorted(filled)}: pass the tokenizer as processing_class"
             )
-        ids, labels = read(filled, has_completion_column="completion" in row)
-        return ids, labels, {}
+        return read(filled, has_completion_column="completion" in row)
 
-    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> tuple[list[int], list[int]]:
+    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> _Tokens:
         if "messages" in row:
             row.pop("conversations", None)
         messages = _messages(maybe_convert_to_chatml(row)["messages"])
@@ -162,9 +192,7 @@ class RowPreparer:
             return self._chat_prompt(messages, row)
         return self._chat(messages, row, n_context=0)
 
-    def _prompt_and_completion(
-        self, row: dict[str, Any], *, has_completion_column: bool
-    ) -> tuple[list[int], list[int]]:
+    def _prompt_and_completion(self, row: dict[str, Any], *, has_completion_column: bool) -> _Tokens:
         prompt, completion = row["prompt"], row.get("completion")
         if completion is None and self.rules.needs_completion:
             if has_completion_column:
@@ -173,7 +201,7 @@ class RowPreparer:
         if isinstance(prompt, str):
             if completion is None:
                 ids = self._encoded(prompt)
-                return ids, [IGNORE_INDEX] * len(ids)
+                return _Tokens(ids, [IGNORE_INDEX] * len(ids))
             if not isinstance(completion, str):
                 raise RowDropped("prompt is a text but completion is not")
             return self._completed_text(prompt, completion)
@@ -188,10 +216,11 @@ class RowPreparer:
             raise RowDropped("no assistant turn")
         return self._chat(prompt + completion, row, n_context=len(prompt))
 
-    def _chat(
-        self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int
-    ) -> tuple[list[int], list[int]]:
+    def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> _Tokens:
         self._require_chat_template()
+        tools, template_kwargs = _tools(row), _template_kwargs(row)
+        last_turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        asked = ""
         try:
             text, spans = render_turns(
                 self.tokenizer,
@@ -199,17 +228,30 @@ class RowPreparer:
                 n_context=n_context,
                 is_last_only=self.rules.train_on == "last_turn",
                 patched_template=self.patched_template,
-                tools=_tools(row),
-                template_kwargs=_template_kwargs(row),
+                tools=tools,
+                template_kwargs=template_kwargs,
             )
+            # Nothing can be rendered for no messages: before a turn that opens the conversation stands its header.
+            if self.rules.is_generating and last_turn > 0:
+                asked = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
         except GKDDataError:
             raise
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, ranges = encode_spans(self.tokenizer, text, spans)
-        return ids, self._trained(ids, turn_labels(ids, ranges, self._stop_ids))
+        # Without a stop token a turn ends with what its template ends it with, such as <|im_end|>; the newline behind
+        # that begins the next turn.
+        unended = without_stop(ids, ranges, self._stop_ids)
+        ranges = [ended_at(self.tokenizer, ids, span, self.added_ids) if span in unended else span for span in ranges]
+        labels = self._trained(turn_labels(ids, ranges, self._stop_ids))
+        # A template for training may render other text before a turn than the model is given when it is asked for it.
+        prompt_ids, _ = encode_spans(self.tokenizer, asked, [])
+        prompt_ids = [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids
+        # Completions are sampled for the last turn. Before it, templates write other ends (gpt-oss <|end|>).
+        is_unended = without_stop(ids, ranges[-1:], self._stop_ids)
+        return _Tokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
 
-    def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> _Tokens:
         self._require_chat_template()
         prompt_row: dict[str, Any] = {"prompt": messages, "chat_template_kwargs": _template_kwargs(row)}
         try:
@@ -217,17 +259,17 @@ class RowPreparer:
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])
-        return ids, [IGNORE_INDEX] * len(ids)
+        return _Tokens(ids, [IGNORE_INDEX] * len(ids))
 
-    def _completed_text(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    def _completed_text(self, prompt: str, completion: str) -> _Tokens:
         text = prompt + completion
         ids, [(start, end)] = encode_spans(self.tokenizer, text, [(len(prompt), len(text))])
         n_leading = len(leading := self._leading(ids))
         ids = self._ended(leading + ids)
         ranges = [(start + n_leading, len(ids))] if start < end else []
-        return ids, self._trained(ids, turn_labels(ids, ranges, self._stop_ids))
+        return _Tokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
 
-    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> tuple[list[int], list[int]]:
+    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> _Tokens:
         text = row[self.rules.text_field]
         if not isinstance(text, str):
             raise RowDropped(f"{self.rules.text_field} is not a text")
@@ -235,7 +277,7 @@ class RowPreparer:
             raise RowDropped("empty text")
         # Not cut at its first stop token: it may be several documents, or a conversation already rendered.
         ids = self._ended(self._encoded(text))
-        return ids, list(ids)
+        return _Tokens(ids, list(ids))
 
     def _encoded(self, text: str) -> list[int]:
         if not text:
@@ -254,18 +296,30 @@ class RowPreparer:
             return ids
         return [*ids, eos_id]
 
-    def _trained(self, ids: list[int], labels: list[int]) -> list[int]:
+    def _end_of(self, ids: list[int], span: Span) -> str:
+        last = ids[span[1] - 1]
+        token = self.tokenizer.decode([last], skip_special_tokens=False)
+        stops = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(self._stop_ids))
+        where = f"generation ends at {stops or 'no token'}"
+        if last not in self.added_ids:
+            return f"{token!r}, which is no special token, while {where}: have the chat template end turns with one"
+        return (
+            f"{token!r}, at which generation does not end ({where}): add its id, {last}, to eos_token_id in the "
+            "student's generation_config"
+        )
+
+    def _trained(self, labels: list[int]) -> list[int]:
         if all(label == IGNORE_INDEX or label in self._stop_ids for label in labels):
             raise RowDropped("empty completion")
         return labels
 
-    def _fitted(self, ids: list[int], labels: list[int], per_token: dict[str, list[Any]]) -> PreparedRow:
-        rules = self.rules
+    def _fitted(self, tokens: _Tokens) -> PreparedRow:
+        rules, ids, labels, prompt_ids = self.rules, tokens.ids, tokens.labels, tokens.prompt_ids
         if not ids:
             raise RowDropped("no tokens")
-        if rules.vocab_size is not None and max(*ids, *labels) >= rules.vocab_size:
+        if rules.vocab_size is not None and max(*ids, *labels, *prompt_ids) >= rules.vocab_size:
             raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
-        n_prompt = prompt_length(labels)
+        n_prompt = len(prompt_ids) or prompt_length(labels)
         first_trained = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
         if first_trained is None and rules.needs_completion:
             raise RowDropped("no token is trained on")
@@ -285,9 +339,8 @@ class RowPreparer:
                 reason = f"no trained token within max_length ({rules.max_length})"
                 raise RowDropped(reason, first_trained + 1)
         cut = slice(rules.max_length)
-        return PreparedRow(
-            ids[cut], labels[cut], n_prompt, {column: values[cut] for column, values in per_token.items()}
-        )
+        per_token = {column: values[cut] for column, values in tokens.per_token.items()}
+        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended)
 
     @property
     def _stop_ids(self) -> frozenset[int]:
@@ -319,7 +372,7 @@ def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _tokenised(row: Mapping[str, Any]) -> tuple[list[int], list[int], dict[str, list[Any]]]:
+def _tokenised(row: Mapping[str, Any]) -> _Tokens:
     ids = _id_list(row["input_ids"], "input_ids")
     per_token = {column: _plain(row[column]) for column in PER_TOKEN_COLUMNS if row.get(column) is not None}
     for column, values in per_token.items():
@@ -337,7 +390,9 @@ def _tokenised(row: Mapping[str, Any]) -> tuple[list[int], list[int], dict[str, 
     if len(kept) < len(ids):
         ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
         per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
-    return ids, labels, per_token
+    # Rows of a data set that was prepared before keep their prompts.
+    prompt_ids = [] if row.get(PROMPT_IDS) is None else _id_list(row[PROMPT_IDS], PROMPT_IDS)
+    return _Tokens(ids, labels, prompt_ids, per_token)
 
 
 def _id_list(value: Any, column: str) -> list[int]:

@@ -1,12 +1,15 @@
 """Which samples of an optimizer step are on-policy, and how their completions enter the batches.
 
+Shapes: B batch, L length, P length of a prompt of its own.
+
 All draws come from a counter-based generator keyed by (seed, optimizer step, position in the global batch): every
 rank agrees, a resumed run draws what the unbroken one would have drawn, and the global RNG is not touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,36 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion, prompt_length
+from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, prompt_length
+from gkd_trainer.errors import GKDDataError
 
 _CHOICE, _SAMPLING = 0, 1
+
+# What a collator may return beside the tokens with a value of each sample, or each image, that new completions leave as
+# it is: their text comes after all of it.
+_PER_SAMPLE = frozenset(
+    {
+        IS_ON_POLICY,
+        PROMPT_IDS,
+        "prompts",
+        "prompt_attention_mask",
+        "pixel_values",
+        "pixel_values_videos",
+        "pixel_attention_mask",
+        "image_sizes",
+        "image_grid_thw",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "input_features",
+        "feature_attention_mask",
+    }
+)
+
+# Added by TRL's DataCollatorForChatML, per token; nothing here reads it.
+_LEFT_OUT = frozenset({"byte_offsets"})
+
+# Where samples that are joined in one row start and end.
+_JOINING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
 
 def lmbda_at(step: int, max_steps: int, lmbda: float, lmbda_end: float | None, schedule: str) -> float:
@@ -54,49 +84,168 @@ def rows_of(inputs: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-def prompt_of(ids: list[int], labels: list[int]) -> list[int]:
-    """Return the prompt of a sample: all before its last trained run; empty where there is none."""
-    return ids[: prompt_length(labels)]
+def prompts_of(inputs: Mapping[str, Any]) -> list[list[int]]:
+    """Return the prompt of each sample: its own (see PROMPT_IDS), or all before its last trained run, or none."""
+    before_last_run = [ids[: prompt_length(labels)] for ids, labels in rows_of(inputs)]
+    own_BP = inputs.get(PROMPT_IDS)
+    if own_BP is None:
+        return before_last_run
+    own = [[token_id for token_id in ids if token_id != IGNORE_INDEX] for ids in own_BP.tolist()]
+    return [given or found for given, found in zip(own, before_last_run, strict=True)]
+
+
+def require_extendable(inputs: Mapping[str, Any]) -> None:
+    """Raise GKDDataError where a batch holds what has a value per token and isn't known to go on in a completion."""
+    shape = inputs["input_ids"].shape
+    for name, value in inputs.items():
+        if name in _JOINING:
+            raise _not_extendable(name, value, "tells the samples apart that are joined in one row")
+        if not isinstance(value, Tensor):
+            continue
+        if name in _PER_TOKEN:
+            if value.shape != shape:
+                raise _not_extendable(name, value, f"does not have one value per token of input_ids {list(shape)}")
+        elif name not in _PER_SAMPLE | _LEFT_OUT and value.shape[:2] == shape:
+            raise _not_extendable(name, value, "has a value per token, and it isn't known how that goes on")
 
 
 def with_completions(
     inputs: Mapping[str, Any],
-    completions: Mapping[int, Completion],
-    on_policy_rows: set[int],
+    generated: Mapping[int, Generated],
     pad_token_id: int,
 ) -> dict[str, Any]:
-    """Return a batch in which the given rows hold their prompt and a new completion, the only part trained on.
+    """Return a batch in which some rows hold what was generated: a prompt, and a completion, the only part trained on.
 
-    Padded on the right; says under IS_ON_POLICY which rows are `on_policy_rows`. Other tensors of shape [B, L] do not
-    fit the new lengths and are left out.
+    Padded on the right; says under IS_ON_POLICY which rows the student generated. The other rows keep their values per
+    token; those of what was generated are extended by the rule of their name. What has a value per sample or image goes
+    along.
+
+    Raises:
+        GKDDataError: the batch holds what can't be extended.
+
     """
     ids_BL: Tensor = inputs["input_ids"]
     marked = dict(inputs)
-    marked[IS_ON_POLICY] = torch.tensor([row in on_policy_rows for row in range(ids_BL.shape[0])], device=ids_BL.device)
-    if not completions:
+    is_on_policy = [row in generated and generated[row].is_on_policy for row in range(ids_BL.shape[0])]
+    marked[IS_ON_POLICY] = torch.tensor(is_on_policy, device=ids_BL.device)
+    if not generated:
         return marked
-    ids_rows, labels_rows = [], []
-    for row, (ids, labels) in enumerate(rows_of(inputs)):
-        if row in completions:
-            prompt, completion = prompt_of(ids, labels), list(completions[row].token_ids)
-            ids, labels = prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
-        ids_rows.append(torch.tensor(ids, dtype=torch.long))
-        labels_rows.append(torch.tensor(labels, dtype=torch.long))
+    require_extendable(inputs)
+    mask_BL = inputs.get("attention_mask")
+    mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
+    marked = {name: value for name, value in marked.items() if name not in _LEFT_OUT}
+    marked["attention_mask"] = mask_BL
+    is_real_BL = mask_BL.bool().cpu()
+    if PROMPT_IDS in marked:  # what was generated has its prompt before it now
+        own_BP = marked[PROMPT_IDS].clone()
+        own_BP[list(generated)] = IGNORE_INDEX
+        marked[PROMPT_IDS] = own_BP
+    samples = {row: _Sample.of(ids_BL[row].cpu()[is_real_BL[row]], item) for row, item in generated.items()}
+    padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    for name, extended in _PER_TOKEN.items():
+        if not isinstance(values_BL := marked.get(name), Tensor):
+            continue
+        rows = [
+            extended(values_L[is_real_L], samples[row]).to(values_L.dtype)
+            if row in samples
+            else values_L[_between_padding(is_real_L)]
+            for row, (values_L, is_real_L) in enumerate(zip(values_BL.cpu(), is_real_BL, strict=True))
+        ]
+        padded_BL = pad_sequence(rows, batch_first=True, padding_value=padding.get(name, 0))
+        marked[name] = padded_BL.to(values_BL.device)
+    return marked
 
-    def padded(rows: list[Tensor], value: int) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value).to(ids_BL.device)
 
-    kept = {
-        key: value
-        for key, value in marked.items()
-        if not (isinstance(value, Tensor) and value.shape[:2] == ids_BL.shape[:2])
-    }
-    return {
-        **kept,
-        "input_ids": padded(ids_rows, pad_token_id),
-        "attention_mask": padded([torch.ones_like(ids) for ids in ids_rows], 0),
-        "labels": padded(labels_rows, IGNORE_INDEX),
-    }
+@dataclass(frozen=True)
+class _Sample:
+    """A prompt and its completion, and whether the prompt is how the row's own tokens begin."""
+
+    prompt: Tensor
+    completion: Tensor
+    is_prompt_of_row: bool
+
+    @classmethod
+    def of(cls, row_ids: Tensor, generated: Generated) -> _Sample:
+        """Return what was generated for a row with these tokens."""
+        prompt, completion = (
+            torch.tensor(list(ids), dtype=torch.long) for ids in (generated.prompt, generated.completion.token_ids)
+        )
+        return cls(prompt, completion, torch.equal(row_ids[: len(prompt)], prompt))
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+    def filled(self, of_prompt: int, of_completion: int) -> Tensor:
+        """Return one value for the prompt's tokens, and one for those of the completion."""
+        return torch.tensor([of_prompt] * len(self.prompt) + [of_completion] * len(self.completion))
+
+
+def _restarted(positions: Tensor, sample: _Sample) -> Tensor:
+    if len(positions) and not torch.equal(positions, positions[0] + torch.arange(len(positions))):
+        raise GKDDataError(
+            "position_ids of a sample to be completed must count up by one, so that they can go on in a completion; "
+            f"got {_shown(positions)}: give each sample a row of its own, or leave position_ids out of what the data "
+            "collator returns (the model makes them)"
+        )
+    return torch.arange(len(sample))
+
+
+def _token_types(types: Tensor, sample: _Sample) -> Tensor:
+    # The type of a row's last token: an answer's where the row has one, else that of the text which ends the prompt.
+    last = int(types[-1]) if len(types) else 0
+    return torch.cat([_of_prompt("token_type_ids", types, sample), torch.full_like(sample.completion, last)])
+
+
+def _modalities(types: Tensor, sample: _Sample) -> Tensor:
+    of_prompt = _of_prompt("mm_token_type_ids", types, sample)
+    if types[len(of_prompt) :].any():
+        raise GKDDataError(
+            "mm_token_type_ids mark an image or a video behind the prompt, in what a completion replaces, so that its "
+            "pixels would be left over: put it before the last assistant turn"
+        )
+    return torch.cat([of_prompt, torch.zeros_like(sample.completion)])  # text
+
+
+def _of_prompt(name: str, values: Tensor, sample: _Sample) -> Tensor:
+    if sample.is_prompt_of_row:
+        return values[: len(sample.prompt)]
+    if len(values) and bool((values == values[0]).all()):
+        return values[:1].expand(len(sample.prompt))
+    raise GKDDataError(
+        f"{name} of a sample to be completed belong to tokens that are not its prompt's; got {_shown(values)}: leave "
+        f"{name} or {PROMPT_IDS} out of what the data collator returns"
+    )
+
+
+_PER_TOKEN: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
+    "input_ids": lambda _, sample: torch.cat([sample.prompt, sample.completion]),
+    "labels": lambda _, sample: torch.cat([torch.full_like(sample.prompt, IGNORE_INDEX), sample.completion]),
+    "attention_mask": lambda _, sample: sample.filled(1, 1),
+    "completion_mask": lambda _, sample: sample.filled(0, 1),
+    "assistant_masks": lambda _, sample: sample.filled(0, 1),
+    "position_ids": _restarted,
+    "token_type_ids": _token_types,
+    "mm_token_type_ids": _modalities,
+}
+"""How what has a value per token [B, L] goes on in a completion, by name."""
+
+
+def _between_padding(is_real_L: Tensor) -> slice:
+    real = is_real_L.nonzero().flatten()
+    return slice(int(real[0]), int(real[-1]) + 1) if len(real) else slice(0, 0)
+
+
+def _not_extendable(name: str, value: Any, why: str) -> GKDDataError:
+    shape = f" {list(value.shape)}" if isinstance(value, Tensor) else ""
+    return GKDDataError(
+        f"a sample can't be given a completion of another length: the data collator returned {name}{shape}, which "
+        f"{why}. Leave {name} out of what it returns, or generate nothing (lmbda=0, seq_kd=False, eval_on_policy=False)"
+    )
+
+
+def _shown(values: Tensor) -> str:
+    shown = ", ".join(map(str, values[:16].tolist()))
+    return f"[{shown}, …]" if len(values) > 16 else f"[{shown}]"
 
 
 def _generator(seed: int, stream: int, step: int, position: int) -> np.random.Generator:

@@ -10,13 +10,17 @@ from gkd_trainer.batch import IGNORE_INDEX, Completion, Generated, Sampling
 from gkd_trainer.rollouts import mixing
 from gkd_trainer.rollouts.base import RolloutEngine
 
+# Where the positions start of rows beyond the batch size; each micro-batch of each rank has as many as fit in 32 bits.
+_BEYOND_BATCH = 1 << 62
+_BEYOND_BITS = 32
+
 
 @dataclass(frozen=True)
 class Draw:
     """What decides over the samples of an optimizer step.
 
     `lmbda` is the share λ at this step, `granularity` "sample" or "batch"; (`seed`, `step`, position) key the
-    generator, with position = (micro-batch · world_size + rank) · batch_size + row.
+    generator. `batch_size` is how many samples a micro-batch of a rank is configured to have.
     """
 
     lmbda: float
@@ -28,8 +32,16 @@ class Draw:
     batch_size: int
 
     def position(self, micro_batch: int, row: int) -> int:
-        """Return the place of a sample in the step's global batch."""
-        return (micro_batch * self.world_size + self.rank) * self.batch_size + row
+        """Return the place of a sample in the step, which no other sample of any rank has.
+
+        That is its place in the global batch, (micro-batch · world_size + rank) · batch_size + row, the same on any
+        layout. Rows beyond `batch_size`, which a user's data loader or a balancing sampler may give, have places of
+        their own behind all of those.
+        """
+        batch = micro_batch * self.world_size + self.rank
+        if row < self.batch_size:
+            return batch * self.batch_size + row
+        return _BEYOND_BATCH + (batch << _BEYOND_BITS) + row
 
     def is_on_policy(self, position: int) -> bool:
         """Return whether the sample at `position` is on-policy."""
@@ -77,10 +89,8 @@ class WindowPlan:
                 generated[job.micro_batch, job.row] = Generated(job.prompt, completion, is_on_policy)
         mixed = []
         for micro_batch, inputs in enumerate(self.batches):
-            rows = {row: item for (batch, row), item in generated.items() if batch == micro_batch}
-            completions_by_row = {row: item.completion for row, item in rows.items()}
-            on_policy_rows = {row for row, item in rows.items() if item.is_on_policy}
-            mixed.append(mixing.with_completions(inputs, completions_by_row, on_policy_rows, pad_token_id))
+            by_row = {row: item for (batch, row), item in generated.items() if batch == micro_batch}
+            mixed.append(mixing.with_completions(inputs, by_row, pad_token_id))
         return WindowRollout(mixed, list(generated.values()), self.samples, self.without_prompt)
 
 
@@ -106,17 +116,21 @@ def plan_window(batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_genera
         batches: Collated batches with `input_ids` and `labels` [B, L].
         draw: Which samples are on-policy, and their seeds.
         teacher_generates: Whether the teacher completes all others (`seq_kd`), or they stay as the data has them.
+
+    Raises:
+        GKDDataError: a batch holds what can't be extended by completions, whether or not any of its samples gets one.
+
     """
     jobs: dict[bool, list[Job]] = {True: [], False: []}
     samples = without_prompt = 0
     for micro_batch, inputs in enumerate(batches):
-        for row, (ids, labels) in enumerate(mixing.rows_of(inputs)):
+        mixing.require_extendable(inputs)
+        for row, prompt in enumerate(mixing.prompts_of(inputs)):
             samples += 1
             position = draw.position(micro_batch, row)
             is_on_policy = draw.is_on_policy(position)
             if not is_on_policy and not teacher_generates:
                 continue
-            prompt = mixing.prompt_of(ids, labels)
             if prompt:
                 jobs[is_on_policy].append(Job(micro_batch, row, prompt, draw.sampling_seed(position)))
             else:
@@ -153,18 +167,19 @@ def complete_greedily(
     With `only_prompts` that is done to rows without a completion alone; else to all, and rows without a prompt are left
     out of what is scored.
     """
-    rows = mixing.rows_of(inputs)
-    prompts = {row: mixing.prompt_of(ids, labels) for row, (ids, labels) in enumerate(rows)}
+    prompts = mixing.prompts_of(inputs)
+    is_prompt_alone = (inputs["labels"] == IGNORE_INDEX).all(dim=1).tolist()
     chosen = {
-        row: prompt
-        for row, prompt in prompts.items()
-        if prompt and (not only_prompts or len(prompt) == len(rows[row][0]))
+        row: prompt for row, prompt in enumerate(prompts) if prompt and (not only_prompts or is_prompt_alone[row])
     }
     completions = engine.generate(list(chosen.values()), engine.greedy_sampling(max_new_tokens), [0] * len(chosen))
-    by_row = dict(zip(chosen, completions, strict=True))
-    completed = mixing.with_completions(inputs, by_row, set(by_row), pad_token_id)
+    by_row = {
+        row: Generated(prompt, completion, is_on_policy=True)
+        for (row, prompt), completion in zip(chosen.items(), completions, strict=True)
+    }
+    completed = mixing.with_completions(inputs, by_row, pad_token_id)
     if not only_prompts:
         labels_BL = completed["labels"].clone()
-        labels_BL[[row for row in prompts if row not in by_row]] = IGNORE_INDEX
+        labels_BL[[row for row in range(len(prompts)) if row not in by_row]] = IGNORE_INDEX
         completed["labels"] = labels_BL
     return completed

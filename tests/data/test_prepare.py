@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
+from gkd_trainer.batch import PROMPT_IDS
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.errors import GKDDataError
 
@@ -60,12 +61,32 @@ def test_nothing_is_logged_where_nothing_is_dropped(byte_level, mixing, caplog):
     assert warnings_of(caplog) == []
 
 
-def test_other_columns_are_kept_and_no_others_are_added(byte_level, mixing):
+@pytest.mark.parametrize("kind", [Dataset.from_list, iterable], ids=["map-style", "iterable"])
+def test_turns_that_end_with_no_stop_token_are_told_once_with_the_remedy(byte_level, rules, kind, caplog):
+    tokenizer = byte_level()
+    tokenizer.eos_token = "<|endoftext|>"
+    rows = [conversation("Paris."), conversation("two"), conversation("three")]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert len(list(prepare_dataset(kind(rows), tokenizer, rules()))) == 3
+    [warning] = warnings_of(caplog)
+    if kind is iterable:
+        assert warning.startswith("train: last assistant turns end with '<|im_end|>', at which generation does not end")
+    else:
+        assert warning.startswith("train: in 3 of 3 rows the last assistant turn ends with '<|im_end|>', at which")
+    assert warning.endswith(f"add its id, {end}, to eos_token_id in the student's generation_config")
+    caplog.clear()
+    list(prepare_dataset(kind(rows), tokenizer, rules(stop_ids=frozenset({end}))))
+    assert warnings_of(caplog) == []
+
+
+def test_other_columns_are_kept_and_the_prompts_alone_are_added(byte_level, rules, mixing):
     rows = [{**row, "id": i} for i, row in enumerate(ROWS)]
     prepared = prepare_dataset(Dataset.from_list(rows), byte_level(), mixing)
-    assert sorted(prepared.column_names) == ["id", "input_ids", "labels", "messages"]
+    assert sorted(prepared.column_names) == ["id", "input_ids", "labels", "messages", PROMPT_IDS]
     assert prepared["id"][:] == [0, 1, 4]
     assert prepared["messages"][0] == ROWS[0]["messages"]
+    off_policy = prepare_dataset(Dataset.from_list(rows), byte_level(), rules())
+    assert sorted(off_policy.column_names) == ["id", "input_ids", "labels", "messages"]
 
 
 def test_no_row_left_is_an_error_that_says_what_would_help(byte_level, rules):

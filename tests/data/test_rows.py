@@ -227,10 +227,15 @@ def test_masks_of_tokenised_rows_say_what_is_trained_on(rules, masks, labels):
 
 
 def test_padding_of_tokenised_rows_is_removed(rules):
-    row = {"input_ids": [0, 1, 2, 0], "attention_mask": [0, 1, 1, 0], "position_ids": [0, 0, 1, 2]}
+    row = {
+        "input_ids": [0, 1, 2, 0],
+        "attention_mask": [0, 1, 1, 0],
+        "position_ids": [0, 0, 1, 2],
+        "mm_token_type_ids": [0, 1, 0, 0],
+    }
     prepared = prepare(row, None, rules())
     assert prepared.input_ids == prepared.labels == [1, 2]
-    assert prepared.per_token == {"attention_mask": [1, 1], "position_ids": [0, 1]}
+    assert prepared.per_token == {"attention_mask": [1, 1], "position_ids": [0, 1], "mm_token_type_ids": [1, 0]}
 
 
 def test_per_token_columns_are_cut_with_the_row(rules):

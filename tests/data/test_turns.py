@@ -1,5 +1,7 @@
 """Turns: exactly what the assistant says, and the stop token, is trained on."""
 
+import dataclasses
+
 import pytest
 from trl.chat_template_utils import (
     deepseek_r1_distill_chat_template,
@@ -10,8 +12,10 @@ from trl.chat_template_utils import (
 
 from gkd_trainer.batch import IGNORE_INDEX, prompt_length
 from gkd_trainer.data import prepare_dataset
+from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.turns import encode_spans, turn_labels
 from gkd_trainer.errors import GKDDataError
+from tests.conftest import CHATML
 
 MARKED = (
     "{% for message in messages %}"
@@ -209,6 +213,46 @@ def test_a_turn_is_extended_by_the_stop_token_right_after_it():
 
 def test_any_of_several_stop_ids_ends_a_turn():
     assert turn_labels([6, 8, 9, 6, 9], [(0, 3), (3, 5)], {8, 9}) == [6, 8, IGNORE_INDEX, 6, 9]
+
+
+def unstopped(byte_level, template):
+    """A tokenizer whose eos is not what its template ends turns with."""
+    tokenizer = byte_level(template)
+    tokenizer.eos_token = "<|endoftext|>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["prefixes", "markers"])
+def test_a_turn_without_a_stop_token_is_trained_on_up_to_its_end_of_turn(byte_level, rules, template):
+    tokenizer = unstopped(byte_level, template)
+    row = RowPreparer.create(tokenizer, rules(), None).prepare({"messages": CONVERSATION})
+    assert trained_runs(tokenizer, row.labels) == ["hello, how are you?<|im_end|>", "Paris.<|im_end|>"]
+    end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert row.unended == (
+        f"'<|im_end|>', at which generation does not end (generation ends at '<|endoftext|>' ({eos})): add its id, "
+        f"{end}, to eos_token_id in the student's generation_config"
+    )
+    assert RowPreparer.create(tokenizer, rules(stop_ids=frozenset({end})), None).prepare(
+        {"messages": CONVERSATION}
+    ) == dataclasses.replace(row, unended="")
+
+
+def test_white_space_of_the_content_stays_where_no_special_token_ends_a_turn(byte_level, rules):
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = byte_level(template)
+    row = RowPreparer.create(tokenizer, rules(), None).prepare({"messages": CONVERSATION})
+    assert trained_runs(tokenizer, row.labels) == ["hello, how are you?\n", "Paris.\n"]
+    assert row.unended.startswith("'\\n', which is no special token, while generation ends at '<|im_end|>'")
+
+
+def test_white_space_in_front_of_the_end_of_a_turn_is_trained_on(byte_level, rules):
+    tokenizer = unstopped(byte_level, CHATML)
+    messages = [*CONVERSATION[:-1], {"role": "assistant", "content": "Paris.\n\n"}]
+    row = RowPreparer.create(tokenizer, rules(train_on="last_turn"), None).prepare({"messages": messages})
+    assert trained_runs(tokenizer, row.labels) == ["Paris.\n\n<|im_end|>"]
 
 
 def test_a_tokenizer_that_adds_spaces_reads_the_whole_text(space_adding):

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion
-from gkd_trainer.rollouts.mixing import is_on_policy, lmbda_at, prompt_of, rows_of, sampling_seed, with_completions
+from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Completion, Generated
+from gkd_trainer.errors import GKDDataError
+from gkd_trainer.rollouts.mixing import (
+    is_on_policy,
+    lmbda_at,
+    prompts_of,
+    require_extendable,
+    rows_of,
+    sampling_seed,
+    with_completions,
+)
 
 X = IGNORE_INDEX
 PAD = 0
@@ -108,6 +117,10 @@ def batch_of(ids, mask, labels, **others):
     }
 
 
+def generated(row, prompt, ids, *, is_finished=True, is_on_policy=True):
+    return {row: Generated(prompt, Completion(ids, is_finished), is_on_policy)}
+
+
 RIGHT = batch_of(
     ids=[[11, 12, 13, 14, 15], [21, 22, 23, PAD, PAD]],
     mask=[[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]],
@@ -144,12 +157,30 @@ def test_rows_without_a_mask_are_whole():
     ],
 )
 def test_the_prompt_of_a_sample_is_all_before_its_last_trained_run(labels, prompt):
-    assert prompt_of([1, 2, 3, 4], labels) == prompt
+    assert prompts_of(batch_of([[1, 2, 3, 4]], [[1] * 4], [labels])) == [prompt]
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+def test_a_sample_with_a_prompt_of_its_own_is_completed_from_that(inputs):
+    inputs = {**inputs, PROMPT_IDS: torch.tensor([[X, X, X], [21, 99, X]])}
+    assert prompts_of(inputs) == [[11, 12], [21, 99]]
+    first = generated(0, prompt=[11, 12], ids=[9])
+    mixed = with_completions(inputs, {**first, **generated(1, prompt=[21, 99], ids=[91])}, PAD)
+    assert mixed["input_ids"].tolist() == [[11, 12, 9], [21, 99, 91]]
+    assert mixed["labels"].tolist() == [[X, X, 9], [X, X, 91]]
+
+
+def test_a_completed_sample_has_no_prompt_of_its_own_any_more_and_the_others_keep_theirs():
+    inputs = {**RIGHT, PROMPT_IDS: torch.tensor([[11, 12, 13, 14], [21, 99, X, X]])}
+    mixed = with_completions(inputs, generated(1, prompt=[21, 99], ids=[91, 2]), PAD)
+    assert prompts_of(mixed) == [[11, 12, 13, 14], [21, 99]]
+    assert mixed[PROMPT_IDS].tolist() == [[11, 12, 13, 14], [X] * 4]
+    assert prompts_of(inputs) == [[11, 12, 13, 14], [21, 99]]  # the batch before is as it was
 
 
 @pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
 def test_an_off_policy_and_an_on_policy_sample_sit_in_one_batch(inputs):
-    mixed = with_completions(inputs, {1: Completion([91, 92, 93, 94, 95, 2], True)}, {1}, pad_token_id=7)
+    mixed = with_completions(inputs, generated(1, [21], [91, 92, 93, 94, 95, 2]), pad_token_id=7)
     assert mixed["input_ids"].tolist() == [[11, 12, 13, 14, 15, 7, 7], [21, 91, 92, 93, 94, 95, 2]]
     assert mixed["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
     assert mixed["labels"].tolist() == [[X, X, 13, 14, 15, X, X], [X, 91, 92, 93, 94, 95, 2]]
@@ -159,42 +190,121 @@ def test_an_off_policy_and_an_on_policy_sample_sit_in_one_batch(inputs):
 
 def test_only_the_completion_is_trained_on_where_earlier_turns_were():
     inputs = batch_of([[1, 2, 3, 4, 5, 6]], [[1] * 6], [[X, 2, X, X, 5, 6]])
-    mixed = with_completions(inputs, {0: Completion([8, 9], False)}, {0}, PAD)
+    mixed = with_completions(inputs, generated(0, [1, 2, 3, 4], [8, 9], is_finished=False), PAD)
     assert mixed["input_ids"].tolist() == [[1, 2, 3, 4, 8, 9]]
     assert mixed["labels"].tolist() == [[X, X, X, X, 8, 9]]
 
 
 def test_a_trained_end_of_sequence_survives_where_it_is_also_the_pad_token():
-    mixed = with_completions(RIGHT, {1: Completion([91, 2], True)}, {1}, pad_token_id=2)
+    mixed = with_completions(RIGHT, generated(1, [21], [91, 2]), pad_token_id=2)
     assert mixed["labels"][1].tolist() == [X, 91, 2, X, X]
     assert mixed["attention_mask"][1].tolist() == [1, 1, 1, 0, 0]
 
 
 def test_a_shorter_completion_shortens_the_batch():
-    mixed = with_completions(RIGHT, {0: Completion([9], True)}, {0}, PAD)
+    mixed = with_completions(RIGHT, generated(0, [11, 12], [9]), PAD)
     assert mixed["input_ids"].tolist() == [[11, 12, 9], [21, 22, 23]]
 
 
-def test_other_tensors_of_the_old_lengths_are_left_out_and_the_rest_stays():
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+@pytest.mark.parametrize(
+    ("name", "values", "of_prompt", "of_completion"),
+    [
+        ("position_ids", [0, 1, 2, 3, 4], [0], [1, 2, 3, 4, 5, 6]),
+        ("position_ids", [7, 8, 9, 10, 11], [0], [1, 2, 3, 4, 5, 6]),  # as left padding counts them
+        ("token_type_ids", [0, 0, 0, 0, 0], [0], [0] * 6),
+        ("token_type_ids", [0, 0, 1, 1, 1], [0], [1] * 6),
+        ("mm_token_type_ids", [1, 0, 0, 0, 0], [1], [0] * 6),
+        ("completion_mask", [0, 1, 1, 1, 1], [0], [1] * 6),
+        ("assistant_masks", [1, 0, 1, 0, 1], [0], [1] * 6),
+    ],
+)
+def test_values_per_token_stay_with_their_rows_and_go_on_in_completions(inputs, name, values, of_prompt, of_completion):
+    values_BL = torch.zeros(2, 5, dtype=torch.long)
+    for row, own in enumerate([[5, 4, 3, 2, 1], values[:3]]):  # of the second row, padded, only three are real
+        values_BL[row][inputs["attention_mask"][row].bool()] = torch.tensor(own)
+    mixed = with_completions({**inputs, name: values_BL}, generated(1, [21], [91, 92, 93, 94, 95, 2]), PAD)
+    assert mixed[name].tolist() == [[5, 4, 3, 2, 1, 0, 0], of_prompt + of_completion]
+    assert mixed["input_ids"].shape == mixed[name].shape
+
+
+def test_types_of_one_kind_suit_a_prompt_of_its_own():
+    for name, kind in (("token_type_ids", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+        inputs = {**RIGHT, name: torch.full((2, 5), kind)}
+        mixed = with_completions(inputs, generated(1, [98, 99], [91]), PAD)
+        assert mixed[name][1].tolist() == [kind] * 3 + [0] * 2
+
+
+def test_a_mask_keeps_its_type_and_what_it_hides_inside_of_a_row():
+    inputs = {**RIGHT, "attention_mask": torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)}
+    mixed = with_completions(inputs, generated(1, [21], [91, 2]), PAD)
+    assert mixed["input_ids"][0].tolist() == [11, 12, 13, 14, 15]
+    assert mixed["attention_mask"][0].tolist() == [True, False, True, True, True]
+    assert mixed["labels"][0].tolist() == RIGHT["labels"][0].tolist()
+
+
+def test_what_has_a_value_per_sample_or_image_goes_along():
     inputs = {
         **RIGHT,
-        "position_ids": torch.arange(5).expand(2, 5),
-        "token_embeddings": torch.zeros(2, 5, 3),
         "row_weight": torch.tensor([0.5, 1.5]),
-        "image": torch.zeros(2, 3, 5),
+        "pixel_values": torch.zeros(2, 5, 3),  # by name, whatever its shape
+        "image_grid_thw": torch.ones(1, 3),
+        "prompts": torch.ones(2, 5),
+        "features": torch.zeros(2, 3, 5),
         "scalar": torch.tensor(3.0),
         "names": ["a", "b"],
+        "nothing": None,
     }
-    mixed = with_completions(inputs, {1: Completion([9], True)}, {1}, PAD)
-    assert "position_ids" not in mixed
-    assert "token_embeddings" not in mixed
-    for key in ("row_weight", "image", "scalar", "names"):
+    mixed = with_completions(inputs, generated(1, [21], [9]), PAD)
+    for key in inputs.keys() - RIGHT.keys():
         assert mixed[key] is inputs[key]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("token_embeddings", torch.zeros(2, 5, 3), r"token_embeddings \[2, 5, 3\], which has a value per token"),
+        ("special_mask", torch.zeros(2, 5), r"special_mask \[2, 5\], which has a value per token"),
+        ("position_ids", torch.zeros(3, 2, 5), r"position_ids \[3, 2, 5\].*one value per token of input_ids \[2, 5\]"),
+        ("attention_mask", torch.ones(2, 1, 5, 5), r"attention_mask \[2, 1, 5, 5\].*one value per token"),
+        ("cu_seq_lens_q", torch.tensor([0, 5]), r"cu_seq_lens_q \[2\].*joined in one row"),
+        ("max_length_k", 5, r"max_length_k, which.*joined in one row"),
+    ],
+)
+def test_what_can_not_be_extended_is_refused_by_name(name, value, reason):
+    with pytest.raises(GKDDataError, match=rf"{reason}.*Leave {name} out of what it returns, or generate nothing"):
+        require_extendable({**RIGHT, name: value})
+    require_extendable(RIGHT)
+
+
+def test_the_byte_offsets_of_trls_collator_are_left_out_where_tokens_change():
+    inputs = {**RIGHT, "byte_offsets": torch.zeros(2, 5, 2)}
+    assert with_completions(inputs, generated(1, [21], [9]), PAD).keys() == {*RIGHT, IS_ON_POLICY}
+
+
+def test_positions_of_packed_samples_are_refused_where_one_is_to_be_completed():
+    inputs = {**RIGHT, "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])}
+    with pytest.raises(GKDDataError, match=r"position_ids.*count up by one.*\[0, 1, 2, 0, 1\].*a row of its own"):
+        with_completions(inputs, generated(0, [11, 12], [9]), PAD)
+    mixed = with_completions(inputs, generated(1, [21], [9]), PAD)
+    assert mixed["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+
+
+def test_an_image_behind_the_prompt_is_refused():
+    inputs = {**RIGHT, "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 0], [0] * 5])}
+    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*behind the prompt.*before the last assistant turn"):
+        with_completions(inputs, generated(0, [11, 12], [9]), PAD)
+
+
+def test_types_of_other_tokens_than_the_prompts_are_refused():
+    inputs = {**RIGHT, "mm_token_type_ids": torch.tensor([[1, 0, 0, 0, 0], [0] * 5])}
+    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*not its prompt's; got \[1, 0, 0, 0, 0\]"):
+        with_completions(inputs, generated(0, [98, 99], [9]), PAD)
 
 
 def test_a_batch_without_completions_is_marked_and_else_unchanged():
     inputs = {**LEFT, "position_ids": torch.arange(5).expand(2, 5)}
-    marked = with_completions(inputs, {}, set(), PAD)
+    marked = with_completions(inputs, {}, PAD)
     assert marked.pop(IS_ON_POLICY).tolist() == [False, False]
     assert marked.keys() == inputs.keys()
     assert all(marked[key] is inputs[key] for key in inputs)
@@ -202,12 +312,13 @@ def test_a_batch_without_completions_is_marked_and_else_unchanged():
 
 def test_the_given_batch_is_not_changed():
     before = {key: value.clone() for key, value in RIGHT.items()}
-    with_completions(RIGHT, {0: Completion([9], True)}, {0}, PAD)
+    with_completions(RIGHT, generated(0, [11, 12], [9]), PAD)
     assert RIGHT.keys() == before.keys()
     assert all(torch.equal(RIGHT[key], before[key]) for key in before)
 
 
 def test_a_completion_of_the_teacher_is_not_marked_on_policy():
-    mixed = with_completions(RIGHT, {0: Completion([8], True), 1: Completion([9], True)}, {1}, PAD)
+    of_teacher = generated(0, [11, 12], [8], is_on_policy=False)
+    mixed = with_completions(RIGHT, {**of_teacher, **generated(1, [21], [9])}, PAD)
     assert mixed[IS_ON_POLICY].tolist() == [False, True]
     assert mixed["labels"].tolist() == [[X, X, 8], [X, 9, X]]

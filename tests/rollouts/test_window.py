@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, Sampling
+from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, generate_jobs, plan_window
 from gkd_trainer.rollouts.mixing import is_on_policy, sampling_seed
 
@@ -106,6 +107,11 @@ def test_the_teacher_generates_the_rest_and_its_samples_are_not_on_policy():
     assert sorted(item.is_on_policy for item in window.generated) == sorted(drawn)
 
 
+def test_what_can_not_be_extended_is_refused_before_any_sample_is_drawn():
+    with pytest.raises(GKDDataError, match=r"returned weights \[2, 3\], which has a value per token"):
+        plan_window([{**micro_batch(10, 11), "weights": torch.ones(2, 3)}], draw_of(0.0), teacher_generates=False)
+
+
 def test_a_sample_without_prompt_stays_as_it_is_and_is_counted():
     text = {
         "input_ids": torch.tensor([[5, 6, 7], [10, 1, 2]]),
@@ -159,6 +165,18 @@ def test_positions_count_rows_then_ranks_then_micro_batches():
     assert draw.position(0, 3) == 7
     assert draw.position(1, 0) == 16
     assert draw.position(2, 1) == 29
+
+
+def test_no_two_samples_of_a_step_share_a_position_whatever_their_batches_hold():
+    sizes = {0: [4, 9, 1, 5], 1: [12, 2, 4, 4], 2: [1, 1, 30, 4]}  # by rank, where 4 are configured
+    positions = [
+        draw_of(0.5, rank=rank, world_size=3, batch_size=4).position(micro_batch, row)
+        for rank, batches in sizes.items()
+        for micro_batch, size in enumerate(batches)
+        for row in range(size)
+    ]
+    assert len(set(positions)) == len(positions) == 77
+    assert len({sampling_seed(42, 5, position) for position in positions}) == 77
 
 
 def test_granularity_batch_takes_all_samples_of_all_ranks_or_none():

@@ -112,6 +112,17 @@ def test_collator_without_labels(make_trainer):
         trainer.train()
 
 
+def test_values_per_token_of_a_collator_that_completions_do_not_have(make_trainer):
+    def with_weights(rows):
+        ids = torch.tensor([[5, 6, 7, 2]] * len(rows))
+        labels = torch.tensor([[-100, -100, 7, 2]] * len(rows))
+        return {"input_ids": ids, "labels": labels, "weights": torch.ones_like(ids)}
+
+    trainer = make_trainer(trainer_args={"data_collator": with_weights}, lmbda=0.5)
+    with pytest.raises(GKDDataError, match=r"returned weights \[4, 4\].*Leave weights out"):
+        trainer.train()
+
+
 def test_compute_loss_func(make_trainer):
     with pytest.raises(GKDConfigError, match="compute_loss_func would replace the divergence"):
         make_trainer(trainer_args={"compute_loss_func": lambda *_, **__: None})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from gkd_trainer import GKDTrainer, HFRollouts
 from gkd_trainer.batch import Completion, Sampling
@@ -79,6 +80,26 @@ def test_off_and_on_policy_samples_sit_in_one_micro_batch(make_trainer):
             assert trained == [label for label in data[tuple(ids)]["labels"] if label != -100]
 
 
+def test_samples_keep_their_position_ids_beside_completed_ones(make_trainer, token_rows):
+    rows = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in token_rows()]
+
+    def collator(rows):
+        columns = {"input_ids": 0, "labels": -100, "position_ids": 0, "attention_mask": 0}
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        length = max(len(row["input_ids"]) for row in rows)
+        return {
+            name: torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
+            for name, fill in columns.items()
+        }
+
+    arguments = {"train_dataset": Dataset.from_list(rows), "data_collator": collator}
+    trainer = run(make_trainer, Scripted(), lmbda=0.5, per_device_train_batch_size=8, trainer_args=arguments)
+    for batch in trainer.batches:
+        assert set(batch["is_on_policy"].tolist()) == {True, False}
+        for positions, mask in zip(batch["position_ids"], batch["attention_mask"].bool(), strict=True):
+            assert positions[mask].tolist() == list(range(int(mask.sum())))
+
+
 def test_truncated_completion_is_trained_on_whole_and_counted(make_trainer):
     trainer = run(make_trainer, Scripted(token_ids=(7, 8, 9), is_finished=False), lmbda=1.0)
     assert all(trained == [7, 8, 9] for _, trained, _ in trained_rows(trainer))
@@ -98,6 +119,43 @@ def test_a_window_is_one_call_and_its_prompts_are_what_stands_before_the_complet
     assert prompts <= expected
     seeds = [seed for call in engine.calls for seed in call[2]]
     assert len(set(seeds)) == 16
+
+
+def test_every_sample_of_larger_batches_has_a_seed_of_its_own(make_trainer):
+    class OwnLoader(Recording):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+
+    engine = Scripted()
+    make_trainer(
+        trainer_class=OwnLoader,
+        trainer_args={"rollouts": engine},
+        lmbda=1.0,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    ).train()
+    [(prompts, _, seeds)] = engine.calls
+    assert len(prompts) == len(set(seeds)) == 16
+
+
+def test_batches_that_are_balanced_by_length_are_completed(make_trainer, token_rows):
+    engine = Scripted()
+    trainer = run(
+        make_trainer,
+        engine,
+        trainer_args={"train_dataset": token_rows(32, longest=30)},
+        lmbda=1.0,
+        max_steps=2,
+        gradient_accumulation_steps=4,
+        train_sampling_strategy="batch_rebalance",
+    )
+    sizes = [len(batch["input_ids"]) for batch in trainer.batches]
+    assert sum(sizes) == 32
+    assert len(set(sizes)) > 1
+    for prompts, _, seeds in engine.calls:
+        assert len(prompts) == len(set(seeds)) == 16
+    assert all(trained == [7, 8, 2] for _, trained, _ in trained_rows(trainer))
 
 
 def test_every_sampling_option_reaches_the_engine(make_trainer):

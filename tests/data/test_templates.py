@@ -1,0 +1,195 @@
+"""Conversations under the chat templates of many models: what is trained on, and what a completion is sampled for."""
+
+import pytest
+
+from gkd_trainer.batch import PROMPT_IDS, prompt_length
+from gkd_trainer.data.rows import RowDropped, RowPreparer
+from tests.data.templates import ANSWER, CHATS
+from tests.data.test_turns import trained_runs
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "multiply",
+            "description": "Multiply.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+        },
+    }
+]
+CALL = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 2}}}
+WITH_TOOL = [
+    {"role": "user", "content": "one two"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "multiply", "content": "three"},
+    {"role": "assistant", "content": "four"},
+]
+
+
+def conversation(chat):
+    system = [{"role": "system", "content": "You are helpful."}] if chat.takes_system else []
+    return [
+        *system,
+        {"role": "user", "content": "hello there"},
+        {"role": "assistant", "content": "hello, how are you?"},
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris."},
+    ]
+
+
+@pytest.fixture(params=CHATS)
+def chat(request):
+    return CHATS[request.param]
+
+
+@pytest.fixture
+def prepare(chat_tokenizer, rules):
+    """Prepare a row with a chat's tokenizer and stop tokens; returns the tokenizer too."""
+
+    def prepare(chat, row, **changes):
+        tokenizer = chat_tokenizer(chat)
+        stop_ids = frozenset(tokenizer.convert_tokens_to_ids(list(chat.stops)))
+        return RowPreparer.create(tokenizer, rules(**{"stop_ids": stop_ids, **changes}), None).prepare(row), tokenizer
+
+    return prepare
+
+
+def prompt_of(row):
+    return row.prompt_ids or row.input_ids[: prompt_length(row.labels)]
+
+
+def test_each_answer_is_trained_on_with_its_stop_token_and_nothing_else(chat, prepare):
+    row, tokenizer = prepare(chat, {"messages": conversation(chat)})
+    assert trained_runs(tokenizer, row.labels) == [
+        chat.turn.replace(ANSWER, "hello, how are you?"),
+        chat.last_turn.replace(ANSWER, "Paris."),
+    ]
+
+
+def test_a_model_that_stops_where_its_template_ends_turns_is_not_warned_about(chat, prepare):
+    assert prepare(chat, {"messages": conversation(chat)})[0].unended == ""
+
+
+def test_what_stands_before_the_last_trained_run_lacks_the_answer(chat, prepare):
+    row, tokenizer = prepare(chat, {"messages": conversation(chat)})
+    prompt = tokenizer.decode(row.input_ids[: prompt_length(row.labels)])
+    assert prompt.endswith(chat.header)
+    assert "capital of France?" in prompt
+    assert "Paris" not in prompt
+
+
+def test_the_last_turn_alone_is_one_run(chat, prepare):
+    row, tokenizer = prepare(chat, {"messages": conversation(chat)}, train_on="last_turn")
+    assert trained_runs(tokenizer, row.labels) == [chat.last_turn.replace(ANSWER, "Paris.")]
+
+
+def test_a_context_that_ends_with_an_answer_takes_no_range_from_the_turn_after_it(prepare):
+    # TRL's template for Phi-3 marks the eos behind an answer that comes last.
+    row = {"prompt": WITH_TOOL[:1] + WITH_TOOL[3:], "completion": [{"role": "assistant", "content": "five"}]}
+    prepared, tokenizer = prepare(CHATS["phi3"], row)
+    assert trained_runs(tokenizer, prepared.labels) == ["five<|end|>"]
+
+
+def test_a_turn_that_is_marked_in_parts_is_one_run(byte_level, rules):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ 'one' }}{% endgeneration %}{{ ', two' }}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = byte_level(template)
+    row = RowPreparer.create(tokenizer, rules(), None).prepare({"messages": WITH_TOOL[:1] + WITH_TOOL[3:]})
+    assert trained_runs(tokenizer, row.labels) == ["one, twofour<|im_end|>"]
+
+
+def test_a_marked_generation_prompt_takes_no_range_from_its_turn(byte_level, rules):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ 'one two' + m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% generation %}{{ 'one two' }}{% endgeneration %}{% endif %}"
+    )
+    tokenizer = byte_level(template)
+    messages = [*WITH_TOOL[:1], *WITH_TOOL[3:]] * 2
+    row = RowPreparer.create(tokenizer, rules(), None).prepare({"messages": messages})
+    assert trained_runs(tokenizer, row.labels) == ["four<|im_end|>", "four<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "answer"),
+    [
+        (
+            "gpt-oss",
+            ' to=functions.multiply<|channel|>commentary json<|message|>{"a": 2}<|call|>',
+            "<|channel|>final<|message|>four<|return|>",
+        ),
+        (
+            "qwen2.5",
+            '<tool_call>\n{"name": "multiply", "arguments": {"a": 2}}\n</tool_call><|im_end|>',
+            "four<|im_end|>",
+        ),
+    ],
+    ids=["gpt-oss", "qwen2.5"],
+)
+def test_the_header_is_not_trained_on_where_later_turns_rewrite_a_tool_call(prepare, name, call, answer):
+    messages = [dict(message) for message in WITH_TOOL]
+    if name == "gpt-oss":
+        messages[1]["thinking"] = "five six"  # left out once an answer follows
+    row, tokenizer = prepare(CHATS[name], {"messages": messages, "tools": TOOLS})
+    assert "five six" not in tokenizer.decode(row.input_ids)
+    assert trained_runs(tokenizer, row.labels) == [call, answer]
+
+
+def test_the_prompt_is_what_the_model_is_given_at_inference_in_any_format(chat, prepare):
+    messages = conversation(chat)
+    row, tokenizer = prepare(chat, {"messages": messages}, is_generating=True)
+    expected = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    assert prompt_of(row) == expected
+    assert row.n_prompt == len(expected)
+    completed, _ = prepare(chat, {"prompt": messages[:-1], "completion": messages[-1:]}, is_generating=True)
+    assert prompt_of(completed) == expected
+    alone, _ = prepare(chat, {"prompt": messages[:-1]}, is_generating=True, needs_completion=False)
+    assert prompt_of(alone) == alone.input_ids == expected
+
+
+def test_a_prompt_that_stands_in_the_row_is_not_kept_twice(prepare):
+    row, _ = prepare(CHATS["smollm2"], {"messages": conversation(CHATS["smollm2"])}, is_generating=True)
+    assert row.prompt_ids == []
+    row, _ = prepare(CHATS["qwen3"], {"messages": conversation(CHATS["qwen3"])}, is_generating=False)
+    assert row.prompt_ids == []
+
+
+def test_the_prompt_has_the_tools_and_the_variables_of_the_row(prepare):
+    options = {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
+    row, tokenizer = prepare(CHATS["qwen3"], {"messages": WITH_TOOL, **options}, is_generating=True)
+    expected = tokenizer.apply_chat_template(
+        WITH_TOOL[:-1], tools=TOOLS, enable_thinking=False, add_generation_prompt=True
+    )["input_ids"]
+    assert prompt_of(row) == expected
+    assert tokenizer.decode(expected).endswith("<think>\n\n</think>\n\n")
+
+
+def test_the_prompt_of_a_turn_that_opens_the_conversation_is_its_header(prepare):
+    row, tokenizer = prepare(CHATS["qwen2.5"], {"messages": WITH_TOOL[3:]}, is_generating=True)
+    assert row.prompt_ids == []
+    assert tokenizer.decode(prompt_of(row)).endswith("<|im_start|>assistant\n")
+
+
+def test_the_length_that_must_leave_room_is_that_of_the_prompt(prepare):
+    chat = CHATS["r1-distill"]  # its generation prompt is two tokens longer than the header in the row
+    row, _ = prepare(chat, {"messages": conversation(chat)}, is_generating=True)
+    assert len(row.prompt_ids) == prompt_length(row.labels) + 2
+    fitting = len(row.prompt_ids) + 8
+    assert prepare(chat, {"messages": conversation(chat)}, is_generating=True, max_length=fitting)[0].prompt_ids
+    with pytest.raises(RowDropped, match=rf"prompt longer.*\({fitting - 1} - 8\)") as dropped:
+        prepare(chat, {"messages": conversation(chat)}, is_generating=True, max_length=fitting - 1)
+    assert dropped.value.needed_length == fitting
+
+
+def test_a_row_that_was_prepared_before_keeps_its_prompt(prepare):
+    chat = CHATS["qwen3"]
+    row, _ = prepare(chat, {"messages": conversation(chat)}, is_generating=True)
+    again = {"input_ids": row.input_ids, "labels": row.labels, PROMPT_IDS: row.prompt_ids}
+    assert prepare(chat, again, is_generating=True)[0] == row
