@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Any
 
 from peft import PeftConfig
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.divergence.loss import checked_divergence_options
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+
+
+def refuse_trls_order(args: object, data_collator: object, name: str) -> None:
+    """Raise GKDConfigError for `GKDTrainer(student, teacher, config)`: TRL's order of arguments, not Trainer's."""
+    for position, argument, is_valid in (
+        ("args, the second argument,", args, args is None or isinstance(args, TrainingArguments)),
+        ("data_collator, the third argument,", data_collator, not isinstance(data_collator, TrainingArguments)),
+    ):
+        if not is_valid:
+            expected = "a GKDConfig or TrainingArguments" if argument is args else "a data collator"
+            raise GKDConfigError(
+                f"{position} must be {expected}; got {type(argument).__name__}. The order is Trainer's, and the "
+                f"teacher goes by keyword: {name}(student, teacher_model=teacher, args=config, ...)"
+            )
 
 
 def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> Any:
@@ -73,15 +88,15 @@ def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any
     return accepted
 
 
-def build_teacher(
-    args: Any, teacher: Teacher | None, teacher_model: PreTrainedModel | str | None, trust_remote_code: bool
-) -> Teacher:
-    """Return the one teacher that was given, as an object, a model, a name, or the address of its servers.
+def build_teacher(args: Any, teacher: Teacher | None, teacher_model: Any, trust_remote_code: bool) -> Teacher:
+    """Return the one teacher that was given, as an object, a model, a name or path, or the address of its servers.
 
     Raises GKDTeacherError where there is none, or more than one.
     """
     name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
     init_kwargs = args.teacher_model_init_kwargs
+    if isinstance(teacher_model, Teacher):
+        raise GKDTeacherError(f"teacher_model is a {type(teacher_model).__name__}: pass a Teacher as teacher")
     if teacher is None and teacher_model is None and name is None and urls is None:
         raise GKDTeacherError(
             "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
@@ -90,7 +105,7 @@ def build_teacher(
     if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
         raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
     source = teacher_model if teacher_model is not None else name
-    if teacher is None and isinstance(source, str):
+    if teacher is None and isinstance(source, str | os.PathLike):
         options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
         return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
     if init_kwargs is not None:
@@ -104,7 +119,7 @@ def build_teacher(
                 "teacher_top_k is set for a teacher that is given as an object: pass it top_k instead"
             )
         return teacher
-    if isinstance(teacher_model, PreTrainedModel):
+    if teacher_model is not None:
         return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
     return VLLMServerTeacher(
         urls,

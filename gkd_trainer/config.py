@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -219,6 +220,9 @@ class GKDArguments:
 
     def __post_init__(self) -> None:
         """Parse the JSON fields, check every value and combination, then let the base class do its part."""
+        for name in ("teacher_model_name_or_path", "vllm_sync_dir"):
+            if isinstance(path := getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(path))
         for name in self._json_fields():
             setattr(self, name, parsed_json(name, getattr(self, name)))
         for name in self._url_fields():

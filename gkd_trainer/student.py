@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError
+
+logger = logging.getLogger(__name__)
 
 _PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 
@@ -53,6 +56,18 @@ def find_tokenizer(
 def name_of(model: nn.Module | None) -> str:
     """Return the name or folder that a model was loaded from; empty where it was built."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:
+    """Return the module inside `torch.compile(model)`, with a warning; any other module as it is.
+
+    A compiled forward hides the model's head, so that all logits would have to be built.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if not isinstance(inner, nn.Module):
+        return model
+    logger.warning("The %s came compiled, and runs uncompiled: its logits would be built in full%s.", role, remedy)
+    return inner
 
 
 def wrap_in_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -25,6 +26,7 @@ from gkd_trainer.arguments import (
     init_parameters,
     refuse_data_parallel,
     refuse_meaningless,
+    refuse_trls_order,
 )
 from gkd_trainer.batch import Generated, StudentSignal, TokenBatch
 from gkd_trainer.data import keeping_labels
@@ -49,11 +51,14 @@ from gkd_trainer.student import (
     name_of,
     refuse_frozen,
     refuse_prompt_learning,
+    uncompiled,
     wrap_in_adapter,
 )
 from gkd_trainer.teachers import Teacher
 
 logger = logging.getLogger(__name__)
+
+_COMPILES = " (torch_compile=True compiles it nevertheless)"
 
 
 class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
@@ -66,12 +71,13 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
     Args:
         model: The student: a model, a PEFT model, or a name or path, which is loaded with `args.model_init_kwargs`
-            and in float32 unless they give a dtype.
+            and in float32 unless they give a dtype. One from `torch.compile` runs uncompiled unless
+            `args.torch_compile` is set.
         args: A configuration with GKDArguments; plain TrainingArguments get the defaults of GKDConfig.
         train_dataset: Rows of `messages`, `prompt` and `completion`, `prompt`, `text`, or `input_ids` and `labels`.
         eval_dataset: The same, or a dictionary of them.
         processing_class: The tokenizer; by default the one beside the student's weights.
-        teacher_model: The teacher: a model, a name or a path; or set `args.teacher_model_name_or_path`.
+        teacher_model: The teacher: a model, a PEFT model, a name or a path; or set `args.teacher_model_name_or_path`.
         peft_config: The adapter that the student is wrapped in.
         formatting_func: Turns a row into text, a list of messages, or a row of a format above.
         teacher: A Teacher, in place of `teacher_model`.
@@ -89,7 +95,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str | None = None,
+        model: PreTrainedModel | nn.Module | str | os.PathLike[str] | None = None,
         args: TrainingArguments | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
@@ -103,13 +109,14 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        teacher_model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | PeftModel | PeftMixedModel | nn.Module | str | os.PathLike[str] | None = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[Any], Any] | None = None,
         teacher: Teacher | None = None,
         rollouts: RolloutEngine | None = None,
         **base_kwargs: Any,
     ) -> None:
+        refuse_trls_order(args, data_collator, type(self).__name__)
         base_init: Callable[..., None] = super().__init__
         family = type(self).__mro__
         base_parameters = init_parameters(family[family.index(GKDMixin) + 1 :])
@@ -119,6 +126,10 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         refuse_meaningless(config, compute_loss_func, peft_config)
         if (model is None) == (model_init is None):
             raise GKDConfigError("expected one student: pass model (a model, a name or a path) or model_init")
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
+        elif isinstance(model, nn.Module):
+            model = uncompiled(model, "student", _COMPILES)
         trust_remote_code = getattr(config, "trust_remote_code", False)
         teacher = build_teacher(config, teacher, teacher_model, trust_remote_code)
         if teacher.model is not None and teacher.model is model:
@@ -211,7 +222,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh student from `model_init`, adapted like one that was passed."""
-        model = self._adapted(super().call_model_init(trial), self.args)
+        model = self._adapted(uncompiled(super().call_model_init(trial), "student", _COMPILES), self.args)
         if self.args.disable_dropout:
             disable_dropout(model)
         return model

@@ -32,6 +32,24 @@ def test_no_teacher(make_trainer, tiny_model, token_rows, config):
         GKDTrainer(model=tiny_model(), args=config(), train_dataset=token_rows())
 
 
+def test_teacher_in_the_place_that_trl_gives_it(tiny_model, config, tmp_path):
+    config = config()
+    for teacher in (tiny_model(seed=1), torch.nn.Linear(2, 2), "a/teacher", tmp_path, FrozenTeacher(tiny_model())):
+        with pytest.raises(GKDConfigError) as raised:
+            GKDTrainer(tiny_model(), teacher, config)
+        message = str(raised.value)
+        assert message.startswith("args, the second argument, must be a GKDConfig or TrainingArguments; got ")
+        assert type(teacher).__name__ in message
+        assert message.endswith("GKDTrainer(student, teacher_model=teacher, args=config, ...)")
+    with pytest.raises(GKDConfigError, match=r"data_collator, the third argument, .*got GKDConfig.*teacher_model="):
+        GKDTrainer(tiny_model(), None, config)
+
+
+def test_teacher_object_in_the_place_of_a_model(make_trainer, tiny_model):
+    with pytest.raises(GKDTeacherError, match="teacher_model is a FrozenTeacher: pass a Teacher as teacher"):
+        make_trainer(trainer_args={"teacher_model": FrozenTeacher(tiny_model())})
+
+
 def test_two_teachers(make_trainer, tiny_model):
     with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model"):
         make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()})

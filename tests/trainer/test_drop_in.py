@@ -235,6 +235,48 @@ def test_student_and_teacher_are_loaded_by_path(tiny_model, byte_level, token_ro
     assert trainer.state.global_step == 2
 
 
+def test_student_and_teacher_are_loaded_from_path_objects(make_trainer, tiny_model, byte_level, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "student")
+    tiny_model(hidden=48, seed=1).save_pretrained(tmp_path / "teacher")
+    for options, arguments in (
+        ({}, {"teacher_model": tmp_path / "teacher"}),
+        ({"teacher_model_name_or_path": tmp_path / "teacher"}, {"teacher_model": None}),
+    ):
+        trainer = make_trainer(trainer_args={"model": tmp_path / "student", **arguments}, max_steps=1, **options)
+        assert trainer.teacher_model.config.hidden_size == 48
+        trainer.train()
+        trainer.args.to_json_string()
+
+
+def test_teacher_in_an_adapter_teaches_what_its_merged_weights_teach(make_trainer, tiny_model):
+    losses = []
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    for is_merged in (False, True):
+        teacher = get_peft_model(tiny_model(hidden=48, seed=1), lora)
+        arguments = {"teacher_model": teacher.merge_and_unload() if is_merged else teacher}
+        trainer = make_trainer(trainer_args=arguments, max_steps=1, lmbda=0.0, seq_kd=True)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_compiled_student_and_teacher_train_as_the_models_inside_do(make_trainer, tiny_model, tmp_path, caplog):
+    losses, student = [], tiny_model()
+    compiled = {
+        "model": torch.compile(student, backend="eager"),
+        "teacher_model": torch.compile(tiny_model(hidden=48, seed=1), backend="eager"),
+    }
+    for arguments in ({}, compiled):
+        trainer = make_trainer(trainer_args=arguments, lmbda=0.5, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
+    assert trainer.model is student
+    assert "torch_compile=True" in caplog.text
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(type(student).from_pretrained(tmp_path / "saved").lm_head.weight, student.lm_head.weight)
+
+
 def test_wrapped_model_is_trained_as_it_is(make_trainer, tiny_model):
     student = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     before = {name: p.clone() for name, p in student.named_parameters()}
