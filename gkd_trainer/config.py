@@ -7,17 +7,19 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from transformers import TrainingArguments
 
 from gkd_trainer.checks import check_combinations, check_ranges, check_types, parsed_json, parsed_urls
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
 
 
-def _option(default: Any, help: str, choices: list[str] | None = None, is_secret: bool = False) -> Any:
+def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
         metadata["choices"] = choices
-    return field(default=default, metadata=metadata, repr=not is_secret)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -132,9 +134,7 @@ class GKDArguments:
         "Where the rollout servers listen, such as http://127.0.0.1:8000; a list, or separated by commas. Prompts are "
         "spread over them.",
     )
-    vllm_server_api_token: str | None = _option(
-        None, "The API key that the rollout servers were started with.", is_secret=True
-    )
+    vllm_server_api_token: str | None = _option(None, "The API key that the rollout servers were started with.")
     vllm_server_timeout: float = _option(
         240.0,
         "Seconds (> 0) for which a server that can't be reached is tried again, as while it restarts; a teacher's too.",
@@ -203,9 +203,7 @@ class GKDArguments:
         "Where ordinary vLLM servers with the teacher listen, such as http://127.0.0.1:8001; a list, or separated by "
         "commas. Takes the place of a teacher model.",
     )
-    teacher_server_api_token: str | None = _option(
-        None, "The API key that the teacher's servers were started with.", is_secret=True
-    )
+    teacher_server_api_token: str | None = _option(None, "The API key that the teacher's servers were started with.")
     teacher_server_checks: bool = _option(
         True, "Whether the teacher's servers are checked at first contact: tokenizer, scores, reproducibility."
     )
@@ -237,6 +235,35 @@ class GKDArguments:
         if parent is not None:
             parent()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep @dataclass from giving the subclass a `repr` of its own, which would show secrets."""
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = GKDArguments.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Return all options and their values, one per line, without secrets."""
+        values = {option.name: getattr(self, option.name, None) for option in dataclasses.fields(self)}
+        lines = [f"{name}={redacted(value, name)!r},\n" for name, value in sorted(values.items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __str__ = __repr__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options and their values, without secrets, for JSON and trackers."""
+        parent = getattr(super(), "to_dict", None)
+        values = vars(self) if parent is None else parent()
+        plain = {name: _plain(values[name]) for name in self._json_fields()}
+        return {name: redacted(value, name) for name, value in {**values, **plain}.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all, or what `dropping_secrets` leaves of it."""
+        state = vars(self).copy()
+        if drops_secrets():
+            own = {option.name for option in dataclasses.fields(self)} & state.keys()
+            state |= {name: without_secrets(state[name], name) for name in own}
+        return state
+
     @property
     def generates(self) -> bool:
         """Whether any sample may be generated during training, by the student or by the teacher."""
@@ -260,7 +287,18 @@ class GKDArguments:
         return ("vllm_server_base_url", "teacher_server_base_url")
 
 
-@dataclass(repr=False)  # that of TrainingArguments hides every token
+def _plain(value: Any) -> Any:
+    """Return a value of which JSON can be made: a quantisation's configuration as a dictionary, a dtype as its name."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+@dataclass
 class GKDConfig(GKDArguments, TrainingArguments):
     """The configuration of GKDTrainer: GKDArguments on top of transformers.TrainingArguments."""
 

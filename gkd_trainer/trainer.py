@@ -42,6 +42,7 @@ from gkd_trainer.heads import (
 )
 from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
+from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
@@ -339,6 +340,14 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             logs.update(self._meter.read(lambda sums: self.accelerator.reduce(sums, "sum")))
             self._show_completions()
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with dropping_secrets():  # from training_args.bin
+            super()._save(output_dir, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with dropping_secrets():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _adapted(self, model: nn.Module, args: Any) -> nn.Module:
         if self._adapter_config is not None:

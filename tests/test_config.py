@@ -4,15 +4,18 @@ import copy
 import dataclasses
 import json
 import pickle
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 import trl
-from transformers import GenerationConfig, HfArgumentParser, TrainingArguments
+from transformers import BitsAndBytesConfig, GenerationConfig, HfArgumentParser, TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.redaction import dropping_secrets
 
 OWN_FIELDS = [option.name for option in dataclasses.fields(GKDArguments)]
 PLAIN_FIELDS = ["model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"]
@@ -448,9 +451,105 @@ def test_sampling_options_of_vllm_are_taken_where_vllm_samples():
     assert args.generation_kwargs == {"min_tokens": 2, "presence_penalty": 0.5}
 
 
-def test_api_keys_are_not_in_what_is_logged(config_of):
-    args = config_of(vllm_server_api_token="hidden-1", teacher_server_api_token="hidden-2")
-    assert "hidden-" not in args.to_json_string() + str(args) + repr(args)
+CANARY = "canary-31337"
+SECRETS = {
+    "hub_token": CANARY,
+    "vllm_server_api_token": CANARY,
+    "vllm_server_base_url": f"http://user:{CANARY}@a:1,http://b:2",
+    "teacher_server_base_url": [f"https://{CANARY}@c"],
+    "teacher_server_api_token": CANARY,
+    "teacher_model_init_kwargs": {"token": CANARY, "proxies": {"https": f"http://u:{CANARY}@proxy"}},
+    "vllm_engine_kwargs": f'{{"hf_overrides": [{{"apiKey": "{CANARY}"}}]}}',
+    "use_vllm": True,
+    "vllm_mode": "server",
+}
+PLAIN_SECRETS = {"model_init_kwargs": {"use_auth_token": CANARY}, "dataset_kwargs": {"storage": {"password": CANARY}}}
+
+
+def printed(args):
+    forms = [str(args), repr(args), f"{args}", "%r" % [args]]
+    if hasattr(args, "to_json_string"):
+        forms += [args.to_json_string(), str(args.to_sanitized_dict())]
+    return "\n".join([*forms, str(args.to_dict())])
+
+
+def test_secrets_are_in_no_printed_form_of_a_configuration(config_of):
+    plain = {name: value for name, value in SECRETS.items() if name != "hub_token"}
+    for args in (
+        config_of(**SECRETS, **PLAIN_SECRETS),
+        config_of(MyConfig, **SECRETS, **PLAIN_SECRETS),
+        GKDArguments(**plain),
+    ):
+        text = printed(args)
+        assert CANARY not in text
+        assert "'token': '<TOKEN>'" in text
+        assert "https://<CREDENTIALS>@c" in text
+        # They are there all the same, also after printing.
+        assert args.teacher_model_init_kwargs["token"] == args.vllm_server_api_token == CANARY
+        assert args.vllm_server_base_url == [f"http://user:{CANARY}@a:1", "http://b:2"]
+
+
+def test_secrets_go_along_where_a_configuration_is_copied_or_pickled(config_of):
+    args = config_of(**SECRETS)
+    for copied in (copy.copy(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args)), dataclasses.replace(args)):
+        assert copied.teacher_model_init_kwargs["token"] == copied.hub_token == CANARY
+
+
+def test_secrets_are_left_out_of_what_is_pickled_to_be_saved(config_of):
+    with dropping_secrets():
+        stored = pickle.dumps(config_of(**SECRETS, **PLAIN_SECRETS))
+    assert CANARY.encode() not in stored
+    loaded = pickle.loads(stored)
+    assert loaded.hub_token is loaded.vllm_server_api_token is loaded.teacher_model_init_kwargs["token"] is None
+
+
+def test_a_configuration_goes_through_a_parser_with_its_secrets_hidden(config_of):
+    """As TrainingArguments' own do: the names of the secrets come back in their place."""
+    fields = {option.name for option in dataclasses.fields(GKDConfig) if option.init}
+    stored = {name: value for name, value in config_of(**SECRETS).to_dict().items() if name in fields}
+    [again] = HfArgumentParser(GKDConfig).parse_dict(stored)
+    assert again.hub_token == "<HUB_TOKEN>"
+    assert again.vllm_server_api_token == "<VLLM_SERVER_API_TOKEN>"
+    assert again.teacher_model_init_kwargs["token"] == "<TOKEN>"
+    assert again.teacher_server_base_url == ["https://<CREDENTIALS>@c"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher_model_init_kwargs": f"{{'token': '{CANARY}'}}"},
+        {"vllm_engine_kwargs": [{"token": CANARY}]},
+        {"model_init_kwargs": f'["api_key", "{CANARY}"]'},
+        {"vllm_server_api_token": [CANARY]},
+        {"teacher_server_api_token": {"key": CANARY}},
+        {"teacher_server_base_url": f"ftp://user:{CANARY}@host"},
+        {"teacher_server_base_url": [f"http://user:{CANARY}@host", 3]},
+        {"vllm_server_base_url": f"http://user:{CANARY}@host"},
+    ],
+)
+def test_no_error_shows_a_secret(config_of, options):
+    with pytest.raises(GKDConfigError) as raised:
+        config_of(**options)
+    assert CANARY not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("config_class", [GKDConfig, MyConfig])
+def test_a_configuration_prints_all_its_options(config_of, config_class):
+    text = repr(config_of(config_class, learning_rate=3e-4, beta=0.25))
+    assert text.startswith(f"{config_class.__name__}(\n")
+    assert "\nlearning_rate=0.0003,\n" in text
+    assert "\nbeta=0.25,\n" in text
+    for option in dataclasses.fields(config_class):
+        assert f"\n{option.name}=" in text, option.name
+    assert "\nbeta=0.25,\n" in repr(GKDArguments(beta=0.25))
+
+
+def test_a_quantisation_inside_of_an_option_is_serialised(config_of):
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    args = config_of(teacher_model_init_kwargs={"quantization_config": quantisation, "dtype": torch.bfloat16})
+    stored = json.loads(args.to_json_string())["teacher_model_init_kwargs"]
+    assert stored["dtype"] == stored["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert args.teacher_model_init_kwargs["quantization_config"] is quantisation
 
 
 # Documentation, command lines, files

@@ -1,6 +1,7 @@
 """GKDTrainer in the place of Trainer, of TRL's GKDTrainer, and in front of other trainers."""
 
 import inspect
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -508,3 +509,36 @@ def test_collators_of_transformers_train_on_the_rows_labels(make_trainer, byte_l
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_secrets_reach_the_loaders_and_neither_the_log_nor_the_output_folder(
+    make_trainer, tiny_model, byte_level, tmp_path, caplog, capsys
+):
+    secret = "canary-31337"
+    for name, model in (("student", tiny_model()), ("teacher", tiny_model(hidden=48, seed=1))):
+        model.save_pretrained(tmp_path / name)
+        byte_level().save_pretrained(tmp_path / name)
+    init_kwargs = {"token": secret, "proxies": {"https": f"http://user:{secret}@proxy"}}
+    with caplog.at_level(logging.DEBUG):
+        trainer = make_trainer(
+            trainer_args={"model": tmp_path / "student", "teacher_model": tmp_path / "teacher"},
+            model_init_kwargs=init_kwargs,
+            teacher_model_init_kwargs=init_kwargs,
+            hub_token=secret,
+            save_strategy="steps",
+            save_steps=1,
+            report_to=["tensorboard"],
+            max_steps=1,
+        )
+        trainer.train()
+        trainer.save_model()
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert {"training_args.bin", "trainer_state.json"} <= {file.name for file in files}
+    assert any(file.name.startswith("events.out.tfevents") for file in files)
+    assert [file for file in files if secret.encode() in file.read_bytes()] == []
+    output = capsys.readouterr()
+    assert secret not in caplog.text + output.out + output.err
+    assert trainer.args.hub_token == trainer.args.model_init_kwargs["token"] == secret
+    saved = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
+    assert saved.max_steps == 1
+    assert saved.hub_token is None
