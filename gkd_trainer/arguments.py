@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from transformers import TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.divergence.loss import checked_divergence_options
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.redaction import redacted
+from gkd_trainer.student import name_of
 from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_trls_order(args: object, data_collator: object, name: str) -> None:
@@ -51,7 +56,7 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     foreign = [
         field.name
         for field in dataclasses.fields(args)
-        if field.name in given and field.name not in known and given[field.name] not in (field.default, None)
+        if field.name in given and field.name not in known and given[field.name] not in (_default(field), None)
     ]
     if foreign:
         raise GKDConfigError(
@@ -59,6 +64,10 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
             f"`class MyConfig(GKDArguments, {type(args).__name__})` for a trainer that has them, with GKDMixin in front"
         )
     return GKDConfig(**{name: value for name, value in given.items() if name in known})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def init_parameters(classes: Sequence[type]) -> dict[str, Parameter]:
@@ -104,6 +113,12 @@ def build_teacher(args: Any, teacher: Teacher | None, teacher_model: Any, trust_
         )
     if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
         raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
+    given = teacher_model if teacher_model is not None else teacher
+    if given is not None and name is not None and not _is_named(given, name):
+        raise GKDTeacherError(
+            f"got a teacher and args.teacher_model_name_or_path={name!r}, which the teacher was not loaded from: keep "
+            "the one that is to teach"
+        )
     source = teacher_model if teacher_model is not None else name
     if teacher is None and isinstance(source, str | os.PathLike):
         options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
@@ -131,6 +146,19 @@ def build_teacher(args: Any, teacher: Teacher | None, teacher_model: Any, trust_
     )
 
 
+def _is_named(teacher: Any, name: str) -> bool:
+    if not isinstance(teacher, str | os.PathLike):
+        teacher = name_of(teacher.model if isinstance(teacher, Teacher) else teacher)
+    return Path(teacher) == Path(name)
+
+
+def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:
+    """Log the options that were set and have no effect, each with what it needs."""
+    if options:
+        listed = "; ".join(f"{name}={redacted(getattr(args, name), name)!r} needs {need}" for name, need in options)
+        logger.warning("Options without effect in this run: %s.", listed)
+
+
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:
     """Raise GKDConfigError for what Trainer takes but distillation would have to ignore."""
     if compute_loss_func is not None:
@@ -142,7 +170,6 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    checked_divergence_options(args.divergence, args.divergence_options)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise GKDConfigError(
             f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "

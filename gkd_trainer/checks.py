@@ -15,6 +15,8 @@ from typing import Any, get_args
 
 from transformers import GenerationConfig
 
+from gkd_trainer.divergence.loss import checked_divergence_options
+from gkd_trainer.effects import REFUSED_UNUSED, Run, unused_options
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
 
@@ -128,6 +130,13 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
 
 def check_combinations(args: Any) -> None:
     """Raise GKDConfigError for options that have no meaning together."""
+    checked_divergence_options(args.divergence, args.divergence_options)
+    for name, need in unused_options(Run(args)):
+        if name in REFUSED_UNUSED:
+            raise GKDConfigError(
+                f"{name}={getattr(args, name)} has no effect, since it needs {need}: lower lmbda (or an end of its "
+                f"schedule), or leave {name} out"
+            )
     if args.lmbda_schedule == "linear" and args.lmbda_end is None:
         raise GKDConfigError("lmbda_schedule='linear' needs lmbda_end, the λ of the last step; got None")
     if args.lmbda_schedule == "constant" and args.lmbda_end not in (None, args.lmbda):

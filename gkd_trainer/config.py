@@ -275,6 +275,11 @@ class GKDArguments:
         return min(self.lmbda, self._last_lmbda) == 1
 
     @property
+    def draws_samples(self) -> bool:
+        """Whether some samples of the run may be on-policy, and others not."""
+        return max(self.lmbda, self._last_lmbda) > 0 and not self.is_always_on_policy
+
+    @property
     def _last_lmbda(self) -> float:
         return self.lmbda if self.lmbda_end is None else self.lmbda_end
 

@@ -27,10 +27,12 @@ from gkd_trainer.arguments import (
     refuse_data_parallel,
     refuse_meaningless,
     refuse_trls_order,
+    warn_of_unused,
 )
 from gkd_trainer.batch import Generated, StudentSignal, TokenBatch
 from gkd_trainer.data import keeping_labels
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
+from gkd_trainer.effects import Run, unused_options
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.evaluation import EvaluationMixin
 from gkd_trainer.finite import FiniteCheck
@@ -140,6 +142,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
                 "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
                 "process as teacher_model, or set seq_kd=False"
             )
+        run = Run(
+            config,
+            has_top_tokens=teacher.top_k is not None,
+            loads_student=isinstance(model, str),
+            builds_rollouts=rollouts is None,
+        )
         if processing_class is None:
             name = model if isinstance(model, str) else name_of(model)
             processing_class = find_tokenizer(name, trust_remote_code, getattr(config, "model_init_kwargs", None))
@@ -186,6 +194,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             arguments["peft_config"] = peft_config
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
         refuse_data_parallel(self.args)
+        if self.is_world_process_zero():
+            warn_of_unused(unused_options(run), config)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise GKDConfigError(
                 "context and sequence parallelism split a sequence over ranks, across which the divergence can't look "

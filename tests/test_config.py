@@ -240,6 +240,32 @@ def test_whether_a_run_generates_takes_its_whole_schedule_into_account(options, 
     assert (args.generates, args.is_always_on_policy) == (generates, is_always_on_policy)
 
 
+@pytest.mark.parametrize("lmbda", [{"lmbda": 1.0}, {"lmbda": 1.0, "lmbda_end": 1.0, "lmbda_schedule": "linear"}])
+@pytest.mark.parametrize("option", [{"ce_weight": 0.5}, {"seq_kd": True}])
+def test_what_needs_data_is_refused_where_every_sample_is_on_policy(option, lmbda):
+    [(name, value)] = option.items()
+    with pytest.raises(
+        GKDConfigError, match=rf"^{name}={value} has no effect, since it needs samples.*leave {name} out$"
+    ):
+        GKDArguments(**option, **lmbda)
+    GKDArguments(**option, lmbda=1.0, lmbda_end=0.5, lmbda_schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("divergence", "options", "message"),
+    [
+        ("jsd", {"alpha": 0.1}, r"options of the divergence 'jsd' are \[\]; got \['alpha'\]"),
+        ("skew_kl", {"beta": 0.1}, r"'skew_kl' are \['alpha'\]; got \['beta'\]"),
+        ("skew_kl", {"alpha": 1.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\)"),
+        ("adaptive_kl", '{"mu": "0.5"}', "'mu' of the divergence 'adaptive_kl' must be a number; got '0.5'"),
+        ("alpha_beta", {"alpha": None}, "'alpha' of the divergence 'alpha_beta' must be a number; got None"),
+    ],
+)
+def test_options_that_a_divergence_does_not_take_are_refused(divergence, options, message):
+    with pytest.raises(GKDConfigError, match=message):
+        GKDArguments(divergence=divergence, divergence_options=options)
+
+
 # JSON fields
 
 
@@ -614,6 +640,8 @@ def test_every_option_is_read_from_the_command_line(tmp_path, parser_class, name
         words += ["--lmbda_schedule", "linear"]
     if name == "lmbda_schedule":
         words += ["--lmbda_end", "0.75"]
+    if name == "divergence_options":
+        words += ["--divergence", "skew_kl"]
     if name in ("vllm_mode", "vllm_server_base_url", "rollout_overlap"):
         server = {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": "http://a:1", name: text}
         words += [word for option, value in server.items() for word in (f"--{option}", value)]

@@ -13,12 +13,14 @@ PACKAGE = Path(gkd_trainer.__file__).parent
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"errors", "redaction"},
-    {"batch", "checks"},
+    {"errors", "redaction", "effects"},
+    {"batch"},
+    {"divergence"},
+    {"checks"},
     {"config"},
     {"heads", "student", "finite", "serving"},
     {"weights"},
-    {*STAGES, "report"},
+    {*STAGES - {"divergence"}, "report"},
     {"arguments", "any_trainer"},
     {"recovery"},
     {"generation"},

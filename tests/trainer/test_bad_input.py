@@ -50,6 +50,38 @@ def test_teacher_object_in_the_place_of_a_model(make_trainer, tiny_model):
         make_trainer(trainer_args={"teacher_model": FrozenTeacher(tiny_model())})
 
 
+def test_teacher_beside_the_name_of_another(make_trainer, tiny_model, tmp_path):
+    for name in ("one", "two"):
+        tiny_model(seed=1).save_pretrained(tmp_path / name)
+    name = str(tmp_path / "one")
+    message = "got a teacher and args.teacher_model_name_or_path="
+    for given in (
+        {"teacher_model": tiny_model(seed=1)},
+        {"teacher_model": tmp_path / "two"},
+        {"teacher_model": AutoModelForCausalLM.from_pretrained(tmp_path / "two")},
+        {"teacher": FrozenTeacher.from_pretrained(tmp_path / "two")},
+    ):
+        with pytest.raises(GKDTeacherError, match=message):
+            make_trainer(trainer_args=given, teacher_model_name_or_path=name)
+    for given in (
+        {"teacher_model": f"{name}/"},
+        {"teacher_model": AutoModelForCausalLM.from_pretrained(name)},
+        {"teacher": FrozenTeacher.from_pretrained(name)},
+    ):
+        make_trainer(trainer_args=given, teacher_model_name_or_path=name)
+
+
+def test_options_without_effect_are_logged_once_with_what_they_need(make_trainer, caplog):
+    make_trainer(divergence="skew_kl", beta=0.1, model_init_kwargs={"token": "canary"}, teacher_tail="renormalize")
+    [message] = [record.message for record in caplog.records if "without effect" in record.message]
+    assert message.startswith("Options without effect in this run: beta=0.1 needs divergence='jsd'; ")
+    assert "model_init_kwargs={'token': '<TOKEN>'} needs a student given by name" in message
+    assert "teacher_tail='renormalize' needs a teacher that gives its top tokens alone" in message
+    caplog.clear()
+    make_trainer(lmbda=0.5, beta=0.1, temperature=0.5)
+    assert "without effect" not in caplog.text
+
+
 def test_two_teachers(make_trainer, tiny_model):
     with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model"):
         make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()})

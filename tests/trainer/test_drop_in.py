@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -112,6 +112,23 @@ def test_plain_training_arguments_keep_their_values(tiny_model, token_rows, tmp_
     trainer = GKDTrainer(tiny_model(), args, teacher_model=tiny_model(seed=1), train_dataset=token_rows())
     assert isinstance(trainer.args, GKDConfig)
     assert (trainer.args.learning_rate, trainer.args.max_steps, trainer.args.warmup_steps) == (3e-4, 1, 2)
+
+
+def test_arguments_of_a_subclass_with_options_of_its_own_are_taken_where_those_are_at_their_defaults(
+    tiny_model, token_rows, tmp_path
+):
+    @dataclass
+    class TheirArguments(TrainingArguments):
+        tags: list[str] = field(default_factory=lambda: ["a"])
+        project_name: str = "mine"
+
+    def trainer(**options):
+        args = TheirArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=7, **options)
+        return GKDTrainer(tiny_model(), args, teacher_model=tiny_model(seed=1), train_dataset=token_rows())
+
+    assert trainer().args.max_steps == 7
+    with pytest.raises(GKDConfigError, match="tags: options of TheirArguments that GKDConfig does not have"):
+        trainer(tags=["b"])
 
 
 def test_callbacks_see_every_step_and_can_stop_the_run(make_trainer):
