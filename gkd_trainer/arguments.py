@@ -52,17 +52,21 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     if args is None:
         return GKDConfig(output_dir="tmp_trainer")
     known = {field.name for field in dataclasses.fields(GKDConfig)}
+    defaults = {field.name: _default(field) for field in dataclasses.fields(args)}
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
     foreign = [
         field.name
         for field in dataclasses.fields(args)
-        if field.name in given and field.name not in known and given[field.name] not in (_default(field), None)
+        if field.name in given and field.name not in known and given[field.name] not in (defaults[field.name], None)
     ]
     if foreign:
         raise GKDConfigError(
             f"{', '.join(foreign)}: options of {type(args).__name__} that GKDConfig does not have. Derive "
             f"`class MyConfig(GKDArguments, {type(args).__name__})` for a trainer that has them, with GKDMixin in front"
         )
+    # At the default of trl's GKDConfig it was not chosen, and may be fitted to max_length.
+    if given.get("max_new_tokens") == defaults.get("max_new_tokens"):
+        given.pop("max_new_tokens", None)
     return GKDConfig(**{name: value for name, value in given.items() if name in known})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -13,6 +14,12 @@ from transformers import TrainingArguments
 from gkd_trainer.checks import check_combinations, check_ranges, check_types, parsed_json, parsed_urls
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
+
+logger = logging.getLogger(__name__)
+
+
+class _Unset(int):
+    """The default of a number that may be lowered, since nobody chose it."""
 
 
 def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
@@ -102,7 +109,10 @@ class GKDArguments:
         None, "Keep tokens with at least this share of the top token's probability, in [0, 1]."
     )
     repetition_penalty: float = _option(1.0, "Penalty (> 0) on tokens that occurred before; 1 is none.")
-    max_new_tokens: int = _option(128, "Longest completion that is generated, in tokens.")
+    max_new_tokens: int = _option(
+        _Unset(128),
+        "Longest completion that is generated, in tokens; where it is not set and would not fit, half of max_length.",
+    )
     generation_kwargs: dict[str, Any] | str | None = _option(
         None,
         "Further options of transformers.GenerationConfig for the rollouts (of vLLM's SamplingParams under use_vllm), "
@@ -230,6 +240,7 @@ class GKDArguments:
             if isinstance(self, owner):
                 check_types(self, owner, {*self._json_fields(), *self._url_fields()})
         check_ranges(self, dataclasses.fields(GKDArguments))
+        self._fit_max_new_tokens()
         check_combinations(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
@@ -278,6 +289,21 @@ class GKDArguments:
     def draws_samples(self) -> bool:
         """Whether some samples of the run may be on-policy, and others not."""
         return max(self.lmbda, self._last_lmbda) > 0 and not self.is_always_on_policy
+
+    def _fit_max_new_tokens(self) -> None:
+        default, length = self.max_new_tokens, self.max_length
+        if not isinstance(default, _Unset):
+            return
+        self.max_new_tokens = int(default)
+        if length is not None and length <= default and (self.generates or self.eval_on_policy):
+            self.max_new_tokens = length // 2
+            logger.warning(
+                "max_new_tokens is %d, half of max_length=%d, which its default of %d would leave no prompt in: set it "
+                "to choose another.",
+                self.max_new_tokens,
+                length,
+                default,
+            )
 
     @property
     def _last_lmbda(self) -> float:

@@ -70,6 +70,16 @@ def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:
     return inner
 
 
+def give_pad_token(model: nn.Module, token_id: int) -> None:
+    """Set the pad token of a model that has none, in its config and its generation config."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for holder in (config, getattr(model, "generation_config", None)):
+        if holder is not None and getattr(holder, "pad_token_id", None) is None:
+            holder.pad_token_id = token_id
+
+
 def wrap_in_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
     """Return the student with a fresh adapter; refuse one that is wrapped already."""
     if isinstance(model, PeftModel):

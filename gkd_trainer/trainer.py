@@ -50,6 +50,7 @@ from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
     disable_dropout,
     find_tokenizer,
+    give_pad_token,
     load_student,
     name_of,
     refuse_frozen,
@@ -58,6 +59,7 @@ from gkd_trainer.student import (
     wrap_in_adapter,
 )
 from gkd_trainer.teachers import Teacher
+from gkd_trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         teacher = build_teacher(config, teacher, teacher_model, trust_remote_code)
         if teacher.model is not None and teacher.model is model:
             raise GKDTeacherError("teacher and student are the same object: freezing the one would freeze the other")
-        if config.seq_kd and not (teacher.model is not None and teacher.model.can_generate()):
+        if config.seq_kd and not getattr(teacher.model, "can_generate", lambda: False)():
             raise GKDTeacherError(
                 "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
                 "process as teacher_model, or set seq_kd=False"
@@ -193,6 +195,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         if not is_plain_trainer:
             arguments["peft_config"] = peft_config
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
+        if model_init is not None and processing_class is None:
+            self._find_tokenizer_of_made_student(trust_remote_code)
         refuse_data_parallel(self.args)
         if self.is_world_process_zero():
             warn_of_unused(unused_options(run), config)
@@ -211,6 +215,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             )
         if self.train_dataset is not None:
             refuse_frozen(self.model)
+        self._give_pad_token(self.model)
         if self.args.disable_dropout:
             disable_dropout(self.model)
 
@@ -222,9 +227,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         self._has_trained = False
         self._connect_teacher(teacher)
         self._connect_rollouts(rollouts)
+        # Read by subclasses that were written for TRL's trainer; the rollouts here sample by args.
+        self.generation_config = trl_generation_config(self.args, self.model, self._pad_token_id)
         self._prepare_datasets()
 
     generalized_jsd_loss = staticmethod(trl_generalized_jsd_loss)
+    generate_on_policy_outputs = staticmethod(generate_on_policy_outputs)
 
     @property
     def teacher_model(self) -> PreTrainedModel | None:
@@ -234,6 +242,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh student from `model_init`, adapted like one that was passed."""
         model = self._adapted(uncompiled(super().call_model_init(trial), "student", _COMPILES), self.args)
+        self._give_pad_token(model)
         if self.args.disable_dropout:
             disable_dropout(model)
         return model
@@ -358,6 +367,16 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         with dropping_secrets():
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _find_tokenizer_of_made_student(self, trust_remote_code: bool) -> None:
+        self.processing_class = find_tokenizer(name_of(self.model), trust_remote_code)
+        self.callback_handler.processing_class = self.processing_class
+        if type(self.data_collator) is DataCollatorForLanguageModeling:  # made above, before there was a tokenizer
+            self.data_collator.pad_token_id = self._pad_token_id
+
+    def _give_pad_token(self, model: nn.Module) -> None:
+        if getattr(self, "processing_class", None) is not None:  # Trainer calls model_init before it sets that
+            give_pad_token(model, self._pad_token_id)
 
     def _adapted(self, model: nn.Module, args: Any) -> nn.Module:
         if self._adapter_config is not None:

@@ -219,6 +219,27 @@ def test_where_completions_are_generated_a_prompt_must_fit_beside_them(options):
     GKDArguments(max_length=129, max_new_tokens=128, **options)
 
 
+@pytest.mark.parametrize(
+    ("max_length", "expected"), [(1024, 128), (129, 128), (128, 64), (65, 32), (64, 32), (2, 1), (None, 128)]
+)
+def test_max_new_tokens_that_nobody_chose_leaves_room_for_a_prompt(max_length, expected, caplog):
+    for options in ({}, {"lmbda": 0.0, "seq_kd": True}, {"lmbda": 0.0, "eval_on_policy": True}):
+        caplog.clear()
+        args = GKDArguments(max_length=max_length, **options)
+        assert args.max_new_tokens == expected
+        assert type(args.max_new_tokens) is int
+        assert (f"max_new_tokens is {expected}, half of max_length={max_length}" in caplog.text) == (expected < 128)
+
+
+@pytest.mark.parametrize("parser_class", [HfArgumentParser, trl.TrlParser])
+def test_max_new_tokens_that_is_not_on_the_command_line_was_not_chosen(tmp_path, parser_class):
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true", "--max_length", "64"]
+    [args] = parser_class(GKDConfig).parse_args_into_dataclasses(words)
+    assert args.max_new_tokens == 32
+    with pytest.raises(GKDConfigError, match=r"max_length \(64\) must exceed max_new_tokens \(128\)"):
+        parser_class(GKDConfig).parse_args_into_dataclasses([*words, "--max_new_tokens", "128"])
+
+
 def test_without_generation_max_length_may_be_short():
     GKDArguments(lmbda=0.0, max_length=16, max_new_tokens=128)
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"heads", "student", "finite", "serving"},
     {"weights"},
     {*STAGES - {"divergence"}, "report"},
-    {"arguments", "any_trainer"},
+    {"arguments", "any_trainer", "trl_generation"},
     {"recovery"},
     {"generation"},
     {"preparation", "evaluation", "pairing"},

@@ -97,6 +97,79 @@ def test_static_loss_gives_what_trls_gives():
         )
 
 
+def test_generation_config_is_that_of_trls_trainer(make_trainer, tiny_model, byte_level, tmp_path):
+    rows = Dataset.from_list([{"messages": row} for row in MESSAGES])
+    options = {"temperature": 0.7, "max_new_tokens": 5, "max_length": 64, "report_to": [], "use_cpu": True}
+    theirs = TRLGKDTrainer(
+        model=tiny_model(eos=[2, 7]),
+        teacher_model=tiny_model(seed=1),
+        args=TRLGKDConfig(output_dir=str(tmp_path), bf16=False, gradient_checkpointing=False, **options),
+        train_dataset=rows,
+        processing_class=byte_level(),
+    ).generation_config
+    ours = make_trainer(trainer_args={"model": tiny_model(eos=[2, 7])}, lmbda=0.5, **options).generation_config
+    differs = {
+        name: (value, getattr(ours, name))
+        for name, value in vars(theirs).items()
+        if getattr(ours, name) != value and not name.startswith("_")
+    }
+    assert differs == {"repetition_penalty": (None, 1.0)}  # of which 1 is none
+    sampled = make_trainer(lmbda=0.5, top_k=7, min_p=0.1, generation_kwargs={"min_new_tokens": 2}).generation_config
+    assert (sampled.top_k, sampled.min_p, sampled.min_new_tokens) == (7, 0.1, 2)
+
+
+def test_subclass_generates_by_the_method_and_the_attribute_of_trls_trainer(make_trainer):
+    class Mine(GKDTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            prompts = {"prompts": inputs["input_ids"][:, :2], "prompt_attention_mask": inputs["attention_mask"][:, :2]}
+            new = self.generate_on_policy_outputs(model, prompts, self.generation_config)
+            inputs.update(zip(("input_ids", "attention_mask", "labels"), new, strict=True))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = make_trainer(trainer_class=Mine, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_student_without_pad_token_gets_the_tokenizers(make_trainer, tiny_model, byte_level):
+    tokenizer = byte_level()
+    tokenizer.pad_token = "<|endoftext|>"
+    pad = tokenizer.pad_token_id
+    assert pad != 2
+    made = make_trainer(trainer_args={"model": tiny_model(pad_token_id=None), "processing_class": tokenizer}).model
+    assert (made.config.pad_token_id, made.generation_config.pad_token_id) == (pad, pad)
+    arguments = {"model_init": lambda: tiny_model(pad_token_id=None), "processing_class": tokenizer}
+    trainer = make_trainer(trainer_args=arguments, max_steps=1)
+    trainer.train()
+    assert trainer.model.config.pad_token_id == pad
+
+
+def test_tokenizer_beside_the_student_that_model_init_makes_is_found(make_trainer, tiny_model, byte_level, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.pad_token = "<|endoftext|>"
+    tiny_model().save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    load = type(tiny_model()).from_pretrained
+    arguments = {
+        "model_init": lambda: load(tmp_path / "student"),
+        "processing_class": None,
+        "train_dataset": Dataset.from_list([{"messages": row} for row in MESSAGES * 4]),
+    }
+    trainer = make_trainer(trainer_args=arguments, max_steps=1)
+    assert trainer.processing_class.get_vocab() == tokenizer.get_vocab()
+    assert trainer.data_collator.pad_token_id == tokenizer.pad_token_id
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_configuration_of_trl_with_a_short_max_length_is_taken(tiny_model, byte_level, tmp_path):
+    args = TRLGKDConfig(output_dir=str(tmp_path), max_length=64, bf16=False, use_cpu=True, report_to=[])
+    rows = Dataset.from_list([{"messages": messages} for messages in MESSAGES])
+    common = {"processing_class": byte_level(), "train_dataset": rows, "teacher_model": tiny_model(seed=1)}
+    trainer = GKDTrainer(model=tiny_model(), args=args, **common)
+    assert (trainer.args.max_length, trainer.args.max_new_tokens) == (64, 32)
+
+
 def test_without_args_a_default_configuration_is_made(tiny_model, token_rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
