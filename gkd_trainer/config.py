@@ -200,7 +200,7 @@ class GKDArguments:
     teacher_top_k: int | None = _option(
         None,
         "Compare over the teacher's most probable tokens (this many) and one bucket for all others. By default over "
-        "the whole vocabulary, and 64 for a teacher behind a server.",
+        "the whole vocabulary, and 20 for a teacher behind a server.",
     )
     teacher_tail: str = _option(
         "bucket",
