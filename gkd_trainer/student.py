@@ -13,8 +13,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.redaction import redacted
 
 logger = logging.getLogger(__name__)
+
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError)
+"""What `from_pretrained` raises for a name, folder or argument that it can't use, or where a package is missing."""
 
 _PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 
@@ -27,8 +31,19 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:  # the first is the older name
         kwargs["dtype"] = torch.float32
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except LOADING_ERRORS as error:
+        raise GKDConfigError(unloadable("student", name_or_path, "model_init_kwargs", error)) from error
     return model
+
+
+def unloadable(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
+    """Return what to say of a model that could not be loaded by name."""
+    return (
+        f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "
+        f"the hub, and in {init_kwargs} what it takes to load it ({type(error).__name__}: {redacted(str(error))})"
+    )
 
 
 def find_tokenizer(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from gkd_trainer.batch import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
-from gkd_trainer.student import find_tokenizer, name_of, uncompiled
+from gkd_trainer.student import LOADING_ERRORS, find_tokenizer, name_of, uncompiled, unloadable
 from gkd_trainer.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -81,12 +81,19 @@ class FrozenTeacher(Teacher):
         top_k: int | None = None,
         **init_kwargs: Any,
     ) -> FrozenTeacher:
-        """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained."""
+        """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained.
+
+        Raises GKDTeacherError where that fails.
+        """
         name_or_path = os.fspath(name_or_path)
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
         # A student that FSDP shards is read by the first rank alone; a teacher is whole on every one.
         with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+            except LOADING_ERRORS as error:
+                message = unloadable("teacher", name_or_path, "teacher_model_init_kwargs", error)
+                raise GKDTeacherError(message) from error
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
         return cls(model, tokenizer, top_k=top_k)
 

@@ -92,6 +92,27 @@ def test_no_student(make_trainer):
         make_trainer(trainer_args={"model": None})
 
 
+def test_model_that_can_not_be_loaded_says_whose_it_is_and_what_was_expected(make_trainer, tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name, kwargs, cause in (
+        ("/no/such/folder", {}, "HFValidationError|OSError"),
+        ("not a name", {}, "OSError"),
+        (empty, {}, "ValueError|OSError"),
+        (folder, {"attn_implementation": "none_such"}, "ValueError|ImportError"),
+        (folder, {"dtipe": "float32"}, "TypeError"),
+    ):
+        message = f"could not load the {{}} from '{name}': expected a folder .*and in {{}} what it takes.*({cause}): "
+        with pytest.raises(GKDConfigError, match=message.format("student", "model_init_kwargs")) as raised:
+            make_trainer(trainer_args={"model": name}, model_init_kwargs=kwargs)
+        assert raised.value.__cause__ is not None
+        with pytest.raises(GKDTeacherError, match=message.format("teacher", "teacher_model_init_kwargs")) as raised:
+            make_trainer(trainer_args={"teacher_model": name}, teacher_model_init_kwargs=kwargs)
+        assert raised.value.__cause__ is not None
+
+
 def test_teacher_that_is_the_student(make_trainer, tiny_model):
     model = tiny_model()
     with pytest.raises(GKDTeacherError, match="the same object"):
