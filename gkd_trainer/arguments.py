@@ -188,3 +188,15 @@ def refuse_data_parallel(args: Any) -> None:
             f"{args.n_gpu} GPUs are visible to this one process, which Trainer would drive with nn.DataParallel: "
             "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
+
+
+def refuse_dropped_deepspeed(args: Any, is_deepspeed_enabled: bool) -> None:
+    """Raise GKDConfigError where DeepSpeed was asked for and Accelerate goes on without it: under DDP, or alone."""
+    if args.deepspeed is not None and not is_deepspeed_enabled:
+        raise GKDConfigError(
+            "deepspeed is set, but Accelerate does not run it (use_cpu="
+            f"{args.use_cpu}, ACCELERATE_USE_CPU={os.environ.get('ACCELERATE_USE_CPU')}): unset ACCELERATE_USE_CPU, "
+            "which switches it off, or leave deepspeed out. On a CPU it runs with use_cpu=True; if not so here, set "
+            "ACCELERATE_TORCH_DEVICE=cpu and ACCELERATE_USE_DEEPSPEED=true, make a PartialState(backend='gloo') first, "
+            "and set accelerator_config={'use_configured_state': True}"
+        )

@@ -25,6 +25,7 @@ from gkd_trainer.arguments import (
     completed_args,
     init_parameters,
     refuse_data_parallel,
+    refuse_dropped_deepspeed,
     refuse_meaningless,
     refuse_trls_order,
     warn_of_unused,
@@ -198,6 +199,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         if model_init is not None and processing_class is None:
             self._find_tokenizer_of_made_student(trust_remote_code)
         refuse_data_parallel(self.args)
+        refuse_dropped_deepspeed(self.args, self.is_deepspeed_enabled)
         if self.is_world_process_zero():
             warn_of_unused(unused_options(run), config)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:

@@ -206,6 +206,15 @@ def test_data_parallel_names_the_remedies(make_trainer, config, monkeypatch):
         make_trainer(trainer_args={"args": args})
 
 
+def test_deepspeed_that_accelerate_does_not_run(make_trainer, config):
+    args = config()
+    args.deepspeed = {
+        "zero_optimization": {"stage": 2}
+    }  # as ACCELERATE_USE_CPU=true leaves it: set, without its plugin
+    with pytest.raises(GKDConfigError, match=r"deepspeed is set, but .*use_cpu=True.*ACCELERATE_TORCH_DEVICE=cpu"):
+        make_trainer(trainer_args={"args": args})
+
+
 def test_student_that_cannot_generate_under_lmbda(make_trainer, tiny_model):
     class Student(torch.nn.Module):
         def __init__(self):
