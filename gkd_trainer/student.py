@@ -34,11 +34,11 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except LOADING_ERRORS as error:
-        raise GKDConfigError(unloadable("student", name_or_path, "model_init_kwargs", error)) from error
+        raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
     return model
 
 
-def unloadable(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
+def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
     """Return what to say of a model that could not be loaded by name."""
     return (
         f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "

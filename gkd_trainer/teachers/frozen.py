@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from gkd_trainer.batch import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
-from gkd_trainer.student import LOADING_ERRORS, find_tokenizer, name_of, uncompiled, unloadable
+from gkd_trainer.student import LOADING_ERRORS, find_tokenizer, loading_failure, name_of, uncompiled
 from gkd_trainer.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class FrozenTeacher(Teacher):
             try:
                 model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
             except LOADING_ERRORS as error:
-                message = unloadable("teacher", name_or_path, "teacher_model_init_kwargs", error)
+                message = loading_failure("teacher", name_or_path, "teacher_model_init_kwargs", error)
                 raise GKDTeacherError(message) from error
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
         return cls(model, tokenizer, top_k=top_k)
