@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.divergence.loss import checked_divergence_options
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.redaction import redacted
+from gkd_trainer.student import name_of
 from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_trls_order(args: object, data_collator: object, name: str) -> None:
+    """Raise GKDConfigError for `GKDTrainer(student, teacher, config)`: TRL's order of arguments, not Trainer's."""
+    for position, argument, is_valid in (
+        ("args, the second argument,", args, args is None or isinstance(args, TrainingArguments)),
+        ("data_collator, the third argument,", data_collator, not isinstance(data_collator, TrainingArguments)),
+    ):
+        if not is_valid:
+            expected = "a GKDConfig or TrainingArguments" if argument is args else "a data collator"
+            raise GKDConfigError(
+                f"{position} must be {expected}; got {type(argument).__name__}. The order is Trainer's, and the "
+                f"teacher goes by keyword: {name}(student, teacher_model=teacher, args=config, ...)"
+            )
 
 
 def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> Any:
@@ -32,18 +52,26 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     if args is None:
         return GKDConfig(output_dir="tmp_trainer")
     known = {field.name for field in dataclasses.fields(GKDConfig)}
+    defaults = {field.name: _default(field) for field in dataclasses.fields(args)}
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
     foreign = [
         field.name
         for field in dataclasses.fields(args)
-        if field.name in given and field.name not in known and given[field.name] not in (field.default, None)
+        if field.name in given and field.name not in known and given[field.name] not in (defaults[field.name], None)
     ]
     if foreign:
         raise GKDConfigError(
             f"{', '.join(foreign)}: options of {type(args).__name__} that GKDConfig does not have. Derive "
             f"`class MyConfig(GKDArguments, {type(args).__name__})` for a trainer that has them, with GKDMixin in front"
         )
+    # At the default of trl's GKDConfig it was not chosen, and may be fitted to max_length.
+    if given.get("max_new_tokens") == defaults.get("max_new_tokens"):
+        given.pop("max_new_tokens", None)
     return GKDConfig(**{name: value for name, value in given.items() if name in known})
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def init_parameters(classes: Sequence[type]) -> dict[str, Parameter]:
@@ -73,15 +101,15 @@ def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any
     return accepted
 
 
-def build_teacher(
-    args: Any, teacher: Teacher | None, teacher_model: PreTrainedModel | str | None, trust_remote_code: bool
-) -> Teacher:
-    """Return the one teacher that was given, as an object, a model, a name, or the address of its servers.
+def build_teacher(args: Any, teacher: Teacher | None, teacher_model: Any, trust_remote_code: bool) -> Teacher:
+    """Return the one teacher that was given, as an object, a model, a name or path, or the address of its servers.
 
     Raises GKDTeacherError where there is none, or more than one.
     """
     name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
     init_kwargs = args.teacher_model_init_kwargs
+    if isinstance(teacher_model, Teacher):
+        raise GKDTeacherError(f"teacher_model is a {type(teacher_model).__name__}: pass a Teacher as teacher")
     if teacher is None and teacher_model is None and name is None and urls is None:
         raise GKDTeacherError(
             "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
@@ -89,8 +117,14 @@ def build_teacher(
         )
     if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
         raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
+    given = teacher_model if teacher_model is not None else teacher
+    if given is not None and name is not None and not _is_named(given, name):
+        raise GKDTeacherError(
+            f"got a teacher and args.teacher_model_name_or_path={name!r}, which the teacher was not loaded from: keep "
+            "the one that is to teach"
+        )
     source = teacher_model if teacher_model is not None else name
-    if teacher is None and isinstance(source, str):
+    if teacher is None and isinstance(source, str | os.PathLike):
         options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
         return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
     if init_kwargs is not None:
@@ -104,7 +138,7 @@ def build_teacher(
                 "teacher_top_k is set for a teacher that is given as an object: pass it top_k instead"
             )
         return teacher
-    if isinstance(teacher_model, PreTrainedModel):
+    if teacher_model is not None:
         return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
     return VLLMServerTeacher(
         urls,
@@ -114,6 +148,19 @@ def build_teacher(
         request_timeout=args.vllm_request_timeout,
         checks=args.teacher_server_checks,
     )
+
+
+def _is_named(teacher: Any, name: str) -> bool:
+    if not isinstance(teacher, str | os.PathLike):
+        teacher = name_of(teacher.model if isinstance(teacher, Teacher) else teacher)
+    return Path(teacher) == Path(name)
+
+
+def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:
+    """Log the options that were set and have no effect, each with what it needs."""
+    if options:
+        listed = "; ".join(f"{name}={redacted(getattr(args, name), name)!r} needs {need}" for name, need in options)
+        logger.warning("Options without effect in this run: %s.", listed)
 
 
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:
@@ -127,7 +174,6 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    checked_divergence_options(args.divergence, args.divergence_options)
     if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
         raise GKDConfigError(
             f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "
@@ -141,4 +187,16 @@ def refuse_data_parallel(args: Any) -> None:
         raise GKDConfigError(
             f"{args.n_gpu} GPUs are visible to this one process, which Trainer would drive with nn.DataParallel: "
             "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
+def refuse_dropped_deepspeed(args: Any, is_deepspeed_enabled: bool) -> None:
+    """Raise GKDConfigError where DeepSpeed was asked for and Accelerate goes on without it: under DDP, or alone."""
+    if args.deepspeed is not None and not is_deepspeed_enabled:
+        raise GKDConfigError(
+            "deepspeed is set, but Accelerate does not run it (use_cpu="
+            f"{args.use_cpu}, ACCELERATE_USE_CPU={os.environ.get('ACCELERATE_USE_CPU')}): unset ACCELERATE_USE_CPU, "
+            "which switches it off, or leave deepspeed out. On a CPU it runs with use_cpu=True; if not so here, set "
+            "ACCELERATE_TORCH_DEVICE=cpu and ACCELERATE_USE_DEEPSPEED=true, make a PartialState(backend='gloo') first, "
+            "and set accelerator_config={'use_configured_state': True}"
         )

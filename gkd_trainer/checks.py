@@ -15,7 +15,10 @@ from typing import Any, get_args
 
 from transformers import GenerationConfig
 
+from gkd_trainer.divergence.loss import checked_divergence_options
+from gkd_trainer.effects import REFUSED_UNUSED, Run, unused_options
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.redaction import redacted, redacted_source
 
 # What generation_kwargs may not hold, and what to do instead.
 _REFUSED_GENERATION_KWARGS = {
@@ -84,7 +87,7 @@ def check_types(args: Any, owner: type, parsed: Collection[str]) -> None:
         is_valid = any(
             isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind, _ in expected
         )
-        _check(name, repr(value), is_valid, " or ".join(words for _, words in expected))
+        _check(name, repr(redacted(value, name)), is_valid, " or ".join(words for _, words in expected))
 
 
 def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
@@ -127,6 +130,13 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
 
 def check_combinations(args: Any) -> None:
     """Raise GKDConfigError for options that have no meaning together."""
+    checked_divergence_options(args.divergence, args.divergence_options)
+    for name, need in unused_options(Run(args)):
+        if name in REFUSED_UNUSED:
+            raise GKDConfigError(
+                f"{name}={getattr(args, name)} has no effect, since it needs {need}: lower lmbda (or an end of its "
+                f"schedule), or leave {name} out"
+            )
     if args.lmbda_schedule == "linear" and args.lmbda_end is None:
         raise GKDConfigError("lmbda_schedule='linear' needs lmbda_end, the λ of the last step; got None")
     if args.lmbda_schedule == "constant" and args.lmbda_end not in (None, args.lmbda):
@@ -241,15 +251,16 @@ def parsed_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]
     """Return a dictionary, of which the command line gives JSON."""
     if value is None or isinstance(value, dict):
         return value
+    came = redacted_source(value) if isinstance(value, str) else repr(redacted(value))
     try:
         parsed = json.loads(value)
     except (TypeError, json.JSONDecodeError) as error:
-        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {value!r}: {error}") from error
+        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {came}: {error}") from error
     if not isinstance(parsed, dict):
-        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {value!r}")
+        raise GKDConfigError(f"{name} must be a dictionary or a JSON object; got {came}")
     return parsed
 
 
 def _check(name: str, value: object, is_valid: bool, expected: str) -> None:
     if not is_valid:
-        raise GKDConfigError(f"{name} must be {expected}; got {value}")
+        raise GKDConfigError(f"{name} must be {expected}; got {redacted(str(value))}")

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from transformers import TrainingArguments
 
 from gkd_trainer.checks import check_combinations, check_ranges, check_types, parsed_json, parsed_urls
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
+
+logger = logging.getLogger(__name__)
 
 
-def _option(default: Any, help: str, choices: list[str] | None = None, is_secret: bool = False) -> Any:
+class _Unset(int):
+    """The default of a number that may be lowered, since nobody chose it."""
+
+
+def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
     metadata: dict[str, Any] = {"help": help}
     if choices is not None:
         metadata["choices"] = choices
-    return field(default=default, metadata=metadata, repr=not is_secret)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -99,7 +109,10 @@ class GKDArguments:
         None, "Keep tokens with at least this share of the top token's probability, in [0, 1]."
     )
     repetition_penalty: float = _option(1.0, "Penalty (> 0) on tokens that occurred before; 1 is none.")
-    max_new_tokens: int = _option(128, "Longest completion that is generated, in tokens.")
+    max_new_tokens: int = _option(
+        _Unset(128),
+        "Longest completion that is generated, in tokens; where it is not set and would not fit, half of max_length.",
+    )
     generation_kwargs: dict[str, Any] | str | None = _option(
         None,
         "Further options of transformers.GenerationConfig for the rollouts (of vLLM's SamplingParams under use_vllm), "
@@ -131,9 +144,7 @@ class GKDArguments:
         "Where the rollout servers listen, such as http://127.0.0.1:8000; a list, or separated by commas. Prompts are "
         "spread over them.",
     )
-    vllm_server_api_token: str | None = _option(
-        None, "The API key that the rollout servers were started with.", is_secret=True
-    )
+    vllm_server_api_token: str | None = _option(None, "The API key that the rollout servers were started with.")
     vllm_server_timeout: float = _option(
         240.0,
         "Seconds (> 0) for which a server that can't be reached is tried again, as while it restarts; a teacher's too.",
@@ -189,7 +200,7 @@ class GKDArguments:
     teacher_top_k: int | None = _option(
         None,
         "Compare over the teacher's most probable tokens (this many) and one bucket for all others. By default over "
-        "the whole vocabulary, and 64 for a teacher behind a server.",
+        "the whole vocabulary, and 20 for a teacher behind a server.",
     )
     teacher_tail: str = _option(
         "bucket",
@@ -202,9 +213,7 @@ class GKDArguments:
         "Where ordinary vLLM servers with the teacher listen, such as http://127.0.0.1:8001; a list, or separated by "
         "commas. Takes the place of a teacher model.",
     )
-    teacher_server_api_token: str | None = _option(
-        None, "The API key that the teacher's servers were started with.", is_secret=True
-    )
+    teacher_server_api_token: str | None = _option(None, "The API key that the teacher's servers were started with.")
     teacher_server_checks: bool = _option(
         True, "Whether the teacher's servers are checked at first contact: tokenizer, scores, reproducibility."
     )
@@ -219,6 +228,9 @@ class GKDArguments:
 
     def __post_init__(self) -> None:
         """Parse the JSON fields, check every value and combination, then let the base class do its part."""
+        for name in ("teacher_model_name_or_path", "vllm_sync_dir"):
+            if isinstance(path := getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(path))
         for name in self._json_fields():
             setattr(self, name, parsed_json(name, getattr(self, name)))
         for name in self._url_fields():
@@ -228,10 +240,40 @@ class GKDArguments:
             if isinstance(self, owner):
                 check_types(self, owner, {*self._json_fields(), *self._url_fields()})
         check_ranges(self, dataclasses.fields(GKDArguments))
+        self._fit_max_new_tokens()
         check_combinations(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep @dataclass from giving the subclass a `repr` of its own, which would show secrets."""
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = GKDArguments.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Return all options and their values, one per line, without secrets."""
+        values = {option.name: getattr(self, option.name, None) for option in dataclasses.fields(self)}
+        lines = [f"{name}={redacted(value, name)!r},\n" for name, value in sorted(values.items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __str__ = __repr__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options and their values, without secrets, for JSON and trackers."""
+        parent = getattr(super(), "to_dict", None)
+        values = vars(self) if parent is None else parent()
+        plain = {name: _plain(values[name]) for name in self._json_fields()}
+        return {name: redacted(value, name) for name, value in {**values, **plain}.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all, or what `dropping_secrets` leaves of it."""
+        state = vars(self).copy()
+        if drops_secrets():
+            own = {option.name for option in dataclasses.fields(self)} & state.keys()
+            state |= {name: without_secrets(state[name], name) for name in own}
+        return state
 
     @property
     def generates(self) -> bool:
@@ -242,6 +284,26 @@ class GKDArguments:
     def is_always_on_policy(self) -> bool:
         """Whether every sample of the run is on-policy."""
         return min(self.lmbda, self._last_lmbda) == 1
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether some samples of the run may be on-policy, and others not."""
+        return max(self.lmbda, self._last_lmbda) > 0 and not self.is_always_on_policy
+
+    def _fit_max_new_tokens(self) -> None:
+        default, length = self.max_new_tokens, self.max_length
+        if not isinstance(default, _Unset):
+            return
+        self.max_new_tokens = int(default)
+        if length is not None and length <= default and (self.generates or self.eval_on_policy):
+            self.max_new_tokens = length // 2
+            logger.warning(
+                "max_new_tokens is %d, half of max_length=%d, which its default of %d would leave no prompt in: set it "
+                "to choose another.",
+                self.max_new_tokens,
+                length,
+                default,
+            )
 
     @property
     def _last_lmbda(self) -> float:
@@ -256,7 +318,18 @@ class GKDArguments:
         return ("vllm_server_base_url", "teacher_server_base_url")
 
 
-@dataclass(repr=False)  # that of TrainingArguments hides every token
+def _plain(value: Any) -> Any:
+    """Return a value of which JSON can be made: a quantisation's configuration as a dictionary, a dtype as its name."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+@dataclass
 class GKDConfig(GKDArguments, TrainingArguments):
     """The configuration of GKDTrainer: GKDArguments on top of transformers.TrainingArguments."""
 

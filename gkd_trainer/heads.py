@@ -51,6 +51,8 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
     The check is what makes it safe: whatever an unknown architecture does between hidden states and logits
     shows there. It runs in eval mode and draws no random numbers. `model` is not wrapped for distribution.
     """
+    if getattr(model, "_compiled_call_impl", None) is not None:  # model.compile()
+        return InseparableHead("its forward is compiled as a whole")
     module = output_embeddings(model)
     if module is None:
         return InseparableHead("it has no output embeddings")

@@ -14,6 +14,7 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError
+from gkd_trainer.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +63,14 @@ class VLLMServer:
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise GKDConfigError(f"a server's base URL must start with http:// or https://; got {base_url!r}")
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.base_url = redacted(base_url)
+        """Where it listens, for messages: without a user's name and password."""
         self.interruptions = 0
         """How many connections failed so far: where it has grown, the server may have been started anew."""
         self._server_timeout, self._request_timeout = server_timeout, request_timeout
         self._client = httpx.Client(
-            base_url=self.base_url,
+            base_url=base_url,
             headers={"Authorization": f"Bearer {api_token}"} if api_token else {},
             limits=httpx.Limits(max_connections=_CALLS_AT_ONCE),
             trust_env=False,  # no proxy that the user did not name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.redaction import redacted
+
+logger = logging.getLogger(__name__)
+
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError)
+"""What `from_pretrained` raises for a name, folder or argument that it can't use, or where a package is missing."""
 
 _PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 
@@ -24,8 +31,19 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:  # the first is the older name
         kwargs["dtype"] = torch.float32
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except LOADING_ERRORS as error:
+        raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
     return model
+
+
+def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
+    """Return what to say of a model that could not be loaded by name."""
+    return (
+        f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "
+        f"the hub, and in {init_kwargs} what it takes to load it ({type(error).__name__}: {redacted(str(error))})"
+    )
 
 
 def find_tokenizer(
@@ -53,6 +71,28 @@ def find_tokenizer(
 def name_of(model: nn.Module | None) -> str:
     """Return the name or folder that a model was loaded from; empty where it was built."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:
+    """Return the module inside `torch.compile(model)`, with a warning; any other module as it is.
+
+    A compiled forward hides the model's head, so that all logits would have to be built.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if not isinstance(inner, nn.Module):
+        return model
+    logger.warning("The %s came compiled, and runs uncompiled: its logits would be built in full%s.", role, remedy)
+    return inner
+
+
+def give_pad_token(model: nn.Module, token_id: int) -> None:
+    """Set the pad token of a model that has none, in its config and its generation config."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for holder in (config, getattr(model, "generation_config", None)):
+        if holder is not None and getattr(holder, "pad_token_id", None) is None:
+            holder.pad_token_id = token_id
 
 
 def wrap_in_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:

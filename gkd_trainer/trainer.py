@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -23,11 +24,15 @@ from gkd_trainer.arguments import (
     completed_args,
     init_parameters,
     refuse_data_parallel,
+    refuse_dropped_deepspeed,
     refuse_meaningless,
+    refuse_trls_order,
+    warn_of_unused,
 )
 from gkd_trainer.batch import Generated, StudentSignal, TokenBatch
 from gkd_trainer.data import keeping_labels
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
+from gkd_trainer.effects import Run, unused_options
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.evaluation import EvaluationMixin
 from gkd_trainer.finite import FiniteCheck
@@ -39,20 +44,26 @@ from gkd_trainer.heads import (
 )
 from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
+from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
     disable_dropout,
     find_tokenizer,
+    give_pad_token,
     load_student,
     name_of,
     refuse_frozen,
     refuse_prompt_learning,
+    uncompiled,
     wrap_in_adapter,
 )
 from gkd_trainer.teachers import Teacher
+from gkd_trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 
 logger = logging.getLogger(__name__)
+
+_COMPILES = " (torch_compile=True compiles it nevertheless)"
 
 
 class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
@@ -65,12 +76,13 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
     Args:
         model: The student: a model, a PEFT model, or a name or path, which is loaded with `args.model_init_kwargs`
-            and in float32 unless they give a dtype.
+            and in float32 unless they give a dtype. One from `torch.compile` runs uncompiled unless
+            `args.torch_compile` is set.
         args: A configuration with GKDArguments; plain TrainingArguments get the defaults of GKDConfig.
         train_dataset: Rows of `messages`, `prompt` and `completion`, `prompt`, `text`, or `input_ids` and `labels`.
         eval_dataset: The same, or a dictionary of them.
         processing_class: The tokenizer; by default the one beside the student's weights.
-        teacher_model: The teacher: a model, a name or a path; or set `args.teacher_model_name_or_path`.
+        teacher_model: The teacher: a model, a PEFT model, a name or a path; or set `args.teacher_model_name_or_path`.
         peft_config: The adapter that the student is wrapped in.
         formatting_func: Turns a row into text, a list of messages, or a row of a format above.
         teacher: A Teacher, in place of `teacher_model`.
@@ -88,7 +100,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str | None = None,
+        model: PreTrainedModel | nn.Module | str | os.PathLike[str] | None = None,
         args: TrainingArguments | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: Any = None,
@@ -102,13 +114,14 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        teacher_model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | PeftModel | PeftMixedModel | nn.Module | str | os.PathLike[str] | None = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[Any], Any] | None = None,
         teacher: Teacher | None = None,
         rollouts: RolloutEngine | None = None,
         **base_kwargs: Any,
     ) -> None:
+        refuse_trls_order(args, data_collator, type(self).__name__)
         base_init: Callable[..., None] = super().__init__
         family = type(self).__mro__
         base_parameters = init_parameters(family[family.index(GKDMixin) + 1 :])
@@ -118,15 +131,25 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         refuse_meaningless(config, compute_loss_func, peft_config)
         if (model is None) == (model_init is None):
             raise GKDConfigError("expected one student: pass model (a model, a name or a path) or model_init")
+        if isinstance(model, os.PathLike):
+            model = os.fspath(model)
+        elif isinstance(model, nn.Module):
+            model = uncompiled(model, "student", _COMPILES)
         trust_remote_code = getattr(config, "trust_remote_code", False)
         teacher = build_teacher(config, teacher, teacher_model, trust_remote_code)
         if teacher.model is not None and teacher.model is model:
             raise GKDTeacherError("teacher and student are the same object: freezing the one would freeze the other")
-        if config.seq_kd and not (teacher.model is not None and teacher.model.can_generate()):
+        if config.seq_kd and not getattr(teacher.model, "can_generate", lambda: False)():
             raise GKDTeacherError(
                 "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
                 "process as teacher_model, or set seq_kd=False"
             )
+        run = Run(
+            config,
+            has_top_tokens=teacher.top_k is not None,
+            loads_student=isinstance(model, str),
+            builds_rollouts=rollouts is None,
+        )
         if processing_class is None:
             name = model if isinstance(model, str) else name_of(model)
             processing_class = find_tokenizer(name, trust_remote_code, getattr(config, "model_init_kwargs", None))
@@ -172,7 +195,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         if not is_plain_trainer:
             arguments["peft_config"] = peft_config
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
+        if model_init is not None and processing_class is None:
+            self._find_tokenizer_of_made_student(trust_remote_code)
         refuse_data_parallel(self.args)
+        refuse_dropped_deepspeed(self.args, self.is_deepspeed_enabled)
+        if self.is_world_process_zero():
+            warn_of_unused(unused_options(run), config)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise GKDConfigError(
                 "context and sequence parallelism split a sequence over ranks, across which the divergence can't look "
@@ -188,6 +216,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             )
         if self.train_dataset is not None:
             refuse_frozen(self.model)
+        self._give_pad_token(self.model)
         if self.args.disable_dropout:
             disable_dropout(self.model)
 
@@ -199,9 +228,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         self._has_trained = False
         self._connect_teacher(teacher)
         self._connect_rollouts(rollouts)
+        # Read by subclasses that were written for TRL's trainer; the rollouts here sample by args.
+        self.generation_config = trl_generation_config(self.args, self.model, self._pad_token_id)
         self._prepare_datasets()
 
     generalized_jsd_loss = staticmethod(trl_generalized_jsd_loss)
+    generate_on_policy_outputs = staticmethod(generate_on_policy_outputs)
 
     @property
     def teacher_model(self) -> PreTrainedModel | None:
@@ -210,7 +242,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh student from `model_init`, adapted like one that was passed."""
-        model = self._adapted(super().call_model_init(trial), self.args)
+        model = self._adapted(uncompiled(super().call_model_init(trial), "student", _COMPILES), self.args)
+        self._give_pad_token(model)
         if self.args.disable_dropout:
             disable_dropout(model)
         return model
@@ -331,6 +364,24 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             logs.update(self._meter.read(lambda sums: self.accelerator.reduce(sums, "sum")))
             self._show_completions()
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with dropping_secrets():  # from training_args.bin
+            super()._save(output_dir, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with dropping_secrets():
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _find_tokenizer_of_made_student(self, trust_remote_code: bool) -> None:
+        self.processing_class = find_tokenizer(name_of(self.model), trust_remote_code)
+        self.callback_handler.processing_class = self.processing_class
+        if type(self.data_collator) is DataCollatorForLanguageModeling:  # made above, before there was a tokenizer
+            self.data_collator.pad_token_id = self._pad_token_id
+
+    def _give_pad_token(self, model: nn.Module) -> None:
+        if getattr(self, "processing_class", None) is not None:  # Trainer calls model_init before it sets that
+            give_pad_token(model, self._pad_token_id)
 
     def _adapted(self, model: nn.Module, args: Any) -> nn.Module:
         if self._adapter_config is not None:

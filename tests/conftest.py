@@ -15,6 +15,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     DO_NOT_TRACK="1",
     WANDB_MODE="disabled",
+    TRL_EXPERIMENTAL_SILENCE="1",
 )
 
 import pytest
@@ -148,8 +149,7 @@ def tiny_model():
                 num_key_value_heads=2,
                 bos_token_id=3,
                 eos_token_id=eos,
-                pad_token_id=eos if isinstance(eos, int) else eos[0],
-                **{**extra, **config},
+                **{"pad_token_id": eos if isinstance(eos, int) else eos[0], **extra, **config},
             )
         )
         with torch.no_grad():

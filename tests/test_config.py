@@ -4,15 +4,18 @@ import copy
 import dataclasses
 import json
 import pickle
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 import trl
-from transformers import GenerationConfig, HfArgumentParser, TrainingArguments
+from transformers import BitsAndBytesConfig, GenerationConfig, HfArgumentParser, TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.redaction import dropping_secrets
 
 OWN_FIELDS = [option.name for option in dataclasses.fields(GKDArguments)]
 PLAIN_FIELDS = ["model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"]
@@ -216,6 +219,27 @@ def test_where_completions_are_generated_a_prompt_must_fit_beside_them(options):
     GKDArguments(max_length=129, max_new_tokens=128, **options)
 
 
+@pytest.mark.parametrize(
+    ("max_length", "expected"), [(1024, 128), (129, 128), (128, 64), (65, 32), (64, 32), (2, 1), (None, 128)]
+)
+def test_max_new_tokens_that_nobody_chose_leaves_room_for_a_prompt(max_length, expected, caplog):
+    for options in ({}, {"lmbda": 0.0, "seq_kd": True}, {"lmbda": 0.0, "eval_on_policy": True}):
+        caplog.clear()
+        args = GKDArguments(max_length=max_length, **options)
+        assert args.max_new_tokens == expected
+        assert type(args.max_new_tokens) is int
+        assert (f"max_new_tokens is {expected}, half of max_length={max_length}" in caplog.text) == (expected < 128)
+
+
+@pytest.mark.parametrize("parser_class", [HfArgumentParser, trl.TrlParser])
+def test_max_new_tokens_that_is_not_on_the_command_line_was_not_chosen(tmp_path, parser_class):
+    words = ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true", "--max_length", "64"]
+    [args] = parser_class(GKDConfig).parse_args_into_dataclasses(words)
+    assert args.max_new_tokens == 32
+    with pytest.raises(GKDConfigError, match=r"max_length \(64\) must exceed max_new_tokens \(128\)"):
+        parser_class(GKDConfig).parse_args_into_dataclasses([*words, "--max_new_tokens", "128"])
+
+
 def test_without_generation_max_length_may_be_short():
     GKDArguments(lmbda=0.0, max_length=16, max_new_tokens=128)
 
@@ -235,6 +259,32 @@ def test_without_generation_max_length_may_be_short():
 def test_whether_a_run_generates_takes_its_whole_schedule_into_account(options, generates, is_always_on_policy):
     args = GKDArguments(**options)
     assert (args.generates, args.is_always_on_policy) == (generates, is_always_on_policy)
+
+
+@pytest.mark.parametrize("lmbda", [{"lmbda": 1.0}, {"lmbda": 1.0, "lmbda_end": 1.0, "lmbda_schedule": "linear"}])
+@pytest.mark.parametrize("option", [{"ce_weight": 0.5}, {"seq_kd": True}])
+def test_what_needs_data_is_refused_where_every_sample_is_on_policy(option, lmbda):
+    [(name, value)] = option.items()
+    with pytest.raises(
+        GKDConfigError, match=rf"^{name}={value} has no effect, since it needs samples.*leave {name} out$"
+    ):
+        GKDArguments(**option, **lmbda)
+    GKDArguments(**option, lmbda=1.0, lmbda_end=0.5, lmbda_schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("divergence", "options", "message"),
+    [
+        ("jsd", {"alpha": 0.1}, r"options of the divergence 'jsd' are \[\]; got \['alpha'\]"),
+        ("skew_kl", {"beta": 0.1}, r"'skew_kl' are \['alpha'\]; got \['beta'\]"),
+        ("skew_kl", {"alpha": 1.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\)"),
+        ("adaptive_kl", '{"mu": "0.5"}', "'mu' of the divergence 'adaptive_kl' must be a number; got '0.5'"),
+        ("alpha_beta", {"alpha": None}, "'alpha' of the divergence 'alpha_beta' must be a number; got None"),
+    ],
+)
+def test_options_that_a_divergence_does_not_take_are_refused(divergence, options, message):
+    with pytest.raises(GKDConfigError, match=message):
+        GKDArguments(divergence=divergence, divergence_options=options)
 
 
 # JSON fields
@@ -448,9 +498,105 @@ def test_sampling_options_of_vllm_are_taken_where_vllm_samples():
     assert args.generation_kwargs == {"min_tokens": 2, "presence_penalty": 0.5}
 
 
-def test_api_keys_are_not_in_what_is_logged(config_of):
-    args = config_of(vllm_server_api_token="hidden-1", teacher_server_api_token="hidden-2")
-    assert "hidden-" not in args.to_json_string() + str(args) + repr(args)
+CANARY = "canary-31337"
+SECRETS = {
+    "hub_token": CANARY,
+    "vllm_server_api_token": CANARY,
+    "vllm_server_base_url": f"http://user:{CANARY}@a:1,http://b:2",
+    "teacher_server_base_url": [f"https://{CANARY}@c"],
+    "teacher_server_api_token": CANARY,
+    "teacher_model_init_kwargs": {"token": CANARY, "proxies": {"https": f"http://u:{CANARY}@proxy"}},
+    "vllm_engine_kwargs": f'{{"hf_overrides": [{{"apiKey": "{CANARY}"}}]}}',
+    "use_vllm": True,
+    "vllm_mode": "server",
+}
+PLAIN_SECRETS = {"model_init_kwargs": {"use_auth_token": CANARY}, "dataset_kwargs": {"storage": {"password": CANARY}}}
+
+
+def printed(args):
+    forms = [str(args), repr(args), f"{args}", "%r" % [args]]
+    if hasattr(args, "to_json_string"):
+        forms += [args.to_json_string(), str(args.to_sanitized_dict())]
+    return "\n".join([*forms, str(args.to_dict())])
+
+
+def test_secrets_are_in_no_printed_form_of_a_configuration(config_of):
+    plain = {name: value for name, value in SECRETS.items() if name != "hub_token"}
+    for args in (
+        config_of(**SECRETS, **PLAIN_SECRETS),
+        config_of(MyConfig, **SECRETS, **PLAIN_SECRETS),
+        GKDArguments(**plain),
+    ):
+        text = printed(args)
+        assert CANARY not in text
+        assert "'token': '<TOKEN>'" in text
+        assert "https://<CREDENTIALS>@c" in text
+        # They are there all the same, also after printing.
+        assert args.teacher_model_init_kwargs["token"] == args.vllm_server_api_token == CANARY
+        assert args.vllm_server_base_url == [f"http://user:{CANARY}@a:1", "http://b:2"]
+
+
+def test_secrets_go_along_where_a_configuration_is_copied_or_pickled(config_of):
+    args = config_of(**SECRETS)
+    for copied in (copy.copy(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args)), dataclasses.replace(args)):
+        assert copied.teacher_model_init_kwargs["token"] == copied.hub_token == CANARY
+
+
+def test_secrets_are_left_out_of_what_is_pickled_to_be_saved(config_of):
+    with dropping_secrets():
+        stored = pickle.dumps(config_of(**SECRETS, **PLAIN_SECRETS))
+    assert CANARY.encode() not in stored
+    loaded = pickle.loads(stored)
+    assert loaded.hub_token is loaded.vllm_server_api_token is loaded.teacher_model_init_kwargs["token"] is None
+
+
+def test_a_configuration_goes_through_a_parser_with_its_secrets_hidden(config_of):
+    """As TrainingArguments' own do: the names of the secrets come back in their place."""
+    fields = {option.name for option in dataclasses.fields(GKDConfig) if option.init}
+    stored = {name: value for name, value in config_of(**SECRETS).to_dict().items() if name in fields}
+    [again] = HfArgumentParser(GKDConfig).parse_dict(stored)
+    assert again.hub_token == "<HUB_TOKEN>"
+    assert again.vllm_server_api_token == "<VLLM_SERVER_API_TOKEN>"
+    assert again.teacher_model_init_kwargs["token"] == "<TOKEN>"
+    assert again.teacher_server_base_url == ["https://<CREDENTIALS>@c"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher_model_init_kwargs": f"{{'token': '{CANARY}'}}"},
+        {"vllm_engine_kwargs": [{"token": CANARY}]},
+        {"model_init_kwargs": f'["api_key", "{CANARY}"]'},
+        {"vllm_server_api_token": [CANARY]},
+        {"teacher_server_api_token": {"key": CANARY}},
+        {"teacher_server_base_url": f"ftp://user:{CANARY}@host"},
+        {"teacher_server_base_url": [f"http://user:{CANARY}@host", 3]},
+        {"vllm_server_base_url": f"http://user:{CANARY}@host"},
+    ],
+)
+def test_no_error_shows_a_secret(config_of, options):
+    with pytest.raises(GKDConfigError) as raised:
+        config_of(**options)
+    assert CANARY not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("config_class", [GKDConfig, MyConfig])
+def test_a_configuration_prints_all_its_options(config_of, config_class):
+    text = repr(config_of(config_class, learning_rate=3e-4, beta=0.25))
+    assert text.startswith(f"{config_class.__name__}(\n")
+    assert "\nlearning_rate=0.0003,\n" in text
+    assert "\nbeta=0.25,\n" in text
+    for option in dataclasses.fields(config_class):
+        assert f"\n{option.name}=" in text, option.name
+    assert "\nbeta=0.25,\n" in repr(GKDArguments(beta=0.25))
+
+
+def test_a_quantisation_inside_of_an_option_is_serialised(config_of):
+    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
+    args = config_of(teacher_model_init_kwargs={"quantization_config": quantisation, "dtype": torch.bfloat16})
+    stored = json.loads(args.to_json_string())["teacher_model_init_kwargs"]
+    assert stored["dtype"] == stored["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert args.teacher_model_init_kwargs["quantization_config"] is quantisation
 
 
 # Documentation, command lines, files
@@ -515,6 +661,8 @@ def test_every_option_is_read_from_the_command_line(tmp_path, parser_class, name
         words += ["--lmbda_schedule", "linear"]
     if name == "lmbda_schedule":
         words += ["--lmbda_end", "0.75"]
+    if name == "divergence_options":
+        words += ["--divergence", "skew_kl"]
     if name in ("vllm_mode", "vllm_server_base_url", "rollout_overlap"):
         server = {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": "http://a:1", name: text}
         words += [word for option, value in server.items() for word in (f"--{option}", value)]

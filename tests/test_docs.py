@@ -1,24 +1,82 @@
 """The documentation names what there is."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from gkd_trainer import GKDArguments, GKDConfig
+from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
+from gkd_trainer.divergence import token_divergence
+from gkd_trainer.divergence.linear import CPU_WORKSPACE_MB, WORKSPACE_MB
+from gkd_trainer.divergence.objective import OPTIONS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
+PLAIN_OPTIONS = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"}
+OWN_OPTIONS = [
+    *dataclasses.fields(GKDArguments),
+    *(option for option in dataclasses.fields(GKDConfig) if option.name in PLAIN_OPTIONS),
+]
+
+
 def test_options_page_lists_every_option_with_its_default():
     listed = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
-    own = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"}
-    options = [*dataclasses.fields(GKDArguments), *(f for f in dataclasses.fields(GKDConfig) if f.name in own)]
-    assert sorted(listed) == sorted((option.name, repr(option.default)) for option in options)
+    assert sorted(listed) == sorted((option.name, repr(option.default)) for option in OWN_OPTIONS)
+
+
+def default_of(function, name):
+    return inspect.signature(function).parameters[name].default
+
+
+def test_options_page_says_of_an_option_what_its_help_says():
+    rows = re.findall(r"^\| `(\w+)` \| `.*?` \| (.*) \|$", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
+    expected = {}
+    for option in OWN_OPTIONS:
+        choices = option.metadata.get("choices")
+        listed = f" One of {', '.join(f'`{choice!r}`' for choice in choices)}." if choices else ""
+        expected[option.name] = option.metadata["help"] + listed
+    assert dict(rows) == expected
+
+
+# The numbers that a help text calls a default, from where the code has them.
+DEFAULTS_IN_HELP = {
+    "loss_workspace_mb": [CPU_WORKSPACE_MB, WORKSPACE_MB],
+    "teacher_top_k": [default_of(VLLMServerTeacher.__init__, "top_k")],
+}
+
+
+def test_numbers_that_a_help_text_calls_defaults_are_those_of_the_code():
+    found = {}
+    for option in OWN_OPTIONS:
+        sentences = re.findall(r"by default[^.;]*", option.metadata["help"], re.IGNORECASE)
+        numbers = [float(number) for sentence in sentences for number in re.findall(r"\b\d[\d.]*\b", sentence)]
+        if numbers:
+            found[option.name] = numbers
+    assert found == DEFAULTS_IN_HELP
+
+
+def test_numbers_that_other_prose_calls_defaults_are_those_of_the_code():
+    migrating = (ROOT / "docs" / "migrating.md").read_text()
+    config = {option.name: option.default for option in OWN_OPTIONS}
+    assert f"the defaults of `GKDConfig`: λ = {config['lmbda']}, β = {config['beta']}" in migrating
+    assert f"| `temperature` | 0.9 by default | {config['temperature']} by default" in migrating
+    assert f"`loss_temperature`, {config['loss_temperature']} by default" in migrating
+    assert (
+        f"| `max_new_tokens` that is not set | {config['max_new_tokens']}, which a `max_length` of 128 or" in migrating
+    )
+    docstring = " ".join((token_divergence.__doc__ or "").split())
+    assert f"None for {CPU_WORKSPACE_MB} on the CPU and {WORKSPACE_MB} elsewhere" in docstring
+    skewed, ab, adaptive = OPTIONS["skew_kl"], OPTIONS["alpha_beta"], OPTIONS["adaptive_kl"]
+    assert f'"alpha" in (0, 1), {skewed["alpha"]}, of the skewed KLs' in docstring
+    assert f'positive "alpha", {ab["alpha"]}, and "beta", {ab["beta"]}, of "alpha_beta"' in docstring
+    assert f'"mu" in (0, 1), {adaptive["mu"]}, of "adaptive_kl"' in docstring
+    assert OPTIONS["skew_reverse_kl"] == skewed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

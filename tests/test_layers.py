@@ -13,13 +13,15 @@ PACKAGE = Path(gkd_trainer.__file__).parent
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"errors"},
-    {"batch", "checks"},
+    {"errors", "redaction", "effects"},
+    {"batch"},
+    {"divergence"},
+    {"checks"},
     {"config"},
     {"heads", "student", "finite", "serving", "checkpoints"},
     {"weights"},
-    {*STAGES, "report"},
-    {"arguments", "any_trainer"},
+    {*STAGES - {"divergence"}, "report"},
+    {"arguments", "any_trainer", "trl_generation"},
     {"recovery"},
     {"generation"},
     {"preparation", "evaluation", "pairing"},

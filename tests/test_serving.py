@@ -1,5 +1,6 @@
 """The client of vLLM servers, before one that answers wrongly, late or not at all."""
 
+import base64
 import logging
 import threading
 import time
@@ -62,6 +63,15 @@ def test_a_get_has_no_body(faulty):
 def test_the_base_url_may_end_as_openai_clients_want_it(faulty, suffix):
     VLLMServer(faulty.base_url + suffix).get("/v1/models", value)
     assert faulty.paths() == ["/v1/models"]
+
+
+def test_credentials_of_the_url_reach_the_server_and_no_message(faulty, caplog):
+    server = VLLMServer(faulty.base_url.replace("http://", "http://user:canary-31337@"), server_timeout=0.1)
+    faulty.next(status(500, b"broken"), times=None)
+    with pytest.raises(GKDServerError) as raised:
+        server.get("/v1/models", value)
+    assert faulty.requests[0].authorization == "Basic " + base64.b64encode(b"user:canary-31337").decode()
+    assert "canary-31337" not in str(raised.value) + caplog.text + server.base_url
 
 
 def test_a_url_without_a_scheme_is_refused():

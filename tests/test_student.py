@@ -11,6 +11,7 @@ from gkd_trainer.student import (
     base_model,
     disable_dropout,
     find_tokenizer,
+    give_pad_token,
     load_student,
     name_of,
     refuse_prompt_learning,
@@ -70,6 +71,19 @@ def test_a_model_is_named_after_the_place_it_was_loaded_from(bf16_checkpoint, ti
     assert name_of(tiny_model()) == ""
     assert name_of(nn.Linear(1, 1)) == ""
     assert name_of(None) == ""
+
+
+def test_a_model_without_pad_token_is_given_one(tiny_model):
+    for model in (tiny_model(pad_token_id=None), wrap_in_adapter(tiny_model(pad_token_id=None), LoraConfig())):
+        give_pad_token(model, 5)
+        assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (5, 5)
+    give_pad_token(nn.Linear(1, 1), 5)
+
+
+def test_a_pad_token_that_a_model_has_stays(tiny_model):
+    model = tiny_model()
+    give_pad_token(model, 5)
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (2, 2)
 
 
 def test_a_second_adapter_is_refused(tiny_model):

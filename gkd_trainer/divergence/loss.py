@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -273,6 +274,10 @@ def checked_divergence_options(divergence: str, options: Mapping[str, float] | N
     numbers = defaults | dict(options)
     largest = math.inf if divergence == "alpha_beta" else 1.0
     for name, number in numbers.items():
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise GKDConfigError(
+                f"the option {name!r} of the divergence {divergence!r} must be a number; got {number!r}"
+            )
         if not 0 < number < largest:
             raise GKDConfigError(
                 f"the option {name!r} of the divergence {divergence!r} must be in (0, {largest:g}) (its limits are KLs "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,14 +15,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
-from torch import Tensor
+from peft import PeftMixedModel, PeftModel
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
 from gkd_trainer.batch import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
-from gkd_trainer.student import find_tokenizer, name_of
+from gkd_trainer.student import LOADING_ERRORS, find_tokenizer, loading_failure, name_of, uncompiled
 from gkd_trainer.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ class FrozenTeacher(Teacher):
     trained on; where the head can't be taken apart safely, with logits, which it says once in the log.
 
     Args:
-        model: The teacher. Its parameters stop requiring gradients.
+        model: The teacher: a causal LM of transformers, or one in a PEFT model, whose active adapter then takes part.
+            Its parameters stop requiring gradients. One from `torch.compile` runs uncompiled.
         tokenizer: Its tokenizer; by default the one in the place that the model was loaded from, if any.
         trust_remote_code: Whether that tokenizer may run Python code that comes with it.
         top_k: Answer with this many top tokens of each position and their log-probs over all rows of the head, as
@@ -46,17 +49,18 @@ class FrozenTeacher(Teacher):
             with whole distributions.
 
     Raises:
-        GKDTeacherError: `top_k` is not in [1, vocab_size].
+        GKDTeacherError: `model` is no such model, or `top_k` is not in [1, vocab_size].
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel | PeftMixedModel | nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
         trust_remote_code: bool = False,
         top_k: int | None = None,
     ) -> None:
-        self._model: PreTrainedModel = model.eval().requires_grad_(False)
+        model = _checked(model)
+        self._model: Any = model.eval().requires_grad_(False)
         parameters = inspect.signature(model.forward).parameters.values()
         takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         # One forward of whole sequences has no use for keys and values.
@@ -72,12 +76,25 @@ class FrozenTeacher(Teacher):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, trust_remote_code: bool = False, top_k: int | None = None, **init_kwargs: Any
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        trust_remote_code: bool = False,
+        top_k: int | None = None,
+        **init_kwargs: Any,
     ) -> FrozenTeacher:
-        """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained."""
+        """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained.
+
+        Raises GKDTeacherError where that fails.
+        """
+        name_or_path = os.fspath(name_or_path)
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
         with _whole_on_every_rank():
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+            except LOADING_ERRORS as error:
+                message = loading_failure("teacher", name_or_path, "teacher_model_init_kwargs", error)
+                raise GKDTeacherError(message) from error
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
         return cls(model, tokenizer, top_k=top_k)
 
@@ -107,8 +124,9 @@ class FrozenTeacher(Teacher):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The teacher's model."""
-        return self._model
+        """The teacher's model, inside its PEFT model where it has one."""
+        model: PreTrainedModel = self._model
+        return model
 
     def prepare(
         self,
@@ -119,7 +137,7 @@ class FrozenTeacher(Teacher):
         """Move the model to `device`, unless it was placed when loaded, and take its head apart."""
         # Never by accelerator.prepare_model: Trainer.evaluate skips preparing the student once any model is registered.
         if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
-            self._model.to(device)  # type: ignore[arg-type]
+            self._model.to(device)
         self._head = find_head(self._model)
         if isinstance(self._head, InseparableHead):
             logger.warning(
@@ -139,6 +157,26 @@ def _whole_on_every_rank() -> Iterator[None]:
             yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def _checked(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        remedy = (
+            "FrozenTeacher.from_pretrained loads one by name" if isinstance(model, str | os.PathLike) else "pass one"
+        )
+        raise GKDTeacherError(f"expected a causal LM as the teacher; got {type(model).__name__}: {remedy}")
+    model = uncompiled(model, "teacher")
+    if not hasattr(model, "config"):
+        raise GKDTeacherError(
+            f"expected a causal LM with a config as the teacher; got {type(model).__name__}: pass a model of "
+            "transformers or PEFT, unwrapped, or implement gkd_trainer.Teacher"
+        )
+    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise GKDTeacherError(
+            "the teacher's adapter learns virtual tokens, which shift its predictions away from the student's: use one "
+            "whose adapter changes weights, such as peft.LoraConfig"
+        )
+    return model
 
 
 def _top_tokens(signal: StudentSignal, k: int) -> TopKSignal:

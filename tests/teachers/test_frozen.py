@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.ao.quantization import quantize_dynamic
 
 from gkd_trainer.batch import IGNORE_INDEX, Head, HiddenSignal, LogitsSignal, TokenBatch, TopKSignal
@@ -299,3 +299,65 @@ def test_a_teacher_that_is_loaded_answers_with_top_tokens_too(tiny_model, tmp_pa
     teacher = FrozenTeacher.from_pretrained(str(tmp_path), top_k=3)
     teacher.prepare(CPU)
     assert teacher.score(batch_of_two()).ids_NK.shape[1] == 3
+
+
+def adapted(model):
+    """A model in a LoRA adapter that changes what it predicts."""
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+
+
+def test_a_peft_model_teaches_with_its_adapter(tiny_model):
+    model, batch = adapted(tiny_model()), batch_of_two()
+    expected_NV = model.eval()(**batch.model_inputs).logits[batch.is_scored_BL]
+    with model.disable_adapter():
+        base_NV = model(**batch.model_inputs).logits[batch.is_scored_BL]
+    teacher = prepared(model)
+    signal = teacher.score(batch)
+    assert isinstance(signal, HiddenSignal)
+    logits_NV = signal.head.logits(signal.hidden_NH)
+    torch.testing.assert_close(logits_NV, expected_NV, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits_NV, base_NV, atol=0.1)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert teacher.vocab_size == 368
+
+
+def test_a_compiled_model_teaches_uncompiled_and_says_so(tiny_model, caplog):
+    model, batch = tiny_model(), batch_of_two()
+    teacher = prepared(torch.compile(model, backend="eager"))
+    assert teacher.model is model
+    assert isinstance(teacher.score(batch), HiddenSignal)
+    assert "The teacher came compiled, and runs uncompiled" in caplog.text
+
+
+def test_a_model_compiled_in_place_gives_its_logits(tiny_model):
+    model, batch = tiny_model(), batch_of_two()
+    expected_NV = model(**batch.model_inputs).logits[batch.is_scored_BL]
+    model.compile(backend="eager")
+    signal = prepared(model).score(batch)
+    assert isinstance(signal, LogitsSignal)
+    torch.testing.assert_close(signal.logits_NV, expected_NV, atol=1e-4, rtol=1e-4)
+
+
+def test_a_teacher_is_loaded_from_a_path(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    teacher = FrozenTeacher.from_pretrained(tmp_path)
+    assert torch.equal(teacher.model.lm_head.weight, tiny_model().lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("a/name", r"got str: FrozenTeacher\.from_pretrained loads one by name"),
+        ({"model": "a/name"}, "expected a causal LM as the teacher; got dict"),
+        (torch.nn.Linear(2, 2), "with a config as the teacher; got Linear"),
+    ],
+)
+def test_what_is_no_causal_lm_is_refused(model, message):
+    with pytest.raises(GKDTeacherError, match=message):
+        FrozenTeacher(model)
+
+
+def test_a_teacher_whose_adapter_learns_virtual_tokens_is_refused(tiny_model):
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(GKDTeacherError, match="learns virtual tokens"):
+        FrozenTeacher(model)

@@ -32,6 +32,56 @@ def test_no_teacher(make_trainer, tiny_model, token_rows, config):
         GKDTrainer(model=tiny_model(), args=config(), train_dataset=token_rows())
 
 
+def test_teacher_in_the_place_that_trl_gives_it(tiny_model, config, tmp_path):
+    config = config()
+    for teacher in (tiny_model(seed=1), torch.nn.Linear(2, 2), "a/teacher", tmp_path, FrozenTeacher(tiny_model())):
+        with pytest.raises(GKDConfigError) as raised:
+            GKDTrainer(tiny_model(), teacher, config)
+        message = str(raised.value)
+        assert message.startswith("args, the second argument, must be a GKDConfig or TrainingArguments; got ")
+        assert type(teacher).__name__ in message
+        assert message.endswith("GKDTrainer(student, teacher_model=teacher, args=config, ...)")
+    with pytest.raises(GKDConfigError, match=r"data_collator, the third argument, .*got GKDConfig.*teacher_model="):
+        GKDTrainer(tiny_model(), None, config)
+
+
+def test_teacher_object_in_the_place_of_a_model(make_trainer, tiny_model):
+    with pytest.raises(GKDTeacherError, match="teacher_model is a FrozenTeacher: pass a Teacher as teacher"):
+        make_trainer(trainer_args={"teacher_model": FrozenTeacher(tiny_model())})
+
+
+def test_teacher_beside_the_name_of_another(make_trainer, tiny_model, tmp_path):
+    for name in ("one", "two"):
+        tiny_model(seed=1).save_pretrained(tmp_path / name)
+    name = str(tmp_path / "one")
+    message = "got a teacher and args.teacher_model_name_or_path="
+    for given in (
+        {"teacher_model": tiny_model(seed=1)},
+        {"teacher_model": tmp_path / "two"},
+        {"teacher_model": AutoModelForCausalLM.from_pretrained(tmp_path / "two")},
+        {"teacher": FrozenTeacher.from_pretrained(tmp_path / "two")},
+    ):
+        with pytest.raises(GKDTeacherError, match=message):
+            make_trainer(trainer_args=given, teacher_model_name_or_path=name)
+    for given in (
+        {"teacher_model": f"{name}/"},
+        {"teacher_model": AutoModelForCausalLM.from_pretrained(name)},
+        {"teacher": FrozenTeacher.from_pretrained(name)},
+    ):
+        make_trainer(trainer_args=given, teacher_model_name_or_path=name)
+
+
+def test_options_without_effect_are_logged_once_with_what_they_need(make_trainer, caplog):
+    make_trainer(divergence="skew_kl", beta=0.1, model_init_kwargs={"token": "canary"}, teacher_tail="renormalize")
+    [message] = [record.message for record in caplog.records if "without effect" in record.message]
+    assert message.startswith("Options without effect in this run: beta=0.1 needs divergence='jsd'; ")
+    assert "model_init_kwargs={'token': '<TOKEN>'} needs a student given by name" in message
+    assert "teacher_tail='renormalize' needs a teacher that gives its top tokens alone" in message
+    caplog.clear()
+    make_trainer(lmbda=0.5, beta=0.1, temperature=0.5)
+    assert "without effect" not in caplog.text
+
+
 def test_two_teachers(make_trainer, tiny_model):
     with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model"):
         make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()})
@@ -40,6 +90,27 @@ def test_two_teachers(make_trainer, tiny_model):
 def test_no_student(make_trainer):
     with pytest.raises(GKDConfigError, match="pass model"):
         make_trainer(trainer_args={"model": None})
+
+
+def test_model_that_can_not_be_loaded_says_whose_it_is_and_what_was_expected(make_trainer, tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name, kwargs, cause in (
+        ("/no/such/folder", {}, "HFValidationError|OSError"),
+        ("not a name", {}, "OSError"),
+        (empty, {}, "ValueError|OSError"),
+        (folder, {"attn_implementation": "none_such"}, "ValueError|ImportError"),
+        (folder, {"dtipe": "float32"}, "TypeError"),
+    ):
+        message = f"could not load the {{}} from '{name}': expected a folder .*and in {{}} what it takes.*({cause}): "
+        with pytest.raises(GKDConfigError, match=message.format("student", "model_init_kwargs")) as raised:
+            make_trainer(trainer_args={"model": name}, model_init_kwargs=kwargs)
+        assert raised.value.__cause__ is not None
+        with pytest.raises(GKDTeacherError, match=message.format("teacher", "teacher_model_init_kwargs")) as raised:
+            make_trainer(trainer_args={"teacher_model": name}, teacher_model_init_kwargs=kwargs)
+        assert raised.value.__cause__ is not None
 
 
 def test_teacher_that_is_the_student(make_trainer, tiny_model):
@@ -143,6 +214,15 @@ def test_data_parallel_names_the_remedies(make_trainer, config, monkeypatch):
     args = config()
     monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 2))
     with pytest.raises(GKDConfigError, match=r"accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        make_trainer(trainer_args={"args": args})
+
+
+def test_deepspeed_that_accelerate_does_not_run(make_trainer, config):
+    args = config()
+    args.deepspeed = {
+        "zero_optimization": {"stage": 2}
+    }  # as ACCELERATE_USE_CPU=true leaves it: set, without its plugin
+    with pytest.raises(GKDConfigError, match=r"deepspeed is set, but .*use_cpu=True.*ACCELERATE_TORCH_DEVICE=cpu"):
         make_trainer(trainer_args={"args": args})
 
 

@@ -1,7 +1,8 @@
 """GKDTrainer in the place of Trainer, of TRL's GKDTrainer, and in front of other trainers."""
 
 import inspect
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -96,6 +97,79 @@ def test_static_loss_gives_what_trls_gives():
         )
 
 
+def test_generation_config_is_that_of_trls_trainer(make_trainer, tiny_model, byte_level, tmp_path):
+    rows = Dataset.from_list([{"messages": row} for row in MESSAGES])
+    options = {"temperature": 0.7, "max_new_tokens": 5, "max_length": 64, "report_to": [], "use_cpu": True}
+    theirs = TRLGKDTrainer(
+        model=tiny_model(eos=[2, 7]),
+        teacher_model=tiny_model(seed=1),
+        args=TRLGKDConfig(output_dir=str(tmp_path), bf16=False, gradient_checkpointing=False, **options),
+        train_dataset=rows,
+        processing_class=byte_level(),
+    ).generation_config
+    ours = make_trainer(trainer_args={"model": tiny_model(eos=[2, 7])}, lmbda=0.5, **options).generation_config
+    differs = {
+        name: (value, getattr(ours, name))
+        for name, value in vars(theirs).items()
+        if getattr(ours, name) != value and not name.startswith("_")
+    }
+    assert differs == {"repetition_penalty": (None, 1.0)}  # of which 1 is none
+    sampled = make_trainer(lmbda=0.5, top_k=7, min_p=0.1, generation_kwargs={"min_new_tokens": 2}).generation_config
+    assert (sampled.top_k, sampled.min_p, sampled.min_new_tokens) == (7, 0.1, 2)
+
+
+def test_subclass_generates_by_the_method_and_the_attribute_of_trls_trainer(make_trainer):
+    class Mine(GKDTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            prompts = {"prompts": inputs["input_ids"][:, :2], "prompt_attention_mask": inputs["attention_mask"][:, :2]}
+            new = self.generate_on_policy_outputs(model, prompts, self.generation_config)
+            inputs.update(zip(("input_ids", "attention_mask", "labels"), new, strict=True))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer = make_trainer(trainer_class=Mine, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_student_without_pad_token_gets_the_tokenizers(make_trainer, tiny_model, byte_level):
+    tokenizer = byte_level()
+    tokenizer.pad_token = "<|endoftext|>"
+    pad = tokenizer.pad_token_id
+    assert pad != 2
+    made = make_trainer(trainer_args={"model": tiny_model(pad_token_id=None), "processing_class": tokenizer}).model
+    assert (made.config.pad_token_id, made.generation_config.pad_token_id) == (pad, pad)
+    arguments = {"model_init": lambda: tiny_model(pad_token_id=None), "processing_class": tokenizer}
+    trainer = make_trainer(trainer_args=arguments, max_steps=1)
+    trainer.train()
+    assert trainer.model.config.pad_token_id == pad
+
+
+def test_tokenizer_beside_the_student_that_model_init_makes_is_found(make_trainer, tiny_model, byte_level, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.pad_token = "<|endoftext|>"
+    tiny_model().save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    load = type(tiny_model()).from_pretrained
+    arguments = {
+        "model_init": lambda: load(tmp_path / "student"),
+        "processing_class": None,
+        "train_dataset": Dataset.from_list([{"messages": row} for row in MESSAGES * 4]),
+    }
+    trainer = make_trainer(trainer_args=arguments, max_steps=1)
+    assert trainer.processing_class.get_vocab() == tokenizer.get_vocab()
+    assert trainer.data_collator.pad_token_id == tokenizer.pad_token_id
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_configuration_of_trl_with_a_short_max_length_is_taken(tiny_model, byte_level, tmp_path):
+    args = TRLGKDConfig(output_dir=str(tmp_path), max_length=64, bf16=False, use_cpu=True, report_to=[])
+    rows = Dataset.from_list([{"messages": messages} for messages in MESSAGES])
+    common = {"processing_class": byte_level(), "train_dataset": rows, "teacher_model": tiny_model(seed=1)}
+    trainer = GKDTrainer(model=tiny_model(), args=args, **common)
+    assert (trainer.args.max_length, trainer.args.max_new_tokens) == (64, 32)
+
+
 def test_without_args_a_default_configuration_is_made(tiny_model, token_rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -111,6 +185,23 @@ def test_plain_training_arguments_keep_their_values(tiny_model, token_rows, tmp_
     trainer = GKDTrainer(tiny_model(), args, teacher_model=tiny_model(seed=1), train_dataset=token_rows())
     assert isinstance(trainer.args, GKDConfig)
     assert (trainer.args.learning_rate, trainer.args.max_steps, trainer.args.warmup_steps) == (3e-4, 1, 2)
+
+
+def test_arguments_of_a_subclass_with_options_of_its_own_are_taken_where_those_are_at_their_defaults(
+    tiny_model, token_rows, tmp_path
+):
+    @dataclass
+    class TheirArguments(TrainingArguments):
+        tags: list[str] = field(default_factory=lambda: ["a"])
+        project_name: str = "mine"
+
+    def trainer(**options):
+        args = TheirArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=7, **options)
+        return GKDTrainer(tiny_model(), args, teacher_model=tiny_model(seed=1), train_dataset=token_rows())
+
+    assert trainer().args.max_steps == 7
+    with pytest.raises(GKDConfigError, match="tags: options of TheirArguments that GKDConfig does not have"):
+        trainer(tags=["b"])
 
 
 def test_callbacks_see_every_step_and_can_stop_the_run(make_trainer):
@@ -233,6 +324,48 @@ def test_student_and_teacher_are_loaded_by_path(tiny_model, byte_level, token_ro
     assert len(trainer.processing_class) == 365
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_student_and_teacher_are_loaded_from_path_objects(make_trainer, tiny_model, byte_level, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "student")
+    tiny_model(hidden=48, seed=1).save_pretrained(tmp_path / "teacher")
+    for options, arguments in (
+        ({}, {"teacher_model": tmp_path / "teacher"}),
+        ({"teacher_model_name_or_path": tmp_path / "teacher"}, {"teacher_model": None}),
+    ):
+        trainer = make_trainer(trainer_args={"model": tmp_path / "student", **arguments}, max_steps=1, **options)
+        assert trainer.teacher_model.config.hidden_size == 48
+        trainer.train()
+        trainer.args.to_json_string()
+
+
+def test_teacher_in_an_adapter_teaches_what_its_merged_weights_teach(make_trainer, tiny_model):
+    losses = []
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    for is_merged in (False, True):
+        teacher = get_peft_model(tiny_model(hidden=48, seed=1), lora)
+        arguments = {"teacher_model": teacher.merge_and_unload() if is_merged else teacher}
+        trainer = make_trainer(trainer_args=arguments, max_steps=1, lmbda=0.0, seq_kd=True)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_compiled_student_and_teacher_train_as_the_models_inside_do(make_trainer, tiny_model, tmp_path, caplog):
+    losses, student = [], tiny_model()
+    compiled = {
+        "model": torch.compile(student, backend="eager"),
+        "teacher_model": torch.compile(tiny_model(hidden=48, seed=1), backend="eager"),
+    }
+    for arguments in ({}, compiled):
+        trainer = make_trainer(trainer_args=arguments, lmbda=0.5, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
+    assert trainer.model is student
+    assert "torch_compile=True" in caplog.text
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(type(student).from_pretrained(tmp_path / "saved").lm_head.weight, student.lm_head.weight)
 
 
 def test_wrapped_model_is_trained_as_it_is(make_trainer, tiny_model):
@@ -466,3 +599,36 @@ def test_collators_of_transformers_train_on_the_rows_labels(make_trainer, byte_l
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_secrets_reach_the_loaders_and_neither_the_log_nor_the_output_folder(
+    make_trainer, tiny_model, byte_level, tmp_path, caplog, capsys
+):
+    secret = "canary-31337"
+    for name, model in (("student", tiny_model()), ("teacher", tiny_model(hidden=48, seed=1))):
+        model.save_pretrained(tmp_path / name)
+        byte_level().save_pretrained(tmp_path / name)
+    init_kwargs = {"token": secret, "proxies": {"https": f"http://user:{secret}@proxy"}}
+    with caplog.at_level(logging.DEBUG):
+        trainer = make_trainer(
+            trainer_args={"model": tmp_path / "student", "teacher_model": tmp_path / "teacher"},
+            model_init_kwargs=init_kwargs,
+            teacher_model_init_kwargs=init_kwargs,
+            hub_token=secret,
+            save_strategy="steps",
+            save_steps=1,
+            report_to=["tensorboard"],
+            max_steps=1,
+        )
+        trainer.train()
+        trainer.save_model()
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert {"training_args.bin", "trainer_state.json"} <= {file.name for file in files}
+    assert any(file.name.startswith("events.out.tfevents") for file in files)
+    assert [file for file in files if secret.encode() in file.read_bytes()] == []
+    output = capsys.readouterr()
+    assert secret not in caplog.text + output.out + output.err
+    assert trainer.args.hub_token == trainer.args.model_init_kwargs["token"] == secret
+    saved = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
+    assert saved.max_steps == 1
+    assert saved.hub_token is None

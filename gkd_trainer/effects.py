@@ -1,0 +1,101 @@
+"""Which options have an effect in which runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+REFUSED_UNUSED = ("ce_weight", "seq_kd")
+"""Options without which a run trains on something else than it was asked to. The others are left set in many sweeps."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides whether an option has an effect: a GKDArguments, and what the trainer alone knows.
+
+    `has_top_tokens`: the teacher gives its top tokens alone. `loads_student`: the student came by name.
+    `builds_rollouts`: no engine was passed. Where there is no trainer yet, each is taken to be so.
+    """
+
+    args: Any
+    has_top_tokens: bool = True
+    loads_student: bool = True
+    builds_rollouts: bool = True
+
+
+def unused_options(run: Run) -> list[tuple[str, str]]:
+    """Return the options that differ from their defaults and have no effect in a run, each with what it needs."""
+    defaults = {option.name: option.default for option in dataclasses.fields(run.args)}
+    return [
+        (name, needs)
+        for names, needs, are_met in NEEDS
+        if not are_met(run)
+        for name in names.split()
+        if name in defaults and getattr(run.args, name) != defaults[name]
+    ]
+
+
+def _uses_vllm(run: Run, mode: str | None = None) -> bool:
+    return run.builds_rollouts and run.args.use_vllm and mode in (None, run.args.vllm_mode)
+
+
+def _has_teacher_server(run: Run) -> bool:
+    return run.args.teacher_server_base_url is not None
+
+
+def _is_jsd(run: Run) -> bool:
+    return bool(run.args.divergence == "jsd")
+
+
+NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
+    (
+        "ce_weight seq_kd",
+        "samples that are not on-policy (lmbda below 1)",
+        lambda run: not run.args.is_always_on_policy,
+    ),
+    (
+        "lmbda_granularity",
+        "on-policy samples beside others (lmbda between 0 and 1)",
+        lambda run: run.args.draws_samples,
+    ),
+    (
+        "temperature top_p top_k min_p repetition_penalty generation_kwargs rollout_steps rollout_overlap "
+        "log_completions",
+        "completions to train on (lmbda above 0, or seq_kd)",
+        lambda run: run.args.generates,
+    ),
+    (
+        "rollout_batch_size",
+        "rollouts by transformers (no use_vllm)",
+        lambda run: (run.builds_rollouts and not run.args.use_vllm) or run.args.seq_kd,
+    ),
+    ("num_completions_to_print", "log_completions=True", lambda run: run.args.log_completions),
+    ("beta", "divergence='jsd'", _is_jsd),
+    ("divergence_scale", "divergence='jsd' and beta inside (0, 1)", lambda run: _is_jsd(run) and 0 < run.args.beta < 1),
+    ("teacher_tail", "a teacher that gives its top tokens alone (teacher_top_k)", lambda run: run.has_top_tokens),
+    ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
+    ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
+    ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
+    (
+        "vllm_server_timeout vllm_request_timeout",
+        "servers (vllm_mode='server' or teacher_server_base_url)",
+        lambda run: _uses_vllm(run, "server") or _has_teacher_server(run),
+    ),
+    ("vllm_server_api_token", "use_vllm=True and vllm_mode='server'", lambda run: _uses_vllm(run, "server")),
+    (
+        "vllm_sync_dir",
+        "use_vllm=True, vllm_mode='server', and another vllm_weight_sync than 'nccl'",
+        lambda run: _uses_vllm(run, "server") and run.args.vllm_weight_sync != "nccl",
+    ),
+    (
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size vllm_enable_sleep_mode "
+        "vllm_engine_kwargs",
+        "use_vllm=True and vllm_mode='colocate'",
+        lambda run: _uses_vllm(run, "colocate"),
+    ),
+    ("model_init_kwargs", "a student given by name", lambda run: run.loads_student),
+)
+"""Options that only some runs use, what they need for it, and whether a run has that. All others always have an effect,
+are refused without it, or depend on the data."""

@@ -1,0 +1,71 @@
+"""What is taken for a secret, and what is left of it."""
+
+import pytest
+
+from gkd_trainer.redaction import is_secret, redacted, redacted_source, without_secrets
+
+SECRET = "canary-31337"
+
+
+SECRET_NAMES = (
+    "token hf_token HF_TOKEN use_auth_token api_key apiKey api-key OPENAI_API_KEY password db_password secret "
+    "client_secret aws_secret_access_key Authorization X-Auth-Token credentials"
+)
+OTHER_NAMES = (
+    "max_new_tokens min_tokens pad_token_id eos_token pad_token tokenizer token_healing key author keys "
+    "attn_implementation private secretary"
+)
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES.split())
+def test_a_name_that_says_so_holds_a_secret(name):
+    assert is_secret(name)
+    assert redacted({"deep": [{name: SECRET}]}) == {"deep": [{name: f"<{name.upper()}>"}]}
+    assert without_secrets({"deep": [{name: SECRET}]}) == {"deep": [{name: None}]}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES.split())
+def test_other_names_hold_none(name):
+    assert not is_secret(name)
+    assert redacted({name: "plain"}) == {name: "plain"}
+
+
+@pytest.mark.parametrize("value", [None, True, False])
+def test_a_switch_under_such_a_name_is_no_secret(value):
+    assert redacted({"token": value}) == {"token": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"http://user:{SECRET}@host:8000/v1", "http://<CREDENTIALS>@host:8000/v1"),
+        (f"http://{SECRET}@host", "http://<CREDENTIALS>@host"),
+        (f"at http://u:p@{SECRET}@host, and https://b", "at http://<CREDENTIALS>@host, and https://b"),
+        (f"https://host/path?a=1&api_key={SECRET}&b=2", "https://host/path?a=1&api_key=<SECRET>&b=2"),
+        (f"Bearer {SECRET}", "Bearer <SECRET>"),
+        ("http://host/@scope", "http://host/@scope"),
+        ("name@example.org", "name@example.org"),
+    ],
+)
+def test_credentials_inside_a_text_are_hidden(text, expected):
+    assert redacted(text) == redacted([text])[0] == without_secrets(text) == expected
+
+
+def test_the_value_itself_is_left_as_it_is():
+    options = {"token": SECRET, "nested": {"urls": [f"http://u:{SECRET}@h"]}, "pair": (1, "a")}
+    copy = redacted(options)
+    assert SECRET not in str(copy)
+    assert copy["pair"] == (1, "a")
+    assert options["token"] == SECRET
+    assert SECRET in options["nested"]["urls"][0]
+
+
+@pytest.mark.parametrize(
+    "text", [f"{{'token': '{SECRET}'", f"{{api_key: {SECRET}}}", f'{{"a": {{"password": "{SECRET}"']
+)
+def test_a_text_that_names_a_secret_is_not_shown(text):
+    assert redacted_source(text) == f"{len(text)} characters, not shown since they may hold a secret"
+
+
+def test_another_text_is_shown():
+    assert redacted_source('{"max_new_tokens": 5') == repr('{"max_new_tokens": 5')

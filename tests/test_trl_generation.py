@@ -1,0 +1,48 @@
+"""Generation as subclasses of TRL's GKDTrainer call it, beside TRL's own."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
+
+from gkd_trainer import GKDTrainer
+
+PROMPTS = torch.tensor([[2, 2, 5, 6], [7, 8, 9, 10], [2, 11, 12, 13]])
+MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+
+
+def generated(trainer_class, model, inputs, *rest, **options):
+    torch.manual_seed(0)
+    return trainer_class.generate_on_policy_outputs(model, inputs, GenerationConfig(pad_token_id=2, **options), *rest)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_token_id": 2, "do_sample": False},
+        {"eos_token_id": 2, "do_sample": True, "temperature": 0.9, "top_k": 0},
+        {"eos_token_id": [2, *range(100, 200)], "do_sample": True, "top_k": 0},
+        {"eos_token_id": None, "do_sample": True},
+    ],
+)
+def test_ids_mask_and_labels_are_trls(tiny_model, options):
+    # Hidden states that say little leave the sampled completions of unequal length.
+    model = tiny_model(spread=2.0)
+    model.generation_config.eos_token_id = None
+    inputs = {"prompts": PROMPTS, "prompt_attention_mask": MASK}
+    ours = generated(GKDTrainer, model, inputs, max_new_tokens=8, **options)
+    theirs = generated(TRLGKDTrainer, model, inputs, max_new_tokens=8, **options)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.equal(our, their)
+    if isinstance(options["eos_token_id"], list):
+        assert 0 in ours[1][:, PROMPTS.shape[1] :]
+
+
+def test_the_pad_token_of_earlier_versions_is_taken_and_the_mask_may_be_missing(tiny_model):
+    model, options = tiny_model(), {"max_new_tokens": 5, "eos_token_id": 2, "do_sample": False}
+    inputs = {"prompts": PROMPTS[1:2]}
+    ids, mask, labels = generated(GKDTrainer, model, inputs, 2, **options)
+    with_mask = generated(GKDTrainer, model, {**inputs, "prompt_attention_mask": MASK[1:2]}, **options)
+    assert all(torch.equal(one, two) for one, two in zip((ids, mask, labels), with_mask, strict=True))
+    assert (labels[:, :4] == -100).all()
+    assert torch.equal(labels[:, 4:], ids[:, 4:])
