@@ -107,8 +107,8 @@ class GKDArguments:
     )
     rollout_batch_size: int | None = _option(
         None,
-        "Most prompts that transformers generates for at once; by default all of a call's on this rank. vLLM batches "
-        "by itself.",
+        "Most prompts that transformers generates for at once; by default all of a call's on this rank. A model that "
+        "reads padding takes prompts of one length at once. vLLM batches by itself.",
     )
     rollout_steps: int = _option(
         1,

@@ -269,7 +269,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         Args:
             model: The student, wrapped for distribution or not.
             inputs: `input_ids` and `labels` [B, L], and whatever else the forward takes.
-            return_outputs: Whether to return the forward's output too, with logits [B, L, V].
+            return_outputs: Whether to return the forward's output too, with logits [B, L, V] of the rows as
+                `right_padded` returns them.
             num_items_in_batch: The divisor: the tokens of the window; by default those of this batch.
         """
         require_labels(inputs)

@@ -25,15 +25,25 @@ from transformers import (
     Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     set_seed,
 )
 
@@ -63,6 +73,24 @@ _FAMILIES = {
     "phi": (PhiConfig, PhiForCausalLM, {}),  # has a bias in its head
     "cohere": (Cohere2Config, Cohere2ForCausalLM, {"logit_scale": 0.25}),
     "granite": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"n_positions": 64}),
+    "rwkv": (RwkvConfig, RwkvForCausalLM, {"attention_hidden_size": 32}),
+    "recurrent_gemma": (
+        RecurrentGemmaConfig,
+        RecurrentGemmaForCausalLM,
+        {"head_dim": 8, "attention_window_size": 16, "tie_word_embeddings": False},
+    ),
+    "mamba": (MambaConfig, MambaForCausalLM, {"state_size": 8, "tie_word_embeddings": False}),
+    "minimax": (
+        MiniMaxConfig,
+        MiniMaxForCausalLM,
+        {
+            "head_dim": 8,
+            "block_size": 4,
+            "num_local_experts": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -108,7 +136,8 @@ def byte_level(byte_level_backend):
 def tiny_model():
     """Make a causal LM with random weights, on the CPU in float32.
 
-    Its families: llama, qwen2, gemma2 (soft-cap), phi (head with bias), cohere (logit scale), granite (logits scaling).
+    Its families: llama, qwen2, gemma2 (soft-cap), phi (head with bias), cohere (logit scale), granite (logits scaling),
+    gpt2 (learned positions), rwkv and recurrent_gemma (read padding), minimax (does once it decodes), mamba (does not).
     The default vocabulary fits the byte_level tokenizer. `spread` enlarges the head, so that distributions differ.
     """
 
