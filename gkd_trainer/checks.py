@@ -48,6 +48,8 @@ _REFUSED_GENERATION_KWARGS = {
 
 # Fields of vLLM's SamplingParams that are neither options of their own nor fixed by the rollouts.
 _VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
+# Those of them that transformers has no option for.
+_VLLM_ALONE = frozenset({"presence_penalty", "frequency_penalty"})
 
 _VLLM_MAX_TEMPERATURE = 2.0
 
@@ -214,6 +216,17 @@ def _check_generation_kwargs(args: Any) -> None:
                     f"{', '.join(sorted(_VLLM_GENERATION_KWARGS))}; what else vLLM samples by are options of their "
                     "own"
                 )
+            if args.seq_kd and name in _VLLM_ALONE and args.generation_kwargs[name] != 0:
+                raise GKDConfigError(
+                    f"generation_kwargs holds {name!r}, which vLLM alone has, but under seq_kd=True the teacher "
+                    "generates by transformers: set repetition_penalty instead, or seq_kd=False"
+                )
+        biases = (args.generation_kwargs or {}).get("logit_bias")
+        is_valid = biases is None or (
+            isinstance(biases, dict)
+            and all(str(key).isdecimal() and isinstance(bias, Real) for key, bias in biases.items())
+        )
+        _check("logit_bias in generation_kwargs", repr(biases), is_valid, "a dictionary of token ids and numbers")
         return
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     for name in args.generation_kwargs or {}:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from gkd_trainer.rollouts import (
     has_prompts_alone,
     lmbda_at,
     plan_window,
+    transformers_options,
 )
 from gkd_trainer.student import base_model
 from gkd_trainer.teachers import Teacher
@@ -138,7 +140,10 @@ class GenerationMixin(RecoveryMixin):
                 of_student = done(generate_jobs(student_jobs, sampling, engine))
             of_teacher: Completions = [[] for _ in plans]
             if self._teacher_rollouts is not None:
-                of_teacher = generate_jobs([plan.teacher_jobs for plan in plans], sampling, self._teacher_rollouts)
+                # It generates by transformers, also where vLLM does for the student.
+                extra = transformers_options(sampling.extra) if args.use_vllm else sampling.extra
+                teacher_jobs = [plan.teacher_jobs for plan in plans]
+                of_teacher = generate_jobs(teacher_jobs, replace(sampling, extra=extra), self._teacher_rollouts)
         return Block(plans, of_student, of_teacher, self.state.global_step)
 
     def _plan_windows(

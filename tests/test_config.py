@@ -448,6 +448,20 @@ def test_sampling_options_of_vllm_are_taken_where_vllm_samples():
     assert args.generation_kwargs == {"min_tokens": 2, "presence_penalty": 0.5}
 
 
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_penalties_that_vllm_alone_has_are_refused_where_the_teacher_generates(name):
+    with pytest.raises(GKDConfigError, match=f"'{name}', which vLLM alone has.*set repetition_penalty"):
+        GKDArguments(use_vllm=True, seq_kd=True, generation_kwargs={name: 0.5})
+    shared = {name: 0.0, "min_tokens": 2, "logit_bias": {"7": -1.5}}
+    assert GKDArguments(use_vllm=True, seq_kd=True, generation_kwargs=shared).generation_kwargs == shared
+
+
+@pytest.mark.parametrize("biases", [[5, 1.0], {"the": 1.0}, {5: "1"}])
+def test_biases_that_are_not_of_token_ids_are_refused(biases):
+    with pytest.raises(GKDConfigError, match="logit_bias in generation_kwargs must be a dictionary of token ids"):
+        GKDArguments(use_vllm=True, generation_kwargs={"logit_bias": biases})
+
+
 def test_api_keys_are_not_in_what_is_logged(config_of):
     args = config_of(vllm_server_api_token="hidden-1", teacher_server_api_token="hidden-2")
     assert "hidden-" not in args.to_json_string() + str(args) + repr(args)
