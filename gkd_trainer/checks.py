@@ -159,6 +159,12 @@ def check_combinations(args: Any) -> None:
             "train_sampling_strategy='batch_rebalance' makes batches of unequal size, in which a sample has no "
             "fixed position to draw its completion by: use another strategy, or lmbda=0 and seq_kd=False"
         )
+    loss_type = getattr(args, "loss_type", "nll")
+    if loss_type not in ("nll", "chunked_nll"):  # two ways to compute the default of the base
+        raise GKDConfigError(
+            f"loss_type={loss_type!r} is another loss of trl.SFTTrainer, and the loss here is the divergence from the "
+            "teacher: leave it out (divergence, beta and ce_weight say which)"
+        )
     if getattr(args, "completion_only_loss", None) is False:
         raise GKDConfigError(
             "completion_only_loss=False would compare the models on prompts: leave it out, or give rows of `text`, "

@@ -5,6 +5,7 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,38 @@ def connection(output: Any) -> Tensor:
     return logits_of(output)[..., :0].sum()
 
 
+def without_router_logits(model: nn.Module) -> dict[str, Any]:
+    """Return the forward's arguments that keep a mixture of experts from returning its router's logits, else none."""
+    return {"output_router_logits": False} if _router_config(model) is not None else {}
+
+
+def router_loss_coefficient(model: nn.Module) -> float:
+    """Return what the router's load-balancing loss is multiplied by in a causal LM's own loss.
+
+    That is 0 where the model is no mixture of experts, or its config does not set `output_router_logits`.
+    """
+    config = _router_config(model)
+    if config is None or not config.output_router_logits:
+        return 0.0
+    for owner, name in ((config, "router_aux_loss_coef"), (config, "aux_loss_coef"), (model, "router_aux_loss_coef")):
+        coefficient = getattr(owner, name, None)
+        if coefficient is not None:
+            return float(coefficient)
+    return 0.0
+
+
+def router_loss_of(output: Any) -> Tensor | None:
+    """Return the load-balancing loss of a forward, a mean over its tokens; None where the model has none."""
+    loss = output.get("aux_loss") if isinstance(output, dict) else getattr(output, "aux_loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _router_config(model: nn.Module) -> Any:
+    config = _text_config(model)
+    is_taken = "output_router_logits" in inspect.signature(model.forward).parameters
+    return config if is_taken and hasattr(config, "output_router_logits") else None
+
+
 def vocabulary_rows(model: nn.Module) -> int:
     """Return how many tokens a causal LM predicts over, padding rows included."""
     module = output_embeddings(model)
@@ -199,7 +232,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -37,12 +37,16 @@ from gkd_trainer.heads import (
     SeparableHead,
     compare,
     connection,
+    router_loss_coefficient,
+    router_loss_of,
+    without_router_logits,
 )
 from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
+    base_model,
     disable_dropout,
     find_tokenizer,
     load_student,
@@ -266,6 +270,9 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the divergence of the student from the teacher, summed over the tokens trained on and divided.
 
+        In training, a mixture of experts adds its load-balancing loss, as its own loss does: a mean over the
+        micro-batches of the window.
+
         Args:
             model: The student, wrapped for distribution or not.
             inputs: `input_ids` and `labels` [B, L], and whatever else the forward takes.
@@ -306,7 +313,10 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
                 workspace_mb=self.args.loss_workspace_mb,
             )
 
-        result, outputs = compare(model, batch, head, divergence_of)
+        student = base_model(self.model)
+        coefficient = router_loss_coefficient(student) if model.training else 0.0
+        forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
+        result, outputs = compare(model, batch, head, divergence_of, **forward_kwargs)
         self._record(batch, rows_N, result, model.training)
         loss_N = result.values_N if result.loss_N is None else result.loss_N
         loss = loss_N.sum()
@@ -320,6 +330,11 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             if self.args.average_tokens_across_devices:
                 # DDP averages gradients over ranks, and the divisor is of all ranks already.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        router_loss = router_loss_of(outputs) if coefficient else None
+        if router_loss is not None:
+            self._meter.add_router_loss(router_loss)
+            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + coefficient * router_loss.to(loss.device) / micro_batches
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -35,11 +35,15 @@ from transformers import (
     MambaForCausalLM,
     MiniMaxConfig,
     MiniMaxForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     RwkvConfig,
@@ -81,6 +85,12 @@ _FAMILIES = {
         {"head_dim": 8, "attention_window_size": 16, "tie_word_embeddings": False},
     ),
     "mamba": (MambaConfig, MambaForCausalLM, {"state_size": 8, "tie_word_embeddings": False}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    ),
     "minimax": (
         MiniMaxConfig,
         MiniMaxForCausalLM,
@@ -137,7 +147,8 @@ def tiny_model():
     """Make a causal LM with random weights, on the CPU in float32.
 
     Its families: llama, qwen2, gemma2 (soft-cap), phi (head with bias), cohere (logit scale), granite (logits scaling),
-    gpt2 (learned positions), rwkv and recurrent_gemma (read padding), minimax (does once it decodes), mamba (does not).
+    gpt2 (learned positions), rwkv and recurrent_gemma (read padding), minimax (does once it decodes), mamba (does not),
+    mixtral and qwen3_moe (mixtures of experts).
     The default vocabulary fits the byte_level tokenizer. `spread` enlarges the head, so that distributions differ.
     """
 

@@ -384,6 +384,13 @@ def test_training_on_prompts_is_refused(config_of):
     config_of(MyConfig, completion_only_loss=True)
 
 
+@pytest.mark.parametrize("loss_type", ["dft", "whatever"])
+def test_another_loss_of_sft_is_refused(config_of, loss_type):
+    with pytest.raises(GKDConfigError, match=f"loss_type='{loss_type}'.*the loss here is the divergence"):
+        config_of(MyConfig, loss_type=loss_type)
+    config_of(MyConfig, loss_type="nll")
+
+
 @pytest.mark.parametrize("name", ["packing", "padding_free", "assistant_only_loss", "dataset_text_field"])
 def test_an_option_of_sft_config_names_the_class_that_has_it(config_of, name):
     with pytest.raises(GKDConfigError) as raised:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from gkd_trainer.batch import Completion, Sampling
-from gkd_trainer.heads import vocabulary_rows
+from gkd_trainer.heads import vocabulary_rows, without_router_logits
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.student import base_model
 
@@ -190,6 +190,7 @@ class HFRollouts(RolloutEngine):
             generation_config=config,
             logits_processor=LogitsProcessorList([_FixedTokens(padding)]),
             synced_gpus=self._is_sharded,
+            **without_router_logits(self._model),
         )
         return torch.stack([logits_BV[0] for logits_BV in output.logits])
 
@@ -228,6 +229,7 @@ class HFRollouts(RolloutEngine):
             generation_config=config,
             logits_processor=self._processors(sampling, seeds, mask_BL.to(device)),
             synced_gpus=self._is_sharded,
+            **without_router_logits(self._model),
         )
         return [self._completion(row) for row in output_BL[:, length:].tolist()]
 
