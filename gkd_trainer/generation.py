@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,17 +219,17 @@ class GenerationMixin(RecoveryMixin):
     def _completed(self, inputs: dict[str, Any], only_prompts: bool) -> dict[str, Any]:
         if only_prompts and not self._is_anywhere(has_prompts_alone(inputs)):
             return inputs
-        with self._synced_rollouts() as engine:
+        with self._synced_rollouts(is_training=False) as engine:
             return complete_greedily(inputs, engine, self.args.max_new_tokens, self._pad_token_id, only_prompts)
 
     @contextmanager
-    def _synced_rollouts(self) -> Iterator[RolloutEngine]:
+    def _synced_rollouts(self, is_training: bool = True) -> Iterator[RolloutEngine]:
         self._wait_for_rollouts()
         # Completions come from the numerics that the loss sees: under autocast, the same rounding.
         with self._gathered_student() as student, self.accelerator.autocast():
             version = self._weights_version(student)
             if version != self._synced_version:
-                with self._meter.measure("sync"), self._failing_together():
+                with self._meter.measure("sync") if is_training else nullcontext(), self._failing_together():
                     self.rollouts.sync(student)
                 self._synced_version = version
             with self._failing_together():

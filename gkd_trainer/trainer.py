@@ -15,6 +15,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.any_trainer import pad_token_id, require_labels
@@ -219,6 +220,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         if self.args.disable_dropout:
             disable_dropout(model)
         return model
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # What is left of another run, after its last log entry or where it was broken off, is not this run's.
+        self._meter.clear()
+        output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
+        return output
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -162,13 +162,15 @@ class TrainingMeter:
         *totals, router_loss, router_losses = reduce(torch.cat([token_sums_K, sample_sums_K, router_2])).tolist()
         sums = dict(zip(TOKEN_SUMS + SAMPLE_SUMS, totals, strict=True))
         seconds = self._stopwatch.read()
+        rollout_seconds = {}
+        if "rollout" in seconds:  # else these would be columns of zeros
+            rollout_seconds = {"seconds_rollout": seconds["rollout"], "seconds_sync": seconds.get("sync", 0.0)}
         self.clear()
         return {
             **token_metrics(sums),
             **sample_metrics(sums),
             **_ratios(aux_loss=(router_loss, router_losses)),
-            "seconds_rollout": seconds.get("rollout", 0.0),
-            "seconds_sync": seconds.get("sync", 0.0),
+            **rollout_seconds,
             "seconds_teacher": seconds.get("teacher", 0.0),
             "seconds_student": seconds.get("step", 0.0) - seconds.get("teacher", 0.0),
             **_ratios(tokens_per_second=(sums["tokens"], seconds.get("rollout", 0.0) + seconds.get("step", 0.0))),
