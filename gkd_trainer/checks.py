@@ -136,12 +136,8 @@ def check_combinations(args: Any) -> None:
             f"lmbda_end={args.lmbda_end} has no effect under lmbda_schedule='constant': "
             "set lmbda_schedule='linear', or leave lmbda_end out"
         )
+    check_room_for_prompts(args)
     generates = args.generates or args.eval_on_policy
-    if generates and args.max_length is not None and args.max_length <= args.max_new_tokens:
-        raise GKDConfigError(
-            f"max_length ({args.max_length}) must exceed max_new_tokens ({args.max_new_tokens}), or no prompt "
-            "fits: raise max_length or lower max_new_tokens"
-        )
     _check_generation_kwargs(args)
     _check_servers(args)
     # Fields of trl.SFTConfig, where that is the base.
@@ -169,6 +165,16 @@ def check_combinations(args: Any) -> None:
         raise GKDConfigError(
             "completion_only_loss=False would compare the models on prompts: leave it out, or give rows of `text`, "
             "which are trained on as a whole"
+        )
+
+
+def check_room_for_prompts(args: Any) -> None:
+    """Raise GKDConfigError where completions leave no room for their prompts in max_length."""
+    generates = args.generates or args.eval_on_policy
+    if generates and args.max_length is not None and args.max_length <= args.max_new_tokens:
+        raise GKDConfigError(
+            f"max_length ({args.max_length}) must exceed max_new_tokens ({args.max_new_tokens}), or no prompt "
+            "fits: raise max_length or lower max_new_tokens"
         )
 
 

@@ -170,7 +170,8 @@ class GKDArguments:
     max_length: int | None = _option(
         1024,
         "Most tokens of a sequence, prompt and completion together; None is no limit. Longer data completions are cut "
-        "at the end; prompts longer than max_length − max_new_tokens are dropped where completions are generated.",
+        "at the end; prompts longer than max_length − max_new_tokens are dropped where completions are generated. The "
+        "default gives way to a shorter context of the student or the teacher.",
     )
     train_on: str = _option(
         "all_turns",

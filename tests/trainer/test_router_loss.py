@@ -175,6 +175,14 @@ def test_an_sft_trainer_gives_the_coefficient_of_its_options(make_moe_trainer, c
     assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(wanted, rel=1e-5)
 
 
+def test_mixed_precision_does_not_hide_the_balancing_loss(make_moe_trainer):
+    plain, mixed = make_moe_trainer(max_steps=1), make_moe_trainer(max_steps=1, bf16=True)
+    for trainer in (plain, mixed):
+        trainer.train()
+    logged = mixed.state.log_history[0]["aux_loss"]
+    assert logged == pytest.approx(plain.state.log_history[0]["aux_loss"], rel=0.02)
+
+
 def test_two_ranks_balance_like_two_micro_batches(full_run, tiny_model, tmp_path):
     options = {
         "max_steps": 2,
