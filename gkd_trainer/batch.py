@@ -184,8 +184,8 @@ class TokenBatch:
     """One micro-batch of token sequences.
 
     `model_inputs` holds what the models' forward takes (`input_ids` [B, L], and `attention_mask` and others
-    where the collator gave them); `labels_BL` the token ids with IGNORE_INDEX where a token is not trained on;
-    `is_on_policy_B` which samples the student generated.
+    where the collator gave them), padded on the right; `labels_BL` the token ids with IGNORE_INDEX where a token is not
+    trained on; `is_on_policy_B` which samples the student generated.
     """
 
     model_inputs: Mapping[str, Tensor]
@@ -194,7 +194,11 @@ class TokenBatch:
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> TokenBatch:
-        """Build a batch from what Trainer hands to `compute_loss`; without a mark, no sample is on-policy."""
+        """Build a batch from what Trainer hands to `compute_loss`; without a mark, no sample is on-policy.
+
+        Rows come out `right_padded`.
+        """
+        inputs = right_padded(inputs)
         model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_MODEL_INPUTS}
         labels_BL = inputs["labels"]
         is_on_policy_B = inputs.get(IS_ON_POLICY)
@@ -219,6 +223,33 @@ class TokenBatch:
     def rows_N(self) -> Tensor:
         """The row in the batch of each token trained on."""
         return self.is_scored_BL.nonzero()[:, 0]
+
+
+def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a collated batch with the padding that its `attention_mask` [B, L] marks moved behind each row's tokens.
+
+    Padding before them changes the logits of a model that counts positions by column or carries a state from token to
+    token, and lets a padding position predict the first token. Behind them, no causal model sees it. Every tensor of
+    shape [B, L, ...] moves along, and `position_ids` of shape [..., B, L] do.
+    """
+    mask_BL, labels_BL = inputs.get("attention_mask"), inputs.get("labels")
+    if not isinstance(mask_BL, Tensor) or not isinstance(labels_BL, Tensor) or mask_BL.shape != labels_BL.shape:
+        return dict(inputs)
+    size, length = mask_BL.shape
+    first_B1 = (mask_BL != 0).int().argmax(dim=1, keepdim=True)  # 0 in a row of padding alone
+    column_BL = (torch.arange(length, device=mask_BL.device) + first_B1) % length
+    row_B1 = torch.arange(size, device=mask_BL.device)[:, None]
+
+    def moved(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape[:2] == (size, length):
+            return value[row_B1, column_BL]
+        if name == "position_ids" and value.shape[-2:] == (size, length):
+            return value[..., row_B1, column_BL]
+        return value
+
+    return {name: moved(name, value) for name, value in inputs.items()}
 
 
 def prompt_length(labels: Sequence[int]) -> int:

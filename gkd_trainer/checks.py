@@ -51,6 +51,8 @@ _REFUSED_GENERATION_KWARGS = {
 
 # Fields of vLLM's SamplingParams that are neither options of their own nor fixed by the rollouts.
 _VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
+# Those of them that transformers has no option for.
+_VLLM_ALONE = frozenset({"presence_penalty", "frequency_penalty"})
 
 _VLLM_MAX_TEMPERATURE = 2.0
 
@@ -144,12 +146,8 @@ def check_combinations(args: Any) -> None:
             f"lmbda_end={args.lmbda_end} has no effect under lmbda_schedule='constant': "
             "set lmbda_schedule='linear', or leave lmbda_end out"
         )
+    check_room_for_prompts(args)
     generates = args.generates or args.eval_on_policy
-    if generates and args.max_length is not None and args.max_length <= args.max_new_tokens:
-        raise GKDConfigError(
-            f"max_length ({args.max_length}) must exceed max_new_tokens ({args.max_new_tokens}), or no prompt "
-            "fits: raise max_length or lower max_new_tokens"
-        )
     _check_generation_kwargs(args)
     _check_servers(args)
     # Fields of trl.SFTConfig, where that is the base.
@@ -162,10 +160,26 @@ def check_combinations(args: Any) -> None:
     packs = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
     if packs and args.max_length is None:
         raise GKDConfigError("packing fills sequences up to max_length, which is None: set max_length")
+    loss_type = getattr(args, "loss_type", "nll")
+    if loss_type not in ("nll", "chunked_nll"):  # two ways to compute the default of the base
+        raise GKDConfigError(
+            f"loss_type={loss_type!r} is another loss of trl.SFTTrainer, and the loss here is the divergence from the "
+            "teacher: leave it out (divergence, beta and ce_weight say which)"
+        )
     if getattr(args, "completion_only_loss", None) is False:
         raise GKDConfigError(
             "completion_only_loss=False would compare the models on prompts: leave it out, or give rows of `text`, "
             "which are trained on as a whole"
+        )
+
+
+def check_room_for_prompts(args: Any) -> None:
+    """Raise GKDConfigError where completions leave no room for their prompts in max_length."""
+    generates = args.generates or args.eval_on_policy
+    if generates and args.max_length is not None and args.max_length <= args.max_new_tokens:
+        raise GKDConfigError(
+            f"max_length ({args.max_length}) must exceed max_new_tokens ({args.max_new_tokens}), or no prompt "
+            "fits: raise max_length or lower max_new_tokens"
         )
 
 
@@ -219,6 +233,17 @@ def _check_generation_kwargs(args: Any) -> None:
                     f"{', '.join(sorted(_VLLM_GENERATION_KWARGS))}; what else vLLM samples by are options of their "
                     "own"
                 )
+            if args.seq_kd and name in _VLLM_ALONE and args.generation_kwargs[name] != 0:
+                raise GKDConfigError(
+                    f"generation_kwargs holds {name!r}, which vLLM alone has, but under seq_kd=True the teacher "
+                    "generates by transformers: set repetition_penalty instead, or seq_kd=False"
+                )
+        biases = (args.generation_kwargs or {}).get("logit_bias")
+        is_valid = biases is None or (
+            isinstance(biases, dict)
+            and all(str(key).isdecimal() and isinstance(bias, Real) for key, bias in biases.items())
+        )
+        _check("logit_bias in generation_kwargs", repr(biases), is_valid, "a dictionary of token ids and numbers")
         return
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     for name in args.generation_kwargs or {}:

@@ -11,7 +11,14 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from gkd_trainer.checks import check_combinations, check_ranges, check_types, parsed_json, parsed_urls
+from gkd_trainer.checks import (
+    check_combinations,
+    check_ranges,
+    check_room_for_prompts,
+    check_types,
+    parsed_json,
+    parsed_urls,
+)
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
 
@@ -120,8 +127,8 @@ class GKDArguments:
     )
     rollout_batch_size: int | None = _option(
         None,
-        "Most prompts that transformers generates for at once; by default all of a call's on this rank. vLLM batches "
-        "by itself.",
+        "Most prompts that transformers generates for at once; by default all of a call's on this rank. A model that "
+        "reads padding takes prompts of one length at once. vLLM batches by itself.",
     )
     rollout_steps: int = _option(
         1,
@@ -181,7 +188,8 @@ class GKDArguments:
     max_length: int | None = _option(
         1024,
         "Most tokens of a sequence, prompt and completion together; None is no limit. Longer data completions are cut "
-        "at the end; prompts longer than max_length − max_new_tokens are dropped where completions are generated.",
+        "at the end; prompts longer than max_length − max_new_tokens are dropped where completions are generated. The "
+        "default gives way to a shorter context of the student or the teacher.",
     )
     train_on: str = _option(
         "all_turns",
@@ -240,7 +248,7 @@ class GKDArguments:
             if isinstance(self, owner):
                 check_types(self, owner, {*self._json_fields(), *self._url_fields()})
         check_ranges(self, dataclasses.fields(GKDArguments))
-        self._fit_max_new_tokens()
+        self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, _Unset))
         check_combinations(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
@@ -290,12 +298,19 @@ class GKDArguments:
         """Whether some samples of the run may be on-policy, and others not."""
         return max(self.lmbda, self._last_lmbda) > 0 and not self.is_always_on_policy
 
-    def _fit_max_new_tokens(self) -> None:
-        default, length = self.max_new_tokens, self.max_length
-        if not isinstance(default, _Unset):
-            return
-        self.max_new_tokens = int(default)
-        if length is not None and length <= default and (self.generates or self.eval_on_policy):
+    def shorten(self, max_length: int) -> None:
+        """Set max_length to a smaller value, and max_new_tokens where it is at its default and no longer fits.
+
+        Raises GKDConfigError where completions of another max_new_tokens would leave no room for a prompt.
+        """
+        self.max_length = max_length
+        self._fit_max_new_tokens(is_set=self.max_new_tokens != GKDArguments.max_new_tokens)
+        check_room_for_prompts(self)
+
+    def _fit_max_new_tokens(self, is_set: bool) -> None:
+        default, length = int(self.max_new_tokens), self.max_length
+        self.max_new_tokens = default
+        if not is_set and length is not None and length <= default and (self.generates or self.eval_on_policy):
             self.max_new_tokens = length // 2
             logger.warning(
                 "max_new_tokens is %d, half of max_length=%d, which its default of %d would leave no prompt in: set it "

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from gkd_trainer.any_trainer import require_labels
+from gkd_trainer.batch import right_padded
 from gkd_trainer.generation import GenerationMixin
 from gkd_trainer.report.metrics import EvaluationMeter
 
@@ -33,6 +34,7 @@ class EvaluationMixin(GenerationMixin):
         """
         inputs = self._prepare_inputs(inputs)
         require_labels(inputs)
+        inputs = right_padded(inputs)  # as the logits are that compute_loss returns
         inputs = self._completed(inputs, only_prompts=True)
         logits = labels = None
         with torch.no_grad(), self.compute_loss_context_manager():

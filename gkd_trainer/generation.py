@@ -7,7 +7,8 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from gkd_trainer.rollouts import (
     has_prompts_alone,
     lmbda_at,
     plan_window,
+    transformers_options,
 )
 from gkd_trainer.student import base_model
 from gkd_trainer.teachers import Teacher
@@ -141,7 +143,10 @@ class GenerationMixin(RecoveryMixin):
                 of_student = done(generate_jobs(student_jobs, sampling, engine))
             of_teacher: Completions = [[] for _ in plans]
             if self._teacher_rollouts is not None:
-                of_teacher = generate_jobs([plan.teacher_jobs for plan in plans], sampling, self._teacher_rollouts)
+                # It generates by transformers, also where vLLM does for the student.
+                extra = transformers_options(sampling.extra) if args.use_vllm else sampling.extra
+                teacher_jobs = [plan.teacher_jobs for plan in plans]
+                of_teacher = generate_jobs(teacher_jobs, replace(sampling, extra=extra), self._teacher_rollouts)
         return Block(plans, of_student, of_teacher, self.state.global_step)
 
     def _plan_windows(
@@ -241,18 +246,18 @@ class GenerationMixin(RecoveryMixin):
     def _completed(self, inputs: dict[str, Any], only_prompts: bool) -> dict[str, Any]:
         if only_prompts and not self._is_anywhere(has_prompts_alone(inputs)):
             return inputs
-        with self._synced_rollouts() as engine:
+        with self._synced_rollouts(is_training=False) as engine:
             return complete_greedily(inputs, engine, self.args.max_new_tokens, self._pad_token_id, only_prompts)
 
     @contextmanager
-    def _synced_rollouts(self) -> Iterator[RolloutEngine]:
+    def _synced_rollouts(self, is_training: bool = True) -> Iterator[RolloutEngine]:
         self._wait_for_rollouts()
         # Completions come from the numerics that the loss sees: under autocast, the same rounding.
         with self._gathered_student() as student, self.accelerator.autocast():
             version = self._weights_version(student)
             if version != self._synced_version:
                 with (
-                    self._meter.measure("sync"),
+                    self._meter.measure("sync") if is_training else nullcontext(),
                     self._failing_together(GKDRolloutError, "handing the student's weights to the rollout engine"),
                 ):
                     self.rollouts.sync(student)

@@ -5,7 +5,8 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,6 +44,20 @@ class InseparableHead:
     """A head that can't be taken apart safely, and why: such a model is asked for its logits."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """The longest sequence that a model is made for, in tokens, and whether its position embeddings can be scaled."""
+
+    limit: int
+    has_rope: bool
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a longer sequence."""
+        scaling = ", or scale its rotary embeddings (rope_parameters in its config)" if self.has_rope else ""
+        return f"set max_length to {self.limit} or less{scaling}"
 
 
 def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | InseparableHead:
@@ -119,6 +134,38 @@ def connection(output: Any) -> Tensor:
     return logits_of(output)[..., :0].sum()
 
 
+def without_router_logits(model: nn.Module) -> dict[str, Any]:
+    """Return the forward's arguments that keep a mixture of experts from returning its router's logits, else none."""
+    return {"output_router_logits": False} if _router_config(model) is not None else {}
+
+
+def router_loss_coefficient(model: nn.Module) -> float:
+    """Return what the router's load-balancing loss is multiplied by in a causal LM's own loss.
+
+    That is 0 where the model is no mixture of experts, or its config does not set `output_router_logits`.
+    """
+    config = _router_config(model)
+    if config is None or not config.output_router_logits:
+        return 0.0
+    for owner, name in ((config, "router_aux_loss_coef"), (config, "aux_loss_coef"), (model, "router_aux_loss_coef")):
+        coefficient = getattr(owner, name, None)
+        if coefficient is not None:
+            return float(coefficient)
+    return 0.0
+
+
+def router_loss_of(output: Any) -> Tensor | None:
+    """Return the load-balancing loss of a forward, a mean over its tokens; None where the model has none."""
+    loss = output.get("aux_loss") if isinstance(output, dict) else getattr(output, "aux_loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _router_config(model: nn.Module) -> Any:
+    config = _text_config(model)
+    is_taken = "output_router_logits" in inspect.signature(model.forward).parameters
+    return config if is_taken and hasattr(config, "output_router_logits") else None
+
+
 def vocabulary_rows(model: nn.Module) -> int:
     """Return how many tokens a causal LM predicts over, padding rows included."""
     module = output_embeddings(model)
@@ -127,6 +174,32 @@ def vocabulary_rows(model: nn.Module) -> int:
     if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2:
         return int(weight.shape[0])
     return int(_text_config(model).vocab_size)
+
+
+def find_context(model: nn.Module) -> Context | None:
+    """Return the context of a causal LM, by its config; None where it states none or has no limit.
+
+    RoPE scaling raises it. ALiBi, a recurrent state, and attention that slides in every layer have no limit.
+    """
+    config = _text_config(model)
+    stated = getattr(config, "max_position_embeddings", None)  # which GPT-2 calls n_positions
+    if not isinstance(stated, int) or stated <= 0:
+        return None
+    if getattr(config, "alibi", False) or getattr(config, "model_type", None) == "rwkv":
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None and getattr(config, "sliding_window", None) is not None:
+        return None
+    if layer_types and set(layer_types) <= {"sliding_attention", "linear_attention"}:
+        return None
+    scalings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limit = stated
+    # Gemma 3 has one for each type of layer.
+    for scaling in [each for each in scalings.values() if isinstance(each, Mapping)] or [scalings]:
+        factor = scaling.get("factor")
+        if factor is not None:
+            limit = max(limit, int((scaling.get("original_max_position_embeddings") or stated) * factor))
+    return Context(limit, has_rope=bool(scalings) or hasattr(config, "rope_theta"))
 
 
 @contextmanager
@@ -201,7 +274,7 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -7,9 +7,18 @@ import logging
 import torch
 from torch import nn
 
+from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.generation import GenerationMixin
-from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, output_embeddings, vocabulary_rows
+from gkd_trainer.heads import (
+    Context,
+    InseparableHead,
+    SeparableHead,
+    find_context,
+    find_head,
+    output_embeddings,
+    vocabulary_rows,
+)
 from gkd_trainer.student import base_model
 from gkd_trainer.teachers import Teacher, shared_vocabulary_size
 
@@ -22,6 +31,7 @@ _TEACHER_TOLERANCE = 1e-3
 class PairingMixin(GenerationMixin):
     """Finds out what teacher and student are compared over, and how each is taken apart."""
 
+    _shortest_context: tuple[str, Context] | None = None
     _head_of: tuple[nn.Module | None, SeparableHead | InseparableHead] | None = None
 
     def _connect_teacher(self, teacher: Teacher) -> None:
@@ -33,6 +43,7 @@ class PairingMixin(GenerationMixin):
                 "top tokens: their log-probs are at temperature 1, and how the rest would change is not known. Set it "
                 "to 1, or use a teacher in this process without top_k"
             )
+        self._fit_into_contexts()
         self.teacher.prepare(self.args.device, tokenizer, self.args.max_length)
         self._require_equal_teachers()
         self._vocab_size = shared_vocabulary_size(
@@ -42,6 +53,25 @@ class PairingMixin(GenerationMixin):
             self.teacher.vocabulary,
         )
         self._student_head()  # tells at construction, not in the first step, where full logits are needed
+
+    def _fit_into_contexts(self) -> None:
+        """Take the shortest context for max_length where that was left at its default; refuse a longer one."""
+        models = {"student": base_model(self.model), "teacher": self.teacher.model}
+        contexts = {name: find_context(model) for name, model in models.items() if model is not None}
+        known = [(context.limit, name, context) for name, context in contexts.items() if context is not None]
+        if not known:
+            return
+        limit, owner, context = min(known, key=lambda each: each[0])
+        self._shortest_context = owner, context
+        max_length: int | None = self.args.max_length
+        if max_length is None or max_length <= limit:
+            return
+        if max_length != GKDArguments.max_length:
+            raise GKDConfigError(
+                f"max_length={max_length} is more than the {owner}'s context, {limit} tokens: {context.remedy}"
+            )
+        logger.warning("max_length is %d, the %s's context, in place of its default of %d.", limit, owner, max_length)
+        self.args.shorten(limit)
 
     def _require_equal_teachers(self) -> None:
         if self.teacher.model is None:

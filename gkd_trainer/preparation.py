@@ -9,10 +9,11 @@ import datasets
 import torch
 from trl import pack_dataset
 
-from gkd_trainer.batch import PROMPT_IDS
+from gkd_trainer.batch import PROMPT_IDS, prompt_length
 from gkd_trainer.data import KeepPrompts, RowRules, prepare_dataset
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.generation import GenerationMixin
-from gkd_trainer.heads import vocabulary_rows
+from gkd_trainer.heads import Context, vocabulary_rows
 from gkd_trainer.student import base_model
 
 
@@ -21,6 +22,7 @@ class PreparationMixin(GenerationMixin):
 
     _formatting_func: Callable[[Any], Any] | None
     _prepares_rows: bool
+    _shortest_context: tuple[str, Context] | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -86,6 +88,8 @@ class PreparationMixin(GenerationMixin):
             num_proc=getattr(args, "dataset_num_proc", None),
             name=name,
         )
+        if args.max_length is None and hasattr(dataset, "__len__"):
+            self._refuse_rows_beyond_the_context(dataset, name, rules.is_generating)
         if not is_training and self.accelerator.num_processes > 1 and not hasattr(dataset, "__len__"):
             # Without a length, ranks fill up their last batch with samples that would be counted twice.
             dataset = list(dataset)
@@ -97,3 +101,25 @@ class PreparationMixin(GenerationMixin):
                 dataset.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy
             )
         return dataset
+
+    def _refuse_rows_beyond_the_context(self, dataset: Any, name: str, is_generating: bool) -> None:
+        if self._shortest_context is None:
+            return
+        owner, context = self._shortest_context
+        longest = longest_completed = 0
+        for index in range(len(dataset)):
+            row = dataset[index]
+            longest = max(longest, len(row["input_ids"]))
+            prompt = len(row.get(PROMPT_IDS) or ())
+            if prompt == 0 and row.get("labels") is not None:
+                prompt = prompt_length(row["labels"])
+            # An evaluation completes rows that are prompts alone.
+            if is_generating or prompt == len(row["input_ids"]):
+                longest_completed = max(longest_completed, prompt + self.args.max_new_tokens)
+        if max(longest, longest_completed) > context.limit:
+            completed = " with max_new_tokens" if longest_completed > longest else ""
+            raise GKDConfigError(
+                f"{name}: max_length=None takes rows as they are, and the longest needs "
+                f"{max(longest, longest_completed)} tokens{completed}, more than the {owner}'s context, "
+                f"{context.limit} tokens: {context.remedy}"
+            )

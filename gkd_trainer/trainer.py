@@ -15,6 +15,7 @@ import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.any_trainer import pad_token_id, require_labels
@@ -41,6 +42,9 @@ from gkd_trainer.heads import (
     SeparableHead,
     compare,
     connection,
+    router_loss_coefficient,
+    router_loss_of,
+    without_router_logits,
 )
 from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
@@ -48,6 +52,7 @@ from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
+    base_model,
     disable_dropout,
     find_tokenizer,
     give_pad_token,
@@ -248,6 +253,12 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             disable_dropout(model)
         return model
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # What is left of another run, after its last log entry or where it was broken off, is not this run's.
+        self._meter.clear()
+        output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
+        return output
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
@@ -298,10 +309,14 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the divergence of the student from the teacher, summed over the tokens trained on and divided.
 
+        In training, a mixture of experts adds its load-balancing loss, as its own loss does: a mean over the
+        micro-batches of the window.
+
         Args:
             model: The student, wrapped for distribution or not.
             inputs: `input_ids` and `labels` [B, L], and whatever else the forward takes.
-            return_outputs: Whether to return the forward's output too, with logits [B, L, V].
+            return_outputs: Whether to return the forward's output too, with logits [B, L, V] of the rows as
+                `right_padded` returns them.
             num_items_in_batch: The divisor: the tokens of the window; by default those of this batch.
         """
         require_labels(inputs)
@@ -341,7 +356,10 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
                 workspace_mb=self.args.loss_workspace_mb,
             )
 
-        result, outputs = compare(model, batch, head, divergence_of)
+        student = base_model(self.model)
+        coefficient = router_loss_coefficient(student) if model.training else 0.0
+        forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
+        result, outputs = compare(model, batch, head, divergence_of, **forward_kwargs)
         self._record(batch, rows_N, result, model.training)
         loss_N = result.values_N if result.loss_N is None else result.loss_N
         loss = loss_N.sum()
@@ -355,6 +373,11 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
             if self.args.average_tokens_across_devices:
                 # DDP averages gradients over ranks, and the divisor is of all ranks already.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        router_loss = router_loss_of(outputs) if coefficient else None
+        if router_loss is not None:
+            self._meter.add_router_loss(router_loss)
+            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + coefficient * router_loss.to(loss.device) / micro_batches
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

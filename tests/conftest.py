@@ -26,15 +26,29 @@ from transformers import (
     Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     set_seed,
 )
 
@@ -64,6 +78,30 @@ _FAMILIES = {
     "phi": (PhiConfig, PhiForCausalLM, {}),  # has a bias in its head
     "cohere": (Cohere2Config, Cohere2ForCausalLM, {"logit_scale": 0.25}),
     "granite": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {"n_positions": 64}),
+    "rwkv": (RwkvConfig, RwkvForCausalLM, {"attention_hidden_size": 32}),
+    "recurrent_gemma": (
+        RecurrentGemmaConfig,
+        RecurrentGemmaForCausalLM,
+        {"head_dim": 8, "attention_window_size": 16, "tie_word_embeddings": False},
+    ),
+    "mamba": (MambaConfig, MambaForCausalLM, {"state_size": 8, "tie_word_embeddings": False}),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8},
+    ),
+    "minimax": (
+        MiniMaxConfig,
+        MiniMaxForCausalLM,
+        {
+            "head_dim": 8,
+            "block_size": 4,
+            "num_local_experts": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -132,7 +170,9 @@ def chat_tokenizer():
 def tiny_model():
     """Make a causal LM with random weights, on the CPU in float32.
 
-    Its families: llama, qwen2, gemma2 (soft-cap), phi (head with bias), cohere (logit scale), granite (logits scaling).
+    Its families: llama, qwen2, gemma2 (soft-cap), phi (head with bias), cohere (logit scale), granite (logits scaling),
+    gpt2 (learned positions), rwkv and recurrent_gemma (read padding), minimax (does once it decodes), mamba (does not),
+    mixtral and qwen3_moe (mixtures of experts).
     The default vocabulary fits the byte_level tokenizer. `spread` enlarges the head, so that distributions differ.
     """
 

@@ -12,6 +12,7 @@ from gkd_trainer.batch import (
     LogitsSignal,
     TokenBatch,
     prompt_length,
+    right_padded,
 )
 
 X = IGNORE_INDEX
@@ -84,6 +85,36 @@ def test_only_what_a_forward_takes_is_model_input():
     batch = TokenBatch.from_inputs(inputs)
     assert set(batch.model_inputs) == {"input_ids", "attention_mask", "position_ids"}
     assert batch.is_on_policy_B.tolist() == [True, False]
+
+
+def test_padding_moves_behind_the_tokens_with_everything_that_stands_by_column():
+    mask_BL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+    columns_BL = torch.arange(4).expand(4, 4)
+    inputs = {
+        "input_ids": columns_BL,
+        "attention_mask": mask_BL,
+        "position_ids": torch.stack([columns_BL, columns_BL * 10]),
+        "embeddings": columns_BL[..., None] + torch.tensor([0.0, 0.5]),
+        "labels": columns_BL.masked_fill(mask_BL == 0, X),
+        "pixel_values": torch.ones(4, 3, 2, 2),
+        "names": ["a", "b", "c", "d"],
+    }
+    moved = right_padded(inputs)
+    assert moved["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    expected = torch.tensor([[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 0]])
+    assert torch.equal(moved["input_ids"], expected)
+    assert torch.equal(moved["position_ids"], torch.stack([expected, expected * 10]))
+    assert torch.equal(moved["embeddings"], expected[..., None] + torch.tensor([0.0, 0.5]))
+    assert moved["labels"].tolist() == [[2, 3, X, X], [0, 1, 2, X], [X] * 4, [1, 2, X, X]]
+    assert moved["pixel_values"] is inputs["pixel_values"]
+    assert moved["names"] is inputs["names"]
+
+
+def test_no_padding_position_is_scored_for_the_first_token():
+    inputs = {"input_ids": torch.tensor([[0, 0, 5, 6]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
+    batch = TokenBatch.from_inputs({**inputs, "labels": torch.tensor([[X, X, 5, 6]])})
+    assert batch.targets_N.tolist() == [6]
+    assert batch.model_inputs["input_ids"].tolist() == [[5, 6, 0, 0]]
 
 
 def test_without_a_mark_no_sample_is_on_policy():

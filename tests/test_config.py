@@ -434,6 +434,13 @@ def test_training_on_prompts_is_refused(config_of):
     config_of(MyConfig, completion_only_loss=True)
 
 
+@pytest.mark.parametrize("loss_type", ["dft", "whatever"])
+def test_another_loss_of_sft_is_refused(config_of, loss_type):
+    with pytest.raises(GKDConfigError, match=f"loss_type='{loss_type}'.*the loss here is the divergence"):
+        config_of(MyConfig, loss_type=loss_type)
+    config_of(MyConfig, loss_type="nll")
+
+
 @pytest.mark.parametrize("name", ["packing", "padding_free", "assistant_only_loss", "dataset_text_field"])
 def test_an_option_of_sft_config_names_the_class_that_has_it(config_of, name):
     with pytest.raises(GKDConfigError) as raised:
@@ -597,6 +604,20 @@ def test_a_quantisation_inside_of_an_option_is_serialised(config_of):
     stored = json.loads(args.to_json_string())["teacher_model_init_kwargs"]
     assert stored["dtype"] == stored["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
     assert args.teacher_model_init_kwargs["quantization_config"] is quantisation
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_penalties_that_vllm_alone_has_are_refused_where_the_teacher_generates(name):
+    with pytest.raises(GKDConfigError, match=f"'{name}', which vLLM alone has.*set repetition_penalty"):
+        GKDArguments(use_vllm=True, seq_kd=True, generation_kwargs={name: 0.5})
+    shared = {name: 0.0, "min_tokens": 2, "logit_bias": {"7": -1.5}}
+    assert GKDArguments(use_vllm=True, seq_kd=True, generation_kwargs=shared).generation_kwargs == shared
+
+
+@pytest.mark.parametrize("biases", [[5, 1.0], {"the": 1.0}, {5: "1"}])
+def test_biases_that_are_not_of_token_ids_are_refused(biases):
+    with pytest.raises(GKDConfigError, match="logit_bias in generation_kwargs must be a dictionary of token ids"):
+        GKDArguments(use_vllm=True, generation_kwargs={"logit_bias": biases})
 
 
 # Documentation, command lines, files

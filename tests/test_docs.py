@@ -108,10 +108,11 @@ def test_metrics_page_names_what_a_run_logs():
     meter = TrainingMeter(torch.device("cpu"))
     meter.add_tokens(torch.tensor([[2.0, 2.0] + [1.0] * (len(TOKEN_SUMS) - 2)] * 2, dtype=torch.float64))
     meter.add_samples(**dict.fromkeys(SAMPLE_SUMS, 1.0))
-    with meter.measure("step"):
+    meter.add_router_loss(torch.tensor(1.0))
+    with meter.measure("rollout"), meter.measure("step"):
         pass
     logged = meter.read(lambda sums: sums)
-    assert len(logged) == 17
+    assert len(logged) == 18
     for metric in logged:
         assert f"`{metric}`" in page, metric
 

@@ -1,16 +1,40 @@
 """A causal LM taken apart: the head found is the model's, or the model is asked for its logits."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
 from gkd_trainer.batch import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
-from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
+from gkd_trainer.heads import (
+    InseparableHead,
+    SeparableHead,
+    find_context,
+    find_head,
+    predict,
+    vocabulary_rows,
+)
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"]
 
@@ -291,3 +315,64 @@ def test_model_that_wants_more_than_ids_and_mask_is_asked_for_its_logits(tiny_mo
     head = find_head(model)
     assert isinstance(head, InseparableHead)
     assert "TypeError" in head.reason
+
+
+def scaled(rope_type, factor, original=None, stated=2048):
+    scaling = {"rope_type": rope_type, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    return LlamaConfig(max_position_embeddings=stated, rope_parameters={"rope_theta": 1e4, **scaling})
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (LlamaConfig(max_position_embeddings=512), 512),
+        (GPT2Config(n_positions=256), 256),
+        (GPTNeoConfig(max_position_embeddings=128), 128),
+        (OPTConfig(max_position_embeddings=64), 64),
+        (Gemma2Config(max_position_embeddings=300), 300),  # slides in every other layer
+        (Qwen2Config(max_position_embeddings=300, use_sliding_window=False), 300),
+        (scaled("linear", 4.0), 8192),
+        (scaled("dynamic", 2.0), 4096),
+        (scaled("yarn", 4.0, original=2048), 8192),
+        (scaled("yarn", 4.0, original=2048, stated=8192), 8192),
+        (scaled("llama3", 8.0, original=8192, stated=131072), 131072),
+        (
+            Gemma3TextConfig(
+                max_position_embeddings=1000,
+                rope_parameters={
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                },
+            ),
+            8000,
+        ),
+        (FalconConfig(max_position_embeddings=99, alibi=True), None),
+        (BloomConfig(), None),
+        (MistralConfig(max_position_embeddings=500, sliding_window=100), None),
+        (MistralConfig(max_position_embeddings=500, sliding_window=None), 500),
+        (Phi3Config(max_position_embeddings=500, sliding_window=100), None),
+        (RwkvConfig(), None),
+        (RecurrentGemmaConfig(), None),
+        (MambaConfig(), None),
+    ],
+    ids=lambda value: type(value).__name__.removesuffix("Config"),
+)
+def test_the_context_is_what_the_config_states_for_each_kind_of_positions(config, limit):
+    context = find_context(SimpleNamespace(config=config))
+    assert (None if context is None else context.limit) == limit
+
+
+def test_rotary_embeddings_can_be_scaled_and_learned_ones_can_not():
+    for config, has_rope in (
+        (LlamaConfig(), True),
+        (FalconConfig(), True),
+        (GPT2Config(), False),
+        (OPTConfig(), False),
+    ):
+        assert find_context(SimpleNamespace(config=config)).has_rope == has_rope
+
+
+def test_a_model_without_a_config_has_no_context_to_fit_into():
+    assert find_context(nn.Linear(2, 2)) is None

@@ -120,6 +120,8 @@ class TrainingMeter:
         self._stopwatch = Stopwatch(device)
         self._token_sums_K: Tensor | None = None
         self._sample_sums = dict.fromkeys(SAMPLE_SUMS, 0.0)
+        self._router_loss_sum: Tensor | None = None
+        self._router_losses = 0
         self._device = device
 
     def measure(self, name: str) -> AbstractContextManager[None]:
@@ -131,10 +133,22 @@ class TrainingMeter:
         sums_K = sums_BK.sum(dim=0)
         self._token_sums_K = sums_K if self._token_sums_K is None else self._token_sums_K + sums_K
 
+    def add_router_loss(self, loss: Tensor) -> None:
+        """Add the load-balancing loss of a micro-batch."""
+        loss = loss.detach().to(self._device, _sum_dtype(self._device))
+        self._router_loss_sum = loss if self._router_loss_sum is None else self._router_loss_sum + loss
+        self._router_losses += 1
+
     def add_samples(self, **counts: float) -> None:
         """Add to SAMPLE_SUMS by name."""
         for name, count in counts.items():
             self._sample_sums[name] += count
+
+    def clear(self) -> None:
+        """Forget what was added and measured."""
+        self._stopwatch.read()
+        self._token_sums_K, self._sample_sums = None, dict.fromkeys(SAMPLE_SUMS, 0.0)
+        self._router_loss_sum, self._router_losses = None, 0
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the metrics since the last call; `reduce` adds a tensor up over ranks. The seconds are this rank's."""
@@ -142,15 +156,21 @@ class TrainingMeter:
         if token_sums_K is None:
             token_sums_K = torch.zeros(len(TOKEN_SUMS), dtype=_sum_dtype(self._device), device=self._device)
         sample_sums_K = torch.tensor(list(self._sample_sums.values()), dtype=token_sums_K.dtype, device=self._device)
-        totals = reduce(torch.cat([token_sums_K, sample_sums_K])).tolist()
+        router_2 = token_sums_K.new_tensor([0.0, self._router_losses])
+        if self._router_loss_sum is not None:
+            router_2[0] = self._router_loss_sum
+        *totals, router_loss, router_losses = reduce(torch.cat([token_sums_K, sample_sums_K, router_2])).tolist()
         sums = dict(zip(TOKEN_SUMS + SAMPLE_SUMS, totals, strict=True))
         seconds = self._stopwatch.read()
-        self._token_sums_K, self._sample_sums = None, dict.fromkeys(SAMPLE_SUMS, 0.0)
+        rollout_seconds = {}
+        if "rollout" in seconds:  # else these would be columns of zeros
+            rollout_seconds = {"seconds_rollout": seconds["rollout"], "seconds_sync": seconds.get("sync", 0.0)}
+        self.clear()
         return {
             **token_metrics(sums),
             **sample_metrics(sums),
-            "seconds_rollout": seconds.get("rollout", 0.0),
-            "seconds_sync": seconds.get("sync", 0.0),
+            **_ratios(aux_loss=(router_loss, router_losses)),
+            **rollout_seconds,
             "seconds_teacher": seconds.get("teacher", 0.0),
             "seconds_student": seconds.get("step", 0.0) - seconds.get("teacher", 0.0),
             **_ratios(tokens_per_second=(sums["tokens"], seconds.get("rollout", 0.0) + seconds.get("step", 0.0))),

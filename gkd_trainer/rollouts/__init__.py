@@ -5,6 +5,7 @@ from gkd_trainer.rollouts.block import Block, Completions, done
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.mixing import lmbda_at
 from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
+from gkd_trainer.rollouts.vllm_sampling import transformers_options
 from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
 from gkd_trainer.rollouts.window import (
     Draw,
@@ -32,4 +33,5 @@ __all__ = [
     "has_prompts_alone",
     "lmbda_at",
     "plan_window",
+    "transformers_options",
 ]

@@ -6,9 +6,12 @@ Shapes: B batch, L length, T new tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from enum import IntEnum
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +28,28 @@ from transformers import (
 )
 
 from gkd_trainer.batch import Completion, Sampling
+from gkd_trainer.heads import vocabulary_rows, without_router_logits
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.student import base_model
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_READ_THE_PROMPT = frozenset(
+    {
+        "bad_words_ids",
+        "encoder_no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "forced_bos_token_id",
+        "no_repeat_ngram_size",
+        "sequence_bias",
+        "watermarking_config",
+    }
+)
+"""Options of transformers whose logits processors take padding for a part of the prompt, or count it."""
+
+_PROBE_PROMPT, _PROBE_PADDING, _PROBE_NEW_TOKENS = 3, 5, 3
 
 
 class HFRollouts(RolloutEngine):
@@ -38,7 +61,11 @@ class HFRollouts(RolloutEngine):
         vocab_size: Tokens from this id on are never sampled (padding rows of the head); None allows all.
         batch_size: Most prompts in one call of `generate`; None is no limit.
         is_sharded: Whether the model's weights are spread over ranks, which then have to run the same number of
-            forwards: each call of `generate` becomes one call on every rank, also where there are no prompts.
+            forwards: they make the same number of calls of transformers' `generate`, also where there are no prompts,
+            and `batch_size` has no effect.
+
+    Prompts share a batch only where that changes nothing. Recurrent models may read its padding, or mix its rows: that
+    is found out once, from the logits of a few tokens generated alone, beside another row, and behind padding.
     """
 
     def __init__(
@@ -56,6 +83,7 @@ class HFRollouts(RolloutEngine):
         self._is_sharded = is_sharded
         self._model: Any = None
         self._wrapped: nn.Module | None = None
+        self._probed: tuple[Any, _Sharing] | None = None
 
     def sync(self, model: nn.Module) -> None:
         """Generate with `model` from now on; its weights are shared, so that nothing is copied."""
@@ -66,21 +94,115 @@ class HFRollouts(RolloutEngine):
         """Return one completion per prompt; see RolloutEngine."""
         if self._model is None:
             raise RuntimeError("HFRollouts.generate was called before sync(model)")
-        if self._is_sharded and not prompts:
-            self.generate([[self._pad_token_id]], sampling, [0])
-            return []
-        batch_size = self._batch_size or max(1, len(prompts))
-        # By length: a batch is as wide as its longest prompt.
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         completions: dict[int, Completion] = {}
         with _ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                indices = order[start : start + batch_size]
+            for indices in self._batches(prompts, sampling):
+                if not indices:  # other ranks generate, and need this one's forwards
+                    self._generate_batch([[self._pad_token_id]], sampling, [0])
+                    continue
                 batch = self._generate_batch(
                     [prompts[index] for index in indices], sampling, [seeds[index] for index in indices]
                 )
                 completions.update(zip(indices, batch, strict=True))
         return [completions[index] for index in range(len(prompts))]
+
+    def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """Return which prompts go into each call of transformers' `generate`; none where this rank only takes part."""
+
+        def length(index: int) -> int:
+            return len(prompts[index])
+
+        # By length: a batch is as wide as its longest prompt.
+        order = sorted(range(len(prompts)), key=length)
+        size = self._batch_size or max(1, len(prompts))
+        if not self._is_sharded and (size == 1 or len(prompts) < 2):
+            return [[index] for index in order]
+        sharing = self._sharing()
+        if sharing is _Sharing.ANY and any(sampling.extra.get(name) is not None for name in _READ_THE_PROMPT):
+            sharing = _Sharing.EQUAL_LENGTH
+        if sharing is _Sharing.ANY:
+            groups = {0: order}
+        elif sharing is _Sharing.EQUAL_LENGTH:
+            groups = {key: list(indices) for key, indices in itertools.groupby(order, key=length)}
+        else:
+            groups = {place: [index] for place, index in enumerate(order)}
+        if self._is_sharded:
+            keys = set(itertools.chain(*_of_all_ranks(list(groups))))
+            return [groups.get(key, []) for key in sorted(keys)]
+        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+    def _sharing(self) -> _Sharing:
+        """Return which prompts may share a batch of the model; found out once."""
+        if self._probed is None or self._probed[0] is not self._model:
+            sharing = self._probed_sharing()
+            if self._is_sharded:
+                sharing = max(_of_all_ranks(sharing))
+            self._probed = self._model, sharing
+        return self._probed[1]
+
+    def _probed_sharing(self) -> _Sharing:
+        name = type(self._model).__name__
+        try:
+            alone_TV, beside_TV, padded_TV = self._probe(), self._probe(rows=2), self._probe(padding=_PROBE_PADDING)
+        except Exception as error:  # whatever an unknown model may raise
+            logger.warning(
+                "Whether %s can be batched can't be found out (%s: %s): it generates one completion after another, "
+                "which takes longer.",
+                name,
+                type(error).__name__,
+                error,
+            )
+            return _Sharing.NONE
+        tolerance_T = self._tolerance() * alone_TV.abs().amax(dim=1)
+        if ((beside_TV - alone_TV).abs().amax(dim=1) > tolerance_T).any():
+            logger.warning(
+                "%s mixes the rows of a batch while it generates: it generates one completion after another, which "
+                "takes longer.",
+                name,
+            )
+            return _Sharing.NONE
+        if ((padded_TV - alone_TV).abs().amax(dim=1) > tolerance_T).any():
+            logger.warning(
+                "%s reads the padding of a batch in spite of its mask: it generates for prompts of one length after "
+                "another, which takes longer.",
+                name,
+            )
+            return _Sharing.EQUAL_LENGTH
+        return _Sharing.ANY
+
+    def _probe(self, rows: int = 1, padding: int = 0) -> Tensor:
+        """Return the logits [T, V] of fixed tokens after a fixed prompt, behind padding or before other rows."""
+        device, vocab_size = self._model.device, vocabulary_rows(self._model)
+        # Not the pad token, whose embedding may be zero.
+        columns_L = torch.arange(-padding, _PROBE_PROMPT, device=device)
+        ids_BL = (columns_L + _PROBE_PROMPT * torch.arange(rows, device=device)[:, None]) % vocab_size
+        config = GenerationConfig(
+            max_new_tokens=_PROBE_NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self._pad_token_id,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        output = self._model.generate(
+            input_ids=ids_BL,
+            attention_mask=(columns_L >= 0).long().expand_as(ids_BL),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_FixedTokens(padding)]),
+            synced_gpus=self._is_sharded,
+            **without_router_logits(self._model),
+        )
+        return torch.stack([logits_BV[0] for logits_BV in output.logits])
+
+    def _tolerance(self) -> float:
+        dtypes = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
+        device_type = self._model.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtypes.add(torch.get_autocast_dtype(device_type))
+        if self._is_sharded:  # which may gather them in another dtype
+            dtypes.add(torch.bfloat16)
+        # A weight of 8 bits is stored, not computed with.
+        return max([4 * torch.finfo(dtype).eps for dtype in dtypes if torch.finfo(dtype).bits >= 16] + [1e-3])
 
     def _generate_batch(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         device = self._model.device
@@ -100,12 +222,14 @@ class HFRollouts(RolloutEngine):
             pad_token_id=self._pad_token_id,
             **sampling.extra,
         )
+        _forget_last_call(self._model, mask_BL.shape[0])
         output_BL: Tensor = self._model.generate(
             input_ids=ids_BL.to(device),
             attention_mask=mask_BL.to(device),
             generation_config=config,
             logits_processor=self._processors(sampling, seeds, mask_BL.to(device)),
             synced_gpus=self._is_sharded,
+            **without_router_logits(self._model),
         )
         return [self._completion(row) for row in output_BL[:, length:].tolist()]
 
@@ -135,6 +259,14 @@ class HFRollouts(RolloutEngine):
         return Completion(new_ids, is_finished=False)
 
 
+class _Sharing(IntEnum):
+    """Which prompts may share a batch."""
+
+    ANY = 0
+    EQUAL_LENGTH = 1
+    NONE = 2
+
+
 class _VocabularyLimit(LogitsProcessor):
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -142,6 +274,19 @@ class _VocabularyLimit(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self._vocab_size :] = -torch.inf
         return scores
+
+
+class _FixedTokens(LogitsProcessor):
+    """Leaves the token whose id is its position, padding not counted."""
+
+    def __init__(self, padding: int) -> None:
+        self._padding = padding
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token_id = (input_ids.shape[1] - self._padding) % scores.shape[1]
+        fixed_BV = torch.full_like(scores, -torch.inf)
+        fixed_BV[:, token_id] = 0.0
+        return fixed_BV
 
 
 class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
@@ -178,6 +323,22 @@ class _SeededChoice(LogitsProcessor):
         # Past the end where the logits hold NaN: any token will do, the loss on it says what is wrong.
         chosen_B1 %= scores.shape[1]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
+
+
+def _forget_last_call(model: Any, batch_size: int) -> None:
+    """Clear the state that RecurrentGemma keeps in its layers, from which a prompt of one token would go on."""
+    set_up = getattr(model, "_setup_cache", None)
+    if set_up is not None:
+        set_up(model.config, batch_size, model.device, model.get_input_embeddings().weight.dtype)
+
+
+def _of_all_ranks(value: T) -> list[T]:
+    """Return the value of every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 @contextmanager

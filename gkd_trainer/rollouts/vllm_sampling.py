@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gkd_trainer.batch import Completion, Sampling
@@ -40,6 +40,19 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: ra
         biases = {int(token_id): bias for token_id, bias in (fields.get("logit_bias") or {}).items()}
         fields["logit_bias"] = {**biases, **dict.fromkeys(padding_ids, _NEVER)}
     return fields
+
+
+def transformers_options(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of vLLM's SamplingParams under their names in transformers.GenerationConfig.
+
+    Only `min_tokens` and `logit_bias` have one.
+    """
+    options: dict[str, Any] = {}
+    if extra.get("min_tokens"):
+        options["min_new_tokens"] = extra["min_tokens"]
+    if extra.get("logit_bias"):
+        options["sequence_bias"] = [[[int(token_id)], float(bias)] for token_id, bias in extra["logit_bias"].items()]
+    return options
 
 
 def parse_completion(

@@ -22,7 +22,14 @@ from transformers.integrations import deepspeed
 
 from gkd_trainer.batch import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.heads import InseparableHead, SeparableHead, find_head, predict, vocabulary_rows
+from gkd_trainer.heads import (
+    InseparableHead,
+    SeparableHead,
+    find_head,
+    predict,
+    vocabulary_rows,
+    without_router_logits,
+)
 from gkd_trainer.student import LOADING_ERRORS, find_tokenizer, loading_failure, name_of, uncompiled
 from gkd_trainer.teachers.base import Teacher
 
@@ -63,8 +70,8 @@ class FrozenTeacher(Teacher):
         self._model: Any = model.eval().requires_grad_(False)
         parameters = inspect.signature(model.forward).parameters.values()
         takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        # One forward of whole sequences has no use for keys and values.
-        self._forward_kwargs = {"use_cache": False} if takes_cache else {}
+        # One forward of whole sequences has no use for keys and values, nor the teacher for a balanced router.
+        self._forward_kwargs = {**({"use_cache": False} if takes_cache else {}), **without_router_logits(model)}
         self._tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
         if top_k is not None and not 1 <= top_k <= self.vocab_size:

@@ -222,7 +222,38 @@ def test_the_students_seconds_are_those_of_the_step_without_the_teachers(clock):
     metrics = meter.read(lambda sums: sums)
     assert (metrics["seconds_rollout"], metrics["seconds_teacher"], metrics["seconds_student"]) == (6.0, 2.0, 8.0)
     metrics = meter.read(lambda sums: sums)
-    assert (metrics["seconds_rollout"], metrics["seconds_teacher"], metrics["seconds_student"]) == (0.0, 0.0, 0.0)
+    assert (metrics["seconds_teacher"], metrics["seconds_student"]) == (0.0, 0.0)
+
+
+def test_seconds_of_rollouts_are_given_only_where_something_was_rolled_out(clock):
+    meter = TrainingMeter(CPU)
+    with meter.measure("step"):
+        clock[0] += 1.0
+    assert not {"seconds_rollout", "seconds_sync"} & meter.read(lambda sums: sums).keys()
+    with meter.measure("rollout"):
+        clock[0] += 2.0
+    metrics = meter.read(lambda sums: sums)
+    assert (metrics["seconds_rollout"], metrics["seconds_sync"]) == (2.0, 0.0)
+
+
+def test_the_load_balancing_loss_is_a_mean_over_micro_batches_and_ranks():
+    meters = [TrainingMeter(CPU) for _ in range(2)]
+    for meter, losses in zip(meters, ([1.0, 4.0], [10.0]), strict=True):
+        for loss in losses:
+            meter.add_router_loss(torch.tensor(loss))
+    sums = []
+    meters[1].read(lambda added: sums.append(added) or added)
+    assert meters[0].read(lambda added: added + sums[0])["aux_loss"] == 5.0
+    assert "aux_loss" not in meters[0].read(lambda added: added)
+
+
+def test_a_cleared_meter_has_seen_nothing(clock):
+    meter = TrainingMeter(CPU)
+    train_for(meter, clock, rollout=3.0, teacher=1.0, student=4.0, token_count=20)
+    meter.add_samples(**dict.fromkeys(SAMPLE_SUMS, 1.0))
+    meter.add_router_loss(torch.tensor(1.0))
+    meter.clear()
+    assert meter.read(lambda sums: sums) == {"seconds_teacher": 0.0, "seconds_student": 0.0}
 
 
 def test_tokens_per_second_count_rollouts_and_steps_but_no_time_between_them(clock):

@@ -211,6 +211,17 @@ def test_seq_kd_with_a_near_greedy_teacher_trains_on_its_greedy_completions(make
         assert not is_on_policy
 
 
+def test_the_teacher_follows_the_options_of_vllm_under_seq_kd(make_trainer):
+    """It generates by transformers, which calls them otherwise, or would take no notice of them."""
+    options = {"min_tokens": 6, "logit_bias": {"7": 60.0, "2": 120.0}}
+    engine = Scripted()
+    trainer = run(make_trainer, engine, lmbda=0.5, seq_kd=True, use_vllm=True, generation_kwargs=options)
+    rows = trained_rows(trainer)
+    assert {is_on_policy for *_, is_on_policy in rows} == {True, False}
+    assert all(trained == [7] * 6 for _, trained, is_on_policy in rows if not is_on_policy)
+    assert all(sampling.extra == options for _, sampling, _ in engine.calls)
+
+
 def test_rows_of_text_stay_off_policy_and_are_counted(make_trainer):
     rows = Dataset.from_list([{"text": "hello there"}] * 8)
     trainer = run(make_trainer, Scripted(), trainer_args={"train_dataset": rows}, lmbda=0.999)
