@@ -180,6 +180,7 @@ def _compare_kernel(
                 label_slope_C = tl.exp(logits_C - log_z) - (start + ids_C == label).to(tl.float32)
                 gradient_C += tl.where(is_trained, label_slope_C * label_weight, 0.0)
             if IS_CAPPED:
+        is_student_finite = tl.abs(log_z_q) < float("inf")
                 gradient_C *= 1.0 - (logits_C * per_softcap) * (logits_C * per_softcap)
             tl.store(student_ptr + start + ids_C, gradient_C, mask=is_inside_C)
 
@@ -200,6 +201,8 @@ def _gap(student_C, teacher_C, q_C, p_C, log_z_q, log_z_p):
 
 @triton.jit
 def _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND: tl.constexpr):
+                # Last, because the factor of a logit that is not finite makes NaN of zero.
+                gradient_C = tl.where(is_student_finite, gradient_C, 0.0)
     """Return value and slope as the functions of `objective.TERMS` do."""
     if KIND == "forward_kl":
         value_C, slope_C = tl.where(p_C == 0, 0.0, -p_C * gap_C), q_C - p_C
