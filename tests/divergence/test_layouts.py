@@ -33,26 +33,26 @@ NAMES = ["-".join(map(str, options.values())) for options in DIVERGENCES]
 
 
 def transposed(tensor):
-    """Neighbours in a row lie far apart."""
+    """Column-major: neighbours in a row lie far apart."""
     return tensor.t().contiguous().t() if tensor.ndim == 2 else strided(tensor)
 
 
 def strided(tensor):
-    """Every other element of the last axis of a larger tensor, whose others are no numbers."""
+    """Every other element of a larger tensor, whose remaining ones would spoil whatever they enter."""
     spread = tensor.new_full((*tensor.shape, 2), -7 if tensor.dtype == torch.long else float("nan"))
     spread[..., 0] = tensor
     return spread[..., 0]
 
 
 def padded(tensor):
-    """The first columns of a wider tensor, whose others are no numbers."""
+    """The first columns of a wider tensor, whose remaining ones would spoil whatever they enter."""
     spread = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), -7 if tensor.dtype == torch.long else 1e9)
     spread[..., : tensor.shape[-1]] = tensor
     return spread[..., : tensor.shape[-1]]
 
 
 def repeated(tensor):
-    """The first row, or element, in the place of all: one of them in memory, with a stride of zero."""
+    """The first row or element in place of all, with a stride of zero."""
     return tensor[:1].expand_as(tensor)
 
 
