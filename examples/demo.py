@@ -3,8 +3,10 @@
     make demo
 
 The teacher is SmolLM2-135M-Instruct, the student its first 10 and last 5 layers of 30. It learns first from the
-teacher's answers to prompts (off-policy, forward KL), then from those and its own completions in equal shares (λ = 0.5,
-JSD). What is printed at the end was measured in this run, on prompts that were not trained on.
+teacher's answers to prompts (off-policy, forward KL). From there it goes on twice, by the same number of steps: on its
+own completions and the teacher's answers in equal shares (λ = 0.5), and on the answers alone (λ = 0), with everything
+else the same. So the difference between these two is what its own completions are good for. What is printed at the end
+was measured in this run, on prompts that were not trained on.
 
 On a GPU, or with a hub at hand, larger models take the same way:
 
@@ -12,45 +14,97 @@ On a GPU, or with a hub at hand, larger models take the same way:
 """
 
 import argparse
+import copy
 import json
+import math
 import time
 from pathlib import Path
 
+import datasets
 import torch
 from datasets import Dataset
 from demo_data.make_answers import answer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer
 from gkd_trainer.batch import IGNORE_INDEX, Sampling
-from gkd_trainer.report.completions import CompletionRow, print_completions
-from gkd_trainer.report.stages import plot_stages, print_stages
+from gkd_trainer.report.stages import plot_curves, print_samples, print_stages
 
 HERE = Path(__file__).parent
-TEXT_KL, SAMPLES_KL = "forward KL, teacher's text", "reverse KL, student's samples"
-AGREEMENT = "same top token, teacher's text"
+TEXT_KL, SAMPLES_KL = "forward KL, teacher's text", "reverse KL, own samples"
+AGREEMENT = "agreement, teacher's text"
 
 
-class StopAfter(TrainerCallback):
-    """Ends a phase when its time is up, so that a slow machine gets a shorter demo and not a longer one."""
+class Examiner:
+    """Measures a student, also one that is in training, on prompts that it is not trained on."""
 
-    def __init__(self, seconds: float) -> None:
-        """Start counting when training does."""
-        self.seconds = seconds
+    def __init__(self, build_trainer, held_out: list) -> None:
+        """Take what builds a trainer of given options, and the rows to measure on."""
+        self.on_text, self.on_samples = (
+            build_trainer("examiner", beta=beta, eval_dataset=Dataset.from_list(held_out), disable_tqdm=True)
+            for beta in (0.0, 1.0)
+        )
+        for trainer in (self.on_text, self.on_samples):
+            trainer.remove_callback(PrinterCallback)
+        # As the trainer prepared them: token ids, and labels where the answer is.
+        self.prompts = [
+            [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE_INDEX]
+            for row in self.on_text.eval_dataset
+        ]
+
+    def measure(self) -> tuple[dict[str, float], list[tuple[str, bool]]]:
+        """Compare with the teacher on its text, and on completions that the student samples now; return those too."""
+        on_text = self.on_text.evaluate()
+        trainer = self.on_samples
+        trainer.rollouts.sync(trainer.model)
+        sampling = Sampling(trainer.args.max_new_tokens)
+        completions = trainer.rollouts.generate(self.prompts, sampling, list(range(len(self.prompts))))
+        sampled = [
+            {
+                "input_ids": [*prompt, *completion.token_ids],
+                "labels": [*[IGNORE_INDEX] * len(prompt), *completion.token_ids],
+            }
+            for prompt, completion in zip(self.prompts, completions, strict=True)
+        ]
+        on_samples = trainer.evaluate(Dataset.from_list(sampled))
+        measures = {
+            TEXT_KL: on_text["eval_loss"],
+            SAMPLES_KL: on_samples["eval_loss"],
+            AGREEMENT: on_text["eval_top_token_agreement"],
+        }
+        decode = trainer.processing_class.decode
+        texts = [(decode(item.token_ids, skip_special_tokens=True), item.is_finished) for item in completions]
+        return measures, texts
+
+
+class Measure(TrainerCallback):
+    """Measures during a run, and ends it when its time is up, so that a slow machine gets a shorter demo.
+
+    `curve` holds what was measured at which step, from the step at which the run starts; `texts` the last completions.
+    """
+
+    def __init__(self, examiner: Examiner, every: int, seconds: float, start: tuple[int, dict[str, float]]) -> None:
+        """Go on from a point, and measure at every so many steps and at the last."""
+        self.examiner, self.every, self.seconds = examiner, every, seconds
+        self.curve = [start]
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Note when the phase began."""
+        """Note when the run began."""
         self.began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Stop when its time has passed."""
+        """Stop when the time has passed, and measure when it is due."""
         control.should_training_stop |= time.monotonic() - self.began > self.seconds
+        if state.global_step % self.every == 0 or control.should_training_stop:
+            measures, self.texts = self.examiner.measure()
+            self.curve.append((self.curve[0][0] + state.global_step, measures))
 
 
 def main() -> None:
-    """Train in two phases, measure three times, and report."""
+    """Train off-policy, then go on from there with λ = 0.5 and with λ = 0, and report what was measured."""
     options = parse_options()
+    datasets.disable_progress_bars()
     began = time.monotonic()
     console = Console()
     on_gpu = torch.cuda.is_available()
@@ -63,92 +117,75 @@ def main() -> None:
     train_rows, held_out = rows[: -options.held_out], rows[-options.held_out :]
     console.print(f"{len(train_rows)} answers of the teacher to learn from, {len(held_out)} to measure on.")
 
-    def trainer(name: str, steps: int, seconds: float, **settings) -> GKDTrainer:
+    def trainer(name: str, *, train_dataset=None, eval_dataset=None, callbacks=(), **settings) -> GKDTrainer:
         return GKDTrainer(
             model=student,
             teacher=FrozenTeacher(teacher, tokenizer=tokenizer),
             args=GKDConfig(
                 output_dir=str(options.output / name),
-                max_steps=steps,
                 per_device_train_batch_size=4,
                 per_device_eval_batch_size=8,
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=5,
                 max_length=192,
                 max_new_tokens=options.max_new_tokens,
-                logging_steps=4,
+                logging_strategy="no",
                 save_strategy="no",
                 report_to=[],
                 bf16=on_gpu and torch.cuda.is_bf16_supported(),
                 dataloader_pin_memory=on_gpu,
                 **settings,
             ),
-            train_dataset=Dataset.from_list(train_rows),
-            eval_dataset=Dataset.from_list(held_out),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[StopAfter(seconds)],
+            callbacks=list(callbacks),
         )
 
-    off_policy = trainer("off_policy", options.off_policy_steps, 60 * 3.5, lmbda=0.0, beta=0.0, learning_rate=5e-4)
-    stages, samples = {}, {}
-    stages["before"], samples["before"] = measure(off_policy)
-    off_policy.train()
-    stages["off-policy"], samples["off-policy"] = measure(off_policy)
-    mixed = trainer("mixed", options.mixed_steps, 60 * 2, lmbda=0.5, beta=0.5, learning_rate=2e-4)
-    mixed.train()
-    stages["λ = 0.5"], samples["λ = 0.5"] = measure(mixed)
+    examiner = Examiner(trainer, held_out)
+    stages, samples, curves, minutes = {}, {}, {}, {}
+    stages["before"], samples["before"] = examiner.measure()
+
+    def run(stage: str, steps: int, start: tuple[int, dict[str, float]], times: int, limit: float, **settings) -> None:
+        console.print(f"{stage}: {steps} steps")
+        measure = Measure(examiner, -(-steps // times), 60 * limit, start)
+        train_dataset = Dataset.from_list(train_rows)
+        run_began = time.monotonic()
+        trainer("run", train_dataset=train_dataset, callbacks=[measure], max_steps=steps, **settings).train()
+        minutes[stage] = (time.monotonic() - run_began) / 60
+        curves[stage], stages[stage], samples[stage] = measure.curve, measure.curve[-1][1], measure.texts
+
+    start = (0, stages["before"])
+    run("off-policy", options.off_policy_steps, start, times=3, limit=3.25, lmbda=0.0, beta=0.0, learning_rate=5e-4)
+    start, weights = curves["off-policy"][-1], copy.deepcopy(student.state_dict())
+    further = {"beta": 0.5, "learning_rate": 2e-4}
+    run("then λ = 0.5", options.further_steps, start, times=2, limit=2.25, lmbda=0.5, **further)
+    student.save_pretrained(options.output / "student")
+    tokenizer.save_pretrained(options.output / "student")
+    student.load_state_dict(weights)
+    # As many as the other made, which may have been stopped; they take less time.
+    steps = curves["then λ = 0.5"][-1][0] - start[0]
+    run("then λ = 0", steps, start, times=2, limit=math.inf, lmbda=0.0, **further)
 
     for index in range(options.shown):
-        prompt = held_out[index]["prompt"][0]["content"]
-        print_completions(
-            [
-                CompletionRow("teacher (greedy)", prompt, held_out[index]["completion"][0]["content"], True),
-                *(CompletionRow(f"student, {stage}", prompt, *rows[index]) for stage, rows in samples.items()),
-            ],
-            console=console,
-        )
-    print_stages(stages, f"On {len(held_out)} held-out prompts; KL in nats a token", console)
-    histories = {"off-policy (forward KL)": off_policy, "λ = 0.5 (JSD)": mixed}
+        of_teacher = {"teacher (greedy)": (held_out[index]["completion"][0]["content"], True)}
+        of_student = {f"student, {stage}": texts[index] for stage, texts in samples.items()}
+        print_samples(held_out[index]["prompt"][0]["content"], of_teacher | of_student, console)
+    console.rule()
+    title = f"On {len(held_out)} held-out prompts; KL in nats per token"
+    times = ", ".join(f"{stage} {time:.1f}" for stage, time in minutes.items())
+    caption = (
+        f"The last two columns both go on from the second by {steps} steps, with the same rows, divergence (JSD) and "
+        "learning rate. They differ in λ alone: compare them with each other to see what training on its own "
+        "completions does for the student. It is one run with one seed: small differences may be chance. "
+        f"Minutes of training, measurements included: {times}."
+    )
+    print_stages(stages, title, caption, console)
     picture = options.output / "demo.png"
-    plot_stages(stages, {name: run.state.log_history for name, run in histories.items()}, picture)
-    (options.output / "demo.json").write_text(json.dumps(stages, indent=2))
-    mixed.save_model(str(options.output / "student"))
-    minutes = (time.monotonic() - began) / 60
-    console.print(f"{minutes:.1f} minutes. The picture is {picture}, the student {options.output / 'student'}.")
-
-
-def measure(trainer: GKDTrainer) -> tuple[dict[str, float], list[tuple[str, bool]]]:
-    """Measure the student on the teacher's text, and on completions that it samples now; return those too."""
-    beta = trainer.args.beta
-    trainer.args.beta = 0.0
-    on_text = trainer.evaluate()
-
-    prompts = [
-        [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE_INDEX]
-        for row in trainer.eval_dataset
-    ]
-    trainer.rollouts.sync(trainer.model)
-    completions = trainer.rollouts.generate(prompts, Sampling(trainer.args.max_new_tokens), list(range(len(prompts))))
-    sampled = [
-        {
-            "input_ids": [*prompt, *completion.token_ids],
-            "labels": [*[IGNORE_INDEX] * len(prompt), *completion.token_ids],
-        }
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    trainer.args.beta = 1.0
-    on_samples = trainer.evaluate(Dataset.from_list(sampled))
-    trainer.args.beta = beta
-    texts = [
-        (trainer.processing_class.decode(item.token_ids, skip_special_tokens=True), item.is_finished)
-        for item in completions
-    ]
-    measures = {
-        TEXT_KL: on_text["eval_loss"],
-        SAMPLES_KL: on_samples["eval_loss"],
-        AGREEMENT: on_text["eval_top_token_agreement"],
-    }
-    return measures, texts
+    plot_curves(curves, picture, logarithmic={TEXT_KL, SAMPLES_KL})
+    (options.output / "demo.json").write_text(json.dumps({"stages": stages, "curves": curves}, indent=2))
+    total = (time.monotonic() - began) / 60
+    console.print(f"{total:.1f} minutes. The picture is {picture}, the student (λ = 0.5) {options.output / 'student'}.")
 
 
 def answers(options: argparse.Namespace, teacher, tokenizer) -> list[dict[str, str]]:
@@ -177,11 +214,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--pair", type=Path, default=Path(".cache/smollm2"), help="folder of the default models")
     parser.add_argument("--teacher", help="another teacher: a hub name or a folder")
     parser.add_argument("--student", help="another student, with the teacher's tokenizer")
-    parser.add_argument("--off-policy-steps", type=int, default=60)
-    parser.add_argument("--mixed-steps", type=int, default=24)
+    parser.add_argument("--off-policy-steps", type=int, default=54)
+    parser.add_argument("--further-steps", type=int, default=24, help="of each of the two runs that go on from there")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--held-out", type=int, default=24, help="how many answers are kept to measure on")
-    parser.add_argument("--shown", type=int, default=3, help="how many prompts the table of completions shows")
+    parser.add_argument("--shown", type=int, default=3, help="how many prompts are shown with their completions")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     options = parser.parse_args()
     options.teacher = options.teacher or str(options.pair / "teacher")

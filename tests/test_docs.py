@@ -1,10 +1,15 @@
-"""The documentation names what there is."""
+"""The documentation names what there is, and its Python runs as it stands there."""
 
+import ast
 import dataclasses
 import inspect
+import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import datasets
 import pytest
 import torch
 
@@ -15,7 +20,23 @@ from gkd_trainer.divergence.objective import OPTIONS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
+
+CONVERSATION = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]}
+
+
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = []
+    for heading in re.findall(r"^#+ +(.*?) *#*$", text, re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "", heading.lower())).replace(" ", "-")
+        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return found
 
 
 PLAIN_OPTIONS = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"}
@@ -79,16 +100,61 @@ def test_numbers_that_other_prose_calls_defaults_are_those_of_the_code():
     assert OPTIONS["skew_reverse_kl"] == skewed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_of_a_page_compiles(page):
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        compile(block, page.name, "exec")
+@pytest.fixture
+def hub(tmp_path, monkeypatch, tiny_model, byte_level):
+    """A working directory in which the documentation's names of models and data sets are folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # Padded differently, as the heads of these two are.
+    sizes = {"Qwen/Qwen2.5-0.5B-Instruct": {}, "Qwen/Qwen2.5-7B-Instruct": {"hidden": 48, "vocab": 384, "seed": 1}}
+    for name, size in sizes.items():
+        tiny_model("qwen2", **size).save_pretrained(tmp_path / name)
+        byte_level().save_pretrained(tmp_path / name)
+    (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
+    lines = [json.dumps(CONVERSATION)] * 8
+    (tmp_path / "trl-lib" / "Capybara" / "train.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+def test_python_of_a_page_runs_its_trainers_train_and_its_comments_are_true(page, hub, capsys, monkeypatch):
+    # A block may go on from those before: all are one module, which can be found where a class in it is pickled.
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    names = vars(module)
+    for block in python_blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+        printed = capsys.readouterr().out
+        for call, comment in re.findall(r"^ *(\S.*)  # (.+)$", block, re.MULTILINE):
+            if call.startswith("print("):
+                assert comment in printed
+            elif re.fullmatch(r"\".*\"|True|False", comment):
+                assert eval(call, names) == ast.literal_eval(comment), call
+        if trainer := names.pop("trainer", None):
+            trainer.args.max_steps = 1
+            assert trainer.train().global_step == 1
+
+
+@pytest.mark.parametrize("path", [*PAGES, *(ROOT / "gkd_trainer").rglob("*.py")], ids=lambda path: path.name)
+def test_the_package_is_installed_from_a_clone_since_no_index_has_it(path):
+    assert not re.search(r'pip install "?gkd[-_]trainer', path.read_text())
+
+
+def test_anchors_are_those_of_github():
+    of_migrating = anchors(ROOT / "docs" / "migrating.md")
+    assert {"from-trls-gkdtrainer", "in-front-of-sfttrainer-or-your-own-trainer"} <= set(of_migrating)
+    assert "formatting_func" in anchors(ROOT / "docs" / "data.md")
+    assert "the-divergence-on-a-cpu" in anchors(ROOT / "docs" / "performance.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
 
 
 def test_figures_of_the_divergence_page_are_what_its_snippets_give():

@@ -101,15 +101,23 @@ def test_lora_example_saves_the_adapter_alone_and_generates_with_it(run, capsys)
     assert answer.strip()
 
 
-def test_demo_measures_three_times_and_writes_its_picture(smollm2_pair, tmp_path):
-    options = ["--pair", smollm2_pair[0].parent, "--output", tmp_path, "--off-policy-steps", "1", "--mixed-steps", "1"]
-    small = ["--held-out", "2", "--shown", "1", "--max-new-tokens", "8"]
-    command = [sys.executable, EXAMPLES / "demo.py", *options, *small]
+def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_pair, tmp_path):
+    places = ["--pair", smollm2_pair[0].parent, "--output", tmp_path]
+    # The first step of each run has a learning rate of zero.
+    small = ["--off-policy-steps", 2, "--further-steps", 2, "--held-out", 2, "--shown", 1, "--max-new-tokens", 8]
+    command = [sys.executable, EXAMPLES / "demo.py", *places, *small]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    stages = json.loads((tmp_path / "demo.json").read_text())
-    assert list(stages) == ["before", "off-policy", "λ = 0.5"]
-    assert all(len(set(stage.values())) == 3 for stage in stages.values())
+    measured = json.loads((tmp_path / "demo.json").read_text())
+    stages, curves = measured["stages"], measured["curves"]
+    assert list(stages) == ["before", "off-policy", "then λ = 0.5", "then λ = 0"]
+    assert len({tuple(stage.values()) for stage in stages.values()}) == 4
+    steps = {name: [step for step, _ in curve] for name, curve in curves.items()}
+    assert steps == {"off-policy": [0, 1, 2], "then λ = 0.5": [2, 3, 4], "then λ = 0": [2, 3, 4]}
+    # Both go on from the same student.
+    assert curves["off-policy"][-1] == curves["then λ = 0.5"][0] == curves["then λ = 0"][0]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert "student, λ = 0.5" in " ".join(finished.stdout.split())
+    printed = " ".join(finished.stdout.split())
+    assert printed.count("student, then λ = 0.5") == 1
+    assert "both go on from the second by 2 steps" in printed
     assert (tmp_path / "student" / "model.safetensors").exists()

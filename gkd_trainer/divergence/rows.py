@@ -201,6 +201,8 @@ def _compare(
             gradient_RV += torch.where(is_trained_R[:, None], label_slope_RV * label_weight_R[:, None], 0.0)
         if variant.is_capped:
             gradient_RV *= 1 - (student_RV * per_softcap) ** 2
+            # Last, because the factor of a logit that is not finite makes NaN of zero.
+            gradient_RV = torch.where(q.log_z_R1.isfinite(), gradient_RV, 0.0)
         student_RV.copy_(gradient_RV)
     return RowStatistics(
         values_R, cross_entropy_R, q.entropy_R, p.entropy_R, agrees_R, is_teacher_finite_R, is_finite_R

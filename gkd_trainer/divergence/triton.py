@@ -9,12 +9,16 @@ top tokens, for value, entropies and slope, and for the gradient, which it write
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 KINDS = frozenset({"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"})
 """The formulas that have a kernel."""
+
+LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
+"""How the kernel is compiled. Fusion is Triton's default, of which Triton 3.9 warns where it is not asked for."""
 
 
 def compare_rows(
@@ -39,26 +43,36 @@ def compare_rows(
         7, R
     ).unbind()
     if R:
-        unused: Any = values_R
         per_temperature, per_softcap, factor, first, second = numbers
-        _compare_kernel[(R,)](
-            student_RV,
-            teacher_RV,
-            unused if labels_R is None else labels_R,
-            unused if value_weight_R is None else value_weight_R.contiguous(),
-            unused if label_weight_R is None else label_weight_R.contiguous(),
-            *(values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R),
-            *(student_RV.stride(0), teacher_RV.stride(0), V),
-            *(per_temperature, per_softcap, factor, first, second),
-            KIND=kind,
-            IS_TEMPERED=is_tempered,
-            IS_CAPPED=is_capped,
-            HAS_LABELS=labels_R is not None,
-            HAS_GRADIENT=value_weight_R is not None,
-            HAS_LABEL_WEIGHT=label_weight_R is not None,
-            TILE=min(tile, triton.next_power_of_2(V)),
-            num_warps=8,
+        rows_RV = _with_adjacent_columns(student_RV)
+        teacher_RV = _with_adjacent_columns(teacher_RV)
+        # The kernel counts one element from row to row of these.
+        labels_R, value_weight_R, label_weight_R = (
+            None if tensor is None else tensor.contiguous() for tensor in (labels_R, value_weight_R, label_weight_R)
         )
+        unused = values_R
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(student_RV):
+            _compare_kernel[(R,)](
+                rows_RV,
+                teacher_RV,
+                unused if labels_R is None else labels_R,
+                unused if value_weight_R is None else value_weight_R,
+                unused if label_weight_R is None else label_weight_R,
+                *(values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R),
+                *(rows_RV.stride(0), teacher_RV.stride(0), V),
+                *(per_temperature, per_softcap, factor, first, second),
+                KIND=kind,
+                IS_TEMPERED=is_tempered,
+                IS_CAPPED=is_capped,
+                HAS_LABELS=labels_R is not None,
+                HAS_GRADIENT=value_weight_R is not None,
+                HAS_LABEL_WEIGHT=labels_R is not None and label_weight_R is not None,
+                TILE=min(tile, triton.next_power_of_2(V)),
+                **LAUNCH,
+            )
+        if value_weight_R is not None and rows_RV is not student_RV:
+            student_RV.copy_(rows_RV)
     is_teacher_finite_R = log_z_p_R.isfinite()
     return (
         values_R,
@@ -71,6 +85,11 @@ def compare_rows(
         None,
         None,
     )
+
+
+def _with_adjacent_columns(logits_RV: Tensor) -> Tensor:
+    """Return logits whose rows each lie in one piece, as the kernel reads them: a copy where they don't."""
+    return logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
 
 
 @triton.jit
@@ -161,6 +180,7 @@ def _compare_kernel(
         tl.debug_barrier()
         value_weight = tl.load(value_weight_ptr + row) * factor * per_temperature
         is_finite = tl.abs(value) < float("inf")
+        is_student_finite = tl.abs(log_z_q) < float("inf")
         is_trained = False
         label_weight = 0.0
         if HAS_LABEL_WEIGHT:
@@ -181,6 +201,8 @@ def _compare_kernel(
                 gradient_C += tl.where(is_trained, label_slope_C * label_weight, 0.0)
             if IS_CAPPED:
                 gradient_C *= 1.0 - (logits_C * per_softcap) * (logits_C * per_softcap)
+                # Last, because the factor of a logit that is not finite makes NaN of zero.
+                gradient_C = tl.where(is_student_finite, gradient_C, 0.0)
             tl.store(student_ptr + start + ids_C, gradient_C, mask=is_inside_C)
 
 

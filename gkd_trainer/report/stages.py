@@ -1,61 +1,86 @@
-"""How a student changed from stage to stage: a table, and a picture beside the curves of training."""
+"""How a student changed from stage to stage: a table, a picture of each measure over the steps, and samples to read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-Stages = Mapping[str, Mapping[str, float]]
-"""Measurements by stage, in order: {"before": {"forward KL": 8.6}, "after": {"forward KL": 1.9}}."""
+Measures = Mapping[str, float]
+"""What was measured of a student at one point: {"forward KL": 8.6, "agreement": 0.03}."""
+
+Curve = Sequence[tuple[int, Measures]]
+"""Measurements at several optimizer steps, in order."""
 
 
-def print_stages(stages: Stages, title: str, console: Console | None = None) -> None:
-    """Print one row per measure and one column per stage."""
-    table = Table(title=title)
+def print_stages(stages: Mapping[str, Measures], title: str, caption: str = "", console: Console | None = None) -> None:
+    """Print one row per measure and one column per stage, with the caption below."""
+    table = Table(title=title, caption=caption or None, caption_justify="left")
     table.add_column("")
     for stage in stages:
         table.add_column(stage, justify="right")
-    for measure in _measures(stages):
+    for measure in _measures(stages.values()):
         table.add_row(measure, *(f"{values[measure]:.3f}" for values in stages.values()))
     (console or Console()).print(table)
 
 
-def plot_stages(stages: Stages, histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Write a picture of the losses of training and of each measure by stage.
+def print_samples(prompt: str, samples: Mapping[str, tuple[str, bool]], console: Console | None = None) -> None:
+    """Print a prompt once and below it what each model or stage made of it, at the full width.
+
+    A sample is its text and whether it came to its end; one that was cut off ends with an ellipsis. Empty lines are
+    left out.
+    """
+    console = console or Console()
+    console.rule()
+    # Text, not str: brackets in a completion are not markup.
+    console.print(Text(prompt, style="bold"))
+    for name, (text, is_finished) in samples.items():
+        console.print(Text(name, style="cyan"))
+        text = re.sub(r"\n\s*\n", "\n", text.strip()) + ("" if is_finished else " …")
+        console.print(Padding(Text(text), (0, 0, 0, 4)))
+
+
+def plot_curves(curves: Mapping[str, Curve], path: Path, *, logarithmic: Collection[str] = ()) -> None:
+    """Write a picture with one panel per measure, in which every run has one line over the optimizer steps.
 
     Args:
-        stages: Measurements by stage.
-        histories: The `trainer.state.log_history` of each run, by its name; drawn one after the other.
+        curves: Measurements by name of the run. Steps are counted from the beginning of the first run: a run that goes
+            on from another starts with that one's last point.
         path: The file, of a format that matplotlib writes (.png, .svg, .pdf).
+        logarithmic: The measures on a logarithmic axis, where what they gain last would not show on another.
     """
-    measures = _measures(stages)
-    figure = Figure(figsize=(5 + 2.6 * len(measures), 4), layout="constrained")
-    curves, *bars = figure.subplots(1, 1 + len(measures), width_ratios=[2, *[1] * len(measures)])
-    offset = 0
-    for name, history in histories.items():
-        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        if points:
-            curves.plot([offset + step for step, _ in points], [loss for _, loss in points], label=name)
-            offset += points[-1][0]
-    curves.set(title="Loss while training", xlabel="optimizer step", ylabel="divergence a token, nats", ylim=(0, None))
-    if curves.lines:
-        curves.legend()
-    for axes, measure in zip(bars, measures, strict=True):
-        drawn = axes.bar(list(stages), [values[measure] for values in stages.values()], color=_COLORS[: len(stages)])
-        axes.bar_label(drawn, fmt="%.2f")
-        axes.set_title(measure, fontsize="medium")
-        axes.tick_params(axis="x", rotation=30)
+    measures = _measures(measures for curve in curves.values() for _, measures in curve)
+    figure = Figure(figsize=(max(1, len(measures)) * 4.5, 4), layout="constrained")
+    for index, measure in enumerate(measures):
+        axes = figure.add_subplot(1, len(measures), index + 1)
+        _draw(axes, measure, curves)
+        if measure in logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-_COLORS = ["#9aa5b1", "#5b8db8", "#2b5d8a", "#123a5c"]
+def _draw(axes: Axes, measure: str, curves: Mapping[str, Curve]) -> None:
+    for name, curve in curves.items():
+        values = [measures[measure] for _, measures in curve]
+        # The last value stands in the legend: beside the points, those of two runs would lie on one another.
+        label = f"{name}: {values[-1]:.2f}" if values else name
+        axes.plot([step for step, _ in curve], values, marker="o", markersize=4, label=label)
+    axes.set(title=measure, xlabel="optimizer step")
+    axes.grid(alpha=0.3)
+    axes.legend(title="last value")
 
 
-def _measures(stages: Stages) -> list[str]:
-    return list(next(iter(stages.values())))
+def _measures(measurements: Iterable[Measures]) -> list[str]:
+    return list(next(iter(measurements), {}))

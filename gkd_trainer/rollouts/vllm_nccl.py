@@ -74,8 +74,8 @@ class NCCLSync(WeightSync):
             from vllm.utils.network_utils import get_ip, get_open_port
         except ImportError as error:
             raise GKDConfigError(
-                'vllm_weight_sync="nccl" needs vLLM here too: pip install "gkd-trainer[vllm]"; importing it failed '
-                f"with: {error}"
+                'vllm_weight_sync="nccl" needs vLLM here too: pip install ".[vllm]" in a clone of gkd_trainer; '
+                f"importing it failed with: {error}"
             ) from error
         if not torch.cuda.is_available():
             raise GKDConfigError('vllm_weight_sync="nccl" sends from a CUDA device, and none is here: use "full"')

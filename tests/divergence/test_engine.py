@@ -223,8 +223,10 @@ def test_a_sharded_head_is_gathered_and_its_gradient_finds_the_shards():
 
 
 @pytest.mark.parametrize("has_top_tokens", [False, True])
-def test_a_student_row_that_is_not_finite_does_not_reach_the_weights_gradient(has_top_tokens):
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_student_row_that_is_not_finite_does_not_reach_the_weights_gradient(has_top_tokens, softcap):
     student, other = signal(), teacher()
+    student = replace(student, head=replace(student.head, softcap=softcap))
 
     def compare(student, other):
         return token_divergence(student, top_of(other) if has_top_tokens else other, beta=0.5)

@@ -196,6 +196,7 @@ def test_logits_are_compared_in_float32_under_autocast():
         ({"token_block": -1}, r"token_block must be at least 1.*got -1"),
         ({"labels_N": torch.zeros(N + 1, dtype=torch.long)}, r"labels_N must be an int64.*\[6\]; got .*\[7\]"),
         ({"labels_N": torch.zeros(N)}, r"labels_N must be an int64 tensor.*got torch.float32"),
+        ({"labels_N": torch.zeros(N, dtype=torch.int32)}, r"labels_N must be an int64 tensor.*got torch.int32"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options, message):

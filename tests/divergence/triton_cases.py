@@ -139,3 +139,45 @@ def test_the_other_divergences_equal_plain_torch(kind):
     expected = RowComparison(objective)(student_RV, teacher_RV, value_weight_R=torch.ones(R))
     torch.testing.assert_close(actual["values_R"], expected.values_R, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
+
+
+class _OnDevice:
+    """Stands in for `torch.cuda.device_of`, which does nothing to tensors of the CPU; knows where it is entered."""
+
+    current = None
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __enter__(self):
+        _OnDevice.current = self.tensor.device
+
+    def __exit__(self, *error):
+        _OnDevice.current = None
+
+
+def test_the_kernel_is_launched_on_the_device_of_its_rows(monkeypatch):
+    seen = []
+    launch = triton._compare_kernel
+
+    class Kernel:
+        def __getitem__(self, grid):
+            seen.append(_OnDevice.current)
+            return launch[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", _OnDevice)
+    monkeypatch.setattr(triton, "_compare_kernel", Kernel())
+    student_RV, teacher_RV = pair(7)
+    compare(student_RV, teacher_RV, Objective(beta=0.5))
+    assert seen == [student_RV.to(DEVICE).device]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_rows_on_another_device_than_the_current_one_are_compared_there():
+    student_RV, teacher_RV = pair(150)
+    expected = RowComparison(Objective(beta=0.5))(student_RV, teacher_RV, value_weight_R=torch.ones(R))
+    pair_RV = [tensor.to("cuda:1") for tensor in pair(150)]
+    with torch.cuda.device(0):
+        actual = RowComparison(Objective(beta=0.5))(*pair_RV, value_weight_R=torch.ones(R, device="cuda:1"))
+    torch.testing.assert_close(actual.values_R.cpu(), expected.values_R)
+    torch.testing.assert_close(pair_RV[0].cpu(), student_RV, rtol=2e-5, atol=2e-6)

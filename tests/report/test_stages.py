@@ -1,4 +1,4 @@
-"""A student's way from stage to stage: every number in the table, every run and measure in the picture."""
+"""A student from stage to stage: every number in the table, every run and measure in the picture, every sample."""
 
 import io
 
@@ -6,33 +6,50 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from gkd_trainer.report.stages import plot_stages, print_stages
+from gkd_trainer.report.stages import plot_curves, print_samples, print_stages
 
 STAGES = {
     "before": {"forward KL": 8.6125, "agreement": 0.03},
     "between": {"forward KL": 1.67, "agreement": 0.46},
     "after": {"forward KL": 1.9105, "agreement": 0.5},
 }
+CURVES = {
+    "off-policy": [(0, STAGES["before"]), (10, STAGES["between"])],
+    "mixed": [(10, STAGES["between"]), (15, {"forward KL": 1.8, "agreement": 0.49}), (20, STAGES["after"])],
+}
 
 
-def history(*losses):
-    return [
-        *({"step": 5 * (index + 1), "loss": loss} for index, loss in enumerate(losses)),
-        {"step": 5 * len(losses), "train_runtime": 1.0},  # what Trainer adds at the end
-    ]
+def recording(width=100):
+    return Console(record=True, width=width, file=io.StringIO())
 
 
-def test_the_table_has_a_row_for_each_measure_and_a_column_for_each_stage():
-    console = Console(record=True, width=100, file=io.StringIO())
-    print_stages(STAGES, "On 8 held-out prompts", console)
+def test_the_table_has_each_measure_of_each_stage_and_its_caption_below():
+    console = recording()
+    print_stages(STAGES, "On 8 held-out prompts", "Compare the last two.", console)
     text = console.export_text()
-    assert "On 8 held-out prompts" in text
-    [names] = [line for line in text.splitlines() if "between" in line]
-    assert names.index("before") < names.index("between") < names.index("after")
+    assert text.index("On 8 held-out prompts") < text.index("agreement") < text.index("Compare the last two.")
+    [stages] = [line for line in text.splitlines() if "before" in line]
+    assert [cell.strip() for cell in stages.replace("┃", "│").split("│") if cell.strip()] == list(STAGES)
     [kl] = [line for line in text.splitlines() if "forward KL" in line]
     assert [float(cell) for cell in kl.replace("│", " ").split()[2:]] == [8.613, 1.670, 1.911]
     [agreement] = [line for line in text.splitlines() if "agreement" in line]
     assert [float(cell) for cell in agreement.replace("│", " ").split()[1:]] == [0.03, 0.46, 0.5]
+
+
+def test_samples_stand_at_full_width_below_their_prompt_which_is_printed_once():
+    console = recording(width=80)
+    long = "word " * 14 + "end"  # 73 characters: with the margin of 4 just what fits
+    samples = {"teacher": (long, True), "student, before": ("It is [bold]1[/bold],\n \n\nor [/red] so", False)}
+    print_samples("What is [i][0]?", samples, console)
+    lines = [line.rstrip() for line in console.export_text().splitlines()][1:]
+    assert lines == [
+        "What is [i][0]?",
+        "teacher",
+        f"    {long}",
+        "student, before",
+        "    It is [bold]1[/bold],",
+        "    or [/red] so …",
+    ]
 
 
 @pytest.fixture
@@ -46,24 +63,28 @@ def figures(monkeypatch):
     return saved
 
 
-def test_the_picture_draws_the_runs_one_after_the_other_and_each_measure(tmp_path, figures):
+def test_the_picture_draws_each_measure_of_all_runs_on_one_axis(tmp_path, figures):
     path = tmp_path / "new" / "stages.png"
-    plot_stages(STAGES, {"off-policy": history(8.0, 2.0), "mixed": history(1.5, 1.0, 0.5)}, path)
+    plot_curves(CURVES, path, logarithmic={"forward KL"})
     assert imread(path).std() > 0
-    curves, *bars = figures[0].axes
-    assert [(line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in curves.lines] == [
-        ("off-policy", [5, 10], [8.0, 2.0]),
-        ("mixed", [15, 20, 25], [1.5, 1.0, 0.5]),
+    panels = figures[0].axes
+    assert [(axes.get_title(), axes.get_yscale()) for axes in panels] == [
+        ("forward KL", "log"),
+        ("agreement", "linear"),
     ]
-    assert [axes.get_title() for axes in bars] == ["forward KL", "agreement"]
-    for axes, measure in zip(bars, ["forward KL", "agreement"], strict=True):
-        assert [bar.get_height() for bar in axes.patches] == [values[measure] for values in STAGES.values()]
-        assert [label.get_text() for label in axes.get_xticklabels()] == list(STAGES)
+    for axes in panels:
+        drawn = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+        assert drawn == [
+            ([step for step, _ in curve], [measures[axes.get_title()] for _, measures in curve])
+            for curve in CURVES.values()
+        ]
+    legend = [text.get_text() for text in panels[0].get_legend().get_texts()]
+    assert legend == ["off-policy: 1.67", "mixed: 1.91"]
 
 
-def test_a_run_that_logged_no_loss_leaves_the_picture_whole(tmp_path, figures):
+def test_a_run_without_a_measurement_leaves_the_picture_whole(tmp_path, figures):
     path = tmp_path / "stages.svg"
-    plot_stages(STAGES, {"too short": history(), "mixed": history(1.5)}, path)
-    assert [line.get_label() for line in figures[0].axes[0].lines] == ["mixed"]
-    plot_stages(STAGES, {}, path)
+    plot_curves({"too short": [], "mixed": CURVES["mixed"]}, path)
+    assert [len(line.get_xdata()) for line in figures[0].axes[0].lines] == [0, 3]
+    plot_curves({}, path)
     assert path.stat().st_size > 0

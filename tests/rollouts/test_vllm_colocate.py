@@ -455,7 +455,7 @@ def test_an_engine_over_more_ranks_than_there_are_is_refused(model):
 def test_without_vllm_the_error_says_what_to_install(model, monkeypatch):
     before = global_states()
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(GKDConfigError, match=r'vLLM rollouts need: pip install "gkd-trainer\[vllm\]".*docs/vllm.md'):
+    with pytest.raises(GKDConfigError, match=r'vLLM rollouts need: pip install "\.\[vllm\]" in a clone.*docs/vllm.md'):
         refused(model)
     assert_undisturbed(before)
 

@@ -61,3 +61,40 @@ def test_dropout_changes_the_run_above(unbroken, full_run, tiny_model, tmp_path)
     student = tiny_model(attention_dropout=0.2)
     _, weights, _ = full_run(tmp_path / "without", student=student, **{**OPTIONS, "disable_dropout": True})
     assert any(not torch.equal(weights[name], tensor) for name, tensor in unbroken[1].items())
+
+
+def weights_of(make_trainer, tiny_model, rows, *, resume=None, **options):
+    trainer = make_trainer(
+        trainer_args={"train_dataset": rows, "model": tiny_model(attention_dropout=0.2)},
+        **{**OPTIONS, "save_total_limit": None, **options},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+# As docs/migrating.md has it. The steps: in the middle of the first epoch, at its end, in the middle of the second.
+@pytest.mark.parametrize(
+    ("options", "is_streamed", "exact_at"),
+    [
+        ({"train_sampling_strategy": "sequential"}, False, {2, 5, 7}),
+        ({"train_sampling_strategy": "group_by_length"}, False, {2, 5}),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, False, {2, 5}),
+        ({"ignore_data_skip": True}, False, {5}),
+        ({}, True, {2, 5}),
+    ],
+)
+def test_resume_is_exact_except_where_trainer_loses_its_place_in_the_data(
+    make_trainer, tiny_model, token_rows, tmp_path, options, is_streamed, exact_at
+):
+    rows = token_rows(20)
+    if is_streamed:
+        rows = rows.to_iterable_dataset()
+    expected = weights_of(make_trainer, tiny_model, rows, **options)
+    found = set()
+    for step in (2, 5, 7):
+        checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+        folder = str(tmp_path / f"resumed-{step}")
+        weights = weights_of(make_trainer, tiny_model, rows, resume=str(checkpoint), output_dir=folder, **options)
+        if all(torch.equal(weights[name], tensor) for name, tensor in expected.items()):
+            found.add(step)
+    assert found == exact_at
