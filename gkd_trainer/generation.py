@@ -41,7 +41,7 @@ from gkd_trainer.rollouts import (
     plan_window,
     transformers_options,
 )
-from gkd_trainer.student import base_model
+from gkd_trainer.student import base_model, media_token_ids
 from gkd_trainer.teachers import Teacher
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class GenerationMixin(RecoveryMixin):
                 "use a causal LM of transformers, pass rollouts, or switch generation off"
             )
         self._stop_ids = _stop_ids(student, self._tokenizer_or_none)
+        self._media_ids = media_token_ids(student)
         self.rollouts = rollouts if rollouts is not None else self._student_rollouts()
         self._synced_version: tuple[int, ...] | None = None
         self._epoch_iterator: Iterator[Any] | None = None
@@ -169,7 +170,7 @@ class GenerationMixin(RecoveryMixin):
                 world_size=self.accelerator.num_processes,
                 batch_size=self._train_batch_size,
             )
-            plans.append(plan_window(batches, draw, teacher_generates=self._teacher_rollouts is not None))
+            plans.append(plan_window(batches, draw, self._teacher_rollouts is not None, self._media_ids))
             # The last window of an epoch is smaller only where the iterator ends.
             num_batches = args.gradient_accumulation_steps
         return plans
@@ -247,7 +248,9 @@ class GenerationMixin(RecoveryMixin):
         if only_prompts and not self._is_anywhere(has_prompts_alone(inputs)):
             return inputs
         with self._synced_rollouts(is_training=False) as engine:
-            return complete_greedily(inputs, engine, self.args.max_new_tokens, self._pad_token_id, only_prompts)
+            return complete_greedily(
+                inputs, engine, self.args.max_new_tokens, self._pad_token_id, only_prompts, self._media_ids
+            )
 
     @contextmanager
     def _synced_rollouts(self, is_training: bool = True) -> Iterator[RolloutEngine]:

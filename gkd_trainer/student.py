@@ -73,6 +73,14 @@ def name_of(model: nn.Module | None) -> str:
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
+def media_token_ids(model: nn.Module) -> frozenset[int]:
+    """Return the tokens that stand for an image, a video or sound in a model's input, as its config names them."""
+    config = getattr(model, "config", None)
+    names = (f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index"))
+    ids = (getattr(config, name, None) for name in names)
+    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+
+
 def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:
     """Return the module inside `torch.compile(model)`, with a warning; any other module as it is.
 

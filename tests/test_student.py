@@ -13,6 +13,7 @@ from gkd_trainer.student import (
     find_tokenizer,
     give_pad_token,
     load_student,
+    media_token_ids,
     name_of,
     refuse_prompt_learning,
     wrap_in_adapter,
@@ -168,3 +169,10 @@ def test_the_dropout_of_an_adapter_is_disabled(tiny_model):
     assert not torch.allclose(student(ids_BL).logits, expected_BLV, atol=1e-4)
     disable_dropout(student)
     torch.testing.assert_close(student(ids_BL).logits, expected_BLV)
+
+
+def test_tokens_of_other_media_are_those_that_the_config_names(tiny_model):
+    model = tiny_model()
+    assert media_token_ids(model) == frozenset()
+    model.config.image_token_id, model.config.audio_token_index, model.config.video_token_id = 5, 6, None
+    assert media_token_ids(model) == {5, 6}

@@ -8,7 +8,7 @@ rank agrees, a resumed run draws what the unbroken one would have drawn, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,17 @@ def prompts_of(inputs: Mapping[str, Any]) -> list[list[int]]:
         return before_last_run
     own = [[token_id for token_id in ids if token_id != IGNORE_INDEX] for ids in own_BP.tolist()]
     return [given or found for given, found in zip(own, before_last_run, strict=True)]
+
+
+def require_text(prompt: Sequence[int], media_ids: Collection[int]) -> None:
+    """Raise GKDDataError where a prompt holds a token of `media_ids`, which stands for an image, a video or sound."""
+    media = next((token_id for token_id in prompt if token_id in media_ids), None)
+    if media is not None:
+        raise GKDDataError(
+            f"a prompt to be completed holds token {media}, which stands for an image, a video or sound, and rollout "
+            "engines are given token ids alone: they would complete it blindly. Generate nothing for such rows "
+            "(lmbda=0, seq_kd=False, eval_on_policy=False)"
+        )
 
 
 def require_extendable(inputs: Mapping[str, Any]) -> None:

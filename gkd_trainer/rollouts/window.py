@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +109,20 @@ class WindowRollout:
         return sum(generated.is_on_policy for generated in self.generated)
 
 
-def plan_window(batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_generates: bool) -> WindowPlan:
+def plan_window(
+    batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_generates: bool, media_ids: Collection[int] = ()
+) -> WindowPlan:
     """Return what is to be generated in a window.
 
     Args:
         batches: Collated batches with `input_ids` and `labels` [B, L].
         draw: Which samples are on-policy, and their seeds.
         teacher_generates: Whether the teacher completes all others (`seq_kd`), or they stay as the data has them.
+        media_ids: Tokens that stand for an image, a video or sound, which no engine is given.
 
     Raises:
-        GKDDataError: a batch holds what can't be extended by completions, whether or not any of its samples gets one.
+        GKDDataError: a batch holds what can't be extended by completions, whether or not any of its samples gets one,
+            or a prompt to be completed holds one of `media_ids`.
 
     """
     jobs: dict[bool, list[Job]] = {True: [], False: []}
@@ -132,6 +136,7 @@ def plan_window(batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_genera
             if not is_on_policy and not teacher_generates:
                 continue
             if prompt:
+                mixing.require_text(prompt, media_ids)
                 jobs[is_on_policy].append(Job(micro_batch, row, prompt, draw.sampling_seed(position)))
             else:
                 without_prompt += 1
@@ -161,6 +166,7 @@ def complete_greedily(
     max_new_tokens: int,
     pad_token_id: int,
     only_prompts: bool,
+    media_ids: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return a batch whose rows hold the engine's greedy completion of their prompt.
 
@@ -172,6 +178,8 @@ def complete_greedily(
     chosen = {
         row: prompt for row, prompt in enumerate(prompts) if prompt and (not only_prompts or is_prompt_alone[row])
     }
+    for prompt in chosen.values():
+        mixing.require_text(prompt, media_ids)
     completions = engine.generate(list(chosen.values()), engine.greedy_sampling(max_new_tokens), [0] * len(chosen))
     by_row = {
         row: Generated(prompt, completion, is_on_policy=True)

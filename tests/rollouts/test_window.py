@@ -224,3 +224,12 @@ def test_evaluation_without_prompts_still_calls_the_engine_once():
     assert completed["labels"].tolist() == [[5, 6]]
     assert complete_greedily(inputs, engine, 9, PAD, only_prompts=False)["labels"].tolist() == [[X, X]]
     assert inputs["labels"].tolist() == [[5, 6]]
+
+
+def test_prompts_with_an_image_are_not_completed_without_it():
+    image = 11
+    inputs = [micro_batch(10, image)]
+    plan_window(inputs, draw_of(0.0), teacher_generates=False, media_ids={image})
+    with pytest.raises(GKDDataError, match=f"token {image}, which stands for an image"):
+        plan_window(inputs, draw_of(1.0), teacher_generates=False, media_ids={image})
+    plan_window(inputs, draw_of(1.0), teacher_generates=False, media_ids={99})
