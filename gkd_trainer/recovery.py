@@ -21,6 +21,11 @@ class RecoveryMixin(AnyTrainer):
     _random_states: tuple[Any, ...] | None = None
     _last_checkpoint: Path | None = None
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The folder of the last checkpoint that this run saved or resumed from."""
+        return self._last_checkpoint
+
     def _note_random_states(self) -> None:
         """Remember the random states of a step's end: a run that resumes there has to find them."""
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -25,6 +25,7 @@ LAYERS = [
     {"preparation", "evaluation", "pairing"},
     {"trainer"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
