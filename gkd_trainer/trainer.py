@@ -40,6 +40,7 @@ from gkd_trainer.heads import (
 )
 from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
+from gkd_trainer.publishing import PublishingMixin
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
@@ -56,7 +57,7 @@ from gkd_trainer.teachers import Teacher
 logger = logging.getLogger(__name__)
 
 
-class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
+class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin):
     """Generalised knowledge distillation for a trainer of the Hugging Face family.
 
     Put it in front of the trainer that you extend: `class MySFT(GKDMixin, trl.SFTTrainer)`, with
@@ -367,12 +368,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
 class GKDTrainer(GKDMixin, Trainer):
     """`transformers.Trainer` whose loss is the divergence from a teacher; see GKDMixin for its arguments."""
-
-    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
-        """Write the model card as Trainer does; scripts written for TRL call `dataset` `dataset_name`."""
-        if dataset_name is not None:
-            kwargs["dataset"] = dataset_name
-        super().create_model_card(*args, **kwargs)
 
 
 def _product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:

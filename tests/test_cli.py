@@ -343,6 +343,22 @@ def test_a_run_trains_evaluates_and_saves_a_student_that_loads(pair, data, rows_
     assert {"train_loss", "eval_loss"} <= results.keys()
     assert (tmp_path / "output" / "trainer_state.json").exists()
     assert "***** eval metrics *****" in capsys.readouterr().out
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert "`student`, distilled from `teacher` by generalised knowledge distillation" in card
+    assert "| data | `rows.jsonl`, 4 rows |" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_readme_that_somebody_wrote_is_kept(pair, data, tmp_path, caplog):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "README.md").write_text("Mine.\n")
+    main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
+    assert (tmp_path / "output" / "README.md").read_text() == "Mine.\n"
+    assert "README.md is not replaced by a model card" in caplog.text
+    (tmp_path / "output" / "README.md").unlink()
+    main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
+    main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1", "--beta", "0.125"])
+    assert "| β | 0.125 (" in (tmp_path / "output" / "README.md").read_text()
 
 
 def test_a_streamed_run_trains(pair, data, tmp_path):
@@ -354,6 +370,7 @@ def test_a_lora_run_saves_an_adapter_that_loads(pair, data, tmp_path):
     lora = ["--use_peft", "--lora_r", "2", "--lora_alpha", "4", "--lora_target_modules", "all-linear"]
     main(["train", *pair, *data, *lora, "--save_strategy", "no"])
     assert not (tmp_path / "output" / "model.safetensors").exists()
+    assert "LoRA adapter of rank 2" in (tmp_path / "output" / "README.md").read_text()
     config = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "output").peft_config["default"]
     assert (config.r, config.lora_alpha) == (2, 4)
     adapted = {name.rpartition(".")[2] for name in config.target_modules}

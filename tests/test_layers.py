@@ -22,7 +22,7 @@ LAYERS = [
     {"arguments", "any_trainer"},
     {"recovery"},
     {"generation"},
-    {"preparation", "evaluation", "pairing"},
+    {"preparation", "evaluation", "pairing", "publishing"},
     {"trainer"},
     {"cli"},
     {"__main__"},
@@ -99,7 +99,20 @@ def test_a_module_imports_only_from_layers_below(path):
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in STAGES], ids=name_in_package)
 def test_the_stages_do_not_know_one_another(path):
     assert not parts_imported_by(path) & (
-        (STAGES | {"trainer", "generation", "preparation", "evaluation", "pairing", "report", "arguments", "cli"})
+        (
+            STAGES
+            | {
+                "trainer",
+                "generation",
+                "preparation",
+                "evaluation",
+                "pairing",
+                "publishing",
+                "report",
+                "arguments",
+                "cli",
+            }
+        )
         - {part_of(path)}
     )
 
