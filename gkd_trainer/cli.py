@@ -6,6 +6,7 @@ Only argument parsing is imported here; a command imports the heavy libraries wh
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import shlex
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from gkd_trainer.errors import GKDConfigError, GKDError
+from gkd_trainer.quiet import quiet_imports
 
 if TYPE_CHECKING:
     import yaml
@@ -220,6 +222,9 @@ class DataOptions:
 
 
 def _train(arguments: Sequence[str]) -> None:
+    with quiet_imports():
+        importlib.import_module("gkd_trainer.config")
+        importlib.import_module("peft")
     student, data, config = _parse_train(arguments)
     peft_config = student.lora_config(config.disable_dropout)
     if data.streaming and config.max_steps <= 0:

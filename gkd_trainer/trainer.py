@@ -144,6 +144,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
 
         if data_collator is not None and self._prepares_rows:
             data_collator = keeping_labels(data_collator)
+        if not torch.accelerator.is_available():  # or each loader warns that it pins no memory
+            config.dataloader_pin_memory = False
         set_seed(config.seed)  # adapters start at random
         if is_plain_trainer:
             if isinstance(model, str):

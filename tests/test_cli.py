@@ -1,6 +1,7 @@
 """`gkd-trainer train` as a user calls it: options and YAML, data of every kind, runs on tiny models, bad input."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -522,6 +523,16 @@ def test_a_signal_before_the_first_checkpoint_says_that_none_was_saved(pair, dat
     code, error = run_until(own, lambda: (tmp_path / "output" / "runs").exists(), signal.SIGINT)
     assert code == 130
     assert "no checkpoint was saved in" in error.splitlines()[-1]
+
+
+def test_a_run_on_a_cpu_writes_nothing_to_stderr_but_its_progress(pair, data, tmp_path):
+    own = [*pair, *data, "--train_split", "train[:2]", "--eval_split", "train[2:]", "--use_peft", "--save_steps", "1"]
+    command = [sys.executable, "-m", "gkd_trainer", "train", *own, "--eval_strategy", "steps", "--eval_steps", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", result.stderr)]
+    progress = re.compile(r"[^|]*\d+%\|.*\|.*\[.*\]$|.*examples/s\]$")
+    assert [line for line in lines if line and not progress.match(line)] == []
 
 
 def test_a_mistake_prints_no_traceback(pair, data):
