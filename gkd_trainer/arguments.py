@@ -43,6 +43,8 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
             f"{', '.join(foreign)}: options of {type(args).__name__} that GKDConfig does not have. Derive "
             f"`class MyConfig(GKDArguments, {type(args).__name__})` for a trainer that has them, with GKDMixin in front"
         )
+    if args.logging_steps == type(args).logging_steps == TrainingArguments.logging_steps:
+        del given["logging_steps"]  # which can't be told from unset
     return GKDConfig(**{name: value for name, value in given.items() if name in known})
 
 

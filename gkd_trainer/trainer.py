@@ -41,6 +41,7 @@ from gkd_trainer.heads import (
 from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
 from gkd_trainer.publishing import PublishingMixin
+from gkd_trainer.report.interval import TenthOfRun
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
@@ -176,6 +177,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         if not is_plain_trainer:
             arguments["peft_config"] = peft_config
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
+        self.add_callback(TenthOfRun())
         refuse_data_parallel(self.args)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise GKDConfigError(

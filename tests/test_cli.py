@@ -158,6 +158,14 @@ def test_yaml_holds_aliases_mappings_lists_null_and_a_bare_no(given_to_trainer, 
     assert given["peft_config"].target_modules == {"q_proj", "v_proj"}
 
 
+def test_the_logging_interval_is_unset_or_what_is_given_on_the_command_line_and_in_yaml(
+    given_to_trainer, pair, data, tmp_path
+):
+    file = write_yaml(tmp_path / "a.yaml", logging_steps=500)
+    given = [[], ["--logging_steps", "500"], ["--config", file], ["--config", file, "--logging_steps", "0.25"]]
+    assert [given_to_trainer(*pair, *data, *own)["args"].logging_steps for own in given] == [None, 500, 500, 0.25]
+
+
 def test_dictionary_options_are_json_on_the_command_line(given_to_trainer, pair, data):
     args = given_to_trainer(*pair, *data, "--model-init-kwargs", '{"dtype": "bfloat16"}')["args"]
     assert args.model_init_kwargs == {"dtype": "bfloat16"}

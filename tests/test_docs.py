@@ -16,7 +16,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 
 def test_options_page_lists_every_option_with_its_default():
     listed = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
-    own = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"}
+    own = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs", "logging_steps"}
     options = [*dataclasses.fields(GKDArguments), *(f for f in dataclasses.fields(GKDConfig) if f.name in own)]
     assert sorted(listed) == sorted((option.name, repr(option.default)) for option in options)
 
