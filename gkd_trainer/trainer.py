@@ -43,6 +43,7 @@ from gkd_trainer.preparation import PreparationMixin
 from gkd_trainer.publishing import PublishingMixin
 from gkd_trainer.report.interval import TenthOfRun
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
+from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
     disable_dropout,
@@ -178,6 +179,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
             arguments["peft_config"] = peft_config
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
         self.add_callback(TenthOfRun())
+        if is_in_notebook():
+            self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
         refuse_data_parallel(self.args)
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise GKDConfigError(

@@ -392,6 +392,10 @@ def test_a_run_from_a_served_teacher_names_no_teacher_model(vllm_server, served_
     main(["train", *served, *data, "--output_dir", str(tmp_path / "output"), "--logging_steps", "1"])
     state = json.loads((tmp_path / "output" / "trainer_state.json").read_text())
     assert 0 < state["log_history"][0]["teacher_top_k_mass"] < 1
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert f"| teacher | `{served_dir.name}`, served at `{vllm_server.base_url}` |" in card
+    assert "| compared tokens | the teacher's 16 most probable, one bucket for the rest |" in card
+    assert str(served_dir) not in card
 
 
 def test_several_teacher_servers_are_a_list_in_yaml_and_joined_by_commas_elsewhere(given_to_trainer, pair, tmp_path):

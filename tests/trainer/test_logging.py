@@ -1,5 +1,7 @@
 """When a run is logged where nothing was set."""
 
+import re
+
 import pytest
 
 
@@ -28,3 +30,11 @@ def test_a_resumed_run_is_logged_where_the_unbroken_one_is(make_trainer):
     checkpoint = f"{resumed.args.output_dir}/checkpoint-5"
     resumed.train(resume_from_checkpoint=checkpoint)
     assert logged_steps(resumed) == list(range(2, 21, 2))
+
+
+def test_a_notebooks_table_has_our_metrics(make_trainer, shown, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", shown.callback)
+    make_trainer(disable_tqdm=False, lmbda=0.5, max_steps=2).train()
+    [html] = shown.states
+    names = ["Step", "Training Loss", "Divergence On Policy", "Divergence Off Policy", "Student Entropy"]
+    assert re.findall(r"<th[^>]*>(.*?)</th>", html)[:5] == names
