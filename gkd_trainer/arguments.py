@@ -67,6 +67,8 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     # At the default of trl's GKDConfig it was not chosen, and may be fitted to max_length.
     if given.get("max_new_tokens") == defaults.get("max_new_tokens"):
         given.pop("max_new_tokens", None)
+    if args.logging_steps == type(args).logging_steps == TrainingArguments.logging_steps:
+        del given["logging_steps"]  # which can't be told from unset
     return GKDConfig(**{name: value for name, value in given.items() if name in known})
 
 

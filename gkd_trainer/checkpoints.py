@@ -34,30 +34,36 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def find_last_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint of a run that is whole, or None, and what each newer one lacks."""
+    damaged: list[str] = []
+    for checkpoint in _checkpoints_in(Path(output_dir)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint.name}: {problem}")
+    return None, damaged
+
+
 def last_whole_checkpoint(output_dir: str | Path) -> Path:
-    """Return the newest checkpoint of a run that is whole; log a warning for each newer one that is not.
+    """Return the newest checkpoint of a run that is whole; log a warning for newer ones that are not.
 
     Raises:
         GKDConfigError: There is none.
     """
-    folder = Path(output_dir)
-    damaged: list[str] = []
-    for checkpoint in _checkpoints_in(folder):
-        problem = damage(checkpoint)
-        if problem is None:
-            if damaged:
-                logger.warning(
-                    "Resuming from %s, the last whole checkpoint. The run ended while it saved %s",
-                    checkpoint,
-                    "; ".join(damaged),
-                )
-            return checkpoint
-        damaged.append(f"{checkpoint.name}: {problem}")
-    found = "; ".join(damaged) or f"no folder of the form checkpoint-STEP in {folder}"
-    raise GKDConfigError(
-        f"resume_from_checkpoint=True needs a whole checkpoint in output_dir; found {found}. Leave "
-        "resume_from_checkpoint out to start from the beginning, or set output_dir to that of the run to resume"
-    )
+    checkpoint, damaged = find_last_whole(output_dir)
+    listed = "; ".join(damaged)
+    if checkpoint is None:
+        found = listed or f"no folder of the form checkpoint-STEP in {output_dir}"
+        raise GKDConfigError(
+            f"resume_from_checkpoint=True needs a whole checkpoint in output_dir; found {found}. Leave "
+            "resume_from_checkpoint out to start from the beginning, or set output_dir to that of the run to resume"
+        )
+    if damaged:
+        logger.warning(
+            "Resuming from %s, the last whole checkpoint. The run ended while it saved %s", checkpoint, listed
+        )
+    return checkpoint
 
 
 def required_whole(checkpoint: str | Path) -> Path:

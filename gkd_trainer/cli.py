@@ -6,22 +6,36 @@ Only argument parsing is imported here; a command imports the heavy libraries wh
 from __future__ import annotations
 
 import argparse
+import importlib
+import logging
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDError
+from gkd_trainer.errors import GKDConfigError, GKDError
+from gkd_trainer.quiet import quiet_imports
 
 if TYPE_CHECKING:
+    import yaml
     from peft import LoraConfig
     from transformers import HfArgumentParser
 
     from gkd_trainer.config import GKDConfig
+    from gkd_trainer.data.sources import RowSource
+    from gkd_trainer.trainer import GKDTrainer
 
 _ALIASES = {"model_name_or_path": "model", "teacher_model_name_or_path": "teacher"}
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With status 2 for arguments that can't be parsed, with 1 (and the message of a GKDError on stderr)
-            for input that can't be used, with 0 after help.
+            for input that can't be used, with 130 or 143 (and how to resume) after SIGINT or SIGTERM, with 0 after
+            help.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
@@ -47,10 +62,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A command parses its own options: building them takes the libraries that they come from.
     chosen = parser.parse_args(arguments[:1]).command
     try:
-        _COMMANDS[chosen].run(arguments[1:])
+        with _terminating_like_an_interrupt():
+            _COMMANDS[chosen].run(arguments[1:])
     except GKDError as error:
-        print(f"gkd-trainer {chosen}: error: {error}", file=sys.stderr)
+        print(f"gkd-trainer {chosen}: error: {'. '.join([str(error), *_notes(error)])}", file=sys.stderr)
         raise SystemExit(1) from error
+    except KeyboardInterrupt as stop:
+        is_terminated = isinstance(stop, _Terminated)
+        what = "terminated" if is_terminated else "interrupted"
+        if os.environ.get("RANK", "0") == "0":
+            # A progress bar leaves its line open.
+            print(f"\ngkd-trainer {chosen}: {': '.join([what, *_notes(stop)])}", file=sys.stderr)
+        raise SystemExit(128 + (signal.SIGTERM if is_terminated else signal.SIGINT)) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers stop a run."""
+
+
+@contextmanager
+def _terminating_like_an_interrupt() -> Iterator[None]:
+    """Raise _Terminated at SIGTERM, where the main thread runs the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def terminate(number: int, _: object) -> None:
+        if os.getpid() == process:
+            raise _Terminated
+        # A forked worker, of a data loader say, dies as it would without this handler.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))
 
 
 # Not trl.ModelConfig: its dtype, revision, attention and quantisation would be a second place for what GKDConfig's
@@ -128,64 +181,56 @@ class DataOptions:
         default=None, metadata={"help": "Which configuration of the data sets, such as main of openai/gsm8k."}
     )
     train_split: str = field(
-        default="train", metadata={"help": "Which split to train on; also a part, such as train[:100]."}
+        default="train",
+        metadata={"help": "Which split to train on; also a part, such as train[:100]. A file is the split train."},
     )
     eval_dataset: str | None = field(
         default=None,
         metadata={"help": "The data to evaluate on, named as --dataset is; by default --dataset if --eval_split is."},
     )
     eval_split: str | None = field(
-        default=None, metadata={"help": "Which split to evaluate on; by default test, if --eval_dataset is given."}
+        default=None,
+        metadata={
+            "help": "Which split to evaluate on, or a part of one, such as train[90%%:] beside "
+            "--train_split train[:90%%]; by default test, if --eval_dataset is given."
+        },
     )
     streaming: bool = field(
         default=False, metadata={"help": "Whether to read the data while training; needs --max_steps."}
     )
 
-    @property
-    def has_evaluation(self) -> bool:
-        """Whether there is something to evaluate on."""
-        return self.eval_dataset is not None or self.eval_split is not None
+    def sources(self) -> tuple[RowSource, RowSource | None]:
+        """Return where the rows to train and to evaluate on come from; raise GKDDataError where that is refused."""
+        from gkd_trainer.data.sources import RowSource
 
-    def load_train(self) -> Any:
-        """Return the rows to train on."""
-        return self._load("dataset", self.dataset or "", self.train_split)
-
-    def load_eval(self) -> Any:
-        """Return the rows to evaluate on, or None."""
-        if not self.has_evaluation:
-            return None
-        option = "dataset" if self.eval_dataset is None else "eval_dataset"
-        return self._load(option, self.eval_dataset or self.dataset or "", self.eval_split or "test")
-
-    def _load(self, option: str, source: str, split: str) -> Any:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        path = Path(source)
-        options: dict[str, Any] = {"name": self.dataset_config, "split": split, "streaming": self.streaming}
-        if path.is_file():
-            if path.suffix not in _FILE_FORMATS:
-                raise GKDDataError(f"--{option}: expected a file that ends in {', '.join(_FILE_FORMATS)}; got {source}")
-            # A file has no splits: it is the one that is asked for, of which a part may be taken.
-            options |= {"data_files": {split.partition("[")[0]: source}, "name": None}
-            source = _FILE_FORMATS[path.suffix]
-        elif path.suffix in _FILE_FORMATS:
-            raise GKDDataError(f"--{option}: there is no file {source}")
-        try:
-            return load_dataset(source, **options)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise GKDDataError(
-                f"--{option}: could not load the split {split!r} of {path} ({type(error).__name__}: {error}). "
-                "Expected a name on the hub, a .json, .jsonl, .parquet or .csv file, or a folder of them"
-            ) from error
+        names = [name for name in (self.dataset, self.eval_dataset) if name is not None]
+        if self.dataset_config is not None and all(Path(name).is_file() for name in names):
+            raise GKDConfigError(f"dataset_config={self.dataset_config} has no effect on a file: leave it out")
+        train = RowSource("dataset", self.dataset or "", self.train_split, self.dataset_config, self.streaming)
+        if self.eval_dataset is None:
+            if self.eval_split is None:
+                return train, None
+            return train, replace(train, option="eval_split", split=self.eval_split)
+        evaluation = replace(
+            train,
+            option="eval_dataset",
+            name=self.eval_dataset,
+            split=self.eval_split or "test",
+            file_splits=("test", "train"),
+        )
+        return train, evaluation
 
 
 def _train(arguments: Sequence[str]) -> None:
+    with quiet_imports():
+        importlib.import_module("gkd_trainer.config")
+        importlib.import_module("peft")
     student, data, config = _parse_train(arguments)
     peft_config = student.lora_config(config.disable_dropout)
     if data.streaming and config.max_steps <= 0:
         raise GKDConfigError("streaming data have no length that is known beforehand: set max_steps")
-    if config.eval_strategy != "no" and not data.has_evaluation:
+    train_source, eval_source = data.sources()
+    if config.eval_strategy != "no" and eval_source is None:
         raise GKDConfigError("eval_strategy needs data to evaluate on: set eval_dataset or eval_split, or leave it out")
     resumed_from = _checkpoint(config)
     for option, name, init_kwargs in (
@@ -194,30 +239,81 @@ def _train(arguments: Sequence[str]) -> None:
     ):
         if name is not None:  # the teacher may be behind a server
             _require_model(option, name, init_kwargs, config.trust_remote_code)
-    train_rows, eval_rows = data.load_train(), data.load_eval()
+    train_rows = train_source.load()
+    eval_rows = None if eval_source is None else eval_source.load()
+    if eval_source is not None and train_source.overlaps(train_rows, eval_source):
+        logger.warning(
+            "%s: %s and %s overlap, so that rows which are trained on are evaluated on too",
+            train_source.name,
+            train_source.split,
+            eval_source.split,
+        )
 
+    from gkd_trainer.data.sources import naming_broken_lines
     from gkd_trainer.trainer import GKDTrainer
 
-    trainer = GKDTrainer(
-        student.model_name_or_path,
-        config,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        peft_config=peft_config,
-    )
-    metrics = trainer.train(resume_from_checkpoint=resumed_from).metrics
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    if eval_rows is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+    with naming_broken_lines(train_source, eval_source):
+        trainer = GKDTrainer(
+            student.model_name_or_path,
+            config,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            peft_config=peft_config,
+        )
+        with _noting_how_to_resume(trainer):
+            metrics = trainer.train(resume_from_checkpoint=resumed_from).metrics
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        if eval_rows is not None:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+    if _may_write_card(config):
+        trainer.create_model_card(dataset=train_source.name)
     if config.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(dataset=train_source.name)
     trainer.rollouts.close()
     trainer.accelerator.end_training()
+
+
+def _may_write_card(config: GKDConfig) -> bool:
+    """Return whether output_dir has no README.md, or one that a trainer or PEFT wrote."""
+    from huggingface_hub import ModelCard
+
+    path = Path(str(config.output_dir)) / "README.md"
+    if not path.exists():
+        return True
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    is_generated = data.get("library_name") == "peft" or "generated_from_trainer" in (data.get("tags") or [])
+    if not is_generated:
+        logger.warning("%s is not replaced by a model card, since somebody wrote it", path)
+    return is_generated
+
+
+@contextmanager
+def _noting_how_to_resume(trainer: GKDTrainer) -> Iterator[None]:
+    """Add to what stops a run how to go on from the last checkpoint."""
+    from transformers import ProgressCallback
+
+    from gkd_trainer.checkpoints import find_last_whole
+
+    try:
+        yield
+    except (KeyboardInterrupt, GKDError) as stop:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):  # or the bars are drawn once more, below the message
+                for bar in (callback.training_bar, callback.prediction_bar):
+                    if bar is not None:
+                        bar.close()
+        last, output_dir = trainer.last_checkpoint, str(trainer.args.output_dir)
+        if last is not None:
+            source = "true" if find_last_whole(output_dir)[0] == last else shlex.quote(str(last))
+            stop.add_note(f"{last} is saved: to go on from it, add --resume_from_checkpoint {source}")
+        elif isinstance(stop, KeyboardInterrupt):
+            stop.add_note(f"no checkpoint was saved in {output_dir} yet (--save_steps says how often)")
+        raise
 
 
 def _parse_train(arguments: Sequence[str]) -> tuple[StudentOptions, DataOptions, GKDConfig]:
@@ -287,39 +383,84 @@ def _parse_with_config(
     finder = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(arguments)[0].config
-    if path is None:
-        return parser.parse_args(arguments)
-    canonical = {alias: name for name, alias in _ALIASES.items()}
-    values = {canonical.get(str(key), str(key)): value for key, value in _read_yaml(parser, path).items()}
-    unknown = values.keys() - hints.keys()
+    from_file = [] if path is None else _arguments_of_file(parser, hints, path)
+    options, unknown = parser.parse_known_args([*from_file, *arguments])
+    misspelt = [text for text in unknown if text.startswith("--")]
     if unknown:
-        parser.error(f"{path}: unknown options: {', '.join(sorted(unknown))}; `gkd-trainer train --help` lists all")
-    from_file = []
-    for name, value in values.items():
-        if value is False and not _takes(hints[name], value):
-            value = "no"  # YAML 1.1 reads a bare `no`, as in `save_strategy: no`, so
-        # Plain values are parsed and checked like the command line's; lists, mappings and null have no such form.
-        if isinstance(value, str | int | float):
-            from_file.append(f"--{name}={value}")
+        parser.error(f"unrecognized arguments: {_with_suggestions(misspelt or unknown, hints, '--')}")
+    return options
+
+
+def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path: str) -> list[str]:
+    """Return a YAML file's options as a command line has them; those that have no such form become defaults."""
+    options = _yaml_options(parser, path)
+    unknown = options.keys() - hints.keys()
+    if unknown:
+        names = _with_suggestions(sorted(unknown), hints)
+        parser.error(f"{path}: unknown options: {names}; `gkd-trainer train --help` lists all")
+    arguments = []
+    for name, (text, value) in options.items():
+        if text is not None and value is not None:
+            # As written: YAML 1.1 would make `no` a boolean, 1:30 a number, 2024-01-01 a date. The command line's
+            # parser knows each option's type, and what it may be; it only lacks YAML's on and off.
+            is_switch = bool in (hints[name], *get_args(hints[name])) and isinstance(value, bool)
+            arguments.append(f"--{name}={str(value).lower() if is_switch else text}")
         elif _takes(hints[name], value):
             parser.set_defaults(**{name: value})
         else:
             parser.error(f"{path}: {name} can't be {value!r}")
-    return parser.parse_args([*from_file, *arguments])
+    return arguments
 
 
-def _read_yaml(parser: HfArgumentParser, path: str) -> dict[Any, Any]:
+def _yaml_options(parser: HfArgumentParser, path: str) -> dict[str, tuple[str | None, Any]]:
+    """Return the options of a file by name: the text of a plain value as it is written (None for others), its value."""
     import yaml
 
+    canonical = {alias: name for name, alias in _ALIASES.items()}
+
+    def name_of(key: yaml.Node) -> str:
+        name = str(key.value).replace("-", "_")
+        return canonical.get(name, name)
+
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            value = loader.construct_document(root)
+            parser.error(f"--config: expected options by name in {path}, such as `beta: 0.5`; got {value!r}")
+        names = Counter(name_of(key) for key, _ in root.value)
+        repeated = [name for name, count in names.items() if count > 1]
+        if repeated:
+            parser.error(f"{path}: given more than once: {', '.join(repeated)}")
+        loader.flatten_mapping(root)  # `<<: *base`, whose options come first
+        return {name_of(key): _yaml_value(loader, node) for key, node in root.value}
+    except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config: could not read {path}: {error}")
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        parser.error(f"--config: expected options by name in {path}, such as `beta: 0.5`; got {values!r}")
-    return values
+
+
+def _yaml_value(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[str | None, Any]:
+    """Return the text of a plain value as it is written, None for others, and the value that it stands for."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        is_special = node.tag.rpartition(":")[2] in ("null", "bool")
+        return node.value, loader.construct_object(node) if is_special else node.value
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
+        return None, [item.value for item in node.value]
+    return None, loader.construct_object(node, deep=True)
+
+
+def _with_suggestions(names: Iterable[str], hints: Mapping[str, Any], prefix: str = "") -> str:
+    """Return names of options that don't exist, each with the one that it may stand for."""
+    known = [name for name in (*hints, *_ALIASES.values(), "config") if not name.startswith("_")]
+    told = []
+    for name in names:
+        stem = name.removeprefix(prefix).partition("=")[0].replace("-", "_")
+        similar = get_close_matches(stem, known, n=1)
+        told.append(f"{name} (did you mean {prefix}{similar[0]}?)" if similar else name)
+    return ", ".join(told)
 
 
 def _takes(hint: Any, value: object) -> bool:
@@ -366,23 +507,15 @@ def _require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: 
 
 
 def _checkpoint(config: GKDConfig) -> str | None:
-    """Return the folder to resume from; `true` is the last one of output_dir."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """Return the folder to resume from; `true` is the last whole one of output_dir."""
+    from gkd_trainer.checkpoints import last_whole_checkpoint, required_whole
 
     wanted = config.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
+    if wanted is None or wanted.lower() in ("false", "no", "off"):
         return None
-    output_dir = str(config.output_dir)
-    if wanted.lower() == "true":
-        last: str | None = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if last is None:
-            raise GKDConfigError(f"resume_from_checkpoint: there is no checkpoint in {output_dir}: leave it out")
-        return last
-    if not Path(wanted).is_dir():
-        raise GKDConfigError(
-            f"resume_from_checkpoint: expected a checkpoint's folder, or true for the last one; got {wanted!r}"
-        )
-    return wanted
+    if wanted.lower() in ("true", "yes", "on"):
+        return str(last_whole_checkpoint(config.output_dir or ""))
+    return str(required_whole(wanted))
 
 
 class _TrainHelp(argparse.ArgumentDefaultsHelpFormatter):
@@ -426,5 +559,5 @@ class _Command:
 _COMMANDS = {"train": _Command("distil a teacher into a student", _train)}
 
 
-if __name__ == "__main__":  # for `accelerate launch -m gkd_trainer.cli train ...`
+if __name__ == "__main__":
     main()

@@ -357,6 +357,11 @@ class GKDConfig(GKDArguments, TrainingArguments):
         False, "Whether models and tokenizers loaded by name may run Python code that comes with them."
     )
     dataset_num_proc: int | None = _option(None, "Number of processes that tokenise the data set.")
+    logging_steps: float | None = _option(  # type: ignore[assignment]
+        None,
+        "Optimizer steps from one log entry to the next, or, below 1, their share of the run. By default a tenth of "
+        "the run, and at most 500 steps.",
+    )
     dataset_kwargs: dict[str, Any] | str | None = _option(
         None, "{'skip_prepare_dataset': true} leaves the data set as it is, for a collator of your own."
     )
@@ -375,6 +380,15 @@ class GKDConfig(GKDArguments, TrainingArguments):
                     "`class MySFT(GKDMixin, trl.SFTTrainer)`"
                 )
         return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check as GKDArguments does, with TrainingArguments' own default in the place of unset logging_steps."""
+        is_unset = self.logging_steps is None
+        if is_unset:
+            self.logging_steps = TrainingArguments.logging_steps  # of which eval_steps are made where they are unset
+        super().__post_init__()
+        if is_unset:
+            self.logging_steps = None
 
     @classmethod
     def _json_fields(cls) -> tuple[str, ...]:

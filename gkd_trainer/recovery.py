@@ -41,6 +41,11 @@ class RecoveryMixin(AnyTrainer):
     _random_states: tuple[Any, ...] | None = None
     _last_checkpoint: Path | None = None
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The folder of the last checkpoint that this run saved or resumed from."""
+        return self._last_checkpoint
+
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
 

@@ -48,8 +48,11 @@ from gkd_trainer.heads import (
 )
 from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
+from gkd_trainer.publishing import PublishingMixin
 from gkd_trainer.redaction import dropping_secrets
+from gkd_trainer.report.interval import TenthOfRun
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
+from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.student import (
     base_model,
@@ -71,7 +74,7 @@ logger = logging.getLogger(__name__)
 _COMPILES = " (torch_compile=True compiles it nevertheless)"
 
 
-class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
+class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin):
     """Generalised knowledge distillation for a trainer of the Hugging Face family.
 
     Put it in front of the trainer that you extend: `class MySFT(GKDMixin, trl.SFTTrainer)`, with
@@ -170,6 +173,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
         if data_collator is not None and self._prepares_rows:
             data_collator = keeping_labels(data_collator)
+        if not torch.accelerator.is_available():  # or each loader warns that it pins no memory
+            config.dataloader_pin_memory = False
         set_seed(config.seed)  # adapters start at random
         if is_plain_trainer:
             if isinstance(model, str):
@@ -202,6 +207,9 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
         if model_init is not None and processing_class is None:
             self._find_tokenizer_of_made_student(trust_remote_code)
+        self.add_callback(TenthOfRun())
+        if is_in_notebook():
+            self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
         refuse_data_parallel(self.args)
         refuse_dropped_deepspeed(self.args, self.is_deepspeed_enabled)
         if self.is_world_process_zero():
@@ -444,12 +452,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin):
 
 class GKDTrainer(GKDMixin, Trainer):
     """`transformers.Trainer` whose loss is the divergence from a teacher; see GKDMixin for its arguments."""
-
-    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
-        """Write the model card as Trainer does; scripts written for TRL call `dataset` `dataset_name`."""
-        if dataset_name is not None:
-            kwargs["dataset"] = dataset_name
-        super().create_model_card(*args, **kwargs)
 
 
 def _product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:

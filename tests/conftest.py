@@ -1,10 +1,12 @@
 """What the tests share: a quiet and offline environment, small tokenizers and models, and the real pair."""
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch and the hub are imported. Threads that wait for a busy core are slower than one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -249,3 +251,25 @@ def proxy(vllm_server):
     """A proxy before `vllm_server` that can be told to answer wrongly."""
     with FaultyProxy(vllm_server.base_url) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """A captured notebook: `states`, the last HTML of each display, and transformers' `callback` for it."""
+    states = []
+
+    class Display:
+        def __init__(self, html):
+            self.place = len(states)
+            states.append(html)
+
+        def update(self, html):
+            states[self.place] = html
+
+    display = SimpleNamespace(HTML=str, display=lambda html, display_id=None: Display(html))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    notebook = importlib.import_module("transformers.utils.notebook")
+    yield SimpleNamespace(states=states, callback=notebook.NotebookProgressCallback)
+    sys.modules.pop("transformers.utils.notebook", None)

@@ -1,8 +1,11 @@
 """`gkd-trainer train` as a user calls it: options and YAML, data of every kind, runs on tiny models, bad input."""
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_trainer import GKDConfig
-from gkd_trainer.cli import main
+from gkd_trainer.cli import _checkpoint, _parse_train, main
 from tests.serving import MAX_MODEL_LENGTH
 
 ROWS = [{"prompt": f"{word} and one is", "completion": f" {word} one"} for word in ("one", "two", "three", "four")]
@@ -155,17 +158,102 @@ def test_yaml_holds_aliases_mappings_lists_null_and_a_bare_no(given_to_trainer, 
     assert given["peft_config"].target_modules == {"q_proj", "v_proj"}
 
 
+def test_the_logging_interval_is_unset_or_what_is_given_on_the_command_line_and_in_yaml(
+    given_to_trainer, pair, data, tmp_path
+):
+    file = write_yaml(tmp_path / "a.yaml", logging_steps=500)
+    given = [[], ["--logging_steps", "500"], ["--config", file], ["--config", file, "--logging_steps", "0.25"]]
+    assert [given_to_trainer(*pair, *data, *own)["args"].logging_steps for own in given] == [None, 500, 500, 0.25]
+
+
 def test_dictionary_options_are_json_on_the_command_line(given_to_trainer, pair, data):
     args = given_to_trainer(*pair, *data, "--model-init-kwargs", '{"dtype": "bfloat16"}')["args"]
     assert args.model_init_kwargs == {"dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
+    ("option", "written"),
+    [
+        *[("run_name", text) for text in ("no", "on", "1e-4", "2024-01-01", "2024-13-45", ".5", "1:30", "0x10", "007")],
+        ("run_name", "1_000"),
+        ("teacher_model_name_or_path", "1.0"),
+        ("train_split", "2024-01-01"),
+        ("hub_model_id", "true"),
+    ],
+)
+def test_yaml_gives_text_as_it_is_written(option, written, given_to_trainer, pair, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("gkd_trainer.cli._require_model", lambda *_: None)
+    monkeypatch.setattr("gkd_trainer.data.sources.RowSource.load", lambda source: source.split)
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{option}: {written}\n")
+    own = [*pair[:2], *pair[4:], "--config", file]
+    own += [] if option.startswith("teacher") else pair[2:4]
+    own += [*data[2:], "--dataset", "somebody/something"]
+    given = given_to_trainer(*own)
+    assert {**vars(given["args"]), "train_split": given["train_dataset"]}[option] == written
+
+
+@pytest.mark.parametrize(
+    ("written", "is_on"), [("on", True), ("off", False), ("yes", True), ('"true"', True), ("n", False)]
+)
+def test_yaml_switches_are_on_and_off_in_every_spelling(written, is_on, given_to_trainer, pair, data, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"gradient-checkpointing: {written}\ndisable_dropout: {written}\n")
+    args = given_to_trainer("--config", file, *pair, *data)["args"]
+    assert (args.gradient_checkpointing, args.disable_dropout) == (is_on, is_on)
+
+
+def test_yaml_lists_hold_text_as_it_is_written_and_mappings_hold_values(given_to_trainer, pair, data, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("use_peft: true\nlora_target_modules: [on, 1e-4, q]\nmodel_init_kwargs: {use_cache: no, n: 3}\n")
+    given = given_to_trainer("--config", file, *pair, *data)
+    assert given["peft_config"].target_modules == {"on", "1e-4", "q"}
+    assert given["args"].model_init_kwargs == {"use_cache": False, "n": 3}
+
+
+@pytest.mark.parametrize("written", ["false", "no", "off", "False", "null"])
+def test_yaml_resumes_from_nothing_where_it_says_so(written, pair, data, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"resume_from_checkpoint: {written}\n")
+    _, _, config = _parse_train([*pair, *data, "--config", str(file)])
+    assert _checkpoint(config) is None
+
+
+@pytest.mark.parametrize("written", ["true", "yes", "on", "True"])
+def test_yaml_resumes_from_the_last_checkpoint_where_it_says_so(written, pair, data, tmp_path):
+    for step in (2, 10):
+        (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
+    file = tmp_path / "a.yaml"
+    file.write_text(f"resume_from_checkpoint: {written}\n")
+    _, _, config = _parse_train([*pair, *data, "--config", str(file)])
+    assert _checkpoint(config) == str(tmp_path / "output" / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        (["--betta", "1"], "--betta (did you mean --beta?)"),
+        (["--lambda=1"], "--lambda=1 (did you mean --lmbda?)"),
+        (["--learning-rat", "1"], "--learning-rat (did you mean --learning_rate?)"),
+        (["--studnet", "x", "--qqqqqq", "y"], "arguments: --studnet, --qqqqqq\n"),
+        (["x"], "unrecognized arguments: x\n"),
+    ],
+)
+def test_a_misspelt_option_is_told_with_the_one_that_is_meant(argv, suggestion, capsys):
+    code, error = exit_of(["train", *argv], capsys)
+    assert code == 2
+    assert suggestion in error
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("betta: 0.5\nlambda: 1\n", "unknown options: betta, lambda"),
+        ("betta: 0.5\nlambda: 1\n", "unknown options: betta (did you mean beta?), lambda (did you mean lmbda?)"),
+        ("teacher: a\nbeta: 0\nteacher_model_name_or_path: b\n", "more than once: teacher_model_name_or_path"),
+        ("save_strategy: false\n", "invalid choice: 'false' (choose from 'no', 'steps', 'epoch', 'best')"),
+        ("teacher_model_init_kwargs: {day: 2024-13-45}\n", "could not read"),
         ("beta: much\n", "argument --beta: invalid float value: 'much'"),
-        ("beta: [0.5]\n", "beta can't be [0.5]"),
+        ("beta: [0.5]\n", "beta can't be ['0.5']"),
         ("beta: null\n", "beta can't be None"),
         ("max_steps: 2.5\n", "argument --max_steps"),
         ("train_on: first_turn\n", "invalid choice: 'first_turn' (choose from 'all_turns', 'last_turn')"),
@@ -198,6 +286,42 @@ def test_a_file_of_rows_is_read_by_its_suffix(suffix, given_to_trainer, pair, tm
     assert given["eval_dataset"] is None
 
 
+def test_evaluation_on_the_training_file_is_refused_unless_it_is_a_part_of_it(pair, data, capsys):
+    code, error = exit_of(["train", *pair, *data, "--eval_split", "test"], capsys)
+    assert code == 1
+    assert "--eval_split: " in error
+    assert "is one file, which has no split 'test': name another file with --eval_dataset" in error
+
+
+def test_two_parts_of_one_file_are_trained_and_evaluated_on(given_to_trainer, pair, data, caplog):
+    given = given_to_trainer(*pair, *data, "--train_split", "train[:75%]", "--eval_split", "train[75%:]")
+    assert (given["train_dataset"].to_list(), given["eval_dataset"].to_list()) == (ROWS[:3], ROWS[3:])
+    assert "overlap" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [["--eval_split", "train[:1]"], ["--eval_dataset", "rows.jsonl"]])
+def test_evaluation_rows_that_are_trained_on_are_warned_of(options, given_to_trainer, pair, data, tmp_path, caplog):
+    own = [str(tmp_path / option) if option == "rows.jsonl" else option for option in options]
+    given_to_trainer(*pair, *data, *own)
+    assert "overlap, so that rows which are trained on are evaluated on too" in caplog.text
+
+
+def test_a_broken_line_is_named_with_its_file(pair, data, rows_file, capsys):
+    with rows_file.open("a") as file:
+        file.write('{"prompt": "five and one is", "completion": }\n')
+    code, error = exit_of(["train", *pair, *data], capsys)
+    assert code == 1
+    assert f"error: --dataset: {rows_file}, line 5 is not JSON: Expecting value, at column 45" in error
+
+
+def test_a_broken_line_of_a_stream_is_named_too(pair, data, rows_file, capsys):
+    with rows_file.open("a") as file:
+        file.write("{")
+    code, error = exit_of(["train", *pair, *data, "--streaming", "--save_strategy", "no"], capsys)
+    assert code == 1
+    assert f"error: --dataset: {rows_file}, line 5 is not JSON" in error
+
+
 def test_a_folder_holds_its_splits(given_to_trainer, pair, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -228,6 +352,22 @@ def test_a_run_trains_evaluates_and_saves_a_student_that_loads(pair, data, rows_
     assert {"train_loss", "eval_loss"} <= results.keys()
     assert (tmp_path / "output" / "trainer_state.json").exists()
     assert "***** eval metrics *****" in capsys.readouterr().out
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert "`student`, distilled from `teacher` by generalised knowledge distillation" in card
+    assert "| data | `rows.jsonl`, 4 rows |" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_readme_that_somebody_wrote_is_kept(pair, data, tmp_path, caplog):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "README.md").write_text("Mine.\n")
+    main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
+    assert (tmp_path / "output" / "README.md").read_text() == "Mine.\n"
+    assert "README.md is not replaced by a model card" in caplog.text
+    (tmp_path / "output" / "README.md").unlink()
+    main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
+    main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1", "--beta", "0.125"])
+    assert "| β | 0.125 (" in (tmp_path / "output" / "README.md").read_text()
 
 
 def test_a_streamed_run_trains(pair, data, tmp_path):
@@ -239,6 +379,7 @@ def test_a_lora_run_saves_an_adapter_that_loads(pair, data, tmp_path):
     lora = ["--use_peft", "--lora_r", "2", "--lora_alpha", "4", "--lora_target_modules", "all-linear"]
     main(["train", *pair, *data, *lora, "--save_strategy", "no"])
     assert not (tmp_path / "output" / "model.safetensors").exists()
+    assert "LoRA adapter of rank 2" in (tmp_path / "output" / "README.md").read_text()
     config = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "output").peft_config["default"]
     assert (config.r, config.lora_alpha) == (2, 4)
     adapted = {name.rpartition(".")[2] for name in config.target_modules}
@@ -251,6 +392,10 @@ def test_a_run_from_a_served_teacher_names_no_teacher_model(vllm_server, served_
     main(["train", *served, *data, "--output_dir", str(tmp_path / "output"), "--logging_steps", "1"])
     state = json.loads((tmp_path / "output" / "trainer_state.json").read_text())
     assert 0 < state["log_history"][0]["teacher_top_k_mass"] < 1
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert f"| teacher | `{served_dir.name}`, served at `{vllm_server.base_url}` |" in card
+    assert "| compared tokens | the teacher's 16 most probable, one bucket for the rest |" in card
+    assert str(served_dir) not in card
 
 
 def test_several_teacher_servers_are_a_list_in_yaml_and_joined_by_commas_elsewhere(given_to_trainer, pair, tmp_path):
@@ -315,10 +460,13 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(source, pair, d
         (["--teacher", "nobody/nothing"], "--teacher_model_name_or_path: expected a folder with a model"),
         (["--streaming", "--max_steps", "-1"], "set max_steps"),
         (["--eval_strategy", "steps"], "set eval_dataset or eval_split"),
+        (["--dataset_config", "main"], "dataset_config=main has no effect on a file"),
+        (["--dataset", "rows*.jsonl"], "--dataset: there is no file rows*.jsonl, and patterns are not expanded"),
+        (["--eval_dataset", "data/*"], "--eval_dataset: there is no file data/*, and patterns are not expanded"),
         (["--lora_r", "8"], "lora_r without effect: set use_peft"),
         (["--use_peft", "--lora_dropout", "0.1"], "lora_dropout=0.1 has no effect while disable_dropout is on"),
-        (["--resume_from_checkpoint", "true"], "there is no checkpoint in"),
-        (["--resume_from_checkpoint", "nowhere"], "expected a checkpoint's folder"),
+        (["--resume_from_checkpoint", "true"], "no folder of the form checkpoint-STEP in"),
+        (["--resume_from_checkpoint", "nowhere"], "the checkpoint nowhere: there is no such folder"),
         (["--load_best_model_at_end"], "--load_best_model_at_end requires the save and eval strategy to match"),
         (["--max_length", "5"], "none of the 4 rows can be used"),
     ],
@@ -329,6 +477,74 @@ def test_bad_input_exits_1_with_one_message(options, message, pair, data, capsys
     _, separator, told = error.partition("gkd-trainer train: error: ")
     assert separator
     assert message in told
+
+
+def test_an_error_in_the_middle_of_a_run_exits_1_and_says_how_to_go_on(pair, data, tmp_path, capsys):
+    teacher, tokenizer = (kind.from_pretrained(tmp_path / "teacher") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    tokens = [set(tokenizer(row["prompt"])["input_ids"]) for row in ROWS]
+    of_one_row = tokens[3] - tokens[0] - tokens[1] - tokens[2]
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight[sorted(of_one_row)] = torch.nan
+    teacher.save_pretrained(tmp_path / "teacher")
+    own = ["--lmbda", "0", "--per_device_train_batch_size", "1", "--max_steps", "4", "--save_steps", "1"]
+    code, error = exit_of(["train", *pair, *data, *own], capsys)
+    assert code == 1
+    last = error.splitlines()[-1]
+    assert last.startswith("gkd-trainer train: error: ")
+    assert "the teacher's logits hold NaN" in last
+    assert last.endswith("is saved: to go on from it, add --resume_from_checkpoint true")
+
+
+@pytest.mark.parametrize("command", [["-m", "gkd_trainer"], ["-m", "gkd_trainer.cli"]])
+def test_the_package_is_run_like_the_command(command):
+    result = subprocess.run([sys.executable, *command, "train", "--betta", "1"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("gkd-trainer train: error: unrecognized arguments: --betta")
+
+
+def run_until(argv, is_reached, number):
+    """Run the command in a process of its own, send a signal when something is reached; return how it ended."""
+    command = [sys.executable, "-m", "gkd_trainer", "train", *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not is_reached() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, error
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_one_line_that_says_how_to_resume_it(number, status, pair, data, tmp_path):
+    output = tmp_path / "output"
+    own = [*pair, *data, "--max_steps", "100000", "--save_steps", "5", "--save_only_model"]
+    code, error = run_until(own, lambda: (output / "checkpoint-10" / "trainer_state.json").exists(), number)
+    assert code == status
+    assert "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith(
+        f"gkd-trainer train: {'interrupted' if status == 130 else 'terminated'}: {output}/checkpoint-"
+    )
+    assert last.endswith(" is saved: to go on from it, add --resume_from_checkpoint true")
+
+
+def test_a_signal_before_the_first_checkpoint_says_that_none_was_saved(pair, data, tmp_path):
+    own = [*pair, *data, "--max_steps", "100000", "--save_strategy", "no", "--report_to", "tensorboard"]
+    code, error = run_until(own, lambda: (tmp_path / "output" / "runs").exists(), signal.SIGINT)
+    assert code == 130
+    assert "no checkpoint was saved in" in error.splitlines()[-1]
+
+
+def test_a_run_on_a_cpu_writes_nothing_to_stderr_but_its_progress(pair, data, tmp_path):
+    own = [*pair, *data, "--train_split", "train[:2]", "--eval_split", "train[2:]", "--use_peft", "--save_steps", "1"]
+    command = [sys.executable, "-m", "gkd_trainer", "train", *own, "--eval_strategy", "steps", "--eval_steps", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", result.stderr)]
+    progress = re.compile(r"[^|]*\d+%\|.*\|.*\[.*\]$|.*examples/s\]$")
+    assert [line for line in lines if line and not progress.match(line)] == []
 
 
 def test_a_mistake_prints_no_traceback(pair, data):

@@ -17,6 +17,7 @@ from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.divergence.linear import CPU_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.divergence.objective import OPTIONS
+from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def anchors(page):
     return found
 
 
-PLAIN_OPTIONS = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"}
+PLAIN_OPTIONS = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs", "logging_steps"}
 OWN_OPTIONS = [
     *dataclasses.fields(GKDArguments),
     *(option for option in dataclasses.fields(GKDConfig) if option.name in PLAIN_OPTIONS),
@@ -67,6 +68,7 @@ def test_options_page_says_of_an_option_what_its_help_says():
 
 # The numbers that a help text calls a default, from where the code has them.
 DEFAULTS_IN_HELP = {
+    "logging_steps": [float(MAX_STEPS)],
     "loss_workspace_mb": [CPU_WORKSPACE_MB, WORKSPACE_MB],
     "teacher_top_k": [default_of(VLLMServerTeacher.__init__, "top_k")],
 }

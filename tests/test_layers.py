@@ -13,7 +13,7 @@ PACKAGE = Path(gkd_trainer.__file__).parent
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"errors", "redaction", "effects"},
+    {"errors", "redaction", "effects", "quiet"},
     {"batch"},
     {"divergence"},
     {"checks"},
@@ -24,9 +24,10 @@ LAYERS = [
     {"arguments", "any_trainer", "trl_generation"},
     {"recovery"},
     {"generation"},
-    {"preparation", "evaluation", "pairing"},
+    {"preparation", "evaluation", "pairing", "publishing"},
     {"trainer"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
@@ -100,7 +101,20 @@ def test_a_module_imports_only_from_layers_below(path):
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in STAGES], ids=name_in_package)
 def test_the_stages_do_not_know_one_another(path):
     assert not parts_imported_by(path) & (
-        (STAGES | {"trainer", "generation", "preparation", "evaluation", "pairing", "report", "arguments", "cli"})
+        (
+            STAGES
+            | {
+                "trainer",
+                "generation",
+                "preparation",
+                "evaluation",
+                "pairing",
+                "publishing",
+                "report",
+                "arguments",
+                "cli",
+            }
+        )
         - {part_of(path)}
     )
 

@@ -149,6 +149,16 @@ class VLLMServerTeacher(Teacher):
         )
 
     @property
+    def base_urls(self) -> list[str]:
+        """Where its servers listen."""
+        return [server.base_url for server in self._servers]
+
+    @property
+    def model_name(self) -> str | None:
+        """The name under which the model is served; None where `prepare` has not asked for it yet."""
+        return self._model_name or next((served.name for served in self._served.values()), None)
+
+    @property
     def vocab_size(self) -> None:
         """None: a server does not say how many rows its head has."""
 

@@ -1,0 +1,81 @@
+"""The part of the trainer that describes its student for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers.modelcard import TrainingSummary
+
+from gkd_trainer.any_trainer import AnyTrainer
+from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, with_adapter
+from gkd_trainer.student import base_model, name_of
+from gkd_trainer.teachers import Teacher, VLLMServerTeacher
+
+
+class PublishingMixin(AnyTrainer):
+    """Writes the model card."""
+
+    teacher: Teacher
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        *,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md: what the student was distilled from, on what, and how.
+
+        The arguments are Trainer's; `dataset_name` is what TRL calls `dataset`. Paths of this machine are told by their
+        last part alone.
+        """
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        served = self.teacher if isinstance(self.teacher, VLLMServerTeacher) else None
+        student = name_of(base_model(model))
+        teacher = name_of(self.teacher.model) if served is None else served.model_name
+        path = Path(self.args.output_dir) / "README.md"
+        earlier = ModelCard.load(path, ignore_metadata_errors=True).data.tags or [] if path.exists() else []
+        earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # which PEFT gives again
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        names = dataset if dataset is not None else dataset_name
+        if dataset_tags is None:
+            listed = [names] if isinstance(names, str) else list(names or [])
+            # Trainer would take the name of what built the data set: none for one that was made in memory.
+            dataset_tags = [name for name in listed if "/" in name and is_on_hub(name)]
+        summary = TrainingSummary.from_trainer(
+            self,
+            language=language,
+            license=license,
+            tags=list(dict.fromkeys([*given, *earlier, *getattr(self, "_tag_names", []), *CARD_TAGS])),
+            model_name=model_name,
+            finetuned_from=finetuned_from or (student if is_on_hub(student) else ""),
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=names,
+            dataset_args=dataset_args,
+        )
+        adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+        card = distillation_card(
+            summary,
+            args=self.args,
+            student=student or type(base_model(model)).__name__,
+            teacher=teacher or type(self.teacher.model or self.teacher).__name__,
+            teacher_urls=() if served is None else served.base_urls,
+            teacher_top_k=self.teacher.top_k,
+            adapter=adapter,
+            n_rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+        )
+        if adapter is not None:
+            card = with_adapter(card, model, self.args.output_dir)
+        card.save(path)

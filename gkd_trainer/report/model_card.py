@@ -1,0 +1,190 @@
+"""The model card of a student: what it was distilled from, on what, and how."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft import PeftConfig
+from transformers.modelcard import TrainingSummary
+
+from gkd_trainer import __version__
+
+CARD_TAGS = ("gkd", "knowledge-distillation", "generated_from_trainer")
+
+_TEMPLATE = Path(__file__).with_suffix(".md")
+_BASE = "base_model:adapter:"
+_LIBRARIES = ("transformers", "torch", "datasets", "tokenizers", "trl")
+
+
+def distillation_card(
+    summary: TrainingSummary,
+    *,
+    args: Any,
+    student: str,
+    teacher: str,
+    teacher_urls: Sequence[str] = (),
+    teacher_top_k: int | None = None,
+    adapter: PeftConfig | None = None,
+    n_rows: int | None = None,
+) -> ModelCard:
+    """Return the card of a run.
+
+    Args:
+        summary: What transformers knows of the run: metadata, hyper-parameters, evaluations, names of the data.
+        args: The run's GKDArguments.
+        student: The student's name on the hub, or its folder, of which the last part is told.
+        teacher: The teacher's.
+        teacher_urls: Where the teacher's servers listen; told without credentials.
+        teacher_top_k: How many of the teacher's tokens were compared; None is all.
+        adapter: The adapter that was trained; None for all weights.
+        n_rows: How many rows were trained on, if that is known.
+    """
+    metadata = summary.create_metadata()
+    index = metadata.pop("model-index")
+    if any(entry["results"] for entry in index):
+        metadata["model-index"] = index
+    lines: list[Any] = list(summary.eval_lines or [])
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    datasets = [summary.dataset] if isinstance(summary.dataset, str) else list(summary.dataset or [])
+    served = (
+        f", served at {', '.join(_code(_without_credentials(url)) for url in teacher_urls)}" if teacher_urls else ""
+    )
+    procedure = {
+        "method": "generalised knowledge distillation (GKD)",
+        "student": f"{_linked(student)}, {_trained_weights(adapter)}",
+        "teacher": _linked(teacher) + served,
+        "data": _data(datasets, n_rows),
+        **_options(args, teacher_top_k),
+    }
+    card: ModelCard = ModelCard.from_template(
+        ModelCardData(**metadata, pipeline_tag="text-generation", ignore_metadata_errors=True),
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        title=_plain(summary.model_name),
+        student=_linked(student),
+        teacher=_linked(teacher),
+        data=" and ".join(_linked(name, "datasets/") for name in datasets),
+        results={_plain(name): _rounded(value) for name, value in (summary.eval_results or {}).items()},
+        procedure={name: text for name, text in procedure.items() if text},
+        hyperparameters={name: _plain(value) for name, value in (summary.hyperparameters or {}).items()},
+        columns=[_plain(column) for column in columns],
+        evaluations=[[_rounded(line.get(column, "")) for column in columns] for line in lines],
+        versions={"gkd_trainer": __version__, **{library: version(library) for library in _LIBRARIES}},
+    )
+    return card
+
+
+def with_adapter(card: ModelCard, model: Any, output_dir: str) -> ModelCard:
+    """Return the card with what PEFT adds to one: its library, its version, and tags to find the adapter by."""
+    path = os.path.join(output_dir, "README.md")
+    card.save(path)
+    model.create_or_update_model_card(output_dir)
+    merged: ModelCard = ModelCard.load(path)
+    # It replaces the tags, and names the base model by the folder that it was loaded from.
+    data: Any = merged.data
+    own: Any = card.data
+    tags = dict.fromkeys([*(own.tags or []), *(data.tags or [])])
+    data.tags = [tag for tag in tags if not tag.startswith(_BASE) or is_on_hub(tag.removeprefix(_BASE))]
+    data.base_model = own.base_model
+    return merged
+
+
+def is_on_hub(name: str) -> bool:
+    """Return whether a name may be one of the hub, and is no path of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """Return a name on the hub as it is, and of a path its last part."""
+    return name if is_on_hub(name) else Path(name).name or name
+
+
+def _options(args: Any, teacher_top_k: int | None) -> dict[str, str]:
+    if args.divergence == "jsd":
+        meaning = "0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), between is the generalised JSD"
+        divergence = {"divergence": _jsd(args.beta, args.divergence_scale), "β": f"{args.beta} ({meaning})"}
+    else:
+        options = ", ".join(f"{name} = {value}" for name, value in (args.divergence_options or {}).items())
+        divergence = {"divergence": " with ".join(filter(None, [args.divergence.replace("_", " "), options]))}
+    rest = "one bucket for the rest" if args.teacher_tail == "bucket" else "renormalised over them"
+    share = "share of the samples that the student generates itself; the others are the data's"
+    lmbda = f"{args.lmbda} → {args.lmbda_end}, linear over the run" if args.lmbda_schedule == "linear" else args.lmbda
+    others = ", with completions by the teacher" if args.seq_kd else ""
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+    sampled = [f"{name} {getattr(args, name)}" for name, off in sampling.items() if getattr(args, name) != off]
+    return {
+        **divergence,
+        "compared tokens": f"the teacher's {teacher_top_k} most probable, {rest}" if teacher_top_k else "all",
+        "loss temperature": str(args.loss_temperature),
+        "cross-entropy weight": str(args.ce_weight) if args.ce_weight else "",
+        "λ": f"{lmbda} ({share}{others})",
+        "completions": ", ".join(
+            [
+                f"by {'vLLM' if args.use_vllm else 'transformers'}",
+                f"at most {args.max_new_tokens} tokens",
+                *(sampled or ["sampled as the model predicts"]),
+            ]
+        )
+        if args.generates
+        else "",
+        "longest sequence": f"{args.max_length} tokens" if args.max_length is not None else "",
+    }
+
+
+def _jsd(beta: float, scale: str) -> str:
+    if beta in (0, 1):
+        return "forward KL(teacher‖student)" if beta == 0 else "reverse KL(student‖teacher)"
+    return "generalised Jensen-Shannon divergence" + (", divided by β(1−β)" if scale == "continuous" else "")
+
+
+def _trained_weights(adapter: PeftConfig | None) -> str:
+    if adapter is None:
+        return "all weights"
+    kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+    rank = getattr(adapter, "r", None)
+    return f"{_plain(kind).replace('LORA', 'LoRA')} adapter" + (f" of rank {rank}" if rank is not None else "")
+
+
+def _data(names: Sequence[str], n_rows: int | None) -> str:
+    rows = "" if n_rows is None else f"{n_rows} {'row' if n_rows == 1 else 'rows'}"
+    return ", ".join(filter(None, [*(_linked(name, "datasets/") for name in names), rows]))
+
+
+def _linked(name: str, kind: str = "") -> str:
+    """Return a name as a link where the hub may have it, else as code."""
+    # A name on the hub needs no escapes. One without an owner may be a local one as well.
+    if is_on_hub(name) and "/" in name:
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return _code(public_name(name))
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}"
+
+
+def _code(text: object) -> str:
+    """Return text as code that no character of it ends, in a table neither."""
+    return "`" + re.sub(r"\s+", " ", str(text)).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _plain(text: object) -> str:
+    """Return text on one line that Markdown shows as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", re.sub(r"\s+", " ", str(text)))
+
+
+def _rounded(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _plain(value)

@@ -1,0 +1,17 @@
+"""One hint of another library is left out while it is imported; all else is heard."""
+
+import logging
+
+from gkd_trainer.quiet import quiet_imports
+
+HINT = "Failed to load CPU gemm_4bit_forward from kernels-community: %s"
+
+
+def test_the_hint_is_left_out_while_importing_and_nothing_else_is(caplog):
+    library = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with quiet_imports():
+        library.warning(HINT, "No module named 'kernels'")
+        library.warning("this CPU is too old")
+        logging.getLogger("somebody.else").warning(HINT, "x")
+    library.warning(HINT, "later")
+    assert caplog.messages == ["this CPU is too old", HINT % "x", HINT % "later"]

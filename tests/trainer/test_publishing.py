@@ -1,0 +1,87 @@
+"""The card that a trainer writes: Trainer's metadata, PEFT's where there is an adapter, and its place in SFTTrainer."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from gkd_trainer import GKDArguments, GKDMixin
+
+
+@dataclass
+class MyConfig(GKDArguments, SFTConfig):
+    pass
+
+
+class MySFT(GKDMixin, SFTTrainer):
+    pass
+
+
+@pytest.fixture
+def readme(tmp_path):
+    return lambda: ModelCard.load(tmp_path / "run" / "README.md")
+
+
+def test_the_trainers_card_has_its_metadata_and_evaluations(make_trainer, token_rows, readme, tiny_model):
+    student = tiny_model()
+    student.config._name_or_path = "org/student"
+    trainer = make_trainer(
+        trainer_args={"model": student, "eval_dataset": token_rows(4)}, eval_strategy="steps", eval_steps=1
+    )
+    trainer.train()
+    trainer.create_model_card("en", "mit", ["mine"], "my-student", dataset_name="org/data")
+    data = readme().data
+    assert (data.base_model, data.datasets, data.license, data.language) == ("org/student", ["org/data"], "mit", ["en"])
+    assert {"gkd", "knowledge-distillation", "generated_from_trainer", "mine"} <= set(data.tags)
+    table = readme().text.partition("### Training results")[2]
+    assert "| Training Loss | Epoch | Step | Validation Loss |" in table
+    assert "# my-student\n" in readme().text
+
+
+def test_a_second_card_keeps_the_tags_of_the_first(make_trainer, readme):
+    trainer = make_trainer()
+    trainer.create_model_card(tags="first")
+    trainer.create_model_card(tags=["second"])
+    assert {"first", "second", "gkd"} <= set(readme().data.tags)
+    assert readme().data.tags.count("gkd") == 1
+
+
+def test_an_adapters_card_keeps_what_peft_wrote(make_trainer, readme, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "student")
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    trainer = make_trainer(trainer_args={"model": str(tmp_path / "student"), "peft_config": adapter})
+    trainer.save_model()
+    trainer.create_model_card()
+    data = readme().data
+    assert data.library_name == "peft"
+    assert {"lora", "transformers", "gkd", "knowledge-distillation"} <= set(data.tags)
+    assert "- PEFT " in readme().text
+    assert str(tmp_path) not in str(readme())
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "student")  # which loading the adapter needs
+
+
+def test_the_card_of_an_sfttrainers_checkpoint_is_ours(config, token_rows, tiny_model, byte_level, readme):
+    trainer = MySFT(
+        model=tiny_model(),
+        args=config(MyConfig, bf16=False, save_strategy="steps", save_steps=1, max_steps=1),
+        train_dataset=token_rows(),
+        processing_class=byte_level(),
+        teacher_model=tiny_model(hidden=48, seed=1),
+    )
+    trainer.train()  # TRL writes a card with every checkpoint
+    assert "generalised knowledge distillation" in readme().text
+    assert {"gkd", "trl", "sft"} <= set(readme().data.tags)
+
+
+def test_a_pushed_student_has_its_card(make_trainer, readme, monkeypatch):
+    trainer = make_trainer(max_steps=1)
+    pushed = {}
+    monkeypatch.setattr(trainer, "init_hf_repo", lambda token=None: setattr(trainer, "hub_model_id", "me/my-student"))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **options: pushed.update(options))
+    trainer.push_to_hub(dataset="org/data")
+    assert pushed["repo_id"] == "me/my-student"
+    assert "on [org/data](https://huggingface.co/datasets/org/data)" in readme().text
