@@ -68,8 +68,9 @@ OUT_OF_RANGE = [
     ("vllm_gpu_memory_utilization", [0.0, 1.5], "in (0, 1]"),
     ("vllm_max_model_length", [0], "at least 1"),
     ("vllm_tensor_parallel_size", [0], "at least 1"),
-    ("vllm_server_base_url", ["localhost:8000", [], [8000]], "URLs that start with http:// or https://"),
-    ("teacher_server_base_url", ["ftp://a"], "URLs that start with http:// or https://"),
+    ("vllm_server_base_url", ["localhost:8000", "http://", "http://a:1, b:2"], "a URL that starts"),
+    ("vllm_server_base_url", [[], [8000]], "URLs such as http://127.0.0.1:8000, as a list or separated by commas"),
+    ("teacher_server_base_url", ["ftp://a"], "a URL that starts with http:// or https://"),
     ("teacher_top_k", [0], "at least 1"),
     ("teacher_tail", ["drop"], "one of 'bucket', 'renormalize'"),
 ]

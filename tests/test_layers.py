@@ -14,7 +14,8 @@ STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
     {"errors"},
-    {"batch", "checks"},
+    {"batch", "urls", "answers", "folders"},
+    {"checks"},
     {"config"},
     {"heads", "student", "finite", "serving"},
     {"weights"},
