@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         GKDDataError,
         GKDError,
         GKDNumericsError,
+        GKDRolloutError,
         GKDServerError,
         GKDTeacherError,
     )
@@ -31,6 +32,7 @@ _MODULES = {
     "GKDError": "errors",
     "GKDMixin": "trainer",
     "GKDNumericsError": "errors",
+    "GKDRolloutError": "errors",
     "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
@@ -55,6 +57,7 @@ __all__ = [
     "GKDError",
     "GKDMixin",
     "GKDNumericsError",
+    "GKDRolloutError",
     "GKDServerError",
     "GKDTeacherError",
     "GKDTrainer",

@@ -17,6 +17,7 @@ NAMES = [
     "GKDError",
     "GKDMixin",
     "GKDNumericsError",
+    "GKDRolloutError",
     "GKDServerError",
     "GKDTeacherError",
     "GKDTrainer",

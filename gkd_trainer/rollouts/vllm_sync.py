@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 from torch import nn
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError
+from gkd_trainer.folders import PrivateFolder
 from gkd_trainer.serving import VLLMServer, spread
 from gkd_trainer.student import base_model
 from gkd_trainer.weights import (
-    PrivateFolder,
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
