@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Collection, Iterable
 from math import inf
 from numbers import Integral, Real
@@ -19,6 +20,7 @@ from gkd_trainer.divergence.loss import checked_divergence_options
 from gkd_trainer.effects import REFUSED_UNUSED, Run, unused_options
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
+from gkd_trainer.urls import ServerURL
 
 # What generation_kwargs may not hold, and what to do instead.
 _REFUSED_GENERATION_KWARGS = {
@@ -261,15 +263,12 @@ def _check_generation_kwargs(args: Any) -> None:
 
 
 def parsed_urls(name: str, value: list[str] | str | None) -> list[str] | None:
-    """Return URLs as a list, of which the command line gives one string."""
-    urls = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-    is_valid = urls is None or (
-        isinstance(urls, list)
-        and bool(urls)
-        and all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in urls)
-    )
-    _check(name, repr(value), is_valid, "URLs that start with http:// or https://, as a list or separated by commas")
-    return urls
+    """Return URLs as a list, which the command line passes as one string."""
+    # Only before a scheme: a password may have a comma.
+    urls = re.split(r"\s*,\s*(?=https?://)", value.strip()) if isinstance(value, str) else value
+    is_list = urls is None or (isinstance(urls, list) and bool(urls) and all(isinstance(url, str) for url in urls))
+    _check(name, repr(value), is_list, "URLs such as http://127.0.0.1:8000, as a list or separated by commas")
+    return None if urls is None else [ServerURL(url, name) for url in urls]
 
 
 def parsed_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

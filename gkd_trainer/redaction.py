@@ -69,6 +69,8 @@ def drops_secrets() -> bool:
 def _replaced(value: Any, name: str, replacement: Callable[[str], Any]) -> Any:
     if name and is_secret(name) and value is not None and not isinstance(value, bool):
         return replacement(name)
+    if isinstance(value, str) and hasattr(value, "credentials"):  # the URL of a server, which shows none
+        return str(value)
     if type(value) is str:  # an enum of transformers is a str too
         for pattern, hidden in _SECRETS_IN_TEXT:
             value = pattern.sub(hidden, value)

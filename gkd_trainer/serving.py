@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
+import socket
+import ssl
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, TypeVar, overload
+from urllib.parse import urlsplit
 
-import httpx
+import httpcore
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
 
-from gkd_trainer.errors import GKDConfigError, GKDServerError
-from gkd_trainer.redaction import redacted
+from gkd_trainer.errors import GKDConfigError, GKDError, GKDServerError
+from gkd_trainer.urls import ServerURL
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +47,19 @@ class VLLMServer:
     """One vLLM server.
 
     Args:
-        base_url: Where it listens, such as "http://127.0.0.1:8000"; a trailing "/v1" is dropped.
+        base_url: Where it listens, such as "http://127.0.0.1:8000"; a trailing "/v1" is dropped. A user and password in
+            it are sent (HTTP basic authentication), and never shown.
         api_token: The key that it was started with (`--api-key`), if any.
         server_timeout: Seconds for which a server that can't be reached is tried again, as while it restarts.
-        request_timeout: Seconds within which one request must be answered in full.
+        request_timeout: Seconds within which one request must be answered in full, from connecting to the last byte;
+            looking up a host's name is not counted.
 
-    A call ends within `server_timeout` + 2 · `request_timeout` seconds and a pause, with an answer or with
-    GKDServerError: the last attempt begins within the first, and a server that stops in the middle of its answer is
-    waited for once more. One that is answered wrongly (status 500, half an answer, too late, one that `parse` refuses)
-    four times ends then.
+    A call ends within `server_timeout` + `request_timeout` seconds and a pause, with an answer or with GKDServerError:
+    the last attempt begins within the first, and ends within the second. One that is answered wrongly (status 500,
+    half an answer, too late, one that `parse` refuses) four times ends then.
+
+    Raises:
+        GKDConfigError: A URL that no request can be sent to, or a token that no header can hold.
     """
 
     def __init__(
@@ -61,21 +70,18 @@ class VLLMServer:
         server_timeout: float = 240.0,
         request_timeout: float = 300.0,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise GKDConfigError(f"a server's base URL must start with http:// or https://; got {base_url!r}")
-        base_url = base_url.rstrip("/").removesuffix("/v1")
-        self.base_url = redacted(base_url)
-        """Where it listens, for messages: without a user's name and password."""
-        self.interruptions = 0
-        """How many connections failed so far: where it has grown, the server may have been started anew."""
+        url = ServerURL(base_url)
+        self.base_url = url.rstrip("/").removesuffix("/v1")
         self._server_timeout, self._request_timeout = server_timeout, request_timeout
-        self._client = httpx.Client(
-            base_url=base_url,
-            headers={"Authorization": f"Bearer {api_token}"} if api_token else {},
-            limits=httpx.Limits(max_connections=_CALLS_AT_ONCE),
-            trust_env=False,  # no proxy that the user did not name
-        )
-        weakref.finalize(self, self._client.close)
+        parts = urlsplit(self.base_url)
+        self._headers = [
+            ("Host", parts.netloc.encode("idna").decode()),
+            ("Accept", "application/json"),
+            ("User-Agent", "gkd-trainer"),
+            *_authorization(url, api_token),
+        ]
+        self._pool = httpcore.ConnectionPool(max_connections=_CALLS_AT_ONCE, network_backend=_Network())
+        weakref.finalize(self, self._pool.close)
 
     def get(self, path: str, parse: Callable[[Any], T]) -> T:
         """Return `parse(answer)` of a GET; the rest is as in `post`."""
@@ -84,28 +90,41 @@ class VLLMServer:
     def post(self, path: str, body: Any, parse: Callable[[Any], T]) -> T:
         """Return `parse(answer)` of a POST of JSON, where `answer` is the JSON that came back, or None for none.
 
-        `parse` raises ValueError, KeyError, TypeError or IndexError for an answer that is not as it must be.
+        What `parse` raises makes the answer a wrong one, unless it is an error of ours.
 
         Raises:
             GKDServerError: It names the server, the call and the last cause.
+            GKDConfigError: The body holds what JSON can't.
         """
         return self._call("POST", path, body, parse)
 
-    def tell(self, path: str, body: Any) -> None:
-        """POST JSON to an endpoint whose answer says nothing beyond its status, and may be no JSON; else as `post`."""
-        self._call("POST", path, body, None)
+    def tell(self, path: str, body: Any, *, is_repeatable: bool = True) -> None:
+        """POST JSON to an endpoint whose answer says nothing beyond its status, and may be no JSON; else as `post`.
+
+        What is not repeatable is sent once: a second time it would have its effect again.
+        """
+        self._call("POST", path, body, None, is_repeatable)
+
+    def close(self) -> None:
+        """Close the connections to the server."""
+        self._pool.close()
 
     @overload
-    def _call(self, method: str, path: str, body: Any, parse: Callable[[Any], T]) -> T: ...
+    def _call(self, method: str, path: str, body: Any, parse: Callable[[Any], T], is_repeatable: bool = True) -> T: ...
     @overload
-    def _call(self, method: str, path: str, body: Any, parse: None) -> None: ...
-    def _call(self, method: str, path: str, body: Any, parse: Callable[[Any], T] | None) -> T | None:
+    def _call(self, method: str, path: str, body: Any, parse: None, is_repeatable: bool = True) -> None: ...
+    def _call(
+        self, method: str, path: str, body: Any, parse: Callable[[Any], T] | None, is_repeatable: bool = True
+    ) -> T | None:
+        content = _encoded(body)
         started = time.monotonic()
         call = f"{method} {path}"
         wrong_answers = 0
 
         def is_spent(state: RetryCallState) -> bool:
             nonlocal wrong_answers
+            if not is_repeatable:
+                return True
             error = state.outcome.exception() if state.outcome is not None else None
             wrong_answers += isinstance(error, _WrongAnswerError)
             return wrong_answers >= _WRONG_ANSWERS or time.monotonic() - started >= self._server_timeout
@@ -118,8 +137,13 @@ class VLLMServer:
                 before_sleep=lambda state: self._log(call, state),
                 reraise=True,
             )
-            return retrying(lambda: self._request(method, path, body, parse))
+            return retrying(lambda: self._request(method, path, content, parse))
         except _TransientError as error:
+            if not is_repeatable:
+                raise GKDServerError(
+                    f"the vLLM server at {self.base_url} did not complete {call}, which can't be sent twice: {error}. "
+                    "Look at the server's log"
+                ) from error
             attempts = retrying.statistics["attempt_number"]
             raise GKDServerError(
                 f"the vLLM server at {self.base_url} did not complete {call}: gave up after {attempts} attempts in "
@@ -128,45 +152,57 @@ class VLLMServer:
                 "vllm_request_timeout"
             ) from error
 
-    def _request(self, method: str, path: str, body: Any, parse: Callable[[Any], T] | None) -> T | None:
-        deadline = time.monotonic() + self._request_timeout
-        timeout = httpx.Timeout(self._request_timeout, connect=min(_CONNECT_SECONDS, self._request_timeout))
+    def _request(self, method: str, path: str, content: bytes | None, parse: Callable[[Any], T] | None) -> T | None:
+        _deadline.set(time.monotonic() + self._request_timeout)
         has_begun = False
         try:
-            with self._client.stream(method, path, json=body, timeout=timeout) as response:
+            with self._pool.stream(
+                method,
+                self._url(path),
+                headers=[*self._headers, *([] if content is None else [("Content-Type", "application/json")])],
+                content=content,
+                extensions={
+                    "timeout": {
+                        **dict.fromkeys(("read", "write", "pool"), self._request_timeout),
+                        "connect": min(_CONNECT_SECONDS, self._request_timeout),
+                    }
+                },
+            ) as response:
                 has_begun = True
-                content = bytearray()
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    if time.monotonic() > deadline:
-                        raise _WrongAnswerError(f"the answer was not complete after {self._request_timeout:g} s")
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            self.interruptions += 1
+                answer = b"".join(response.iter_stream())
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
             raise _UnreachableError(f"{type(error).__name__}: {error}") from error
-        except httpx.TimeoutException as error:
-            raise _WrongAnswerError(f"no answer within {self._request_timeout:g} s ({type(error).__name__})") from error
-        except httpx.RequestError as error:
-            self.interruptions += 1
+        except httpcore.TimeoutException as error:
+            when = "the answer was not complete after" if has_begun else "no answer within"
+            raise _WrongAnswerError(f"{when} {self._request_timeout:g} s ({type(error).__name__})") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             kind = _WrongAnswerError if has_begun else _UnreachableError
             raise kind(f"{type(error).__name__}: {error}") from error
-        if response.status_code in _NOT_THERE:
-            self.interruptions += 1
-            raise _UnreachableError(f"status {response.status_code}: {_excerpt(content)}")
-        if response.status_code >= 500 or response.status_code in (408, 425, 429):
-            raise _WrongAnswerError(f"status {response.status_code}: {_excerpt(content)}")
-        if response.status_code >= 300:
+        if response.status in _NOT_THERE:
+            raise _UnreachableError(f"status {response.status}: {_excerpt(answer)}")
+        if response.status >= 500 or response.status in (408, 425, 429):
+            raise _WrongAnswerError(f"status {response.status}: {_excerpt(answer)}")
+        if response.status >= 300:
             raise RequestRefusedError(
-                f"the vLLM server at {self.base_url} refused {method} {path} with status {response.status_code}: "
-                f"{_excerpt(content)}"
+                f"the vLLM server at {self.base_url} refused {method} {path} with status {response.status}: "
+                f"{_excerpt(answer)}"
             )
         if parse is None:
             return None
         try:
-            return parse(json.loads(content) if content else None)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            return parse(json.loads(answer) if answer else None)
+        except GKDError:
+            raise
+        except Exception as error:  # JSON of any depth, size and type may come
+            cause = f"{type(error).__name__}: {error}"
             raise _WrongAnswerError(
-                f"an answer that can't be used ({type(error).__name__}: {error}): {_excerpt(content)}"
+                f"an answer that can't be used ({_excerpt(cause.encode())}): {_excerpt(answer)}"
             ) from error
+
+    def _url(self, path: str) -> httpcore.URL:
+        parts = urlsplit(self.base_url)
+        host = (parts.hostname or "").encode("idna")
+        return httpcore.URL(scheme=parts.scheme, host=host, port=parts.port, target=parts.path + path)
 
     def _log(self, call: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -203,6 +239,104 @@ class _WrongAnswerError(_TransientError):
     pass
 
 
-def _excerpt(content: bytes | bytearray, length: int = 300) -> str:
-    text = bytes(content[: length + 1]).decode(errors="replace")
+_deadline: ContextVar[float] = ContextVar("_deadline")
+"""When the request of this thread has to be over."""
+
+
+class _Network(httpcore.NetworkBackend):
+    """httpcore's sockets, with one deadline for all that a request waits for: a time-out alone is one per byte."""
+
+    def __init__(self) -> None:
+        self._sockets = httpcore.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.NetworkStream:
+        """Connect to the first of a host's addresses that answers."""
+        try:
+            addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        except OSError as error:
+            raise httpcore.ConnectError(f"{host}: {error}") from error
+        failure: Exception = httpcore.ConnectError(f"{host} has no address")
+        for address in dict.fromkeys(addresses):
+            left = _time_left(timeout, httpcore.ConnectTimeout)
+            try:
+                return _Stream(self._sockets.connect_tcp(address, port, left, local_address, socket_options))
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _time_left(timeout, httpcore.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        # By pieces: the stream's own write begins a time-out with each that is taken.
+        sending: socket.socket = self._stream.get_extra_info("socket")
+        rest = memoryview(buffer)
+        while rest:
+            sending.settimeout(_time_left(timeout, httpcore.WriteTimeout))
+            try:
+                rest = rest[sending.send(rest) :]
+            except TimeoutError as error:
+                raise httpcore.WriteTimeout(str(error)) from error
+            except OSError as error:
+                raise httpcore.WriteError(str(error)) from error
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        left = _time_left(timeout, httpcore.ConnectTimeout)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _time_left(timeout: float | None, over: type[Exception]) -> float:
+    left = _deadline.get() - time.monotonic()
+    if left <= 0:
+        raise over("the request's time is over")
+    return left if timeout is None else min(left, timeout)
+
+
+def _authorization(url: ServerURL, api_token: str | None) -> list[tuple[str, str]]:
+    if url.credentials is not None and api_token:
+        raise GKDConfigError(f"{url} came with a user and password and with an API token: a request takes one of them")
+    if api_token:
+        if not (api_token.isascii() and api_token.isprintable() and api_token == api_token.strip()):
+            raise GKDConfigError(
+                f"the API token for {url} must be of printable ASCII characters, without spaces around it: no other "
+                "fits a request's header"
+            )
+        return [("Authorization", f"Bearer {api_token}")]
+    if url.credentials is not None:
+        pair = base64.b64encode(":".join(url.credentials).encode()).decode()
+        return [("Authorization", f"Basic {pair}")]
+    return []
+
+
+def _encoded(body: Any) -> bytes | None:
+    if body is None:
+        return None
+    try:
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise GKDConfigError(f"a request to a vLLM server can't hold what JSON can't: {error}") from error
+
+
+def _excerpt(content: bytes, length: int = 300) -> str:
+    text = content[: length + 1].decode(errors="replace")
     return f"{text[:length]}…" if len(text) > length else text or "an empty answer"

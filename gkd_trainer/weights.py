@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +14,11 @@ from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.errors import GKDConfigError, GKDRolloutError
 from gkd_trainer.student import base_model
 
 
@@ -98,21 +97,12 @@ def is_plain_lora(model: nn.Module) -> bool:
     )
 
 
-class PrivateFolder:
-    """A new folder of an unpredictable name that only this user can enter.
-
-    It is removed with this object, at the latest when Python ends.
-    """
-
-    def __init__(self, parent: str | None = None) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="gkd-trainer-", dir=parent))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
 def write_weights(model: nn.Module, folder: Path) -> None:
     """Write `checkpoint_weights` as safetensors; the folder appears at once and complete.
 
-    Raises FileExistsError where it is there already.
+    Raises:
+        GKDRolloutError: It could not be written, for lack of space for one; nothing is left of it.
+        FileExistsError: It is there already.
     """
     weights: dict[str, Tensor] = {}
     places = set()
@@ -122,36 +112,51 @@ def write_weights(model: nn.Module, folder: Path) -> None:
         # safetensors would leave out the second of two names of one memory, as of a tied head.
         weights[name] = weight.clone() if weight.data_ptr() in places else weight
         places.add(weight.data_ptr())
-    with _at_once(folder) as aside:
+    size = sum(weight.nbytes for weight in weights.values())
+    with _at_once(folder, size) as aside:
         save_torch_state_dict(weights, aside, metadata={"format": "pt"})
 
 
 def write_adapter(model: nn.Module, folder: Path) -> None:
     """Write the active adapter as PEFT does, whatever its name; the folder appears at once and complete.
 
-    Raises FileExistsError where it is there already.
+    Raises:
+        GKDRolloutError: It could not be written, for lack of space for one; nothing is left of it.
+        FileExistsError: It is there already.
     """
     student: Any = model
-    name = student.active_adapter
-    with _at_once(folder) as aside:
+    adapter = student.active_adapter
+    size = sum(weight.nbytes for name, weight in student.named_parameters() if ".lora_" in name)
+    with _at_once(folder, size) as aside:
         # "auto" would ask the hub for the base model's configuration; a plain LoRA adapter has no embeddings.
-        student.save_pretrained(aside, selected_adapters=[name], save_embedding_layers=False)
-        for file in (aside / name).glob("*"):  # where PEFT puts any but the "default" one
+        student.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
+        for file in (aside / adapter).glob("*"):  # where PEFT puts any but the "default" one
             file.rename(aside / file.name)
 
 
 @contextmanager
-def _at_once(folder: Path) -> Iterator[Path]:
+def _at_once(folder: Path, size: int) -> Iterator[Path]:
     if folder.exists():
         raise FileExistsError(f"the folder {folder} is there already")
     aside = folder.with_name(folder.name + ".part")
-    aside.mkdir(mode=0o700)
     try:
+        aside.mkdir(mode=0o700)
         yield aside
         aside.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        try:
+            free = f"{shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free there"
+        except OSError as cause:
+            free = f"its disk can't be asked for its space ({cause})"
+        raise GKDRolloutError(
+            f"the student's weights could not be written to {folder}: {error}. They take {size / 1e6:,.1f} MB, and "
+            f"{free}. Make room for twice the weights (a container's /dev/shm is small unless it is started with more, "
+            "such as --shm-size), or for servers set vllm_sync_dir, for an engine in this process TMPDIR, to a folder "
+            "that has it"
+        ) from error
 
 
 # What is not in the files that vLLM reads, or means another thing there.

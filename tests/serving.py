@@ -106,7 +106,10 @@ class VLLMProcess:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a proxy sends: `delay` seconds before it begins, of its body all or as much as `cut` says, in pieces."""
+    """What a proxy sends: `delay` seconds before it begins, of its body all or as much as `cut` says, in pieces.
+
+    Its head comes at once, or in `head_pieces`, with the same pause between them.
+    """
 
     status: int
     body: bytes
@@ -114,6 +117,7 @@ class Answer:
     cut: int | None = None
     pieces: int = 1
     pause: float = 0.0
+    head_pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,11 @@ def delayed(seconds: float) -> Rule:
 def trickle(pieces: int, pause: float) -> Rule:
     """Answer in so many pieces, with seconds between them."""
     return lambda request, forward: replace(forward(), pieces=pieces, pause=pause)
+
+
+def trickle_head(pieces: int, pause: float) -> Rule:
+    """Answer with a head in so many pieces, with seconds between them."""
+    return lambda request, forward: replace(forward(), head_pieces=pieces, pause=pause)
 
 
 def changed(change: Callable[[Any], Any]) -> Rule:
@@ -296,17 +305,18 @@ def _handler(answer_to: Callable[[Request], Answer]) -> type[BaseHTTPRequestHand
             if answer.status == 0:
                 self.close_connection = True
                 return
-            self.send_response(answer.status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer.body)))
-            self.end_headers()
-            body = answer.body[: answer.cut]
-            size = max(1, -(-len(body) // answer.pieces))
-            for start in range(0, len(body), size):
-                self.wfile.write(body[start : start + size])
-                self.wfile.flush()
-                time.sleep(answer.pause)
+            head = f"HTTP/1.1 {answer.status} Answer\r\nContent-Length: {len(answer.body)}\r\n\r\n".encode()
+            self.send_in_pieces(head, answer.head_pieces, answer.pause)
+            self.send_in_pieces(answer.body[: answer.cut], answer.pieces, answer.pause)
             self.close_connection = answer.cut is not None
+
+        def send_in_pieces(self, content: bytes, pieces: int, pause: float) -> None:
+            size = max(1, -(-len(content) // pieces))
+            for start in range(0, len(content), size):
+                self.wfile.write(content[start : start + size])
+                self.wfile.flush()
+                if start + size < len(content):
+                    time.sleep(pause)
 
         do_POST = do_GET
 

@@ -14,7 +14,7 @@ STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
     {"errors", "redaction", "effects", "quiet"},
-    {"batch"},
+    {"batch", "urls", "answers", "folders"},
     {"divergence"},
     {"checks"},
     {"config"},

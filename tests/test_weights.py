@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.errors import GKDConfigError, GKDRolloutError
 from gkd_trainer.student import base_model
 from gkd_trainer.weights import checkpoint_weights, has_tied_head, is_plain_lora, write_adapter, write_weights
 
@@ -416,3 +417,34 @@ def test_the_active_adapter_is_written_alone_and_can_be_loaded(student, tmp_path
     loaded = PeftModel.from_pretrained(student(), tmp_path / "adapter")
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert not torch.equal(logits_of(loaded), logits_of(student()))
+
+
+@pytest.fixture
+def small_files():
+    """Files may have 16 kB, as on a disk that is full after those."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", [write_weights, write_adapter])
+def test_weights_that_can_not_be_written_are_an_error_that_says_how_much_room_they_need(
+    student, tmp_path, small_files, write
+):
+    model = student() if write is write_weights else adapted(student(), lora(r=32))
+    size = sum(weight.nbytes for name, weight in model.named_parameters() if write is write_weights or ".lora_" in name)
+    with pytest.raises(GKDRolloutError) as raised:
+        write(model, tmp_path / "weights")
+    message = str(raised.value)
+    assert f"could not be written to {tmp_path / 'weights'}: " in message
+    assert "File too large" in message
+    assert f"They take {size / 1e6:,.1f} MB, and " in message
+    assert " MB are free there" in message
+    assert "vllm_sync_dir" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_gone_is_an_error_of_ours(student, tmp_path):
+    with pytest.raises(GKDRolloutError, match="No such file or directory"):
+        write_weights(student(), tmp_path / "gone" / "weights")

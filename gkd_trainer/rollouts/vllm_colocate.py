@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from gkd_trainer.batch import Completion, Sampling
-from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.errors import GKDConfigError, GKDError, GKDRolloutError
+from gkd_trainer.folders import PrivateFolder
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
 from gkd_trainer.student import base_model
 from gkd_trainer.weights import (
-    PrivateFolder,
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
@@ -143,24 +143,33 @@ class VLLMColocateRollouts(RolloutEngine):
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
     def sync(self, model: nn.Module) -> None:
-        """Give the engine the weights that the student has now, and forget what it cached of the old ones."""
-        self._wake_up()
-        with _undisturbed():
+        """Give the engine the weights that the student has now, and forget what it cached of the old ones.
+
+        Raises:
+            GKDRolloutError: The engine failed, or an adapter could not be written for it.
+        """
+        with _failing_as("take weights"), _undisturbed():
+            self._wake_up()
             if not self._sends_adapter or self._synced == 0:
                 weights = checkpoint_weights(model, with_adapters=not self._sends_adapter)
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if self._sends_adapter:
                 self._load_adapter(model)
             if not self._llm.reset_prefix_cache():
-                raise RuntimeError(
+                raise GKDRolloutError(
                     "the vLLM engine kept its cache of older weights: requests of somebody else are under way"
                 )
         self._synced += 1
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """Return one completion per prompt; see RolloutEngine."""
+        """Return one completion per prompt; see RolloutEngine.
+
+        Raises:
+            GKDConfigError: Sampling options that vLLM does not take, or a prompt too long for the engine.
+            GKDRolloutError: The engine failed, or gave what is no completion.
+        """
         if not self._synced:
-            raise RuntimeError("VLLMColocateRollouts.generate was called before sync(model)")
+            raise GKDRolloutError("VLLMColocateRollouts.generate was called before sync(model), or after close()")
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -174,8 +183,8 @@ class VLLMColocateRollouts(RolloutEngine):
             raise GKDConfigError(f"vLLM does not take these sampling options: {error}") from error
         if not jobs:
             return []
-        self._wake_up()  # no sync comes between two batches of an evaluation
-        with _undisturbed():
+        with _failing_as("generate"), _undisturbed():
+            self._wake_up()  # no sync comes between two batches of an evaluation
             outputs = self._llm.generate(
                 [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
                 [SamplingParams(**fields, seed=seed) for _, seed in jobs],
@@ -185,12 +194,16 @@ class VLLMColocateRollouts(RolloutEngine):
             if self._sleeps:
                 self._llm.sleep(level=1)
                 self._is_asleep = True
-        return [
-            parse_completion(
-                output.outputs[0].token_ids, output.outputs[0].finish_reason, sampling, self._stop_ids, self._vocab_size
-            )
-            for output in self._ranks.own(outputs)
-        ]
+            return [
+                parse_completion(
+                    output.outputs[0].token_ids,
+                    output.outputs[0].finish_reason,
+                    sampling,
+                    self._stop_ids,
+                    self._vocab_size,
+                )
+                for output in self._ranks.own(outputs)
+            ]
 
     def close(self) -> None:
         """Stop the engine and free its memory, before a script ends its process group or builds another engine."""
@@ -198,6 +211,7 @@ class VLLMColocateRollouts(RolloutEngine):
             self._llm.llm_engine.engine_core.shutdown()
             self._llm, self._synced = None, 0
             _LIVE_ENGINES.discard(self)
+        self._folder.close()
 
     def _wake_up(self) -> None:
         if self._is_asleep:
@@ -289,6 +303,19 @@ def _build(options: dict[str, Any]) -> Any:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _failing_as(what: str) -> Iterator[None]:
+    try:
+        yield
+    except GKDError:
+        raise
+    except Exception as error:  # whatever vLLM fails with, and completions that are none
+        raise GKDRolloutError(
+            f"the vLLM engine in this process did not {what}: {type(error).__name__}: {error}. Where memory is short, "
+            "lower vllm_gpu_memory_utilization or the batch; use_vllm=False generates without vLLM"
+        ) from error
 
 
 def _silence_false_alarms() -> None:

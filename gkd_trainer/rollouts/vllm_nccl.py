@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_trainer.errors import GKDConfigError, GKDServerError
-from gkd_trainer.rollouts.vllm_sync import WeightSync, forget_and_name
+from gkd_trainer.answers import ServerInfo, WorldSize
+from gkd_trainer.errors import GKDConfigError, GKDError, GKDServerError
+from gkd_trainer.rollouts.vllm_sync import (
+    WeightSync,
+    forget_cache,
+    is_loading,
+    loading_version,
+    name_version,
+    rename_version,
+    weight_version,
+)
 from gkd_trainer.serving import VLLMServer
 from gkd_trainer.weights import checkpoint_weights, is_sharded
 
@@ -41,8 +50,29 @@ class NCCLSync(WeightSync):
             self._engines = [self._connected(server) for server in self._servers]
         self._version = secrets.token_hex(8)
         for server, engine in zip(self._servers, self._engines, strict=True):
+            self._send(server, engine, self._version)
+
+    def _send(self, server: VLLMServer, engine: Any, version: str) -> None:
+        name_version(server, loading_version(version))
+        if torch.cuda.is_available():
+            # vLLM reads the weights on streams of its own, which don't wait for the step that wrote them.
+            torch.cuda.synchronize()
+        try:
             engine.send_weights()
-            forget_and_name(server, self._version)
+        except GKDError:
+            raise
+        except Exception as error:  # of vLLM, NCCL or CUDA
+            raise GKDServerError(
+                f"sending weights to the vLLM server at {server.base_url} over NCCL failed with "
+                f"{type(error).__name__}: {error}. Look at its log, and restart it; "
+                "vllm_weight_sync='full' needs no NCCL"
+            ) from error
+        forget_cache(server)
+        if not rename_version(server, loading_version(version), version):
+            raise GKDServerError(
+                f"the vLLM server at {server.base_url} was restarted while it took weights, or somebody else sends it "
+                "some: start all servers again, and resume"
+            )
 
     def follow(self, model: nn.Module) -> None:
         """Take part in gathering sharded weights."""
@@ -53,18 +83,18 @@ class NCCLSync(WeightSync):
                     pass
         self._version = None
 
-    def is_held_by(self, server: VLLMServer) -> bool:
-        """Return whether a server holds the weights that were sent last."""
-        version = server.get("/weight_info", lambda answer: str(answer["weight_version"]))
-        if self._version is None and version != "default":  # this rank did not send them
+    def held_version(self, server: VLLMServer) -> str | None:
+        """Return the number of the last broadcast, where the server holds its weights."""
+        version = weight_version(server)
+        if self._version is None and version != "default" and not is_loading(version):  # this rank did not send them
             self._version = version
-        return version == self._version
+        return version if version == self._version else None
 
     def restore(self, server: VLLMServer) -> None:
         """Raise: the weights of the last sync are no longer at hand."""
         raise GKDServerError(
             f"the vLLM server at {server.base_url} no longer holds the student's weights; it seems to have been "
-            "restarted. vllm_weight_sync='full' survives that, 'nccl' does not: start all servers anew, and resume"
+            "restarted. vllm_weight_sync='full' survives that, 'nccl' does not: start all servers again, and resume"
         )
 
     def _connected(self, server: VLLMServer) -> Any:
@@ -85,40 +115,40 @@ class NCCLSync(WeightSync):
                 f"the vLLM server at {server.base_url} takes no weights over NCCL: start it with "
                 '--weight-transfer-config \'{"backend": "nccl"}\', and the environment variable VLLM_SERVER_DEV_MODE=1'
             )
-        workers = server.get("/get_world_size", lambda answer: int(answer["world_size"]))
+        workers = server.get("/get_world_size", WorldSize.parse).world_size
         info = NCCLTrainerInitInfo(rank=0, master_address=get_ip(), master_port=get_open_port(), world_size=workers + 1)
         return WeightTransferTrainerFactory.trainer_init(info, client=_Client(server), source=self._source)
 
 
 def _transfer_backend(server: VLLMServer) -> str | None:
-    def backend(answer: Any) -> str | None:
-        config = answer["vllm_config"]["weight_transfer_config"]
-        return config and str(config["backend"])
-
     try:
-        return server.get("/server_info?config_format=json", backend)
+        transfer = server.get("/server_info?config_format=json", ServerInfo.parse).vllm_config.weight_transfer
     except GKDServerError as error:
         logger.warning("%s", error)
         return None
+    return None if transfer is None else transfer.backend
 
 
 class _Client:
-    """What vLLM's trainer side drives a server by: the four calls of its VLLMWeightSyncClient, through our client."""
+    """What vLLM's trainer side drives a server by: the four calls of its VLLMWeightSyncClient, through our client.
+
+    Each is sent once: a second /update_weights would wait for a second broadcast.
+    """
 
     def __init__(self, server: VLLMServer) -> None:
         self._server = server
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._server.post("/init_weight_transfer_engine", {"init_info": init_info}, lambda answer: answer)
+        self._server.tell("/init_weight_transfer_engine", {"init_info": init_info}, is_repeatable=False)
 
     def start_weight_update(self) -> None:
-        self._server.post("/start_weight_update", {}, lambda answer: answer)
+        self._server.tell("/start_weight_update", {}, is_repeatable=False)
 
     def update_weights(self, update_info: Any) -> None:
-        self._server.post("/update_weights", {"update_info": update_info}, lambda answer: answer)
+        self._server.tell("/update_weights", {"update_info": update_info}, is_repeatable=False)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._server.post("/finish_weight_update", {"weight_version": weight_version}, lambda answer: answer)
+        self._server.tell("/finish_weight_update", {"weight_version": weight_version}, is_repeatable=False)
 
 
 class _Source:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from gkd_trainer.answers import CompletionAnswer, Models
 from gkd_trainer.batch import Completion, Sampling
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
@@ -24,8 +25,7 @@ class VLLMServerRollouts(RolloutEngine):
     Weights pass through a folder that both sides see, and are read by each server whole ("full", which needs
     VLLM_SERVER_DEV_MODE=1 there) or as a LoRA adapter ("adapter", which needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
     `--enable-lora`), or from GPU to GPU ("nccl": see rollouts/vllm_nccl.py). Each server says before and after it
-    generates which weights it holds: one that was restarted gets them again, and completions of other weights are
-    thrown away.
+    generates which weights it holds: one that was restarted gets them again, and generates again what it was asked for.
 
     Args:
         base_url: Where the servers listen.
@@ -103,53 +103,67 @@ class VLLMServerRollouts(RolloutEngine):
         fields = sampling_fields(sampling, self._stop_ids, self._sync.padding_ids(self._vocab_size))
         fields |= {"return_token_ids": True, "add_special_tokens": False, "stream": False}
 
-        def complete(server: VLLMServer, job: tuple[Sequence[int], int]) -> Completion:
-            prompt, seed = job
-            body = {**fields, "model": self._sync.model_name or self._model_name, "prompt": list(prompt), "seed": seed}
-            return server.post(
-                "/v1/completions",
-                body,
-                lambda answer: parse_completion(
-                    answer["choices"][0]["token_ids"],
-                    answer["choices"][0]["finish_reason"],
-                    sampling,
-                    self._stop_ids,
-                    self._vocab_size,
-                ),
-            )
+        def parse(answer: object) -> Completion:
+            choice = CompletionAnswer.parse(answer).choices[0]
+            return parse_completion(choice.token_ids, choice.finish_reason, sampling, self._stop_ids, self._vocab_size)
 
-        jobs = list(zip(prompts, seeds, strict=True))
+        bodies = [{**fields, "prompt": list(prompt), "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        completions: dict[int, Completion] = {}
         for _ in range(TRIES):
-            self._restore_lost()
-            interruptions = self._interruptions()
-            error: GKDServerError | None = None
-            completions: list[Completion] = []
-            try:
-                completions = spread(self._servers, jobs, complete, first=self._rank)
-            except RequestRefusedError as failure:
-                error = failure  # as by a server that lost the adapter, whose name it does not know
-            lost = [server.base_url for server in self._servers if not self._sync.is_held_by(server)]
-            if not lost and error is not None:
-                raise error
-            # A server that was started anew meanwhile may have been given the weights again by another rank.
-            if not lost and self._interruptions() == interruptions:
-                return completions
-            urls = ", ".join(lost or [server.base_url for server in self._servers])
-            logger.warning("%s lost the student's weights; this window is generated again", urls)
+            missing = [index for index in range(len(bodies)) if index not in completions]
+            made, lost = self._complete([bodies[index] for index in missing], parse)
+            completions |= {index: each for index, each in zip(missing, made, strict=True) if each is not None}
+            if len(completions) == len(bodies):
+                return [completions[index] for index in range(len(bodies))]
+            again = f"{len(bodies) - len(completions)} of {len(bodies)} completions are generated again"
+            logger.warning("%s lost the student's weights; %s", lost, again)
         raise GKDServerError(
-            f"the vLLM servers {urls} lost the student's weights {TRIES} times while they generated one window: they "
+            f"the vLLM servers {lost} lost the student's weights {TRIES} times while they generated one window: they "
             "restart, or somebody else sends them weights. Look at their logs"
         )
 
-    def _interruptions(self) -> int:
-        return sum(server.interruptions for server in self._servers)
+    def _complete(
+        self, bodies: Sequence[dict[str, Any]], parse: Callable[[object], Completion]
+    ) -> tuple[list[Completion | None], str]:
+        """Return completions of the weights sent last, None for those of servers that lost them, and these' URLs."""
+        versions = {server: self._restored_version(server) for server in self._servers}
 
-    def _restore_lost(self) -> None:
+        def complete(server: VLLMServer, body: dict[str, Any]) -> tuple[VLLMServer, Completion | None]:
+            body = {**body, "model": self._sync.model_name or self._model_name}
+            try:
+                return server, server.post("/v1/completions", body, parse)
+            except RequestRefusedError:
+                # As by a server that lost the adapter, whose name it does not know.
+                if self._sync.held_version(server) != versions[server]:
+                    return server, None
+                # Another rank may have given it back meanwhile: then it is not refused again.
+                return server, server.post("/v1/completions", body, parse)
+
+        answers = spread(self._servers, bodies, complete, first=self._rank)
+        # The same version as before proves that the server had the weights all the time, whatever connections failed.
+        changed = {server for server in self._servers if self._sync.held_version(server) != versions[server]}
+        made = [None if server in changed else completion for server, completion in answers]
+        lost = [server for server in self._servers if server in changed or (server, None) in answers]
+        return made, ", ".join(server.base_url for server in lost)
+
+    def close(self) -> None:
+        """Remove the folder of weights, and close the connections to the servers."""
+        self._sync.close()
         for server in self._servers:
-            if not self._sync.is_held_by(server):
-                self._sync.restore(server)
+            server.close()
+
+    def _restored_version(self, server: VLLMServer) -> str:
+        for _ in range(TRIES):
+            version = self._sync.held_version(server)
+            if version is not None:
+                return version
+            self._sync.restore(server)
+        raise GKDServerError(
+            f"the vLLM server at {server.base_url} lost the student's weights {TRIES} times before it generated: it "
+            "restarts, or somebody else sends it weights. Look at its log"
+        )
 
 
-def _served_model(answer: Any) -> tuple[str, int]:
-    card = answer["data"][0]
-    return str(card["id"]), int(card["max_model_len"])
+def _served_model(answer: object) -> tuple[str, int]:
+    lengths = Models.parse(answer).lengths()
+    return next(iter(lengths.items()))

@@ -1,11 +1,19 @@
-"""How vLLM servers get the student's weights, and how they tell that they still hold them."""
+"""How vLLM servers get the student's weights, and how they tell that they still hold them.
+
+A server holds a version, a string that it is given and forgets when it restarts. While weights are handed to it that is
+"loading" with a random number; it gets its final name once it still answers that after all is loaded. So a server
+that restarted in between does not get the name, and the same name before and after some requests proves that the same
+weights answered all of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -13,11 +21,12 @@ from urllib.parse import urlsplit
 
 from torch import nn
 
+from gkd_trainer.answers import Models, RPCResults, ServerInfo, Success, WeightInfo
 from gkd_trainer.errors import GKDConfigError, GKDServerError
+from gkd_trainer.folders import PrivateFolder
 from gkd_trainer.serving import VLLMServer, spread
 from gkd_trainer.student import base_model
 from gkd_trainer.weights import (
-    PrivateFolder,
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
@@ -27,10 +36,16 @@ from gkd_trainer.weights import (
 )
 
 TRIES = 3
-"""How often what a server's restart spoiled is done again."""
+"""How often what was lost with a server's weights is done, at most."""
+
+FASTEST_RESTART = 3.0
+"""Seconds that a vLLM server needs at least to restart: one that answered twice within them is the same process."""
 
 _ADAPTER = "gkd-student-"
 """How the names of our adapters begin."""
+
+_LOADING = "loading:"
+"""How the version of a server begins while weights are handed to it."""
 
 
 class WeightSync(ABC):
@@ -49,15 +64,22 @@ class WeightSync(ABC):
 
     @abstractmethod
     def follow(self, model: nn.Module) -> None:
-        """Take part in `send` on the other ranks, and learn what the servers hold at the next `is_held_by`."""
+        """Take part in `send` on the other ranks, and learn what the servers hold at the next `held_version`."""
 
     @abstractmethod
-    def is_held_by(self, server: VLLMServer) -> bool:
-        """Return whether a server holds the weights that were sent last."""
+    def held_version(self, server: VLLMServer) -> str | None:
+        """Return the version of a server that holds the weights that were sent last; None for one that does not.
+
+        It is another after the server lost the weights and was given them again.
+        """
 
     @abstractmethod
     def restore(self, server: VLLMServer) -> None:
         """Hand a server the weights that were sent last again."""
+
+    def close(self) -> None:
+        """Free what was used to hand out weights."""
+        return
 
     def padding_ids(self, vocab_size: int) -> range:
         """Return the rows of the head that are no tokens, once weights were sent."""
@@ -80,9 +102,6 @@ class FolderSync(WeightSync):
     @abstractmethod
     def _write(self, model: nn.Module, folder: Path) -> None: ...
 
-    @abstractmethod
-    def _held(self, server: VLLMServer) -> Path | None: ...
-
     def send(self, model: nn.Module) -> None:
         assert self._folder is not None
         self._note_rows(model)
@@ -94,7 +113,7 @@ class FolderSync(WeightSync):
             spread(self._servers, self._servers, lambda server, _: self.restore(server))
         finally:
             if previous is not None:
-                shutil.rmtree(previous)
+                shutil.rmtree(previous, ignore_errors=True)
 
     def follow(self, model: nn.Module) -> None:
         self._note_rows(model)
@@ -103,11 +122,10 @@ class FolderSync(WeightSync):
                 pass
         self._current = None
 
-    def is_held_by(self, server: VLLMServer) -> bool:
-        held = self._held(server)
-        if self._current is None:  # this rank did not send them
-            self._current = held
-        return held is not None and held == self._current
+    def close(self) -> None:
+        """Remove the folder."""
+        if self._folder is not None:
+            self._folder.close()
 
 
 class FullSync(FolderSync):
@@ -118,7 +136,7 @@ class FullSync(FolderSync):
         self._checked: set[str] = set()
         for server in servers:
             try:
-                self._held(server)
+                weight_version(server)
             except GKDServerError as error:
                 raise GKDConfigError(
                     f"the vLLM server at {server.base_url} takes no weights: start it with the environment variable "
@@ -130,31 +148,57 @@ class FullSync(FolderSync):
             self._refuse_stale_head(server, model)
         write_weights(model, folder)
 
-    def _held(self, server: VLLMServer) -> Path | None:
-        version: str = server.get("/weight_info", lambda answer: str(answer["weight_version"]))
-        return None if version == "default" else Path(version)
+    def held_version(self, server: VLLMServer) -> str | None:
+        """Return the folder that the server loaded last, and the number of that load."""
+        version = weight_version(server)
+        if self._current is None:  # this rank did not send them
+            self._current = next(filter(None, (_folder_of(version) for version in self._versions(version))), None)
+        return version if self._is_current(version) else None
+
+    def _is_current(self, version: str) -> bool:
+        return not is_loading(version) and self._current is not None and _folder_of(version) == self._current
+
+    def _versions(self, first: str) -> Iterator[str]:
+        yield first
+        for server in self._servers:
+            yield weight_version(server)
 
     def restore(self, server: VLLMServer) -> None:
+        """Have a server load the folder; another rank may do so at the same time."""
         if self._current is None:
             raise GKDServerError(f"the vLLM server at {server.base_url} has no weights of the student: call sync first")
-        load = {"method": "reload_weights", "kwargs": {"weights_path": str(self._current)}}
         for _ in range(TRIES):
-            interruptions = server.interruptions
-            server.post("/collective_rpc", load, lambda answer: answer["results"])
-            forget_and_name(server, str(self._current))
-            if server.interruptions == interruptions:
+            if self._hand_over(server, self._current):
                 return
-            # One that was started anew in between may have taken the name, but not the weights.
         raise GKDServerError(
-            f"the vLLM server at {server.base_url} was interrupted {TRIES} times while it took weights"
+            f"the vLLM server at {server.base_url} lost the student's weights {TRIES} times while it took them: it "
+            "restarts, or somebody else sends it weights. Look at its log"
         )
+
+    def _hand_over(self, server: VLLMServer, folder: Path) -> bool:
+        loading = weight_version(server)
+        if self._is_current(loading):  # another rank was faster
+            return True
+        # What another rank called it stays: each would else wait for a name that the other took away.
+        if not (is_loading(loading) and _folder_of(loading) == folder):
+            loading = loading_version(f"{folder}#{secrets.token_hex(8)}")
+            name_version(server, loading)
+        load = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        server.post("/collective_rpc", load, RPCResults.parse)
+        try:
+            forget_cache(server)
+        except GKDServerError:
+            # Another rank, which was faster, may generate already.
+            if self.held_version(server) is None:
+                raise
+        return self.held_version(server) is not None or rename_version(server, loading, loading.removeprefix(_LOADING))
 
     def _refuse_stale_head(self, server: VLLMServer, model: nn.Module) -> None:
         if server.base_url in self._checked:
             return
-        config = server.get("/server_info?config_format=json", lambda answer: answer["vllm_config"])
-        is_on_cpu = config["device_config"].get("device") == "cpu"
-        overrides = str(config["model_config"].get("hf_overrides"))
+        config = server.get("/server_info?config_format=json", ServerInfo.parse).vllm_config
+        is_on_cpu = config.device.device == "cpu"
+        overrides = str(config.model.hf_overrides)
         is_untied = "tie_word_embeddings" in overrides and "False" in overrides
         student: Any = base_model(model)
         ties = student.config.get_text_config().tie_word_embeddings and not is_untied
@@ -188,24 +232,28 @@ class AdapterSync(FolderSync):
             )
         write_adapter(model, folder)
 
-    def _held(self, server: VLLMServer) -> Path | None:
-        names = server.get("/v1/models", lambda answer: {card["id"]: card["root"] for card in answer["data"]})
-        ours = sorted(name for name in names if name.startswith(_ADAPTER))
-        if self._current is not None:
-            ours = [name for name in ours if name == self._name_of(self._current)]
-        if not ours:
+    def held_version(self, server: VLLMServer) -> str | None:
+        """Return the adapter's name: what is asked for under it is never answered by other weights."""
+        names = {model.id: model.root for model in server.get("/v1/models", Models.parse).data}
+        if self._current is None:  # this rank did not send it
+            ours = sorted(name for name, root in names.items() if name.startswith(_ADAPTER) and root)
+            if not ours:
+                return None
+            self._current = Path(str(names[ours[-1]]))
+        name = self._name_of(self._current)
+        if name not in names:
             return None
-        folder = Path(names[ours[-1]])
-        self.model_name = ours[-1]
-        return folder
+        self.model_name = name
+        return name
 
     def restore(self, server: VLLMServer) -> None:
+        """Have a server load the adapter, and let go of older ones."""
         if self._current is None:
             raise GKDServerError(f"the vLLM server at {server.base_url} has no adapter of the student: call sync first")
         name = self._name_of(self._current)
         # In place: asking again after an answer that was lost is no mistake.
         load = {"lora_name": name, "lora_path": str(self._current), "load_inplace": True}
-        for old in server.get("/v1/models", lambda answer: [card["id"] for card in answer["data"]]):
+        for old in [model.id for model in server.get("/v1/models", Models.parse).data]:
             if old.startswith(_ADAPTER) and old != name:
                 with contextlib.suppress(GKDServerError):  # it is gone already
                     server.tell("/v1/unload_lora_adapter", {"lora_name": old})
@@ -223,18 +271,52 @@ class AdapterSync(FolderSync):
         return f"{_ADAPTER}{folder.parent.name}-{folder.name}"
 
 
-def forget_and_name(server: VLLMServer, version: str) -> None:
-    """Have a server forget what it cached of older weights, and hold its new ones under a name.
+def weight_version(server: VLLMServer) -> str:
+    """Return what a server says its weights are; "default" after its start."""
+    return server.get("/weight_info", WeightInfo.parse).weight_version
 
-    Last in a sync: a server that holds the name has done all before it.
-    """
 
-    def require_success(answer: Any) -> None:
-        if answer is not None and not answer.get("success", True):
-            raise ValueError("it did not succeed: requests of somebody else are under way")
+def name_version(server: VLLMServer, version: str) -> None:
+    """Have a server call its weights by this name."""
+    server.post("/update_weight_version", {"new_version": version}, _require_success)
 
-    server.post("/reset_prefix_cache", {}, require_success)
-    server.post("/update_weight_version", {"new_version": version}, require_success)
+
+def rename_version(server: VLLMServer, old: str, new: str) -> bool:
+    """Give a server's weights a new name where they have the old one and still do; return whether that is so."""
+    asked = time.monotonic()
+    if weight_version(server) != old:
+        return False
+    name_version(server, new)
+    if time.monotonic() - asked < FASTEST_RESTART:
+        return True
+    # It may have restarted between the two answers: nobody must trust the name.
+    name_version(server, old)
+    return False
+
+
+def forget_cache(server: VLLMServer) -> None:
+    """Have a server forget what it computed with older weights."""
+    server.post("/reset_prefix_cache", {}, _require_success)
+
+
+def _require_success(answer: Any) -> None:
+    if answer is not None and not Success.parse(answer).success:
+        raise ValueError("it did not succeed: requests of somebody else are under way")
+
+
+def loading_version(version: str) -> str:
+    """Return what to call a server's weights before they get a final name."""
+    return _LOADING + version
+
+
+def is_loading(version: str) -> bool:
+    """Return whether weights are being handed to a server that calls its weights so."""
+    return version.startswith(_LOADING)
+
+
+def _folder_of(version: str) -> Path | None:
+    folder, number = version.removeprefix(_LOADING).rpartition("#")[::2]
+    return Path(folder) if folder and number else None
 
 
 def shared_folder(sync_dir: str | None, urls: Sequence[str]) -> PrivateFolder:
@@ -248,7 +330,12 @@ def shared_folder(sync_dir: str | None, urls: Sequence[str]) -> PrivateFolder:
                 "to a folder that both see, such as one on a network file system"
             )
         parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    return PrivateFolder(parent)
+    try:
+        return PrivateFolder(parent)
+    except OSError as error:
+        raise GKDConfigError(
+            f"vllm_sync_dir must be a folder to write to, which the servers see too; got {sync_dir!r}: {error}"
+        ) from error
 
 
 def _is_on_this_machine(url: str) -> bool:

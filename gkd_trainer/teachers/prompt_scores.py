@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gkd_trainer.answers import ScoreAnswer
 from gkd_trainer.batch import TokenBatch
 from gkd_trainer.errors import GKDDataError
 
@@ -78,12 +79,12 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
 
 
 def parse_scores(answer: Any, asked: Sequence[TokenSequence], top_k: int) -> list[TopScores]:
-    choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-    indices = [choice["index"] for choice in choices]
+    choices = sorted(ScoreAnswer.parse(answer).choices, key=lambda choice: choice.index)
+    indices = [choice.index for choice in choices]
     if indices != list(range(len(asked))):
         raise ValueError(f"{len(asked)} prompts were sent, and the choices that came are {indices}")
     return [
-        _parse_sequence(choice["prompt_logprobs"], sequence, top_k)
+        _parse_sequence(choice.prompt_logprobs, sequence, top_k)
         for choice, sequence in zip(choices, asked, strict=True)
     ]
 
@@ -102,8 +103,11 @@ def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: in
     is_entry_PC = np.arange(top_k + 1) < counts_P[:, None]
     ids_PC = np.full(is_entry_PC.shape, -1, dtype=np.int64)
     ids_PC[is_entry_PC] = np.fromiter(map(int, chain.from_iterable(scored)), np.int64)
+    log_probs = [entry["logprob"] for entries in scored for entry in entries.values()]
+    if not {float, int}.issuperset(map(type, log_probs)):
+        raise ValueError("a log-prob is not a number")
     log_p_PC = np.full(is_entry_PC.shape, -np.inf)
-    log_p_PC[is_entry_PC] = np.fromiter((entry["logprob"] for entries in scored for entry in entries.values()), float)
+    log_p_PC[is_entry_PC] = log_probs
 
     if ids_PC[is_entry_PC].min() < 0:
         raise ValueError(f"a token id is negative: {ids_PC[is_entry_PC].min()}")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_trainer.answers import CompletionAnswer, Models, Tokens
 from gkd_trainer.batch import TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
 from gkd_trainer.serving import VLLMServer, spread
@@ -234,7 +235,7 @@ class VLLMServerTeacher(Teacher):
                 )
 
     def _find_model(self, server: VLLMServer) -> _Served:
-        models = server.get("/v1/models", _parse_models)
+        models = server.get("/v1/models", lambda answer: Models.parse(answer).lengths())
         name = self._model_name or next(iter(models))
         if name not in models:
             raise GKDTeacherError(
@@ -278,8 +279,8 @@ class VLLMServerTeacher(Teacher):
 
         def parse(answer: Any) -> tuple[TopScores, int]:
             [scores] = parse_scores(answer, [probe], self._top_k)
-            [token] = answer["choices"][0]["token_ids"]
-            return scores, int(token)
+            [token] = CompletionAnswer.parse(answer).choices[0].token_ids
+            return scores, token
 
         try:
             return server.post("/v1/completions", {**self._body(server, [probe]), "return_token_ids": True}, parse)
@@ -295,7 +296,7 @@ class VLLMServerTeacher(Teacher):
     def _check_tokenizer(self, server: VLLMServer, text: str, ids: Sequence[int]) -> None:
         body = {"model": self._of(server).name, "prompt": text, "add_special_tokens": False}
         try:
-            served_ids = server.post("/tokenize", body, lambda answer: [int(token) for token in answer["tokens"]])
+            served_ids = server.post("/tokenize", body, Tokens.parse).tokens
         except GKDServerError as error:
             if "skip_tokenizer_init" not in str(error):
                 raise
@@ -361,12 +362,6 @@ class _Served:
 
     name: str
     max_model_len: int
-
-
-def _parse_models(answer: Any) -> dict[str, int]:
-    base_len = next(entry["max_model_len"] for entry in answer["data"] if entry.get("max_model_len"))
-    # Adapters are listed too, without a length of their own.
-    return {str(entry["id"]): int(entry.get("max_model_len") or base_len) for entry in answer["data"]}
 
 
 def _some(ids: Sequence[int], start: int, count: int = 5) -> str:

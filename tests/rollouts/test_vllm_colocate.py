@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gkd_trainer.batch import Sampling
-from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.errors import GKDConfigError, GKDRolloutError
 from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts
 from tests.test_weights import adapted, assert_equal_states, state_of
 
@@ -490,3 +490,24 @@ def test_an_engine_that_sleeps_is_woken_up_for_each_sync_and_each_rollout(engine
     greedy(engine)
     assert sleepy.calls == ["sleep", "wake up", "sleep", "wake up", "sleep"]
     monkeypatch.setattr(engine, "_is_asleep", False)
+
+
+# Engines that fail
+
+
+def test_a_completion_that_is_none_is_an_error_of_ours(engine):
+    with pytest.raises(GKDRolloutError, match=r"engine in this process did not generate: ValueError: expected a compl"):
+        engine.generate(PROMPTS, Sampling(5, extra={"max_tokens": 3}), SEEDS)
+    assert engine.generate(PROMPTS, Sampling(2), SEEDS)
+
+
+def test_what_vllm_refuses_is_an_error_of_ours(engine):
+    with pytest.raises(GKDRolloutError, match=r"engine in this process did not generate: \w+: .*empty"):
+        engine.generate([[]], Sampling(2), [0])
+    assert engine.generate(PROMPTS, Sampling(2), SEEDS)
+
+
+def test_a_cache_that_is_kept_is_an_error_of_ours(engine, model, monkeypatch):
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(GKDRolloutError, match="kept its cache of older weights"):
+        engine.sync(model)

@@ -36,7 +36,7 @@ def fake():
 
     with FaultyProxy("http://127.0.0.1:9") as server:
         server.next(rule, times=None)
-        server.held = held
+        server.held, server.rule = held, rule
         yield server
 
 
@@ -111,22 +111,84 @@ def sync(fake, monkeypatch):
 def test_weights_get_their_name_after_they_were_sent_and_a_new_one_each_time(sync, fake, tiny_model):
     sync.send(tiny_model())
     sync.send(tiny_model(seed=1))
-    calls = ["/broadcast", "/reset_prefix_cache", "/update_weight_version"]
-    assert fake.paths() == calls * 2
-    first, second = (request.json["new_version"] for request in fake.requests[2::3])
+    naming = "/update_weight_version"
+    assert fake.paths() == [naming, "/broadcast", "/reset_prefix_cache", "/weight_info", naming] * 2
+    names = [request.json["new_version"] for request in fake.requests if request.path == naming]
+    loading, first, _, second = names
+    assert loading == f"loading:{first}"
     assert first != second
-    assert sync.is_held_by(sync._servers[0])
+    assert sync.held_version(sync._servers[0]) == second
     fake.held["weight_version"] = first
-    assert not sync.is_held_by(sync._servers[0])
+    assert sync.held_version(sync._servers[0]) is None
+
+
+def test_the_device_is_done_with_the_weights_before_they_are_sent(sync, fake, tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: sync._servers[0].tell("/synchronize", None))
+    sync.send(tiny_model())
+    paths = [path for path in fake.paths() if path in ("/synchronize", "/broadcast")]
+    assert paths == ["/synchronize", "/broadcast"]
+
+
+def test_a_server_that_was_restarted_while_it_took_weights_gets_no_name(sync, fake, tiny_model):
+    def restarted(request, forward):
+        fake.held["weight_version"] = "default"
+        return Answer(200, b"{}")
+
+    fake._rules.clear()
+    fake.next(restarted, path="/broadcast")
+    fake.next(fake.rule, times=None)
+    with pytest.raises(GKDServerError, match=f"{fake.base_url} was restarted while it took weights"):
+        sync.send(tiny_model())
+    assert fake.held["weight_version"] == "default"
+
+
+class _Broadcasting:
+    """vLLM's own driver of a transfer, whose broadcast, which takes GPUs, is left out."""
+
+    def __init__(self, server, source):
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
+
+        class Engine(NCCLTrainerWeightTransferEngine):
+            def _broadcast(self, source, meta):
+                assert [name for name, _ in source] == [each.name for each in meta]
+
+        self.send_weights = Engine(client=_Client(server), source=source).send_weights
+
+
+@pytest.mark.parametrize("failing", ["/start_weight_update", "/update_weights", "/finish_weight_update"])
+def test_a_step_of_a_transfer_that_fails_is_not_sent_again(fake, tiny_model, monkeypatch, failing):
+    sync = NCCLSync([client(fake)])
+    monkeypatch.setattr(sync, "_connected", lambda server: _Broadcasting(server, sync._source))
+    sync.send(tiny_model())
+    steps = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+    assert [path for path in fake.paths() if path in steps] == steps
+    fake._rules.clear()
+    fake.next(status(500, b"no peer"), path=failing, times=None)
+    fake.next(fake.rule, times=None)
+    fake.requests.clear()
+    with pytest.raises(GKDServerError, match=f"{fake.base_url} did not complete POST {failing}, which can't be sent"):
+        sync.send(tiny_model())
+    assert fake.paths().count(failing) == 1
+    assert sync.held_version(sync._servers[0]) is None
+
+
+def test_what_the_transfer_itself_fails_with_is_an_error_of_ours(sync, fake, tiny_model, monkeypatch):
+    def fail():
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    monkeypatch.setattr(sync, "_connected", lambda server: SimpleNamespace(send_weights=fail))
+    with pytest.raises(GKDServerError, match=rf"{fake.base_url} over NCCL failed with RuntimeError: NCCL error"):
+        sync.send(tiny_model())
 
 
 def test_another_rank_takes_the_name_that_the_server_holds(sync, fake, tiny_model):
     sync.send(tiny_model())
     other = NCCLSync([client(fake)])
     other.follow(tiny_model())
-    assert other.is_held_by(other._servers[0])
+    assert other.held_version(other._servers[0]) == sync._version
     fake.held["weight_version"] = "default"
-    assert not other.is_held_by(other._servers[0])
+    assert other.held_version(other._servers[0]) is None
 
 
 def test_a_server_that_lost_the_weights_ends_the_run_with_the_remedy(sync, fake, tiny_model):

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -16,9 +17,19 @@ from peft import LoraConfig
 from gkd_trainer import serving
 from gkd_trainer.batch import Sampling
 from gkd_trainer.errors import GKDConfigError, GKDServerError
-from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts
+from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts, vllm_sync
 from gkd_trainer.rollouts.vllm_sync import shared_folder
-from tests.serving import MAX_MODEL_LENGTH, Answer, FaultyProxy, changed, cut_in_half, free_port, status
+from tests.serving import (
+    MAX_MODEL_LENGTH,
+    Answer,
+    FaultyProxy,
+    changed,
+    cut_in_half,
+    delayed,
+    free_port,
+    hang_up,
+    status,
+)
 from tests.test_weights import adapted, assert_equal_states, state_of
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
@@ -142,11 +153,28 @@ def test_an_adapted_student_completes_as_with_its_adapter_and_stays_as_it_was(ma
         assert greedy_of_transformers(model) != expected
 
 
+def remember_versions(proxy):
+    """Have a proxy hold the version of the weights: two before one server are then like two servers."""
+    proxy.held = {}
+
+    def name(request, forward):
+        proxy.held["version"] = request.json["new_version"]
+        return Answer(200, b'{"success": true}')
+
+    def tell(request, forward):
+        return Answer(200, json.dumps({"weight_version": proxy.held.get("version", "default")}).encode())
+
+    proxy.next(name, path="/update_weight_version", times=None)
+    proxy.next(tell, path=VERSION, times=None)
+
+
 def test_two_servers_share_the_prompts_and_complete_them_as_one_does(engine, make, model, proxy, vllm_server):
     expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
     proxy.requests.clear()
     with FaultyProxy(vllm_server.base_url) as second:
         both = make([proxy.base_url, second.base_url])
+        for each in (proxy, second):
+            remember_versions(each)
         both.sync(model)
         assert both.generate(PROMPTS, Sampling(8), SEEDS) == expected
         for each, prompts in ((proxy, PROMPTS[::2]), (second, PROMPTS[1::2])):
@@ -291,11 +319,27 @@ def test_weights_lie_in_a_folder_of_this_user_alone_and_old_ones_are_removed(mak
     assert parent.parent == Path("/dev/shm")
     assert parent.stat().st_mode & 0o777 == 0o700
     assert folders[0] != folders[1]
-    assert list(parent.iterdir()) == [folders[1]]
+    assert [path for path in parent.iterdir() if path.is_dir()] == [folders[1]]
     assert folders[1].stat().st_mode & 0o777 == 0o700
     del engine
     gc.collect()
     assert not parent.exists()
+
+
+def test_closing_removes_the_folder_and_may_be_repeated(make, model, tmp_path):
+    engine = make(sync_dir=str(tmp_path))
+    engine.sync(model)
+    assert len(list(tmp_path.iterdir())) == 1
+    engine.close()
+    engine.close()
+    assert list(tmp_path.iterdir()) == []
+    other = make(rank=1)
+    other.close()
+
+
+def test_a_folder_that_can_not_be_made_is_refused_with_the_option(make, tmp_path):
+    with pytest.raises(GKDConfigError, match=rf"vllm_sync_dir must be a folder to write to.*got '{tmp_path}/none'"):
+        make(sync_dir=f"{tmp_path}/none")
 
 
 def test_weights_pass_through_the_folder_that_was_named(make, proxy, model, tmp_path):
@@ -344,7 +388,120 @@ def test_a_window_in_whose_middle_the_weights_were_lost_is_generated_again(
     assert proxy.paths().count(COMPLETIONS) == 2 * len(PROMPTS)
     assert proxy.paths().count(LOAD) == 1
     [record] = caplog.records
-    assert record.message == f"{proxy.base_url} lost the student's weights; this window is generated again"
+    lost = f"{proxy.base_url} lost the student's weights; 6 of 6 completions are generated again"
+    assert record.message == lost
+
+
+def test_of_two_servers_only_what_was_asked_of_the_one_that_lost_the_weights_is_asked_again(
+    engine, make, model, proxy, vllm_server
+):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    with FaultyProxy(vllm_server.base_url) as second:
+        both = make([proxy.base_url, second.base_url])
+        for each in (proxy, second):
+            remember_versions(each)
+        both.sync(model)
+        proxy.requests.clear()
+        # As by a restart.
+        second.next(lambda request, forward: (second.held.clear(), forward())[1], path=COMPLETIONS)
+        assert both.generate(PROMPTS, Sampling(8), SEEDS) == expected
+        # The three of the second are spread over both again.
+        assert [each.paths().count(COMPLETIONS) for each in (proxy, second)] == [3 + 2, 3 + 1]
+
+
+def test_a_name_that_took_long_to_give_is_not_trusted(make, model, proxy, monkeypatch):
+    """The server may have restarted between the two answers."""
+    monkeypatch.setattr(vllm_sync, "FASTEST_RESTART", 0.2)
+    engine = make()
+    proxy.next(lambda request, forward: forward(), path="/update_weight_version")
+    proxy.next(delayed(0.3), path="/update_weight_version")
+    engine.sync(model)
+    assert proxy.paths().count(LOAD) == 2
+    assert greedy(engine) == greedy_of_transformers(model)
+
+
+@pytest.mark.parametrize("fault", [status(502), status(503), hang_up, cut_in_half, status(500)])
+def test_a_connection_that_fails_in_the_middle_of_a_window_repeats_that_request_alone(engine, proxy, fault):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    proxy.requests.clear()
+    proxy.next(fault, path=COMPLETIONS)
+    assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
+    assert proxy.paths().count(COMPLETIONS) == len(PROMPTS) + 1
+    assert LOAD not in proxy.paths()
+
+
+def test_ten_failed_connections_in_a_row_do_not_stop_a_run(engine, model, proxy):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    for path in (COMPLETIONS, VERSION, LOAD, "/reset_prefix_cache", "/update_weight_version"):
+        proxy.next(status(502), path=path, times=10)
+    assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
+    engine.sync(model)
+    assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
+
+
+def test_four_windows_with_a_failed_connection_each_are_no_error(engine, proxy):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    for _ in range(4):
+        proxy.next(hang_up, path=COMPLETIONS)
+        assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
+
+
+def test_weights_that_another_rank_gave_back_meanwhile_do_not_hide_that_they_were_lost(
+    engine, make, model, proxy, vllm_server, served_dir
+):
+    """The server restarts, answers with the weights of its start, and has the right ones again before it is asked."""
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    other = make(vllm_server.base_url, rank=1)
+    other.sync(model)
+    other.generate(PROMPTS[:1], Sampling(1), SEEDS[:1])
+    answers = []
+
+    def rule(request, forward):
+        load(vllm_server, served_dir, "default")
+        answers.append(forward())
+        other.generate(PROMPTS[:1], Sampling(1), SEEDS[:1])
+        return answers[0]
+
+    proxy.next(rule, path=COMPLETIONS)
+    proxy.requests.clear()
+    assert engine.generate(PROMPTS[:1], Sampling(8), SEEDS[:1]) == expected[:1]
+    assert json.loads(answers[0].body)["choices"][0]["token_ids"] != list(expected[0].token_ids)
+    assert proxy.paths().count(COMPLETIONS) == 2
+    assert LOAD not in proxy.paths()
+
+
+@pytest.mark.parametrize("step", [LOAD, "/reset_prefix_cache", "/weight_info", "/update_weight_version"])
+def test_a_server_that_restarts_while_it_takes_weights_does_not_get_their_name(
+    make, model, proxy, vllm_server, served_dir, step
+):
+    engine = make()
+
+    def restarted_after(request, forward):
+        answer = forward()
+        load(vllm_server, served_dir, "default")
+        return answer
+
+    # The second of what names: the first says that weights are on their way.
+    if step == "/update_weight_version":
+        proxy.next(lambda request, forward: forward(), path=step)
+    proxy.next(restarted_after, path=step)
+    engine.sync(model)
+    assert greedy(engine) == greedy_of_transformers(model)
+
+
+def test_two_ranks_that_restore_one_server_at_once_both_complete_with_its_weights(
+    engine, make, model, vllm_server, served_dir
+):
+    expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
+    ranks = [make(vllm_server.base_url, rank=rank) for rank in (1, 2, 3)]
+    for rank in ranks:
+        rank.sync(model)
+        rank.generate(PROMPTS[:1], Sampling(1), SEEDS[:1])
+    for _ in range(3):
+        load(vllm_server, served_dir, "default")
+        with ThreadPoolExecutor(3) as pool:
+            results = list(pool.map(lambda rank: rank.generate(PROMPTS, Sampling(8), SEEDS), ranks))
+        assert results == [expected] * 3
 
 
 def test_weights_lost_three_times_in_one_window_are_an_error_that_names_the_server(engine, proxy, vllm_server):
@@ -359,10 +516,12 @@ def test_weights_lost_three_times_in_one_window_are_an_error_that_names_the_serv
 
 
 def test_weights_of_the_sync_before_are_not_taken_for_the_last_ones(engine, make, student, proxy):
-    previous = next(iter(engine._sync._folder.path.iterdir()))
+    [server] = engine._servers
+    previous = engine._sync.held_version(server)
+    assert previous is not None
     model = student(seed=2)
     engine.sync(model)
-    post(proxy, "/update_weight_version", {"new_version": str(previous)})
+    post(proxy, "/update_weight_version", {"new_version": previous})
     assert greedy(engine) == greedy_of_transformers(model)
     assert proxy.paths().count(LOAD) == 2
 
@@ -388,8 +547,9 @@ FAULTS = {
     "a padding row": (choice_with(token_ids=[5, VOCABULARY, 5, 5]), r"expected token ids in \[0, 360\)"),
     "a negative token": (choice_with(token_ids=[5, -1, 5, 5]), r"expected token ids in \[0, 360\)"),
     "no tokens": (choice_with(token_ids=[]), "at least one; got"),
-    "no token ids": (choice_with(token_ids=None), "TypeError"),
-    "words": (choice_with(token_ids=["a", "b", "c", "d"]), "ValueError"),
+    "no token ids": (choice_with(token_ids=None), "choices.0.token_ids: Input should be a valid list"),
+    "words": (choice_with(token_ids=["a", "b", "c", "d"]), "choices.0.token_ids.0: Input should be a valid integer"),
+    "truth values": (choice_with(token_ids=[True] * 4), "choices.0.token_ids.0: Input should be a valid integer"),
     "too few tokens": (choice_with(token_ids=[5, 5, 5]), "after 4 tokens; got 3 tokens up to 5"),
     "too many tokens": (choice_with(token_ids=[5] * 5), "after 4 tokens; got 5 tokens"),
     "too many tokens up to a stop": (choice_with(token_ids=[5, 5, 5, 5, STOP], finish_reason="stop"), "got 5 tokens"),
@@ -399,7 +559,7 @@ FAULTS = {
     ),
     "another reason": (choice_with(token_ids=[5, 5, 5, 5], finish_reason="abort"), "finish_reason 'abort'"),
     "no reason": (choice_with(token_ids=[5, 5, 5, 5], finish_reason=None), "finish_reason None"),
-    "no choice": (changed(lambda answer: answer.update(choices=[])), "IndexError"),
+    "no choice": (changed(lambda answer: answer.update(choices=[])), "choices: List should have at least 1 item"),
     "no JSON": (status(200, b"<html>"), "JSONDecodeError"),
 }
 

@@ -98,7 +98,11 @@ def test_both_modes_train_alike_and_follow_the_student(run, server_options, stud
         trainer.rollouts.sync(trainer.model)
         assert greedy(trainer.rollouts) == after
     assert all(seconds > 0 for seconds in logged(served, "seconds_sync"))
-    colocated.rollouts.close()
+    folder = colocated.rollouts._folder.path
+    assert folder.exists()
+    for _ in range(2):
+        colocated.rollouts.close()
+        assert not folder.exists()
 
 
 def test_weights_pass_only_when_they_have_changed(run, vllm_server, student):
