@@ -27,7 +27,3 @@ class GKDNumericsError(GKDError, ArithmeticError):
 
 class GKDServerError(GKDError, ConnectionError):
     """A server that did not answer in time, or not as it must, after all retries."""
-
-
-class GKDRolloutError(GKDError, RuntimeError):
-    """Rollouts that failed in this process: a vLLM engine, or weights that could not be written for one."""
