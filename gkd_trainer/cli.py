@@ -270,7 +270,7 @@ def _train(arguments: Sequence[str]) -> None:
             metrics = trainer.evaluate()
             trainer.log_metrics("eval", metrics)
             trainer.save_metrics("eval", metrics)
-    if _may_write_card(config):
+    if trainer.is_world_process_zero() and _may_write_card(config):
         trainer.create_model_card(dataset=train_source.name)
     if config.push_to_hub:
         trainer.push_to_hub(dataset=train_source.name)
