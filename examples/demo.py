@@ -55,6 +55,7 @@ class Examiner:
 
     def measure(self) -> tuple[dict[str, float], list[tuple[str, bool]]]:
         """Compare with the teacher on its text, and on completions that the student samples now; return those too."""
+        began = time.monotonic()
         on_text = self.on_text.evaluate()
         trainer = self.on_samples
         trainer.rollouts.sync(trainer.model)
@@ -75,6 +76,7 @@ class Examiner:
         }
         decode = trainer.processing_class.decode
         texts = [(decode(item.token_ids, skip_special_tokens=True), item.is_finished) for item in completions]
+        self.seconds = time.monotonic() - began
         return measures, texts
 
 
@@ -95,7 +97,8 @@ class Measure(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Stop when the time has passed, and measure when it is due."""
-        control.should_training_stop |= time.monotonic() - self.began > self.seconds
+        # The last measurement, which is still to come, will take as long as the one before.
+        control.should_training_stop |= time.monotonic() - self.began + self.examiner.seconds > self.seconds
         if state.global_step % self.every == 0 or control.should_training_stop:
             measures, self.texts = self.examiner.measure()
             self.curve.append((self.curve[0][0] + state.global_step, measures))
@@ -156,10 +159,10 @@ def main() -> None:
         curves[stage], stages[stage], samples[stage] = measure.curve, measure.curve[-1][1], measure.texts
 
     start = (0, stages["before"])
-    run("off-policy", options.off_policy_steps, start, times=3, limit=3.25, lmbda=0.0, beta=0.0, learning_rate=5e-4)
+    run("off-policy", options.off_policy_steps, start, times=3, limit=3.5, lmbda=0.0, beta=0.0, learning_rate=5e-4)
     start, weights = curves["off-policy"][-1], copy.deepcopy(student.state_dict())
     further = {"beta": 0.5, "learning_rate": 2e-4}
-    run("then λ = 0.5", options.further_steps, start, times=2, limit=2.25, lmbda=0.5, **further)
+    run("then λ = 0.5", options.further_steps, start, times=2, limit=2.5, lmbda=0.5, **further)
     student.save_pretrained(options.output / "student")
     tokenizer.save_pretrained(options.output / "student")
     student.load_state_dict(weights)
