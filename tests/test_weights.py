@@ -3,6 +3,7 @@
 import copy
 import json
 import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -391,16 +392,25 @@ def test_a_folder_that_is_there_is_not_overwritten(student, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
-def test_a_write_that_fails_leaves_no_folder_and_can_be_repeated(student, tmp_path, monkeypatch):
-    from gkd_trainer import weights
+@pytest.fixture
+def file_limit():
+    """Let files have only so many bytes, as on a disk that is full after those."""
 
-    def fail(*_, **__):
-        raise OSError("No space left on device")
+    @contextmanager
+    def limit(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_torch_state_dict", fail)
-        with pytest.raises(OSError, match="No space left"):
-            write_weights(student(), tmp_path / "weights")
+    return limit
+
+
+def test_a_write_that_fails_leaves_no_folder_and_can_be_repeated(student, tmp_path, file_limit):
+    with file_limit(16_384), pytest.raises(GKDRolloutError):
+        write_weights(student(), tmp_path / "weights")
     assert list(tmp_path.iterdir()) == []
     write_weights(student(), tmp_path / "weights")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
@@ -419,22 +429,13 @@ def test_the_active_adapter_is_written_alone_and_can_be_loaded(student, tmp_path
     assert not torch.equal(logits_of(loaded), logits_of(student()))
 
 
-@pytest.fixture
-def small_files():
-    """Files may have 16 kB, as on a disk that is full after those."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("write", [write_weights, write_adapter])
 def test_weights_that_can_not_be_written_are_an_error_that_says_how_much_room_they_need(
-    student, tmp_path, small_files, write
+    student, tmp_path, file_limit, write
 ):
     model = student() if write is write_weights else adapted(student(), lora(r=32))
     size = sum(weight.nbytes for name, weight in model.named_parameters() if write is write_weights or ".lora_" in name)
-    with pytest.raises(GKDRolloutError) as raised:
+    with file_limit(16_384), pytest.raises(GKDRolloutError) as raised:
         write(model, tmp_path / "weights")
     message = str(raised.value)
     assert f"could not be written to {tmp_path / 'weights'}: " in message

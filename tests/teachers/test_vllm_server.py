@@ -306,7 +306,8 @@ WRONG = {
     "status 500": (status(500, b"out of memory"), "status 500: out of memory"),
     "half an answer": (cut_in_half, "peer closed connection"),
     "NaN": (with_log_probs(lambda value: float("nan")), "a log-prob is not finite"),
-    "null": (with_log_probs(lambda value: None), "a log-prob is not finite"),
+    "null": (with_log_probs(lambda value: None), "a log-prob is not a number"),
+    "a string": (with_log_probs(str), "a log-prob is not a number"),
     "positive": (with_log_probs(lambda value: 0.01), "or above 0"),
     "too much mass": (with_log_probs(lambda value: -0.5), "have the mass 3.033, more than 1"),
     "a position too few": (changed(drop_position), "12 positions were sent, and scores of 11 came"),
@@ -317,7 +318,7 @@ WRONG = {
     "a scored first token": (changed(score_the_first_token), "the first token of a prompt has scores"),
     "candidates too few": (changed(drop_candidates), "5 or 6 tokens a position expected, got [23] to"),
     "an empty position": (changed(null_position), "TypeError"),
-    "no scores": (changed(drop_scores), "TypeError"),
+    "no scores": (changed(drop_scores), "prompt_logprobs: Input should be a valid list"),
     "a negative id": (changed(negative_id), "a token id is negative: -7"),
 }
 
@@ -544,7 +545,7 @@ def test_a_teacher_that_was_not_prepared_says_so():
     [
         ({"top_k": 0}, "top_k must be at least 1; got 0"),
         ({"base_url": []}, "at least one server; got none"),
-        ({"base_url": "localhost"}, "must start with http"),
+        ({"base_url": "localhost"}, "must be a URL that starts with http"),
         ({"checks": False, "local_copy": torch.nn.Identity()}, "checks=False switches off"),
     ],
 )
