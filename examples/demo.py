@@ -136,7 +136,6 @@ def main() -> None:
                 save_strategy="no",
                 report_to=[],
                 bf16=on_gpu and torch.cuda.is_bf16_supported(),
-                dataloader_pin_memory=on_gpu,
                 **settings,
             ),
             train_dataset=train_dataset,
