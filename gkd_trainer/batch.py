@@ -24,6 +24,21 @@ PROMPT_IDS = "on_policy_prompt_ids"
 In a row a list of token ids, empty where there is none; in a batch of tensors [B, P], filled up with IGNORE_INDEX.
 """
 
+MEDIA_INPUTS = frozenset(
+    {
+        "pixel_values",
+        "pixel_values_videos",
+        "pixel_attention_mask",
+        "image_sizes",
+        "image_grid_thw",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "input_features",
+        "feature_attention_mask",
+    }
+)
+"""What a collator returns of images, videos and sound: their values, sizes and masks, by sample or by image."""
+
 _NOT_MODEL_INPUTS = frozenset(
     {
         "labels",

@@ -17,30 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, prompt_length
+from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, MEDIA_INPUTS, PROMPT_IDS, Generated, prompt_length
 from gkd_trainer.errors import GKDDataError
 
 _CHOICE, _SAMPLING = 0, 1
 
 # What a collator may return beside the tokens with a value of each sample, or each image, that new completions leave as
 # it is: their text comes after all of it.
-_PER_SAMPLE = frozenset(
-    {
-        IS_ON_POLICY,
-        PROMPT_IDS,
-        "prompts",
-        "prompt_attention_mask",
-        "pixel_values",
-        "pixel_values_videos",
-        "pixel_attention_mask",
-        "image_sizes",
-        "image_grid_thw",
-        "video_grid_thw",
-        "second_per_grid_ts",
-        "input_features",
-        "feature_attention_mask",
-    }
-)
+_PER_SAMPLE = MEDIA_INPUTS | {IS_ON_POLICY, PROMPT_IDS, "prompts", "prompt_attention_mask"}
 
 # Added by TRL's DataCollatorForChatML, per token; nothing here reads it.
 _LEFT_OUT = frozenset({"byte_offsets"})

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gkd_trainer.answers import ScoreAnswer
-from gkd_trainer.batch import TokenBatch
+from gkd_trainer.batch import MEDIA_INPUTS, TokenBatch
 from gkd_trainer.errors import GKDDataError
 
 _MINUS_INFINITY = -9999.0
@@ -53,7 +53,15 @@ def whole(token_ids: list[int]) -> TokenSequence:
 
 
 def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
-    """Return the sequences of a batch that have tokens to score, in its order."""
+    """Return the sequences of a batch that have tokens to score, in its order.
+
+    Raises GKDDataError where the batch holds more than token ids, or scores a token that nothing stands before.
+    """
+    if media := sorted(MEDIA_INPUTS & batch.model_inputs.keys()):
+        raise GKDDataError(
+            f"a teacher behind a server is given token ids alone, and this batch holds {', '.join(media)} too: it "
+            "would score the text without them. Use a teacher in this process"
+        )
     ids_BL = batch.model_inputs["input_ids"].cpu().numpy()
     is_target_BL = batch.is_scored_BL.roll(1, dims=1).cpu().numpy()
     mask_BL = batch.model_inputs.get("attention_mask")
