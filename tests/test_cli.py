@@ -222,7 +222,9 @@ def test_yaml_resumes_from_nothing_where_it_says_so(written, pair, data, tmp_pat
 @pytest.mark.parametrize("written", ["true", "yes", "on", "True"])
 def test_yaml_resumes_from_the_last_checkpoint_where_it_says_so(written, pair, data, tmp_path):
     for step in (2, 10):
-        (tmp_path / "output" / f"checkpoint-{step}").mkdir(parents=True)
+        checkpoint = tmp_path / "output" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}")
     file = tmp_path / "a.yaml"
     file.write_text(f"resume_from_checkpoint: {written}\n")
     _, _, config = _parse_train([*pair, *data, "--config", str(file)])
@@ -413,7 +415,7 @@ def test_several_teacher_servers_are_a_list_in_yaml_and_joined_by_commas_elsewhe
     [
         (
             ["--teacher_server_base_url", "127.0.0.1:8001"],
-            "teacher_server_base_url must be URLs that start with http://",
+            "teacher_server_base_url must be a URL that starts with http:// or https://",
         ),
         (["--teacher_server_base_url", "http://127.0.0.1:1"], "the vLLM server at http://127.0.0.1:1 did not complete"),
         (
