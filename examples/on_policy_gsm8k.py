@@ -7,9 +7,10 @@ likely. Completions are printed while training; at the end the student solves a 
 `--data` also takes a folder with train.jsonl and test.jsonl.
 
 `--vllm colocate` generates with vLLM in this process. `--vllm server --vllm_server_base_url http://127.0.0.1:8000` does
-so with a server, which gets the weights of every step. Start it before, with the student (docs/vllm.md has more):
+so with a server, which gets the weights of every step. Start it before, with the student (docs/vllm.md has more).
+VLLM_CPU_KVCACHE_SPACE bounds its KV cache on a CPU, in GiB; without it, that takes nearly all memory:
 
-    VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
+    VLLM_CPU_KVCACHE_SPACE=1 VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
         --model Qwen/Qwen2.5-0.5B-Instruct --host 127.0.0.1 --port 8000 --max-model-len 512
 """
 

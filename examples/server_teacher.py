@@ -1,8 +1,9 @@
 r"""A teacher behind an ordinary vLLM server: half of the samples from GSM8K's solutions, half from the student itself.
 
-Start the teacher, here or on another machine (docs/vllm.md has more), and then train:
+Start the teacher, here or on another machine (docs/vllm.md has more), and then train. VLLM_CPU_KVCACHE_SPACE bounds its
+KV cache on a CPU, in GiB; without it, that takes nearly all memory:
 
-    VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
+    VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
         --model Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1 --port 8001 --max-logprobs 64
     python examples/server_teacher.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher_url http://127.0.0.1:8001
 

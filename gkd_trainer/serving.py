@@ -38,6 +38,9 @@ _NOT_THERE = (502, 503, 504)
 _FIRST_WAIT, _LONGEST_WAIT, _JITTER = 0.2, 5.0, 0.2
 _CONNECT_SECONDS = 10.0
 
+_IDLE_SECONDS = 2.0
+"""How long an idle connection is used again: vLLM closes it after 5 s, maybe just as a request is sent."""
+
 
 class RequestRefusedError(GKDServerError):
     """A request that the server takes for wrong (a 4xx status): asking again would not help."""
@@ -80,7 +83,9 @@ class VLLMServer:
             ("User-Agent", "gkd-trainer"),
             *_authorization(url, api_token),
         ]
-        self._pool = httpcore.ConnectionPool(max_connections=_CALLS_AT_ONCE, network_backend=_Network())
+        self._pool = httpcore.ConnectionPool(
+            max_connections=_CALLS_AT_ONCE, keepalive_expiry=_IDLE_SECONDS, network_backend=_Network()
+        )
         weakref.finalize(self, self._pool.close)
 
     def get(self, path: str, parse: Callable[[Any], T]) -> T:
@@ -155,6 +160,7 @@ class VLLMServer:
     def _request(self, method: str, path: str, content: bytes | None, parse: Callable[[Any], T] | None) -> T | None:
         _deadline.set(time.monotonic() + self._request_timeout)
         has_begun = False
+        answer = bytearray()
         try:
             with self._pool.stream(
                 method,
@@ -169,7 +175,8 @@ class VLLMServer:
                 },
             ) as response:
                 has_begun = True
-                answer = b"".join(response.iter_stream())
+                for chunk in response.iter_stream():
+                    answer += chunk
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
             raise _UnreachableError(f"{type(error).__name__}: {error}") from error
         except httpcore.TimeoutException as error:
@@ -337,6 +344,6 @@ def _encoded(body: Any) -> bytes | None:
         raise GKDConfigError(f"a request to a vLLM server can't hold what JSON can't: {error}") from error
 
 
-def _excerpt(content: bytes, length: int = 300) -> str:
+def _excerpt(content: bytes | bytearray, length: int = 300) -> str:
     text = content[: length + 1].decode(errors="replace")
     return f"{text[:length]}…" if len(text) > length else text or "an empty answer"

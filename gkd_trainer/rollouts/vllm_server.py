@@ -66,8 +66,9 @@ class VLLMServerRollouts(RolloutEngine):
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size = vocab_size
         self._rank = rank
+        shown = [server.base_url for server in self._servers]
         # Before the first contact, which may take long.
-        folder = shared_folder(sync_dir, urls) if rank == 0 and weight_sync != "nccl" else None
+        folder = shared_folder(sync_dir, shown) if rank == 0 and weight_sync != "nccl" else None
         served = spread(self._servers, self._servers, lambda server, _: server.get("/v1/models", _served_model))
         self._model_name = served[0][0]
         if {name for name, _ in served} != {self._model_name}:

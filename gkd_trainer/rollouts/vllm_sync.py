@@ -140,7 +140,8 @@ class FullSync(FolderSync):
             except GKDServerError as error:
                 raise GKDConfigError(
                     f"the vLLM server at {server.base_url} takes no weights: start it with the environment variable "
-                    f"VLLM_SERVER_DEV_MODE=1, on an address that only you can reach ({error})"
+                    f"VLLM_SERVER_DEV_MODE=1 (on a CPU also VLLM_CPU_KVCACHE_SPACE=1, the GiB of its KV cache), on an "
+                    f"address that only you can reach ({error})"
                 ) from error
 
     def _write(self, model: nn.Module, folder: Path) -> None:
@@ -210,7 +211,8 @@ class FullSync(FolderSync):
             )
             raise GKDConfigError(
                 f"the vLLM server at {server.base_url} ties the head to the embeddings, but {reason}: start it with "
-                "--hf-overrides '{\"tie_word_embeddings\": false}'"
+                "--hf-overrides '{\"tie_word_embeddings\": false}' (on a CPU also with VLLM_CPU_KVCACHE_SPACE=1, "
+                "the GiB of its KV cache)"
             )
         self._checked.add(server.base_url)
 

@@ -115,7 +115,7 @@ def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: in
     if not {float, int}.issuperset(map(type, log_probs)):
         raise ValueError("a log-prob is not a number")
     log_p_PC = np.full(is_entry_PC.shape, -np.inf)
-    log_p_PC[is_entry_PC] = log_probs
+    log_p_PC[is_entry_PC] = np.fromiter(log_probs, float, len(log_probs))
 
     if ids_PC[is_entry_PC].min() < 0:
         raise ValueError(f"a token id is negative: {ids_PC[is_entry_PC].min()}")

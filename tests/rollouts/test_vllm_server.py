@@ -359,6 +359,12 @@ def test_a_server_that_may_be_elsewhere_needs_a_folder_that_both_see(url, tmp_pa
     assert shared_folder(str(tmp_path), [url]).path.parent == tmp_path
 
 
+def test_credentials_in_a_url_are_not_shown(make):
+    with pytest.raises(GKDConfigError, match=r"^http://gpu-node:8000 may be on another machine") as raised:
+        make("http://user:s3cret@gpu-node:8000")
+    assert "s3cret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000"])
 def test_a_server_on_this_machine_needs_none(url):
     assert shared_folder(None, [url]).path.parent == Path("/dev/shm")
