@@ -17,13 +17,26 @@ from gkd_trainer.errors import GKDConfigError
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_ROLLOUTS = re.compile(r"rollouts-rank\d+\.json")
+
+# What Trainer and the rollouts write, and how it tells that it was cut off; of files of others nothing is known.
+_SAFETENSORS = ("model*.safetensors", "adapter_model*.safetensors")
+_JSON = (TRAINER_STATE_NAME, "rollouts-rank*.json")
+_ARCHIVES = (
+    "adapter_model.bin",
+    "optimizer.pt",
+    "pytorch_model*.bin",
+    "rng_state*.pth",
+    "scaler.pt",
+    "scheduler.pt",
+    "training_args.bin",
+)
 
 
 def damage(checkpoint: Path) -> str | None:
     """Return what a checkpoint lacks or which of its files was cut off; None where it is whole.
 
-    The first rank writes Trainer's state last; what other ranks write may come after it. No weights are loaded.
+    Trainer's state is written last, once all ranks have written what is theirs (see `RecoveryMixin`). No weights are
+    loaded.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
@@ -96,17 +109,16 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 def _damage_of(file: Path) -> str | None:
     try:
-        if file.suffix == ".safetensors":
+        if any(file.match(pattern) for pattern in _SAFETENSORS):
             with safe_open(file, framework="numpy"):  # compares the file's length with its header
                 return None
         if file.name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
             shards = set(json.loads(file.read_bytes())["weight_map"].values())
             missing = sorted(shard for shard in shards if not (file.parent / shard).is_file())
             return f"names {', '.join(missing)}, which is not there" if missing else None
-        if file.name == TRAINER_STATE_NAME or _ROLLOUTS.fullmatch(file.name):
+        if any(file.match(pattern) for pattern in _JSON):
             json.loads(file.read_bytes())
-            return None
-        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+        if any(file.match(pattern) for pattern in _ARCHIVES) and not zipfile.is_zipfile(file):
             return "is not whole"
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"can't be read ({error})"

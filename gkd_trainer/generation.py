@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,13 +104,14 @@ class GenerationMixin(RecoveryMixin):
         if self._background is not None and self._ahead is None:
             plans = self._plan_windows(epoch_iterator, self.args.gradient_accumulation_steps, block.next_step)
             self._ahead = self._generated_block(plans, self._background)
-        window = block.window(step, self._pad_token_id)
-        if window.without_prompt and self.args.is_always_on_policy and not self._has_trained:
-            raise GKDDataError(
-                f"lmbda=1 trains on completions alone, but {window.without_prompt} of the first {window.samples} "
-                "samples have no prompt to complete (their first token is already trained on): give the prompt labels "
-                "of -100, or lower lmbda"
-            )
+        with self._failing_together(GKDRolloutError, "putting completions into the batches of a step"):
+            window = block.window(step, self._pad_token_id)
+            if window.without_prompt and self.args.is_always_on_policy and not self._has_trained:
+                raise GKDDataError(
+                    f"lmbda=1 trains on completions alone, but {window.without_prompt} of the first {window.samples} "
+                    "samples have no prompt to complete (their first token is already trained on): give the prompt "
+                    "labels of -100, or lower lmbda"
+                )
         self._generated = window.generated
         self._meter.add_samples(
             samples=window.samples,
@@ -159,8 +161,6 @@ class GenerationMixin(RecoveryMixin):
             batches = self._take_window(epoch_iterator, num_batches)
             if not batches:
                 break
-            for batch in batches:
-                require_labels(batch)
             draw = Draw(
                 lmbda=lmbda_at(step, self.state.max_steps, args.lmbda, args.lmbda_end, args.lmbda_schedule),
                 granularity=args.lmbda_granularity,
@@ -170,7 +170,10 @@ class GenerationMixin(RecoveryMixin):
                 world_size=self.accelerator.num_processes,
                 batch_size=self._train_batch_size,
             )
-            plans.append(plan_window(batches, draw, self._teacher_rollouts is not None, self._media_ids))
+            with self._failing_together(GKDRolloutError, "planning the completions of a step"):
+                for batch in batches:
+                    require_labels(batch)
+                plans.append(plan_window(batches, draw, self._teacher_rollouts is not None, self._media_ids))
             # The last window of an epoch is smaller only where the iterator ends.
             num_batches = args.gradient_accumulation_steps
         return plans
@@ -184,14 +187,22 @@ class GenerationMixin(RecoveryMixin):
         """
         if epoch_iterator is self._ended_iterator:
             return []
+        self._ended_iterator = None
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if has_length(self.callback_handler.train_dataloader):
             return batches
+        ranks = self.accelerator.num_processes
         lacking = self._count_ranks(len(batches) < num_batches)
         if lacking == 0:
             return batches
+        if not self._has_trained and self.state.global_step == 0:
+            raise GKDDataError(
+                f"the training set gave less than one step: {lacking} of {ranks} ranks had fewer than {num_batches} "
+                "batches (gradient_accumulation_steps). Give it more rows, or use fewer ranks or smaller batches; the "
+                "log counts the rows that were dropped, by reason"
+            )
         self._ended_iterator = epoch_iterator
-        if lacking < self.accelerator.num_processes and not self._has_warned_of_shards:
+        if lacking < ranks and not self._has_warned_of_shards:
             self._has_warned_of_shards = True
             logger.warning(
                 "The ranks' shards of the training stream differ in length: an epoch ends with the shortest, and what "
@@ -331,12 +342,13 @@ class GenerationMixin(RecoveryMixin):
         )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
         file, states = rollouts_file(output_dir, self.accelerator.process_index), self._blocks_state()
         if states:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(states))
         else:  # that of an older run in the same folder
             file.unlink(missing_ok=True)
+        super()._save_rng_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

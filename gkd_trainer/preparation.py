@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import datasets
@@ -10,7 +11,7 @@ import torch
 from trl import pack_dataset
 
 from gkd_trainer.batch import PROMPT_IDS, prompt_length
-from gkd_trainer.data import KeepPrompts, RowRules, prepare_dataset
+from gkd_trainer.data import KeepPrompts, RowRules, keeping_labels, prepare_dataset
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.generation import GenerationMixin
 from gkd_trainer.heads import Context, vocabulary_rows
@@ -23,6 +24,7 @@ class PreparationMixin(GenerationMixin):
     _formatting_func: Callable[[Any], Any] | None
     _prepares_rows: bool
     _shortest_context: tuple[str, Context] | None = None
+    _data_collator: Any = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -44,12 +46,23 @@ class PreparationMixin(GenerationMixin):
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     @property
+    def data_collator(self) -> Any:
+        """The collator, which keeps labels and prompts whatever it does itself; also one that is set later."""
+        return self._data_collator
+
+    @data_collator.setter
+    def data_collator(self, collator: Any) -> None:
+        if collator is not None and self._prepares_rows:
+            collator = keeping_labels(collator)
+            if self._keeps_prompts and not isinstance(collator, KeepPrompts):
+                collator = KeepPrompts(collator)
+        self._data_collator = collator
+
+    @property
     def _keeps_prompts(self) -> bool:
         return self._prepares_rows and bool(self.args.generates or self.args.eval_on_policy)
 
     def _prepare_datasets(self) -> None:
-        if self._keeps_prompts:
-            self.data_collator = KeepPrompts(self.data_collator)
         if self.train_dataset is not None:
             self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
         if isinstance(self.eval_dataset, dict):
@@ -88,7 +101,7 @@ class PreparationMixin(GenerationMixin):
             num_proc=getattr(args, "dataset_num_proc", None),
             name=name,
         )
-        if args.max_length is None and hasattr(dataset, "__len__"):
+        if args.max_length is None and isinstance(dataset, datasets.Dataset):
             self._refuse_rows_beyond_the_context(dataset, name, rules.is_generating)
         if not is_training and self.accelerator.num_processes > 1 and not hasattr(dataset, "__len__"):
             # Without a length, ranks fill up their last batch with samples that would be counted twice.
@@ -107,15 +120,15 @@ class PreparationMixin(GenerationMixin):
             return
         owner, context = self._shortest_context
         longest = longest_completed = 0
-        for index in range(len(dataset)):
-            row = dataset[index]
-            longest = max(longest, len(row["input_ids"]))
-            prompt = len(row.get(PROMPT_IDS) or ())
-            if prompt == 0 and row.get("labels") is not None:
-                prompt = prompt_length(row["labels"])
-            # An evaluation completes rows that are prompts alone.
-            if is_generating or prompt == len(row["input_ids"]):
-                longest_completed = max(longest_completed, prompt + self.args.max_new_tokens)
+        columns = {"input_ids", "labels", PROMPT_IDS} & {*dataset.column_names}
+        for rows in dataset.with_format(None).select_columns(sorted(columns)).iter(batch_size=1000):
+            ids, labels = rows["input_ids"], rows.get("labels", rows["input_ids"])
+            for n_tokens, row_labels, own in zip(map(len, ids), labels, rows.get(PROMPT_IDS, repeat(())), strict=False):
+                longest = max(longest, n_tokens)
+                prompt = len(own) or prompt_length(row_labels)
+                # An evaluation completes rows that are prompts alone.
+                if is_generating or prompt == n_tokens:
+                    longest_completed = max(longest_completed, prompt + self.args.max_new_tokens)
         if max(longest, longest_completed) > context.limit:
             completed = " with max_new_tokens" if longest_completed > longest else ""
             raise GKDConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from transformers.trainer import TRAINER_STATE_NAME
 
 from gkd_trainer.any_trainer import AnyTrainer
 from gkd_trainer.checkpoints import last_whole_checkpoint, required_whole
@@ -102,8 +103,16 @@ class RecoveryMixin(AnyTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # Of an older run in the same folder: it would make a half-written checkpoint seem whole.
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
-        self._last_checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self._last_checkpoint = checkpoint
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the first rank writes Trainer's state next, and it stands for all ranks
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -129,10 +138,12 @@ class RecoveryMixin(AnyTrainer):
         self, failure: BaseException | None, kind: type[GKDError], what: str, *, exchanges: bool = True
     ) -> None:
         """Raise what failed on this rank, and on all others too: they would wait for it in their next exchange."""
-        if failure is not None and self.args.auto_find_batch_size and should_reduce_batch_size(failure):
-            raise failure  # Trainer starts again with smaller batches
-        error = self._typed(failure, kind, what)
         is_alone = self.accelerator.num_processes == 1
+        if self.args.auto_find_batch_size:  # with which Trainer starts again on every rank
+            is_out_of_memory = failure is not None and should_reduce_batch_size(failure)
+            if self._is_anywhere(is_out_of_memory) if exchanges else is_out_of_memory:
+                raise failure if is_out_of_memory and failure else RuntimeError("Another rank ran out of memory.")
+        error = self._typed(failure, kind, what)
         if exchanges and not is_alone:
             code = 0 if error is None else 1 + max(i for i, each in enumerate(_KINDS) if isinstance(error, each))
             worst = int(self.accelerator.gather(torch.tensor([code], device=self.args.device)).max())

@@ -31,7 +31,7 @@ from gkd_trainer.arguments import (
     warn_of_unused,
 )
 from gkd_trainer.batch import Generated, StudentSignal, TokenBatch
-from gkd_trainer.data import keeping_labels
+from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
 from gkd_trainer.effects import Run, unused_options
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
@@ -171,8 +171,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         if reads_messages:
             config.remove_unused_columns = False
 
-        if data_collator is not None and self._prepares_rows:
-            data_collator = keeping_labels(data_collator)
         if not torch.accelerator.is_available():  # or each loader warns that it pins no memory
             config.dataloader_pin_memory = False
         set_seed(config.seed)  # adapters start at random
@@ -275,6 +273,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         The count is over all ranks where `average_tokens_across_devices` is set. It is taken after the rollouts, which
         replace the completions that the data set gave.
         """
+        if epoch_iterator is self._ended_iterator:  # Trainer asks again for each step that is left of the run
+            return [], None
         self._note_random_states()
         if self.args.generates:
             with self._meter.measure("rollout"), self._saving_before_it_fails():
@@ -407,8 +407,9 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
     def _find_tokenizer_of_made_student(self, trust_remote_code: bool) -> None:
         self.processing_class = find_tokenizer(name_of(self.model), trust_remote_code)
         self.callback_handler.processing_class = self.processing_class
-        if type(self.data_collator) is DataCollatorForLanguageModeling:  # made above, before there was a tokenizer
-            self.data_collator.pad_token_id = self._pad_token_id
+        collator = unwrapped(self.data_collator)
+        if type(collator) is DataCollatorForLanguageModeling:  # made above, before there was a tokenizer
+            collator.pad_token_id = self._pad_token_id
 
     def _give_pad_token(self, model: nn.Module) -> None:
         if getattr(self, "processing_class", None) is not None:  # Trainer calls model_init before it sets that

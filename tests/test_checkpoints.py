@@ -13,7 +13,7 @@ from gkd_trainer.checkpoints import damage, last_whole_checkpoint, required_whol
 
 def write_checkpoint(folder):
     folder.mkdir(parents=True)
-    shards = {"a.safetensors": "a", "b.safetensors": "b"}
+    shards = {"model-1-of-2.safetensors": "a", "model-2-of-2.safetensors": "b"}
     for file, name in shards.items():
         save_file({name: torch.ones(1000)}, folder / file)
     index = {"weight_map": {name: file for file, name in shards.items()}}
@@ -22,7 +22,8 @@ def write_checkpoint(folder):
     torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state_1.pth")
     (folder / "rollouts-rank1.json").write_text(json.dumps([{"weights_step": 3, "windows": []}]))
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
-    (folder / "notes.json").write_text("{ somebody else's")
+    for name in ("notes.json", "ggml.bin", "scores.pt", "vectors.safetensors"):
+        (folder / name).write_text("{ somebody else's")
     return folder
 
 
@@ -31,14 +32,14 @@ def cut(file):
     file.write_bytes(content[: len(content) // 2])
 
 
-def test_a_whole_checkpoint_has_no_damage(tmp_path):
+def test_a_whole_checkpoint_has_no_damage_whatever_others_keep_in_it(tmp_path):
     assert damage(write_checkpoint(tmp_path / "checkpoint-3")) is None
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "a.safetensors",
+        "model-1-of-2.safetensors",
         "model.safetensors.index.json",
         "optimizer.pt",
         "rng_state_1.pth",
@@ -52,7 +53,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, name):
     assert damage(checkpoint).startswith(name)
 
 
-@pytest.mark.parametrize("name", ["b.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model-2-of-2.safetensors", "trainer_state.json"])
 def test_a_file_that_is_missing_is_named(tmp_path, name):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-3")
     (checkpoint / name).unlink()

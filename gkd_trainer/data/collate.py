@@ -14,14 +14,28 @@ from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 
-class KeepLabels:
+class _Wrapper:
+    """A collator around another one, whose attributes are its own."""
+
+    collator: Collator
+
+    def __init__(self, collator: Collator) -> None:
+        vars(self)["collator"] = collator
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.collator, name, value)
+
+
+class KeepLabels(_Wrapper):
     """Pads rows with a collator of transformers, and puts their labels where their tokens came to stand.
 
     DataCollatorWithPadding can't pad labels, and DataCollatorForLanguageModeling would replace them by all tokens.
     """
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the collated batch with labels [B, L]; padding may be on either side."""
@@ -33,20 +47,12 @@ class KeepLabels:
         return batch
 
 
-class KeepPrompts:
+class KeepPrompts(_Wrapper):
     """Collates rows with any collator, and gives the batch their prompts (see PROMPT_IDS) where any row has one.
 
     Where a collator makes samples of its own, which are not the tokens of the rows, the batch gets none: there a prompt
-    is what stands before the last trained run. Other attributes are those of the collator.
+    is what stands before the last trained run.
     """
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "collator":  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.collator, name)
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """Return the collated batch, with PROMPT_IDS [B, P] where any row has a prompt of its own."""
@@ -58,6 +64,13 @@ class KeepPrompts:
         if not any(map(len, prompts)) or not _holds(batch, rows):
             return batch
         return {**batch, PROMPT_IDS: pad_sequence(prompts, batch_first=True, padding_value=IGNORE_INDEX)}
+
+
+def unwrapped(collator: Any) -> Any:
+    """Return the collator inside of what keeps labels and prompts."""
+    while isinstance(collator, _Wrapper):
+        collator = collator.collator
+    return collator
 
 
 def keeping_labels(collator: Collator) -> Collator:

@@ -60,9 +60,12 @@ class Block:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], plans: list[WindowPlan]) -> Block | None:
-        """Return the block that `state` was of, or None where it was of other prompts than those of `plans`."""
+        """Return the block that `state` was of, or None where it was of other prompts or counts than `plans`."""
         windows = state["windows"]
         if [(plan.step, _digest(plan)) for plan in plans] != [(item["step"], item["prompts"]) for item in windows]:
+            return None
+        counts = [(len(plan.student_jobs), len(plan.teacher_jobs)) for plan in plans]
+        if counts != [(len(window["student"]), len(window["teacher"])) for window in windows]:
             return None
         return cls(
             plans,

@@ -12,10 +12,12 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import IterableDataset, load_dataset
 from peft import LoraConfig
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gkd_trainer import GKDConfig, GKDTrainer
@@ -67,6 +69,22 @@ class LoseServer(TrainerCallback):
             self.trainer.rollouts._servers = [VLLMServer("http://127.0.0.1:9", server_timeout=1.0)]
 
 
+def with_positions(row, index, odd_row):
+    """Add position_ids, which no completion can go on from in one row."""
+    positions = list(range(len(row["input_ids"])))
+    return {"position_ids": positions[::-1] if index == odd_row else positions}
+
+
+def padded(rows):
+    """Collate rows with position_ids."""
+    padding = {"input_ids": 2, "labels": -100, "position_ids": 0, "attention_mask": 0}
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
+        for name, value in padding.items()
+    }
+
+
 def rows_of(shards, names):
     """The rows of a stream; `names` only keeps an empty shard from being left out."""
     for shard in shards:
@@ -95,6 +113,9 @@ def main(folder: Path) -> None:
     if loses_server is not None:
         callbacks.append(LoseServer(loses_server))
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
+    odd_row = options.pop("odd_positions_in", None)
+    if odd_row is not None:
+        rows = rows.map(with_positions, with_indices=True, fn_kwargs={"odd_row": odd_row})
     shards = options.pop("shards", None)
     stream = None if shards is None else IterableDataset.from_generator(rows_of, gen_kwargs=cut(rows, shards))
     if options.get("fsdp"):
@@ -126,6 +147,7 @@ def main(folder: Path) -> None:
         teacher_model=teacher if names_teacher else AutoModelForCausalLM.from_pretrained(teacher),
         args=args,
         train_dataset=rows if stream is None else stream,
+        data_collator=None if odd_row is None else padded,
         eval_dataset=rows.select(range(7)).to_iterable_dataset() if evaluates_stream else rows.select(range(7)),
         callbacks=callbacks,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if is_lora else None,

@@ -1,9 +1,11 @@
 """Whatever fails in rollouts, a sync or a teacher ends in one typed error, after a checkpoint that resumes."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -11,12 +13,14 @@ from transformers import TrainerCallback
 from gkd_trainer import (
     FrozenTeacher,
     GKDConfigError,
+    GKDDataError,
     GKDError,
     GKDRolloutError,
     GKDServerError,
     GKDTeacherError,
     HFRollouts,
 )
+from gkd_trainer.checkpoints import damage
 
 ERRORS = [
     AttributeError("'list' object has no attribute 'get'"),
@@ -164,3 +168,50 @@ def test_resuming_takes_the_last_whole_checkpoint(run, tmp_path, missing, caplog
     weights = load_file(tmp_path / "expected" / "checkpoint-4" / "model.safetensors")
     for key, tensor in weights.items():
         assert torch.equal(resumed.model.state_dict()[key], tensor), key
+
+
+def test_a_save_that_is_broken_off_in_an_older_checkpoint_does_not_leave_a_whole_one(run, tmp_path, monkeypatch):
+    run(save_strategy="steps", save_steps=4)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert damage(checkpoint) is None
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(save_strategy="steps", save_steps=4, learning_rate=0.5)
+    assert "it has no trainer_state.json" in damage(checkpoint)
+
+
+def test_completions_that_are_missing_in_a_checkpoint_are_generated_again(run, tmp_path, caplog):
+    options = {"rollout_steps": 2, "save_strategy": "steps", "save_steps": 1, "lmbda": 1.0}
+    expected = run(folder="expected", **options)
+    run(**options)
+    file = tmp_path / "run" / "checkpoint-3" / "rollouts-rank0.json"
+    states = json.loads(file.read_text())
+    states[0]["windows"][0]["student"].pop()
+    file.write_text(json.dumps(states))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    resumed = run(resume=True, **options)
+    assert "completions of other prompts or steps" in caplog.text
+    assert resumed.state.global_step == expected.state.global_step
+
+
+def test_a_sample_that_can_not_be_completed_ends_the_run_after_a_checkpoint(make_trainer, tmp_path):
+    rows = [{"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2], "position_ids": [0, 1, 2, 3]} for _ in range(16)]
+    rows[13]["position_ids"] = [3, 2, 1, 0]
+
+    def collator(batch):
+        return {name: torch.tensor([row[name] for row in batch]) for name in rows[0]}
+
+    trainer = make_trainer(
+        trainer_args={"train_dataset": Dataset.from_list(rows), "data_collator": collator},
+        lmbda=1.0,
+        max_steps=4,
+        output_dir=str(tmp_path / "run"),
+        train_sampling_strategy="sequential",
+    )
+    with pytest.raises(GKDDataError, match=r"position_ids.*count up by one.*checkpoint-3"):
+        trainer.train()
+    assert damage(tmp_path / "run" / "checkpoint-3") is None
