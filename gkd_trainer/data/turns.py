@@ -148,11 +148,8 @@ class _Conversation:
 
     def by_markers(self, template: str, turns: Sequence[int]) -> tuple[str, list[Span]]:
         text, marked = self._render_marked(template, self.messages)
-        # What the model is given before each turn; nothing can be rendered for no messages.
-        asked = [
-            self._render_marked(template, self.messages[:turn], add_generation_prompt=True) if turn else ("", [])
-            for turn in turns
-        ]
+        # What the model is given before each turn.
+        asked = [self._render_marked(template, self._before(turn), add_generation_prompt=True) for turn in turns]
         # A template may mark several ranges in one turn (TRL's for Phi-3 the trailing eos by itself): a turn owns
         # those that are not there yet when the model is asked for it, up to those of the next one.
         n_before = [self._marked_before(template, turn, *given) for turn, given in zip(turns, asked, strict=True)]
@@ -169,7 +166,7 @@ class _Conversation:
     def _marked_before(self, template: str, turn: int, prompt: str, spans: list[Span]) -> int:
         """Return how many ranges are marked before a turn, not counting those of its generation prompt."""
         if spans and spans[-1][1] == len(prompt):
-            return min(len(spans), len(self._render_marked(template, self.messages[:turn])[1]))
+            return min(len(spans), len(self._render_marked(template, self._before(turn))[1]))
         return len(spans)
 
     def by_prefixes(self, turns: Sequence[int]) -> tuple[str, list[Span]]:
@@ -206,17 +203,13 @@ class _Conversation:
 
         `prompt` is what it is asked with, and `start` where the marked part of the turn starts.
         """
-        if turn == 0:
-            try:
-                return len(self._opening(text, chat_template=template))
-            except _PrefixLost:
-                return 0
-        if text.startswith(prompt):
+        if turn > 0 and text.startswith(prompt):
             return len(prompt)
-        # The turn may stand behind other text than in the prompt (gpt-oss drops earlier reasoning), and the prompt may
-        # go further than the turn does (into reasoning that the data lacks). So the header is looked for around the
-        # start of the marked part. Whole tokens of it count: one character in common may belong to the content.
-        context_ids = _encode(self.tokenizer, self._render(self.messages[:turn], chat_template=template))
+        # The turn may stand behind other text than in the prompt (gpt-oss drops earlier reasoning; nothing stands
+        # before one that opens the conversation), and the prompt may go further than the turn does (into reasoning that
+        # the data lacks). So the header is looked for around the start of the marked part. Whole tokens of it count:
+        # one character in common may belong to the content.
+        context_ids = _encode(self.tokenizer, self._render(self._before(turn), chat_template=template))
         prompt_ids = _encode(self.tokenizer, prompt)
         n_common = next(
             (i for i, (a, b) in enumerate(zip(context_ids, prompt_ids, strict=False)) if a != b),
@@ -230,17 +223,21 @@ class _Conversation:
                 return at + len(shared)
         return 0
 
-    def _opening(self, rendered: str, **options: Any) -> str:
-        """Return what stands before the content of an assistant turn that opens the conversation.
-
-        Nothing can be rendered for no messages, so the generation prompt is looked for instead.
-        """
-        first = self.messages[:1]
-        alone = self._render(first, **options)
-        generation_prompt = self._render(first, add_generation_prompt=True, **options).removeprefix(alone)
-        if not generation_prompt or generation_prompt not in rendered:
+    def _opening(self, rendered: str) -> str:
+        """Return what stands before the content of an assistant turn that opens the conversation."""
+        before = self._before(0)
+        header = self._render(before, add_generation_prompt=True).removeprefix(self._render(before))
+        if not header or header not in rendered:
             raise _PrefixLost
-        return rendered[: rendered.index(generation_prompt) + len(generation_prompt)]
+        return rendered[: rendered.index(header) + len(header)]
+
+    def _before(self, turn: int) -> list[Mapping[str, Any]]:
+        """Return the messages before a turn.
+
+        Templates can't render an empty list, and end a lone assistant turn in other ways than a user's. So a turn that
+        opens the conversation is asked for by a user who says the same.
+        """
+        return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"]}]
 
     def _render(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
         row: dict[str, Any] = {"messages": messages, "chat_template_kwargs": self.template_kwargs}

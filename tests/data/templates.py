@@ -149,6 +149,9 @@ CHATS = {
     "r1-distill": _ended_by_eos(
         trl_template("deepseek_r1_distill"), "<｜end▁of▁sentence｜>", _R1, "<｜Assistant｜>", bos=_R1[0]
     ),
+    "deepseek-v3": _ended_by_eos(
+        trl_template("deepseekv3"), "<｜end▁of▁sentence｜>", _R1, "<｜Assistant｜>", bos=_R1[0]
+    ),
     "gemma2": _gemma("gemma", takes_system=False),
     "gemma3": _gemma("gemma3", takes_system=True),
     "mistral": _ended_by_eos(MISTRAL, "</s>", ("<s>",), "[/INST]", " ", bos="<s>", takes_system=False),

@@ -171,6 +171,25 @@ def test_the_prompt_has_the_tools_and_the_variables_of_the_row(prepare):
     assert tokenizer.decode(expected).endswith("<think>\n\n</think>\n\n")
 
 
+REFUSE_AN_OPENING_ANSWER = ("gemma2", "gemma3", "qwen3.5", "mistral")
+
+
+@pytest.mark.parametrize("has_system", [False, True], ids=["alone", "system"])
+@pytest.mark.parametrize("name", [name for name in CHATS if name not in REFUSE_AN_OPENING_ANSWER])
+def test_the_header_of_a_turn_that_opens_the_conversation_is_not_trained_on(prepare, name, has_system):
+    chat = CHATS[name]
+    opening = conversation(chat)[:1] if has_system else []
+    messages = [*opening, {"role": "assistant", "content": "hello, how are you?"}, *conversation(chat)[-2:]]
+    row, tokenizer = prepare(chat, {"messages": messages})
+    assert trained_runs(tokenizer, row.labels) == [
+        chat.turn.replace(ANSWER, "hello, how are you?"),
+        chat.last_turn.replace(ANSWER, "Paris."),
+    ]
+    alone, _ = prepare(chat, {"messages": messages[: len(opening) + 1]}, is_generating=True)
+    assert trained_runs(tokenizer, alone.labels) == [chat.last_turn.replace(ANSWER, "hello, how are you?")]
+    assert tokenizer.decode(alone.input_ids[: prompt_length(alone.labels)]).endswith(chat.header)
+
+
 def test_the_prompt_of_a_turn_that_opens_the_conversation_is_its_header(prepare):
     row, tokenizer = prepare(CHATS["qwen2.5"], {"messages": WITH_TOOL[3:]}, is_generating=True)
     assert row.prompt_ids == []
