@@ -41,6 +41,9 @@ PER_TOKEN_COLUMNS = (
 
 _CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
 
+# Options of rendering that are set here, not variables of a template. Rows made for inference may name them.
+_RENDERING_OPTIONS = frozenset(("add_generation_prompt", "continue_final_message", "tokenize"))
+
 
 @dataclass(frozen=True)
 class RowRules:
@@ -445,7 +448,7 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     template_kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(template_kwargs, dict):
         raise RowDropped("chat_template_kwargs is not a dict")
-    return template_kwargs
+    return {name: value for name, value in template_kwargs.items() if name not in _RENDERING_OPTIONS}
 
 
 def _without_none(value: Any) -> Any:

@@ -171,6 +171,25 @@ def test_the_prompt_has_the_tools_and_the_variables_of_the_row(prepare):
     assert tokenizer.decode(expected).endswith("<think>\n\n</think>\n\n")
 
 
+@pytest.mark.parametrize("name", ["qwen3", "smollm2"])  # by markers, by prefixes
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"add_generation_prompt": True},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"tokenize": True},
+    ],
+    ids=str,
+)
+def test_options_of_rendering_among_the_variables_of_a_row_change_nothing(prepare, name, option):
+    chat = CHATS[name]
+    for row in ({"messages": conversation(chat)}, {"prompt": conversation(chat)[:-1]}):
+        changes = {"is_generating": True, "needs_completion": False}
+        expected, _ = prepare(chat, row, **changes)
+        assert prepare(chat, {**row, "chat_template_kwargs": option}, **changes)[0] == expected
+
+
 REFUSE_AN_OPENING_ANSWER = ("gemma2", "gemma3", "qwen3.5", "mistral")
 
 
