@@ -14,6 +14,7 @@ from trl.data_utils import apply_chat_template, is_conversational, maybe_convert
 from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS, prompt_length
 from gkd_trainer.data.turns import (
     Span,
+    TurnsNotFound,
     encode_spans,
     ended_at,
     marked_template,
@@ -239,6 +240,10 @@ class RowPreparer:
                 asked = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
         except GKDDataError:
             raise
+        except TurnsNotFound:
+            raise RowDropped(
+                "assistant turns can't be found without {% generation %} markers in the chat template"
+            ) from None
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, ranges = encode_spans(self.tokenizer, text, spans)

@@ -231,3 +231,27 @@ def test_a_row_that_was_prepared_before_keeps_its_prompt(prepare):
     row, _ = prepare(chat, {"messages": conversation(chat)}, is_generating=True)
     again = {"input_ids": row.input_ids, "labels": row.labels, PROMPT_IDS: row.prompt_ids}
     assert prepare(chat, again, is_generating=True)[0] == row
+
+
+USER, ASSISTANT = WITH_TOOL[0], WITH_TOOL[3]
+CALL_WITH_TEXT = [USER, {**WITH_TOOL[1], "content": "five"}, *WITH_TOOL[2:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("mistral", {"messages": [ASSISTANT, USER, ASSISTANT]}),
+        ("olmo2", {"messages": [USER, ASSISTANT, ASSISTANT]}),
+        ("gemma4", {"messages": CALL_WITH_TEXT, "tools": TOOLS}),
+    ],
+    ids=["opened by an answer", "two answers in a row", "a tool call with text"],
+)
+def test_a_conversation_that_loses_its_turns_is_dropped_where_ordinary_ones_keep_them(prepare, name, row):
+    with pytest.raises(RowDropped, match=r"can't be found without {% generation %} markers"):
+        prepare(CHATS[name], row)
+
+
+def test_a_conversation_that_loses_an_earlier_turn_is_kept_for_the_last_one(prepare):
+    messages = [USER, ASSISTANT, ASSISTANT, USER, ASSISTANT]
+    row, tokenizer = prepare(CHATS["olmo2"], {"messages": messages}, train_on="last_turn")
+    assert trained_runs(tokenizer, row.labels) == ["four<|endoftext|>"]
