@@ -14,6 +14,7 @@ from trl.data_utils import apply_chat_template, is_conversational, maybe_convert
 from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS, prompt_length
 from gkd_trainer.data.turns import (
     Span,
+    TurnsNotFound,
     encode_spans,
     ended_at,
     marked_template,
@@ -40,6 +41,9 @@ PER_TOKEN_COLUMNS = (
 """Columns of tokenised rows that must stay as long as `input_ids`."""
 
 _CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
+
+# Options of rendering that are set here, not variables of a template. Rows made for inference may name them.
+_RENDERING_OPTIONS = frozenset(("add_generation_prompt", "continue_final_message", "tokenize"))
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,10 @@ class RowPreparer:
                 asked = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
         except GKDDataError:
             raise
+        except TurnsNotFound:
+            raise RowDropped(
+                "assistant turns can't be found without {% generation %} markers in the chat template"
+            ) from None
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, ranges = encode_spans(self.tokenizer, text, spans)
@@ -445,7 +453,7 @@ def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     template_kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(template_kwargs, dict):
         raise RowDropped("chat_template_kwargs is not a dict")
-    return template_kwargs
+    return {name: value for name, value in template_kwargs.items() if name not in _RENDERING_OPTIONS}
 
 
 def _without_none(value: Any) -> Any:

@@ -15,6 +15,17 @@ from gkd_trainer.errors import GKDDataError
 Span = tuple[int, int]
 """A half-open range: of characters in a text, or of tokens in a sequence."""
 
+_ORDINARY_CONVERSATION = (
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Thanks"},
+    {"role": "assistant", "content": "Bye"},
+)
+
+
+class TurnsNotFound(Exception):  # noqa: N818 (a verdict on one conversation; never seen by a caller of the package)
+    """The template has no generation markers, and does not preserve this conversation's prefixes."""
+
 
 def marked_template(tokenizer: Any) -> str | None:
     """Return TRL's patch of the tokenizer's chat template with generation markers; None if it knows none."""
@@ -53,19 +64,32 @@ def render_turns(
         goes from the turn's first character that the model generates to the last one that the template gives it.
 
     Raises:
+        TurnsNotFound: the turns of this conversation can't be found, while those of an ordinary one can.
         GKDDataError: the template has no generation markers and does not preserve prefixes.
 
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= n_context]
-    if is_last_only:
-        turns = turns[-1:]
     conversation = _Conversation(tokenizer, messages, tools, template_kwargs)
+    turns = conversation.assistant_turns(n_context, is_last_only)
     own_template = tokenizer.get_chat_template(None, tools)
     if has_generation_markers(own_template):
         return conversation.by_markers(own_template, turns)
     if patched_template is not None:
         return conversation.by_markers(patched_template, turns)
-    return conversation.by_prefixes(turns)
+    try:
+        return conversation.by_prefixes(turns)
+    except TurnsNotFound:
+        ordinary = _Conversation(tokenizer, _ORDINARY_CONVERSATION, None, {})
+        if ordinary.preserves_prefixes(is_last_only):
+            raise
+        remedy = "give the tokenizer a chat template with {% generation %} markers around assistant turns"
+        if ordinary.preserves_prefixes(is_last_only=True):
+            remedy += ', or set train_on="last_turn"'
+        raise GKDDataError(
+            "expected a chat template that has {% generation %} markers or preserves prefixes (what it "
+            "renders for the first messages is how the whole conversation begins); this one rewrites "
+            "earlier turns or its own generation prompt, so the assistant's turns can't be found: "
+            f"{remedy}"
+        ) from None
 
 
 def render_prompt(
@@ -146,13 +170,14 @@ class _Conversation:
         self.tools = tools
         self.template_kwargs = template_kwargs
 
+    def assistant_turns(self, n_context: int, is_last_only: bool) -> list[int]:
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant" and i >= n_context]
+        return turns[-1:] if is_last_only else turns
+
     def by_markers(self, template: str, turns: Sequence[int]) -> tuple[str, list[Span]]:
         text, marked = self._render_marked(template, self.messages)
-        # What the model is given before each turn; nothing can be rendered for no messages.
-        asked = [
-            self._render_marked(template, self.messages[:turn], add_generation_prompt=True) if turn else ("", [])
-            for turn in turns
-        ]
+        # What the model is given before each turn.
+        asked = [self._render_marked(template, self._before(turn), add_generation_prompt=True) for turn in turns]
         # A template may mark several ranges in one turn (TRL's for Phi-3 the trailing eos by itself): a turn owns
         # those that are not there yet when the model is asked for it, up to those of the next one.
         n_before = [self._marked_before(template, turn, *given) for turn, given in zip(turns, asked, strict=True)]
@@ -169,54 +194,39 @@ class _Conversation:
     def _marked_before(self, template: str, turn: int, prompt: str, spans: list[Span]) -> int:
         """Return how many ranges are marked before a turn, not counting those of its generation prompt."""
         if spans and spans[-1][1] == len(prompt):
-            return min(len(spans), len(self._render_marked(template, self.messages[:turn])[1]))
+            return min(len(spans), len(self._render_marked(template, self._before(turn))[1]))
         return len(spans)
 
     def by_prefixes(self, turns: Sequence[int]) -> tuple[str, list[Span]]:
         text = self._render(self.messages)
+        return text, [self._span_by_prefix(text, turn) for turn in turns]
+
+    def preserves_prefixes(self, is_last_only: bool) -> bool:
         try:
-            return text, [self._span_by_prefix(text, turn) for turn in turns]
-        except _PrefixLost:
-            remedy = "give the tokenizer a chat template with {% generation %} markers around assistant turns"
-            if len(turns) > 1 and self._has_prefix(text, turns[-1]):
-                remedy += ', or set train_on="last_turn"'
-            raise GKDDataError(
-                "expected a chat template that has {% generation %} markers or preserves prefixes (what it "
-                "renders for the first messages is how the whole conversation begins); this one rewrites "
-                "earlier turns or its own generation prompt, so the assistant's turns can't be found: "
-                f"{remedy}"
-            ) from None
+            self.by_prefixes(self.assistant_turns(0, is_last_only))
+        except TurnsNotFound:
+            return False
+        return True
 
     def _span_by_prefix(self, text: str, turn: int) -> Span:
         after = self._render(self.messages[: turn + 1])
         before = self._render(self.messages[:turn], add_generation_prompt=True) if turn else self._opening(after)
         if not after.startswith(before) or not text.startswith(after):
-            raise _PrefixLost
+            raise TurnsNotFound
         return len(before), len(after)
-
-    def _has_prefix(self, text: str, turn: int) -> bool:
-        try:
-            self._span_by_prefix(text, turn)
-        except _PrefixLost:
-            return False
-        return True
 
     def _given(self, template: str, text: str, turn: int, prompt: str, start: int) -> int:
         """Return how much of the text is given to the model when it is asked for a turn, 0 if that is unknown.
 
         `prompt` is what it is asked with, and `start` where the marked part of the turn starts.
         """
-        if turn == 0:
-            try:
-                return len(self._opening(text, chat_template=template))
-            except _PrefixLost:
-                return 0
-        if text.startswith(prompt):
+        if turn > 0 and text.startswith(prompt):
             return len(prompt)
-        # The turn may stand behind other text than in the prompt (gpt-oss drops earlier reasoning), and the prompt may
-        # go further than the turn does (into reasoning that the data lacks). So the header is looked for around the
-        # start of the marked part. Whole tokens of it count: one character in common may belong to the content.
-        context_ids = _encode(self.tokenizer, self._render(self.messages[:turn], chat_template=template))
+        # The turn may stand behind other text than in the prompt (gpt-oss drops earlier reasoning; nothing stands
+        # before one that opens the conversation), and the prompt may go further than the turn does (into reasoning that
+        # the data lacks). So the header is looked for around the start of the marked part. Whole tokens of it count:
+        # one character in common may belong to the content.
+        context_ids = _encode(self.tokenizer, self._render(self._before(turn), chat_template=template))
         prompt_ids = _encode(self.tokenizer, prompt)
         n_common = next(
             (i for i, (a, b) in enumerate(zip(context_ids, prompt_ids, strict=False)) if a != b),
@@ -230,17 +240,21 @@ class _Conversation:
                 return at + len(shared)
         return 0
 
-    def _opening(self, rendered: str, **options: Any) -> str:
-        """Return what stands before the content of an assistant turn that opens the conversation.
+    def _opening(self, rendered: str) -> str:
+        """Return what stands before the content of an assistant turn that opens the conversation."""
+        before = self._before(0)
+        header = self._render(before, add_generation_prompt=True).removeprefix(self._render(before))
+        if not header or header not in rendered:
+            raise TurnsNotFound
+        return rendered[: rendered.index(header) + len(header)]
 
-        Nothing can be rendered for no messages, so the generation prompt is looked for instead.
+    def _before(self, turn: int) -> list[Mapping[str, Any]]:
+        """Return the messages before a turn.
+
+        Templates can't render an empty list, and end a lone assistant turn in other ways than a user's. So a turn that
+        opens the conversation is asked for by a user who says the same.
         """
-        first = self.messages[:1]
-        alone = self._render(first, **options)
-        generation_prompt = self._render(first, add_generation_prompt=True, **options).removeprefix(alone)
-        if not generation_prompt or generation_prompt not in rendered:
-            raise _PrefixLost
-        return rendered[: rendered.index(generation_prompt) + len(generation_prompt)]
+        return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"]}]
 
     def _render(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
         row: dict[str, Any] = {"messages": messages, "chat_template_kwargs": self.template_kwargs}
@@ -261,10 +275,6 @@ class _Conversation:
         )
         texts, spans = rendered
         return texts[0], [(start, end) for start, end in spans[0]]
-
-
-class _PrefixLost(Exception):  # noqa: N818 (not an error: it is always caught here)
-    pass
 
 
 def _stop_of(ids: Sequence[int], span: Span, stop_ids: Collection[int]) -> int | None:

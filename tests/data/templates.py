@@ -149,8 +149,21 @@ CHATS = {
     "r1-distill": _ended_by_eos(
         trl_template("deepseek_r1_distill"), "<｜end▁of▁sentence｜>", _R1, "<｜Assistant｜>", bos=_R1[0]
     ),
+    "deepseek-v3": _ended_by_eos(
+        trl_template("deepseekv3"), "<｜end▁of▁sentence｜>", _R1, "<｜Assistant｜>", bos=_R1[0]
+    ),
     "gemma2": _gemma("gemma", takes_system=False),
     "gemma3": _gemma("gemma3", takes_system=True),
+    "gemma4": Chat(
+        trl_template("gemma4"),
+        "<eos>",
+        ("<bos>", "<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>"),
+        "<|turn>model\n",
+        f"{ANSWER}<turn|>",
+        f"{ANSWER}<turn|>",
+        ("<turn|>",),
+        "<bos>",
+    ),
     "mistral": _ended_by_eos(MISTRAL, "</s>", ("<s>",), "[/INST]", " ", bos="<s>", takes_system=False),
     "gpt-oss": Chat(
         trl_template("gptoss"),

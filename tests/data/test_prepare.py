@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 from gkd_trainer.batch import PROMPT_IDS
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.errors import GKDDataError
+from tests.data.templates import CHATS
 
 REWRITING = (
     "{% for m in messages %}{{ m.role + ('' if m.role == 'assistant' and not loop.last else m.content) }}{% endfor %}"
@@ -54,6 +55,25 @@ def test_dropped_rows_are_counted_by_reason_in_one_line(byte_level, mixing, capl
     assert warnings_of(caplog) == [
         "eval: 3 of 6 rows dropped: 2 prompt longer than max_length - max_new_tokens (48 - 8), 1 empty completion"
     ]
+
+
+TWO_ANSWERS = {"messages": [*conversation("one")["messages"], {"role": "assistant", "content": "two"}]}
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, iterable], ids=["map-style", "iterable"])
+def test_a_row_whose_turns_are_not_found_leaves_the_others_in_the_set(chat_tokenizer, rules, kind, caplog):
+    rows = [TWO_ANSWERS, conversation("Paris."), TWO_ANSWERS, conversation("three")]
+    prepared = list(prepare_dataset(kind(rows), chat_tokenizer(CHATS["olmo2"]), rules()))
+    assert [row["messages"][1]["content"] for row in prepared] == ["Paris.", "three"]
+    n_dropped = "1 row dropped so far:" if kind is iterable else "2 of 4 rows dropped: 2"
+    assert warnings_of(caplog) == [
+        f"train: {n_dropped} assistant turns can't be found without {{% generation %}} markers in the chat template"
+    ]
+
+
+def test_a_set_of_rows_whose_turns_are_not_found_is_refused_with_the_remedy(chat_tokenizer, rules):
+    with pytest.raises(GKDDataError, match=r"none of the 2 rows can be used: 2 assistant turns .* markers"):
+        prepare_dataset([TWO_ANSWERS] * 2, chat_tokenizer(CHATS["olmo2"]), rules())
 
 
 def test_nothing_is_logged_where_nothing_is_dropped(byte_level, mixing, caplog):

@@ -171,6 +171,44 @@ def test_the_prompt_has_the_tools_and_the_variables_of_the_row(prepare):
     assert tokenizer.decode(expected).endswith("<think>\n\n</think>\n\n")
 
 
+@pytest.mark.parametrize("name", ["qwen3", "smollm2"])  # by markers, by prefixes
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"add_generation_prompt": True},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"tokenize": True},
+    ],
+    ids=str,
+)
+def test_options_of_rendering_among_the_variables_of_a_row_change_nothing(prepare, name, option):
+    chat = CHATS[name]
+    for row in ({"messages": conversation(chat)}, {"prompt": conversation(chat)[:-1]}):
+        changes = {"is_generating": True, "needs_completion": False}
+        expected, _ = prepare(chat, row, **changes)
+        assert prepare(chat, {**row, "chat_template_kwargs": option}, **changes)[0] == expected
+
+
+REFUSE_AN_OPENING_ANSWER = ("gemma2", "gemma3", "qwen3.5", "mistral")
+
+
+@pytest.mark.parametrize("has_system", [False, True], ids=["alone", "system"])
+@pytest.mark.parametrize("name", [name for name in CHATS if name not in REFUSE_AN_OPENING_ANSWER])
+def test_the_header_of_a_turn_that_opens_the_conversation_is_not_trained_on(prepare, name, has_system):
+    chat = CHATS[name]
+    opening = conversation(chat)[:1] if has_system else []
+    messages = [*opening, {"role": "assistant", "content": "hello, how are you?"}, *conversation(chat)[-2:]]
+    row, tokenizer = prepare(chat, {"messages": messages})
+    assert trained_runs(tokenizer, row.labels) == [
+        chat.turn.replace(ANSWER, "hello, how are you?"),
+        chat.last_turn.replace(ANSWER, "Paris."),
+    ]
+    alone, _ = prepare(chat, {"messages": messages[: len(opening) + 1]}, is_generating=True)
+    assert trained_runs(tokenizer, alone.labels) == [chat.last_turn.replace(ANSWER, "hello, how are you?")]
+    assert tokenizer.decode(alone.input_ids[: prompt_length(alone.labels)]).endswith(chat.header)
+
+
 def test_the_prompt_of_a_turn_that_opens_the_conversation_is_its_header(prepare):
     row, tokenizer = prepare(CHATS["qwen2.5"], {"messages": WITH_TOOL[3:]}, is_generating=True)
     assert row.prompt_ids == []
@@ -193,3 +231,27 @@ def test_a_row_that_was_prepared_before_keeps_its_prompt(prepare):
     row, _ = prepare(chat, {"messages": conversation(chat)}, is_generating=True)
     again = {"input_ids": row.input_ids, "labels": row.labels, PROMPT_IDS: row.prompt_ids}
     assert prepare(chat, again, is_generating=True)[0] == row
+
+
+USER, ASSISTANT = WITH_TOOL[0], WITH_TOOL[3]
+CALL_WITH_TEXT = [USER, {**WITH_TOOL[1], "content": "five"}, *WITH_TOOL[2:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("mistral", {"messages": [ASSISTANT, USER, ASSISTANT]}),
+        ("olmo2", {"messages": [USER, ASSISTANT, ASSISTANT]}),
+        ("gemma4", {"messages": CALL_WITH_TEXT, "tools": TOOLS}),
+    ],
+    ids=["opened by an answer", "two answers in a row", "a tool call with text"],
+)
+def test_a_conversation_that_loses_its_turns_is_dropped_where_ordinary_ones_keep_them(prepare, name, row):
+    with pytest.raises(RowDropped, match=r"can't be found without {% generation %} markers"):
+        prepare(CHATS[name], row)
+
+
+def test_a_conversation_that_loses_an_earlier_turn_is_kept_for_the_last_one(prepare):
+    messages = [USER, ASSISTANT, ASSISTANT, USER, ASSISTANT]
+    row, tokenizer = prepare(CHATS["olmo2"], {"messages": messages}, train_on="last_turn")
+    assert trained_runs(tokenizer, row.labels) == ["four<|endoftext|>"]
