@@ -3,6 +3,7 @@
 import copy
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,11 @@ os.environ.update(
     WANDB_MODE="disabled",
     TRL_EXPERIMENTAL_SILENCE="1",
 )
+
+# A shell has what it starts in the background ignore these, and so would the processes that tests start and interrupt.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 import pytest
 import torch

@@ -227,9 +227,11 @@ def test_the_vocabulary_is_that_of_the_tokenizer_and_padding_rows_are_left_to_sl
     assert (signal.sliced(365).log_p_NK[signal.ids_NK >= 365] == -torch.inf).all()
 
 
-def test_a_token_without_a_distribution_before_it_is_refused(make):
-    with pytest.raises(GKDDataError, match="row 1 of a batch trains on the first token of a sequence"):
-        make().score(batch_of(token_rows([6, 4]), [[5], [0, 1]], side="left"))
+def test_the_first_token_of_a_packed_sequence_can_not_be_trained_on(make):
+    flat = batch_of(token_rows([10]), [[3, 6]])
+    flat.model_inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+    with pytest.raises(GKDDataError, match="row 0 of a batch trains on the first token of a sequence"):
+        make().score(flat)
 
 
 def test_labels_on_padding_are_refused(make):
