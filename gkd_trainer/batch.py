@@ -27,17 +27,43 @@ In a row a list of token ids, empty where there is none; in a batch of tensors [
 MEDIA_INPUTS = frozenset(
     {
         "pixel_values",
+        "pixel_values_images",
         "pixel_values_videos",
         "pixel_attention_mask",
         "image_sizes",
         "image_grid_thw",
+        "image_position_ids",
         "video_grid_thw",
+        "video_position_ids",
+        "video_second_per_grid",
         "second_per_grid_ts",
+        "spatial_shapes",
+        "aspect_ratio_ids",
+        "aspect_ratio_mask",
         "input_features",
+        "input_features_mask",
         "feature_attention_mask",
     }
 )
 """What a collator returns of images, videos and sound: their values, sizes and masks, by sample or by image."""
+
+PER_SAMPLE = MEDIA_INPUTS | {IS_ON_POLICY, PROMPT_IDS, "prompts", "prompt_attention_mask"}
+"""What a batch is known to hold per sample or image, whatever its shape."""
+
+PER_TOKEN = frozenset(
+    {
+        "input_ids",
+        "labels",
+        "attention_mask",
+        "completion_mask",
+        "assistant_masks",
+        "position_ids",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "byte_offsets",
+    }
+)
+"""What a batch is known to hold per token [B, L, ...]; `position_ids` may be [..., B, L]."""
 
 _NOT_MODEL_INPUTS = frozenset(
     {
@@ -240,31 +266,61 @@ class TokenBatch:
         return self.is_scored_BL.nonzero()[:, 0]
 
 
+def may_be_per_token(name: str, value: Any) -> bool:
+    """Return whether a collated value is a tensor that may have a value per token, but isn't known by its name.
+
+    Its lengths don't decide: in some batches they equal L by chance.
+    """
+    return isinstance(value, Tensor) and value.dim() > 1 and name not in PER_TOKEN | PER_SAMPLE
+
+
 def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return a collated batch with the padding that its `attention_mask` [B, L] marks moved behind each row's tokens.
 
     Padding before them changes the logits of a model that counts positions by column or carries a state from token to
-    token, and lets a padding position predict the first token. Behind them, no causal model sees it. Every tensor of
-    shape [B, L, ...] moves along, and `position_ids` of shape [..., B, L] do.
+    token, and lets a padding position predict the first token. Behind them, no causal model sees it. What is PER_TOKEN
+    moves along. A batch with a tensor that `may_be_per_token` stays as it is: its values would lose their tokens.
     """
-    mask_BL, labels_BL = inputs.get("attention_mask"), inputs.get("labels")
-    if not isinstance(mask_BL, Tensor) or not isinstance(labels_BL, Tensor) or mask_BL.shape != labels_BL.shape:
+    column_BL = _columns_when_right_padded(inputs)
+    if column_BL is None:
         return dict(inputs)
-    size, length = mask_BL.shape
-    first_B1 = (mask_BL != 0).int().argmax(dim=1, keepdim=True)  # 0 in a row of padding alone
-    column_BL = (torch.arange(length, device=mask_BL.device) + first_B1) % length
-    row_B1 = torch.arange(size, device=mask_BL.device)[:, None]
+    row_B1 = _rows_B1(column_BL)
 
     def moved(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if name not in PER_TOKEN or not isinstance(value, Tensor):
             return value
-        if value.shape[:2] == (size, length):
-            return value[row_B1, column_BL]
-        if name == "position_ids" and value.shape[-2:] == (size, length):
-            return value[..., row_B1, column_BL]
-        return value
+        return value[..., row_B1, column_BL] if name == "position_ids" else value[row_B1, column_BL]
 
     return {name: moved(name, value) for name, value in inputs.items()}
+
+
+def in_columns_of(inputs: Mapping[str, Any], values_BL: Tensor) -> Tensor:
+    """Return values [B, L, ...] of the `right_padded` batch in the columns that `inputs` has its tokens in."""
+    column_BL = _columns_when_right_padded(inputs)
+    if column_BL is None or values_BL.shape[:2] != column_BL.shape or not column_BL[:, 0].any():
+        return values_BL
+    return values_BL[_rows_B1(column_BL), column_BL.argsort(dim=1)]
+
+
+def _columns_when_right_padded(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the column of `inputs` that each column of the right-padded batch is taken from; None if it stays."""
+    mask_BL, labels_BL = inputs.get("attention_mask"), inputs.get("labels")
+    if not isinstance(mask_BL, Tensor) or not isinstance(labels_BL, Tensor) or mask_BL.dim() != 2:
+        return None
+    for name, value in inputs.items():
+        if may_be_per_token(name, value):
+            return None
+        if name in PER_TOKEN and isinstance(value, Tensor):
+            shape = value.shape[-2:] if name == "position_ids" else value.shape[:2]
+            if shape != mask_BL.shape:
+                return None
+    length = mask_BL.shape[1]
+    first_B1 = (mask_BL != 0).int().argmax(dim=1, keepdim=True)  # 0 in a row of padding alone
+    return (torch.arange(length, device=mask_BL.device) + first_B1) % length
+
+
+def _rows_B1(column_BL: Tensor) -> Tensor:
+    return torch.arange(len(column_BL), device=column_BL.device)[:, None]
 
 
 def prompt_length(labels: Sequence[int]) -> int:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from gkd_trainer.any_trainer import require_labels
-from gkd_trainer.batch import right_padded
 from gkd_trainer.generation import GenerationMixin
 from gkd_trainer.report.metrics import EvaluationMeter
 
@@ -30,11 +29,11 @@ class EvaluationMixin(GenerationMixin):
     ) -> tuple[Tensor | None, Any, Any]:
         """Return the loss of a batch and, unless only that is wanted, full logits [B, L, V] and labels [B, L].
 
+        Both are in the collator's columns, as the inputs are that Trainer may hand to `compute_metrics` beside them.
         Rows without a completion are measured on a greedy one of the student.
         """
         inputs = self._prepare_inputs(inputs)
         require_labels(inputs)
-        inputs = right_padded(inputs)  # as the logits are that compute_loss returns
         inputs = self._completed(inputs, only_prompts=True)
         logits = labels = None
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -261,8 +261,17 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
+    """Return the logits of a forward's output."""
     logits: Tensor = output["logits"] if isinstance(output, dict) else output.logits
     return logits
+
+
+def set_logits(output: Any, logits: Tensor) -> None:
+    """Put logits in place of those of a forward's output."""
+    if isinstance(output, dict):
+        output["logits"] = logits
+    else:
+        output.logits = logits
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

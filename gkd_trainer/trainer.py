@@ -30,7 +30,7 @@ from gkd_trainer.arguments import (
     refuse_trls_order,
     warn_of_unused,
 )
-from gkd_trainer.batch import Generated, StudentSignal, TokenBatch
+from gkd_trainer.batch import Generated, StudentSignal, TokenBatch, in_columns_of
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
 from gkd_trainer.effects import Run, unused_options
@@ -42,8 +42,10 @@ from gkd_trainer.heads import (
     SeparableHead,
     compare,
     connection,
+    logits_of,
     router_loss_coefficient,
     router_loss_of,
+    set_logits,
     without_router_logits,
 )
 from gkd_trainer.pairing import PairingMixin
@@ -323,8 +325,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         Args:
             model: The student, wrapped for distribution or not.
             inputs: `input_ids` and `labels` [B, L], and whatever else the forward takes.
-            return_outputs: Whether to return the forward's output too, with logits [B, L, V] of the rows as
-                `right_padded` returns them.
+            return_outputs: Whether to return the forward's output too, with logits [B, L, V] in the columns of
+                `inputs`.
             num_items_in_batch: The divisor: the tokens of the window; by default those of this batch.
         """
         require_labels(inputs)
@@ -386,7 +388,10 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
             self._meter.add_router_loss(router_loss)
             micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + coefficient * router_loss.to(loss.device) / micro_batches
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        set_logits(outputs, in_columns_of(inputs, logits_of(outputs)))
+        return loss, outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; entries of training get the metrics since the last one."""

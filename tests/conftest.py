@@ -21,11 +21,6 @@ os.environ.update(
     TRL_EXPERIMENTAL_SILENCE="1",
 )
 
-# A shell has what it starts in the background ignore these, and so would the processes that tests start and interrupt.
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
-    if signal.getsignal(_number) is signal.SIG_IGN:
-        signal.signal(_number, _handler)
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -61,6 +56,11 @@ from transformers import (
 )
 
 from tests.serving import FaultyProxy, VLLMProcess
+
+# A shell has what it starts in the background ignore these, and so would the processes that tests start and interrupt.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 ROOT = Path(__file__).parents[1]
 

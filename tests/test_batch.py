@@ -11,6 +11,7 @@ from gkd_trainer.batch import (
     HiddenSignal,
     LogitsSignal,
     TokenBatch,
+    in_columns_of,
     prompt_length,
     right_padded,
 )
@@ -87,27 +88,68 @@ def test_only_what_a_forward_takes_is_model_input():
     assert batch.is_on_policy_B.tolist() == [True, False]
 
 
-def test_padding_moves_behind_the_tokens_with_everything_that_stands_by_column():
-    mask_BL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
-    columns_BL = torch.arange(4).expand(4, 4)
-    inputs = {
-        "input_ids": columns_BL,
-        "attention_mask": mask_BL,
-        "position_ids": torch.stack([columns_BL, columns_BL * 10]),
-        "embeddings": columns_BL[..., None] + torch.tensor([0.0, 0.5]),
-        "labels": columns_BL.masked_fill(mask_BL == 0, X),
-        "pixel_values": torch.ones(4, 3, 2, 2),
-        "names": ["a", "b", "c", "d"],
-    }
+MASK_BL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+COLUMNS_BL = torch.arange(4).expand(4, 4)
+COLUMNS_MOVED_BL = torch.tensor([[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 0]])
+
+
+def padded_anywhere(**others):
+    labels_BL = COLUMNS_BL.masked_fill(MASK_BL == 0, X)
+    return {"input_ids": COLUMNS_BL, "attention_mask": MASK_BL, "labels": labels_BL, **others}
+
+
+def test_padding_moves_behind_the_tokens_with_all_that_is_known_to_be_per_token():
+    inputs = padded_anywhere(
+        position_ids=torch.stack([COLUMNS_BL, COLUMNS_BL * 10]),
+        byte_offsets=COLUMNS_BL[..., None] + torch.tensor([0.0, 0.5]),
+        row_weight=torch.ones(4),
+        names=["a", "b", "c", "d"],
+    )
     moved = right_padded(inputs)
     assert moved["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
-    expected = torch.tensor([[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 0]])
-    assert torch.equal(moved["input_ids"], expected)
-    assert torch.equal(moved["position_ids"], torch.stack([expected, expected * 10]))
-    assert torch.equal(moved["embeddings"], expected[..., None] + torch.tensor([0.0, 0.5]))
+    assert torch.equal(moved["input_ids"], COLUMNS_MOVED_BL)
+    assert torch.equal(moved["position_ids"], torch.stack([COLUMNS_MOVED_BL, COLUMNS_MOVED_BL * 10]))
+    assert torch.equal(moved["byte_offsets"], COLUMNS_MOVED_BL[..., None] + torch.tensor([0.0, 0.5]))
     assert moved["labels"].tolist() == [[2, 3, X, X], [0, 1, 2, X], [X] * 4, [1, 2, X, X]]
-    assert moved["pixel_values"] is inputs["pixel_values"]
+    assert moved["row_weight"] is inputs["row_weight"]
     assert moved["names"] is inputs["names"]
+
+
+@pytest.mark.parametrize("name", [PROMPT_IDS, "prompts", "prompt_attention_mask", "pixel_values"])
+def test_what_is_per_sample_stays_where_its_shape_is_that_of_the_tokens(name):
+    value = torch.arange(16).view(4, 4)
+    moved = right_padded(padded_anywhere(**{name: value}))
+    assert torch.equal(moved["input_ids"], COLUMNS_MOVED_BL)
+    assert moved[name] is value
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("attention_bias", (4, 1, 4, 4)),
+        ("mrope_position_ids", (3, 4, 4)),
+        ("token_embeddings", (4, 4, 2)),
+        ("sample_features", (4, 3)),
+        ("position_ids", (1, 4)),
+        ("token_type_ids", (4, 1, 4)),
+    ],
+)
+def test_padding_stays_where_a_tensor_could_lose_its_tokens(name, shape):
+    inputs = padded_anywhere(**{name: torch.zeros(shape)})
+    moved = right_padded(inputs)
+    assert moved.keys() == inputs.keys()
+    assert all(moved[key] is inputs[key] for key in inputs)
+    values_BL = torch.rand(4, 4)
+    assert in_columns_of(inputs, values_BL) is values_BL
+
+
+def test_values_of_right_padded_rows_come_back_to_the_columns_of_their_tokens():
+    inputs = padded_anywhere()
+    moved = right_padded(inputs)
+    assert torch.equal(in_columns_of(inputs, moved["labels"]), inputs["labels"])
+    logits_BLV = moved["input_ids"][..., None] + torch.tensor([0.0, 0.5])
+    assert torch.equal(in_columns_of(inputs, logits_BLV), inputs["input_ids"][..., None] + torch.tensor([0.0, 0.5]))
+    assert in_columns_of(moved, logits_BLV) is logits_BLV  # no copy of logits that are in place
 
 
 def test_no_padding_position_is_scored_for_the_first_token():

@@ -17,14 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, MEDIA_INPUTS, PROMPT_IDS, Generated, prompt_length
+from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, may_be_per_token, prompt_length
 from gkd_trainer.errors import GKDDataError
 
 _CHOICE, _SAMPLING = 0, 1
-
-# What a collator may return beside the tokens with a value of each sample, or each image, that new completions leave as
-# it is: their text comes after all of it.
-_PER_SAMPLE = MEDIA_INPUTS | {IS_ON_POLICY, PROMPT_IDS, "prompts", "prompt_attention_mask"}
 
 # Added by TRL's DataCollatorForChatML, per token; nothing here reads it.
 _LEFT_OUT = frozenset({"byte_offsets"})
@@ -90,18 +86,21 @@ def require_text(prompt: Sequence[int], media_ids: Collection[int]) -> None:
 
 
 def require_extendable(inputs: Mapping[str, Any]) -> None:
-    """Raise GKDDataError where a batch holds what has a value per token and isn't known to go on in a completion."""
+    """Raise GKDDataError where a batch holds what may have a value per token and isn't known to go on in a completion.
+
+    That depends on names and dimensions alone, so that the first batch of a collator decides for all.
+    """
     shape = inputs["input_ids"].shape
     for name, value in inputs.items():
         if name in _JOINING:
             raise _not_extendable(name, value, "tells the samples apart that are joined in one row")
         if not isinstance(value, Tensor):
             continue
-        if name in _PER_TOKEN:
+        if name in _EXTENDED:
             if value.shape != shape:
                 raise _not_extendable(name, value, f"does not have one value per token of input_ids {list(shape)}")
-        elif name not in _PER_SAMPLE | _LEFT_OUT and value.shape[:2] == shape:
-            raise _not_extendable(name, value, "has a value per token, and it isn't known how that goes on")
+        elif may_be_per_token(name, value):
+            raise _not_extendable(name, value, "may have a value per token, and it isn't known how that goes on")
 
 
 def with_completions(
@@ -137,7 +136,7 @@ def with_completions(
         marked[PROMPT_IDS] = own_BP
     samples = {row: _Sample.of(ids_BL[row].cpu()[is_real_BL[row]], item) for row, item in generated.items()}
     padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
-    for name, extended in _PER_TOKEN.items():
+    for name, extended in _EXTENDED.items():
         if not isinstance(values_BL := marked.get(name), Tensor):
             continue
         rows = [
@@ -212,7 +211,7 @@ def _of_prompt(name: str, values: Tensor, sample: _Sample) -> Tensor:
     )
 
 
-_PER_TOKEN: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
+_EXTENDED: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
     "input_ids": lambda _, sample: torch.cat([sample.prompt, sample.completion]),
     "labels": lambda _, sample: torch.cat([torch.full_like(sample.prompt, IGNORE_INDEX), sample.completion]),
     "attention_mask": lambda _, sample: sample.filled(1, 1),
@@ -222,7 +221,7 @@ _PER_TOKEN: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
     "token_type_ids": _token_types,
     "mm_token_type_ids": _modalities,
 }
-"""How what has a value per token [B, L] goes on in a completion, by name."""
+"""How what has one value per token [B, L] goes on in a completion, by name: all that is PER_TOKEN but _LEFT_OUT."""
 
 
 def _between_padding(is_real_L: Tensor) -> slice:

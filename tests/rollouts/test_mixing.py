@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Completion, Generated
+from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, Completion, Generated
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts.mixing import (
+    _EXTENDED,
+    _LEFT_OUT,
     is_on_policy,
     lmbda_at,
     prompts_of,
@@ -250,7 +252,6 @@ def test_what_has_a_value_per_sample_or_image_goes_along():
         "pixel_values": torch.zeros(2, 5, 3),  # by name, whatever its shape
         "image_grid_thw": torch.ones(1, 3),
         "prompts": torch.ones(2, 5),
-        "features": torch.zeros(2, 3, 5),
         "scalar": torch.tensor(3.0),
         "names": ["a", "b"],
         "nothing": None,
@@ -263,8 +264,12 @@ def test_what_has_a_value_per_sample_or_image_goes_along():
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("token_embeddings", torch.zeros(2, 5, 3), r"token_embeddings \[2, 5, 3\], which has a value per token"),
-        ("special_mask", torch.zeros(2, 5), r"special_mask \[2, 5\], which has a value per token"),
+        ("token_embeddings", torch.zeros(2, 5, 3), r"token_embeddings \[2, 5, 3\], which may have a value per token"),
+        ("special_mask", torch.zeros(2, 5), r"special_mask \[2, 5\], which may have a value per token"),
+        ("attention_bias", torch.zeros(2, 1, 5, 5), r"attention_bias \[2, 1, 5, 5\], which may have a value per token"),
+        ("mrope_position_ids", torch.zeros(3, 2, 5), r"mrope_position_ids \[3, 2, 5\], which may have a value per"),
+        # Refused before a batch comes whose length is 3.
+        ("sample_features", torch.zeros(2, 3), r"sample_features \[2, 3\], which may have a value per token"),
         ("position_ids", torch.zeros(3, 2, 5), r"position_ids \[3, 2, 5\].*one value per token of input_ids \[2, 5\]"),
         ("attention_mask", torch.ones(2, 1, 5, 5), r"attention_mask \[2, 1, 5, 5\].*one value per token"),
         ("cu_seq_lens_q", torch.tensor([0, 5]), r"cu_seq_lens_q \[2\].*joined in one row"),
@@ -275,6 +280,10 @@ def test_what_can_not_be_extended_is_refused_by_name(name, value, reason):
     with pytest.raises(GKDDataError, match=rf"{reason}.*Leave {name} out of what it returns, or generate nothing"):
         require_extendable({**RIGHT, name: value})
     require_extendable(RIGHT)
+
+
+def test_all_that_is_known_to_be_per_token_is_extended_or_left_out():
+    assert _EXTENDED.keys() | _LEFT_OUT == PER_TOKEN
 
 
 def test_the_byte_offsets_of_trls_collator_are_left_out_where_tokens_change():

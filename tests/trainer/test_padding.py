@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
+
+from gkd_trainer.batch import PROMPT_IDS
 
 RECURRENT = ["rwkv", "recurrent_gemma", "mamba"]
 FAMILIES = ["llama", "gpt2", *RECURRENT]
@@ -54,28 +57,60 @@ def test_loss_does_not_depend_on_the_side_or_amount_of_padding(make_trainer, tin
             assert loss.item() == pytest.approx(alone, rel=1e-4)
 
 
-def test_predictions_and_labels_of_rows_padded_on_the_left_belong_together(make_trainer, tiny_model, byte_level):
+def left_padded(rows):
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(fill, values):
+        return torch.tensor([[fill] * (length - len(own)) + list(own) for own in values])
+
+    return {
+        "input_ids": padded(0, [row["input_ids"] for row in rows]),
+        "labels": padded(-100, [row["labels"] for row in rows]),
+        "attention_mask": padded(0, [[1] * len(row["input_ids"]) for row in rows]),
+    }
+
+
+def test_predictions_labels_and_inputs_of_an_evaluation_stand_in_the_collators_columns(make_trainer, tiny_model):
     seen = {}
 
     def compute_metrics(prediction):
-        seen["logits"], seen["labels"] = prediction.predictions, prediction.label_ids
+        seen.update(logits=prediction.predictions, labels=prediction.label_ids, ids=prediction.inputs)
         return {}
 
-    tokenizer = byte_level()
-    tokenizer.padding_side = "left"
     trainer = make_trainer(
         trainer_args={
             **pair(tiny_model, "gpt2"),
-            "data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False),
+            "data_collator": left_padded,
             "compute_metrics": compute_metrics,
-        }
+        },
+        include_for_metrics=["inputs"],
     )
     rows = trainer.train_dataset.select(range(4))
     trainer.evaluate(rows)
-    for row, logits_LV, labels_L in zip(rows, seen["logits"], seen["labels"], strict=True):
+    assert len({len(row["labels"]) for row in rows}) > 1
+    for row, logits_LV, labels_L, ids_L in zip(rows, seen["logits"], seen["labels"], seen["ids"], strict=True):
         length = len(row["labels"])
-        assert labels_L[:length].tolist() == row["labels"]
-        assert (labels_L[length:] == -100).all()
+        assert ids_L[-length:].tolist() == row["input_ids"]
+        assert labels_L[-length:].tolist() == row["labels"]
+        assert (labels_L[:-length] == -100).all()
         with torch.no_grad():
             expected_LV = trainer.model(torch.tensor([row["input_ids"]])).logits[0]
-        torch.testing.assert_close(torch.from_numpy(logits_LV[:length]), expected_LV, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(logits_LV[-length:]), expected_LV, atol=1e-4, rtol=1e-4)
+
+
+def test_an_evaluation_completes_prompts_as_long_as_its_padded_rows(make_trainer, monkeypatch):
+    rows = [
+        {"input_ids": [11, 12, 13, 2], "labels": [-100, -100, 13, 2], PROMPT_IDS: [21, 22, 23, 24]},
+        {"input_ids": [31, 32, 33, 34, 35, 2], "labels": [-100] * 4 + [35, 2], PROMPT_IDS: [31, 32, 33, 34, 40, 41]},
+    ]
+    trainer = make_trainer(trainer_args={"data_collator": left_padded}, eval_on_policy=True)
+    completed = []
+    generate = trainer.rollouts.generate
+
+    def recorded(prompts, *args):
+        completed.extend(list(prompt) for prompt in prompts)
+        return generate(prompts, *args)
+
+    monkeypatch.setattr(trainer.rollouts, "generate", recorded)
+    trainer.evaluate(Dataset.from_list(rows))
+    assert completed == [row[PROMPT_IDS] for row in rows]
