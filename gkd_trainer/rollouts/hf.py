@@ -49,7 +49,18 @@ _READ_THE_PROMPT = frozenset(
 )
 """Options of transformers whose logits processors take padding for a part of the prompt, or count it."""
 
-_PROBE_PROMPT, _PROBE_PADDING, _PROBE_NEW_TOKENS = 3, 5, 3
+_SHORT_PROBE, _OTHER_PROBE, _LONG_PROBE = range(3), range(3, 6), range(6, 30)
+_PROBE_PADDING, _PROBE_OTHER_PADDING = 30, 31
+_PROBE_NEW_TOKENS = 3
+
+_LEAST_TOLERANCE = 1e-3
+"""The difference of logits, relative to them, up to which they count as equal in any dtype."""
+
+_ROUNDING_SPREAD = 4
+"""How many times the rounding between two shapes may be that between two others."""
+
+_LARGEST_LOGIT = 1e4
+"""What is larger masks a token out: infinity, or the least number of a dtype."""
 
 
 class HFRollouts(RolloutEngine):
@@ -65,7 +76,8 @@ class HFRollouts(RolloutEngine):
             and `batch_size` has no effect.
 
     Prompts share a batch only where that changes nothing. Recurrent models may read its padding, or mix its rows: that
-    is found out once, from the logits of a few tokens generated alone, beside another row, and behind padding.
+    is found out once, from the logits of a few tokens generated alone, beside another row, and behind padding of two
+    contents. Differences are compared with the rounding of rows without padding.
     """
 
     def __init__(
@@ -143,7 +155,10 @@ class HFRollouts(RolloutEngine):
     def _probed_sharing(self) -> _Sharing:
         name = type(self._model).__name__
         try:
-            alone_TV, beside_TV, padded_TV = self._probe(), self._probe(rows=2), self._probe(padding=_PROBE_PADDING)
+            [short_TV], [long_TV] = self._probe(_SHORT_PROBE), self._probe(_LONG_PROBE)
+            beside_TV, _ = self._probe(_SHORT_PROBE, _OTHER_PROBE)
+            unpadded_TV, padded_TV = self._probe(_LONG_PROBE, _SHORT_PROBE)
+            _, other_padding_TV = self._probe(_LONG_PROBE, _SHORT_PROBE, padding_id=_PROBE_OTHER_PADDING)
         except Exception as error:  # whatever an unknown model may raise
             logger.warning(
                 "Whether %s can be batched can't be found out (%s: %s): it generates one completion after another, "
@@ -153,15 +168,22 @@ class HFRollouts(RolloutEngine):
                 error,
             )
             return _Sharing.NONE
-        tolerance_T = self._tolerance() * alone_TV.abs().amax(dim=1)
-        if ((beside_TV - alone_TV).abs().amax(dim=1) > tolerance_T).any():
+        # NaN is more than any tolerance.
+        beside = [_difference(beside_TV, short_TV), _difference(unpadded_TV, long_TV)]
+        if not all(difference <= self._tolerance() for difference in beside):
             logger.warning(
                 "%s mixes the rows of a batch while it generates: it generates one completion after another, which "
                 "takes longer.",
                 name,
             )
             return _Sharing.NONE
-        if ((padded_TV - alone_TV).abs().amax(dim=1) > tolerance_T).any():
+        rounding = max(beside)
+        is_padding_hidden = (
+            _difference(padded_TV, short_TV) <= max(_LEAST_TOLERANCE, _ROUNDING_SPREAD * rounding)
+            # Of one shape: what is rounded is the same.
+            and _difference(other_padding_TV, padded_TV) <= max(_LEAST_TOLERANCE, rounding)
+        )
+        if not is_padding_hidden:
             logger.warning(
                 "%s reads the padding of a batch in spite of its mask: it generates for prompts of one length after "
                 "another, which takes longer.",
@@ -170,12 +192,14 @@ class HFRollouts(RolloutEngine):
             return _Sharing.EQUAL_LENGTH
         return _Sharing.ANY
 
-    def _probe(self, rows: int = 1, padding: int = 0) -> Tensor:
-        """Return the logits [T, V] of fixed tokens after a fixed prompt, behind padding or before other rows."""
-        device, vocab_size = self._model.device, vocabulary_rows(self._model)
-        # Not the pad token, whose embedding may be zero.
-        columns_L = torch.arange(-padding, _PROBE_PROMPT, device=device)
-        ids_BL = (columns_L + _PROBE_PROMPT * torch.arange(rows, device=device)[:, None]) % vocab_size
+    def _probe(self, *prompts: range, padding_id: int = _PROBE_PADDING) -> Tensor:
+        """Return the logits [B, T, V] of fixed tokens after a batch of prompts.
+
+        Their padding is not the pad token, whose embedding may be zero.
+        """
+        length = max(map(len, prompts))
+        ids_BL = torch.tensor([[padding_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+        mask_BL = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         config = GenerationConfig(
             max_new_tokens=_PROBE_NEW_TOKENS,
             do_sample=False,
@@ -185,14 +209,14 @@ class HFRollouts(RolloutEngine):
             return_dict_in_generate=True,
         )
         output = self._model.generate(
-            input_ids=ids_BL,
-            attention_mask=(columns_L >= 0).long().expand_as(ids_BL),
+            input_ids=(ids_BL % vocabulary_rows(self._model)).to(self._model.device),
+            attention_mask=mask_BL.to(self._model.device),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_FixedTokens(padding)]),
+            logits_processor=LogitsProcessorList([_FixedTokens(length)]),
             synced_gpus=self._is_sharded,
             **without_router_logits(self._model),
         )
-        return torch.stack([logits_BV[0] for logits_BV in output.logits])
+        return torch.stack(output.logits, dim=1)
 
     def _tolerance(self) -> float:
         dtypes = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
@@ -277,13 +301,13 @@ class _VocabularyLimit(LogitsProcessor):
 
 
 class _FixedTokens(LogitsProcessor):
-    """Leaves the token whose id is its position, padding not counted."""
+    """Leaves the token whose id is its place in the completion."""
 
-    def __init__(self, padding: int) -> None:
-        self._padding = padding
+    def __init__(self, prompt_length: int) -> None:
+        self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token_id = (input_ids.shape[1] - self._padding) % scores.shape[1]
+        token_id = (input_ids.shape[1] - self._prompt_length) % scores.shape[1]
         fixed_BV = torch.full_like(scores, -torch.inf)
         fixed_BV[:, token_id] = 0.0
         return fixed_BV
@@ -323,6 +347,14 @@ class _SeededChoice(LogitsProcessor):
         # Past the end where the logits hold NaN: any token will do, the loss on it says what is wrong.
         chosen_B1 %= scores.shape[1]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
+
+
+def _difference(logits_TV: Tensor, expected_TV: Tensor) -> float:
+    """Return the norm of the difference from the logits expected, relative to theirs, over tokens not masked out."""
+    is_compared_TV = expected_TV.abs() < _LARGEST_LOGIT
+    expected = expected_TV[is_compared_TV].float()
+    difference = logits_TV[is_compared_TV].float() - expected
+    return float(difference.norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _forget_last_call(model: Any, batch_size: int) -> None:

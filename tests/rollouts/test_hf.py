@@ -1,5 +1,6 @@
 """Completions by transformers.generate: exactly the model's distribution, and from the seeds alone."""
 
+import functools
 import json
 import random
 import subprocess
@@ -319,7 +320,7 @@ def calls(model, monkeypatch):
     return calls_of(model, monkeypatch)
 
 
-PROBES = [(1, 3, True), (2, 3, True), (1, 8, True)]
+PROBES = [(1, 3, True), (1, 24, True), (2, 3, True), (2, 24, True), (2, 24, True)]
 
 
 def test_a_sharded_model_generates_on_every_rank_also_where_there_are_no_prompts(model, calls):
@@ -333,7 +334,7 @@ def test_a_sharded_model_gets_all_prompts_in_one_call_on_every_rank(model, calls
     engine.generate(PROMPTS, Sampling(2), SEEDS)
     assert calls == [*PROBES, (6, 7, True)]
     engine.generate(PROMPTS[:2], Sampling(2), SEEDS[:2])
-    assert calls[4:] == [(2, 5, True)]
+    assert calls[len(PROBES) + 1 :] == [(2, 5, True)]
 
 
 def test_a_batch_holds_at_most_batch_size_prompts(model, calls):
@@ -369,13 +370,14 @@ BY_LENGTH = [(1, 1), (1, 2), (2, 3), (1, 5), (1, 7)]
         ("gpt2", [(6, 7)], None),
         ("mamba", [(6, 7)], None),
         ("recurrent_gemma", BY_LENGTH, "RecurrentGemmaForCausalLM reads the padding"),
+        ("minimax", BY_LENGTH, "MiniMaxForCausalLM reads the padding"),
         ("rwkv", ONE_BY_ONE, "RwkvForCausalLM mixes the rows"),
     ],
 )
 def test_prompts_share_a_batch_where_that_changes_nothing_and_else_it_is_said_once(
     tiny_model, monkeypatch, caplog, family, shapes, message, dtype
 ):
-    model = tiny_model(family, layers=3).to(dtype)
+    model = tiny_model(family, layers=2 if family == "minimax" else 3).to(dtype)
     calls = calls_of(model, monkeypatch)
     engine = engine_of(model)
     for _ in range(2):
@@ -393,6 +395,86 @@ def test_under_autocast_rounding_is_not_taken_for_padding_that_is_read(tiny_mode
     with torch.autocast("cpu", torch.bfloat16):
         engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
     assert [call[:2] for call in calls[len(PROBES) :]] == [(6, 7)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_padding_that_is_read_is_not_taken_for_rounding_under_autocast(tiny_model, monkeypatch, seed):
+    model = tiny_model("minimax", seed=seed)
+    calls = calls_of(model, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+    assert [call[:2] for call in calls[len(PROBES) :]] == BY_LENGTH
+
+
+def change_logits(model, monkeypatch, change):
+    """Have the forward's logits [B, L, V] changed by `change(logits_BLV, ids_BL, is_padded_B)`."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        ids_BL, mask_BL = kwargs["input_ids"], kwargs.get("attention_mask")
+        mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
+        change(output.logits, ids_BL, (mask_BL == 0).any(dim=1))
+        return output
+
+    monkeypatch.setattr(model, "forward", changed)
+
+
+def test_padding_whose_content_counts_less_than_rounding_is_found(model, calls, monkeypatch, caplog):
+    def change(logits_BLV, ids_BL, is_padded_B):
+        if len(ids_BL) > 1:
+            logits_BLV *= 1.01  # as other kernels may round
+        if ids_BL.shape[1] > 1:
+            logits_BLV *= (1 + 0.03 * is_padded_B * (ids_BL[:, 0] % 2))[:, None, None]
+
+    model.bfloat16()
+    change_logits(model, monkeypatch, change)
+    engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+    assert [call[:2] for call in calls[len(PROBES) :]] == BY_LENGTH
+    assert "LlamaForCausalLM reads the padding" in caplog.text
+
+
+def test_rounding_behind_padding_is_told_by_that_beside_another_row(model, calls, monkeypatch):
+    def change(logits_BLV, _, is_padded_B):
+        if len(is_padded_B) > 1:
+            logits_BLV *= (1.01 + 0.01 * is_padded_B)[:, None, None]
+
+    model.bfloat16()
+    change_logits(model, monkeypatch, change)
+    engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+    assert [call[:2] for call in calls[len(PROBES) :]] == [(6, 7)]
+
+
+def test_logits_of_nan_behind_padding_are_a_difference(model, calls, monkeypatch, caplog):
+    def change(logits_BLV, _, is_padded_B):
+        logits_BLV[is_padded_B] = torch.nan
+
+    change_logits(model, monkeypatch, change)
+    engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+    assert [call[:2] for call in calls[len(PROBES) :]] == BY_LENGTH
+    assert "LlamaForCausalLM reads the padding" in caplog.text
+
+
+def test_logits_of_nan_beside_another_row_are_a_difference(model, calls, monkeypatch, caplog):
+    def change(logits_BLV, _, is_padded_B):
+        if len(is_padded_B) > 1:
+            logits_BLV.fill_(torch.nan)
+
+    change_logits(model, monkeypatch, change)
+    engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+    assert [call[:2] for call in calls[len(PROBES) :]] == ONE_BY_ONE
+    assert "LlamaForCausalLM mixes the rows" in caplog.text
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize(("family", "shapes"), [("llama", [(6, 7)]), ("recurrent_gemma", BY_LENGTH)])
+def test_tokens_that_a_head_masks_out_hide_no_difference_and_make_none(tiny_model, monkeypatch, masked, family, shapes):
+    model = tiny_model(family, layers=3)
+    calls = calls_of(model, monkeypatch)
+    change_logits(model, monkeypatch, lambda logits_BLV, *_: logits_BLV[..., 300:].fill_(masked))
+    engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+    assert [call[:2] for call in calls[len(PROBES) :]] == shapes
 
 
 def test_prompts_that_share_no_batch_need_no_probe(model, calls):
