@@ -155,7 +155,8 @@ def build_teacher(args: Any, teacher: Teacher | None, teacher_model: Any, trust_
 def _is_named(teacher: Any, name: str) -> bool:
     if not isinstance(teacher, str | os.PathLike):
         teacher = name_of(teacher.model if isinstance(teacher, Teacher) else teacher)
-    return Path(teacher) == Path(name)
+    given, named = Path(teacher), Path(name)
+    return given == named or (given.exists() and named.exists() and given.samefile(named))
 
 
 def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:

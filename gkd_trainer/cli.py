@@ -262,7 +262,7 @@ def _train(arguments: Sequence[str]) -> None:
         )
         with _noting_how_to_resume(trainer):
             metrics = trainer.train(resume_from_checkpoint=resumed_from).metrics
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # pushed below, with the name of the data
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
@@ -270,26 +270,11 @@ def _train(arguments: Sequence[str]) -> None:
             metrics = trainer.evaluate()
             trainer.log_metrics("eval", metrics)
             trainer.save_metrics("eval", metrics)
-    if trainer.is_world_process_zero() and _may_write_card(config):
-        trainer.create_model_card(dataset=train_source.name)
+    trainer.create_model_card(dataset=train_source.name)
     if config.push_to_hub:
         trainer.push_to_hub(dataset=train_source.name)
     trainer.rollouts.close()
     trainer.accelerator.end_training()
-
-
-def _may_write_card(config: GKDConfig) -> bool:
-    """Return whether output_dir has no README.md, or one that a trainer or PEFT wrote."""
-    from huggingface_hub import ModelCard
-
-    path = Path(str(config.output_dir)) / "README.md"
-    if not path.exists():
-        return True
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
-    is_generated = data.get("library_name") == "peft" or "generated_from_trainer" in (data.get("tags") or [])
-    if not is_generated:
-        logger.warning("%s is not replaced by a model card, since somebody wrote it", path)
-    return is_generated
 
 
 @contextmanager

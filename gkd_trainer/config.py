@@ -25,8 +25,8 @@ from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
 logger = logging.getLogger(__name__)
 
 
-class _Unset(int):
-    """The default of a number that may be lowered, since nobody chose it."""
+class Unset(int):
+    """A number that nobody chose, so that it may give way to what fits."""
 
 
 def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
@@ -117,7 +117,7 @@ class GKDArguments:
     )
     repetition_penalty: float = _option(1.0, "Penalty (> 0) on tokens that occurred before; 1 is none.")
     max_new_tokens: int = _option(
-        _Unset(128),
+        Unset(128),
         "Longest completion that is generated, in tokens; where it is not set and would not fit, half of max_length.",
     )
     generation_kwargs: dict[str, Any] | str | None = _option(
@@ -248,7 +248,7 @@ class GKDArguments:
             if isinstance(self, owner):
                 check_types(self, owner, {*self._json_fields(), *self._url_fields()})
         check_ranges(self, dataclasses.fields(GKDArguments))
-        self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, _Unset))
+        self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, Unset))
         check_combinations(self)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
@@ -273,6 +273,8 @@ class GKDArguments:
         parent = getattr(super(), "to_dict", None)
         values = vars(self) if parent is None else parent()
         plain = {name: _plain(values[name]) for name in self._json_fields()}
+        if isinstance(values.get("logging_steps"), Unset):  # as JSON it would be chosen
+            plain["logging_steps"] = None
         return {name: redacted(value, name) for name, value in {**values, **plain}.items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -304,14 +306,17 @@ class GKDArguments:
         Raises GKDConfigError where completions of another max_new_tokens would leave no room for a prompt.
         """
         self.max_length = max_length
-        self._fit_max_new_tokens(is_set=self.max_new_tokens != GKDArguments.max_new_tokens)
+        is_default = self.max_new_tokens == GKDArguments.max_new_tokens
+        self._fit_max_new_tokens(is_set=not (is_default or isinstance(self.max_new_tokens, Unset)))
         check_room_for_prompts(self)
 
     def _fit_max_new_tokens(self, is_set: bool) -> None:
-        default, length = int(self.max_new_tokens), self.max_length
-        self.max_new_tokens = default
-        if not is_set and length is not None and length <= default and (self.generates or self.eval_on_policy):
-            self.max_new_tokens = length // 2
+        if is_set:
+            return
+        default, length = int(GKDArguments.max_new_tokens), self.max_length
+        self.max_new_tokens = Unset(default)
+        if length is not None and length <= default and (self.generates or self.eval_on_policy):
+            self.max_new_tokens = Unset(length // 2)
             logger.warning(
                 "max_new_tokens is %d, half of max_length=%d, which its default of %d would leave no prompt in: set it "
                 "to choose another.",
@@ -357,8 +362,8 @@ class GKDConfig(GKDArguments, TrainingArguments):
         False, "Whether models and tokenizers loaded by name may run Python code that comes with them."
     )
     dataset_num_proc: int | None = _option(None, "Number of processes that tokenise the data set.")
-    logging_steps: float | None = _option(  # type: ignore[assignment]
-        None,
+    logging_steps: float = _option(
+        Unset(TrainingArguments.logging_steps),
         "Optimizer steps from one log entry to the next, or, below 1, their share of the run. By default a tenth of "
         "the run, and at most 500 steps.",
     )
@@ -382,13 +387,14 @@ class GKDConfig(GKDArguments, TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check as GKDArguments does, with TrainingArguments' own default in the place of unset logging_steps."""
-        is_unset = self.logging_steps is None
+        """Check as GKDArguments does, and let logging_steps stay unset where they are, or None."""
+        unset = Unset(TrainingArguments.logging_steps)
+        is_unset = self.logging_steps is None or isinstance(self.logging_steps, Unset)
         if is_unset:
-            self.logging_steps = TrainingArguments.logging_steps  # of which eval_steps are made where they are unset
+            self.logging_steps = unset
         super().__post_init__()
-        if is_unset:
-            self.logging_steps = None
+        if is_unset:  # TrainingArguments makes a plain number of it
+            self.logging_steps = unset
 
     @classmethod
     def _json_fields(cls) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -71,6 +72,7 @@ class PairingMixin(GenerationMixin):
                 f"max_length={max_length} is more than the {owner}'s context, {limit} tokens: {context.remedy}"
             )
         logger.warning("max_length is %d, the %s's context, in place of its default of %d.", limit, owner, max_length)
+        self.args = copy.copy(self.args)  # the caller's may go to a trainer of other models
         self.args.shorten(limit)
 
     def _require_equal_teachers(self) -> None:

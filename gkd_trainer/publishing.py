@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -12,6 +13,8 @@ from gkd_trainer.any_trainer import AnyTrainer
 from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, with_adapter
 from gkd_trainer.student import base_model, name_of
 from gkd_trainer.teachers import Teacher, VLLMServerTeacher
+
+logger = logging.getLogger(__name__)
 
 
 class PublishingMixin(AnyTrainer):
@@ -33,7 +36,7 @@ class PublishingMixin(AnyTrainer):
         *,
         dataset_name: str | list[str] | None = None,
     ) -> None:
-        """Write README.md: what the student was distilled from, on what, and how.
+        """Write README.md: what the student was distilled from, on what, and how; one that somebody wrote stays.
 
         The arguments are Trainer's; `dataset_name` is what TRL calls `dataset`. Paths of this machine are told by their
         last part alone.
@@ -45,7 +48,9 @@ class PublishingMixin(AnyTrainer):
         student = name_of(base_model(model))
         teacher = name_of(self.teacher.model) if served is None else served.model_name
         path = Path(self.args.output_dir) / "README.md"
-        earlier = ModelCard.load(path, ignore_metadata_errors=True).data.tags or [] if path.exists() else []
+        earlier = _generated_tags(path)
+        if earlier is None:
+            return
         earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # which PEFT gives again
         given = [tags] if isinstance(tags, str) else list(tags or [])
         names = dataset if dataset is not None else dataset_name
@@ -79,3 +84,19 @@ class PublishingMixin(AnyTrainer):
         if adapter is not None:
             card = with_adapter(card, model, self.args.output_dir)
         card.save(path)
+
+
+def _generated_tags(path: Path) -> list[str] | None:
+    """Return the tags of a model card that a trainer or PEFT wrote, none where there is no card; None of any other."""
+    if not path.exists():
+        return []
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except Exception as error:  # whatever its front matter makes YAML raise
+        logger.warning("%s is not replaced by a model card: it can't be read (%s)", path, type(error).__name__)
+        return None
+    tags = data.tags or []
+    if data.get("library_name") == "peft" or "generated_from_trainer" in tags:
+        return list(tags)
+    logger.warning("%s is not replaced by a model card, since somebody wrote it", path)
+    return None

@@ -207,7 +207,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
         if model_init is not None and processing_class is None:
             self._find_tokenizer_of_made_student(trust_remote_code)
-        self.add_callback(TenthOfRun())
+        self.callback_handler.callbacks.insert(0, TenthOfRun())  # the user's find the interval set
         if is_in_notebook():
             self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
         refuse_data_parallel(self.args)
@@ -456,8 +456,23 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
             self._finite_check.add(rows_N, batch_size, result.is_teacher_finite_N, is_finite_N)
 
 
+def _option_of_args(name: str) -> Any:
+    def read(trainer: GKDTrainer) -> Any:
+        return getattr(trainer.args, name)
+
+    def write(trainer: GKDTrainer, value: Any) -> None:
+        setattr(trainer.args, name, value)
+
+    return property(read, write, doc=f"`args.{name}`, where subclasses of TRL's trainer look for it.")
+
+
 class GKDTrainer(GKDMixin, Trainer):
     """`transformers.Trainer` whose loss is the divergence from a teacher; see GKDMixin for its arguments."""
+
+    lmbda = _option_of_args("lmbda")
+    beta = _option_of_args("beta")
+    temperature = _option_of_args("temperature")
+    seq_kd = _option_of_args("seq_kd")
 
 
 def _product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:

@@ -34,13 +34,14 @@ def generate_on_policy_outputs(
     prompt_mask_BP = inputs.get("prompt_attention_mask")
     if prompt_mask_BP is None:
         prompt_mask_BP = torch.ones_like(prompts_BP)
-    ids_BL = model.generate(input_ids=prompts_BP, attention_mask=prompt_mask_BP, generation_config=generation_config)
+    output = model.generate(input_ids=prompts_BP, attention_mask=prompt_mask_BP, generation_config=generation_config)
+    ids_BL: Tensor = output if isinstance(output, Tensor) else output.sequences
     completions = ids_BL[:, prompts_BP.shape[1] :]
     stop_ids = generation_config.eos_token_id
     is_stop = torch.isin(completions, torch.as_tensor([] if stop_ids is None else stop_ids, device=ids_BL.device))
     # The first stop token belongs to the completion, what comes after it doesn't.
     is_kept = is_stop.cumsum(dim=1) - is_stop.long() == 0
-    mask_BL = torch.cat([prompt_mask_BP, is_kept.to(prompt_mask_BP)], dim=1)
+    mask_BL = torch.cat([prompt_mask_BP, is_kept], dim=1).long()
     labels_BL = torch.cat([torch.full_like(prompts_BP, IGNORE_INDEX), completions.where(is_kept, IGNORE_INDEX)], dim=1)
     return ids_BL, mask_BL, labels_BL
 

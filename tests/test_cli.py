@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_trainer import GKDConfig
 from gkd_trainer.cli import _checkpoint, _parse_train, main
+from gkd_trainer.config import Unset
 from tests.serving import MAX_MODEL_LENGTH
 
 ROWS = [{"prompt": f"{word} and one is", "completion": f" {word} one"} for word in ("one", "two", "three", "four")]
@@ -163,7 +164,9 @@ def test_the_logging_interval_is_unset_or_what_is_given_on_the_command_line_and_
 ):
     file = write_yaml(tmp_path / "a.yaml", logging_steps=500)
     given = [[], ["--logging_steps", "500"], ["--config", file], ["--config", file, "--logging_steps", "0.25"]]
-    assert [given_to_trainer(*pair, *data, *own)["args"].logging_steps for own in given] == [None, 500, 500, 0.25]
+    steps = [given_to_trainer(*pair, *data, *own)["args"].logging_steps for own in given]
+    assert steps == [500, 500, 500, 0.25]
+    assert [isinstance(each, Unset) for each in steps] == [True, False, False, False]
 
 
 def test_dictionary_options_are_json_on_the_command_line(given_to_trainer, pair, data):

@@ -228,7 +228,7 @@ def test_max_new_tokens_that_nobody_chose_leaves_room_for_a_prompt(max_length, e
         caplog.clear()
         args = GKDArguments(max_length=max_length, **options)
         assert args.max_new_tokens == expected
-        assert type(args.max_new_tokens) is int
+        assert isinstance(args.max_new_tokens, int)
         assert (f"max_new_tokens is {expected}, half of max_length={max_length}" in caplog.text) == (expected < 128)
 
 
@@ -736,3 +736,12 @@ def test_a_configuration_can_be_copied_and_pickled(config_of):
 def test_packing_without_a_length_is_refused(config_of, name):
     with pytest.raises(GKDConfigError, match="set max_length"):
         config_of(MyConfig, lmbda=0.0, max_length=None, **{name: True})
+
+
+def test_a_fitted_max_new_tokens_is_fitted_again_where_a_configuration_is_changed(config_of):
+    off_policy = config_of(lmbda=0.0, max_length=64)
+    assert off_policy.max_new_tokens == 128
+    assert dataclasses.replace(off_policy, lmbda=0.5).max_new_tokens == 32
+    fitted = config_of(lmbda=0.5, max_length=64)
+    assert dataclasses.replace(fitted, max_length=512).max_new_tokens == 128
+    assert dataclasses.replace(fitted, max_length=20).max_new_tokens == 10

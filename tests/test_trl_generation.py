@@ -46,3 +46,16 @@ def test_the_pad_token_of_earlier_versions_is_taken_and_the_mask_may_be_missing(
     assert all(torch.equal(one, two) for one, two in zip((ids, mask, labels), with_mask, strict=True))
     assert (labels[:, :4] == -100).all()
     assert torch.equal(labels[:, 4:], ids[:, 4:])
+
+
+def test_an_output_as_a_dictionary_is_taken_and_the_mask_holds_whole_numbers(tiny_model):
+    inputs = {"prompts": torch.tensor([[5, 6, 7]]), "prompt_attention_mask": torch.tensor([[True, True, True]])}
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
+    plain, as_dictionary = (
+        generate_on_policy_outputs(
+            tiny_model(), inputs, GenerationConfig(**options, return_dict_in_generate=is_dictionary)
+        )
+        for is_dictionary in (False, True)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(plain, as_dictionary, strict=True))
+    assert plain[1].dtype == torch.int64

@@ -46,7 +46,8 @@ def test_an_unset_interval_stays_unset_in_copies():
 
 def test_other_intervals_do_not_follow_it():
     args = config(eval_strategy="steps", load_best_model_at_end=True)
-    assert (args.logging_steps, args.eval_steps, args.save_steps) == (None, 500, 500)
+    assert (args.logging_steps, args.eval_steps, args.save_steps) == (500, 500, 500)
+    assert 1000 % args.logging_steps == 0  # as callbacks compute with it
     assert config(logging_steps=20, eval_strategy="steps").eval_steps == 20
 
 

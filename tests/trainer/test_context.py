@@ -61,6 +61,12 @@ def test_the_default_of_max_length_gives_way_to_a_shorter_context(make_trainer, 
     trainer.train()
 
 
+def test_the_configuration_that_was_passed_keeps_its_lengths(config, make_trainer, models):
+    args = config(max_length=DEFAULT)
+    assert make_trainer(trainer_args={**models("gpt2"), "args": args}).args.max_length == LIMIT
+    assert args.max_length == DEFAULT
+
+
 def test_the_default_stands_where_both_contexts_hold_it(make_trainer, models):
     assert make_trainer(trainer_args=models(), max_length=DEFAULT).args.max_length == DEFAULT
 

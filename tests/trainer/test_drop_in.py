@@ -632,3 +632,17 @@ def test_secrets_reach_the_loaders_and_neither_the_log_nor_the_output_folder(
     saved = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
     assert saved.max_steps == 1
     assert saved.hub_token is None
+
+
+def test_options_stand_where_subclasses_of_trls_trainer_look_for_them(make_trainer):
+    trainer = make_trainer(lmbda=0.25, beta=0.75, temperature=0.5)
+    assert (trainer.lmbda, trainer.beta, trainer.temperature, trainer.seq_kd) == (0.25, 0.75, 0.5, False)
+    trainer.beta = 0.0  # takes effect
+    assert trainer.args.beta == 0.0
+
+
+def test_a_teacher_and_its_name_may_be_spelled_differently(make_trainer, tiny_model, tmp_path, monkeypatch):
+    tiny_model(hidden=48, seed=1).save_pretrained(tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    options = {"trainer_args": {"teacher_model": str(tmp_path / "teacher")}}
+    make_trainer(**options, teacher_model_name_or_path="./teacher/")

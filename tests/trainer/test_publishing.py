@@ -85,3 +85,19 @@ def test_a_pushed_student_has_its_card(make_trainer, readme, monkeypatch):
     trainer.push_to_hub(dataset="org/data")
     assert pushed["repo_id"] == "me/my-student"
     assert "on [org/data](https://huggingface.co/datasets/org/data)" in readme().text
+
+
+@pytest.mark.parametrize("text", ["# My own words", "---\na: [\n---\nbroken"])
+def test_a_readme_that_somebody_wrote_or_that_can_not_be_read_stays(make_trainer, tmp_path, text, caplog):
+    path = tmp_path / "run" / "README.md"
+    path.parent.mkdir()
+    path.write_text(text)
+    make_trainer().create_model_card()
+    assert path.read_text() == text
+    assert "is not replaced by a model card" in caplog.text
+
+
+def test_a_card_that_a_trainer_wrote_is_replaced(make_trainer, readme):
+    make_trainer().create_model_card(dataset="org/older")
+    make_trainer().create_model_card(dataset="org/newer")
+    assert readme().data.datasets == ["org/newer"]
