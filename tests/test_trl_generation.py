@@ -52,7 +52,7 @@ def test_an_output_as_a_dictionary_is_taken_and_the_mask_holds_whole_numbers(tin
     inputs = {"prompts": torch.tensor([[5, 6, 7]]), "prompt_attention_mask": torch.tensor([[True, True, True]])}
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
     plain, as_dictionary = (
-        generate_on_policy_outputs(
+        GKDTrainer.generate_on_policy_outputs(
             tiny_model(), inputs, GenerationConfig(**options, return_dict_in_generate=is_dictionary)
         )
         for is_dictionary in (False, True)
