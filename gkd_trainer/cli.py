@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from gkd_trainer.errors import GKDConfigError, GKDError
 from gkd_trainer.quiet import quiet_imports
+from gkd_trainer.redaction import redacted
 
 if TYPE_CHECKING:
     import yaml
@@ -244,7 +245,7 @@ def _train(arguments: Sequence[str]) -> None:
     if eval_source is not None and train_source.overlaps(train_rows, eval_source):
         logger.warning(
             "%s: %s and %s overlap, so that rows which are trained on are evaluated on too",
-            train_source.name,
+            redacted(train_source.name),
             train_source.split,
             eval_source.split,
         )
@@ -331,13 +332,17 @@ def _parse_train(arguments: Sequence[str]) -> tuple[StudentOptions, DataOptions,
 def _train_parser(arguments_class: type, config_class: type, hints: Mapping[str, Any]) -> HfArgumentParser:
     from transformers import HfArgumentParser
 
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(redacted(message))
+
     # GKDConfig alone would be one list of 170 options with ours lost in it.
     distillation = fields(arguments_class)
     names = {option.name for option in (*fields(StudentOptions), *fields(DataOptions), *distillation)}
     rest = {option.name: option for option in fields(config_class) if option.name not in names}
     loading = [rest.pop(name) for name in ("model_init_kwargs", "trust_remote_code")]
     preparing = [rest.pop(name) for name in ("dataset_num_proc", "dataset_kwargs")]
-    parser = HfArgumentParser(
+    parser = Parser(
         [
             _option_group("student", [*fields(StudentOptions)[:1], *loading], hints),
             _option_group("data", [*fields(DataOptions), *preparing], hints),
@@ -393,7 +398,7 @@ def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path:
         elif _takes(hints[name], value):
             parser.set_defaults(**{name: value})
         else:
-            parser.error(f"{path}: {name} can't be {value!r}")
+            parser.error(f"{path}: {name} can't be {redacted(value, name)!r}")
     return arguments
 
 
@@ -414,13 +419,16 @@ def _yaml_options(parser: HfArgumentParser, path: str) -> dict[str, tuple[str | 
             return {}
         if not isinstance(root, yaml.MappingNode):
             value = loader.construct_document(root)
-            parser.error(f"--config: expected options by name in {path}, such as `beta: 0.5`; got {value!r}")
+            parser.error(f"--config: expected options by name in {path}, such as `beta: 0.5`; got {redacted(value)!r}")
         names = Counter(name_of(key) for key, _ in root.value)
         repeated = [name for name, count in names.items() if count > 1]
         if repeated:
             parser.error(f"{path}: given more than once: {', '.join(repeated)}")
         loader.flatten_mapping(root)  # `<<: *base`, whose options come first
         return {name_of(key): _yaml_value(loader, node) for key, node in root.value}
+    except yaml.MarkedYAMLError as error:  # its text quotes the line, in which a secret may stand
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        parser.error(f"--config: could not read {path}{line}: {error.problem}")
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config: could not read {path}: {error}")
 
@@ -442,7 +450,8 @@ def _with_suggestions(names: Iterable[str], hints: Mapping[str, Any], prefix: st
     known = [name for name in (*hints, *_ALIASES.values(), "config") if not name.startswith("_")]
     told = []
     for name in names:
-        stem = name.removeprefix(prefix).partition("=")[0].replace("-", "_")
+        name = name.partition("=")[0]  # the value may be a secret
+        stem = name.removeprefix(prefix).replace("-", "_")
         similar = get_close_matches(stem, known, n=1)
         told.append(f"{name} (did you mean {prefix}{similar[0]}?)" if similar else name)
     return ", ".join(told)

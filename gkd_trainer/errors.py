@@ -1,8 +1,14 @@
 """The errors of gkd_trainer: each also derives from the standard error that a caller would catch."""
 
+from gkd_trainer.redaction import redacted
+
 
 class GKDError(Exception):
-    """Base of every error that gkd_trainer raises on purpose."""
+    """Base of every error that gkd_trainer raises on purpose; its message shows no secrets."""
+
+    def __init__(self, *args: object) -> None:
+        """Take the arguments of any exception; secrets in those that are text are replaced."""
+        super().__init__(*map(redacted, args))
 
 
 class GKDConfigError(GKDError, ValueError):

@@ -9,16 +9,24 @@ from contextvars import ContextVar
 from typing import Any
 
 _SECRET_NAME = re.compile(
-    r"(^|_)(token|password|passwd|passphrase|secret|credentials?|auth|authorization|cookie|apikey"
-    r"|(api|access|account|auth|private|secret)_key)$"
+    r"(^|_)(token|password|passwd|pwd|pass|passphrase|secret|credentials?|auth|authorization|cookie|jwt"
+    r"|connection_string|(hf|hub|api|access|auth|refresh|bearer)_?tokens?|passwords|secrets"
+    r"|(api|access|account|auth|private|secret|ssh|encryption)_?keys?(_id)?)$"
 )
 _SPECIAL_TOKEN = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|image|audio|video|boi|eoi|decoder_start)_token$")
 
 _SECRETS_IN_TEXT = (
     # user:password@ in front of a URL's host, a parameter of its query, and the header of an HTTP request
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/?#]*@", re.IGNORECASE), r"\1<CREDENTIALS>@"),
-    (re.compile(r"([?&][\w-]*(?:token|password|secret|key|signature)=)[^&#\s'\"]+", re.IGNORECASE), r"\1<SECRET>"),
+    (
+        re.compile(r"([?&#][\w-]*(?:token|password|passwd|pwd|secret|key|sig|signature)=)[^&#\s'\"]+", re.IGNORECASE),
+        r"\1<SECRET>",
+    ),
     (re.compile(r"\b(Bearer) [\w.~+/=-]{8,}"), r"\1 <SECRET>"),
+    # Not in "Basic authentication": a plain word is no base64.
+    (re.compile(r"\b(Basic) (?![A-Z]?[a-z]+\b(?!=))[\w+/-]{8,}={0,2}"), r"\1 <SECRET>"),
+    # A token of the hub, and not a name such as hf_quantizer.
+    (re.compile(r"\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6,}"), "<HF_TOKEN>"),
 )
 
 _drops_secrets: ContextVar[bool] = ContextVar("drops_secrets", default=False)
@@ -26,7 +34,7 @@ _drops_secrets: ContextVar[bool] = ContextVar("drops_secrets", default=False)
 
 def is_secret(name: str) -> bool:
     """Return whether an option of this name holds a secret: `hub_token`, `apiKey`, `X-Auth-Token`, `password`."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|-", "_", name).lower()
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|-", "_", name).lower()
     return _SECRET_NAME.search(words) is not None and _SPECIAL_TOKEN.match(words) is None
 
 

@@ -83,6 +83,11 @@ class VLLMServer:
             ("User-Agent", "gkd-trainer"),
             *_authorization(url, api_token),
         ]
+        # What a server may repeat in the answer to a request that it refuses.
+        self._secrets = [
+            *filter(None, (api_token, *(url.credentials or ())[1:])),
+            *(value.removeprefix("Basic ") for name, value in self._headers if name == "Authorization"),
+        ]
         self._pool = httpcore.ConnectionPool(
             max_connections=_CALLS_AT_ONCE, keepalive_expiry=_IDLE_SECONDS, network_backend=_Network()
         )
@@ -186,13 +191,13 @@ class VLLMServer:
             kind = _WrongAnswerError if has_begun else _UnreachableError
             raise kind(f"{type(error).__name__}: {error}") from error
         if response.status in _NOT_THERE:
-            raise _UnreachableError(f"status {response.status}: {_excerpt(answer)}")
+            raise _UnreachableError(f"status {response.status}: {self._excerpt(answer)}")
         if response.status >= 500 or response.status in (408, 425, 429):
-            raise _WrongAnswerError(f"status {response.status}: {_excerpt(answer)}")
+            raise _WrongAnswerError(f"status {response.status}: {self._excerpt(answer)}")
         if response.status >= 300:
             raise RequestRefusedError(
                 f"the vLLM server at {self.base_url} refused {method} {path} with status {response.status}: "
-                f"{_excerpt(answer)}"
+                f"{self._excerpt(answer)}"
             )
         if parse is None:
             return None
@@ -203,8 +208,14 @@ class VLLMServer:
         except Exception as error:  # JSON of any depth, size and type may come
             cause = f"{type(error).__name__}: {error}"
             raise _WrongAnswerError(
-                f"an answer that can't be used ({_excerpt(cause.encode())}): {_excerpt(answer)}"
+                f"an answer that can't be used ({self._excerpt(cause.encode())}): {self._excerpt(answer)}"
             ) from error
+
+    def _excerpt(self, content: bytes | bytearray, length: int = 300) -> str:
+        text = content.decode(errors="replace")
+        for secret in self._secrets:
+            text = text.replace(secret, "<SECRET>")
+        return f"{text[:length]}…" if len(text) > length else text or "an empty answer"
 
     def _url(self, path: str) -> httpcore.URL:
         parts = urlsplit(self.base_url)
@@ -342,8 +353,3 @@ def _encoded(body: Any) -> bytes | None:
         return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise GKDConfigError(f"a request to a vLLM server can't hold what JSON can't: {error}") from error
-
-
-def _excerpt(content: bytes | bytearray, length: int = 300) -> str:
-    text = content[: length + 1].decode(errors="replace")
-    return f"{text[:length]}…" if len(text) > length else text or "an empty answer"

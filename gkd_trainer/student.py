@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Excep
     """Return what to say of a model that could not be loaded by name."""
     return (
         f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "
-        f"the hub, and in {init_kwargs} what it takes to load it ({type(error).__name__}: {redacted(str(error))})"
+        f"the hub, and in {init_kwargs} what it takes to load it ({type(error).__name__}: {error})"
     )
 
 

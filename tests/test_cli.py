@@ -238,7 +238,7 @@ def test_yaml_resumes_from_the_last_checkpoint_where_it_says_so(written, pair, d
     ("argv", "suggestion"),
     [
         (["--betta", "1"], "--betta (did you mean --beta?)"),
-        (["--lambda=1"], "--lambda=1 (did you mean --lmbda?)"),
+        (["--lambda=1"], "--lambda (did you mean --lmbda?)"),
         (["--learning-rat", "1"], "--learning-rat (did you mean --learning_rate?)"),
         (["--studnet", "x", "--qqqqqq", "y"], "arguments: --studnet, --qqqqqq\n"),
         (["x"], "unrecognized arguments: x\n"),
@@ -248,6 +248,37 @@ def test_a_misspelt_option_is_told_with_the_one_that_is_meant(argv, suggestion, 
     code, error = exit_of(["train", *argv], capsys)
     assert code == 2
     assert suggestion in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--teacher_server_api_tokn=hidden-31337"],
+        ["--beta", "https://user:hidden-31337@host"],
+        ["--model", "https://user:hidden-31337@host/model"],
+        ["--teacher", "https://user:hidden-31337@host/model"],
+        ["--dataset", "https://user:hidden-31337@host/rows.jsonl"],
+        ["--dataset", "https://host/rows.jsonl?sig=hidden-31337&token=hidden-31337"],
+        ["--model_init_kwargs", '["hf_hidden31337"]'],
+    ],
+)
+def test_an_error_of_the_command_line_shows_no_secret(options, pair, data, capsys):
+    code, error = exit_of(["train", *pair, *data, *options], capsys)
+    assert code in (1, 2)
+    assert "error: " in error
+    assert "hidden" not in error
+
+
+@pytest.mark.parametrize(
+    "text", ["hub_token: {a: hidden-31337}\n", "hub_token: hidden-31337: x\n", "- {token: hidden-31337}\n"]
+)
+def test_an_error_of_a_yaml_file_shows_no_secret(text, tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    code, error = exit_of(["train", "--config", file], capsys)
+    assert code == 2
+    assert str(file) in error
+    assert "hidden" not in error
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ PACKAGE = Path(gkd_trainer.__file__).parent
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"errors", "redaction", "effects", "quiet"},
+    {"redaction", "effects", "quiet"},
+    {"errors"},
     {"batch", "urls", "answers", "folders"},
     {"divergence"},
     {"checks"},

@@ -9,11 +9,12 @@ SECRET = "canary-31337"
 
 SECRET_NAMES = (
     "token hf_token HF_TOKEN use_auth_token api_key apiKey api-key OPENAI_API_KEY password db_password secret "
-    "client_secret aws_secret_access_key Authorization X-Auth-Token credentials"
+    "client_secret aws_secret_access_key Authorization X-Auth-Token credentials apitoken accesstoken APIToken api_keys "
+    "hf_tokens pwd pass jwt ssh_key encryption_key aws_access_key_id connection_string"
 )
 OTHER_NAMES = (
     "max_new_tokens min_tokens pad_token_id eos_token pad_token tokenizer token_healing key author keys "
-    "attn_implementation private secretary"
+    "attn_implementation private secretary max_tokens num_tokens special_tokens bypass compass"
 )
 
 
@@ -43,6 +44,11 @@ def test_a_switch_under_such_a_name_is_no_secret(value):
         (f"at http://u:p@{SECRET}@host, and https://b", "at http://<CREDENTIALS>@host, and https://b"),
         (f"https://host/path?a=1&api_key={SECRET}&b=2", "https://host/path?a=1&api_key=<SECRET>&b=2"),
         (f"Bearer {SECRET}", "Bearer <SECRET>"),
+        (f"http://host:8000#token={SECRET}", "http://host:8000#token=<SECRET>"),
+        ("Basic dXNlcjpjYW5hcnk=", "Basic <SECRET>"),
+        ("Basic authentication", "Basic authentication"),
+        ("got hf_CANARY31337", "got <HF_TOKEN>"),
+        ("no module hf_quantizer", "no module hf_quantizer"),
         ("http://host/@scope", "http://host/@scope"),
         ("name@example.org", "name@example.org"),
     ],

@@ -112,6 +112,12 @@ def test_the_token_goes_with_each_request(faulty):
     assert faulty.requests[0].authorization == "Bearer secret"
 
 
+def test_a_token_that_the_server_repeats_is_not_shown(faulty):
+    faulty.next(status(401, b"invalid key: canary-31337"), times=None)
+    with pytest.raises(GKDServerError, match=r"status 401: invalid key: <SECRET>$"):
+        client(faulty, api_token="canary-31337").get("/v1/models", value)
+
+
 def test_an_empty_answer_is_none(faulty):
     faulty.next(status(200, b""))
     assert client(faulty).post("/reset_prefix_cache", None, lambda answer: answer) is None

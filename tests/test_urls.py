@@ -39,7 +39,6 @@ REFUSED = {
     "http://a..b": "can't be read",
     "http://::1": "can't be read",
     "http://[::1": "can't be read",
-    "http://a:port": "ports are 1 to 65535",
     "http://a:65536": "ports are 1 to 65535",
     "http://a:0": "ports are 1 to 65535",
     "http://a?b=1": "a query",
@@ -58,6 +57,11 @@ def test_a_url_that_nothing_can_be_sent_to_is_refused_with_option_example_and_pr
     assert message.endswith(f"got {text!r}")
 
 
+def test_what_stands_for_a_port_and_is_none_is_not_shown():
+    with pytest.raises(GKDConfigError, match=r"ports are 1 to 65535\); got 'http://a:<PORT>/v1'"):
+        ServerURL("http://a:port/v1")
+
+
 def test_credentials_are_kept_apart_from_what_is_shown():
     url = ServerURL("http://user:p%40ss%2Fword@gpu-node:8000/v1")
     assert url == "http://gpu-node:8000/v1"
@@ -67,7 +71,16 @@ def test_credentials_are_kept_apart_from_what_is_shown():
         assert (same, same.credentials) == (url, url.credentials)
 
 
-FAULTY = ["http://user:s3cret@a:99999", "http://user:s3/cret@a", "user:s3cret@a", "ftp://u:s3cret@a", "http://u:s3 @b"]
+FAULTY = [
+    "http://user:s3cret@a:99999",
+    "http://user:s3/cret@a",
+    "user:s3cret@a",
+    "ftp://u:s3cret@a",
+    "http://u:s3 @b",
+    "http://user:s3cret",
+    "http://host:8000?api_key=s3cret",
+    "http://host:8000#token=s3cret",
+]
 
 
 @pytest.mark.parametrize("text", FAULTY)

@@ -17,6 +17,7 @@ from peft import PeftConfig
 from transformers.modelcard import TrainingSummary
 
 from gkd_trainer import __version__
+from gkd_trainer.redaction import redacted
 
 CARD_TAGS = ("gkd", "knowledge-distillation", "generated_from_trainer")
 
@@ -107,8 +108,13 @@ def is_on_hub(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """Return a name on the hub as it is, and of a path its last part."""
-    return name if is_on_hub(name) else Path(name).name or name
+    """Return a name on the hub as it is, and of a path or URL its last part, without secrets."""
+    if is_on_hub(name):
+        return name
+    shown: str = redacted(name)
+    if "://" in shown:
+        shown = re.split("[?#]", shown)[0]
+    return Path(shown).name or shown
 
 
 def _options(args: Any, teacher_top_k: int | None) -> dict[str, str]:

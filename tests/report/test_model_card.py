@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers.modelcard import TrainingSummary
 
 from gkd_trainer import GKDConfig
-from gkd_trainer.report.model_card import distillation_card, is_on_hub
+from gkd_trainer.report.model_card import distillation_card, is_on_hub, public_name
 
 STRANGE = [
     "a: b",
@@ -121,3 +121,11 @@ def test_no_name_breaks_the_metadata_or_the_table(name, tmp_path):
     assert len([line for line in lines if line.startswith("| ")]) == len([line for line in lines if line[-2:] == " |"])
     assert cell(text, "data").count("`") == 2
     assert "\n---\n" not in loaded.text
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl?token=canary", "https://host/rows.jsonl?sig=canary", "https://user:canary@host/rows.jsonl"]
+)
+def test_the_name_of_a_file_shows_no_secret(name):
+    assert public_name(name).startswith("rows.jsonl")
+    assert "canary" not in public_name(name)
