@@ -34,7 +34,7 @@ class ServerURL(str):
             # Without all before the last "@": in a URL that can't be read, a password may stand anywhere there.
             shown = re.sub(r"^([a-z]*://)?.*@", r"\1", text, flags=re.DOTALL)
             # What stands for a port and is none may be a password whose "@host" is missing.
-            shown = re.sub(r"(//[^/?#:\[\]]+):(?!\d*(?:[/?#]|$))[^/?#]*", r"\1:<PORT>", shown)
+            shown = re.sub(r"(//[^/?#:\[\]]+):(?!\d*(?:[/?#,\s]|$))[^/?#]*", r"\1:<PORT>", shown)
             raise GKDConfigError(
                 f"{option} must be a URL that starts with http:// or https:// and names a host, such as {_EXAMPLE} "
                 f"({problem}); got {shown!r}"
