@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar, overload
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpcore
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
@@ -34,6 +34,9 @@ _WRONG_ANSWERS = 4
 
 _NOT_THERE = (502, 503, 504)
 """What gateways answer while the server behind them restarts."""
+
+_TLS_MISMATCHES = ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY_FAILED")
+"""What ends a TLS handshake however often it is tried: no TLS at all, or a certificate that is not trusted."""
 
 _FIRST_WAIT, _LONGEST_WAIT, _JITTER = 0.2, 5.0, 0.2
 _CONNECT_SECONDS = 10.0
@@ -78,7 +81,7 @@ class VLLMServer:
         self._server_timeout, self._request_timeout = server_timeout, request_timeout
         parts = urlsplit(self.base_url)
         self._headers = [
-            ("Host", parts.netloc.encode("idna").decode()),
+            ("Host", _host_header(parts)),
             ("Accept", "application/json"),
             ("User-Agent", "gkd-trainer"),
             *_authorization(url, api_token),
@@ -183,6 +186,13 @@ class VLLMServer:
                 for chunk in response.iter_stream():
                     answer += chunk
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+            cause = error.args[0] if error.args else None  # httpcore drops __cause__
+            if isinstance(cause, ssl.SSLError) and cause.reason in _TLS_MISMATCHES:
+                raise GKDServerError(
+                    f"no TLS connection to the vLLM server at {self.base_url} ({error}): where it speaks plain HTTP, "
+                    "give a URL that starts with http://; where its certificate is not trusted, name the authority's "
+                    "file in SSL_CERT_FILE"
+                ) from error
             raise _UnreachableError(f"{type(error).__name__}: {error}") from error
         except httpcore.TimeoutException as error:
             when = "the answer was not complete after" if has_begun else "no answer within"
@@ -328,6 +338,13 @@ def _time_left(timeout: float | None, over: type[Exception]) -> float:
     if left <= 0:
         raise over("the request's time is over")
     return left if timeout is None else min(left, timeout)
+
+
+def _host_header(parts: SplitResult) -> str:
+    # Not netloc as a whole, in which the port would count as part of the host's last label.
+    host = (parts.hostname or "").encode("idna").decode()
+    host = f"[{host}]" if ":" in host else host
+    return host if parts.port is None else f"{host}:{parts.port}"
 
 
 def _authorization(url: ServerURL, api_token: str | None) -> list[tuple[str, str]]:

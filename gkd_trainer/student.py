@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -16,8 +18,15 @@ from gkd_trainer.errors import GKDConfigError
 
 logger = logging.getLogger(__name__)
 
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError)
-"""What `from_pretrained` raises for a name, folder or argument that it can't use, or where a package is missing."""
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 
 _PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 
@@ -32,7 +41,7 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
         kwargs["dtype"] = torch.float32
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    except LOADING_ERRORS as error:
+    except Exception as error:  # what from_pretrained and the libraries below it raise is not documented
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
     return model
 
@@ -51,20 +60,54 @@ def find_tokenizer(
     """Return the tokenizer that lies beside a model's weights, or None where there is none.
 
     Of `init_kwargs`, which loaded the model, those that say where it lies are taken for the tokenizer too.
+
+    Raises:
+        GKDConfigError: Files of a tokenizer lie there, and can't be read.
     """
     if not name_or_path:
         return None
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in _PLACE}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name_or_path,
-            trust_remote_code=trust_remote_code,
-            **{key: value for key, value in (init_kwargs or {}).items() if key in _PLACE},
+            name_or_path, trust_remote_code=trust_remote_code, **place
         )
-    except (OSError, ValueError, KeyError):  # what from_pretrained raises where no tokenizer is
+    except Exception as error:  # of any type, also where there is no tokenizer
+        files = _tokenizer_files(name_or_path, place)
+        if files:
+            raise GKDConfigError(
+                f"could not read the tokenizer of {name_or_path!r} from {', '.join(files)}: expected files that "
+                f"AutoTokenizer.from_pretrained can load ({type(error).__name__}: {error}). Replace them, or pass a "
+                "tokenizer"
+            ) from error
+        if not isinstance(error, OSError | ValueError | KeyError):
+            raise
         return None
     # For some architectures it makes an empty one there.
     has_words = not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
     return tokenizer if has_words else None
+
+
+def _tokenizer_files(name_or_path: str, place: Mapping[str, Any]) -> list[str]:
+    """Return the vocabulary files in a folder, or of a name on the hub those that were downloaded."""
+    folder = Path(name_or_path, place.get("subfolder") or "")
+    if Path(name_or_path).is_dir():
+        return [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    try:
+        return [
+            name
+            for name in _TOKENIZER_FILES
+            if isinstance(
+                try_to_load_from_cache(
+                    name_or_path,
+                    "/".join(filter(None, (place.get("subfolder"), name))),
+                    cache_dir=place.get("cache_dir"),
+                    revision=place.get("revision"),
+                ),
+                str,
+            )
+        ]
+    except ValueError:  # no name that the hub would have
+        return []
 
 
 def name_of(model: nn.Module | None) -> str:

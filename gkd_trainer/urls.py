@@ -32,7 +32,7 @@ class ServerURL(str):
         problem = _problem(text)
         if problem is not None:
             # Without all before the last "@": in a URL that can't be read, a password may stand anywhere there.
-            shown = re.sub(r"^([a-z]*://)?.*@", r"\1", text, flags=re.DOTALL)
+            shown = re.sub(r"^([a-z]*://)?.*@", r"\1", text, flags=re.DOTALL | re.IGNORECASE)
             # What stands for a port and is none may be a password whose "@host" is missing.
             shown = re.sub(r"(//[^/?#:\[\]]+):(?!\d*(?:[/?#,\s]|$))[^/?#]*", r"\1:<PORT>", shown)
             raise GKDConfigError(
@@ -46,7 +46,7 @@ class ServerURL(str):
 
 
 def _problem(text: str) -> str | None:
-    if not text.startswith(("http://", "https://")):
+    if not text.lower().startswith(("http://", "https://")):
         return "it starts with neither"
     if re.search(r"[\s\x00-\x1f\x7f]", text):
         return "it has a space or a control character"

@@ -178,6 +178,24 @@ def test_a_port_that_nobody_listens_on_ends_within_the_time_out():
     assert 0.5 <= time.monotonic() - started < 2
 
 
+def test_tls_to_a_port_of_plain_http_is_not_tried_again(faulty):
+    server = VLLMServer(faulty.base_url.replace("http://", "https://"), server_timeout=60)
+    started = time.monotonic()
+    with pytest.raises(GKDServerError, match="where it speaks plain HTTP, give a URL that starts with http://"):
+        server.get("/v1/models", value)
+    assert time.monotonic() - started < 10
+
+
+def test_the_scheme_may_be_in_capitals(faulty):
+    assert VLLMServer(faulty.base_url.replace("http", "HTTP")).get("/v1/models", value) == 7
+
+
+@pytest.mark.parametrize("host", ["a" * 60, "[::1]", "bücher.example"])
+def test_the_port_is_no_part_of_the_host_name(host):
+    headers = dict(VLLMServer(f"http://{host}:8000")._headers)
+    assert headers["Host"] == f"{host.encode('idna').decode()}:8000"
+
+
 def test_a_server_that_restarts_is_waited_for(faulty):
     server = client(faulty)
     assert server.get("/health", value) == 7

@@ -61,6 +61,16 @@ def test_a_folder_without_tokenizer_gives_none(tiny_model, tmp_path, family):
     assert find_tokenizer(str(tmp_path), trust_remote_code=False) is None
 
 
+def test_a_damaged_tokenizer_is_named_and_not_taken_for_none(bf16_checkpoint, byte_level):
+    path, _ = bf16_checkpoint
+    byte_level().save_pretrained(path)
+    for damaged in ("{broken", "[]", '{"model": {"type": "none such"}}'):
+        (path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(GKDConfigError, match=r"could not read the tokenizer of .* from tokenizer\.json") as raised:
+            find_tokenizer(str(path), trust_remote_code=False)
+        assert str(path) in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["", "/no/such/folder"])
 def test_no_name_or_no_folder_gives_no_tokenizer(name):
     assert find_tokenizer(name, trust_remote_code=False) is None

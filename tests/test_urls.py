@@ -15,6 +15,7 @@ TAKEN = [
     "http://localhost",
     "https://gpu-node.example/prefix/v1/",
     "http://under_score:1",
+    "HTTP://localhost:8000",
     "http://[::1]:8000",
     "http://bücher.example:80",
 ]

@@ -30,7 +30,7 @@ from gkd_trainer.heads import (
     vocabulary_rows,
     without_router_logits,
 )
-from gkd_trainer.student import LOADING_ERRORS, find_tokenizer, loading_failure, name_of, uncompiled
+from gkd_trainer.student import find_tokenizer, loading_failure, name_of, uncompiled
 from gkd_trainer.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class FrozenTeacher(Teacher):
         with _whole_on_every_rank():
             try:
                 model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
-            except LOADING_ERRORS as error:
+            except Exception as error:
                 message = loading_failure("teacher", name_or_path, "teacher_model_init_kwargs", error)
                 raise GKDTeacherError(message) from error
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)

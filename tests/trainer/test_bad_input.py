@@ -97,12 +97,17 @@ def test_model_that_can_not_be_loaded_says_whose_it_is_and_what_was_expected(mak
     tiny_model().save_pretrained(folder)
     empty = tmp_path / "empty"
     empty.mkdir()
+    damaged = tmp_path / "damaged"
+    tiny_model().save_pretrained(damaged)
+    (damaged / "model.safetensors").write_bytes(b"no weights")
     for name, kwargs, cause in (
         ("/no/such/folder", {}, "HFValidationError|OSError"),
         ("not a name", {}, "OSError"),
         (empty, {}, "ValueError|OSError"),
         (folder, {"attn_implementation": "none_such"}, "ValueError|ImportError"),
         (folder, {"dtipe": "float32"}, "TypeError"),
+        (folder, {"dtype": "float99"}, "AttributeError|ValueError"),
+        (damaged, {}, "SafetensorError"),
     ):
         message = f"could not load the {{}} from '{name}': expected a folder .*and in {{}} what it takes.*({cause}): "
         with pytest.raises(GKDConfigError, match=message.format("student", "model_init_kwargs")) as raised:
