@@ -253,7 +253,7 @@ def _train(arguments: Sequence[str]) -> None:
     from gkd_trainer.data.sources import naming_broken_lines
     from gkd_trainer.trainer import GKDTrainer
 
-    with naming_broken_lines(train_source, eval_source):
+    with _refusing_as_configuration(), naming_broken_lines(train_source, eval_source):
         trainer = GKDTrainer(
             student.model_name_or_path,
             config,
@@ -261,6 +261,7 @@ def _train(arguments: Sequence[str]) -> None:
             eval_dataset=eval_rows,
             peft_config=peft_config,
         )
+    with naming_broken_lines(train_source, eval_source):
         with _noting_how_to_resume(trainer):
             metrics = trainer.train(resume_from_checkpoint=resumed_from).metrics
         trainer.save_model(_internal_call=True)  # pushed below, with the name of the data
@@ -276,6 +277,17 @@ def _train(arguments: Sequence[str]) -> None:
         trainer.push_to_hub(dataset=train_source.name)
     trainer.rollouts.close()
     trainer.accelerator.end_training()
+
+
+@contextmanager
+def _refusing_as_configuration() -> Iterator[None]:
+    """Raise what transformers raises for options and folders that it can't use as GKDConfigError."""
+    try:
+        yield
+    except GKDError:
+        raise
+    except (OSError, ValueError) as error:
+        raise GKDConfigError(str(error)) from error
 
 
 @contextmanager
@@ -320,12 +332,8 @@ def _parse_train(arguments: Sequence[str]) -> tuple[StudentOptions, DataOptions,
     ]
     if missing:
         parser.error(f"the following options are required: {', '.join(missing)}")
-    try:
+    with _refusing_as_configuration():
         config = _build(GKDConfig, options)
-    except GKDError:
-        raise
-    except ValueError as error:  # what TrainingArguments raises for combinations without meaning
-        raise GKDConfigError(str(error)) from error
     return _build(StudentOptions, options), _build(DataOptions, options), config
 
 

@@ -505,6 +505,8 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(source, pair, d
         (["--resume_from_checkpoint", "nowhere"], "the checkpoint nowhere: there is no such folder"),
         (["--load_best_model_at_end"], "--load_best_model_at_end requires the save and eval strategy to match"),
         (["--max_length", "5"], "none of the 4 rows can be used"),
+        (["--report_to", "nosuch"], "nosuch is not supported"),
+        (["--output_dir", __file__], f"File exists: '{__file__}'"),
     ],
 )
 def test_bad_input_exits_1_with_one_message(options, message, pair, data, capsys):
