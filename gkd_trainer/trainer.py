@@ -31,6 +31,7 @@ from gkd_trainer.arguments import (
     warn_of_unused,
 )
 from gkd_trainer.batch import Generated, StudentSignal, TokenBatch, in_columns_of
+from gkd_trainer.config import Unset
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
 from gkd_trainer.effects import Run, unused_options
@@ -52,7 +53,7 @@ from gkd_trainer.pairing import PairingMixin
 from gkd_trainer.preparation import PreparationMixin
 from gkd_trainer.publishing import PublishingMixin
 from gkd_trainer.redaction import dropping_secrets
-from gkd_trainer.report.interval import TenthOfRun
+from gkd_trainer.report.interval import tenth_of
 from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
@@ -207,7 +208,6 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
         if model_init is not None and processing_class is None:
             self._find_tokenizer_of_made_student(trust_remote_code)
-        self.callback_handler.callbacks.insert(0, TenthOfRun())  # the user's find the interval set
         if is_in_notebook():
             self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
         refuse_data_parallel(self.args)
@@ -266,6 +266,13 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         self._meter.clear()
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Return the lengths of the run, and log at every tenth of it where the configuration leaves that open."""
+        lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)
+        if isinstance(args.logging_steps, Unset):  # also that of a run before
+            args.logging_steps = Unset(tenth_of(lengths[-1]))
+        return lengths
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -5,19 +5,21 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from trl import SFTConfig
 
 from gkd_trainer import GKDArguments, GKDConfig
 from gkd_trainer.arguments import completed_args
-from gkd_trainer.report.interval import TenthOfRun
+from gkd_trainer.config import Unset
+from gkd_trainer.report.interval import tenth_of
 
 
 def interval(args, max_steps):
-    """The interval that a run takes, as Trainer finds it."""
+    """The interval that a run takes: a tenth of it where none was chosen, else as Trainer finds it."""
+    if isinstance(args.logging_steps, Unset):
+        return tenth_of(max_steps)
     state = TrainerState(max_steps=max_steps)
     state.compute_steps(args, max_steps)
-    TenthOfRun().on_train_begin(args, state, TrainerControl())
     return state.logging_steps
 
 

@@ -1,8 +1,10 @@
 """When a run is logged where nothing was set."""
 
+import logging
 import re
 
 import pytest
+from transformers import TrainerCallback
 
 
 def logged_steps(trainer):
@@ -23,13 +25,34 @@ def test_what_was_set_is_kept(options, steps, make_trainer):
     assert logged_steps(trainer) == steps
 
 
-def test_a_resumed_run_is_logged_where_the_unbroken_one_is(make_trainer):
+class Noting(TrainerCallback):
+    """Notes what callbacks that go by the arguments go by."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen.append((args.logging_steps, state.logging_steps))
+
+
+def test_callbacks_see_the_interval_of_each_run(make_trainer):
+    noting = Noting()
+    trainer = make_trainer(trainer_args={"callbacks": [noting]}, logging_steps=None, max_steps=30)
+    trainer.train()
+    trainer.args.max_steps = 10
+    trainer.train()
+    assert noting.seen == [(3, 3), (1, 1)]
+
+
+def test_a_resumed_run_is_logged_where_the_unbroken_one_is_without_a_warning(make_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     options = {"logging_steps": None, "max_steps": 20, "save_strategy": "steps", "save_steps": 5}
     make_trainer(**options).train()
     resumed = make_trainer(**options)
     checkpoint = f"{resumed.args.output_dir}/checkpoint-5"
     resumed.train(resume_from_checkpoint=checkpoint)
     assert logged_steps(resumed) == list(range(2, 21, 2))
+    assert "do not match" not in caplog.text
 
 
 def test_a_notebooks_table_has_our_metrics(make_trainer, shown, monkeypatch):
