@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -21,6 +24,10 @@ class PublishingMixin(AnyTrainer):
     """Writes the model card."""
 
     teacher: Teacher
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with _keeping_own(Path(output_dir or self.args.output_dir) / "README.md"):
+            super()._save(output_dir, state_dict)
 
     def create_model_card(
         self,
@@ -50,6 +57,7 @@ class PublishingMixin(AnyTrainer):
         path = Path(self.args.output_dir) / "README.md"
         earlier = _generated_tags(path)
         if earlier is None:
+            logger.warning("%s is not replaced by a model card: somebody wrote it, or it can't be read", path)
             return
         earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # which PEFT gives again
         given = [tags] if isinstance(tags, str) else list(tags or [])
@@ -92,11 +100,22 @@ def _generated_tags(path: Path) -> list[str] | None:
         return []
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception as error:  # whatever its front matter makes YAML raise
-        logger.warning("%s is not replaced by a model card: it can't be read (%s)", path, type(error).__name__)
+    except Exception:  # what broken front matter makes YAML raise, and other bytes than text
         return None
     tags = data.tags or []
-    if data.get("library_name") == "peft" or "generated_from_trainer" in tags:
-        return list(tags)
-    logger.warning("%s is not replaced by a model card, since somebody wrote it", path)
-    return None
+    is_generated = data.get("library_name") == "peft" or "generated_from_trainer" in tags
+    return list(tags) if is_generated else None
+
+
+@contextmanager
+def _keeping_own(path: Path) -> Iterator[None]:
+    """Have a model card that somebody wrote lie aside in the block: PEFT would rewrite it, or fail to read it."""
+    if _generated_tags(path) is not None:
+        yield
+        return
+    aside = path.with_name(f"{path.name}.own")
+    path.rename(aside)
+    try:
+        yield
+    finally:
+        aside.replace(path)

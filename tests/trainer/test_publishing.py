@@ -87,14 +87,18 @@ def test_a_pushed_student_has_its_card(make_trainer, readme, monkeypatch):
     assert "on [org/data](https://huggingface.co/datasets/org/data)" in readme().text
 
 
-@pytest.mark.parametrize("text", ["# My own words", "---\na: [\n---\nbroken"])
-def test_a_readme_that_somebody_wrote_or_that_can_not_be_read_stays(make_trainer, tmp_path, text, caplog):
+@pytest.mark.parametrize("is_lora", [False, True])
+@pytest.mark.parametrize("content", [b"# My own words", b"---\na: [\n---\nbroken", b"---\n- a\n---\n", b"\xff\xfe"])
+def test_a_readme_that_somebody_wrote_or_that_can_not_be_read_stays(make_trainer, tmp_path, content, is_lora, caplog):
     path = tmp_path / "run" / "README.md"
     path.parent.mkdir()
-    path.write_text(text)
-    make_trainer().create_model_card()
-    assert path.read_text() == text
-    assert "is not replaced by a model card" in caplog.text
+    path.write_bytes(content)
+    trainer = make_trainer(trainer_args={"peft_config": LoraConfig()} if is_lora else {})
+    trainer.save_model()  # PEFT writes a card of its own
+    trainer.create_model_card()
+    assert path.read_bytes() == content
+    assert [file.name for file in path.parent.glob("README*")] == ["README.md"]
+    assert caplog.text.count("is not replaced by a model card") == 1
 
 
 def test_a_card_that_a_trainer_wrote_is_replaced(make_trainer, readme):
