@@ -10,7 +10,6 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import IntEnum
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,8 +27,9 @@ from transformers import (
 )
 
 from gkd_trainer.batch import Completion, Sampling
-from gkd_trainer.heads import vocabulary_rows, without_router_logits
+from gkd_trainer.heads import without_router_logits
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.sharing import Sharing, find_sharing
 from gkd_trainer.student import base_model
 
 logger = logging.getLogger(__name__)
@@ -48,19 +48,6 @@ _READ_THE_PROMPT = frozenset(
     }
 )
 """Options of transformers whose logits processors take padding for a part of the prompt, or count it."""
-
-_SHORT_PROBE, _OTHER_PROBE, _LONG_PROBE = range(3), range(3, 6), range(6, 30)
-_PROBE_PADDING, _PROBE_OTHER_PADDING = 30, 31
-_PROBE_NEW_TOKENS = 3
-
-_LEAST_TOLERANCE = 1e-3
-"""The difference of logits, relative to them, up to which they count as equal in any dtype."""
-
-_ROUNDING_SPREAD = 4
-"""How many times the rounding between two shapes may be that between two others."""
-
-_LARGEST_LOGIT = 1e4
-"""What is larger masks a token out: infinity, or the least number of a dtype."""
 
 
 class HFRollouts(RolloutEngine):
@@ -95,7 +82,7 @@ class HFRollouts(RolloutEngine):
         self._is_sharded = is_sharded
         self._model: Any = None
         self._wrapped: nn.Module | None = None
-        self._probed: tuple[Any, _Sharing] | None = None
+        self._probed: tuple[Any, Sharing] | None = None
 
     def sync(self, model: nn.Module) -> None:
         """Generate with `model` from now on; its weights are shared, so that nothing is copied."""
@@ -130,11 +117,11 @@ class HFRollouts(RolloutEngine):
         if not self._is_sharded and (size == 1 or len(prompts) < 2):
             return [[index] for index in order]
         sharing = self._sharing()
-        if sharing is _Sharing.ANY and any(sampling.extra.get(name) is not None for name in _READ_THE_PROMPT):
-            sharing = _Sharing.EQUAL_LENGTH
-        if sharing is _Sharing.ANY:
+        if sharing is Sharing.ANY and any(sampling.extra.get(name) is not None for name in _READ_THE_PROMPT):
+            sharing = Sharing.EQUAL_LENGTH
+        if sharing is Sharing.ANY:
             groups = {0: order}
-        elif sharing is _Sharing.EQUAL_LENGTH:
+        elif sharing is Sharing.EQUAL_LENGTH:
             groups = {key: list(indices) for key, indices in itertools.groupby(order, key=length)}
         else:
             groups = {place: [index] for place, index in enumerate(order)}
@@ -143,90 +130,14 @@ class HFRollouts(RolloutEngine):
             return [groups.get(key, []) for key in sorted(keys)]
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
-    def _sharing(self) -> _Sharing:
+    def _sharing(self) -> Sharing:
         """Return which prompts may share a batch of the model; found out once."""
         if self._probed is None or self._probed[0] is not self._model:
-            sharing = self._probed_sharing()
+            sharing = find_sharing(self._model, self._pad_token_id, self._is_sharded)
             if self._is_sharded:
                 sharing = max(_of_all_ranks(sharing))
             self._probed = self._model, sharing
         return self._probed[1]
-
-    def _probed_sharing(self) -> _Sharing:
-        name = type(self._model).__name__
-        try:
-            [short_TV], [long_TV] = self._probe(_SHORT_PROBE), self._probe(_LONG_PROBE)
-            beside_TV, _ = self._probe(_SHORT_PROBE, _OTHER_PROBE)
-            unpadded_TV, padded_TV = self._probe(_LONG_PROBE, _SHORT_PROBE)
-            _, other_padding_TV = self._probe(_LONG_PROBE, _SHORT_PROBE, padding_id=_PROBE_OTHER_PADDING)
-        except Exception as error:  # whatever an unknown model may raise
-            logger.warning(
-                "Whether %s can be batched can't be found out (%s: %s): it generates one completion after another, "
-                "which takes longer.",
-                name,
-                type(error).__name__,
-                error,
-            )
-            return _Sharing.NONE
-        # NaN is more than any tolerance.
-        beside = [_difference(beside_TV, short_TV), _difference(unpadded_TV, long_TV)]
-        if not all(difference <= self._tolerance() for difference in beside):
-            logger.warning(
-                "%s mixes the rows of a batch while it generates: it generates one completion after another, which "
-                "takes longer.",
-                name,
-            )
-            return _Sharing.NONE
-        rounding = max(beside)
-        is_padding_hidden = (
-            _difference(padded_TV, short_TV) <= max(_LEAST_TOLERANCE, _ROUNDING_SPREAD * rounding)
-            # Of one shape: what is rounded is the same.
-            and _difference(other_padding_TV, padded_TV) <= max(_LEAST_TOLERANCE, rounding)
-        )
-        if not is_padding_hidden:
-            logger.warning(
-                "%s reads the padding of a batch in spite of its mask: it generates for prompts of one length after "
-                "another, which takes longer.",
-                name,
-            )
-            return _Sharing.EQUAL_LENGTH
-        return _Sharing.ANY
-
-    def _probe(self, *prompts: range, padding_id: int = _PROBE_PADDING) -> Tensor:
-        """Return the logits [B, T, V] of fixed tokens after a batch of prompts.
-
-        Their padding is not the pad token, whose embedding may be zero.
-        """
-        length = max(map(len, prompts))
-        ids_BL = torch.tensor([[padding_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-        mask_BL = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        config = GenerationConfig(
-            max_new_tokens=_PROBE_NEW_TOKENS,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self._pad_token_id,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        output = self._model.generate(
-            input_ids=(ids_BL % vocabulary_rows(self._model)).to(self._model.device),
-            attention_mask=mask_BL.to(self._model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_FixedTokens(length)]),
-            synced_gpus=self._is_sharded,
-            **without_router_logits(self._model),
-        )
-        return torch.stack(output.logits, dim=1)
-
-    def _tolerance(self) -> float:
-        dtypes = {parameter.dtype for parameter in self._model.parameters() if parameter.is_floating_point()}
-        device_type = self._model.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtypes.add(torch.get_autocast_dtype(device_type))
-        if self._is_sharded:  # which may gather them in another dtype
-            dtypes.add(torch.bfloat16)
-        # A weight of 8 bits is stored, not computed with.
-        return max([4 * torch.finfo(dtype).eps for dtype in dtypes if torch.finfo(dtype).bits >= 16] + [1e-3])
 
     def _generate_batch(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
         device = self._model.device
@@ -283,14 +194,6 @@ class HFRollouts(RolloutEngine):
         return Completion(new_ids, is_finished=False)
 
 
-class _Sharing(IntEnum):
-    """Which prompts may share a batch."""
-
-    ANY = 0
-    EQUAL_LENGTH = 1
-    NONE = 2
-
-
 class _VocabularyLimit(LogitsProcessor):
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -298,19 +201,6 @@ class _VocabularyLimit(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self._vocab_size :] = -torch.inf
         return scores
-
-
-class _FixedTokens(LogitsProcessor):
-    """Leaves the token whose id is its place in the completion."""
-
-    def __init__(self, prompt_length: int) -> None:
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token_id = (input_ids.shape[1] - self._prompt_length) % scores.shape[1]
-        fixed_BV = torch.full_like(scores, -torch.inf)
-        fixed_BV[:, token_id] = 0.0
-        return fixed_BV
 
 
 class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
@@ -347,14 +237,6 @@ class _SeededChoice(LogitsProcessor):
         # Past the end where the logits hold NaN: any token will do, the loss on it says what is wrong.
         chosen_B1 %= scores.shape[1]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
-
-
-def _difference(logits_TV: Tensor, expected_TV: Tensor) -> float:
-    """Return the norm of the difference from the logits expected, relative to theirs, over tokens not masked out."""
-    is_compared_TV = expected_TV.abs() < _LARGEST_LOGIT
-    expected = expected_TV[is_compared_TV].float()
-    difference = logits_TV[is_compared_TV].float() - expected
-    return float(difference.norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _forget_last_call(model: Any, batch_size: int) -> None:
