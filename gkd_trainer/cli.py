@@ -502,7 +502,7 @@ def _require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: 
     given = {key: value for key, value in (init_kwargs or {}).items() if key in where}
     try:
         AutoConfig.from_pretrained(name, **{"trust_remote_code": trust_remote_code, **given})
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config that is no config fails in any way
         raise GKDConfigError(
             f"--{option}: expected a folder with a model, or the name of one on the hub; got {name!r}: {error}"
         ) from error

@@ -484,6 +484,15 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(source, pair, d
     assert any(not torch.equal(first[name], resumed[name]) for name in first)
 
 
+@pytest.mark.parametrize("config", ["[]", "7", '{"model_type": 3}', "{"])
+def test_a_model_whose_config_is_none_is_named_without_a_traceback(config, pair, data, tmp_path, capsys):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(config)
+    code, error = exit_of(["train", *pair, *data, "--model", str(tmp_path / "odd")], capsys)
+    assert code == 1
+    assert "error: --model_name_or_path: expected a folder with a model" in error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
