@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from gkd_trainer.batch import Head, HiddenSignal
 from gkd_trainer.divergence import reference_jsd, token_divergence
 from gkd_trainer.divergence.linear import planned_block
+from gkd_trainer.types import Head, HiddenSignal
 
 BETA = 0.5
 SHAPES = ("49152,576,576", "151936,896,1536")

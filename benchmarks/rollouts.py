@@ -58,8 +58,8 @@ def main() -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Tokens a second of vLLM in process and of transformers, for 16 prompts of 128 new tokens each."""
-    from gkd_trainer.batch import Sampling
     from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts
+    from gkd_trainer.types import Sampling
 
     prompts = prompt_ids(options, PROMPTS)
     rows = []
@@ -154,8 +154,8 @@ def teacher(options: argparse.Namespace) -> None:
     """Seconds to score sequences by a server, with and without its turning candidates into text, and by a forward."""
     import torch
 
-    from gkd_trainer.batch import TokenBatch
     from gkd_trainer.teachers import VLLMServerTeacher
+    from gkd_trainer.types import TokenBatch
 
     ids_BL = torch.tensor(token_rows(options, SEQUENCES, SEQUENCE_LENGTH))
     labels_BL = ids_BL.clone()

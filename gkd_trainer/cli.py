@@ -295,7 +295,7 @@ def _noting_how_to_resume(trainer: GKDTrainer) -> Iterator[None]:
     """Add to what stops a run how to go on from the last checkpoint."""
     from transformers import ProgressCallback
 
-    from gkd_trainer.checkpoints import find_last_whole
+    from gkd_trainer.trainer.checkpoints import find_last_whole
 
     try:
         yield
@@ -510,7 +510,7 @@ def _require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: 
 
 def _checkpoint(config: GKDConfig) -> str | None:
     """Return the folder to resume from; `true` is the last whole one of output_dir."""
-    from gkd_trainer.checkpoints import last_whole_checkpoint, required_whole
+    from gkd_trainer.trainer.checkpoints import last_whole_checkpoint, required_whole
 
     wanted = config.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "no", "off"):

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from gkd_trainer.checks import (
+from gkd_trainer.config_checks import (
     check_combinations,
     check_ranges,
     check_room_for_prompts,

@@ -365,7 +365,7 @@ def test_other_generation_kwargs_are_taken():
 
 
 def test_every_name_that_is_refused_is_one_of_transformers():
-    from gkd_trainer.checks import _REFUSED_GENERATION_KWARGS
+    from gkd_trainer.config_checks import _REFUSED_GENERATION_KWARGS
 
     assert _REFUSED_GENERATION_KWARGS.keys() <= vars(GenerationConfig()).keys()
 

@@ -15,17 +15,12 @@ STAGES = {"data", "rollouts", "teachers", "divergence"}
 LAYERS = [
     {"redaction", "effects", "quiet"},
     {"errors"},
-    {"batch", "urls", "answers", "folders"},
+    {"types", "urls", "vllm_answers"},
     {"divergence"},
-    {"checks"},
+    {"config_checks"},
     {"config"},
-    {"heads", "student", "finite", "serving", "checkpoints"},
-    {"weights"},
+    {"models", "vllm_client"},
     {*STAGES - {"divergence"}, "report"},
-    {"arguments", "any_trainer", "trl_generation"},
-    {"recovery"},
-    {"generation"},
-    {"preparation", "evaluation", "pairing", "publishing"},
     {"trainer"},
     {"cli"},
     {"__main__"},
@@ -70,15 +65,15 @@ def test_imports_are_found_wherever_they_stand(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
         "import torch.nn as nn\n"
-        "from gkd_trainer.heads import predict\n"
+        "from gkd_trainer.models import predict\n"
         "if TYPE_CHECKING:\n    from gkd_trainer.trainer import GKDTrainer\n"
         "def late():\n    import gkd_trainer.cli\n    from gkd_trainer import GKDConfig, data\n"
     )
     assert {"torch.nn", "gkd_trainer.cli"} < imported_by(file)
-    assert parts_imported_by(file) == {"heads", "trainer", "cli", "GKDConfig", "data"}
+    assert parts_imported_by(file) == {"models", "trainer", "cli", "GKDConfig", "data"}
 
 
-@pytest.mark.parametrize("line", ["import gkd_trainer", "from . import heads", "from ..batch import Head"])
+@pytest.mark.parametrize("line", ["import gkd_trainer", "from . import models", "from ..types import Head"])
 def test_imports_that_hide_where_a_module_stands_are_refused(tmp_path, line):
     file = tmp_path / "module.py"
     file.write_text(line)
@@ -88,7 +83,7 @@ def test_imports_that_hide_where_a_module_stands_are_refused(tmp_path, line):
 
 def test_every_part_of_the_package_has_its_layer():
     assert {part_of(path) for path in FILES} <= LEVEL.keys()
-    assert {"errors", "batch", "heads", "trainer", *STAGES} <= {part_of(path) for path in FILES}
+    assert {"errors", "types", "models", "trainer", *STAGES} <= {part_of(path) for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_in_package)
@@ -101,35 +96,19 @@ def test_a_module_imports_only_from_layers_below(path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) in STAGES], ids=name_in_package)
 def test_the_stages_do_not_know_one_another(path):
-    assert not parts_imported_by(path) & (
-        (
-            STAGES
-            | {
-                "trainer",
-                "generation",
-                "preparation",
-                "evaluation",
-                "pairing",
-                "publishing",
-                "report",
-                "arguments",
-                "cli",
-            }
-        )
-        - {part_of(path)}
-    )
+    assert not parts_imported_by(path) & ((STAGES | {"report", "trainer", "cli"}) - {part_of(path)})
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "divergence"], ids=name_in_package)
 def test_the_divergence_stands_on_torch_alone(path):
-    assert parts_imported_by(path) <= {"divergence", "errors", "batch"}
+    assert parts_imported_by(path) <= {"divergence", "errors", "types"}
     others = {name.split(".")[0] for name in imported_by(path)} - {"gkd_trainer", "torch"}
     if path.name == "triton.py":  # which is imported where there is a GPU to run it on
         others -= {"triton"}
     assert others <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", ["batch.py", "errors.py"])
+@pytest.mark.parametrize("name", ["types.py", "errors.py"])
 def test_what_the_divergence_stands_on_needs_torch_alone_too(name):
     others = {imported.split(".")[0] for imported in imported_by(PACKAGE / name)} - {"gkd_trainer", "torch"}
     assert others <= set(sys.stdlib_module_names)

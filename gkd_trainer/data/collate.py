@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
-from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS
+from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 

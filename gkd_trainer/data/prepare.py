@@ -10,9 +10,9 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from gkd_trainer.batch import PROMPT_IDS
 from gkd_trainer.data.rows import RowDropped, RowPreparer, RowRules
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import PROMPT_IDS
 
 logger = logging.getLogger(__name__)
 

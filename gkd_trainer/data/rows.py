@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, is_conversational, maybe_convert_to_chatml
 
-from gkd_trainer.batch import IGNORE_INDEX, PROMPT_IDS, prompt_length
 from gkd_trainer.data.turns import (
     Span,
     TurnsNotFound,
@@ -24,6 +23,7 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS, prompt_length
 
 NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "

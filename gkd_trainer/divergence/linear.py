@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gkd_trainer.batch import Head, HiddenSignal, TopKSignal
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.projection import HALVES, HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.rows import RowComparison, RowStatistics, tiles
 from gkd_trainer.divergence.topk import TopKRowComparison
+from gkd_trainer.types import Head, HiddenSignal, TopKSignal
 
 CPU_WORKSPACE_MB = 256
 """The default budget on the CPU. With less, at large vocabularies, moving the weights takes over from multiplying."""

@@ -13,13 +13,13 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import linear_divergence
 from gkd_trainer.divergence.objective import OPTIONS, Objective
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.topk import topk_divergence
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 
 SCALES = ("paper", "continuous")
 """How the divergence is scaled inside 0 < beta < 1: see `token_divergence`."""

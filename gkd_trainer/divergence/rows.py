@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gkd_trainer.batch import IGNORE_INDEX
 from gkd_trainer.divergence.objective import TERMS, Objective, Pair
+from gkd_trainer.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gkd_trainer.batch import IGNORE_INDEX, TopKSignal
 from gkd_trainer.divergence.dense import compare_logits
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.result import TokenDivergence
@@ -31,6 +30,7 @@ from gkd_trainer.divergence.rows import (
     tile_rows,
     tiles,
 )
+from gkd_trainer.types import IGNORE_INDEX, TopKSignal
 
 _EXCESS_MASS = 1e-3
 """How far above one the mass of a teacher's top k may be by rounding; more is no distribution."""

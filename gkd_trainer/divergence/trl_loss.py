@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gkd_trainer.batch import IGNORE_INDEX
 from gkd_trainer.divergence.loss import check_options, generalized_jsd
 from gkd_trainer.divergence.reference import elementwise_jsd
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.types import IGNORE_INDEX
 
 _REDUCTIONS = ("batchmean", "sum", "mean", "none")
 

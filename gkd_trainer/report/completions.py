@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from gkd_trainer.batch import Generated
+from gkd_trainer.types import Generated
 
 
 @dataclass(frozen=True)

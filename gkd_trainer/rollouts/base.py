@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gkd_trainer.batch import Completion, Sampling
+from gkd_trainer.types import Completion, Sampling
 
 
 class RolloutEngine(ABC):

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_trainer.batch import Completion
 from gkd_trainer.rollouts.window import WindowPlan, WindowRollout
+from gkd_trainer.types import Completion
 
 Completions = list[list[Completion]]
 """The completions of each window of a block, in the order of its jobs."""

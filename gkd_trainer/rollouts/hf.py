@@ -26,11 +26,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gkd_trainer.batch import Completion, Sampling
-from gkd_trainer.heads import without_router_logits
+from gkd_trainer.models.heads import without_router_logits
+from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.sharing import Sharing, find_sharing
-from gkd_trainer.student import base_model
+from gkd_trainer.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
 

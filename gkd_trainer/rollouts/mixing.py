@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, may_be_per_token, prompt_length
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, may_be_per_token, prompt_length
 
 _CHOICE, _SAMPLING = 0, 1
 

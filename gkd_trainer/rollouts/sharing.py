@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gkd_trainer.heads import vocabulary_rows, without_router_logits
+from gkd_trainer.models.heads import vocabulary_rows, without_router_logits
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from gkd_trainer.batch import Completion, Sampling
 from gkd_trainer.errors import GKDConfigError, GKDError, GKDRolloutError
-from gkd_trainer.folders import PrivateFolder
-from gkd_trainer.rollouts.base import RolloutEngine
-from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
-from gkd_trainer.student import base_model
-from gkd_trainer.weights import (
+from gkd_trainer.models.loading import base_model
+from gkd_trainer.models.weights import (
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
@@ -31,6 +27,10 @@ from gkd_trainer.weights import (
     refuse_quantised,
     write_adapter,
 )
+from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.private_folder import PrivateFolder
+from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
+from gkd_trainer.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_trainer.answers import ServerInfo, WorldSize
 from gkd_trainer.errors import GKDConfigError, GKDError, GKDServerError
+from gkd_trainer.models.weights import checkpoint_weights, is_sharded
 from gkd_trainer.rollouts.vllm_sync import (
     WeightSync,
     forget_cache,
@@ -21,8 +21,8 @@ from gkd_trainer.rollouts.vllm_sync import (
     rename_version,
     weight_version,
 )
-from gkd_trainer.serving import VLLMServer
-from gkd_trainer.weights import checkpoint_weights, is_sharded
+from gkd_trainer.vllm_answers import ServerInfo, WorldSize
+from gkd_trainer.vllm_client import VLLMServer
 
 logger = logging.getLogger(__name__)
 

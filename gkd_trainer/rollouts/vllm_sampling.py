@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gkd_trainer.batch import Completion, Sampling
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.types import Completion, Sampling
 
 _NEVER = -100.0
 """The logit bias of tokens that may not be sampled: as low as vLLM takes it, e⁻¹⁰⁰ of a probability."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from gkd_trainer.answers import CompletionAnswer, Models
-from gkd_trainer.batch import Completion, Sampling
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
 from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
-from gkd_trainer.serving import RequestRefusedError, VLLMServer, spread
+from gkd_trainer.types import Completion, Sampling
+from gkd_trainer.vllm_answers import CompletionAnswer, Models
+from gkd_trainer.vllm_client import RequestRefusedError, VLLMServer, spread
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,9 @@ from urllib.parse import urlsplit
 
 from torch import nn
 
-from gkd_trainer.answers import Models, RPCResults, ServerInfo, Success, WeightInfo
 from gkd_trainer.errors import GKDConfigError, GKDServerError
-from gkd_trainer.folders import PrivateFolder
-from gkd_trainer.serving import VLLMServer, spread
-from gkd_trainer.student import base_model
-from gkd_trainer.weights import (
+from gkd_trainer.models.loading import base_model
+from gkd_trainer.models.weights import (
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
@@ -34,6 +31,9 @@ from gkd_trainer.weights import (
     write_adapter,
     write_weights,
 )
+from gkd_trainer.rollouts.private_folder import PrivateFolder
+from gkd_trainer.vllm_answers import Models, RPCResults, ServerInfo, Success, WeightInfo
+from gkd_trainer.vllm_client import VLLMServer, spread
 
 TRIES = 3
 """How often what was lost with a server's weights is done, at most."""

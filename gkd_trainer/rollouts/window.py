@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_trainer.batch import IGNORE_INDEX, Completion, Generated, Sampling
 from gkd_trainer.rollouts import mixing
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.types import IGNORE_INDEX, Completion, Generated, Sampling
 
 # Where the positions start of rows beyond the batch size; each micro-batch of each rank has as many as fit in 32 bits.
 _BEYOND_BATCH = 1 << 62

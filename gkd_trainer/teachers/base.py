@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gkd_trainer.batch import Signal, TokenBatch
+from gkd_trainer.types import Signal, TokenBatch
 
 
 class Teacher(ABC):

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
-from gkd_trainer.batch import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.heads import (
+from gkd_trainer.models.heads import (
     InseparableHead,
     SeparableHead,
     find_head,
@@ -30,8 +29,9 @@ from gkd_trainer.heads import (
     vocabulary_rows,
     without_router_logits,
 )
-from gkd_trainer.student import find_tokenizer, loading_failure, name_of, uncompiled
+from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, uncompiled
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.types import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gkd_trainer.answers import CompletionAnswer, Models, Tokens
-from gkd_trainer.batch import TokenBatch, TopKSignal
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
-from gkd_trainer.serving import VLLMServer, spread
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.prompt_scores import (
     TokenSequence,
@@ -29,6 +26,9 @@ from gkd_trainer.teachers.prompt_scores import (
     total_variation,
     whole,
 )
+from gkd_trainer.types import TokenBatch, TopKSignal
+from gkd_trainer.vllm_answers import CompletionAnswer, Models, Tokens
+from gkd_trainer.vllm_client import VLLMServer, spread
 
 logger = logging.getLogger(__name__)
 

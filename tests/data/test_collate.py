@@ -7,8 +7,8 @@ import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
-from gkd_trainer.batch import PROMPT_IDS
 from gkd_trainer.data import KeepPrompts, keeping_labels
+from gkd_trainer.types import PROMPT_IDS
 
 ROWS = [
     {"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2]},

@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
-from gkd_trainer.batch import PROMPT_IDS
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import PROMPT_IDS
 from tests.data.templates import CHATS
 
 REWRITING = (

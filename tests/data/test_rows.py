@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from gkd_trainer.batch import IGNORE_INDEX, prompt_length
 from gkd_trainer.data.rows import RowDropped, RowPreparer
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import IGNORE_INDEX, prompt_length
 
 # Writes what it was given, so that a test can see it.
 SHOWING = (

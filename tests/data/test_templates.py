@@ -2,8 +2,8 @@
 
 import pytest
 
-from gkd_trainer.batch import PROMPT_IDS, prompt_length
 from gkd_trainer.data.rows import RowDropped, RowPreparer
+from gkd_trainer.types import PROMPT_IDS, prompt_length
 from tests.data.templates import ANSWER, CHATS
 from tests.data.test_turns import trained_runs
 

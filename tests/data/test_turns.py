@@ -10,11 +10,11 @@ from trl.chat_template_utils import (
     qwen3_chat_template,
 )
 
-from gkd_trainer.batch import IGNORE_INDEX, prompt_length
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.turns import encode_spans, turn_labels
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import IGNORE_INDEX, prompt_length
 from tests.conftest import CHATML
 
 MARKED = (

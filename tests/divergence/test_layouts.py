@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, TopKSignal
 from gkd_trainer.divergence import reference_divergence, reference_jsd, reference_topk_jsd, rows, token_divergence
 from gkd_trainer.divergence.objective import OPTIONS
+from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, TopKSignal
 
 N, V, H, G, K = 6, 37, 5, 7, 4
 

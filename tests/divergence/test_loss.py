@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal
 from gkd_trainer.divergence import (
     generalized_jsd,
     linear_generalized_jsd,
@@ -18,6 +17,7 @@ from gkd_trainer.divergence import (
     token_divergence,
 )
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.types import Head, HiddenSignal, LogitsSignal
 
 N, V, H, G = 6, 23, 4, 5
 

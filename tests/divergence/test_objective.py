@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, TopKSignal
 from gkd_trainer.divergence import reference_divergence, reference_jsd, token_divergence
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, TopKSignal
 
 N, V = 6, 97
 

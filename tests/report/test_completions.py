@@ -9,8 +9,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from gkd_trainer.batch import Completion, Generated
 from gkd_trainer.report.completions import CompletionRow, completion_rows, print_completions, send_completions
+from gkd_trainer.types import Completion, Generated
 
 ROWS = [
     CompletionRow("student", "What is [i][0], [1]?", "It is [bold]1[/bold], or [/red] so.", True),

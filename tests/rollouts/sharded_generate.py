@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from gkd_trainer.batch import Sampling
 from gkd_trainer.rollouts import HFRollouts
+from gkd_trainer.types import Sampling
 
 PROMPTS = {
     0: [[[5, 6, 7], [8, 9], [10, 11]], [[12], [13, 14, 15, 16]]],

@@ -6,8 +6,8 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from gkd_trainer.batch import IGNORE_INDEX, Completion
 from gkd_trainer.rollouts import Block, Draw, done, plan_window
+from gkd_trainer.types import IGNORE_INDEX, Completion
 
 X = IGNORE_INDEX
 PAD = 0

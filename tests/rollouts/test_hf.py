@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from gkd_trainer.batch import Sampling
 from gkd_trainer.rollouts import HFRollouts
 from gkd_trainer.rollouts.hf import _SeededChoice
+from gkd_trainer.types import Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
 SEEDS = [101, 102, 103, 104, 105, 106]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, Completion, Generated
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts.mixing import (
     _EXTENDED,
@@ -19,6 +18,7 @@ from gkd_trainer.rollouts.mixing import (
     sampling_seed,
     with_completions,
 )
+from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, Completion, Generated
 
 X = IGNORE_INDEX
 PAD = 0

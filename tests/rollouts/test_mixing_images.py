@@ -12,8 +12,8 @@ from transformers import (
     set_seed,
 )
 
-from gkd_trainer.batch import IGNORE_INDEX, Completion, Generated, TokenBatch
 from gkd_trainer.rollouts.mixing import with_completions
+from gkd_trainer.types import IGNORE_INDEX, Completion, Generated, TokenBatch
 
 X = IGNORE_INDEX
 PAD, START, IMAGE, END = 0, 60, 62, 61

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from gkd_trainer.batch import Sampling
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
 from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts
-from tests.test_weights import adapted, assert_equal_states, state_of
+from gkd_trainer.types import Sampling
+from tests.models.test_weights import adapted, assert_equal_states, state_of
 
 # PEFT's advice about adapters on either end of a tied model: what it advises against is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")

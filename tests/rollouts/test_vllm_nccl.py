@@ -7,21 +7,21 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from gkd_trainer import serving
+from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
+from gkd_trainer.models.weights import checkpoint_weights
 from gkd_trainer.rollouts import VLLMServerRollouts
 from gkd_trainer.rollouts.vllm_nccl import NCCLSync, _Client, _Source
-from gkd_trainer.serving import VLLMServer
-from gkd_trainer.weights import checkpoint_weights
+from gkd_trainer.vllm_client import VLLMServer
+from tests.models.test_weights import adapted
 from tests.serving import Answer, FaultyProxy, status
-from tests.test_weights import adapted
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(serving, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(serving, "_LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(serving, "_JITTER", 0.01)
+    monkeypatch.setattr(vllm_client, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(vllm_client, "_LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(vllm_client, "_JITTER", 0.01)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gkd_trainer.batch import Sampling
 from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts
+from gkd_trainer.types import Sampling
 from tests.serving import VLLMProcess
 
 pytestmark = pytest.mark.servers

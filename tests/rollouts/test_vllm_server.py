@@ -14,11 +14,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from gkd_trainer import serving
-from gkd_trainer.batch import Sampling
+from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts, vllm_sync
 from gkd_trainer.rollouts.vllm_sync import shared_folder
+from gkd_trainer.types import Sampling
+from tests.models.test_weights import adapted, assert_equal_states, state_of
 from tests.serving import (
     MAX_MODEL_LENGTH,
     Answer,
@@ -30,7 +31,6 @@ from tests.serving import (
     hang_up,
     status,
 )
-from tests.test_weights import adapted, assert_equal_states, state_of
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
 SEEDS = [101, 102, 103, 104, 105, 106]
@@ -42,9 +42,9 @@ COMPLETIONS, VERSION, LOAD = "/v1/completions", "/weight_info", "/collective_rpc
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(serving, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(serving, "_LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(serving, "_JITTER", 0.01)
+    monkeypatch.setattr(vllm_client, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(vllm_client, "_LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(vllm_client, "_JITTER", 0.01)
 
 
 def post(server, path, body):

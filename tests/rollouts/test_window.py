@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gkd_trainer.batch import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, Sampling
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, generate_jobs, plan_window
 from gkd_trainer.rollouts.mixing import is_on_policy, sampling_seed
+from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, Sampling
 
 X = IGNORE_INDEX
 PAD = 0

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.ao.quantization import quantize_dynamic
 
-from gkd_trainer.batch import IGNORE_INDEX, Head, HiddenSignal, LogitsSignal, TokenBatch, TopKSignal
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.teachers import FrozenTeacher, Teacher
+from gkd_trainer.types import IGNORE_INDEX, Head, HiddenSignal, LogitsSignal, TokenBatch, TopKSignal
 
 CPU = torch.device("cpu")
 

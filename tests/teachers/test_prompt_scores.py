@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gkd_trainer import GKDDataError
-from gkd_trainer.batch import TokenBatch
 from gkd_trainer.teachers.prompt_scores import sequences_of
+from gkd_trainer.types import TokenBatch
 
 BATCH = {"input_ids": torch.tensor([[5, 6, 7, 0]]), "labels": torch.tensor([[-100, 6, 7, -100]])}
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gkd_trainer import GKDConfig, GKDTrainer
-from gkd_trainer.serving import VLLMServer
+from gkd_trainer.vllm_client import VLLMServer
 
 FSDP = {
     "fsdp": True,

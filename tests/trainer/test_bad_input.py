@@ -9,8 +9,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_p
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gkd_trainer import GKDConfigError, GKDDataError, GKDNumericsError, GKDTeacherError, GKDTrainer
-from gkd_trainer.batch import LogitsSignal, TokenBatch
 from gkd_trainer.teachers import FrozenTeacher, Teacher
+from gkd_trainer.types import LogitsSignal, TokenBatch
 
 
 class FaultyTeacher(FrozenTeacher):

@@ -10,7 +10,7 @@ from torch import nn
 
 from gkd_trainer import FrozenTeacher, GKDTrainer
 from gkd_trainer.divergence import reference_jsd
-from gkd_trainer.trainer import _product_dtype
+from gkd_trainer.trainer.trainer import _product_dtype
 from tests.memory import NewStorages
 
 

@@ -6,7 +6,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from gkd_trainer import GKDTrainer, HFRollouts
-from gkd_trainer.batch import Completion, Sampling
+from gkd_trainer.types import Completion, Sampling
 
 METRICS = {
     "divergence_on_policy",

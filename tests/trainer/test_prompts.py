@@ -10,8 +10,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer import GKDArguments, GKDMixin, GKDTrainer, HFRollouts
-from gkd_trainer.batch import PROMPT_IDS, Completion
 from gkd_trainer.rollouts import RolloutEngine
+from gkd_trainer.types import PROMPT_IDS, Completion
 from tests.data.templates import CHATS
 
 VOCAB = 432

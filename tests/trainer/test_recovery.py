@@ -20,7 +20,7 @@ from gkd_trainer import (
     GKDTeacherError,
     HFRollouts,
 )
-from gkd_trainer.checkpoints import damage
+from gkd_trainer.trainer.checkpoints import damage
 
 ERRORS = [
     AttributeError("'list' object has no attribute 'get'"),

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from gkd_trainer import folders
-from gkd_trainer.folders import PrivateFolder, remove_dead
+from gkd_trainer.rollouts import private_folder as folders
+from gkd_trainer.rollouts.private_folder import PrivateFolder, remove_dead
 
 OWNER = """
 import signal, sys
 from pathlib import Path
-from gkd_trainer.folders import PrivateFolder
+from gkd_trainer.rollouts.private_folder import PrivateFolder
 
 {before}
 folder = PrivateFolder(sys.argv[1])
@@ -164,7 +164,7 @@ def test_closing_does_not_wait_for_forks_that_hold_the_pipe(tmp_path):
 def test_a_fork_that_ends_takes_no_folder_with_it(tmp_path):
     code = """
 import os, sys
-from gkd_trainer.folders import PrivateFolder
+from gkd_trainer.rollouts.private_folder import PrivateFolder
 folder = PrivateFolder(sys.argv[1])
 child = os.fork()
 if child == 0:

@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.models.loading import name_of
 from gkd_trainer.redaction import redacted
-from gkd_trainer.student import name_of
 from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
 
 logger = logging.getLogger(__name__)

@@ -18,27 +18,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from gkd_trainer.any_trainer import pad_token_id, require_labels
-from gkd_trainer.arguments import (
-    accepted_by,
-    build_teacher,
-    completed_args,
-    init_parameters,
-    refuse_data_parallel,
-    refuse_dropped_deepspeed,
-    refuse_meaningless,
-    refuse_trls_order,
-    warn_of_unused,
-)
-from gkd_trainer.batch import Generated, StudentSignal, TokenBatch, in_columns_of
 from gkd_trainer.config import Unset
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
 from gkd_trainer.effects import Run, unused_options
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
-from gkd_trainer.evaluation import EvaluationMixin
-from gkd_trainer.finite import FiniteCheck
-from gkd_trainer.heads import (
+from gkd_trainer.models.heads import (
     InseparableHead,
     SeparableHead,
     compare,
@@ -49,15 +34,7 @@ from gkd_trainer.heads import (
     set_logits,
     without_router_logits,
 )
-from gkd_trainer.pairing import PairingMixin
-from gkd_trainer.preparation import PreparationMixin
-from gkd_trainer.publishing import PublishingMixin
-from gkd_trainer.redaction import dropping_secrets
-from gkd_trainer.report.interval import tenth_of
-from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
-from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
-from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.student import (
+from gkd_trainer.models.loading import (
     base_model,
     disable_dropout,
     find_tokenizer,
@@ -69,8 +46,31 @@ from gkd_trainer.student import (
     uncompiled,
     wrap_in_adapter,
 )
+from gkd_trainer.redaction import dropping_secrets
+from gkd_trainer.report.interval import tenth_of
+from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
+from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
+from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher
-from gkd_trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
+from gkd_trainer.trainer.any_trainer import pad_token_id, require_labels
+from gkd_trainer.trainer.construction import (
+    accepted_by,
+    build_teacher,
+    completed_args,
+    init_parameters,
+    refuse_data_parallel,
+    refuse_dropped_deepspeed,
+    refuse_meaningless,
+    refuse_trls_order,
+    warn_of_unused,
+)
+from gkd_trainer.trainer.evaluation import EvaluationMixin
+from gkd_trainer.trainer.finite import FiniteCheck
+from gkd_trainer.trainer.pairing import PairingMixin
+from gkd_trainer.trainer.preparation import PreparationMixin
+from gkd_trainer.trainer.publishing import PublishingMixin
+from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
+from gkd_trainer.types import Generated, StudentSignal, TokenBatch, in_columns_of
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 
-from gkd_trainer import serving
-from gkd_trainer.answers import Models, ServedModel, ServerInfo, WeightInfo
-from gkd_trainer.batch import IGNORE_INDEX, Sampling, TokenBatch
+from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
 from gkd_trainer.rollouts import VLLMServerRollouts
 from gkd_trainer.rollouts.vllm_nccl import _transfer_backend
 from gkd_trainer.rollouts.vllm_sync import forget_cache, name_version, weight_version
-from gkd_trainer.serving import VLLMServer
 from gkd_trainer.teachers import VLLMServerTeacher
+from gkd_trainer.types import IGNORE_INDEX, Sampling, TokenBatch
+from gkd_trainer.vllm_answers import Models, ServedModel, ServerInfo, WeightInfo
+from gkd_trainer.vllm_client import VLLMServer
 from tests.serving import Answer, FaultyProxy
 
 K, LENGTH = 3, 64
@@ -24,7 +24,7 @@ TEXT_IDS = [5, 6, 7]
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     for name in ("_FIRST_WAIT", "_LONGEST_WAIT", "_JITTER"):
-        monkeypatch.setattr(serving, name, 0.0)
+        monkeypatch.setattr(vllm_client, name, 0.0)
 
 
 def completion(request):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import MptConfig, MptForCausalLM
 
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.student import (
+from gkd_trainer.models.loading import (
     base_model,
     disable_dropout,
     find_tokenizer,

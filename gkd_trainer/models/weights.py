@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
-from gkd_trainer.student import base_model
+from gkd_trainer.models.loading import base_model
 
 
 def checkpoint_weights(model: nn.Module, with_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from gkd_trainer import GKDConfigError
-from gkd_trainer.checkpoints import damage, last_whole_checkpoint, required_whole
+from gkd_trainer.trainer.checkpoints import damage, last_whole_checkpoint, required_whole
 
 
 def write_checkpoint(folder):

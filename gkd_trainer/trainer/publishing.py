@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers.modelcard import TrainingSummary
 
-from gkd_trainer.any_trainer import AnyTrainer
+from gkd_trainer.models.loading import base_model, name_of
 from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, with_adapter
-from gkd_trainer.student import base_model, name_of
 from gkd_trainer.teachers import Teacher, VLLMServerTeacher
+from gkd_trainer.trainer.any_trainer import AnyTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from gkd_trainer.any_trainer import require_labels
-from gkd_trainer.generation import GenerationMixin
 from gkd_trainer.report.metrics import EvaluationMeter
+from gkd_trainer.trainer.any_trainer import require_labels
+from gkd_trainer.trainer.rollout_queue import GenerationMixin
 
 
 class EvaluationMixin(GenerationMixin):

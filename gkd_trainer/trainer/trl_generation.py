@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from gkd_trainer.batch import IGNORE_INDEX
+from gkd_trainer.types import IGNORE_INDEX
 
 
 def generate_on_policy_outputs(

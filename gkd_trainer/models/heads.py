@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gkd_trainer.batch import Head, HiddenSignal, LogitsSignal, StudentSignal, TokenBatch
+from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, StudentSignal, TokenBatch
 
 T = TypeVar("T")
 

@@ -10,12 +10,12 @@ import datasets
 import torch
 from trl import pack_dataset
 
-from gkd_trainer.batch import PROMPT_IDS, prompt_length
 from gkd_trainer.data import KeepPrompts, RowRules, keeping_labels, prepare_dataset
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.generation import GenerationMixin
-from gkd_trainer.heads import Context, vocabulary_rows
-from gkd_trainer.student import base_model
+from gkd_trainer.models.heads import Context, vocabulary_rows
+from gkd_trainer.models.loading import base_model
+from gkd_trainer.trainer.rollout_queue import GenerationMixin
+from gkd_trainer.types import PROMPT_IDS, prompt_length
 
 
 class PreparationMixin(GenerationMixin):

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
-from gkd_trainer.student import base_model
-from gkd_trainer.weights import checkpoint_weights, has_tied_head, is_plain_lora, write_adapter, write_weights
+from gkd_trainer.models.loading import base_model
+from gkd_trainer.models.weights import checkpoint_weights, has_tied_head, is_plain_lora, write_adapter, write_weights
 
 TIED = {"tie_word_embeddings": True}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -372,7 +372,7 @@ def test_a_tied_head_is_written_under_both_names(student, tmp_path):
 
 
 def test_weights_in_several_files_have_an_index(student, tmp_path, monkeypatch):
-    from gkd_trainer import weights
+    from gkd_trainer.models import weights
 
     save = weights.save_torch_state_dict
     monkeypatch.setattr(weights, "save_torch_state_dict", lambda *args, **kw: save(*args, **kw, max_shard_size="50KB"))

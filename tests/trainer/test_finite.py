@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.errors import GKDNumericsError
-from gkd_trainer.finite import FiniteCheck
+from gkd_trainer.trainer.finite import FiniteCheck
 
 FINE = [True, True, True, True]
 

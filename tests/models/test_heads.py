@@ -26,8 +26,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from gkd_trainer.batch import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
-from gkd_trainer.heads import (
+from gkd_trainer.models.heads import (
     InseparableHead,
     SeparableHead,
     find_context,
@@ -35,6 +34,7 @@ from gkd_trainer.heads import (
     predict,
     vocabulary_rows,
 )
+from gkd_trainer.types import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd_trainer.batch import (
+from gkd_trainer.types import (
     IGNORE_INDEX,
     IS_ON_POLICY,
     PROMPT_IDS,

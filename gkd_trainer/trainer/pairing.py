@@ -10,8 +10,7 @@ from torch import nn
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
-from gkd_trainer.generation import GenerationMixin
-from gkd_trainer.heads import (
+from gkd_trainer.models.heads import (
     Context,
     InseparableHead,
     SeparableHead,
@@ -20,8 +19,9 @@ from gkd_trainer.heads import (
     output_embeddings,
     vocabulary_rows,
 )
-from gkd_trainer.student import base_model
+from gkd_trainer.models.loading import base_model
 from gkd_trainer.teachers import Teacher, shared_vocabulary_size
+from gkd_trainer.trainer.rollout_queue import GenerationMixin
 
 logger = logging.getLogger(__name__)
 

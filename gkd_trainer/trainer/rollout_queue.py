@@ -18,11 +18,8 @@ from torch import nn
 from transformers.trainer_utils import has_length
 from trl.models import unwrap_model_for_generation
 
-from gkd_trainer.any_trainer import pad_token_id, require_labels
-from gkd_trainer.batch import Generated, Sampling
-from gkd_trainer.checkpoints import rollouts_file
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDRolloutError
-from gkd_trainer.recovery import RecoveryMixin
+from gkd_trainer.models.loading import base_model, media_token_ids
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.metrics import TrainingMeter
 from gkd_trainer.rollouts import (
@@ -42,8 +39,11 @@ from gkd_trainer.rollouts import (
     plan_window,
     transformers_options,
 )
-from gkd_trainer.student import base_model, media_token_ids
 from gkd_trainer.teachers import Teacher
+from gkd_trainer.trainer.any_trainer import pad_token_id, require_labels
+from gkd_trainer.trainer.checkpoints import rollouts_file
+from gkd_trainer.trainer.recovery import RecoveryMixin
+from gkd_trainer.types import Generated, Sampling
 
 logger = logging.getLogger(__name__)
 

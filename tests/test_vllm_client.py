@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from gkd_trainer import serving
+from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
-from gkd_trainer.serving import VLLMServer, spread
+from gkd_trainer.vllm_client import VLLMServer, spread
 from tests.serving import FaultyProxy, cut_in_half, delayed, free_port, hang_up, status, trickle, trickle_head
 
 OK = b'{"value": 7}'
@@ -18,9 +18,9 @@ NEVER = "http://127.0.0.1:9"
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(serving, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(serving, "_LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(serving, "_JITTER", 0.01)
+    monkeypatch.setattr(vllm_client, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(vllm_client, "_LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(vllm_client, "_JITTER", 0.01)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_server_that_restarts_is_waited_for(faulty):
 
 def test_a_retry_is_logged_with_its_cause(faulty, caplog):
     faulty.next(status(500, b"busy"))
-    with caplog.at_level(logging.WARNING, logger="gkd_trainer.serving"):
+    with caplog.at_level(logging.WARNING, logger="gkd_trainer.vllm_client"):
         client(faulty).get("/health", value)
     [record] = caplog.records
     assert record.message == f"GET /health of the vLLM server at {faulty.base_url} is tried again: status 500: busy"
@@ -287,7 +287,7 @@ def test_all_items_are_under_way_at_once():
 
 
 def test_one_failure_ends_what_has_not_started(monkeypatch):
-    monkeypatch.setattr(serving, "_CALLS_AT_ONCE", 1)
+    monkeypatch.setattr(vllm_client, "_CALLS_AT_ONCE", 1)
     done = []
 
     def call(server, item):

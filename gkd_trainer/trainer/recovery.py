@@ -13,8 +13,6 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers.trainer import TRAINER_STATE_NAME
 
-from gkd_trainer.any_trainer import AnyTrainer
-from gkd_trainer.checkpoints import last_whole_checkpoint, required_whole
 from gkd_trainer.errors import (
     GKDConfigError,
     GKDDataError,
@@ -23,6 +21,8 @@ from gkd_trainer.errors import (
     GKDServerError,
     GKDTeacherError,
 )
+from gkd_trainer.trainer.any_trainer import AnyTrainer
+from gkd_trainer.trainer.checkpoints import last_whole_checkpoint, required_whole
 
 _KINDS: tuple[type[GKDError], ...] = (
     GKDError,
