@@ -320,7 +320,7 @@ def test_a_teacher_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(ma
             return super().score(batch)
 
     teacher = Failing(tiny_model(hidden=48, seed=1))
-    with pytest.raises(GKDTeacherError, match=r"a row is too long.*step 1 is saved in .*checkpoint-1: once that"):
+    with pytest.raises(GKDTeacherError, match=r"a row is too long.*step 1 is saved in .*checkpoint-1: once it"):
         make_trainer(trainer_args={"teacher": teacher}).train()
     trainer = make_trainer(trainer_args={"teacher": teacher})
     trainer.train(resume_from_checkpoint=True)
