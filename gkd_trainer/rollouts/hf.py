@@ -105,6 +105,10 @@ class HFRollouts(RolloutEngine):
                 completions.update(zip(indices, batch, strict=True))
         return [completions[index] for index in range(len(prompts))]
 
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = self._wrapped = self._probed = None
+
     def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """Return which prompts go into each call of transformers' `generate`; none where this rank only takes part."""
 

@@ -415,7 +415,7 @@ class GKDMixin(AnyTrainer):
                 GKDTeacherError,
                 "the teacher's scoring of a batch",
                 # A teacher elsewhere may fail one rank alone; one that lives here would make each micro-batch wait.
-                exchanges=self.teacher.model is None,
+                exchanges=not self.teacher.is_local,
             ),
         ):
             teacher = self.teacher.score(batch).sliced(pairing.vocab_size)

@@ -523,7 +523,7 @@ def test_weights_lost_three_times_in_one_window_are_an_error_that_names_the_serv
 
 def test_weights_of_the_sync_before_are_not_taken_for_the_last_ones(engine, make, student, proxy):
     [server] = engine._servers
-    previous = engine._sync.held_version(server)
+    previous = engine._sync.confirmed_version(server)
     assert previous is not None
     model = student(seed=2)
     engine.sync(model)

@@ -27,6 +27,9 @@ class SpyEngine(RolloutEngine):
     def sync(self, model):
         pass
 
+    def close(self):
+        pass
+
 
 def draw_of(lmbda, granularity="sample", rank=0, world_size=1, batch_size=2, step=5, seed=42):
     return Draw(lmbda, granularity, seed, step, rank, world_size, batch_size)

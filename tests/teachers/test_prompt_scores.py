@@ -18,5 +18,5 @@ def test_a_sequence_ends_with_the_last_token_that_is_scored():
 
 @pytest.mark.parametrize("name", ["pixel_values", "input_features"])
 def test_a_batch_with_images_or_sound_is_refused_since_a_server_is_given_tokens_alone(name):
-    with pytest.raises(GKDDataError, match=f"this batch holds {name} too"):
+    with pytest.raises(GKDDataError, match=f"this batch also holds {name}"):
         sequences_of(TokenBatch.from_inputs({**BATCH, name: torch.ones(1, 3)}))

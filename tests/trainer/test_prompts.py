@@ -33,6 +33,9 @@ class Recording(RolloutEngine):
     def sync(self, model):
         pass
 
+    def close(self):
+        pass
+
 
 class Inspecting(GKDTrainer):
     """Keeps the batches that are scored, and what reaches the student's forward."""
