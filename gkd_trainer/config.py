@@ -19,6 +19,7 @@ from gkd_trainer.config_checks import (
     parsed_json,
     parsed_urls,
 )
+from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
 
@@ -249,7 +250,7 @@ class GKDArguments:
                 check_types(self, owner, {*self._json_fields(), *self._url_fields()})
         check_ranges(self, dataclasses.fields(GKDArguments))
         self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, Unset))
-        check_combinations(self)
+        check_combinations(Run(self))
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
@@ -291,6 +292,11 @@ class GKDArguments:
         return self.seq_kd or max(self.lmbda, self._last_lmbda) > 0
 
     @property
+    def generates_anywhere(self) -> bool:
+        """Whether any completion may be generated, in training or for eval_on_policy."""
+        return self.generates or self.eval_on_policy
+
+    @property
     def is_always_on_policy(self) -> bool:
         """Whether every sample of the run is on-policy."""
         return min(self.lmbda, self._last_lmbda) == 1
@@ -299,6 +305,11 @@ class GKDArguments:
     def draws_samples(self) -> bool:
         """Whether some samples of the run may be on-policy, and others not."""
         return max(self.lmbda, self._last_lmbda) > 0 and not self.is_always_on_policy
+
+    @property
+    def uses_vllm_server(self) -> bool:
+        """Whether vLLM servers generate the student's completions."""
+        return self.use_vllm and self.vllm_mode == "server"
 
     def shorten(self, max_length: int) -> None:
         """Set max_length to a smaller value, and max_new_tokens where it is at its default and no longer fits.
@@ -315,7 +326,7 @@ class GKDArguments:
             return
         default, length = int(GKDArguments.max_new_tokens), self.max_length
         self.max_new_tokens = Unset(default)
-        if length is not None and length <= default and (self.generates or self.eval_on_policy):
+        if length is not None and length <= default and self.generates_anywhere:
             self.max_new_tokens = Unset(length // 2)
             logger.warning(
                 "max_new_tokens is %d, half of max_length=%d, which its default of %d would leave no prompt in: set it "

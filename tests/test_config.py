@@ -355,7 +355,7 @@ def test_generation_kwargs_of_unknown_names_are_refused(name):
 
 
 def test_generation_kwargs_that_transformers_refuses_are_refused_at_once():
-    with pytest.raises(GKDConfigError, match=r"generation_kwargs is not taken.*cache_implementation.*nonsense"):
+    with pytest.raises(GKDConfigError, match=r"does not take generation_kwargs.*cache_implementation.*nonsense"):
         GKDArguments(generation_kwargs={"cache_implementation": "nonsense"})
 
 
@@ -609,7 +609,7 @@ def test_a_quantisation_inside_of_an_option_is_serialised(config_of):
 
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
 def test_penalties_that_vllm_alone_has_are_refused_where_the_teacher_generates(name):
-    with pytest.raises(GKDConfigError, match=f"'{name}', which vLLM alone has.*set repetition_penalty"):
+    with pytest.raises(GKDConfigError, match=f"'{name}', which only vLLM has.*set repetition_penalty"):
         GKDArguments(use_vllm=True, seq_kd=True, generation_kwargs={name: 0.5})
     shared = {name: 0.0, "min_tokens": 2, "logit_bias": {"7": -1.5}}
     assert GKDArguments(use_vllm=True, seq_kd=True, generation_kwargs=shared).generation_kwargs == shared

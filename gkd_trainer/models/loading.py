@@ -159,11 +159,16 @@ def refuse_prompt_learning(model: nn.Module) -> None:
     """Raise where an adapter adds virtual tokens: the teacher has no position to compare with them."""
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():
-            if config.is_prompt_learning:
-                raise GKDConfigError(
-                    f"the adapter {name!r} is {type(config).__name__}, which learns virtual tokens that the teacher "
-                    "does not see: use an adapter that changes weights, such as peft.LoraConfig"
-                )
+            refuse_virtual_tokens(config, f"the adapter {name!r}")
+
+
+def refuse_virtual_tokens(peft_config: PeftConfig, owner: str) -> None:
+    """Raise GKDConfigError for an adapter that learns virtual tokens; `owner` says where it came from."""
+    if peft_config.is_prompt_learning:
+        raise GKDConfigError(
+            f"{owner} is {type(peft_config).__name__}, which learns virtual tokens that the teacher does not see: use "
+            "an adapter that changes weights, such as peft.LoraConfig"
+        )
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
-from gkd_trainer.models.loading import name_of
+from gkd_trainer.models.loading import name_of, refuse_virtual_tokens
 from gkd_trainer.redaction import redacted
 from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
 
@@ -177,11 +177,8 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
-        raise GKDConfigError(
-            f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "
-            "changes weights, such as peft.LoraConfig"
-        )
+    if peft_config is not None:
+        refuse_virtual_tokens(peft_config, "peft_config")
 
 
 def refuse_data_parallel(args: Any) -> None:

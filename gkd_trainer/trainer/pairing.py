@@ -38,12 +38,6 @@ class PairingMixin(GenerationMixin):
     def _connect_teacher(self, teacher: Teacher) -> None:
         self.teacher = teacher
         tokenizer = self._tokenizer_or_none
-        if self.teacher.top_k is not None and self.args.loss_temperature != 1:
-            raise GKDConfigError(
-                f"loss_temperature={self.args.loss_temperature} can't be applied to the teacher's {self.teacher.top_k} "
-                "top tokens: their log-probs are at temperature 1, and how the rest would change is not known. Set it "
-                "to 1, or use a teacher in this process without top_k"
-            )
         self._fit_into_contexts()
         self.teacher.prepare(self.args.device, tokenizer, self.args.max_length)
         self._require_equal_teachers()

@@ -60,7 +60,7 @@ class PreparationMixin(GenerationMixin):
 
     @property
     def _keeps_prompts(self) -> bool:
-        return self._prepares_rows and bool(self.args.generates or self.args.eval_on_policy)
+        return self._prepares_rows and bool(self.args.generates_anywhere)
 
     def _prepare_datasets(self) -> None:
         if self.train_dataset is not None:

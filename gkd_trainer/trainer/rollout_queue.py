@@ -62,8 +62,8 @@ class GenerationMixin(RecoveryMixin):
         student = base_model(self.model)
         if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
             raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
-        generates = self.args.generates or self.args.eval_on_policy
-        if generates and rollouts is None and not self.args.use_vllm and not hasattr(student, "generate"):
+        needs_generate = self.args.generates_anywhere and rollouts is None and not self.args.use_vllm
+        if needs_generate and not hasattr(student, "generate"):
             option = f"lmbda={self.args.lmbda}" if self.args.generates else "eval_on_policy=True"
             raise GKDConfigError(
                 f"{option} has the student generate, which {type(student).__name__} can't: "

@@ -19,9 +19,10 @@ from transformers.trainer_utils import TrainOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.config import Unset
+from gkd_trainer.config_checks import check_loss_temperature
+from gkd_trainer.config_effects import Run, unused_options
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
-from gkd_trainer.effects import Run, unused_options
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import (
     InseparableHead,
@@ -161,6 +162,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
             loads_student=isinstance(model, str),
             builds_rollouts=rollouts is None,
         )
+        check_loss_temperature(run)
         if processing_class is None:
             name = model if isinstance(model, str) else name_of(model)
             processing_class = find_tokenizer(name, trust_remote_code, getattr(config, "model_init_kwargs", None))
