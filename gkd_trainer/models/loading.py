@@ -28,7 +28,8 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 
-_PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+"""Options of from_pretrained that say where a model lies."""
 
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -66,7 +67,7 @@ def find_tokenizer(
     """
     if not name_or_path:
         return None
-    place = {key: value for key, value in (init_kwargs or {}).items() if key in _PLACE}
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **place
