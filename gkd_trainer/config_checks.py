@@ -24,8 +24,8 @@ from gkd_trainer.types import Sampling
 from gkd_trainer.urls import ServerURL
 
 REFUSED_UNUSED = ("ce_weight", "seq_kd")
-"""Options that are refused without effect: the run would train on something other than what was asked for. The rest are
-only warned of, since sweeps often leave them set."""
+"""Options that are refused if they have no effect: the run would train on something other than what was asked for. The
+trainer only warns of the others, since sweeps often leave them set."""
 
 # What generation_kwargs may not hold, and what to do instead.
 _REFUSED_GENERATION_KWARGS = {

@@ -45,7 +45,7 @@ class StudentOptions:
     use_dora: bool = _option(False, "Whether to train the magnitudes of the weights separately (DoRA).")
 
     def lora_config(self, disable_dropout: bool) -> LoraConfig | None:
-        """Return the adapter to train, or None for all weights; raise GKDConfigError for options without effect."""
+        """Return the adapter to train, or None for all weights; refuse options that have no effect."""
         if not self.use_peft:
             unused = [
                 option.name
@@ -53,7 +53,10 @@ class StudentOptions:
                 if option.name.startswith(("lora_", "use_")) and getattr(self, option.name) != option.default
             ]
             if unused:
-                raise GKDConfigError(f"{', '.join(unused)} without effect: set use_peft to train an adapter")
+                have = "has" if len(unused) == 1 else "have"
+                raise GKDConfigError(
+                    f"{', '.join(unused)} {have} no effect without use_peft: set use_peft to train an adapter"
+                )
             return None
         if self.lora_dropout > 0 and disable_dropout:
             raise GKDConfigError(

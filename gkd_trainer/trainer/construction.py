@@ -163,7 +163,7 @@ def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:
     """Log the options that were set and have no effect, each with what it needs."""
     if options:
         listed = "; ".join(f"{name}={redacted(getattr(args, name), name)!r} needs {need}" for name, need in options)
-        logger.warning("Options without effect in this run: %s.", listed)
+        logger.warning("These options have no effect in this run: %s.", listed)
 
 
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:

@@ -97,8 +97,8 @@ def test_a_value_that_the_configuration_refuses_is_our_error(pair, data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lora_r": 8, "use_dora": True}, "^lora_r, use_dora without effect: set use_peft"),
-        ({"lora_target_modules": ["q_proj"]}, "^lora_target_modules without effect"),
+        ({"lora_r": 8, "use_dora": True}, "^lora_r, use_dora have no effect without use_peft"),
+        ({"lora_target_modules": ["q_proj"]}, "^lora_target_modules has no effect"),
         ({"use_peft": True, "lora_dropout": 0.1}, r"lora_dropout=0\.1 has no effect while disable_dropout is on"),
     ],
 )
