@@ -28,7 +28,8 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 
-_PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+"""Options of from_pretrained that say where a model lies."""
 
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -66,7 +67,7 @@ def find_tokenizer(
     """
     if not name_or_path:
         return None
-    place = {key: value for key, value in (init_kwargs or {}).items() if key in _PLACE}
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **place
@@ -159,11 +160,16 @@ def refuse_prompt_learning(model: nn.Module) -> None:
     """Raise where an adapter adds virtual tokens: the teacher has no position to compare with them."""
     if isinstance(model, PeftModel):
         for name, config in model.peft_config.items():
-            if config.is_prompt_learning:
-                raise GKDConfigError(
-                    f"the adapter {name!r} is {type(config).__name__}, which learns virtual tokens that the teacher "
-                    "does not see: use an adapter that changes weights, such as peft.LoraConfig"
-                )
+            refuse_virtual_tokens(config, f"the adapter {name!r}")
+
+
+def refuse_virtual_tokens(peft_config: PeftConfig, owner: str) -> None:
+    """Raise GKDConfigError for an adapter that learns virtual tokens; `owner` says where it came from."""
+    if peft_config.is_prompt_learning:
+        raise GKDConfigError(
+            f"{owner} is {type(peft_config).__name__}, which learns virtual tokens that the teacher does not see: use "
+            "an adapter that changes weights, such as peft.LoraConfig"
+        )
 
 
 def base_model(model: nn.Module) -> nn.Module:

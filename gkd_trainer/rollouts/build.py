@@ -35,8 +35,7 @@ def build_student_engine(
     rank: int,
 ) -> RolloutEngine:
     student = base_model(model)
-    generates = args.generates or args.eval_on_policy
-    if generates and not args.use_vllm and not hasattr(student, "generate"):
+    if args.generates_anywhere and not args.use_vllm and not hasattr(student, "generate"):
         option = f"lmbda={args.lmbda}" if args.generates else "eval_on_policy=True"
         raise GKDConfigError(
             f"{option} has the student generate, which {type(student).__name__} can't: "

@@ -17,7 +17,8 @@ from transformers import TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.effects import Run
+from gkd_trainer.config_checks import check_loss_temperature
+from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import (
     base_model,
@@ -26,6 +27,7 @@ from gkd_trainer.models.loading import (
     name_of,
     refuse_frozen,
     refuse_prompt_learning,
+    refuse_virtual_tokens,
     uncompiled,
     wrap_in_adapter,
 )
@@ -93,6 +95,7 @@ def construct(
         loads_student=isinstance(model, str),
         builds_rollouts=builds_rollouts,
     )
+    check_loss_temperature(run)
     processing_class = arguments["processing_class"]
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
@@ -151,12 +154,6 @@ def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
         raise GKDTeacherError(
             "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
             "process as teacher_model, or set seq_kd=False"
-        )
-    if teacher.top_k is not None and config.loss_temperature != 1:
-        raise GKDConfigError(
-            f"loss_temperature={config.loss_temperature} can't be applied to the teacher's {teacher.top_k} "
-            "top tokens: their log-probs are at temperature 1, and how the rest would change is not known. Set it "
-            "to 1, or use a teacher in this process without top_k"
         )
 
 
@@ -254,7 +251,7 @@ def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:
     """Log the options that were set and have no effect, each with what it needs."""
     if options:
         listed = "; ".join(f"{name}={redacted(getattr(args, name), name)!r} needs {need}" for name, need in options)
-        logger.warning("Options without effect in this run: %s.", listed)
+        logger.warning("These options have no effect in this run: %s.", listed)
 
 
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:
@@ -268,11 +265,8 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
-        raise GKDConfigError(
-            f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "
-            "changes weights, such as peft.LoraConfig"
-        )
+    if peft_config is not None:
+        refuse_virtual_tokens(peft_config, "peft_config")
 
 
 def refuse_data_parallel(args: Any) -> None:

@@ -65,7 +65,6 @@ def write_card(
         dataset: What it was trained on, if anything.
     """
     described = describe(teacher)
-    adapter = model.active_peft_config if isinstance(model, PeftModel) else None
     card = distillation_card(
         summary,
         args=args,
@@ -73,10 +72,10 @@ def write_card(
         teacher=described.name,
         teacher_urls=described.base_urls,
         teacher_top_k=described.top_k,
-        adapter=adapter,
+        adapter=model.active_peft_config if isinstance(model, PeftModel) else None,
         n_rows=len(dataset) if hasattr(dataset, "__len__") else None,
     )
-    if adapter is not None:
+    if isinstance(model, PeftModel):
         card = with_adapter(card, model, str(path.parent))
     card.save(path)
 

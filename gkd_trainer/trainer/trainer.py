@@ -21,9 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.config import Unset
+from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
-from gkd_trainer.effects import unused_options
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import logits_of, set_logits
 from gkd_trainer.models.loading import (
@@ -274,7 +274,7 @@ class GKDMixin(AnyTrainer):
 
     @property
     def _completes_prompts(self) -> bool:
-        return bool(self.args.generates or self.args.eval_on_policy)
+        return bool(self.args.generates_anywhere)
 
     @property
     def _student(self) -> CurrentStudent:
