@@ -52,7 +52,7 @@ class Ranks:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the ranks' tensors joined along their first axis, scalars as a vector."""
-        gathered: Tensor = self.accelerator.gather(tensor)
+        gathered: Tensor = self.accelerator.gather(tensor if tensor.dim() else tensor[None])
         return gathered
 
     @property
