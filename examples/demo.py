@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,14 @@ import torch
 from datasets import Dataset
 from demo_data.make_answers import answer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer
 from gkd_trainer.report.stages import plot_curves, print_samples, print_stages
@@ -116,34 +124,15 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype="auto" if on_gpu else torch.float32)
     teacher.to("cuda" if on_gpu else "cpu")
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32)
-    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in answers(options, teacher, tokenizer)]
-    rows = [{key: [message(key, row[key])] for key in row} for row in rows]
+    rows = [
+        {key: [message(key, row[key])] for key in ("prompt", "completion")}
+        for row in answers(options, teacher, tokenizer)
+    ]
     train_rows, held_out = rows[: -options.held_out], rows[-options.held_out :]
     console.print(f"{len(train_rows)} answers of the teacher to learn from, {len(held_out)} to measure on.")
 
-    def trainer(name: str, *, train_dataset=None, eval_dataset=None, callbacks=(), **settings) -> GKDTrainer:
-        return GKDTrainer(
-            model=student,
-            teacher=FrozenTeacher(teacher, tokenizer=tokenizer),
-            args=GKDConfig(
-                output_dir=str(options.output / name),
-                per_device_train_batch_size=4,
-                per_device_eval_batch_size=8,
-                lr_scheduler_type="constant_with_warmup",
-                warmup_steps=5,
-                max_length=192,
-                max_new_tokens=options.max_new_tokens,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                bf16=on_gpu and torch.cuda.is_bf16_supported(),
-                **settings,
-            ),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-        )
+    def trainer(name: str, **settings) -> GKDTrainer:
+        return build_trainer(options.output / name, options.max_new_tokens, student, teacher, tokenizer, **settings)
 
     examiner = Examiner(trainer, held_out)
     stages, samples, curves, minutes = {}, {}, {}, {}
@@ -170,12 +159,7 @@ def main() -> None:
     steps = curves["then λ = 0.5"][-1][0] - start[0]
     run("then λ = 0", steps, start, times=2, limit=math.inf, lmbda=0.0, **further)
 
-    for index in range(options.shown):
-        of_teacher = {"teacher (greedy)": (held_out[index]["completion"][0]["content"], True)}
-        of_student = {f"student, {stage}": texts[index] for stage, texts in samples.items()}
-        print_samples(held_out[index]["prompt"][0]["content"], of_teacher | of_student, console)
-    console.rule()
-    title = f"On {len(held_out)} held-out prompts; KL in nats per token"
+    print_comparison(options, held_out, samples, console)
     times = ", ".join(f"{stage} {time:.1f}" for stage, time in minutes.items())
     caption = (
         f"The last two columns both continue from the second for {steps} steps, with the same rows, divergence (JSD) "
@@ -183,12 +167,60 @@ def main() -> None:
         "completions does for the student. This is one run with one seed: small differences may be chance. "
         f"Minutes of training, including measurements: {times}."
     )
-    print_stages(stages, title, caption, console)
+    print_stages(stages, f"On {len(held_out)} held-out prompts; KL in nats per token", caption, console)
     picture = options.output / "demo.png"
     plot_curves(curves, picture, logarithmic={TEXT_KL, SAMPLES_KL})
     (options.output / "demo.json").write_text(json.dumps({"stages": stages, "curves": curves}, indent=2))
     total = (time.monotonic() - began) / 60
     console.print(f"{total:.1f} minutes. The plot is {picture}, the student (λ = 0.5) {options.output / 'student'}.")
+
+
+def build_trainer(
+    output_dir: Path,
+    max_new_tokens: int,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **settings,
+) -> GKDTrainer:
+    """Return a trainer of the student with the settings that all runs share, and those given."""
+    return GKDTrainer(
+        model=student,
+        teacher=FrozenTeacher(teacher, tokenizer=tokenizer),
+        args=GKDConfig(
+            output_dir=str(output_dir),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=8,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=5,
+            max_length=192,
+            max_new_tokens=max_new_tokens,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            **settings,
+        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def print_comparison(
+    options: argparse.Namespace, held_out: list, samples: dict[str, list[tuple[str, bool]]], console: Console
+) -> None:
+    """Print the first held-out prompts, each with the completions by the teacher and by the student at every stage."""
+    for index in range(options.shown):
+        of_teacher = {"teacher (greedy)": (held_out[index]["completion"][0]["content"], True)}
+        of_student = {f"student, {stage}": texts[index] for stage, texts in samples.items()}
+        print_samples(held_out[index]["prompt"][0]["content"], of_teacher | of_student, console)
+    console.rule()
 
 
 def answers(options: argparse.Namespace, teacher, tokenizer) -> list[dict[str, str]]:

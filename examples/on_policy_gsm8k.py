@@ -27,7 +27,7 @@ from gkd_trainer.data import gsm8k
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on the questions alone, and print the accuracy on test problems."""
+    """Train on only the questions, and print the accuracy on test problems."""
     args = parse_args(argv)
     config = GKDConfig(
         output_dir=args.output_dir,
