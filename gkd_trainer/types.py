@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -226,15 +227,19 @@ class TokenBatch:
 
     `model_inputs` holds what the models' forward takes (`input_ids` [B, L], and `attention_mask` and others
     where the collator gave them), padded on the right; `labels_BL` the token ids with IGNORE_INDEX where a token is not
-    trained on; `is_on_policy_B` which samples the student generated.
+    trained on; `is_on_policy_B` which samples the student generated. The logits at position i predict the label at
+    i + `label_offset`: 1 for a causal LM, 0 for a decoder that is given its labels shifted (encoder-decoders).
+
+    What is derived is computed once: finding the positions waits for the device.
     """
 
     model_inputs: Mapping[str, Tensor]
     labels_BL: Tensor
     is_on_policy_B: Tensor
+    label_offset: int = 1
 
     @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Any]) -> TokenBatch:
+    def from_inputs(cls, inputs: Mapping[str, Any], label_offset: int = 1) -> TokenBatch:
         """Build a batch from what Trainer hands to `compute_loss`; without a mark, no sample is on-policy.
 
         Rows come out `right_padded`.
@@ -245,25 +250,39 @@ class TokenBatch:
         is_on_policy_B = inputs.get(IS_ON_POLICY)
         if is_on_policy_B is None:
             is_on_policy_B = torch.zeros(labels_BL.shape[0], dtype=torch.bool, device=labels_BL.device)
-        return cls(model_inputs, labels_BL, is_on_policy_B)
+        return cls(model_inputs, labels_BL, is_on_policy_B, label_offset)
 
-    @property
+    @cached_property
     def is_scored_BL(self) -> Tensor:
-        """True at each position i whose next token i + 1 is trained on: there the models are compared."""
+        """True at each position whose logits predict a token that is trained on: there the models are compared."""
         is_scored_BL = torch.zeros_like(self.labels_BL, dtype=torch.bool)
-        is_scored_BL[:, :-1] = self.labels_BL[:, 1:] != IGNORE_INDEX
+        end = self.labels_BL.shape[1] - self.label_offset
+        is_scored_BL[:, :end] = self.labels_BL[:, self.label_offset :] != IGNORE_INDEX
         return is_scored_BL
 
-    @property
-    def targets_N(self) -> Tensor:
-        """The token ids trained on, in the order in which `is_scored_BL` selects their positions."""
-        targets_BL = self.labels_BL[:, 1:]
-        return targets_BL[targets_BL != IGNORE_INDEX]
+    @cached_property
+    def _positions_N2(self) -> Tensor:
+        return self.is_scored_BL.nonzero()
 
     @property
     def rows_N(self) -> Tensor:
-        """The row in the batch of each token trained on."""
-        return self.is_scored_BL.nonzero()[:, 0]
+        """The row in the batch of each scored position, in ascending order."""
+        return self._positions_N2[:, 0]
+
+    @property
+    def columns_N(self) -> Tensor:
+        """The column of each scored position: `values_BL[rows_N, columns_N]` selects without waiting for the device."""
+        return self._positions_N2[:, 1]
+
+    @cached_property
+    def targets_N(self) -> Tensor:
+        """The token id that each scored position predicts."""
+        return self.labels_BL[self.rows_N, self.columns_N + self.label_offset]
+
+    @property
+    def n_scored(self) -> int:
+        """How many positions are scored: N."""
+        return len(self._positions_N2)
 
 
 def may_be_per_token(name: str, value: Any) -> bool:

@@ -1,5 +1,7 @@
 """The values that cross the stages: which positions are scored, what a head makes of hidden states."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,7 @@ def test_position_i_is_scored_where_token_i_plus_1_is_trained_on():
     ]
     assert batch.targets_N.tolist() == [5, 6, 7, 8]
     assert batch.rows_N.tolist() == [0, 0, 1, 1]
+    assert batch.columns_N.tolist() == [1, 2, 2, 3]
 
 
 def test_targets_and_rows_are_in_the_order_of_the_scored_positions():
@@ -67,6 +70,36 @@ def test_targets_and_rows_are_in_the_order_of_the_scored_positions():
     assert batch.is_scored_BL.nonzero().tolist() == [[row, position] for row, position, _ in expected]
     assert batch.targets_N.tolist() == [target for *_, target in expected]
     assert batch.rows_N.tolist() == [row for row, *_ in expected]
+
+
+def test_where_labels_are_not_shifted_position_i_is_scored_on_token_i():
+    batch = replace(labelled_batch(), label_offset=0)
+    assert batch.is_scored_BL.tolist() == (batch.labels_BL != X).tolist()
+    assert batch.targets_N.tolist() == [5, 6, 9, 7, 8]  # the first token of row 1 too
+    assert batch.rows_N.tolist() == [0, 0, 1, 1, 1]
+    assert batch.columns_N.tolist() == [2, 3, 0, 3, 4]
+
+
+def test_a_batch_is_built_for_the_offset_that_it_is_given():
+    labels_BL = torch.tensor([[4, 5, X]])
+    inputs = {"input_ids": labels_BL.clamp_min(0), "labels": labels_BL}
+    assert TokenBatch.from_inputs(inputs).targets_N.tolist() == [5]
+    assert TokenBatch.from_inputs(inputs, label_offset=0).targets_N.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("label_offset", [0, 1])
+def test_rows_and_columns_select_what_the_mask_of_scored_positions_selects(label_offset):
+    batch = replace(labelled_batch(), label_offset=label_offset)
+    values_BLH = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(values_BLH[batch.rows_N, batch.columns_N], values_BLH[batch.is_scored_BL])
+    assert batch.n_scored == batch.is_scored_BL.sum()
+
+
+@pytest.mark.parametrize("label_offset", [0, 1])
+def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
+    batch = TokenBatch({}, torch.empty(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.bool), label_offset)
+    assert batch.is_scored_BL.shape == (2, 0)
+    assert batch.n_scored == len(batch.targets_N) == 0
 
 
 def test_only_what_a_forward_takes_is_model_input():

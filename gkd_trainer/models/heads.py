@@ -116,10 +116,10 @@ def compare(
     """
     if isinstance(head, InseparableHead):
         output = model(**batch.model_inputs, **forward_kwargs)
-        return comparison(LogitsSignal(logits_of(output)[batch.is_scored_BL])), output
+        return comparison(LogitsSignal(logits_of(output)[batch.rows_N, batch.columns_N])), output
 
     def compare_hidden(hidden_BLH: Tensor) -> T:
-        return comparison(HiddenSignal(hidden_BLH[batch.is_scored_BL], head.head()))
+        return comparison(HiddenSignal(hidden_BLH[batch.rows_N, batch.columns_N], head.head()))
 
     with _in_place_of(head, compare_hidden) as results:
         output = model(**batch.model_inputs, **forward_kwargs)

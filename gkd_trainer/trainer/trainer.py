@@ -426,7 +426,7 @@ class GKDMixin(AnyTrainer):
         )
         self._record(batch, student.tokens, model.training)
         if num_items_in_batch is None:
-            loss, micro_batches = divided(student.loss_sum, len(batch.rows_N)), 1
+            loss, micro_batches = divided(student.loss_sum, batch.n_scored), 1
         else:
             # DDP averages gradients over ranks, and with this option the divisor is of all ranks already.
             averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
