@@ -25,6 +25,37 @@ PROMPT_IDS = "on_policy_prompt_ids"
 In a row a list of token ids, empty where there is none; in a batch of tensors [B, P], filled up with IGNORE_INDEX.
 """
 
+ROW_KEY = "row_key"
+"""The key under which a row of a data set says which one it is: an integer, in a batch of tensors int64 [B]."""
+
+
+@dataclass(frozen=True)
+class SideTensor:
+    """What a batch says of its samples beside their tokens, and no model's forward is given.
+
+    `filling` stands where a sample has no value, and behind the shorter ones of several lists. `is_column` says that a
+    data set may have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]);
+    `survives_completion` that a row which gets a completion keeps its value, and not `filling`.
+    """
+
+    name: str
+    filling: int
+    is_column: bool
+    is_list: bool
+    survives_completion: bool
+
+
+SIDE_TENSORS: Mapping[str, SideTensor] = {
+    side.name: side
+    for side in (
+        SideTensor(IS_ON_POLICY, filling=False, is_column=False, is_list=False, survives_completion=False),
+        # What was generated has its prompt before it.
+        SideTensor(PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=False),
+        SideTensor(ROW_KEY, filling=-1, is_column=True, is_list=False, survives_completion=True),
+    )
+}
+"""All side tensors, by name."""
+
 MEDIA_INPUTS = frozenset(
     {
         "pixel_values",
@@ -48,7 +79,7 @@ MEDIA_INPUTS = frozenset(
 )
 """What a collator returns of images, videos and sound: their values, sizes and masks, by sample or by image."""
 
-PER_SAMPLE = MEDIA_INPUTS | {IS_ON_POLICY, PROMPT_IDS, "prompts", "prompt_attention_mask"}
+PER_SAMPLE = MEDIA_INPUTS.union(SIDE_TENSORS, {"prompts", "prompt_attention_mask"})
 """What a batch is known to hold per sample or image, whatever its shape."""
 
 PER_TOKEN = frozenset(
@@ -66,11 +97,9 @@ PER_TOKEN = frozenset(
 )
 """What a batch is known to hold per token [B, L, ...]; `position_ids` may be [..., B, L]."""
 
-_NOT_MODEL_INPUTS = frozenset(
+_NOT_MODEL_INPUTS = frozenset(SIDE_TENSORS).union(
     {
         "labels",
-        IS_ON_POLICY,
-        PROMPT_IDS,
         # What rows of tokens may say in place of labels.
         "completion_mask",
         "assistant_masks",
@@ -229,6 +258,7 @@ class TokenBatch:
     where the collator gave them), padded on the right; `labels_BL` the token ids with IGNORE_INDEX where a token is not
     trained on; `is_on_policy_B` which samples the student generated. The logits at position i predict the label at
     i + `label_offset`: 1 for a causal LM, 0 for a decoder that is given its labels shifted (encoder-decoders).
+    `side` holds the SIDE_TENSORS that the rows of the data set came with, by name.
 
     What is derived is computed once: finding the positions waits for the device.
     """
@@ -237,6 +267,7 @@ class TokenBatch:
     labels_BL: Tensor
     is_on_policy_B: Tensor
     label_offset: int = 1
+    side: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any], label_offset: int = 1) -> TokenBatch:
@@ -250,7 +281,8 @@ class TokenBatch:
         is_on_policy_B = inputs.get(IS_ON_POLICY)
         if is_on_policy_B is None:
             is_on_policy_B = torch.zeros(labels_BL.shape[0], dtype=torch.bool, device=labels_BL.device)
-        return cls(model_inputs, labels_BL, is_on_policy_B, label_offset)
+        side = {name: inputs[name] for name, tensor in SIDE_TENSORS.items() if tensor.is_column and name in inputs}
+        return cls(model_inputs, labels_BL, is_on_policy_B, label_offset, side)
 
     @cached_property
     def is_scored_BL(self) -> Tensor:

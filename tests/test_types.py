@@ -9,11 +9,14 @@ from gkd_trainer.types import (
     IGNORE_INDEX,
     IS_ON_POLICY,
     PROMPT_IDS,
+    ROW_KEY,
+    SIDE_TENSORS,
     Head,
     HiddenSignal,
     LogitsSignal,
     TokenBatch,
     in_columns_of,
+    may_be_per_token,
     prompt_length,
     right_padded,
 )
@@ -95,6 +98,24 @@ def test_rows_and_columns_select_what_the_mask_of_scored_positions_selects(label
     assert batch.n_scored == batch.is_scored_BL.sum()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_tensors_of_the_data_set_are_at_hand_by_name(side):
+    mask_BL = torch.tensor([[1, 1, 1], [0, 1, 1] if side == "left" else [1, 1, 0]])
+    ids_BL = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": ids_BL, ROW_KEY: torch.tensor([7, 8])}
+    batch = TokenBatch.from_inputs({**inputs, IS_ON_POLICY: torch.tensor([True, False])})
+    assert batch.side.keys() == {ROW_KEY}
+    assert batch.side[ROW_KEY].tolist() == [7, 8]
+    assert TokenBatch.from_inputs({"input_ids": ids_BL, "labels": ids_BL}).side == {}
+
+
+def test_no_side_tensor_is_taken_for_values_per_token_or_for_a_model_input():
+    sides = {name: torch.zeros(2, 3, dtype=torch.long) for name in SIDE_TENSORS}
+    assert not any(may_be_per_token(name, value) for name, value in sides.items())
+    batch = TokenBatch.from_inputs({"labels": torch.zeros(2, 3, dtype=torch.long), **sides})
+    assert batch.model_inputs == {}
+
+
 @pytest.mark.parametrize("label_offset", [0, 1])
 def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
     batch = TokenBatch({}, torch.empty(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.bool), label_offset)
@@ -111,6 +132,7 @@ def test_only_what_a_forward_takes_is_model_input():
         "prompts": torch.ones(2, 2, dtype=torch.long),
         "prompt_attention_mask": torch.ones(2, 2, dtype=torch.long),
         PROMPT_IDS: torch.ones(2, 2, dtype=torch.long),
+        ROW_KEY: torch.tensor([7, 8]),
         "byte_offsets": torch.ones(2, 3, 2, dtype=torch.long),
         "completion_mask": torch.ones(2, 3, dtype=torch.long),
         "assistant_masks": torch.ones(2, 3, dtype=torch.long),

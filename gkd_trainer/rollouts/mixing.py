@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, may_be_per_token, prompt_length
+from gkd_trainer.types import (
+    IGNORE_INDEX,
+    IS_ON_POLICY,
+    PROMPT_IDS,
+    SIDE_TENSORS,
+    Generated,
+    may_be_per_token,
+    prompt_length,
+)
 
 _CHOICE, _SAMPLING = 0, 1
 
@@ -112,14 +120,14 @@ def with_completions(
 
     Padded on the right; says under IS_ON_POLICY which rows the student generated. The other rows keep their values per
     token; those of what was generated are extended by the rule of their name. What has a value per sample or image goes
-    along.
+    along, but for SIDE_TENSORS that a completed row loses.
 
     Raises:
         GKDDataError: the batch holds what can't be extended.
 
     """
     ids_BL: Tensor = inputs["input_ids"]
-    marked = dict(inputs)
+    marked = {name: _side_completed(name, value, list(generated)) for name, value in inputs.items()}
     is_on_policy = [row in generated and generated[row].is_on_policy for row in range(ids_BL.shape[0])]
     marked[IS_ON_POLICY] = torch.tensor(is_on_policy, device=ids_BL.device)
     if not generated:
@@ -130,10 +138,6 @@ def with_completions(
     marked = {name: value for name, value in marked.items() if name not in _LEFT_OUT}
     marked["attention_mask"] = mask_BL
     is_real_BL = mask_BL.bool().cpu()
-    if PROMPT_IDS in marked:  # what was generated has its prompt before it now
-        own_BP = marked[PROMPT_IDS].clone()
-        own_BP[list(generated)] = IGNORE_INDEX
-        marked[PROMPT_IDS] = own_BP
     samples = {row: _Sample.of(ids_BL[row].cpu()[is_real_BL[row]], item) for row, item in generated.items()}
     padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
     for name, extended in _EXTENDED.items():
@@ -148,6 +152,16 @@ def with_completions(
         padded_BL = pad_sequence(rows, batch_first=True, padding_value=padding.get(name, 0))
         marked[name] = padded_BL.to(values_BL.device)
     return marked
+
+
+def _side_completed(name: str, value: Any, completed: list[int]) -> Any:
+    """Return what a batch in which the rows `completed` get completions holds under a name that is not per token."""
+    side = SIDE_TENSORS.get(name)
+    if side is None or side.survives_completion or not completed:
+        return value
+    value = value.clone()
+    value[completed] = side.filling
+    return value
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from gkd_trainer.rollouts.mixing import (
     sampling_seed,
     with_completions,
 )
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, Completion, Generated
+from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, ROW_KEY, Completion, Generated
 
 X = IGNORE_INDEX
 PAD = 0
@@ -178,6 +178,15 @@ def test_a_completed_sample_has_no_prompt_of_its_own_any_more_and_the_others_kee
     assert prompts_of(mixed) == [[11, 12, 13, 14], [21, 99]]
     assert mixed[PROMPT_IDS].tolist() == [[11, 12, 13, 14], [X] * 4]
     assert prompts_of(inputs) == [[11, 12, 13, 14], [21, 99]]  # the batch before is as it was
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+@pytest.mark.parametrize("is_on_policy", [True, False], ids=["the student's", "the teacher's"])
+def test_a_completed_sample_keeps_its_key(inputs, is_on_policy):
+    inputs = {**inputs, ROW_KEY: torch.tensor([2**60, 5])}
+    mixed = with_completions(inputs, generated(1, [21], [91, 2], is_on_policy=is_on_policy), PAD)
+    assert mixed[ROW_KEY].tolist() == [2**60, 5]
+    assert mixed[IS_ON_POLICY].tolist() == [False, is_on_policy]
 
 
 @pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
