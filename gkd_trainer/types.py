@@ -132,11 +132,24 @@ class Sampling:
 class Completion:
     """What an engine generated for one prompt.
 
-    `token_ids` end with the stop token where `is_finished`; otherwise `max_new_tokens` cut them off.
+    `token_ids` end with the stop token where `is_finished`; otherwise `max_new_tokens` cut them off. `is_trained` says
+    of each whether it is trained on, such as not where a tool wrote it; None: all are.
+
+    Raises:
+        ValueError: `is_trained` is not as long as `token_ids`.
+
     """
 
     token_ids: Sequence[int]
     is_finished: bool
+    is_trained: Sequence[bool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_trained is not None and len(self.is_trained) != len(self.token_ids):
+            raise ValueError(
+                f"is_trained must say of each of the completion's {len(self.token_ids)} tokens whether it is trained "
+                f"on; got {len(self.is_trained)} values"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from gkd_trainer.types import (
     PROMPT_IDS,
     ROW_KEY,
     SIDE_TENSORS,
+    Completion,
     Head,
     HiddenSignal,
     LogitsSignal,
@@ -121,6 +122,14 @@ def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
     batch = TokenBatch({}, torch.empty(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.bool), label_offset)
     assert batch.is_scored_BL.shape == (2, 0)
     assert batch.n_scored == len(batch.targets_N) == 0
+
+
+@pytest.mark.parametrize("is_trained", [[], [True], [True, False, True]])
+def test_a_completion_says_of_all_its_tokens_or_of_none_whether_they_are_trained_on(is_trained):
+    Completion([5, 6], is_finished=True)
+    Completion([5, 6], is_finished=True, is_trained=[False, True])
+    with pytest.raises(ValueError, match=rf"each of the completion's 2 tokens .* got {len(is_trained)} values"):
+        Completion([5, 6], is_finished=True, is_trained=is_trained)
 
 
 def test_only_what_a_forward_takes_is_model_input():

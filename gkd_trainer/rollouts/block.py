@@ -50,8 +50,8 @@ class Block:
                 {
                     "step": plan.step,
                     "prompts": _digest(plan),
-                    "student": [_row(completion) for completion in of_student],
-                    "teacher": [_row(completion) for completion in of_teacher],
+                    "student": [_saved(completion) for completion in of_student],
+                    "teacher": [_saved(completion) for completion in of_teacher],
                 }
                 for plan, of_student, of_teacher in windows
                 if plan.step >= from_step
@@ -69,8 +69,8 @@ class Block:
             return None
         return cls(
             plans,
-            done([[_completion(row) for row in window["student"]] for window in windows]),
-            [[_completion(row) for row in window["teacher"]] for window in windows],
+            done([[_completion(saved) for saved in window["student"]] for window in windows]),
+            [[_completion(saved) for saved in window["teacher"]] for window in windows],
             int(state["weights_step"]),
         )
 
@@ -87,9 +87,12 @@ def _digest(plan: WindowPlan) -> str:
     return hashlib.sha256(repr(jobs).encode()).hexdigest()
 
 
-def _row(completion: Completion) -> list[Any]:
-    return [list(completion.token_ids), completion.is_finished]
+def _saved(completion: Completion) -> list[Any]:
+    saved = [list(completion.token_ids), completion.is_finished]
+    return saved if completion.is_trained is None else [*saved, [bool(value) for value in completion.is_trained]]
 
 
-def _completion(row: Sequence[Any]) -> Completion:
-    return Completion(row[0], bool(row[1]))
+def _completion(saved: Sequence[Any]) -> Completion:
+    # A completion of which all tokens are trained on is saved without a third entry.
+    token_ids, is_finished, is_trained = [*saved, None][:3]
+    return Completion(token_ids, bool(is_finished), is_trained)

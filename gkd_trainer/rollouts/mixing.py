@@ -116,11 +116,12 @@ def with_completions(
     generated: Mapping[int, Generated],
     pad_token_id: int,
 ) -> dict[str, Any]:
-    """Return a batch in which some rows hold what was generated: a prompt, and a completion, the only part trained on.
+    """Return a batch in which some rows hold what was generated: a prompt, and its completion.
 
-    Padded on the right; says under IS_ON_POLICY which rows the student generated. The other rows keep their values per
-    token; those of what was generated are extended by the rule of their name. What has a value per sample or image goes
-    along, but for SIDE_TENSORS that a completed row loses.
+    Only the completion is trained on, and of that what its `is_trained` says. Padded on the right; says under
+    IS_ON_POLICY which rows the student generated. The other rows keep their values per token; those of what was
+    generated are extended by the rule of their name. What has a value per sample or image goes along, but for
+    SIDE_TENSORS that a completed row loses.
 
     Raises:
         GKDDataError: the batch holds what can't be extended.
@@ -166,10 +167,11 @@ def _side_completed(name: str, value: Any, completed: list[int]) -> Any:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A prompt and its completion, and whether the prompt is how the row's own tokens begin."""
+    """A prompt and its completion, which of its tokens are trained on, and whether the row begins with the prompt."""
 
     prompt: Tensor
     completion: Tensor
+    is_trained: Tensor
     is_prompt_of_row: bool
 
     @classmethod
@@ -178,14 +180,21 @@ class _Sample:
         prompt, completion = (
             torch.tensor(list(ids), dtype=torch.long) for ids in (generated.prompt, generated.completion.token_ids)
         )
-        return cls(prompt, completion, torch.equal(row_ids[: len(prompt)], prompt))
+        given = generated.completion.is_trained
+        is_trained = torch.ones_like(completion) if given is None else torch.tensor(list(given))
+        return cls(prompt, completion, is_trained.bool(), torch.equal(row_ids[: len(prompt)], prompt))
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
 
-    def filled(self, of_prompt: int, of_completion: int) -> Tensor:
-        """Return one value for the prompt's tokens, and one for those of the completion."""
-        return torch.tensor([of_prompt] * len(self.prompt) + [of_completion] * len(self.completion))
+    def labels(self) -> Tensor:
+        """Return the token ids that are trained on, with IGNORE_INDEX for all others."""
+        trained = self.completion.masked_fill(~self.is_trained, IGNORE_INDEX)
+        return torch.cat([torch.full_like(self.prompt, IGNORE_INDEX), trained])
+
+    def training_mask(self) -> Tensor:
+        """Return 1 for each token that is trained on, and 0 for all others."""
+        return torch.cat([torch.zeros_like(self.prompt), self.is_trained.long()])
 
 
 def _restarted(positions: Tensor, sample: _Sample) -> Tensor:
@@ -227,10 +236,10 @@ def _of_prompt(name: str, values: Tensor, sample: _Sample) -> Tensor:
 
 _EXTENDED: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
     "input_ids": lambda _, sample: torch.cat([sample.prompt, sample.completion]),
-    "labels": lambda _, sample: torch.cat([torch.full_like(sample.prompt, IGNORE_INDEX), sample.completion]),
-    "attention_mask": lambda _, sample: sample.filled(1, 1),
-    "completion_mask": lambda _, sample: sample.filled(0, 1),
-    "assistant_masks": lambda _, sample: sample.filled(0, 1),
+    "labels": lambda _, sample: sample.labels(),
+    "attention_mask": lambda _, sample: torch.ones(len(sample)),
+    "completion_mask": lambda _, sample: sample.training_mask(),
+    "assistant_masks": lambda _, sample: sample.training_mask(),
     "position_ids": _restarted,
     "token_type_ids": _token_types,
     "mm_token_type_ids": _modalities,

@@ -119,8 +119,8 @@ def batch_of(ids, mask, labels, **others):
     }
 
 
-def generated(row, prompt, ids, *, is_finished=True, is_on_policy=True):
-    return {row: Generated(prompt, Completion(ids, is_finished), is_on_policy)}
+def generated(row, prompt, ids, *, is_finished=True, is_on_policy=True, is_trained=None):
+    return {row: Generated(prompt, Completion(ids, is_finished, is_trained), is_on_policy)}
 
 
 RIGHT = batch_of(
@@ -187,6 +187,24 @@ def test_a_completed_sample_keeps_its_key(inputs, is_on_policy):
     mixed = with_completions(inputs, generated(1, [21], [91, 2], is_on_policy=is_on_policy), PAD)
     assert mixed[ROW_KEY].tolist() == [2**60, 5]
     assert mixed[IS_ON_POLICY].tolist() == [False, is_on_policy]
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+def test_of_a_completion_those_tokens_are_trained_on_that_it_says(inputs):
+    masks = {"completion_mask": inputs["attention_mask"].clone(), "assistant_masks": inputs["attention_mask"].clone()}
+    completion = generated(1, [21], [91, 92, 93, 2], is_trained=[True, False, False, True])
+    mixed = with_completions({**inputs, **masks}, completion, PAD)
+    assert mixed["input_ids"][1].tolist() == [21, 91, 92, 93, 2]
+    assert mixed["attention_mask"][1].tolist() == [1, 1, 1, 1, 1]
+    assert mixed["labels"].tolist() == [[X, X, 13, 14, 15], [X, 91, X, X, 2]]
+    for name in masks:
+        assert mixed[name].tolist() == [[1, 1, 1, 1, 1], [0, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("is_trained", [None, [True, True]])
+def test_a_completion_that_says_nothing_is_trained_on_as_a_whole(is_trained):
+    mixed = with_completions(RIGHT, generated(0, [11], [8, 9], is_trained=is_trained), PAD)
+    assert mixed["labels"][0].tolist() == [X, 8, 9]
 
 
 @pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
