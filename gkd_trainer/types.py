@@ -166,7 +166,7 @@ class Head:
     """How final hidden states become logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
     `weight_VH` and `bias_V` are float tensors; `scale` multiplies the logits; `softcap` None leaves them unbounded.
-    `vocab_size` is how many of the first rows predict, None for all (see `sliced`).
+    `vocab_size` is how many of the first tokens are predicted over, None for all (see `sliced`).
     """
 
     weight_VH: Tensor
@@ -178,13 +178,13 @@ class Head:
     def sliced(self, vocab_size: int) -> Head:
         """Return the head of the first `vocab_size` tokens.
 
-        The rows are not cut off yet: autograd would make the gradient of the whole weight a second time for that.
+        The weight is not cut yet: autograd would make the gradient of the whole weight a second time for that.
         """
         used = len(self.weight_VH) if self.vocab_size is None else self.vocab_size
         return replace(self, vocab_size=min(vocab_size, used))
 
     def cut(self) -> Head:
-        """Return the head without the rows that don't predict, sharing memory with this one."""
+        """Return the head without the weights of tokens that are not predicted over, sharing memory with this one."""
         if self.vocab_size is None:
             return self
         bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
@@ -241,7 +241,7 @@ class LogitsSignal:
 class TopKSignal:
     """A teacher's most probable tokens, with the log-probs it gave them over its whole vocabulary.
 
-    `ids_NK` are int64 and distinct within a row; `log_p_NK` are at temperature 1 and not normalised over the K:
+    `ids_NK` are int64 and distinct at each position; `log_p_NK` are at temperature 1 and not normalised over the K:
     what is missing to one is the teacher's mass outside. Entries of -inf are none: their ids mean nothing.
     `vocab_size` is how many tokens the teacher predicts over.
     """

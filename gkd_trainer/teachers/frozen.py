@@ -26,7 +26,7 @@ from gkd_trainer.models.heads import (
     SeparableHead,
     find_head,
     predict,
-    vocabulary_rows,
+    vocabulary_size,
     without_router_logits,
 )
 from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, uncompiled
@@ -117,7 +117,7 @@ class FrozenTeacher(Teacher):
     @property
     def vocab_size(self) -> int:
         """Rows of the teacher's head."""
-        return vocabulary_rows(self._model)
+        return vocabulary_size(self._model)
 
     @property
     def top_k(self) -> int | None:

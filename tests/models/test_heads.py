@@ -35,7 +35,7 @@ from gkd_trainer.models.heads import (
     find_context,
     find_head,
     predict,
-    vocabulary_rows,
+    vocabulary_size,
 )
 from gkd_trainer.teachers import FrozenTeacher
 from gkd_trainer.types import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
@@ -314,13 +314,13 @@ def test_forward_options_reach_the_model(tiny_model):
 def test_the_rows_of_a_plain_head_count_its_padding(tiny_model):
     model = tiny_model()
     model.lm_head = nn.Linear(32, 384, bias=False)
-    assert vocabulary_rows(model) == 384
+    assert vocabulary_size(model) == 384
 
 
 def test_the_rows_of_another_head_are_those_of_the_config(tiny_model):
     model = tiny_model()
     model.lm_head = OwnLinear(32, 11, bias=False)  # packed, as quantised weights are
-    assert vocabulary_rows(model) == 368
+    assert vocabulary_size(model) == 368
 
 
 def test_model_that_wants_more_than_ids_and_mask_is_asked_for_its_logits(tiny_model):

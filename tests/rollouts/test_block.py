@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from gkd_trainer.rollouts import Block, Draw, done, plan_window
+from gkd_trainer.rollouts import Block, Draw, completed_future, plan_window
 from gkd_trainer.types import IGNORE_INDEX, Completion
 
 X = IGNORE_INDEX
@@ -45,7 +45,7 @@ def completions_of(plans, mark):
 
 
 def block_of(plans):
-    return Block(list(plans), done(completions_of(plans, 77)), completions_of(plans, 88), weights_step=5)
+    return Block(list(plans), completed_future(completions_of(plans, 77)), completions_of(plans, 88), weights_step=5)
 
 
 def rows_of(window):
@@ -90,7 +90,7 @@ def test_a_checkpoint_keeps_which_tokens_of_a_completion_are_trained_on():
     completions = [
         Completion([5, 6, 7], True, is_trained) for is_trained in (None, [True, False, True], [False] * 3, [True] * 3)
     ]
-    state = json.loads(json.dumps(Block(plans, done([completions]), [[]], weights_step=5).state(5)))
+    state = json.loads(json.dumps(Block(plans, completed_future([completions]), [[]], weights_step=5).state(5)))
     assert state["windows"][0]["student"] == [
         [[5, 6, 7], True],
         [[5, 6, 7], True, [True, False, True]],
