@@ -324,11 +324,7 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
-        raise GKDConfigError(
-            f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "
-            "changes weights, such as peft.LoraConfig"
-        )
+    refuse_prompt_learning(peft_config)
 
 
 def refuse_data_parallel(args: Any) -> None:
