@@ -11,7 +11,8 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from gkd_trainer.data.keys import checked_key
-from gkd_trainer.data.rows import RowDropped, RowPreparer, RowRules
+from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.types import PROMPT_IDS, ROW_KEY
 
