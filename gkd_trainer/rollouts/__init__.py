@@ -1,7 +1,7 @@
 """Rollouts: prompts turned into completions, and the draw of the samples that get them."""
 
 from gkd_trainer.rollouts.base import RolloutEngine
-from gkd_trainer.rollouts.block import Block, Completions, done
+from gkd_trainer.rollouts.block import Block, Completions, completed_future
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.mixing import lmbda_at
 from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
@@ -28,7 +28,7 @@ __all__ = [
     "WindowPlan",
     "WindowRollout",
     "complete_greedily",
-    "done",
+    "completed_future",
     "generate_jobs",
     "has_prompts_alone",
     "lmbda_at",

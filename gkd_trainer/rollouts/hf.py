@@ -56,7 +56,7 @@ class HFRollouts(RolloutEngine):
     Args:
         stop_ids: A completion ends with the first of these tokens.
         pad_token_id: Fills the prompts of a batch on their left; masked out.
-        vocab_size: Tokens from this id on are never sampled (padding rows of the head); None allows all.
+        vocab_size: Tokens from this id on are never sampled (those that pad the head); None allows all.
         batch_size: Most prompts in one call of `generate`; None is no limit.
         is_sharded: Whether the model's weights are spread over ranks, which then have to run the same number of
             forwards: they make the same number of calls of transformers' `generate`, also where there are no prompts,

@@ -63,7 +63,7 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
             "would score the text without them. Use a teacher in this process"
         )
     ids_BL = batch.model_inputs["input_ids"].cpu().numpy()
-    is_target_BL = batch.is_scored_BL.roll(1, dims=1).cpu().numpy()
+    is_target_BL = batch.is_scored_BL.roll(batch.label_offset, dims=1).cpu().numpy()
     mask_BL = batch.model_inputs.get("attention_mask")
     is_real_BL = np.ones_like(is_target_BL) if mask_BL is None else mask_BL.bool().cpu().numpy()
     position_ids_BL = batch.model_inputs.get("position_ids")

@@ -27,7 +27,6 @@ from gkd_trainer.models.loading import (
     name_of,
     refuse_frozen,
     refuse_prompt_learning,
-    refuse_virtual_tokens,
     uncompiled,
     wrap_in_adapter,
 )
@@ -265,8 +264,7 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    if peft_config is not None:
-        refuse_virtual_tokens(peft_config, "peft_config")
+    refuse_prompt_learning(peft_config)
 
 
 def refuse_data_parallel(args: Any) -> None:

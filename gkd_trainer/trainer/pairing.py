@@ -20,7 +20,7 @@ from gkd_trainer.models.heads import (
     find_context,
     find_head,
     output_embeddings,
-    vocabulary_rows,
+    vocabulary_size,
 )
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.teachers import Teacher, shared_vocabulary_size
@@ -88,7 +88,7 @@ def pair(
     """
     _require_equal_teachers(teacher, ranks)
     vocab_size = shared_vocabulary_size(
-        vocabulary_rows(base_model(model)),
+        vocabulary_size(base_model(model)),
         teacher.vocab_size,
         None if tokenizer is None else tokenizer.get_vocab(),
         teacher.vocabulary,

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from gkd_trainer.models.heads import vocabulary_rows
+from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_token_ids
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.rollouts.build import build_student_engine, build_teacher_engine, stop_ids_of
@@ -83,7 +83,7 @@ def build_parts(
         pad_token_id=pad_id,
         media_ids=media_token_ids(student),
     )
-    rows = vocabulary_rows(student)
+    rows = vocabulary_size(student)
     preparation = Preparation(
         args,
         tokenizer,

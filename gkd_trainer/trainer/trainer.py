@@ -68,7 +68,7 @@ from gkd_trainer.trainer.preparation import (
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
-from gkd_trainer.types import PROMPT_IDS, Generated, TokenBatch, in_columns_of
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY, Generated, TokenBatch, in_columns_of
 
 if TYPE_CHECKING:
 
@@ -263,13 +263,13 @@ class GKDMixin(AnyTrainer):
 
     @property
     def data_collator(self) -> Any:
-        """The collator, which keeps labels and prompts whatever it does itself; also one that is set later."""
+        """The collator, which keeps labels and side tensors whatever it does itself; also one that is set later."""
         return self._data_collator
 
     @data_collator.setter
     def data_collator(self, collator: Any) -> None:
         if collator is not None and self._prepares_rows:
-            collator = keeping_columns(collator, keeps_prompts=self._completes_prompts)
+            collator = keeping_columns(collator)
         self._data_collator = collator
 
     @property
@@ -285,8 +285,8 @@ class GKDMixin(AnyTrainer):
         # Kept whatever the student's forward is called with: without labels a collator would take all tokens for them.
         columns = self._signature_columns or []
         own = ["input_ids", "labels"]
-        if self._prepares_rows and self._completes_prompts:
-            own.append(PROMPT_IDS)
+        if self._prepares_rows:
+            own += [ROW_KEY, PROMPT_IDS] if self._completes_prompts else [ROW_KEY]
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -426,7 +426,7 @@ class GKDMixin(AnyTrainer):
         )
         self._record(batch, student.tokens, model.training)
         if num_items_in_batch is None:
-            loss, micro_batches = divided(student.loss_sum, len(batch.rows_N)), 1
+            loss, micro_batches = divided(student.loss_sum, batch.n_scored), 1
         else:
             # DDP averages gradients over ranks, and with this option the divisor is of all ranks already.
             averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1

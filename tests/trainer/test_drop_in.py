@@ -14,6 +14,7 @@ from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
 
 from gkd_trainer import GKDArguments, GKDConfigError, GKDMixin, GKDTrainer
+from gkd_trainer.types import ROW_KEY
 
 MESSAGES = [
     [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am fine"}],
@@ -222,6 +223,13 @@ def test_packed_rows_have_the_loss_of_single_rows(tiny_model, byte_level, config
     for trainer in (packed, single):
         trainer.train()
     assert packed.state.log_history[0]["loss"] == pytest.approx(single.state.log_history[0]["loss"], rel=1e-4)
+
+
+def test_packing_drops_the_keys_of_rows_and_says_so(tiny_model, byte_level, config, caplog):
+    rows = [{"messages": messages, ROW_KEY: key} for key, messages in enumerate(MESSAGES)]
+    trainer = sft_trainer(config, tiny_model, byte_level, rows, packing=True, max_length=128, lmbda=0.0)
+    assert ROW_KEY not in trainer.train_dataset.column_names
+    assert "train: packing joins rows, so that no row has its row_key any more: it is dropped" in caplog.messages
 
 
 def test_sfttrainer_with_a_configuration_that_has_no_distillation_options_is_refused(
