@@ -103,6 +103,7 @@ class WeightSync(ABC):
     def _expect_news(self) -> None:
         """Forget which weights the servers hold: another rank gave them others."""
 
+    @final
     def _note_padded_size(self, model: nn.Module) -> None:
         student: Any = base_model(model)
         self._padded_size = student.config.get_text_config().vocab_size
@@ -120,6 +121,7 @@ class FolderSync(WeightSync):
     @abstractmethod
     def _write(self, model: nn.Module, folder: Path) -> None: ...
 
+    @final
     def _send(self, model: nn.Module) -> None:
         assert self._folder is not None
         self._sent += 1
@@ -132,9 +134,11 @@ class FolderSync(WeightSync):
             if previous is not None:
                 shutil.rmtree(previous, ignore_errors=True)
 
+    @final
     def _expect_news(self) -> None:
         self._current = None
 
+    @final
     def close(self) -> None:
         """Remove the folder."""
         if self._folder is not None:

@@ -42,14 +42,14 @@ class Teacher(ABC):
     shares_weights: ClassVar[bool] = False
     """Whether its weights are the student's own, so that freezing them would freeze the student."""
 
-    @final
     @property
+    @final
     def is_local(self) -> bool:
         """Whether it computes in this process; one elsewhere may fail for one rank alone."""
         return self.model is not None
 
-    @final
     @property
+    @final
     def can_generate(self) -> bool:
         """Whether it can complete prompts, as `seq_kd` asks of it: its model does, by transformers' `generate`."""
         return bool(getattr(self.model, "can_generate", lambda: False)())

@@ -21,7 +21,6 @@ from gkd_trainer.config_checks import check_loss_temperature
 from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import (
-    base_model,
     find_tokenizer,
     load_student,
     name_of,
@@ -31,6 +30,7 @@ from gkd_trainer.models.loading import (
     wrap_in_adapter,
 )
 from gkd_trainer.redaction import redacted
+from gkd_trainer.rollouts.build import refuse_encoder_decoder
 from gkd_trainer.teachers import Teacher
 from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.trainer.preparation import pad_token_id
@@ -86,7 +86,7 @@ def construct(
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
     model = _given_student(arguments["model"], arguments["model_init"])
     trusts = getattr(config, "trust_remote_code", False)
-    teacher = build_teacher(config, teacher, teacher_model, trusts)
+    teacher = build_teacher(config, teacher=teacher, teacher_model=teacher_model, trust_remote_code=trusts)
     _refuse_teacher(teacher, model, config)
     run = Run(
         config,
@@ -309,9 +309,7 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         GKDConfigError: It is an encoder-decoder, its adapter adds virtual tokens, or it is trained and all frozen.
         GKDTeacherError: It shares weights with the teacher.
     """
-    student = base_model(model)
-    if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
-        raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
+    refuse_encoder_decoder(model)
     refuse_prompt_learning(model)
     if not teacher.shares_weights and _have_weights_in_common(teacher.model, model):
         raise GKDTeacherError(

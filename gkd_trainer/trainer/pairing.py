@@ -127,14 +127,6 @@ def fitted_into(shorter: OwnedContext | None, args: Args) -> Args:
     return fitted
 
 
-def sampled_vocab_size(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return how many of the first tokens may be sampled.
-
-    Heads of equal size are compared with their padding rows, which no token may be sampled from.
-    """
-    return vocab_size if tokenizer is None else min(vocab_size, max(tokenizer.get_vocab().values()) + 1)
-
-
 def _find_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableHead | InseparableHead:
     head = _found_head(model, ranks, is_compiled)
     if isinstance(head, InseparableHead):

@@ -426,14 +426,14 @@ class GKDMixin(AnyTrainer):
         )
         self._record(batch, student.tokens, model.training)
         if num_items_in_batch is None:
-            loss, micro_batches = divided(student.loss_sum, batch.n_scored), 1
+            loss = divided(student.loss_sum, batch.n_scored)
         else:
             # DDP averages gradients over ranks, and with this option the divisor is of all ranks already.
             averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
             loss = divided(student.loss_sum, num_items_in_batch, averaged)
-            micro_batches = self.current_gradient_accumulation_steps
         if student.router_loss is not None:
             self._meter.add_router_loss(student.router_loss.value)
+            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + student.router_loss.weighted(loss.device) / micro_batches
         if not return_outputs:
             return loss
