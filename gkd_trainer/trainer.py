@@ -444,16 +444,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         return count
 
     def _record(self, batch: TokenBatch, rows_N: Tensor, result: TokenDivergence, is_training: bool) -> None:
-        self._row_sums_BK = sums_by_row(
-            rows_N,
-            batch.is_on_policy_B,
-            divergence_N=result.values_N,
-            student_entropy_N=result.student_entropy_N,
-            teacher_entropy_N=result.teacher_entropy_N,
-            agrees_N=result.agrees_N,
-            teacher_mass_N=result.teacher_mass_N,
-            student_mass_N=result.student_mass_N,
-        )
+        self._row_sums_BK = sums_by_row(rows_N, batch.is_on_policy_B, result)
         if is_training:
             self._meter.add_tokens(self._row_sums_BK)
             batch_size = batch.labels_BL.shape[0]
