@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from transformers import GenerationConfig
 
-from gkd_trainer.divergence.loss import checked_divergence_options
+from gkd_trainer.divergence.options import check_top_k_temperature, checked_objective
 from gkd_trainer.effects import REFUSED_UNUSED, Run, unused_options
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
@@ -134,7 +134,13 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
 
 def check_combinations(args: Any) -> None:
     """Raise GKDConfigError for options that have no meaning together."""
-    checked_divergence_options(args.divergence, args.divergence_options)
+    checked_objective(
+        args.divergence,
+        args.divergence_options,
+        beta=args.beta,
+        temperature=args.loss_temperature,
+        scale=args.divergence_scale,
+    )
     for name, need in unused_options(Run(args)):
         if name in REFUSED_UNUSED:
             raise GKDConfigError(
@@ -217,12 +223,8 @@ def _check_servers(args: Any) -> None:
         raise GKDConfigError(
             "got both teacher_server_base_url and teacher_model_name_or_path: the teacher is in one place, set one"
         )
-    if args.loss_temperature != 1 and (args.teacher_server_base_url or args.teacher_top_k is not None):
-        raise GKDConfigError(
-            f"loss_temperature={args.loss_temperature} can't be applied to a teacher's top tokens: their log-probs "
-            "are at temperature 1, and how the rest of its distribution would change is not known. Set it to 1, or "
-            "use a teacher in this process without teacher_top_k"
-        )
+    if args.teacher_server_base_url or args.teacher_top_k is not None:
+        check_top_k_temperature(args.loss_temperature, "loss_temperature")
 
 
 def _check_generation_kwargs(args: Any) -> None:

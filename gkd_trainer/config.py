@@ -19,6 +19,8 @@ from gkd_trainer.checks import (
     parsed_json,
     parsed_urls,
 )
+from gkd_trainer.divergence.objective import DIVERGENCES
+from gkd_trainer.divergence.options import SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
 
@@ -70,7 +72,7 @@ class GKDArguments:
         "jsd",
         "The divergence: 'jsd' is that of beta, the others have no beta: skewed KLs (DistiLLM), total variation, α-β "
         "divergence (ABKD), adaptive KL (AKL).",
-        ["jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl"],
+        list(DIVERGENCES),
     )
     divergence_options: dict[str, Any] | str | None = _option(
         None,
@@ -93,7 +95,7 @@ class GKDArguments:
         "paper",
         "'paper' takes the JSD as published, whose gradient vanishes towards both ends; 'continuous' divides it by "
         "β(1−β) inside (0, 1), with the two KLs as its limits.",
-        ["paper", "continuous"],
+        list(SCALES),
     )
     loss_temperature: float = _option(
         1.0, "Temperature (> 0) that divides the logits of both models in the divergence."
@@ -214,7 +216,7 @@ class GKDArguments:
         "bucket",
         "What becomes of the tokens outside teacher_top_k: 'bucket' compares their summed probability, 'renormalize' "
         "leaves them out on both sides.",
-        ["bucket", "renormalize"],
+        list(TAILS),
     )
     teacher_server_base_url: list[str] | str | None = _option(
         None,

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from gkd_trainer.divergence import reference_jsd, triton
-from gkd_trainer.divergence.objective import OPTIONS, Objective
+from gkd_trainer.divergence.objective import Objective
+from gkd_trainer.divergence.options import checked_objective
 from gkd_trainer.divergence.rows import LogitsComparison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,7 +132,7 @@ def test_rows_of_a_wider_tensor_are_read_and_written_at_their_stride():
 def test_the_other_divergences_equal_plain_torch(kind):
     student_RV, teacher_RV = pair(150)
     student_RV[0, :9] = teacher_RV[0, 3:20] = -math.inf
-    objective = Objective(divergence=kind, options=tuple(OPTIONS[kind].values()))
+    objective = checked_objective(kind)
     actual, gradient_RV = compare(student_RV, teacher_RV, objective, value_weight_R=torch.ones(R))
     expected = LogitsComparison(objective)(student_RV, (teacher_RV,), value_weight_R=torch.ones(R))
     torch.testing.assert_close(actual["values_N"], expected.values_N, rtol=1e-5, atol=2e-6)
