@@ -10,7 +10,7 @@ ratios in each turn. Memory is measured in a separate process for each: the peak
 TRL and Liger are left out if they are not installed. On the CPU everything is in float32, except the contenders that
 name bfloat16; their time, too, is divided by that of the float32 products.
 
-Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, B a tile of tokens.
+Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, R the tokens of a tile.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gkd_trainer.divergence import reference_jsd, token_divergence
-from gkd_trainer.divergence.linear import planned_block
+from gkd_trainer.divergence.linear import planned_tile
 from gkd_trainer.types import Head, HiddenSignal
 
 BETA = 0.5
@@ -91,22 +91,22 @@ def ours_bf16_products(problem: Problem) -> None:
 
 @torch.no_grad()
 def products_alone(problem: Problem) -> None:
-    """Compute the products that `ours` computes, in its tiles: the floor of any divergence from hidden states."""
+    """Make the products that `ours` makes, in its tiles: what no divergence from hidden states goes below."""
     N, V = len(problem.hidden_NH), len(problem.weight_VH)
-    B = planned_block(N, V, problem.hidden_NH.device)
+    largest = planned_tile(N, V, problem.hidden_NH.device)
     options = {"device": problem.hidden_NH.device, "dtype": problem.hidden_NH.dtype}
-    student_BV, teacher_BV = torch.empty(B, V, **options), torch.empty(B, V, **options)
+    student_RV, teacher_RV = torch.empty(largest, V, **options), torch.empty(largest, V, **options)
     hidden_gradient_NH = torch.empty_like(problem.hidden_NH)
     weight_gradient_VH = torch.zeros_like(problem.weight_VH) if problem.weight_VH.requires_grad else None
-    for start in range(0, N, B):
-        hidden_BH = problem.hidden_NH[start : start + B]
-        tile = slice(start, start + len(hidden_BH))
-        logits_BV = student_BV[: len(hidden_BH)]
-        torch.mm(hidden_BH, problem.weight_VH.T, out=logits_BV)
-        torch.mm(problem.teacher_hidden_NG[tile], problem.teacher_weight_VG.T, out=teacher_BV[: len(hidden_BH)])
-        torch.mm(logits_BV, problem.weight_VH, out=hidden_gradient_NH[tile])
+    for start in range(0, N, largest):
+        hidden_RH = problem.hidden_NH[start : start + largest]
+        tile = slice(start, start + len(hidden_RH))
+        logits_RV = student_RV[: len(hidden_RH)]
+        torch.mm(hidden_RH, problem.weight_VH.T, out=logits_RV)
+        torch.mm(problem.teacher_hidden_NG[tile], problem.teacher_weight_VG.T, out=teacher_RV[: len(hidden_RH)])
+        torch.mm(logits_RV, problem.weight_VH, out=hidden_gradient_NH[tile])
         if weight_gradient_VH is not None:
-            weight_gradient_VH.addmm_(logits_BV.T, hidden_BH)
+            weight_gradient_VH.addmm_(logits_RV.T, hidden_RH)
 
 
 def plain_torch(problem: Problem) -> None:

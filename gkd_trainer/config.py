@@ -20,6 +20,8 @@ from gkd_trainer.config_checks import (
     parsed_urls,
 )
 from gkd_trainer.config_effects import Run
+from gkd_trainer.divergence.objective import DIVERGENCES
+from gkd_trainer.divergence.options import SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import HidesSecrets, redacted
 
@@ -70,7 +72,7 @@ class GKDArguments(HidesSecrets):
         "jsd",
         "The divergence: 'jsd' depends on beta, the others do not: skewed KLs (DistiLLM), total variation, α-β "
         "divergence (ABKD), adaptive KL (AKL).",
-        ["jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl"],
+        list(DIVERGENCES),
     )
     divergence_options: dict[str, Any] | str | None = _option(
         None,
@@ -92,7 +94,7 @@ class GKDArguments(HidesSecrets):
         "paper",
         "'paper' takes the JSD as published, whose gradient vanishes towards both ends; 'continuous' divides it by "
         "β(1−β) inside (0, 1), with the two KLs as its limits.",
-        ["paper", "continuous"],
+        list(SCALES),
     )
     loss_temperature: float = _option(1.0, "Temperature (> 0) that divides both models' logits in the divergence.")
     ce_weight: float = _option(
@@ -216,7 +218,7 @@ class GKDArguments(HidesSecrets):
         "bucket",
         "What becomes of the tokens outside teacher_top_k: 'bucket' compares their summed probability, 'renormalize' "
         "leaves them out on both sides.",
-        ["bucket", "renormalize"],
+        list(TAILS),
     )
     teacher_server_base_url: list[str] | str | None = _option(
         None,

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from transformers import GenerationConfig
 
 from gkd_trainer.config_effects import Run, unused_options
-from gkd_trainer.divergence.loss import checked_divergence_options
+from gkd_trainer.divergence.options import checked_objective
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
 from gkd_trainer.types import Sampling
@@ -139,7 +139,13 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
 def check_combinations(run: Run) -> None:
     """Raise GKDConfigError for options that have no meaning together in a run, as far as it is known."""
     args = run.args
-    checked_divergence_options(args.divergence, args.divergence_options)
+    checked_objective(
+        args.divergence,
+        args.divergence_options,
+        beta=args.beta,
+        temperature=args.loss_temperature,
+        scale=args.divergence_scale,
+    )
     for name, need in unused_options(run):
         if name in REFUSED_UNUSED:
             raise GKDConfigError(
@@ -173,12 +179,8 @@ def check_loss_temperature(run: Run) -> None:
     """
     args = run.args
     has_top_tokens = run.has_top_tokens or args.teacher_server_base_url or args.teacher_top_k is not None
-    if has_top_tokens and args.loss_temperature != 1:
-        raise GKDConfigError(
-            f"loss_temperature={args.loss_temperature} can't be applied to a teacher's top tokens: their log-probs "
-            "are at temperature 1, and how the rest of its distribution would change is not known. Set it to 1, or "
-            "use a teacher in this process without a top k"
-        )
+    if has_top_tokens:
+        check_top_k_temperature(args.loss_temperature, "loss_temperature")
 
 
 def _check_schedule(args: Any) -> None:

@@ -441,16 +441,7 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        sums_BK = sums_by_row(
-            batch.rows_N,
-            batch.is_on_policy_B,
-            divergence_N=result.values_N,
-            student_entropy_N=result.student_entropy_N,
-            teacher_entropy_N=result.teacher_entropy_N,
-            agrees_N=result.agrees_N,
-            teacher_mass_N=result.teacher_mass_N,
-            student_mass_N=result.student_mass_N,
-        )
+        sums_BK = sums_by_row(batch.rows_N, batch.is_on_policy_B, result)
         if not is_training:
             self._evaluation.see(sums_BK)
             return
