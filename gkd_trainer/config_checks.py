@@ -17,7 +17,7 @@ from typing import Any, get_args
 from transformers import GenerationConfig
 
 from gkd_trainer.config_effects import Run, unused_options
-from gkd_trainer.divergence.options import checked_objective
+from gkd_trainer.divergence.options import check_top_k_temperature, checked_objective
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
 from gkd_trainer.types import Sampling
