@@ -13,7 +13,7 @@ PACKAGE = Path(gkd_trainer.__file__).parent
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"redaction", "effects", "quiet"},
+    {"redaction", "effects", "quiet", "compat"},
     {"errors"},
     {"types", "urls", "vllm_answers"},
     {"divergence"},

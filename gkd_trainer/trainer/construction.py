@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftConfig
 from transformers import TrainingArguments
 
+from gkd_trainer.compat import DEFAULT_LOSSES
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import name_of
@@ -57,7 +58,10 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     foreign = [
         field.name
         for field in dataclasses.fields(args)
-        if field.name in given and field.name not in known and given[field.name] not in (defaults[field.name], None)
+        if field.name in given
+        and field.name not in known
+        and given[field.name] not in (defaults[field.name], None)
+        and not (field.name == "loss_type" and given[field.name] in DEFAULT_LOSSES)
     ]
     if foreign:
         raise GKDConfigError(

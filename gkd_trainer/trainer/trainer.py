@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
@@ -206,6 +207,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         if not is_plain_trainer:
             arguments["peft_config"] = peft_config
         base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
+        mark_loss_as_scaled(self)
         if model_init is not None and processing_class is None:
             self._find_tokenizer_of_made_student(trust_remote_code)
         if is_in_notebook():
@@ -267,9 +269,9 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+    def set_initial_training_values(self, args: Any, dataloader: Any, *sizes: Any) -> tuple[Any, ...]:
         """Return the lengths of the run, and log at every tenth of it where the configuration leaves that open."""
-        lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)
+        lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader, *sizes)
         if isinstance(args.logging_steps, Unset):  # also that of a run before
             args.logging_steps = Unset(tenth_of(lengths[-1]))
         return lengths
@@ -430,7 +432,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
     def _adapted(self, model: nn.Module, args: Any) -> nn.Module:
         if self._adapter_config is not None:
             model = wrap_in_adapter(model, self._adapter_config)
-        if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        if isinstance(model, PeftModel) and checkpoints_activations(args):
             # Without it no gradient passes a checkpointed layer whose own inputs need none (transformers#42489).
             model.enable_input_require_grads()
         return model
