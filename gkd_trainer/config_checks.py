@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from transformers import GenerationConfig
 
+from gkd_trainer.compat import DEFAULT_LOSSES
 from gkd_trainer.config_effects import Run, unused_options
 from gkd_trainer.divergence.options import check_top_k_temperature, checked_objective
 from gkd_trainer.errors import GKDConfigError
@@ -276,7 +277,7 @@ def _check_sft_options(args: Any) -> None:
     if packs and args.max_length is None:
         raise GKDConfigError("packing fills sequences up to max_length, which is None: set max_length")
     loss_type = getattr(args, "loss_type", "nll")
-    if loss_type not in ("nll", "chunked_nll"):  # two ways to compute the default of the base
+    if loss_type not in DEFAULT_LOSSES:
         raise GKDConfigError(
             f"loss_type={loss_type!r} is another loss of trl.SFTTrainer, and the loss here is the divergence from the "
             "teacher: leave it out (divergence, beta and ce_weight say which)"

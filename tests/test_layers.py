@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"redaction", "config_effects", "quiet"},
+    {"redaction", "config_effects", "quiet", "compat"},
     {"errors"},
     {"types", "urls", "vllm_answers"},
     {"divergence"},

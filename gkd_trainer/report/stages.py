@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from gkd_trainer.errors import GKDConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Measures = Mapping[str, float]
 """The measurements of a student at one point: {"forward KL": 8.6, "agreement": 0.03}."""
@@ -56,7 +59,17 @@ def plot_curves(curves: Mapping[str, Curve], path: Path, *, logarithmic: Collect
             continues another starts with the other's last point.
         path: The file, in a format that matplotlib writes (.png, .svg, .pdf).
         logarithmic: The measures that get a logarithmic axis, since their last gains would not show on a linear one.
+
+    Raises GKDConfigError if matplotlib is missing.
     """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    except ImportError as error:
+        raise GKDConfigError(
+            'plot_curves needs matplotlib: pip install "gkd-trainer[plots]" (".[plots]" in a clone of gkd_trainer); '
+            f"importing it failed with: {error}"
+        ) from error
     measures = _measures(measures for curve in curves.values() for _, measures in curve)
     figure = Figure(figsize=(max(1, len(measures)) * 4.5, 4), layout="constrained")
     for index, measure in enumerate(measures):

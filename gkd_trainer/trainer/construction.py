@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.config_checks import check_loss_temperature
 from gkd_trainer.config_effects import Run
@@ -109,7 +110,7 @@ def construct(
         if isinstance(model, str):
             model = load_student(model, getattr(config, "model_init_kwargs", None), trusts)
         if model is not None:
-            own["model"] = adapted(model, adapter, config.gradient_checkpointing)
+            own["model"] = adapted(model, adapter, checkpoints_activations(config))
         if arguments["data_collator"] is None:
             own["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=pad_token_id(processing_class))
     else:
@@ -200,7 +201,10 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     foreign = [
         field.name
         for field in dataclasses.fields(args)
-        if field.name in given and field.name not in known and given[field.name] not in (defaults[field.name], None)
+        if field.name in given
+        and field.name not in known
+        and given[field.name] not in (defaults[field.name], None)
+        and not (field.name == "loss_type" and given[field.name] in DEFAULT_LOSSES)
     ]
     if foreign:
         raise GKDConfigError(

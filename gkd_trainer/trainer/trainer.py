@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import unwrapped
@@ -171,6 +172,7 @@ class GKDMixin(AnyTrainer):
         self._adapter, self._prepares_rows = made.adapter, made.prepares_rows
         base_init: Callable[..., None] = super().__init__
         base_init(**made.base_arguments)
+        mark_loss_as_scaled(self)
         if model_init is not None and self.processing_class is None:
             self._find_tokenizer()
         self._refuse_unusable(made)
@@ -304,7 +306,7 @@ class GKDMixin(AnyTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh student from `model_init`, adapted like one that was passed."""
         model = uncompiled_student(super().call_model_init(trial))
-        model = adapted(model, self._adapter, self.args.gradient_checkpointing)
+        model = adapted(model, self._adapter, checkpoints_activations(self.args))
         self._make_trainable(model)
         return model
 
@@ -322,9 +324,9 @@ class GKDMixin(AnyTrainer):
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+    def set_initial_training_values(self, args: Any, dataloader: Any, *sizes: Any) -> tuple[Any, ...]:
         """Return the lengths of the run, and log at every tenth of it where the configuration leaves that open."""
-        lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)
+        lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader, *sizes)
         if isinstance(args.logging_steps, Unset):  # also that of a run before
             args.logging_steps = Unset(tenth_of(lengths[-1]))
         return lengths

@@ -1,11 +1,13 @@
 """A student from stage to stage: every number in the table, every run and measure in the plot, every sample."""
 
 import io
+import sys
 
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.report.stages import plot_curves, print_samples, print_stages
 
 STAGES = {
@@ -88,3 +90,14 @@ def test_a_run_without_a_measurement_leaves_the_plot_whole(tmp_path, figures):
     assert [len(line.get_xdata()) for line in figures[0].axes[0].lines] == [0, 3]
     plot_curves({}, path)
     assert path.stat().st_size > 0
+
+
+def test_without_matplotlib_the_error_says_what_to_install_and_the_tables_need_none(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        GKDConfigError, match=r'plot_curves needs matplotlib: pip install "gkd-trainer\[plots\]"'
+    ) as error:
+        plot_curves(CURVES, tmp_path / "stages.png")
+    assert isinstance(error.value.__cause__, ImportError)
+    assert not list(tmp_path.iterdir())
+    print_stages(STAGES, "On 8 held-out prompts", console=recording())

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer, HFRollouts
+from tests.versions import CHECKPOINTING, HAS_SAMPLING_STRATEGY, IN_ORDER
 
 
 def test_every_argument_of_trainer_has_its_name_place_and_default():
@@ -213,7 +214,7 @@ def test_compiled_student_and_teacher_train_as_the_models_inside_do(make_trainer
 def test_wrapped_model_is_trained_as_it_is(make_trainer, tiny_model):
     student = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     before = {name: p.clone() for name, p in student.named_parameters()}
-    make_trainer(trainer_args={"model": student}, lmbda=0.5, gradient_checkpointing=True).train()
+    make_trainer(trainer_args={"model": student}, lmbda=0.5, **{CHECKPOINTING: True}).train()
     changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all("lora" in name for name in changed)
@@ -251,12 +252,11 @@ def test_torch_dataset_of_token_rows_trains(make_trainer, token_rows):
     assert trainer.state.log_history[0]["loss"] > 0
 
 
+@pytest.mark.skipif(not HAS_SAMPLING_STRATEGY, reason="transformers before 5.2 shuffles what has a length")
 def test_iterable_dataset_trains_on_the_rows_of_its_map_style_twin(make_trainer, token_rows):
     losses = []
     for rows in (token_rows(16), token_rows(16).to_iterable_dataset()):
-        trainer = make_trainer(
-            trainer_args={"train_dataset": rows}, train_sampling_strategy="sequential", max_steps=4, lmbda=0.5
-        )
+        trainer = make_trainer(trainer_args={"train_dataset": rows}, **IN_ORDER, max_steps=4, lmbda=0.5)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert trainer.args.accelerator_config.dispatch_batches is False
