@@ -5,15 +5,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import gkd_trainer
 
 PACKAGE = Path(gkd_trainer.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"redaction", "effects", "quiet", "compat"},
+    {"redaction", "config_effects", "quiet", "compat"},
     {"errors"},
     {"types", "urls", "vllm_answers"},
     {"divergence"},
@@ -119,3 +121,49 @@ def test_the_lazy_package_imports_nothing_of_its_own_at_run_time():
     at_run_time = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in at_run_time}
     assert names <= {"__future__", "importlib", "typing"}
+
+
+TRAINER = PACKAGE / "trainer" / "trainer.py"
+PARTS = sorted(path for path in TRAINER.parent.glob("*.py") if path.name not in ("trainer.py", "__init__.py"))
+
+
+@pytest.mark.parametrize("path", PARTS, ids=name_in_package)
+def test_no_part_of_the_trainer_knows_the_trainer(path):
+    imported = imported_by(path)
+    assert not {name for name in imported if name.startswith("gkd_trainer.trainer.trainer")}
+    # `from gkd_trainer.trainer import module` would show as this alone.
+    assert "gkd_trainer.trainer" not in imported
+    assert "transformers.trainer.Trainer" not in names_imported_by(path)
+
+
+def names_imported_by(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {f"{node.module}.{alias.name}" for node in nodes for alias in node.names} | {
+        f"transformers.trainer.{alias.name}" for node in nodes for alias in node.names if node.module == "transformers"
+    }
+
+
+def test_hooks_of_the_trainer_are_overridden_in_one_file_alone():
+    """Of all classes that stand before Trainer in GKDTrainer, or derive from it anywhere in the package."""
+    own = [cls for cls in gkd_trainer.GKDTrainer.__mro__ if cls.__module__.startswith("gkd_trainer")]
+    assert [cls.__name__ for cls in own] == ["GKDTrainer", "GKDMixin"]
+    hooks = {name for cls in own for name in vars(cls) if name in dir(transformers.Trainer)}
+    assert {"compute_loss", "get_batch_samples", "prediction_step", "_save_rng_state"} <= hooks
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+            if bases & {"Trainer", "AnyTrainer", "GKDMixin", "GKDTrainer", "SFTTrainer"}:
+                assert path == TRAINER, f"{name_in_package(path)}: {node.name} overrides hooks of Trainer"
+
+
+MODULES = [path for path in FILES if not path.name.startswith("__")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_in_package)
+def test_contributing_says_where_each_module_is(path):
+    folder = "gkd_trainer" if path.parent == PACKAGE else path.parent.name
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [table] = [part for part in text.split("\n\n") if part.startswith(f"| `{folder}/` |")]
+    assert f"`{path.name}`" in table

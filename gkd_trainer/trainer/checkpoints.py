@@ -7,6 +7,7 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
@@ -35,8 +36,8 @@ _ARCHIVES = (
 def damage(checkpoint: Path) -> str | None:
     """Return what a checkpoint lacks or which of its files was cut off; None where it is whole.
 
-    Trainer's state is written last, once all ranks have written what is theirs (see `RecoveryMixin`). No weights are
-    loaded.
+    Trainer's state is written last, once all ranks have written what is theirs (see `GKDMixin._save_rng_state`). No
+    weights are loaded.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
@@ -94,8 +95,39 @@ def required_whole(checkpoint: str | Path) -> Path:
     raise GKDConfigError(f"can't resume from the checkpoint {path}: {problem}. Use True for the last one, or {remedy}")
 
 
-def rollouts_file(checkpoint: str | Path, rank: int) -> Path:
-    """Return where a checkpoint keeps the completions of a rank that are not trained on yet."""
+def checkpoint_to_resume(resume_from_checkpoint: str | Path | bool | None, output_dir: str | Path) -> str | None:
+    """Return the checkpoint that Trainer is to resume from: a whole one; None for none.
+
+    Args:
+        resume_from_checkpoint: True for the last whole one in `output_dir`, a folder, or None or False for none.
+        output_dir: Where the run saves its checkpoints.
+
+    Raises:
+        GKDConfigError: There is none, or the one that was named is not whole.
+    """
+    if resume_from_checkpoint is True:
+        return str(last_whole_checkpoint(output_dir))
+    return str(required_whole(resume_from_checkpoint)) if resume_from_checkpoint else None
+
+
+def save_rollouts(checkpoint: str | Path, rank: int, states: list[dict[str, Any]]) -> None:
+    """Keep in a checkpoint the completions of a rank that are not trained on yet."""
+    file = _rollouts_file(checkpoint, rank)
+    if states:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(states))
+    else:  # that of an older run in the same folder
+        file.unlink(missing_ok=True)
+
+
+def load_rollouts(checkpoint: str | Path | None, rank: int) -> list[dict[str, Any]]:
+    """Return what `save_rollouts` kept, if there is a checkpoint and it kept anything."""
+    file = None if checkpoint is None else _rollouts_file(checkpoint, rank)
+    states: list[dict[str, Any]] = json.loads(file.read_text()) if file is not None and file.exists() else []
+    return states
+
+
+def _rollouts_file(checkpoint: str | Path, rank: int) -> Path:
     return Path(checkpoint) / f"rollouts-rank{rank}.json"
 
 

@@ -6,21 +6,164 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-from transformers import TrainingArguments
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import TrainingArguments, set_seed
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from gkd_trainer.compat import DEFAULT_LOSSES
+from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
 from gkd_trainer.config import GKDArguments, GKDConfig
+from gkd_trainer.config_checks import check_loss_temperature
+from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
-from gkd_trainer.models.loading import name_of
+from gkd_trainer.models.loading import (
+    find_tokenizer,
+    load_student,
+    name_of,
+    refuse_frozen,
+    refuse_prompt_learning,
+    uncompiled,
+    wrap_in_adapter,
+)
 from gkd_trainer.redaction import redacted
-from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+from gkd_trainer.rollouts.build import refuse_encoder_decoder
+from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers.build import build_teacher
+from gkd_trainer.trainer.preparation import pad_token_id
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Construction:
+    """What a trainer is made from.
+
+    `base_arguments` are those of the trainer that is extended. `adapter` is what every student is wrapped in here, if
+    the base does not do that. `prepares_rows` says whether rows are turned into tokens here. `run` decides which
+    options have an effect.
+    """
+
+    base_arguments: dict[str, Any]
+    teacher: Teacher
+    adapter: PeftConfig | None
+    prepares_rows: bool
+    run: Run
+
+
+def construct(
+    arguments: Mapping[str, Any],
+    base_parameters: Mapping[str, Parameter],
+    name: str,
+    *,
+    teacher: Teacher | None,
+    teacher_model: Any,
+    peft_config: PeftConfig | None,
+    builds_rollouts: bool,
+) -> Construction:
+    """Complete and check the arguments of a trainer, and load what is given by name.
+
+    Args:
+        arguments: The arguments that Trainer has too, by name.
+        base_parameters: What the `__init__` of the trainer that is extended takes.
+        name: The trainer's class, for errors.
+        teacher: See GKDMixin.
+        teacher_model: See GKDMixin.
+        peft_config: See GKDMixin.
+        builds_rollouts: Whether no engine was passed.
+
+    Raises:
+        GKDConfigError: Arguments that have no meaning here, or none together.
+        GKDTeacherError: No teacher, or one that can't do what is asked of it.
+    """
+    refuse_trls_order(arguments["args"], arguments["data_collator"], name)
+    # A base that takes adapters (TRL's trainers) also loads a student by name; the plain Trainer does neither.
+    is_plain_trainer = "peft_config" not in base_parameters
+    config = completed_args(arguments["args"], is_plain_trainer)
+    refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
+    model = _given_student(arguments["model"], arguments["model_init"])
+    trusts = getattr(config, "trust_remote_code", False)
+    teacher = build_teacher(config, teacher=teacher, teacher_model=teacher_model, trust_remote_code=trusts)
+    _refuse_teacher(teacher, model, config)
+    run = Run(
+        config,
+        has_top_tokens=teacher.top_k is not None,
+        loads_student=isinstance(model, str),
+        builds_rollouts=builds_rollouts,
+    )
+    check_loss_temperature(run)
+    processing_class = arguments["processing_class"]
+    if processing_class is None:
+        source = model if isinstance(model, str) else name_of(model)
+        processing_class = find_tokenizer(source, trusts, getattr(config, "model_init_kwargs", None))
+    prepares_rows = _prepares_rows(config, arguments["data_collator"])
+    if not torch.accelerator.is_available():  # or each loader warns that it pins no memory
+        config.dataloader_pin_memory = False
+    set_seed(config.seed)  # adapters start at random
+    adapter = peft_config if is_plain_trainer else None
+    own = {"model": model, "args": config, "processing_class": processing_class}
+    if is_plain_trainer:
+        if isinstance(model, str):
+            model = load_student(model, getattr(config, "model_init_kwargs", None), trusts)
+        if model is not None:
+            own["model"] = adapted(model, adapter, checkpoints_activations(config))
+        if arguments["data_collator"] is None:
+            own["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=pad_token_id(processing_class))
+    else:
+        # The rows are prepared here: SFTTrainer would train on the system's and the user's tokens too.
+        dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
+        config.dataset_kwargs = {**dataset_kwargs, "skip_prepare_dataset": True}
+        own["peft_config"] = peft_config
+    base_arguments = {**arguments, **own}
+    del base_arguments["compute_loss_func"]
+    return Construction(accepted_by(base_parameters, base_arguments, name), teacher, adapter, prepares_rows, run)
+
+
+def adapted(model: nn.Module, adapter: PeftConfig | None, checkpoints_gradients: bool) -> nn.Module:
+    """Return a student in its adapter, if it is to have one; ready for gradient checkpointing where that is on."""
+    if adapter is not None:
+        model = wrap_in_adapter(model, adapter)
+    if isinstance(model, PeftModel) and checkpoints_gradients:
+        # Without it no gradient passes a checkpointed layer whose own inputs need none (transformers#42489).
+        model.enable_input_require_grads()
+    return model
+
+
+def uncompiled_student(model: nn.Module) -> nn.Module:
+    """Return a student without `torch.compile`."""
+    return uncompiled(model, "student", " (torch_compile=True compiles it nevertheless)")
+
+
+def _given_student(model: Any, model_init: object) -> Any:
+    """Return the student, or its name; None where `model_init` makes it."""
+    if (model is None) == (model_init is None):
+        raise GKDConfigError("expected one student: pass model (a model, a name or a path) or model_init")
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    return uncompiled_student(model) if isinstance(model, nn.Module) else model
+
+
+def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
+    if teacher.is_local and teacher.model is model:
+        raise GKDTeacherError("teacher and student are the same object: freezing the one would freeze the other")
+    if config.seq_kd and not teacher.can_generate:
+        raise GKDTeacherError(
+            "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
+            "process as teacher_model, or set seq_kd=False"
+        )
+
+
+def _prepares_rows(config: Any, data_collator: object) -> bool:
+    """Return whether rows are turned into tokens here, and have all their columns kept for a collator that does it."""
+    # TRL's DataCollatorForChatML tokenises by itself, from columns that no model's forward takes.
+    reads_messages = hasattr(data_collator, "messages_key")
+    if reads_messages:
+        config.remove_unused_columns = False
+    return not (reads_messages or (getattr(config, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False))
 
 
 def refuse_trls_order(args: object, data_collator: object, name: str) -> None:
@@ -107,67 +250,11 @@ def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any
     return accepted
 
 
-def build_teacher(args: Any, teacher: Teacher | None, teacher_model: Any, trust_remote_code: bool) -> Teacher:
-    """Return the one teacher that was given, as an object, a model, a name or path, or the address of its servers.
-
-    Raises GKDTeacherError where there is none, or more than one.
-    """
-    name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
-    init_kwargs = args.teacher_model_init_kwargs
-    if isinstance(teacher_model, Teacher):
-        raise GKDTeacherError(f"teacher_model is a {type(teacher_model).__name__}: pass a Teacher as teacher")
-    if teacher is None and teacher_model is None and name is None and urls is None:
-        raise GKDTeacherError(
-            "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
-            "args.teacher_model_name_or_path or args.teacher_server_base_url"
-        )
-    if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
-        raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
-    given = teacher_model if teacher_model is not None else teacher
-    if given is not None and name is not None and not _is_named(given, name):
-        raise GKDTeacherError(
-            f"got a teacher and args.teacher_model_name_or_path={name!r}, which the teacher was not loaded from: keep "
-            "the one that is to teach"
-        )
-    source = teacher_model if teacher_model is not None else name
-    if teacher is None and isinstance(source, str | os.PathLike):
-        options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-        return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
-    if init_kwargs is not None:
-        raise GKDTeacherError(
-            "teacher_model_init_kwargs load a teacher by name, but the teacher given is loaded already: drop them, or "
-            "pass the teacher's name"
-        )
-    if teacher is not None:
-        if top_k is not None:
-            raise GKDTeacherError(
-                "teacher_top_k is set for a teacher that is given as an object: pass it top_k instead"
-            )
-        return teacher
-    if teacher_model is not None:
-        return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
-    return VLLMServerTeacher(
-        urls,
-        **({} if top_k is None else {"top_k": top_k}),
-        api_token=args.teacher_server_api_token,
-        server_timeout=args.vllm_server_timeout,
-        request_timeout=args.vllm_request_timeout,
-        checks=args.teacher_server_checks,
-    )
-
-
-def _is_named(teacher: Any, name: str) -> bool:
-    if not isinstance(teacher, str | os.PathLike):
-        teacher = name_of(teacher.model if isinstance(teacher, Teacher) else teacher)
-    given, named = Path(teacher), Path(name)
-    return given == named or (given.exists() and named.exists() and given.samefile(named))
-
-
 def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:
     """Log the options that were set and have no effect, each with what it needs."""
     if options:
         listed = "; ".join(f"{name}={redacted(getattr(args, name), name)!r} needs {need}" for name, need in options)
-        logger.warning("Options without effect in this run: %s.", listed)
+        logger.warning("These options have no effect in this run: %s.", listed)
 
 
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:
@@ -181,11 +268,7 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
-        raise GKDConfigError(
-            f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "
-            "changes weights, such as peft.LoraConfig"
-        )
+    refuse_prompt_learning(peft_config)
 
 
 def refuse_data_parallel(args: Any) -> None:
@@ -207,3 +290,41 @@ def refuse_dropped_deepspeed(args: Any, is_deepspeed_enabled: bool) -> None:
             "ACCELERATE_TORCH_DEVICE=cpu and ACCELERATE_USE_DEEPSPEED=true, make a PartialState(backend='gloo') first, "
             "and set accelerator_config={'use_configured_state': True}"
         )
+
+
+def refuse_split_sequences(context_parallel: int, sequence_parallel: int) -> None:
+    """Raise GKDConfigError where ranks share a sequence."""
+    if context_parallel > 1 or sequence_parallel > 1:
+        raise GKDConfigError(
+            "context and sequence parallelism split a sequence over ranks, across which the divergence can't look "
+            "for the next token: set cp_size and sp_size to 1"
+        )
+
+
+def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> None:
+    """Raise for a student that can't be distilled.
+
+    Args:
+        model: The student as Trainer has it.
+        teacher: Its teacher.
+        is_trained: Whether there is something to train on.
+
+    Raises:
+        GKDConfigError: It is an encoder-decoder, its adapter adds virtual tokens, or it is trained and all frozen.
+        GKDTeacherError: It shares weights with the teacher.
+    """
+    refuse_encoder_decoder(model)
+    refuse_prompt_learning(model)
+    if not teacher.shares_weights and _have_weights_in_common(teacher.model, model):
+        raise GKDTeacherError(
+            "the teacher shares weights with the student, which freezing the teacher froze too: load the teacher "
+            "separately"
+        )
+    if is_trained:
+        refuse_frozen(model)
+
+
+def _have_weights_in_common(teacher: nn.Module | None, student: nn.Module) -> bool:
+    if teacher is None:
+        return False
+    return not {*map(id, teacher.parameters())}.isdisjoint(map(id, student.parameters()))

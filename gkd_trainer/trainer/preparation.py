@@ -1,8 +1,10 @@
-"""The part of the trainer that turns its data sets into token ids and labels."""
+"""Data sets turned into token ids and labels, and what collated batches must hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -10,77 +12,65 @@ import datasets
 import torch
 from trl import pack_dataset
 
-from gkd_trainer.data import KeepPrompts, RowRules, keeping_labels, prepare_dataset
-from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.models.heads import Context, vocabulary_rows
-from gkd_trainer.models.loading import base_model
-from gkd_trainer.trainer.rollout_queue import GenerationMixin
-from gkd_trainer.types import PROMPT_IDS, prompt_length
+from gkd_trainer.config import GKDArguments
+from gkd_trainer.data import KeepSideTensors, RowRules, keeping_labels, prepare_dataset
+from gkd_trainer.errors import GKDConfigError, GKDDataError
+from gkd_trainer.trainer.pairing import OwnedContext
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY, prompt_length
+
+logger = logging.getLogger(__name__)
 
 
-class PreparationMixin(GenerationMixin):
-    """Prepares the rows of every data set that the trainer is given, at construction or later."""
+@dataclass(frozen=True)
+class Preparation:
+    """How the rows of a trainer's data sets become tokens.
 
-    _formatting_func: Callable[[Any], Any] | None
-    _prepares_rows: bool
-    _shortest_context: tuple[str, Context] | None = None
-    _data_collator: Any = None
+    `stop_ids` end a completion. `vocab_size` is how many of the first tokens a label may be of. `tokenizer` is None
+    where there is none: rows then hold tokens. `formatting_func` turns a row into one of a known format. `shorter` is
+    the context that no row may exceed. `has_ranks` says that several ranks evaluate together.
+    """
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        # Kept whatever the student's forward is called with: without labels a collator would take all tokens for them.
-        columns = self._signature_columns or []
-        own = ["input_ids", "labels", *([PROMPT_IDS] if self._keeps_prompts else [])]
-        self._signature_columns = [*columns, *(column for column in own if column not in columns)]
+    args: GKDArguments
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    vocab_size: int
+    formatting_func: Callable[[Any], Any] | None = None
+    shorter: OwnedContext | None = None
+    has_ranks: bool = False
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the loader of an evaluation set, whose rows are prepared if it is given here."""
-        # Trainer passes its own set here too, or its name in a dictionary of them: those are prepared.
-        is_given = eval_dataset is not None and eval_dataset is not self.eval_dataset
-        if is_given and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)
+    def prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
+        """Return a data set of token ids and labels.
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the loader of a test set, with its rows prepared."""
-        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+        Args:
+            dataset: Rows of a format that GKDMixin lists.
+            name: What errors and the log call the set.
+            is_training: Whether it is trained on: then a row needs what the options train on.
 
-    @property
-    def data_collator(self) -> Any:
-        """The collator, which keeps labels and prompts whatever it does itself; also one that is set later."""
-        return self._data_collator
+        Raises:
+            GKDDataError: No row of it can be used.
+            GKDConfigError: A row is longer than the context of student or teacher.
+        """
+        rules = self._rules(is_training)
+        dataset = prepare_dataset(
+            dataset,
+            self.tokenizer,
+            rules,
+            formatting_func=self.formatting_func,
+            num_proc=getattr(self.args, "dataset_num_proc", None),
+            name=name,
+        )
+        if self.args.max_length is None and self.shorter is not None and isinstance(dataset, datasets.Dataset):
+            longest = longest_row(dataset, self.args.max_new_tokens, is_generating=rules.is_generating)
+            longest.refuse_beyond(self.shorter, name)
+        if not is_training and self.has_ranks and not hasattr(dataset, "__len__"):
+            # Without a length, ranks fill up their last batch with samples that would be counted twice.
+            dataset = list(dataset)
+        return self._packed(dataset, name, is_training)
 
-    @data_collator.setter
-    def data_collator(self, collator: Any) -> None:
-        if collator is not None and self._prepares_rows:
-            collator = keeping_labels(collator)
-            if self._keeps_prompts and not isinstance(collator, KeepPrompts):
-                collator = KeepPrompts(collator)
-        self._data_collator = collator
-
-    @property
-    def _keeps_prompts(self) -> bool:
-        return self._prepares_rows and bool(self.args.generates or self.args.eval_on_policy)
-
-    def _prepare_datasets(self) -> None:
-        if self.train_dataset is not None:
-            self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._prepared(rows, name) for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._prepared(self.eval_dataset, "eval")
-
-    def _prepared(self, dataset: Any, name: str, is_training: bool = False) -> Any:
-        if isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset):
-            # Each rank reads its own share: Accelerate would concatenate batches of unequal length on one rank.
-            self.args.accelerator_config.dispatch_batches = False
-            self.accelerator.dataloader_config.dispatch_batches = False
-        if not self._prepares_rows:
-            return dataset
+    def _rules(self, is_training: bool) -> RowRules:
         args = self.args
-        student_rows = vocabulary_rows(base_model(self.model))
-        rules = RowRules(
-            stop_ids=frozenset(self._stop_ids),
+        return RowRules(
+            stop_ids=self.stop_ids,
             max_length=args.max_length,
             max_new_tokens=args.max_new_tokens,
             train_on=args.train_on,
@@ -88,51 +78,87 @@ class PreparationMixin(GenerationMixin):
             needs_completion=is_training and not (args.is_always_on_policy or args.seq_kd),
             needs_prompt=is_training and args.is_always_on_policy,
             text_field=getattr(args, "dataset_text_field", "text"),
-            # Cross-entropy needs its labels among the tokens that are compared.
-            vocab_size=(
-                self._vocab_size if args.ce_weight > 0 else min(student_rows, self.teacher.vocab_size or student_rows)
-            ),
+            vocab_size=self.vocab_size,
         )
-        dataset = prepare_dataset(
-            dataset,
-            self._tokenizer_or_none,
-            rules,
-            formatting_func=self._formatting_func,
-            num_proc=getattr(args, "dataset_num_proc", None),
-            name=name,
-        )
-        if args.max_length is None and isinstance(dataset, datasets.Dataset):
-            self._refuse_rows_beyond_the_context(dataset, name, rules.is_generating)
-        if not is_training and self.accelerator.num_processes > 1 and not hasattr(dataset, "__len__"):
-            # Without a length, ranks fill up their last batch with samples that would be counted twice.
-            dataset = list(dataset)
+
+    def _packed(self, dataset: Any, name: str, is_training: bool) -> Any:
+        args: Any = self.args  # of trl.SFTConfig
         packs = getattr(args, "packing", False)
         if not is_training and getattr(args, "eval_packing", None) is not None:
             packs = args.eval_packing
-        if packs:
-            dataset = pack_dataset(
-                dataset.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy
-            )
-        return dataset
+        if not packs:
+            return dataset
+        if ROW_KEY in (dataset.column_names or ()):
+            logger.warning("%s: packing joins rows, so that no row has its %s any more: it is dropped", name, ROW_KEY)
+        return pack_dataset(dataset.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
 
-    def _refuse_rows_beyond_the_context(self, dataset: Any, name: str, is_generating: bool) -> None:
-        if self._shortest_context is None:
-            return
-        owner, context = self._shortest_context
-        longest = longest_completed = 0
-        columns = {"input_ids", "labels", PROMPT_IDS} & {*dataset.column_names}
-        for rows in dataset.with_format(None).select_columns(sorted(columns)).iter(batch_size=1000):
-            ids, labels = rows["input_ids"], rows.get("labels", rows["input_ids"])
-            for n_tokens, row_labels, own in zip(map(len, ids), labels, rows.get(PROMPT_IDS, repeat(())), strict=False):
-                longest = max(longest, n_tokens)
-                prompt = len(own) or prompt_length(row_labels)
-                # An evaluation completes rows that are prompts alone.
-                if is_generating or prompt == n_tokens:
-                    longest_completed = max(longest_completed, prompt + self.args.max_new_tokens)
-        if max(longest, longest_completed) > context.limit:
-            completed = " with max_new_tokens" if longest_completed > longest else ""
+
+@dataclass(frozen=True)
+class LongestRow:
+    """The tokens of the longest row of a data set, and of the longest prompt with its completion; 0 for none."""
+
+    tokens: int
+    completed: int
+
+    def refuse_beyond(self, shorter: OwnedContext, name: str) -> None:
+        """Raise GKDConfigError where a data set of that name holds more than a context."""
+        needed, context = max(self.tokens, self.completed), shorter.context
+        if needed > context.limit:
+            completed = " with max_new_tokens" if self.completed > self.tokens else ""
             raise GKDConfigError(
-                f"{name}: max_length=None takes rows as they are, and the longest needs "
-                f"{max(longest, longest_completed)} tokens{completed}, more than the {owner}'s context, "
-                f"{context.limit} tokens: {context.remedy}"
+                f"{name}: max_length=None takes rows as they are, and the longest needs {needed} tokens{completed}, "
+                f"more than the {shorter.owner}'s context, {context.limit} tokens: {context.remedy}"
             )
+
+
+def longest_row(dataset: datasets.Dataset, max_new_tokens: int, *, is_generating: bool) -> LongestRow:
+    """Return how long the rows of a prepared data set are.
+
+    With `is_generating` each prompt gets a completion of `max_new_tokens`; without, the rows that are prompts alone,
+    which an evaluation completes.
+    """
+    tokens = completed = 0
+    columns = {"input_ids", "labels", PROMPT_IDS} & {*dataset.column_names}
+    for rows in dataset.with_format(None).select_columns(sorted(columns)).iter(batch_size=1000):
+        ids, labels = rows["input_ids"], rows.get("labels", rows["input_ids"])
+        for length, row_labels, own in zip(map(len, ids), labels, rows.get(PROMPT_IDS, repeat(())), strict=False):
+            tokens = max(tokens, length)
+            prompt = len(own) or prompt_length(row_labels)
+            if is_generating or prompt == length:
+                completed = max(completed, prompt + max_new_tokens)
+    return LongestRow(tokens, completed)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Return whether the rows of a data set are read as they come."""
+    return isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
+
+
+def keeping_columns(collator: Any) -> Any:
+    """Return a collator that keeps the labels of rows and their side tensors, whatever it does itself."""
+    collator = keeping_labels(collator)
+    return collator if isinstance(collator, KeepSideTensors) else KeepSideTensors(collator)
+
+
+def require_labels(inputs: Mapping[str, Any]) -> None:
+    """Raise GKDDataError where a collated batch has no labels."""
+    if "labels" not in inputs or inputs["labels"] is None:
+        raise GKDDataError(
+            f"the data collator gave no labels, only {', '.join(sorted(inputs))}: return labels [B, L] with the token "
+            "ids and -100 where a token is not trained on, or leave data_collator out"
+        )
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """Return a tokenizer, or the one that a processor of several modalities holds; None where there is none."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def pad_token_id(processing_class: Any) -> int:
+    """Return the id that fills batches: the pad token, or eos, or 0. It is masked wherever it stands."""
+    tokenizer = tokenizer_of(processing_class)
+    for name in ("pad_token_id", "eos_token_id"):
+        token_id = getattr(tokenizer, name, None)
+        if token_id is not None:
+            return int(token_id)
+    return 0

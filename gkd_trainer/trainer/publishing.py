@@ -1,97 +1,97 @@
-"""The part of the trainer that describes its student for others."""
+"""The model card beside the student's weights: written for others to read, never over one that somebody wrote."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch import nn
 from transformers.modelcard import TrainingSummary
 
+from gkd_trainer.config import GKDArguments
 from gkd_trainer.models.loading import base_model, name_of
 from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, with_adapter
-from gkd_trainer.teachers import Teacher, VLLMServerTeacher
-from gkd_trainer.trainer.any_trainer import AnyTrainer
+from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers.description import describe
 
 logger = logging.getLogger(__name__)
 
 
-class PublishingMixin(AnyTrainer):
-    """Writes the model card."""
+def card_tags(path: Path, tags: str | Iterable[str] | None, own_tags: Iterable[str] = ()) -> list[str] | None:
+    """Return the tags of a card that is to be written: those given, those that it has, a trainer's own, and ours.
 
-    teacher: Teacher
+    None, with a warning, where somebody wrote that card, or it can't be read: it is not to be replaced.
+    """
+    earlier = _generated_tags(path)
+    if earlier is None:
+        logger.warning("%s is not replaced by a model card: somebody wrote it, or it can't be read", path)
+        return None
+    earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # which PEFT gives again
+    given = [tags] if isinstance(tags, str) else list(tags or [])
+    return list(dict.fromkeys([*given, *earlier, *own_tags, *CARD_TAGS]))
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        with _keeping_own(Path(output_dir or self.args.output_dir) / "README.md"):
-            super()._save(output_dir, state_dict)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        *,
-        dataset_name: str | list[str] | None = None,
-    ) -> None:
-        """Write README.md: what the student was distilled from, on what, and how; one that somebody wrote stays.
+def tags_of_datasets(names: str | Iterable[str] | None) -> list[str]:
+    """Return the names of data sets that lie on the hub.
 
-        The arguments are Trainer's; `dataset_name` is what TRL calls `dataset`. Paths of this machine are told by their
-        last part alone.
-        """
-        if not self.is_world_process_zero():
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        served = self.teacher if isinstance(self.teacher, VLLMServerTeacher) else None
-        student = name_of(base_model(model))
-        teacher = name_of(self.teacher.model) if served is None else served.model_name
-        path = Path(self.args.output_dir) / "README.md"
-        earlier = _generated_tags(path)
-        if earlier is None:
-            logger.warning("%s is not replaced by a model card: somebody wrote it, or it can't be read", path)
-            return
-        earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # which PEFT gives again
-        given = [tags] if isinstance(tags, str) else list(tags or [])
-        names = dataset if dataset is not None else dataset_name
-        if dataset_tags is None:
-            listed = [names] if isinstance(names, str) else list(names or [])
-            # Trainer would take the name of what built the data set: none for one that was made in memory.
-            dataset_tags = [name for name in listed if "/" in name and is_on_hub(name)]
-        summary = TrainingSummary.from_trainer(
-            self,
-            language=language,
-            license=license,
-            tags=list(dict.fromkeys([*given, *earlier, *getattr(self, "_tag_names", []), *CARD_TAGS])),
-            model_name=model_name,
-            finetuned_from=finetuned_from or (student if is_on_hub(student) else ""),
-            tasks=tasks,
-            dataset_tags=dataset_tags,
-            dataset=names,
-            dataset_args=dataset_args,
-        )
-        adapter = model.active_peft_config if isinstance(model, PeftModel) else None
-        card = distillation_card(
-            summary,
-            args=self.args,
-            student=student or type(base_model(model)).__name__,
-            teacher=teacher or type(self.teacher.model or self.teacher).__name__,
-            teacher_urls=() if served is None else served.base_urls,
-            teacher_top_k=self.teacher.top_k,
-            adapter=adapter,
-            n_rows=len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
-        )
-        if adapter is not None:
-            card = with_adapter(card, model, self.args.output_dir)
-        card.save(path)
+    Trainer would take the name of what built the data set: none for one that was made in memory.
+    """
+    listed = [names] if isinstance(names, str) else list(names or [])
+    return [name for name in listed if "/" in name and is_on_hub(name)]
+
+
+def source_on_hub(model: nn.Module) -> str:
+    """Return the name on the hub that a student was loaded from; empty for any other."""
+    name = name_of(base_model(model))
+    return name if is_on_hub(name) else ""
+
+
+def write_card(
+    path: Path, summary: TrainingSummary, *, args: GKDArguments, model: nn.Module, teacher: Teacher, dataset: Any
+) -> None:
+    """Write the card of a student.
+
+    Args:
+        path: The file, in the folder of the student's weights.
+        summary: What transformers knows of the run.
+        args: The run's options.
+        model: The student, wrapped by PEFT where it has an adapter.
+        teacher: What it was distilled from.
+        dataset: What it was trained on, if anything.
+    """
+    described = describe(teacher)
+    card = distillation_card(
+        summary,
+        args=args,
+        student=name_of(base_model(model)) or type(base_model(model)).__name__,
+        teacher=described.name,
+        teacher_urls=described.base_urls,
+        teacher_top_k=described.top_k,
+        adapter=model.active_peft_config if isinstance(model, PeftModel) else None,
+        n_rows=len(dataset) if hasattr(dataset, "__len__") else None,
+    )
+    if isinstance(model, PeftModel):
+        card = with_adapter(card, model, str(path.parent))
+    card.save(path)
+
+
+@contextmanager
+def keeping_own(path: Path) -> Iterator[None]:
+    """Have a model card that somebody wrote lie aside in the block: PEFT would rewrite it, or fail to read it."""
+    if _generated_tags(path) is not None:
+        yield
+        return
+    aside = path.with_name(f"{path.name}.own")
+    path.rename(aside)
+    try:
+        yield
+    finally:
+        aside.replace(path)
 
 
 def _generated_tags(path: Path) -> list[str] | None:
@@ -105,17 +105,3 @@ def _generated_tags(path: Path) -> list[str] | None:
     tags = data.tags or []
     is_generated = data.get("library_name") == "peft" or "generated_from_trainer" in tags
     return list(tags) if is_generated else None
-
-
-@contextmanager
-def _keeping_own(path: Path) -> Iterator[None]:
-    """Have a model card that somebody wrote lie aside in the block: PEFT would rewrite it, or fail to read it."""
-    if _generated_tags(path) is not None:
-        yield
-        return
-    aside = path.with_name(f"{path.name}.own")
-    path.rename(aside)
-    try:
-        yield
-    finally:
-        aside.replace(path)

@@ -1,17 +1,17 @@
-"""The part of the trainer that loses nothing when rollouts, a sync or a teacher fail: ranks stop together, saved."""
+"""Nothing is lost when rollouts, a sync or a teacher fail: the ranks stop together, and save a checkpoint before."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers.trainer import TRAINER_STATE_NAME
+from torch import Tensor
 
 from gkd_trainer.errors import (
     GKDConfigError,
@@ -21,8 +21,7 @@ from gkd_trainer.errors import (
     GKDServerError,
     GKDTeacherError,
 )
-from gkd_trainer.trainer.any_trainer import AnyTrainer
-from gkd_trainer.trainer.checkpoints import last_whole_checkpoint, required_whole
+from gkd_trainer.trainer.ranks import Ranks
 
 _KINDS: tuple[type[GKDError], ...] = (
     GKDError,
@@ -35,91 +34,51 @@ _KINDS: tuple[type[GKDError], ...] = (
 """What a rank raises where another failed; of several, the last that any of them had."""
 
 
-class RecoveryMixin(AnyTrainer):
-    """Turns whatever fails in rollouts, a sync or a teacher into a checkpoint and one error on every rank."""
+class Recovery:
+    """Turns whatever fails in rollouts, a sync or a teacher into a checkpoint and one error on every rank.
 
-    _common_failure: GKDError | None = None
-    _random_states: tuple[Any, ...] | None = None
-    _last_checkpoint: Path | None = None
+    Args:
+        ranks: The ranks that fail together.
+        restarts_without_memory: Whether Trainer starts again where memory ran out (`auto_find_batch_size`): such an
+            error passes as it is.
+        saves_only_model: Whether checkpoints hold the weights alone (`save_only_model`), which the error says.
+    """
 
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """The folder of the last checkpoint that this run saved or resumed from."""
-        return self._last_checkpoint
+    last_checkpoint: Path | None = None
+    """The folder of the last checkpoint that this run saved or resumed from."""
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+    def __init__(self, ranks: Ranks, *, restarts_without_memory: bool = False, saves_only_model: bool = False) -> None:
+        self._ranks = ranks
+        self._restarts_without_memory = restarts_without_memory
+        self._saved_part = "weights, without what save_only_model leaves out," if saves_only_model else "run"
+        self._common_failure: GKDError | None = None
+        self._random_states: _RandomStates | None = None
 
-        Raises GKDConfigError where there is none, or where the one that was named is not whole.
-        """
-        checkpoint: str | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = str(last_whole_checkpoint(self.args.output_dir))
-        elif resume_from_checkpoint:
-            checkpoint = str(required_whole(resume_from_checkpoint))
-        return super().train(checkpoint, *args, **kwargs)
-
-    def _note_random_states(self) -> None:
+    def note_random_states(self) -> None:
         """Remember the random states of a step's end: a run that resumes there has to find them."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self._random_states = random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+        self._random_states = _RandomStates.current()
 
     @contextmanager
-    def _saving_before_it_fails(self) -> Iterator[None]:
-        """Save a checkpoint of the last complete step where what all ranks raise together ends it, and name it."""
+    def saving_before_it_fails(self, step: int | None, save: Callable[[], None]) -> Iterator[None]:
+        """Save a checkpoint of the last complete step where what all ranks raise together ends the block, and name it.
+
+        Args:
+            step: That step; None or 0 where there is nothing to save.
+            save: Saves the checkpoint of that step, on all ranks, and sets `last_checkpoint`.
+        """
         try:
             yield
         except GKDError as error:
             is_common, self._common_failure = error is self._common_failure, None
             # Saving takes all ranks: what one rank raises by itself is passed on as it is.
-            if not is_common or not self.is_in_train or self.state.global_step == 0:
+            if not is_common or not step:
                 raise
             kind = next(kind for kind in reversed(_KINDS) if isinstance(error, kind))
-            raise kind(f"{error}. {self._saved(error)}") from error
-
-    def _saved(self, error: GKDError) -> str:
-        """Save a checkpoint of the last complete step, unless there is one, and say where it is."""
-        step = self.state.global_step
-        if self._last_checkpoint is None or self._last_checkpoint.name != f"checkpoint-{step}":
-            if self._random_states is not None:
-                python, numpy, cpu, devices = self._random_states
-                random.setstate(python)
-                np.random.set_state(numpy)
-                torch.set_rng_state(cpu)
-                torch.cuda.set_rng_state_all(devices)
-            before = self._last_checkpoint
-            try:
-                self._save_checkpoint(self.model, getattr(self, "_trial", None))
-            except Exception as failure:  # a full disk must not hide what ended the run
-                return (
-                    f"The run up to step {step} could not be saved ({type(failure).__name__}: {failure}); the last "
-                    f"checkpoint is {before or 'none'}"
-                )
-        what = "weights, without what save_only_model leaves out," if self.args.save_only_model else "run"
-        when = "once the server is back" if isinstance(error, GKDServerError) else "once that is fixed"
-        return (
-            f"The {what} up to step {step} is saved in {self._last_checkpoint}: {when}, go on with "
-            "train(resume_from_checkpoint=True)"
-        )
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            # Of an older run in the same folder: it would make a half-written checkpoint seem whole.
-            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-        self._last_checkpoint = checkpoint
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the first rank writes Trainer's state next, and it stands for all ranks
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._last_checkpoint = None if checkpoint is None else Path(checkpoint)
+            when = "once the server is back" if isinstance(error, GKDServerError) else "once it is fixed"
+            raise kind(f"{error}. {self._saved(step, save, when)}") from error
 
     @contextmanager
-    def _failing_together(self, kind: type[GKDError], what: str, *, exchanges: bool = True) -> Iterator[None]:
+    def failing_together(self, kind: type[GKDError], what: str, *, exchanges: bool = True) -> Iterator[None]:
         """Raise what fails in the block on every rank, as a GKDError.
 
         Args:
@@ -132,42 +91,70 @@ class RecoveryMixin(AnyTrainer):
             yield
         except Exception as failure:
             failed = failure
-        self._raise_together(failed, kind, what, exchanges=exchanges)
+        self.raise_together(failed, kind, what, exchanges=exchanges)
 
-    def _raise_together(
+    def raise_together(
         self, failure: BaseException | None, kind: type[GKDError], what: str, *, exchanges: bool = True
     ) -> None:
-        """Raise what failed on this rank, and on all others too: they would wait for it in their next exchange."""
-        is_alone = self.accelerator.num_processes == 1
-        if self.args.auto_find_batch_size:  # with which Trainer starts again on every rank
+        """Raise what failed on this rank, and on all others too: they would wait for it in their next exchange.
+
+        The arguments are those of `failing_together`; `failure` is None where nothing failed on this rank.
+        """
+        if self._restarts_without_memory:
             is_out_of_memory = failure is not None and should_reduce_batch_size(failure)
-            if self._is_anywhere(is_out_of_memory) if exchanges else is_out_of_memory:
+            if self._ranks.any(is_out_of_memory) if exchanges else is_out_of_memory:
                 raise failure if is_out_of_memory and failure else RuntimeError("Another rank ran out of memory.")
-        error = self._typed(failure, kind, what)
-        if exchanges and not is_alone:
+        error = _typed(failure, kind, what)
+        if exchanges:
             code = 0 if error is None else 1 + max(i for i, each in enumerate(_KINDS) if isinstance(error, each))
-            worst = int(self.accelerator.gather(torch.tensor([code], device=self.args.device)).max())
+            worst = self._ranks.largest(code)
             if error is None and worst > 0:
                 error = _KINDS[worst - 1]("stopped, since another rank failed, whose error says more")
         if error is not None:
-            self._common_failure = error if exchanges or is_alone else None
+            self._common_failure = error if exchanges or self._ranks.size == 1 else None
             raise error
 
-    @staticmethod
-    def _typed(failure: BaseException | None, kind: type[GKDError], what: str) -> GKDError | None:
-        if failure is None or isinstance(failure, GKDError):
-            return failure
-        error = kind(f"{what} failed with {type(failure).__name__}: {failure}")
-        # contextlib drops a RuntimeError whose cause is a StopIteration, and raises that instead.
-        error.__cause__ = None if isinstance(failure, StopIteration) else failure
-        return error
+    def _saved(self, step: int, save: Callable[[], None], when: str) -> str:
+        """Save a checkpoint of the last complete step, unless there is one, and say where it is."""
+        if self.last_checkpoint is None or self.last_checkpoint.name != f"checkpoint-{step}":
+            if self._random_states is not None:
+                self._random_states.restore()
+            before = self.last_checkpoint
+            try:
+                save()
+            except Exception as failure:  # a full disk must not hide what ended the run
+                return (
+                    f"The run up to step {step} could not be saved ({type(failure).__name__}: {failure}); the last "
+                    f"checkpoint is {before or 'none'}"
+                )
+        return (
+            f"The {self._saved_part} up to step {step} is saved in {self.last_checkpoint}: {when}, go on with "
+            "train(resume_from_checkpoint=True)"
+        )
 
-    def _is_anywhere(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank."""
-        return self._count_ranks(flag) > 0
 
-    def _count_ranks(self, flag: bool) -> int:
-        """Return on how many ranks the flag is set."""
-        if self.accelerator.num_processes == 1:
-            return int(flag)
-        return int(self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), "sum"))
+class _RandomStates(NamedTuple):
+    python: tuple[object, ...]
+    numpy: dict[str, object] | tuple[object, ...]
+    cpu: Tensor
+    devices: list[Tensor]
+
+    @classmethod
+    def current(cls) -> _RandomStates:
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), devices)
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # type: ignore[arg-type]
+        torch.set_rng_state(self.cpu)
+        torch.cuda.set_rng_state_all(self.devices)
+
+
+def _typed(failure: BaseException | None, kind: type[GKDError], what: str) -> GKDError | None:
+    if failure is None or isinstance(failure, GKDError):
+        return failure
+    error = kind(f"{what} failed with {type(failure).__name__}: {failure}")
+    # contextlib drops a RuntimeError whose cause is a StopIteration, and raises that instead.
+    error.__cause__ = None if isinstance(failure, StopIteration) else failure
+    return error

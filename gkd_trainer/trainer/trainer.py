@@ -1,84 +1,91 @@
-"""GKDTrainer: the stages put together on the hooks of the Hugging Face Trainer.
+"""GKDTrainer: the parts put on the hooks of the Hugging Face Trainer, and the only file that overrides one.
 
-Shapes: B batch, L length, N tokens trained on, V vocabulary, K summed quantities.
+Shapes: B batch, L length, N tokens trained on, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.modelcard import TrainingSummary
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
+from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import unwrapped
-from gkd_trainer.divergence import TokenDivergence, token_divergence, trl_generalized_jsd_loss
-from gkd_trainer.effects import Run, unused_options
-from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
-from gkd_trainer.models.heads import (
-    InseparableHead,
-    SeparableHead,
-    compare,
-    connection,
-    logits_of,
-    router_loss_coefficient,
-    router_loss_of,
-    set_logits,
-    without_router_logits,
-)
+from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
+from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.models.heads import logits_of, set_logits
 from gkd_trainer.models.loading import (
     base_model,
     disable_dropout,
     find_tokenizer,
     give_pad_token,
-    load_student,
     name_of,
-    refuse_frozen,
-    refuse_prompt_learning,
-    uncompiled,
-    wrap_in_adapter,
 )
 from gkd_trainer.redaction import dropping_secrets
+from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.interval import tenth_of
-from gkd_trainer.report.metrics import EvaluationMeter, TrainingMeter, sums_by_row
+from gkd_trainer.report.metrics import TrainingMeter, sums_by_row
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher
-from gkd_trainer.trainer.any_trainer import pad_token_id, require_labels
+from gkd_trainer.trainer import publishing
+from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
 from gkd_trainer.trainer.construction import (
-    accepted_by,
-    build_teacher,
-    completed_args,
+    Construction,
+    adapted,
+    construct,
     init_parameters,
     refuse_data_parallel,
     refuse_dropped_deepspeed,
-    refuse_meaningless,
-    refuse_trls_order,
+    refuse_split_sequences,
+    refuse_student,
+    uncompiled_student,
     warn_of_unused,
 )
-from gkd_trainer.trainer.evaluation import EvaluationMixin
+from gkd_trainer.trainer.evaluation import Evaluation
 from gkd_trainer.trainer.finite import FiniteCheck
-from gkd_trainer.trainer.pairing import PairingMixin
-from gkd_trainer.trainer.preparation import PreparationMixin
-from gkd_trainer.trainer.publishing import PublishingMixin
+from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
+from gkd_trainer.trainer.parts import build_parts
+from gkd_trainer.trainer.preparation import (
+    is_stream,
+    keeping_columns,
+    pad_token_id,
+    require_labels,
+    tokenizer_of,
+)
+from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
-from gkd_trainer.types import Generated, StudentSignal, TokenBatch, in_columns_of
+from gkd_trainer.trainer.windows import Epoch
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY, Generated, TokenBatch, in_columns_of
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
 
-_COMPILES = " (torch_compile=True compiles it nevertheless)"
+    class AnyTrainer(Trainer):
+        """Any trainer that derives from Trainer, with the options of distillation in `args`."""
+
+        args: Any
+        model: Any
+        train_dataset: Any
+        eval_dataset: Any
+        _signature_columns: Any
+else:
+    AnyTrainer = object
 
 
-class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin):
+class GKDMixin(AnyTrainer):
     """Generalised knowledge distillation for a trainer of the Hugging Face family.
 
     Put it in front of the trainer that you extend: `class MySFT(GKDMixin, trl.SFTTrainer)`, with
@@ -110,6 +117,8 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
     # The loss is divided by the tokens of the whole window; Trainer must not divide it again by its micro-batches.
     loss_is_scaled_for_ga: bool | None = True
 
+    _data_collator: Any = None
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | os.PathLike[str] | None = None,
@@ -133,70 +142,16 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         rollouts: RolloutEngine | None = None,
         **base_kwargs: Any,
     ) -> None:
-        refuse_trls_order(args, data_collator, type(self).__name__)
-        base_init: Callable[..., None] = super().__init__
         family = type(self).__mro__
-        base_parameters = init_parameters(family[family.index(GKDMixin) + 1 :])
-        # A base that takes adapters (TRL's trainers) also loads a student by name; the plain Trainer does neither.
-        is_plain_trainer = "peft_config" not in base_parameters
-        config: Any = completed_args(args, is_plain_trainer)
-        refuse_meaningless(config, compute_loss_func, peft_config)
-        if (model is None) == (model_init is None):
-            raise GKDConfigError("expected one student: pass model (a model, a name or a path) or model_init")
-        if isinstance(model, os.PathLike):
-            model = os.fspath(model)
-        elif isinstance(model, nn.Module):
-            model = uncompiled(model, "student", _COMPILES)
-        trust_remote_code = getattr(config, "trust_remote_code", False)
-        teacher = build_teacher(config, teacher, teacher_model, trust_remote_code)
-        if teacher.model is not None and teacher.model is model:
-            raise GKDTeacherError("teacher and student are the same object: freezing the one would freeze the other")
-        if config.seq_kd and not getattr(teacher.model, "can_generate", lambda: False)():
-            raise GKDTeacherError(
-                "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
-                "process as teacher_model, or set seq_kd=False"
-            )
-        run = Run(
-            config,
-            has_top_tokens=teacher.top_k is not None,
-            loads_student=isinstance(model, str),
-            builds_rollouts=rollouts is None,
-        )
-        if processing_class is None:
-            name = model if isinstance(model, str) else name_of(model)
-            processing_class = find_tokenizer(name, trust_remote_code, getattr(config, "model_init_kwargs", None))
-
-        self._adapter_config = peft_config if is_plain_trainer else None
-        self._formatting_func = formatting_func
-        dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
-        # TRL's DataCollatorForChatML tokenises by itself, from columns that no model's forward takes.
-        reads_messages = hasattr(data_collator, "messages_key")
-        self._prepares_rows = not (dataset_kwargs.get("skip_prepare_dataset", False) or reads_messages)
-        if reads_messages:
-            config.remove_unused_columns = False
-
-        if not torch.accelerator.is_available():  # or each loader warns that it pins no memory
-            config.dataloader_pin_memory = False
-        set_seed(config.seed)  # adapters start at random
-        if is_plain_trainer:
-            if isinstance(model, str):
-                model = load_student(model, getattr(config, "model_init_kwargs", None), trust_remote_code)
-            if model is not None:
-                model = self._adapted(model, config)
-            if data_collator is None:
-                data_collator = DataCollatorForLanguageModeling(pad_token_id=pad_token_id(processing_class))
-        else:
-            # The rows are prepared below: SFTTrainer would train on the system's and the user's tokens too.
-            config.dataset_kwargs = {**dataset_kwargs, "skip_prepare_dataset": True}
-
-        arguments: dict[str, Any] = {
+        arguments = {
             "model": model,
-            "args": config,
+            "args": args,
             "data_collator": data_collator,
             "train_dataset": train_dataset,
             "eval_dataset": eval_dataset,
             "processing_class": processing_class,
             "model_init": model_init,
+            "compute_loss_func": compute_loss_func,
             "compute_metrics": compute_metrics,
             "callbacks": callbacks,
             "optimizers": optimizers,
@@ -204,48 +159,86 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
             **base_kwargs,
         }
-        if not is_plain_trainer:
-            arguments["peft_config"] = peft_config
-        base_init(**accepted_by(base_parameters, arguments, type(self).__name__))
+        made = construct(
+            arguments,
+            init_parameters(family[family.index(GKDMixin) + 1 :]),
+            type(self).__name__,
+            teacher=teacher,
+            teacher_model=teacher_model,
+            peft_config=peft_config,
+            builds_rollouts=rollouts is None,
+        )
+        # Read by hooks that the base's __init__ calls.
+        self._adapter, self._prepares_rows = made.adapter, made.prepares_rows
+        base_init: Callable[..., None] = super().__init__
+        base_init(**made.base_arguments)
         mark_loss_as_scaled(self)
-        if model_init is not None and processing_class is None:
-            self._find_tokenizer_of_made_student(trust_remote_code)
+        if model_init is not None and self.processing_class is None:
+            self._find_tokenizer()
+        self._refuse_unusable(made)
+        self._make_trainable(self.model)
         if is_in_notebook():
             self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
+        self._build_parts(made.teacher, rollouts, formatting_func)
+        if self.train_dataset is not None:
+            self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._prepared(rows, name) for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+
+    def _build_parts(
+        self, teacher: Teacher, rollouts: RolloutEngine | None, formatting_func: Callable[[Any], Any] | None
+    ) -> None:
+        parts = build_parts(
+            self.args,
+            self.model,
+            teacher,
+            self.accelerator,
+            processing_class=self.processing_class,
+            rollouts=rollouts,
+            formatting_func=formatting_func,
+        )
+        self.args, self.teacher = parts.args, teacher
+        self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
+        self._pairing, self._queue, self._preparation = parts.pairing, parts.queue, parts.preparation
+        self._meter, self._finite_check = TrainingMeter(self.args.device), FiniteCheck()
+        self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
+        self._generated: list[Generated] = []
+        self._has_trained = False
+        # Read by subclasses that were written for TRL's trainer; the rollouts here sample by args.
+        self.generation_config = trl_generation_config(self.args, self.model, pad_token_id(self.processing_class))
+
+    def _find_tokenizer(self) -> None:
+        """Take the tokenizer beside the weights that `model_init` loaded."""
+        self.processing_class = find_tokenizer(name_of(self.model), getattr(self.args, "trust_remote_code", False))
+        self.callback_handler.processing_class = self.processing_class
+        collator = unwrapped(self.data_collator)
+        if type(collator) is DataCollatorForLanguageModeling:  # made before there was a tokenizer
+            collator.pad_token_id = pad_token_id(self.processing_class)
+
+    def _refuse_unusable(self, made: Construction) -> None:
         refuse_data_parallel(self.args)
         refuse_dropped_deepspeed(self.args, self.is_deepspeed_enabled)
         if self.is_world_process_zero():
-            warn_of_unused(unused_options(run), config)
-        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
-            raise GKDConfigError(
-                "context and sequence parallelism split a sequence over ranks, across which the divergence can't look "
-                "for the next token: set cp_size and sp_size to 1"
-            )
-        refuse_prompt_learning(self.model)
-        if teacher.model is not None and not {*map(id, teacher.model.parameters())}.isdisjoint(
-            map(id, self.model.parameters())
-        ):
-            raise GKDTeacherError(
-                "the teacher shares weights with the student, which freezing the teacher froze too: load the teacher "
-                "separately"
-            )
-        if self.train_dataset is not None:
-            refuse_frozen(self.model)
-        self._give_pad_token(self.model)
-        if self.args.disable_dropout:
-            disable_dropout(self.model)
+            warn_of_unused(unused_options(made.run), self.args)
+        refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
+        refuse_student(self.model, made.teacher, is_trained=self.train_dataset is not None)
 
-        self._meter = TrainingMeter(self.args.device)
-        self._eval_meter, self._eval_on_policy_meter = EvaluationMeter(), EvaluationMeter()
-        self._row_sums_BK: Tensor | None = None
-        self._finite_check = FiniteCheck()
-        self._generated: list[Generated] = []
-        self._has_trained = False
-        self._connect_teacher(teacher)
-        self._connect_rollouts(rollouts)
-        # Read by subclasses that were written for TRL's trainer; the rollouts here sample by args.
-        self.generation_config = trl_generation_config(self.args, self.model, self._pad_token_id)
-        self._prepare_datasets()
+    def _make_trainable(self, model: nn.Module) -> None:
+        if getattr(self, "processing_class", None) is not None:  # Trainer calls model_init before it sets that
+            give_pad_token(model, pad_token_id(self.processing_class))
+        if self.args.disable_dropout:
+            disable_dropout(model)
+
+    def _prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
+        if is_stream(dataset):
+            # Each rank reads its own share: Accelerate would concatenate batches of unequal length on one rank.
+            self.args.accelerator_config.dispatch_batches = False
+            self.accelerator.dataloader_config.dispatch_batches = False
+        if not self._prepares_rows:
+            return dataset
+        return self._preparation.prepared(dataset, name, is_training=is_training)
 
     generalized_jsd_loss = staticmethod(trl_generalized_jsd_loss)
     generate_on_policy_outputs = staticmethod(generate_on_policy_outputs)
@@ -255,13 +248,75 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         """The teacher's model, where it lives in this process."""
         return self.teacher.model
 
+    @property
+    def rollouts(self) -> RolloutEngine:
+        """The engine that generates the student's completions."""
+        return self._queue.engine
+
+    @rollouts.setter
+    def rollouts(self, engine: RolloutEngine) -> None:
+        self._queue.drop()
+        self._queue.engine = engine
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The folder of the last checkpoint that this run saved or resumed from."""
+        return self._recovery.last_checkpoint
+
+    @property
+    def data_collator(self) -> Any:
+        """The collator, which keeps labels and side tensors whatever it does itself; also one that is set later."""
+        return self._data_collator
+
+    @data_collator.setter
+    def data_collator(self, collator: Any) -> None:
+        if collator is not None and self._prepares_rows:
+            collator = keeping_columns(collator)
+        self._data_collator = collator
+
+    @property
+    def _completes_prompts(self) -> bool:
+        return bool(self.args.generates_anywhere)
+
+    @property
+    def _student(self) -> CurrentStudent:
+        return CurrentStudent(self.model, self.model_wrapped, self.state.global_step)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        # Kept whatever the student's forward is called with: without labels a collator would take all tokens for them.
+        columns = self._signature_columns or []
+        own = ["input_ids", "labels"]
+        if self._prepares_rows:
+            own += [ROW_KEY, PROMPT_IDS] if self._completes_prompts else [ROW_KEY]
+        self._signature_columns = [*columns, *(column for column in own if column not in columns)]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the loader of an evaluation set, whose rows are prepared if it is given here."""
+        # Trainer passes its own set here too, or its name in a dictionary of them: those are prepared.
+        is_given = eval_dataset is not None and eval_dataset is not self.eval_dataset
+        if is_given and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the loader of a test set, with its rows prepared."""
+        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh student from `model_init`, adapted like one that was passed."""
-        model = self._adapted(uncompiled(super().call_model_init(trial), "student", _COMPILES), self.args)
-        self._give_pad_token(model)
-        if self.args.disable_dropout:
-            disable_dropout(model)
+        model = uncompiled_student(super().call_model_init(trial))
+        model = adapted(model, self._adapter, checkpoints_activations(self.args))
+        self._make_trainable(model)
         return model
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+
+        Raises GKDConfigError where there is none, or where the one that was named is not whole.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # What is left of another run, after its last log entry or where it was broken off, is not this run's.
@@ -284,26 +339,45 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         The count is over all ranks where `average_tokens_across_devices` is set. It is taken after the rollouts, which
         replace the completions that the data set gave.
         """
-        if epoch_iterator is self._ended_iterator:  # Trainer asks again for each step that is left of the run
+        if self._windows.has_ended(epoch_iterator):  # Trainer asks again for each step that is left of the run
             return [], None
-        self._note_random_states()
-        if self.args.generates:
-            with self._meter.measure("rollout"), self._saving_before_it_fails():
-                batches = self._next_window(epoch_iterator, num_batches)
-        else:
-            batches = self._take_window(epoch_iterator, num_batches)
+        self._recovery.note_random_states()
+        epoch = Epoch(
+            self._windows,
+            epoch_iterator,
+            has_length=has_length(self.callback_handler.train_dataloader),
+            num_batches=num_batches,
+            accumulation=self.args.gradient_accumulation_steps,
+            batch_size=self._train_batch_size,
+            max_steps=self.state.max_steps,
+            is_first=not self._has_trained and self.state.global_step == 0,
+        )
+        batches = self._rolled_out(epoch) if self.args.generates else epoch.take(num_batches, is_first=epoch.is_first)
         if not batches:
-            if not self._has_trained and self.state.global_step == 0:
-                raise GKDDataError(
-                    "the training set gave no batch: no row of it can be used; the log counts the rows that were "
-                    "dropped, by reason"
-                )
             return batches, None
         for batch in batches:
             require_labels(batch)
         self._has_trained = True
         self._finite_check.clear()
         return batches, self._count_trained_tokens(batches, device)
+
+    def _rolled_out(self, epoch: Epoch) -> list[dict[str, Any]]:
+        with self._meter.measure("rollout"), self._saving_before_it_fails():
+            taken = self._queue.next_window(epoch, self._student, self._meter)
+        if taken is None:
+            return []
+        window, staleness = taken
+        self._generated = window.generated
+        self._meter.add_samples(**sample_counts(window, staleness))
+        return window.batches
+
+    def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
+        count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self._ranks.gather(count).sum()
+            # These ranks see the same tokens.
+            count = count // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        return count
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -312,11 +386,7 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         with self._meter.measure("step"), self._saving_before_it_fails():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._finite_check.raise_if_not(
-                self.state.global_step + 1,
-                self.accelerator.process_index,
-                lambda flag: self.accelerator.reduce(flag, "sum"),
-            )
+            self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
         return loss
 
     def compute_loss(
@@ -340,129 +410,184 @@ class GKDMixin(PreparationMixin, EvaluationMixin, PairingMixin, PublishingMixin)
         """
         require_labels(inputs)
         batch = TokenBatch.from_inputs(inputs)
+        self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
         with (
             self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
-            self._failing_together(
+            self._recovery.failing_together(
                 GKDTeacherError,
                 "the teacher's scoring of a batch",
                 # A teacher elsewhere may fail one rank alone; one that lives here would make each micro-batch wait.
-                exchanges=self.teacher.model is None,
+                exchanges=not self.teacher.is_local,
             ),
         ):
-            teacher = self.teacher.score(batch).sliced(self._vocab_size)
-        head = self._student_head()
-        if return_outputs and isinstance(head, SeparableHead):
-            head = InseparableHead("the caller wants logits")
-        rows_N = batch.rows_N
-        labels_N = label_weight_N = None
-        if self.args.ce_weight > 0 and model.training:
-            # The student's own samples take the divergence alone: their tokens are no targets to reach.
-            labels_N, label_weight_N = batch.targets_N, self.args.ce_weight * ~batch.is_on_policy_B[rows_N]
-
-        def divergence_of(student: StudentSignal) -> TokenDivergence:
-            return token_divergence(
-                student.sliced(self._vocab_size),
-                teacher,
-                beta=self.args.beta,
-                divergence=self.args.divergence,
-                divergence_options=self.args.divergence_options,
-                temperature=self.args.loss_temperature,
-                scale=self.args.divergence_scale,
-                tail=self.args.teacher_tail,
-                labels_N=labels_N,
-                label_weight_N=label_weight_N,
-                product_dtype=_product_dtype(self.args, self.accelerator.mixed_precision),
-                workspace_mb=self.args.loss_workspace_mb,
-            )
-
-        student = base_model(self.model)
-        coefficient = router_loss_coefficient(student) if model.training else 0.0
-        forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
-        result, outputs = compare(model, batch, head, divergence_of, **forward_kwargs)
-        self._record(batch, rows_N, result, model.training)
-        loss_N = result.values_N if result.loss_N is None else result.loss_N
-        loss = loss_N.sum()
-        # Nothing to train on leaves the sum empty: it stays connected to the head too, for DDP.
-        if len(rows_N) == 0 or (isinstance(head, SeparableHead) and head.is_sharded):
-            loss = loss + connection(outputs)
+            teacher = self.teacher.score(batch).sliced(pairing.vocab_size)
+        products = product_dtype(self.args, self.accelerator.mixed_precision)
+        comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products)
+        student = run_student(
+            model, base_model(self.model), batch, pairing.head, comparison, keeps_logits=return_outputs
+        )
+        self._record(batch, student.tokens, model.training)
         if num_items_in_batch is None:
-            loss = loss / max(1, len(rows_N))
+            loss = divided(student.loss_sum, batch.n_scored)
         else:
-            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device).clamp_min(1)
-            if self.args.average_tokens_across_devices:
-                # DDP averages gradients over ranks, and the divisor is of all ranks already.
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        router_loss = router_loss_of(outputs) if coefficient else None
-        if router_loss is not None:
-            self._meter.add_router_loss(router_loss)
+            # DDP averages gradients over ranks, and with this option the divisor is of all ranks already.
+            averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+            loss = divided(student.loss_sum, num_items_in_batch, averaged)
+        if student.router_loss is not None:
+            self._meter.add_router_loss(student.router_loss.value)
             micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + coefficient * router_loss.to(loss.device) / micro_batches
+            loss = loss + student.router_loss.weighted(loss.device) / micro_batches
         if not return_outputs:
             return loss
-        set_logits(outputs, in_columns_of(inputs, logits_of(outputs)))
-        return loss, outputs
+        set_logits(student.outputs, in_columns_of(inputs, logits_of(student.outputs)))
+        return loss, student.outputs
+
+    def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
+        sums_BK = sums_by_row(batch.rows_N, batch.is_on_policy_B, result)
+        if not is_training:
+            self._evaluation.see(sums_BK)
+            return
+        self._meter.add_tokens(sums_BK)
+        is_finite_N = result.is_finite_N
+        if result.cross_entropy_N is not None:
+            is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
+        self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; entries of training get the metrics since the last one."""
         # Trainer calls this on every rank; `learning_rate` tells its own entries from those of a user's callback.
         if "loss" in logs and "learning_rate" in logs:
-            logs.update(self._meter.read(lambda sums: self.accelerator.reduce(sums, "sum")))
-            self._show_completions()
+            logs.update(self._meter.read(self._ranks.sum))
+            if self.args.log_completions and self._generated and self.is_world_process_zero():
+                shown = self._generated[: self.args.num_completions_to_print]
+                rows = completion_rows(shown, tokenizer_of(self.processing_class))
+                print_completions(rows, f"Completions at step {self.state.global_step}")
+                send_completions(rows, self.state.global_step, self.callback_handler.callbacks)
         super().log(logs, start_time)
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Return the loss of a batch and, unless only that is wanted, full logits [B, L, V] and labels [B, L].
+
+        Both are in the collator's columns, as the inputs are that Trainer may hand to `compute_metrics` beside them.
+        Rows without a completion are measured on a greedy one of the student.
+        """
+        inputs = self._prepare_inputs(inputs)
+        require_labels(inputs)
+        inputs = self._queue.completed_prompts(inputs, self._student)
+        logits = labels = None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                loss: Any = self.compute_loss(model, inputs)
+            else:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                logits, labels = logits_of(outputs), inputs["labels"]
+            self._evaluation.count(loss)
+            if self.args.eval_on_policy:
+                completed = self._queue.completed(inputs, self._student)
+                self._evaluation.count(self.compute_loss(model, completed), is_on_policy=True)  # type: ignore[arg-type]
+        return loss, logits, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
+        self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
+        self._recovery.note_random_states()
+        with self._saving_before_it_fails():
+            output: EvalLoopOutput = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if not self.is_in_train and self._ranks.size > 1 and self.model_wrapped is self.model:
+            # Evaluation marks the model as prepared, and training would then leave it without DDP: ranks drift apart.
+            self.model._is_accelerate_prepared = False  # type: ignore[assignment]
+        (output.metrics or {}).update(self._evaluation.metrics(metric_key_prefix))
+        return output
+
+    def _saving_before_it_fails(self) -> contextlib.AbstractContextManager[None]:
+        step = self.state.global_step if self.is_in_train else None
+        trial = getattr(self, "_trial", None)
+        return self._recovery.saving_before_it_fails(step, lambda: self._save_checkpoint(self.model, trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # Of an older run in the same folder: it would make a half-written checkpoint seem whole.
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self._recovery.last_checkpoint = checkpoint
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_rollouts(output_dir, self._ranks.index, self._queue.state(self.state.global_step))
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # the first rank writes Trainer's state next, and it stands for all ranks
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._recovery.last_checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._queue.load(load_rollouts(checkpoint, self._ranks.index))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with dropping_secrets():  # from training_args.bin
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        with dropping_secrets(), publishing.keeping_own(card):  # from training_args.bin
             super()._save(output_dir, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         with dropping_secrets():
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _find_tokenizer_of_made_student(self, trust_remote_code: bool) -> None:
-        self.processing_class = find_tokenizer(name_of(self.model), trust_remote_code)
-        self.callback_handler.processing_class = self.processing_class
-        collator = unwrapped(self.data_collator)
-        if type(collator) is DataCollatorForLanguageModeling:  # made above, before there was a tokenizer
-            collator.pad_token_id = self._pad_token_id
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        *,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md: what the student was distilled from, on what, and how; one that somebody wrote stays.
 
-    def _give_pad_token(self, model: nn.Module) -> None:
-        if getattr(self, "processing_class", None) is not None:  # Trainer calls model_init before it sets that
-            give_pad_token(model, self._pad_token_id)
-
-    def _adapted(self, model: nn.Module, args: Any) -> nn.Module:
-        if self._adapter_config is not None:
-            model = wrap_in_adapter(model, self._adapter_config)
-        if isinstance(model, PeftModel) and checkpoints_activations(args):
-            # Without it no gradient passes a checkpointed layer whose own inputs need none (transformers#42489).
-            model.enable_input_require_grads()
-        return model
-
-    def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
-        count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-            # These ranks see the same tokens.
-            count = count // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
-        return count
-
-    def _record(self, batch: TokenBatch, rows_N: Tensor, result: TokenDivergence, is_training: bool) -> None:
-        self._row_sums_BK = sums_by_row(
-            rows_N,
-            batch.is_on_policy_B,
-            divergence_N=result.values_N,
-            student_entropy_N=result.student_entropy_N,
-            teacher_entropy_N=result.teacher_entropy_N,
-            agrees_N=result.agrees_N,
-            teacher_mass_N=result.teacher_mass_N,
-            student_mass_N=result.student_mass_N,
+        The arguments are Trainer's; `dataset_name` is what TRL calls `dataset`. Paths of this machine are told by their
+        last part alone.
+        """
+        path = Path(self.args.output_dir) / "README.md"
+        if not self.is_world_process_zero():
+            return
+        card_tags = publishing.card_tags(path, tags, getattr(self, "_tag_names", []))
+        if card_tags is None:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        names = dataset if dataset is not None else dataset_name
+        summary = TrainingSummary.from_trainer(
+            self,
+            language=language,
+            license=license,
+            tags=card_tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from or publishing.source_on_hub(model),
+            tasks=tasks,
+            dataset_tags=publishing.tags_of_datasets(names) if dataset_tags is None else dataset_tags,
+            dataset=names,
+            dataset_args=dataset_args,
         )
-        if is_training:
-            self._meter.add_tokens(self._row_sums_BK)
-            batch_size = batch.labels_BL.shape[0]
-            is_finite_N = result.is_finite_N
-            if result.cross_entropy_N is not None:
-                is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
-            self._finite_check.add(rows_N, batch_size, result.is_teacher_finite_N, is_finite_N)
+        publishing.write_card(
+            path, summary, args=self.args, model=model, teacher=self.teacher, dataset=self.train_dataset
+        )
 
 
 def _option_of_args(name: str) -> Any:
@@ -482,13 +607,3 @@ class GKDTrainer(GKDMixin, Trainer):
     beta = _option_of_args("beta")
     temperature = _option_of_args("temperature")
     seq_kd = _option_of_args("seq_kd")
-
-
-def _product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:
-    """Return what the divergence's products round to: autocast, which covers the model's forward alone, tells none."""
-    name: str = args.loss_product_dtype
-    if name == "auto":
-        if args.device.type != "cuda":
-            return None
-        name = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, name)
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)

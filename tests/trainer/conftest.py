@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from safetensors.torch import load_file
 
 from gkd_trainer import GKDConfig, GKDTrainer
+from gkd_trainer.trainer.ranks import Ranks
 
 STOP = 2
 RUN = Path(__file__).with_name("run.py")
@@ -27,6 +31,48 @@ def make_rows(count=16, vocab=360, seed=0, longest=9):
         completion = [numbers.randrange(4, vocab) for _ in range(numbers.randrange(1, longest))] + [STOP]
         rows.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
     return rows
+
+
+class FirstOfTwoRanks(Ranks):
+    """The first of two ranks; `other_says` is what the second one says in each exchange, in their order.
+
+    An exchange beyond those fails. `said` is what the first one said.
+    """
+
+    size, index = 2, 0
+
+    def __init__(self, accelerator, other_says):
+        super().__init__(accelerator)
+        self.other_says, self.said = list(other_says), []
+
+    def _exchanged(self, tensor):
+        self.said.append(tensor.tolist())
+        return torch.full_like(tensor, self.other_says.pop(0))
+
+    def sum(self, tensor):
+        return tensor + self._exchanged(tensor)
+
+    def gather(self, tensor):
+        return torch.cat([tensor.reshape(-1), self._exchanged(tensor).reshape(-1)])
+
+
+@pytest.fixture
+def accelerator():
+    """An Accelerator of one process on the CPU."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a trainer before
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def ranks(accelerator):
+    """The one rank of this process."""
+    return Ranks(accelerator)
+
+
+@pytest.fixture
+def two_ranks(accelerator):
+    """Make the first of two ranks; see FirstOfTwoRanks."""
+    return lambda *other_says: FirstOfTwoRanks(accelerator, other_says)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from gkd_trainer import FrozenTeacher, GKDTrainer
 from gkd_trainer.divergence import reference_jsd
-from gkd_trainer.trainer.trainer import _product_dtype
+from gkd_trainer.trainer.loss import product_dtype
 from tests.memory import NewStorages
 
 
@@ -278,4 +278,4 @@ def test_products_of_the_gradient_may_round_to_bfloat16(make_trainer, tiny_model
 )
 def test_products_follow_mixed_precision_on_cuda_unless_told_otherwise(option, device, mixed_precision, expected):
     args = SimpleNamespace(loss_product_dtype=option, device=torch.device(device))
-    assert _product_dtype(args, mixed_precision) == expected
+    assert product_dtype(args, mixed_precision) == expected

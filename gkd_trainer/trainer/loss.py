@@ -1,0 +1,145 @@
+"""The loss of a micro-batch, from a teacher's signal and a student's forward.
+
+Shapes: B batch, L length, N tokens trained on, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkd_trainer.config import GKDArguments
+from gkd_trainer.divergence import TokenDivergence, token_divergence
+from gkd_trainer.models.heads import (
+    InseparableHead,
+    SeparableHead,
+    compare,
+    connection,
+    router_loss_coefficient,
+    router_loss_of,
+    without_router_logits,
+)
+from gkd_trainer.types import Signal, StudentSignal, TokenBatch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The divergence of a student from what a teacher said of a batch, as the options define it.
+
+    With `is_training` the cross-entropy of the data's tokens takes its share (`ce_weight`): the student's own samples
+    take the divergence alone, since their tokens are no targets to reach. Both are compared over the first `vocab_size`
+    tokens, which are all that `teacher` predicts over. `product_dtype` is what matrix products round
+    to.
+    """
+
+    args: GKDArguments
+    batch: TokenBatch
+    teacher: Signal
+    vocab_size: int
+    is_training: bool
+    product_dtype: torch.dtype | None = None
+
+    def __call__(self, student: StudentSignal) -> TokenDivergence:
+        """Return the divergence of each token trained on."""
+        args, labels_N, label_weight_N = self.args, None, None
+        if args.ce_weight > 0 and self.is_training:
+            labels_N = self.batch.targets_N
+            label_weight_N = args.ce_weight * ~self.batch.is_on_policy_B[self.batch.rows_N]
+        return token_divergence(
+            student.sliced(self.vocab_size),
+            self.teacher,
+            beta=args.beta,
+            divergence=args.divergence,
+            divergence_options=args.divergence_options,  # type: ignore[arg-type] # parsed
+            temperature=args.loss_temperature,
+            scale=args.divergence_scale,
+            tail=args.teacher_tail,
+            labels_N=labels_N,
+            label_weight_N=label_weight_N,
+            product_dtype=self.product_dtype,
+            workspace_mb=args.loss_workspace_mb,
+        )
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """A student's forward: the divergence of each token, the sum to be minimised, and the rest of what it returned.
+
+    `router_loss` is the weighted load-balancing loss of a mixture of experts, and `outputs` what the model returned,
+    with full logits [B, L, V] where they were asked for.
+    """
+
+    tokens: TokenDivergence
+    loss_sum: Tensor
+    router_loss: RouterLoss | None
+    outputs: Any
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The load-balancing loss of a micro-batch, a mean over its tokens, and what it is multiplied by."""
+
+    value: Tensor
+    coefficient: float
+
+    def weighted(self, device: torch.device) -> Tensor:
+        """Return the product, where the rest of the loss lies."""
+        return self.coefficient * self.value.to(device)
+
+
+def run_student(
+    model: nn.Module,
+    student: nn.Module,
+    batch: TokenBatch,
+    head: SeparableHead | InseparableHead,
+    comparison: Comparison,
+    *,
+    keeps_logits: bool = False,
+) -> StudentOutput:
+    """Run a student's forward and compare it with its teacher inside of it.
+
+    Args:
+        model: The student, wrapped for distribution or not.
+        student: The causal LM inside of it.
+        batch: The micro-batch that the comparison is of.
+        head: The student's head.
+        comparison: What is made of its predictions.
+        keeps_logits: Whether `outputs` are to hold full logits.
+    """
+    if keeps_logits and isinstance(head, SeparableHead):
+        head = InseparableHead("the caller wants logits")
+    coefficient = router_loss_coefficient(student) if comparison.is_training else 0.0
+    forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
+    tokens, outputs = compare(model, batch, head, comparison, **forward_kwargs)
+    loss_sum = (tokens.values_N if tokens.loss_N is None else tokens.loss_N).sum()
+    # Nothing to train on leaves the sum empty: it stays connected to the head too, for DDP.
+    if batch.n_scored == 0 or (isinstance(head, SeparableHead) and head.is_sharded):
+        loss_sum = loss_sum + connection(outputs)
+    router_loss = router_loss_of(outputs) if coefficient else None
+    return StudentOutput(
+        tokens, loss_sum, None if router_loss is None else RouterLoss(router_loss, coefficient), outputs
+    )
+
+
+def divided(loss_sum: Tensor, divisor: Tensor | int, averaging_ranks: int = 1) -> Tensor:
+    """Return a sum divided by a number of tokens, or by 1 where that is 0.
+
+    `averaging_ranks` is how many ranks a gradient is averaged over whose divisor is already that of all of them.
+    """
+    loss = loss_sum / torch.as_tensor(divisor, device=loss_sum.device).clamp_min(1)
+    return loss if averaging_ranks == 1 else loss * averaging_ranks
+
+
+def product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:
+    """Return what the divergence's products round to: autocast, which covers the model's forward alone, tells none."""
+    name: str = args.loss_product_dtype
+    if name == "auto":
+        if args.device.type != "cuda":
+            return None
+        name = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, name)
+    return _DTYPES.get(name)

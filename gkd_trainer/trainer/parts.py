@@ -1,0 +1,113 @@
+"""The parts of a trainer, each fitted to the others before the first row is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from gkd_trainer.models.heads import vocabulary_size
+from gkd_trainer.models.loading import base_model, media_token_ids
+from gkd_trainer.rollouts import RolloutEngine
+from gkd_trainer.rollouts.build import (
+    build_student_engine,
+    build_teacher_engine,
+    find_stop_ids,
+    sampled_vocabulary_size,
+)
+from gkd_trainer.teachers import Teacher
+from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, shorter_context
+from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
+from gkd_trainer.trainer.ranks import Ranks
+from gkd_trainer.trainer.recovery import Recovery
+from gkd_trainer.trainer.rollout_queue import RolloutQueue
+from gkd_trainer.trainer.windows import WindowLoader
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer owns; `args` are its options, with a max_length that both models take."""
+
+    args: Any
+    ranks: Ranks
+    recovery: Recovery
+    windows: WindowLoader
+    pairing: Pairing
+    queue: RolloutQueue
+    preparation: Preparation
+
+
+def build_parts(
+    args: Any,
+    model: nn.Module,
+    teacher: Teacher,
+    accelerator: Accelerator,
+    *,
+    processing_class: Any,
+    rollouts: RolloutEngine | None,
+    formatting_func: Callable[[Any], Any] | None,
+) -> Parts:
+    """Prepare the teacher, pair it with the student, and build what generates.
+
+    Args:
+        args: A TrainingArguments with GKDArguments; it is copied where it changes.
+        model: The student as Trainer's `model` is.
+        teacher: The teacher, not prepared yet.
+        accelerator: Trainer's.
+        processing_class: The student's tokenizer, or a processor that holds one; None where there is none.
+        rollouts: The student's engine; None to build the one that the options say.
+        formatting_func: Turns a row into one of a known format, if given.
+
+    Raises:
+        GKDError: The two don't fit, or a server can't be used.
+    """
+    ranks, student, tokenizer = Ranks(accelerator), base_model(model), tokenizer_of(processing_class)
+    shorter = shorter_context(model, teacher)
+    args = fitted_into(shorter, args)
+    teacher.prepare(args.device, tokenizer, args.max_length)
+    pairing = pair(model, teacher, tokenizer, ranks, is_compiled=args.torch_compile)
+    recovery = Recovery(ranks, restarts_without_memory=args.auto_find_batch_size, saves_only_model=args.save_only_model)
+    stop_ids, pad_id = find_stop_ids(student, tokenizer), pad_token_id(processing_class)
+    ids: dict[str, Any] = {
+        "stop_ids": stop_ids,
+        "pad_token_id": pad_id,
+        "vocab_size": sampled_vocabulary_size(pairing.vocab_size, None if tokenizer is None else tokenizer.get_vocab()),
+    }
+    if rollouts is None:
+        rollouts = build_student_engine(
+            args,
+            model,
+            rank=ranks.index,
+            is_sharded=ranks.sharding is not None,
+            fsdp_version={"fsdp1": 1, "fsdp2": 2}.get(ranks.sharding or ""),
+            # The numerics that the loss sees.
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            trust_remote_code=getattr(args, "trust_remote_code", False),
+            **ids,
+        )
+    queue = RolloutQueue(
+        rollouts,
+        build_teacher_engine(args, teacher.model, **ids) if args.seq_kd and teacher.model is not None else None,
+        args=args,
+        seed=args.seed,
+        ranks=ranks,
+        recovery=recovery,
+        pad_token_id=pad_id,
+        media_ids=media_token_ids(student),
+    )
+    rows = vocabulary_size(student)
+    preparation = Preparation(
+        args,
+        tokenizer,
+        stop_ids=frozenset(stop_ids),
+        # Cross-entropy needs its labels among the tokens that are compared.
+        vocab_size=pairing.vocab_size if args.ce_weight > 0 else min(rows, teacher.vocab_size or rows),
+        formatting_func=formatting_func,
+        shorter=shorter,
+        has_ranks=ranks.size > 1,
+    )
+    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation)

@@ -1,0 +1,81 @@
+"""The processes that train together: what they agree on, and how the student's weights are spread over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from trl.models import unwrap_model_for_generation
+
+
+class Ranks:
+    """All ranks of a run, as seen from one of them; what exchanges has to be called on all of them."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def index(self) -> int:
+        """The number of this rank, from 0."""
+        return int(self.accelerator.process_index)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        return self.count(flag) > 0
+
+    def count(self, flag: bool) -> int:
+        """Return on how many ranks the flag is set."""
+        if self.size == 1:
+            return int(flag)
+        return int(self.sum(torch.tensor(int(flag), device=self.accelerator.device)))
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        return int(self.gather(torch.tensor([number], device=self.accelerator.device)).max())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors."""
+        total: Tensor = self.accelerator.reduce(tensor, "sum")
+        return total
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' tensors joined along their first axis, scalars as a vector."""
+        gathered: Tensor = self.accelerator.gather(tensor if tensor.dim() else tensor[None])
+        return gathered
+
+    @property
+    def sharding(self) -> Literal["fsdp1", "fsdp2", "zero3"] | None:
+        """How the student's weights are cut into parts that lie on different ranks; None where each has them all."""
+        state = self.accelerator.state
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return "zero3" if state.deepspeed_plugin.zero_stage == 3 else None
+        plugin = getattr(state, "fsdp_plugin", None)
+        if plugin is None:
+            return None
+        return "fsdp1" if plugin.fsdp_version == 1 else "fsdp2"
+
+    @contextmanager
+    def gathered(self, model: nn.Module, wrapped: nn.Module) -> Iterator[nn.Module]:
+        """Give the student to generate with, or to take weights from; under ZeRO-3 it is whole in the block.
+
+        Args:
+            model: The student as Trainer's `model` is.
+            wrapped: The same as Trainer's `model_wrapped` is.
+        """
+        if self.sharding == "zero3":
+            with unwrap_model_for_generation(wrapped, self.accelerator) as student:
+                yield student
+        else:
+            yield model
