@@ -1,16 +1,16 @@
-"""The divergence's cost: seconds over those of its matrix products alone, and peak memory, beside its peers.
+"""The cost of the divergence: time relative to its matrix products alone, and peak memory, compared with its peers.
 
     taskset -c 1 python benchmarks/loss.py            # CPU, float32, one thread on one core; about 20 minutes
     python benchmarks/loss.py --threads 2             # two threads on two cores
     python benchmarks/loss.py --cuda                  # the same on a GPU, in bfloat16
     python benchmarks/loss.py --contenders ours ours-frozen --shapes 49152,576,576
 
-Forward and backward of N tokens at beta 0.5. All contenders take turns in one process, and a ratio is the median of
-the ratios of each turn. Memory is measured in a process of its own for each: the peak above weights, inputs and
-gradients. TRL and Liger are left out where they are not installed. All of it is in float32 on the CPU, but for the
-contenders that name bfloat16: their time, too, is divided by that of the float32 products.
+Forward and backward of N tokens at beta 0.5. All contenders take turns in one process; a ratio is the median of the
+ratios in each turn. Memory is measured in a separate process for each: the peak above weights, inputs and gradients.
+TRL and Liger are left out if they are not installed. On the CPU everything is in float32, except the contenders that
+name bfloat16; their time, too, is divided by that of the float32 products.
 
-Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, B a block of tokens.
+Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, R the tokens of a tile.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gkd_trainer.divergence import reference_jsd, token_divergence
-from gkd_trainer.divergence.linear import planned_block
+from gkd_trainer.divergence.linear import planned_tile
 from gkd_trainer.types import Head, HiddenSignal
 
 BETA = 0.5
@@ -46,7 +46,7 @@ SIGMAS = (1.0, 0.3, 0.1, 0.03)
 
 @dataclass(frozen=True)
 class Problem:
-    """Hidden states and heads of both sides; gradients are wanted of the student's."""
+    """Hidden states and heads of both sides; the student's get gradients."""
 
     hidden_NH: Tensor
     weight_VH: Tensor
@@ -72,7 +72,7 @@ class Problem:
 
     @property
     def gradient_bytes(self) -> int:
-        """Size of the gradients in float32, as they are accumulated."""
+        """Size of the gradients in float32, in which they are accumulated."""
         return 4 * sum(tensor.numel() for tensor in (self.hidden_NH, self.weight_VH) if tensor.requires_grad)
 
     def clear(self) -> None:
@@ -91,22 +91,22 @@ def ours_bf16_products(problem: Problem) -> None:
 
 @torch.no_grad()
 def products_alone(problem: Problem) -> None:
-    """Make the products that `ours` makes, in its blocks: what no divergence from hidden states goes below."""
+    """Make the products that `ours` makes, in its tiles: what no divergence from hidden states goes below."""
     N, V = len(problem.hidden_NH), len(problem.weight_VH)
-    B = planned_block(N, V, problem.hidden_NH.device)
+    largest = planned_tile(N, V, problem.hidden_NH.device)
     options = {"device": problem.hidden_NH.device, "dtype": problem.hidden_NH.dtype}
-    student_BV, teacher_BV = torch.empty(B, V, **options), torch.empty(B, V, **options)
+    student_RV, teacher_RV = torch.empty(largest, V, **options), torch.empty(largest, V, **options)
     hidden_gradient_NH = torch.empty_like(problem.hidden_NH)
     weight_gradient_VH = torch.zeros_like(problem.weight_VH) if problem.weight_VH.requires_grad else None
-    for start in range(0, N, B):
-        hidden_BH = problem.hidden_NH[start : start + B]
-        rows = slice(start, start + len(hidden_BH))
-        logits_BV = student_BV[: len(hidden_BH)]
-        torch.mm(hidden_BH, problem.weight_VH.T, out=logits_BV)
-        torch.mm(problem.teacher_hidden_NG[rows], problem.teacher_weight_VG.T, out=teacher_BV[: len(hidden_BH)])
-        torch.mm(logits_BV, problem.weight_VH, out=hidden_gradient_NH[rows])
+    for start in range(0, N, largest):
+        hidden_RH = problem.hidden_NH[start : start + largest]
+        tile = slice(start, start + len(hidden_RH))
+        logits_RV = student_RV[: len(hidden_RH)]
+        torch.mm(hidden_RH, problem.weight_VH.T, out=logits_RV)
+        torch.mm(problem.teacher_hidden_NG[tile], problem.teacher_weight_VG.T, out=teacher_RV[: len(hidden_RH)])
+        torch.mm(logits_RV, problem.weight_VH, out=hidden_gradient_NH[tile])
         if weight_gradient_VH is not None:
-            weight_gradient_VH.addmm_(logits_BV.T, hidden_BH)
+            weight_gradient_VH.addmm_(logits_RV.T, hidden_RH)
 
 
 def plain_torch(problem: Problem) -> None:
@@ -151,9 +151,9 @@ def liger(problem: Problem) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that is measured; `floor` names what its time is divided by, None where it is a floor itself.
+    """A way to compute the divergence; `floor` names the contender that its time is divided by, None for a floor.
 
-    `dtype` is that of hidden states and heads, None for the run's.
+    `dtype` is that of hidden states and heads; None for the run's.
     """
 
     run: Callable[[Problem], None]
@@ -170,7 +170,7 @@ CONTENDERS = {
     "products-frozen": Contender(products_alone, "products alone, frozen head", is_frozen=True, floor=None),
     "ours": Contender(ours, "ours"),
     "ours-frozen": Contender(ours, "ours, frozen head", is_frozen=True, floor="products-frozen"),
-    "ours-products-bf16": Contender(ours_bf16_products, "ours, products of the gradient in bf16"),
+    "ours-products-bf16": Contender(ours_bf16_products, "ours, gradient products in bf16"),
     "ours-bf16": Contender(ours_bf16_products, "the same, all inputs in bf16", dtype=torch.bfloat16),
     "torch": Contender(plain_torch, "plain torch", is_slow=True),
     "trl-gkd": Contender(trl_gkd, "plain torch, TRL's GKDTrainer", is_slow=True, needs="trl"),
@@ -182,21 +182,21 @@ CONTENDERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU, in bfloat16")
-    parser.add_argument("--threads", type=int, default=1, help="threads, each with a core")
-    parser.add_argument("--cores", type=int, nargs="+", help="the cores to run on; by default the first ones allowed")
-    parser.add_argument("--tokens", type=int, help="N; by default 1024, and 8192 on a GPU")
-    parser.add_argument("--rounds", type=int, default=7, help="turns that each contender takes; slow ones take two")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="V,H,G each")
+    parser.add_argument("--threads", type=int, default=1, help="threads, each on its own core")
+    parser.add_argument("--cores", type=int, nargs="+", help="the cores to run on; by default, the first ones allowed")
+    parser.add_argument("--tokens", type=int, help="N; by default, 1024, and 8192 on a GPU")
+    parser.add_argument("--rounds", type=int, default=7, help="turns per contender; slow ones take two")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="each is V,H,G")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--memory-of", nargs=3, metavar=("CONTENDER", "SHAPE", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if args.cuda else "cpu"
     if args.cuda and not torch.cuda.is_available():
-        parser.error("--cuda needs a GPU that this torch can use; got none: leave it out to measure on the CPU")
+        parser.error("--cuda needs a GPU that this torch can use; got none: omit it to measure on the CPU")
     cores = args.cores or sorted(os.sched_getaffinity(0))[: args.threads]
     if not args.cuda:
         if len(cores) < args.threads:
-            parser.error(f"--threads {args.threads} needs as many cores; got {cores}: threads that share one wait")
+            parser.error(f"--threads {args.threads} needs as many cores; got {cores}: threads that share a core wait")
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.cuda else torch.float32
@@ -225,7 +225,7 @@ def main() -> None:
 
 
 def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtype, args: argparse.Namespace) -> Table:
-    """Return the table of one shape: seconds by turns in this process, memory in one process each."""
+    """Return the table for one shape: seconds in turns in this process, memory in a process per contender."""
     kinds = {(CONTENDERS[name].is_frozen, CONTENDERS[name].dtype or dtype) for name in names}
     problems = {
         (is_frozen, of): Problem.random(N, *sizes(shape), device, of, is_frozen=is_frozen) for is_frozen, of in kinds
@@ -239,7 +239,7 @@ def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtyp
             problem = problems[contender.is_frozen, contender.dtype or dtype]
             elapsed = _seconds(contender.run, problem)
             problem.clear()
-            if turn > 0:  # the first one compiles
+            if turn > 0:  # the first turn compiles
                 seconds[name].append(elapsed)
     del problems, problem
     gc.collect()
@@ -266,7 +266,7 @@ def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtyp
 
 
 def measure_memory(contender: Contender, shape: tuple[int, int, int], N: int, device: str, dtype: torch.dtype) -> float:
-    """Return the peak in MiB above weights, inputs and gradients of one run in this process."""
+    """Return the peak of one run in this process, in MiB above weights, inputs and gradients."""
     problem = Problem.random(N, *shape, device, contender.dtype or dtype, is_frozen=contender.is_frozen)
     few = Problem(
         problem.hidden_NH[:8].detach().requires_grad_(),
@@ -274,7 +274,7 @@ def measure_memory(contender: Contender, shape: tuple[int, int, int], N: int, de
         problem.teacher_hidden_NG[:8],
         problem.teacher_weight_VG,
     )
-    contender.run(few)  # compiles, and loads what is loaded once
+    contender.run(few)  # compiles, and loads whatever is loaded only once
     few.clear()
     problem.clear()
     gc.collect()
@@ -293,7 +293,7 @@ def measure_memory(contender: Contender, shape: tuple[int, int, int], N: int, de
 
 
 def first_call_seconds(shape: str, threads: int) -> float:
-    """Return how long the first call takes in a new process that finds nothing compiled before."""
+    """Return how long the first call takes in a new process with an empty compilation cache."""
     code = (
         f"import time, torch; torch.set_num_threads({threads}); from benchmarks.loss import *\n"
         f"problem = Problem.random(64, *sizes({shape!r}), 'cpu', torch.float32, is_frozen=False)\n"
@@ -304,7 +304,7 @@ def first_call_seconds(shape: str, threads: int) -> float:
 
 
 def gradient_errors(device: str) -> dict[float, tuple[float, ...]]:
-    """Return, for logit gaps of each size, the relative error of the gradients of bfloat16 inputs, in norm."""
+    """Return, for each logit gap, the relative error in norm of the gradients of bfloat16 inputs."""
     errors = {}
     for sigma in SIGMAS:
         problem = Problem.random(64, 49152, 576, 576, device, torch.bfloat16, is_frozen=False)
@@ -352,7 +352,7 @@ def _median_ratio(seconds: list[float], of: list[float]) -> float:
 
 
 def _memory_elsewhere(name: str, shape: str, N: int, args: argparse.Namespace) -> float:
-    # It inherits the cores.
+    # The process inherits the cores.
     arguments = ["--memory-of", name, shape, str(N), "--threads", str(args.threads), *(["--cuda"] if args.cuda else [])]
     return float(json.loads(_output([sys.executable, __file__, *arguments])))
 

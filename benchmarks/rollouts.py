@@ -1,10 +1,11 @@
-"""How fast completions come, what handing over the weights costs, and what a teacher behind a server takes.
+"""The speed of rollouts, the cost of a weight sync, and the cost of a teacher behind a server.
 
     python benchmarks/rollouts.py --pair .cache/smollm2
 
-prints four tables, both sides of each measured in turns in this one run, on one pinned core: tokens a second of vLLM
-in process and of `transformers.generate`; seconds of a sync; seconds of whole on-policy steps, beside TRL's GKDTrainer;
-and seconds to score 32 sequences of 200 tokens by a server, beside a forward of the same model. `--parts` picks some.
+prints four tables: tokens per second of vLLM in process and of `transformers.generate`; seconds per sync; seconds per
+on-policy step, compared with TRL's GKDTrainer; and seconds to score 32 sequences of 200 tokens by a server, compared
+with a forward of the same model. Both sides of each take turns in this run, on one pinned core. `--parts` selects
+tables.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Tokens a second of vLLM in process and of transformers, for 16 prompts of 128 new tokens each."""
+    """Tokens per second of vLLM in process and of transformers, for 16 prompts with 128 new tokens each."""
     from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts
     from gkd_trainer.types import Sampling
 
@@ -87,7 +88,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def sync(options: argparse.Namespace) -> None:
-    """Seconds to hand 135M parameters to an engine in process and to a server, in float32."""
+    """Seconds to pass 135M parameters to an engine in process and to a server, in float32."""
     from gkd_trainer.rollouts import VLLMColocateRollouts, VLLMServerRollouts
 
     model = load(options.pair / "teacher", "float32")
@@ -103,11 +104,11 @@ def sync(options: argparse.Namespace) -> None:
         seconds = in_turns(calls, 2 * options.repeats)
     rows = [[name, f"{statistics.median(times):.2f}", f"{min(times):.2f}"] for name, times in seconds.items()]
     count = sum(parameter.numel() for parameter in model.parameters())
-    table(f"Sync of {count / 1e6:.0f}M parameters, float32", ["engine", "s, median", "s, least"], rows)
+    table(f"Sync of {count / 1e6:.0f}M parameters, float32", ["engine", "s, median", "s, minimum"], rows)
 
 
 def steps(options: argparse.Namespace) -> None:
-    """Seconds of whole on-policy steps in float32: TRL's, and ours with either engine and either teacher."""
+    """Seconds per on-policy step in float32: TRL's, and ours with either engine and either teacher."""
     from gkd_trainer.teachers import VLLMServerTeacher
 
     engine = {"use_vllm": True, "vllm_max_model_length": 640, "vllm_engine_kwargs": {"enforce_eager": options.eager}}
@@ -123,7 +124,7 @@ def steps(options: argparse.Namespace) -> None:
         trainers[f"the same, served top-{TOP_K} teacher"] = our_trainer(
             options, STEP, teacher=teacher, rollouts=rollouts
         )
-        # One step a call, from the weights of now and on the same prompts; in turns: a noisy minute meets all.
+        # One step per call, from the current weights and on the same prompts; in turns, so that noise hits all alike.
         calls = {name: seconds_of(trainer.train) for name, trainer in trainers.items()}
         seconds = in_turns(calls, options.repeats)
     trl = seconds["TRL GKDTrainer"]
@@ -139,10 +140,10 @@ def steps(options: argparse.Namespace) -> None:
         rows.append([name, f"{step:.1f}", f"{ratio(trl, times):.2f}", *split, share])
     header = [
         "trainer",
-        "s a step",
+        "s per step",
         "faster than TRL by",
         "rollout",
-        "of it sync",
+        "of which sync",
         "teacher",
         "student",
         "teacher's share",
@@ -151,7 +152,7 @@ def steps(options: argparse.Namespace) -> None:
 
 
 def teacher(options: argparse.Namespace) -> None:
-    """Seconds to score sequences by a server, with and without its turning candidates into text, and by a forward."""
+    """Seconds to score sequences by a forward, and by a server that does or does not turn candidates into text."""
     import torch
 
     from gkd_trainer.teachers import VLLMServerTeacher
@@ -182,7 +183,7 @@ def teacher(options: argparse.Namespace) -> None:
 
 
 def prompt_ids(options: argparse.Namespace, count: int) -> list[list[int]]:
-    """Return the token ids of so many prompts."""
+    """Return the token ids of `count` prompts."""
     tokenizer = tokenizer_of(options)
     rows = conversations(options)["messages"][:count]
     return [
@@ -192,7 +193,7 @@ def prompt_ids(options: argparse.Namespace, count: int) -> list[list[int]]:
 
 
 def token_rows(options: argparse.Namespace, count: int, length: int) -> list[list[int]]:
-    """Return so many rows of real text, of so many tokens each."""
+    """Return `count` rows of real text, of `length` tokens each."""
     tokenizer = tokenizer_of(options)
     text = "\n".join(message["content"] for messages in conversations(options)["messages"] for message in messages)
     ids = tokenizer(text)["input_ids"]
@@ -203,7 +204,7 @@ def token_rows(options: argparse.Namespace, count: int, length: int) -> list[lis
 
 @contextmanager
 def vllm_server(options: argparse.Namespace, model: Path, dtype: str, *arguments: str) -> Iterator[str]:
-    """Serve a model on the loopback interface, on the same cores, and stop it."""
+    """Serve a model on the loopback interface and the same cores, and stop it at the end."""
     import httpx
 
     with socket.socket() as listener:
@@ -233,7 +234,7 @@ def vllm_server(options: argparse.Namespace, model: Path, dtype: str, *arguments
                     break
             except httpx.TransportError:
                 if process.poll() is not None:
-                    raise SystemExit("vLLM did not start: run its command by hand") from None
+                    raise SystemExit("vLLM did not start: run its command by hand to see why") from None
         yield url
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,20 +1,20 @@
-"""Whole training steps, ours beside those of TRL's GKDTrainer: seconds, where they go, and peak memory.
+"""Whole training steps, ours and those of TRL's GKDTrainer: seconds, where they go, and peak memory.
 
     python benchmarks/step.py --data GSM8K            # one thread on one core; about 40 minutes
     python benchmarks/step.py --parts lora --repeats 1
 
-prints a table a part, of the SmolLM2 pair: off-policy steps, on-policy steps, and off-policy steps of a LoRA student.
-Every contender lives in a process of its own: mixed precision is a state of the process, and memory its size. They
-take turns on the same core and the same rows: one `train` of `--steps` optimizer steps each, from its `on_train_begin`
-to its `on_train_end`; compilation is left to a turn that is not counted. Ratios are medians of the turns'. TRL runs
-with its best settings: the KV cache on, and no gradient checkpointing.
+prints one table per part, for the SmolLM2 pair: off-policy steps, on-policy steps, and off-policy steps of a LoRA
+student. Every contender has its own process, since mixed precision is a state of the process and memory is its size.
+The contenders take turns on the same core and the same rows. A turn is one `train` of `--steps` optimizer steps,
+measured from its `on_train_begin` to its `on_train_end`; a first turn, which compiles, is not counted. Ratios are
+medians of the turns' ratios. TRL runs with its best settings: the KV cache on, and no gradient checkpointing.
 
-Of a step, "rollout" is the generation, "teacher" the teacher's forward (TRL's to logits, ours to hidden states),
-"student" the rest of `training_step` (forward, divergence, backward), "rest" what is left: optimizer, clipping, data.
-"peak GB" is the resident set's peak during a turn, "added" what of it was not there when the turn began, as libraries,
-models and the optimizer's state were; beside each, its share of TRL's. "CPU s" is the processor's time, which waits for
-nobody: where it is well below the seconds, the cores were shared, and its ratio tells more. TRL also trains on the
-newline that the chat template puts after a turn, hence its further tokens.
+Of a step, "rollout" is the generation; "teacher" the teacher's forward (TRL's to logits, ours to hidden states);
+"student" the rest of `training_step` (forward, divergence, backward); "rest" everything else: optimizer, clipping,
+data. "peak GB" is the peak of the resident set during a turn. "added" is the part that was not there when the turn
+began, as libraries, models and the optimizer's state were. Beside each is its ratio to TRL's. "CPU s" is processor
+time, which excludes waiting: where it is well below the seconds, the cores were shared, and its ratio is more reliable.
+TRL also trains on the newline that the chat template puts after a turn, hence its additional tokens.
 
 Shapes: B batch, L length.
 """
@@ -43,7 +43,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 
 @dataclass(frozen=True)
 class Contender:
-    """A trainer and what is particular to it; `bf16` is autocast, which is TRL's default."""
+    """A trainer and its own settings; `bf16` is autocast, which is TRL's default."""
 
     title: str
     is_trl: bool = False
@@ -53,7 +53,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Part:
-    """Contenders that train alike. The first one is what the others are compared with."""
+    """Contenders that train alike. The others are compared with the first."""
 
     title: str
     arguments: Mapping[str, Any]
@@ -88,7 +88,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Turn:
-    """What was measured in one turn, a step: seconds, tokens; and the process's bytes."""
+    """The measurements of one turn: seconds and tokens per step, and the bytes of the process."""
 
     seconds: float
     cpu_seconds: float
@@ -142,18 +142,18 @@ def report(part: Part, turns: Mapping[str, list[Turn]], options: argparse.Namesp
                 f"{middle(lambda turn: turn.tokens / turn.sequences):.0f}",
             ]
         )
-    title = f"{part.title}, beta {options.beta}, {options.steps} step(s) a turn"
+    title = f"{part.title}, beta {options.beta}, {options.steps} step(s) per turn"
     memory = ("peak GB", "of TRL's", "added", "of TRL's")
     table(
         title,
-        ["", "s a step", "× faster", "CPU s", "× faster", *SPLIT, "rest", *memory, "tokens trained", "length"],
+        ["", "s per step", "× faster", "CPU s", "× faster", *SPLIT, "rest", *memory, "tokens trained", "length"],
         rows,
     )
 
 
 @contextmanager
 def worker(options: argparse.Namespace, part: str, index: int) -> Iterator[Callable[[], Turn]]:
-    """Start a process with a contender's trainer, and hand out a call that makes it take a turn."""
+    """Start a process with a contender's trainer, and yield a function that makes it take a turn."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=serve, args=(theirs, options, part, index))
@@ -174,7 +174,7 @@ def worker(options: argparse.Namespace, part: str, index: int) -> Iterator[Calla
 
 
 def serve(connection: Connection, options: argparse.Namespace, part: str, index: int) -> None:
-    """Build a contender's trainer, and take a turn whenever asked for one."""
+    """Build a contender's trainer, and take a turn whenever asked."""
     pin(options)
     trainer, stopwatch = build(options, PARTS[part], PARTS[part].contenders[index])
     while connection.recv():
@@ -182,7 +182,7 @@ def serve(connection: Connection, options: argparse.Namespace, part: str, index:
 
 
 def build(options: argparse.Namespace, part: Part, contender: Contender) -> tuple[Any, Stopwatch]:
-    """Return a contender's trainer, and the stopwatch that it is wrapped with."""
+    """Return a contender's trainer, and the stopwatch that times it."""
     from peft import LoraConfig
     from transformers import PrinterCallback
 
@@ -199,7 +199,7 @@ def build(options: argparse.Namespace, part: Part, contender: Contender) -> tupl
     if contender.is_trl:
         trainer.generate_on_policy_outputs = stopwatch.measured("rollout", trainer.generate_on_policy_outputs)
         trainer.teacher_model.forward = stopwatch.measured("teacher", trainer.teacher_model.forward)
-        # With the two above in it, as `seconds_student` of ours does not have them.
+        # It includes the two above, which our `seconds_student` does not.
         trainer.training_step = stopwatch.measured("step", trainer.training_step)
     return trainer, stopwatch
 
@@ -208,9 +208,9 @@ def take_turn(trainer: Any, stopwatch: Stopwatch, steps: int) -> Turn:
     """Train for some steps."""
     stopwatch.sums.clear()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already belongs to neither figure
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is already free counts in neither figure
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # resets the peak
     bytes_before = _status_bytes("VmRSS")
     trainer.train()
     sums = {name: amount / steps for name, amount in stopwatch.sums.items()}
@@ -233,7 +233,7 @@ def take_turn(trainer: Any, stopwatch: Stopwatch, steps: int) -> Turn:
 
 
 class Stopwatch:
-    """Seconds and tokens, added up by name while a trainer trains."""
+    """Seconds and tokens by name, added up while a trainer trains."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -256,7 +256,7 @@ class Stopwatch:
         return TimeOfLoop()
 
     def measured(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the call with its seconds added."""
+        """Return the call wrapped so that its seconds are added to `name`."""
 
         def measured_call(*args: Any, **kwargs: Any) -> Any:
             self._add(name, -time.perf_counter())
@@ -268,7 +268,7 @@ class Stopwatch:
         return measured_call
 
     def counting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the call with the tokens that it is given added."""
+        """Return the call wrapped so that the tokens it gets are counted."""
 
         def counting_call(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             labels_BL = inputs["labels"]
@@ -284,7 +284,7 @@ class Stopwatch:
 
 
 def _memory(turns: list[Turn]) -> tuple[float, float]:
-    """Return the peak, and what of it was added in its turn."""
+    """Return the peak, and the part of it that its turn added."""
     highest = max(turns, key=lambda turn: turn.peak_bytes)
     return highest.peak_bytes, highest.peak_bytes - highest.bytes_before
 
@@ -302,9 +302,9 @@ def _status_bytes(key: str) -> int:
 def parse_options() -> argparse.Namespace:
     """Return the options of the command line."""
     options = parser(__doc__, list(PARTS))
-    options.add_argument("--steps", type=int, default=2, help="optimizer steps a turn")
+    options.add_argument("--steps", type=int, default=2, help="optimizer steps per turn")
     options.add_argument("--beta", type=float, default=0.5, help="0.5 is the default of both trainers")
-    options.add_argument("--only-float32", action="store_true", help="leave out the contenders with bf16 in them")
+    options.add_argument("--only-float32", action="store_true", help="leave out the contenders that use bf16")
     return options.parse_args()
 
 

@@ -1,14 +1,14 @@
-"""Distil a small real model on this machine, and see what it gained.
+"""Distil a small real model on this machine, and see what it gains.
 
     make demo
 
-The teacher is SmolLM2-135M-Instruct, the student its first 10 and last 5 layers of 30. It learns first from the
-teacher's answers to prompts (off-policy, forward KL). From there it goes on twice, by the same number of steps: on its
-own completions and the teacher's answers in equal shares (λ = 0.5), and on the answers alone (λ = 0), with everything
-else the same. So the difference between these two is what its own completions are good for. What is printed at the end
-was measured in this run, on prompts that were not trained on.
+The teacher is SmolLM2-135M-Instruct; the student is its first 10 and last 5 layers of 30. The student first learns from
+the teacher's answers to prompts (off-policy, forward KL). From there it continues twice, for the same number of steps:
+once on its own completions and the teacher's answers in equal shares (λ = 0.5), and once on the answers alone (λ = 0),
+with everything else the same. The difference between the two shows what its own completions contribute. All results
+printed at the end were measured in this run, on prompts that were not trained on.
 
-On a GPU, or with a hub at hand, larger models take the same way:
+On a GPU, or with access to a hub, larger models work the same way:
 
     make demo ARGS="--teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B-Instruct"
 """
@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,14 @@ import torch
 from datasets import Dataset
 from demo_data.make_answers import answer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer
 from gkd_trainer.report.stages import plot_curves, print_samples, print_stages
@@ -37,24 +45,24 @@ AGREEMENT = "agreement, teacher's text"
 
 
 class Examiner:
-    """Measures a student, also one that is in training, on prompts that it is not trained on."""
+    """Measures a student, even during training, on prompts that it is not trained on."""
 
     def __init__(self, build_trainer, held_out: list) -> None:
-        """Take what builds a trainer of given options, and the rows to measure on."""
+        """Take a function that builds a trainer from options, and the rows to measure on."""
         self.on_text, self.on_samples = (
             build_trainer("examiner", beta=beta, eval_dataset=Dataset.from_list(held_out), disable_tqdm=True)
             for beta in (0.0, 1.0)
         )
         for trainer in (self.on_text, self.on_samples):
             trainer.remove_callback(PrinterCallback)
-        # As the trainer prepared them: token ids, and labels where the answer is.
+        # The rows as the trainer prepared them: token ids, with labels on the answer.
         self.prompts = [
             [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORE_INDEX]
             for row in self.on_text.eval_dataset
         ]
 
     def measure(self) -> tuple[dict[str, float], list[tuple[str, bool]]]:
-        """Compare with the teacher on its text, and on completions that the student samples now; return those too."""
+        """Compare with the teacher on its text and on fresh completions by the student; return the completions too."""
         began = time.monotonic()
         on_text = self.on_text.evaluate()
         trainer = self.on_samples
@@ -83,21 +91,22 @@ class Examiner:
 class Measure(TrainerCallback):
     """Measures during a run, and ends it when its time is up, so that a slow machine gets a shorter demo.
 
-    `curve` holds what was measured at which step, from the step at which the run starts; `texts` the last completions.
+    `curve` holds the measurements by step, beginning with the step at which the run starts; `texts` the last
+    completions.
     """
 
     def __init__(self, examiner: Examiner, every: int, seconds: float, start: tuple[int, dict[str, float]]) -> None:
-        """Go on from a point, and measure at every so many steps and at the last."""
+        """Start from a point; measure after every `every` steps and after the last."""
         self.examiner, self.every, self.seconds = examiner, every, seconds
         self.curve = [start]
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Note when the run began."""
+        """Record when the run began."""
         self.began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Stop when the time has passed, and measure when it is due."""
-        # The last measurement, which is still to come, will take as long as the one before.
+        """Stop when the time is up, and measure when it is due."""
+        # The last measurement is still to come, and will take as long as the previous one.
         control.should_training_stop |= time.monotonic() - self.began + self.examiner.seconds > self.seconds
         if state.global_step % self.every == 0 or control.should_training_stop:
             measures, self.texts = self.examiner.measure()
@@ -105,7 +114,7 @@ class Measure(TrainerCallback):
 
 
 def main() -> None:
-    """Train off-policy, then go on from there with λ = 0.5 and with λ = 0, and report what was measured."""
+    """Train off-policy, continue from there with λ = 0.5 and with λ = 0, and report the measurements."""
     options = parse_options()
     datasets.disable_progress_bars()
     began = time.monotonic()
@@ -115,34 +124,15 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype="auto" if on_gpu else torch.float32)
     teacher.to("cuda" if on_gpu else "cpu")
     student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32)
-    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in answers(options, teacher, tokenizer)]
-    rows = [{key: [message(key, row[key])] for key in row} for row in rows]
+    rows = [
+        {key: [message(key, row[key])] for key in ("prompt", "completion")}
+        for row in answers(options, teacher, tokenizer)
+    ]
     train_rows, held_out = rows[: -options.held_out], rows[-options.held_out :]
     console.print(f"{len(train_rows)} answers of the teacher to learn from, {len(held_out)} to measure on.")
 
-    def trainer(name: str, *, train_dataset=None, eval_dataset=None, callbacks=(), **settings) -> GKDTrainer:
-        return GKDTrainer(
-            model=student,
-            teacher=FrozenTeacher(teacher, tokenizer=tokenizer),
-            args=GKDConfig(
-                output_dir=str(options.output / name),
-                per_device_train_batch_size=4,
-                per_device_eval_batch_size=8,
-                lr_scheduler_type="constant_with_warmup",
-                warmup_steps=5,
-                max_length=192,
-                max_new_tokens=options.max_new_tokens,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to=[],
-                bf16=on_gpu and torch.cuda.is_bf16_supported(),
-                **settings,
-            ),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-        )
+    def trainer(name: str, **settings) -> GKDTrainer:
+        return build_trainer(options.output / name, options.max_new_tokens, student, teacher, tokenizer, **settings)
 
     examiner = Examiner(trainer, held_out)
     stages, samples, curves, minutes = {}, {}, {}, {}
@@ -165,33 +155,76 @@ def main() -> None:
     student.save_pretrained(options.output / "student")
     tokenizer.save_pretrained(options.output / "student")
     student.load_state_dict(weights)
-    # As many as the other made, which may have been stopped; they take less time.
+    # As many steps as the other run made, which may have been stopped early; these take less time.
     steps = curves["then λ = 0.5"][-1][0] - start[0]
     run("then λ = 0", steps, start, times=2, limit=math.inf, lmbda=0.0, **further)
 
+    print_comparison(options, held_out, samples, console)
+    times = ", ".join(f"{stage} {time:.1f}" for stage, time in minutes.items())
+    caption = (
+        f"The last two columns both continue from the second for {steps} steps, with the same rows, divergence (JSD) "
+        "and learning rate. They differ only in λ: compare them with each other to see what training on its own "
+        "completions does for the student. This is one run with one seed: small differences may be chance. "
+        f"Minutes of training, including measurements: {times}."
+    )
+    print_stages(stages, f"On {len(held_out)} held-out prompts; KL in nats per token", caption, console)
+    picture = options.output / "demo.png"
+    plot_curves(curves, picture, logarithmic={TEXT_KL, SAMPLES_KL})
+    (options.output / "demo.json").write_text(json.dumps({"stages": stages, "curves": curves}, indent=2))
+    total = (time.monotonic() - began) / 60
+    console.print(f"{total:.1f} minutes. The plot is {picture}, the student (λ = 0.5) {options.output / 'student'}.")
+
+
+def build_trainer(
+    output_dir: Path,
+    max_new_tokens: int,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **settings,
+) -> GKDTrainer:
+    """Return a trainer of the student with the settings that all runs share, and those given."""
+    return GKDTrainer(
+        model=student,
+        teacher=FrozenTeacher(teacher, tokenizer=tokenizer),
+        args=GKDConfig(
+            output_dir=str(output_dir),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=8,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=5,
+            max_length=192,
+            max_new_tokens=max_new_tokens,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            **settings,
+        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def print_comparison(
+    options: argparse.Namespace, held_out: list, samples: dict[str, list[tuple[str, bool]]], console: Console
+) -> None:
+    """Print the first held-out prompts, each with the completions by the teacher and by the student at every stage."""
     for index in range(options.shown):
         of_teacher = {"teacher (greedy)": (held_out[index]["completion"][0]["content"], True)}
         of_student = {f"student, {stage}": texts[index] for stage, texts in samples.items()}
         print_samples(held_out[index]["prompt"][0]["content"], of_teacher | of_student, console)
     console.rule()
-    title = f"On {len(held_out)} held-out prompts; KL in nats per token"
-    times = ", ".join(f"{stage} {time:.1f}" for stage, time in minutes.items())
-    caption = (
-        f"The last two columns both go on from the second by {steps} steps, with the same rows, divergence (JSD) and "
-        "learning rate. They differ in λ alone: compare them with each other to see what training on its own "
-        "completions does for the student. It is one run with one seed: small differences may be chance. "
-        f"Minutes of training, measurements included: {times}."
-    )
-    print_stages(stages, title, caption, console)
-    picture = options.output / "demo.png"
-    plot_curves(curves, picture, logarithmic={TEXT_KL, SAMPLES_KL})
-    (options.output / "demo.json").write_text(json.dumps({"stages": stages, "curves": curves}, indent=2))
-    total = (time.monotonic() - began) / 60
-    console.print(f"{total:.1f} minutes. The picture is {picture}, the student (λ = 0.5) {options.output / 'student'}.")
 
 
 def answers(options: argparse.Namespace, teacher, tokenizer) -> list[dict[str, str]]:
-    """Return the teacher's answers: those kept for the default teacher, or fresh ones of another."""
+    """Return the teacher's answers: the stored ones of the default teacher, or fresh ones of another."""
     if options.teacher == str(options.pair / "teacher"):
         return read_rows(HERE / "demo_data" / "teacher_answers.jsonl")
     prompts = [row["prompt"] for row in read_rows(HERE / "demo_data" / "prompts.jsonl")]
@@ -201,7 +234,7 @@ def answers(options: argparse.Namespace, teacher, tokenizer) -> list[dict[str, s
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a jsonl file."""
+    """Return the rows of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -217,9 +250,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--teacher", help="another teacher: a hub name or a folder")
     parser.add_argument("--student", help="another student, with the teacher's tokenizer")
     parser.add_argument("--off-policy-steps", type=int, default=54)
-    parser.add_argument("--further-steps", type=int, default=24, help="of each of the two runs that go on from there")
+    parser.add_argument("--further-steps", type=int, default=24, help="in each of the two runs that follow")
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--held-out", type=int, default=24, help="how many answers are kept to measure on")
+    parser.add_argument("--held-out", type=int, default=24, help="how many answers are kept for measuring")
     parser.add_argument("--shown", type=int, default=3, help="how many prompts are shown with their completions")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""A LoRA adapter as the student: half of the samples from GSM8K's solutions, half from the student itself.
+"""A LoRA adapter as the student: half of the samples come from GSM8K's solutions, half from the student.
 
     python examples/lora_student.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
-The student's own weights stay as they are; what is trained and saved is the adapter, a few MB. At the end it is loaded
-again, on top of a fresh student, and answers one question. `--data` also takes a folder with train.jsonl.
+The student's own weights do not change; only the adapter, a few MB, is trained and saved. At the end it is loaded onto
+a fresh student, which answers one question. `--data` also takes a folder with train.jsonl.
 """
 
 from __future__ import annotations

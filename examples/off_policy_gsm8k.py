@@ -1,9 +1,9 @@
-"""Off-policy distillation on GSM8K: the student imitates the teacher's distribution on the data's own solutions.
+"""Off-policy distillation on GSM8K: the student imitates the teacher's distribution on the data's solutions.
 
     python examples/off_policy_gsm8k.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
-lmbda=0 generates nothing, and beta=0 is the forward KL: the classic word-level distillation. The divergence on held-out
-problems is measured before and after. `--data` also takes a folder with train.jsonl and test.jsonl.
+lmbda=0 generates nothing, and beta=0 is the forward KL: classic word-level distillation. The divergence on held-out
+problems is measured before and after training. `--data` also takes a folder with train.jsonl and test.jsonl.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
-    print(f"Forward KL a token on {args.num_eval} test problems: {before:.4f} before, {after:.4f} after")
+    print(f"Forward KL per token on {args.num_eval} test problems: {before:.4f} before, {after:.4f} after")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

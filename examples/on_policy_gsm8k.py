@@ -1,14 +1,15 @@
-r"""On-policy distillation on GSM8K: the student solves the problems, and the teacher scores every token that it wrote.
+r"""On-policy distillation on GSM8K: the student solves problems, and the teacher scores every token it wrote.
 
     python examples/on_policy_gsm8k.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
 Only the questions are read (lmbda=1), and beta=1 is the reverse KL, which keeps the student to what the teacher finds
-likely. Completions are printed while training; at the end the student solves a few test problems greedily.
+likely. Completions are printed during training; at the end the student solves a few test problems greedily.
 `--data` also takes a folder with train.jsonl and test.jsonl.
 
-`--vllm colocate` generates with vLLM in this process. `--vllm server --vllm_server_base_url http://127.0.0.1:8000` does
-so with a server, which gets the weights of every step. Start it before, with the student (docs/vllm.md has more).
-VLLM_CPU_KVCACHE_SPACE bounds its KV cache on a CPU, in GiB; without it, that takes nearly all memory:
+`--vllm colocate` generates with vLLM in this process. `--vllm server --vllm_server_base_url http://127.0.0.1:8000`
+generates with a server, which gets the weights of every step. Start the server first, with the student (see
+docs/vllm.md). On a CPU, VLLM_CPU_KVCACHE_SPACE bounds its KV cache, in GiB; without it, the cache takes nearly all
+memory:
 
     VLLM_CPU_KVCACHE_SPACE=1 VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
         --model Qwen/Qwen2.5-0.5B-Instruct --host 127.0.0.1 --port 8000 --max-model-len 512
@@ -26,7 +27,7 @@ from gkd_trainer.data import gsm8k
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on the questions alone, and print the accuracy on test problems."""
+    """Train on only the questions, and print the accuracy on test problems."""
     args = parse_args(argv)
     config = GKDConfig(
         output_dir=args.output_dir,
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_vllm=args.vllm is not None,
         vllm_mode=args.vllm or "colocate",
         vllm_server_base_url=args.vllm_server_base_url,
-        vllm_engine_kwargs={"enforce_eager": not torch.cuda.is_available()},  # on a CPU compiling it takes long
+        vllm_engine_kwargs={"enforce_eager": not torch.cuda.is_available()},  # compiling takes long on a CPU
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
         for problem in problems
     ]
-    trainer.rollouts.sync(trainer.model)  # the weights of now, after the last step
+    trainer.rollouts.sync(trainer.model)  # the current weights, after the last step
     greedy = trainer.rollouts.greedy_sampling(args.max_new_tokens)
     completions = trainer.rollouts.generate(prompts, greedy, seeds=range(len(prompts)))
     solutions = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
@@ -81,8 +82,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--num_eval", type=int, default=32)
-    parser.add_argument("--vllm", choices=["colocate", "server"], help="by default transformers generates")
-    parser.add_argument("--vllm_server_base_url", help="where the server with the student listens")
+    parser.add_argument("--vllm", choices=["colocate", "server"], help="by default, transformers generates")
+    parser.add_argument("--vllm_server_base_url", help="where the student's server listens")
     return parser.parse_args(argv)
 
 

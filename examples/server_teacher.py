@@ -1,14 +1,14 @@
-r"""A teacher behind an ordinary vLLM server: half of the samples from GSM8K's solutions, half from the student itself.
+r"""A teacher behind an ordinary vLLM server: half of the samples come from GSM8K's solutions, half from the student.
 
-Start the teacher, here or on another machine (docs/vllm.md has more), and then train. VLLM_CPU_KVCACHE_SPACE bounds its
-KV cache on a CPU, in GiB; without it, that takes nearly all memory:
+Start the teacher, here or on another machine (see docs/vllm.md), then train. On a CPU, VLLM_CPU_KVCACHE_SPACE bounds
+its KV cache, in GiB; without it, the cache takes nearly all memory:
 
     VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
         --model Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1 --port 8001 --max-logprobs 64
     python examples/server_teacher.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher_url http://127.0.0.1:8001
 
-The student is compared with the teacher's 64 most probable tokens and one bucket for all others. How much probability
-both models give to those tokens is printed at the end. `--data` also takes a folder with train.jsonl.
+The student is compared with the teacher's 64 most probable tokens and one bucket for all others. The probability that
+each model gives to those tokens is printed at the end. `--data` also takes a folder with train.jsonl.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gkd_trainer.data import gsm8k
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train from the served teacher, and print how much of both distributions its top tokens hold."""
+    """Train from the served teacher, and print how much of both distributions its top tokens cover."""
     args = parse_args(argv)
     config = GKDConfig(
         output_dir=args.output_dir,
@@ -60,9 +60,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="Qwen/Qwen2.5-0.5B-Instruct")
     parser.add_argument(
-        "--teacher_url", default="http://127.0.0.1:8001", help="of several servers, separated by commas"
+        "--teacher_url", default="http://127.0.0.1:8001", help="one URL, or several separated by commas"
     )
-    parser.add_argument("--teacher_top_k", type=int, default=64, help="the server's --max-logprobs at most")
+    parser.add_argument("--teacher_top_k", type=int, default=64, help="at most the server's --max-logprobs")
     parser.add_argument("--data", default="openai/gsm8k")
     parser.add_argument("--output_dir", default="server-teacher-gsm8k")
     parser.add_argument("--max_steps", type=int, default=200)

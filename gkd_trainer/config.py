@@ -19,14 +19,17 @@ from gkd_trainer.config_checks import (
     parsed_json,
     parsed_urls,
 )
+from gkd_trainer.config_effects import Run
+from gkd_trainer.divergence.objective import DIVERGENCES
+from gkd_trainer.divergence.options import SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.redaction import drops_secrets, redacted, without_secrets
+from gkd_trainer.redaction import HidesSecrets, redacted
 
 logger = logging.getLogger(__name__)
 
 
 class Unset(int):
-    """A number that nobody chose, so that it may give way to what fits."""
+    """A default that nobody chose, so that it may give way to a value that fits."""
 
 
 def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
@@ -37,80 +40,79 @@ def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
 
 
 @dataclass
-class GKDArguments:
+class GKDArguments(HidesSecrets):
     """The options that distillation adds to a training configuration.
 
-    Put it in front of the configuration of the trainer that you extend:
-    `class MyConfig(GKDArguments, trl.SFTConfig)`. For the plain Trainer that is `GKDConfig`.
+    Put it before the configuration of the trainer that you extend: `class MyConfig(GKDArguments, trl.SFTConfig)`. For
+    the plain Trainer, that is `GKDConfig`.
 
     Raises GKDConfigError for values out of range and for combinations that have no meaning.
     """
 
     lmbda: float = _option(
         0.5,
-        "Share λ of the samples that are on-policy, in [0, 1]: 0 trains on the data alone, 1 on the student's own "
-        "completions.",
+        "Share λ of on-policy samples, in [0, 1]: 0 trains only on the data, 1 only on the student's own completions.",
     )
-    lmbda_end: float | None = _option(None, "λ at the last step, for lmbda_schedule='linear', in [0, 1].")
+    lmbda_end: float | None = _option(None, "λ at the last step, in [0, 1], for lmbda_schedule='linear'.")
     lmbda_schedule: str = _option(
-        "constant", "How λ moves from lmbda to lmbda_end over the run.", ["constant", "linear"]
+        "constant", "How λ changes over the run: 'linear' goes from lmbda to lmbda_end.", ["constant", "linear"]
     )
     lmbda_granularity: str = _option(
         "sample",
-        "Whether each sample is drawn on-policy by itself, or all samples of an optimizer step together "
-        "(Agarwal et al. 2023, algorithm 1).",
+        "Whether each sample is drawn on-policy by itself, or all samples of an optimizer step together (Agarwal et "
+        "al. 2023, algorithm 1).",
         ["sample", "batch"],
     )
     beta: float = _option(
         0.5,
-        "Divergence, in [0, 1]: 0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), between "
-        "is the generalised JSD.",
+        "Which divergence 'jsd' is, in [0, 1]: 0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), "
+        "and values between are generalised JSDs.",
     )
     divergence: str = _option(
         "jsd",
-        "The divergence: 'jsd' is that of beta, the others have no beta: skewed KLs (DistiLLM), total variation, α-β "
+        "The divergence: 'jsd' depends on beta, the others do not: skewed KLs (DistiLLM), total variation, α-β "
         "divergence (ABKD), adaptive KL (AKL).",
-        ["jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta", "adaptive_kl"],
+        list(DIVERGENCES),
     )
     divergence_options: dict[str, Any] | str | None = _option(
         None,
-        'Options of the divergence where not its defaults, such as {"alpha": 0.1} of the skewed KLs, as a dictionary '
-        "or JSON.",
+        'Options of the divergence, such as {"alpha": 0.1} for the skewed KLs, as a dictionary or JSON.',
     )
     loss_workspace_mb: float | None = _option(
         None,
-        "Memory in MiB (at least 1) that the divergence may take besides hidden states and gradients; by default 256 "
+        "Memory in MiB (at least 1) that the divergence may use besides hidden states and gradients; by default 256 "
         "on the CPU and 1024 elsewhere.",
     )
     loss_product_dtype: str = _option(
         "auto",
-        "What the matrix products of the divergence round their inputs to; logits are float32 all the same. 'auto' is "
-        "the dtype of mixed precision, or of a model in half precision, on CUDA, and 'float32' elsewhere. On a CPU "
-        "'bfloat16' rounds those of the gradient alone.",
+        "Dtype to which the divergence rounds the inputs of its matrix products; logits stay float32. 'auto' is, on "
+        "CUDA, the dtype of mixed precision or of a half-precision model, and 'float32' elsewhere. On a CPU, "
+        "'bfloat16' applies only to the products for the gradient.",
         ["auto", "float32", "bfloat16", "float16"],
     )
     divergence_scale: str = _option(
         "paper",
         "'paper' takes the JSD as published, whose gradient vanishes towards both ends; 'continuous' divides it by "
         "β(1−β) inside (0, 1), with the two KLs as its limits.",
-        ["paper", "continuous"],
+        list(SCALES),
     )
-    loss_temperature: float = _option(
-        1.0, "Temperature (> 0) that divides the logits of both models in the divergence."
-    )
+    loss_temperature: float = _option(1.0, "Temperature (> 0) that divides both models' logits in the divergence.")
     ce_weight: float = _option(
         0.0,
-        "Weight w in [0, 1] of the cross-entropy of the data's own tokens: w·CE + (1−w)·divergence. On-policy "
-        "samples take the divergence alone.",
+        "Weight w in [0, 1] of the cross-entropy on the data's tokens: w·CE + (1−w)·divergence. On-policy samples "
+        "use only the divergence.",
     )
     seq_kd: bool = _option(
         False,
-        "Whether the samples that are not on-policy are generated by the teacher instead of taken from the data.",
+        "Whether the teacher generates the completions of samples that are not on-policy, instead of taking the "
+        "data's.",
     )
     temperature: float = _option(
-        1.0, "Sampling temperature (> 0) of the completions; 1 samples the student's own distribution."
+        1.0, "Sampling temperature (> 0) of completions; 1 samples the student's own distribution."
     )
-    top_p: float = _option(1.0, "Nucleus sampling: keep the most probable tokens up to this mass, in (0, 1].")
+    top_p: float = _option(
+        1.0, "Nucleus sampling: keep the most probable tokens up to this total probability, in (0, 1]."
+    )
     top_k: int = _option(0, "Keep this many of the most probable tokens when sampling; 0 keeps all.")
     min_p: float | None = _option(
         None, "Keep tokens with at least this share of the top token's probability, in [0, 1]."
@@ -118,124 +120,126 @@ class GKDArguments:
     repetition_penalty: float = _option(1.0, "Penalty (> 0) on tokens that occurred before; 1 is none.")
     max_new_tokens: int = _option(
         Unset(128),
-        "Longest completion that is generated, in tokens; where it is not set and would not fit, half of max_length.",
+        "Maximum length of a generated completion, in tokens. If unset, and the default leaves no room for a prompt, "
+        "it is half of max_length.",
     )
     generation_kwargs: dict[str, Any] | str | None = _option(
         None,
-        "Further options of transformers.GenerationConfig for the rollouts (of vLLM's SamplingParams under use_vllm), "
-        "as a dictionary or JSON.",
+        "Further options of transformers.GenerationConfig for rollouts (with use_vllm, of vLLM's SamplingParams), as "
+        "a dictionary or JSON.",
     )
     rollout_batch_size: int | None = _option(
         None,
-        "Most prompts that transformers generates for at once; by default all of a call's on this rank. A model that "
-        "reads padding takes prompts of one length at once. vLLM batches by itself.",
+        "Maximum number of prompts in one batch of transformers' generation; by default all prompts of a call on "
+        "this rank. If padding changes a model's output, only prompts of equal length share a batch. vLLM batches by "
+        "itself.",
     )
     rollout_steps: int = _option(
         1,
-        "For how many optimizer steps completions are generated at once; those of the last are then rollout_steps − 1 "
-        "steps old.",
+        "Number of optimizer steps to generate completions for at once; those of the last step are then "
+        "rollout_steps − 1 steps old.",
     )
     rollout_overlap: bool = _option(
         False,
-        "Whether the next completions are generated while these are trained on, one call of rollouts older; needs "
-        "vllm_mode='server'.",
+        "Whether to generate the next completions while training on the current ones, which makes them one rollout "
+        "call older; needs vllm_mode='server'.",
     )
     use_vllm: bool = _option(False, "Whether vLLM generates the student's completions, instead of transformers.")
     vllm_mode: str = _option(
         "colocate",
-        "Whether vLLM runs in the trainer's process, or as one or several servers started by you.",
+        "Whether vLLM runs in the trainer's process, or as one or more servers that you start.",
         ["colocate", "server"],
     )
     vllm_server_base_url: list[str] | str | None = _option(
         None,
-        "Where the rollout servers listen, such as http://127.0.0.1:8000; a list, or separated by commas. Prompts are "
+        "URLs of the rollout servers, such as http://127.0.0.1:8000, as a list or separated by commas. Prompts are "
         "spread over them.",
     )
-    vllm_server_api_token: str | None = _option(None, "The API key that the rollout servers were started with.")
+    vllm_server_api_token: str | None = _option(None, "API key that the rollout servers were started with.")
     vllm_server_timeout: float = _option(
         240.0,
-        "Seconds (> 0) for which a server that can't be reached is tried again, as while it restarts; a teacher's too.",
+        "Seconds (> 0) to keep trying to reach a server, such as one that restarts; also a teacher's.",
     )
     vllm_request_timeout: float = _option(
         300.0,
-        "Seconds (> 0) within which a server must have answered one request, such as one completion; a teacher's too.",
+        "Seconds (> 0) that a server may take to answer one request, such as one completion; also a teacher's.",
     )
     vllm_weight_sync: str = _option(
         "auto",
-        "How vLLM gets the student's weights: 'full' sends all, adapters merged in; 'adapter' a LoRA adapter alone; "
-        "'nccl' all, from GPU to GPU, to a server; 'auto' is 'adapter' for a LoRA student beside its engine on CUDA, "
-        "else 'full'.",
+        "How vLLM gets the student's weights: 'full' sends all of them, with adapters merged; 'adapter' sends only a "
+        "LoRA adapter; 'nccl' sends all of them to a server, from GPU to GPU; 'auto' is 'adapter' for a LoRA "
+        "student beside its engine on CUDA, else 'full'.",
         ["auto", "full", "adapter", "nccl"],
     )
     vllm_sync_dir: str | None = _option(
         None,
-        "A folder that the trainer and the rollout servers both see, through which weights pass; by default one in "
-        "memory (/dev/shm) where all servers are on this machine.",
+        "Folder through which weights pass, visible to the trainer and the rollout servers; by default one in memory "
+        "(/dev/shm), if all servers are on this machine.",
     )
     vllm_gpu_memory_utilization: float = _option(
-        0.3, "Share of a GPU's memory, in (0, 1], for the weights and the KV cache of vllm_mode='colocate'."
+        0.3, "Share of a GPU's memory, in (0, 1], for the weights and KV cache of vllm_mode='colocate'."
     )
     vllm_max_model_length: int | None = _option(
-        None, "Most tokens of a prompt and its completion in vllm_mode='colocate'; by default max_length."
+        None, "Maximum tokens of a prompt and its completion in vllm_mode='colocate'; by default max_length."
     )
-    vllm_tensor_parallel_size: int = _option(1, "Over how many ranks one engine of vllm_mode='colocate' is spread.")
+    vllm_tensor_parallel_size: int = _option(1, "Number of ranks that share one engine of vllm_mode='colocate'.")
     vllm_enable_sleep_mode: bool = _option(
-        False, "Whether the engine of vllm_mode='colocate' frees the GPU's memory while the student trains."
+        False, "Whether the engine of vllm_mode='colocate' frees GPU memory while the student trains."
     )
     vllm_engine_kwargs: dict[str, Any] | str | None = _option(
         None, "Further arguments of vllm.LLM for vllm_mode='colocate', as a dictionary or JSON."
     )
     max_length: int | None = _option(
         1024,
-        "Most tokens of a sequence, prompt and completion together; None is no limit. Longer data completions are cut "
-        "at the end; prompts longer than max_length − max_new_tokens are dropped where completions are generated. The "
-        "default gives way to a shorter context of the student or the teacher.",
+        "Maximum tokens of a sequence, prompt and completion together; None is no limit. Longer completions from the "
+        "data are cut at the end; where completions are generated, prompts longer than max_length − max_new_tokens "
+        "are dropped. The default gives way to a shorter context of the student or teacher.",
     )
     train_on: str = _option(
         "all_turns",
-        "Which assistant turns of a conversation are trained on.",
+        "Which assistant turns of a conversation to train on.",
         ["all_turns", "last_turn"],
     )
-    disable_dropout: bool = _option(True, "Whether to switch dropout off in the student.")
+    disable_dropout: bool = _option(True, "Whether to switch off dropout in the student.")
     teacher_model_name_or_path: str | None = _option(
-        None, "The teacher's name on the hub or its folder, where no teacher is passed to the trainer."
+        None, "The teacher's name on the hub or its folder, if no teacher is passed to the trainer."
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
-        "Options of AutoModelForCausalLM.from_pretrained for a teacher given by name, as a dictionary or JSON; "
-        "its dtype is the checkpoint's unless given here.",
+        "Options of AutoModelForCausalLM.from_pretrained for a teacher given by name, as a dictionary or JSON; the "
+        "dtype is the checkpoint's unless given here.",
     )
     teacher_top_k: int | None = _option(
         None,
-        "Compare over the teacher's most probable tokens (this many) and one bucket for all others. By default over "
-        "the whole vocabulary, and 20 for a teacher behind a server.",
+        "Compare over this many of the teacher's most probable tokens, and one bucket for all others. By default "
+        "over the whole vocabulary, and over 20 tokens for a teacher behind a server.",
     )
     teacher_tail: str = _option(
         "bucket",
         "What becomes of the tokens outside teacher_top_k: 'bucket' compares their summed probability, 'renormalize' "
         "leaves them out on both sides.",
-        ["bucket", "renormalize"],
+        list(TAILS),
     )
     teacher_server_base_url: list[str] | str | None = _option(
         None,
-        "Where ordinary vLLM servers with the teacher listen, such as http://127.0.0.1:8001; a list, or separated by "
-        "commas. Takes the place of a teacher model.",
+        "URLs of ordinary vLLM servers of the teacher, such as http://127.0.0.1:8001, as a list or separated by "
+        "commas. They replace a teacher model.",
     )
-    teacher_server_api_token: str | None = _option(None, "The API key that the teacher's servers were started with.")
+    teacher_server_api_token: str | None = _option(None, "API key that the teacher's servers were started with.")
     teacher_server_checks: bool = _option(
-        True, "Whether the teacher's servers are checked at first contact: tokenizer, scores, reproducibility."
+        True, "Whether to check the teacher's servers at first contact: tokenizer, scores, reproducibility."
     )
     eval_on_policy: bool = _option(
-        False, "Whether evaluate also measures the divergence on fresh greedy completions of the student."
+        False, "Whether evaluation also measures the divergence on new greedy completions of the student."
     )
     log_completions: bool = _option(
         False,
-        "Whether to print generated completions when logging, and send them to the trackers that are on.",
+        "Whether to print generated completions when logging, and send them to the enabled trackers.",
     )
-    num_completions_to_print: int = _option(4, "How many completions log_completions shows.")
+    num_completions_to_print: int = _option(4, "Number of completions that log_completions shows.")
 
     def __post_init__(self) -> None:
-        """Parse the JSON fields, check every value and combination, then let the base class do its part."""
+        """Parse the JSON and URL fields, check every value and combination, then run the base class's own checks."""
         for name in ("teacher_model_name_or_path", "vllm_sync_dir"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
@@ -249,46 +253,29 @@ class GKDArguments:
                 check_types(self, owner, {*self._json_fields(), *self._url_fields()})
         check_ranges(self, dataclasses.fields(GKDArguments))
         self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, Unset))
-        check_combinations(self)
+        check_combinations(Run(self))
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep @dataclass from giving the subclass a `repr` of its own, which would show secrets."""
-        super().__init_subclass__(**kwargs)
-        if "__repr__" not in vars(cls):
-            cls.__repr__ = GKDArguments.__repr__  # type: ignore[method-assign]
-
-    def __repr__(self) -> str:
-        """Return all options and their values, one per line, without secrets."""
-        values = {option.name: getattr(self, option.name, None) for option in dataclasses.fields(self)}
-        lines = [f"{name}={redacted(value, name)!r},\n" for name, value in sorted(values.items())]
-        return f"{type(self).__name__}(\n{''.join(lines)})"
-
-    __str__ = __repr__
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options and their values, without secrets, for JSON and trackers."""
         parent = getattr(super(), "to_dict", None)
         values = vars(self) if parent is None else parent()
         plain = {name: _plain(values[name]) for name in self._json_fields()}
-        if isinstance(values.get("logging_steps"), Unset):  # as JSON it would be chosen
+        if isinstance(values.get("logging_steps"), Unset):  # in JSON it would look chosen
             plain["logging_steps"] = None
         return {name: redacted(value, name) for name, value in {**values, **plain}.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all, or what `dropping_secrets` leaves of it."""
-        state = vars(self).copy()
-        if drops_secrets():
-            own = {option.name for option in dataclasses.fields(self)} & state.keys()
-            state |= {name: without_secrets(state[name], name) for name in own}
-        return state
 
     @property
     def generates(self) -> bool:
         """Whether any sample may be generated during training, by the student or by the teacher."""
         return self.seq_kd or max(self.lmbda, self._last_lmbda) > 0
+
+    @property
+    def generates_anywhere(self) -> bool:
+        """Whether any completion may be generated, in training or for eval_on_policy."""
+        return self.generates or self.eval_on_policy
 
     @property
     def is_always_on_policy(self) -> bool:
@@ -300,10 +287,15 @@ class GKDArguments:
         """Whether some samples of the run may be on-policy, and others not."""
         return max(self.lmbda, self._last_lmbda) > 0 and not self.is_always_on_policy
 
-    def shorten(self, max_length: int) -> None:
-        """Set max_length to a smaller value, and max_new_tokens where it is at its default and no longer fits.
+    @property
+    def uses_vllm_server(self) -> bool:
+        """Whether vLLM servers generate the student's completions."""
+        return self.use_vllm and self.vllm_mode == "server"
 
-        Raises GKDConfigError where completions of another max_new_tokens would leave no room for a prompt.
+    def shorten(self, max_length: int) -> None:
+        """Lower max_length, and with it max_new_tokens if that is at its default and no longer fits.
+
+        Raises GKDConfigError if any other max_new_tokens leaves no room for a prompt.
         """
         self.max_length = max_length
         is_default = self.max_new_tokens == GKDArguments.max_new_tokens
@@ -315,11 +307,11 @@ class GKDArguments:
             return
         default, length = int(GKDArguments.max_new_tokens), self.max_length
         self.max_new_tokens = Unset(default)
-        if length is not None and length <= default and (self.generates or self.eval_on_policy):
+        if length is not None and length <= default and self.generates_anywhere:
             self.max_new_tokens = Unset(length // 2)
             logger.warning(
-                "max_new_tokens is %d, half of max_length=%d, which its default of %d would leave no prompt in: set it "
-                "to choose another.",
+                "max_new_tokens is %d, half of max_length=%d, since its default of %d would leave no room for a "
+                "prompt: set it to choose another.",
                 self.max_new_tokens,
                 length,
                 default,
@@ -339,7 +331,7 @@ class GKDArguments:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of which JSON can be made: a quantisation's configuration as a dictionary, a dtype as its name."""
+    """Return a value that JSON can hold: a quantisation's configuration as a dictionary, a dtype as its name."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -355,7 +347,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
 
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
-        "Options of AutoModelForCausalLM.from_pretrained for a student given by name, as a dictionary or JSON; its "
+        "Options of AutoModelForCausalLM.from_pretrained for a student given by name, as a dictionary or JSON; the "
         "dtype is float32 unless given here.",
     )
     trust_remote_code: bool = _option(
@@ -364,15 +356,15 @@ class GKDConfig(GKDArguments, TrainingArguments):
     dataset_num_proc: int | None = _option(None, "Number of processes that tokenise the data set.")
     logging_steps: float = _option(
         Unset(TrainingArguments.logging_steps),
-        "Optimizer steps from one log entry to the next, or, below 1, their share of the run. By default a tenth of "
-        "the run, and at most 500 steps.",
+        "Optimizer steps between log entries, or, below 1, their share of the run. By default a tenth of the run, "
+        "and at most 500 steps.",
     )
     dataset_kwargs: dict[str, Any] | str | None = _option(
-        None, "{'skip_prepare_dataset': true} leaves the data set as it is, for a collator of your own."
+        None, "{'skip_prepare_dataset': true} leaves the data set as it is, for your own collator."
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse options of trl.SFTConfig that have no meaning here, before Python calls them unexpected."""
+        """Refuse options that only trl.SFTConfig has, before Python calls them unexpected."""
         unknown = kwargs.keys() - {option.name for option in dataclasses.fields(cls)}
         if unknown:
             from trl import SFTConfig
@@ -387,13 +379,13 @@ class GKDConfig(GKDArguments, TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check as GKDArguments does, and let logging_steps stay unset where they are, or None."""
+        """Check as GKDArguments does, and keep logging_steps unset if nobody chose them; None means the same."""
         unset = Unset(TrainingArguments.logging_steps)
         is_unset = self.logging_steps is None or isinstance(self.logging_steps, Unset)
         if is_unset:
             self.logging_steps = unset
         super().__post_init__()
-        if is_unset:  # TrainingArguments makes a plain number of it
+        if is_unset:  # TrainingArguments turns it into a plain number
             self.logging_steps = unset
 
     @classmethod

@@ -1,6 +1,6 @@
-"""What values the options may have: parsed from a command line, by themselves, and together.
+"""Which values the options may have: parsed, each by itself, and together. Everything else raises GKDConfigError.
 
-`args` is a GKDArguments, whatever else it is.
+`config_effects` says which options have no effect in a run. `args` is a GKDArguments, whatever else it is.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ from typing import Any, get_args
 
 from transformers import GenerationConfig
 
-from gkd_trainer.divergence.loss import checked_divergence_options
-from gkd_trainer.effects import REFUSED_UNUSED, Run, unused_options
+from gkd_trainer.compat import DEFAULT_LOSSES
+from gkd_trainer.config_effects import Run, unused_options
+from gkd_trainer.divergence.options import check_top_k_temperature, checked_objective
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
+from gkd_trainer.types import Sampling
 from gkd_trainer.urls import ServerURL
+
+REFUSED_UNUSED = ("ce_weight", "seq_kd")
+"""Options that are refused if they have no effect: the run would train on something other than what was asked for. The
+trainer only warns of the others, since sweeps often leave them set."""
 
 # What generation_kwargs may not hold, and what to do instead.
 _REFUSED_GENERATION_KWARGS = {
     **{
-        name: f"set {name} itself, outside generation_kwargs"
-        for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "repetition_penalty")
+        option.name: f"set {option.name} itself, outside generation_kwargs"
+        for option in dataclasses.fields(Sampling)
+        if option.name != "extra"
     },
-    **dict.fromkeys(
-        ("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), "set top_p, top_k or min_p instead, the warpers here"
-    ),
+    **dict.fromkeys(("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), "set top_p, top_k or min_p instead"),
     **dict.fromkeys(("max_length", "max_time"), "set max_new_tokens instead"),
     "min_length": "set min_new_tokens instead, which does not count the padding",
     "do_sample": "completions are always sampled; set top_k=1 to take the most probable token",
@@ -51,14 +56,14 @@ _REFUSED_GENERATION_KWARGS = {
     ),
 }
 
-# Fields of vLLM's SamplingParams that are neither options of their own nor fixed by the rollouts.
+# Fields of vLLM's SamplingParams that have no option of their own and that the rollouts do not fix.
 _VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
-# Those of them that transformers has no option for.
+# Those that transformers has no option for.
 _VLLM_ALONE = frozenset({"presence_penalty", "frequency_penalty"})
 
 _VLLM_MAX_TEMPERATURE = 2.0
 
-# Options that are at least 1, where they are not None.
+# Options that are None or at least 1.
 _COUNTS = (
     "max_new_tokens",
     "num_completions_to_print",
@@ -69,7 +74,7 @@ _COUNTS = (
     "vllm_tensor_parallel_size",
 )
 
-# What a value of each annotated type has to be an instance of, and how an error calls that.
+# For each annotated type, what a value must be an instance of, and what an error calls it.
 _TYPES: dict[Any, tuple[Any, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
@@ -80,9 +85,9 @@ _TYPES: dict[Any, tuple[Any, str]] = {
 
 
 def check_types(args: Any, owner: type, parsed: Collection[str]) -> None:
-    """Raise GKDConfigError for the first option that `owner` declares and whose value is of another type.
+    """Raise GKDConfigError for the first option declared by `owner` whose value has another type.
 
-    Those in `parsed` have been checked when they were parsed.
+    Those in `parsed` were checked when they were parsed.
     """
     hints = inspect.get_annotations(owner, eval_str=True)
     for name in hints.keys() - parsed:
@@ -95,7 +100,7 @@ def check_types(args: Any, owner: type, parsed: Collection[str]) -> None:
 
 
 def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
-    """Raise GKDConfigError for the first number out of its range, or choice that `options` do not list."""
+    """Raise GKDConfigError for the first number out of range, or value not among the choices in `options`."""
     in_unit = "in [0, 1]"
     _check("beta", args.beta, 0 <= args.beta <= 1, f"{in_unit} (0 is forward KL, 1 is reverse KL)")
     _check("lmbda", args.lmbda, 0 <= args.lmbda <= 1, f"{in_unit} (0 is all data, 1 is all student)")
@@ -132,15 +137,54 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
             _check(option.name, repr(value), value in choices, "one of " + ", ".join(map(repr, choices)))
 
 
-def check_combinations(args: Any) -> None:
-    """Raise GKDConfigError for options that have no meaning together."""
-    checked_divergence_options(args.divergence, args.divergence_options)
-    for name, need in unused_options(Run(args)):
+def check_combinations(run: Run) -> None:
+    """Raise GKDConfigError for options that have no meaning together in a run, as far as it is known."""
+    args = run.args
+    checked_objective(
+        args.divergence,
+        args.divergence_options,
+        beta=args.beta,
+        temperature=args.loss_temperature,
+        scale=args.divergence_scale,
+    )
+    for name, need in unused_options(run):
         if name in REFUSED_UNUSED:
             raise GKDConfigError(
                 f"{name}={getattr(args, name)} has no effect, since it needs {need}: lower lmbda (or an end of its "
                 f"schedule), or leave {name} out"
             )
+    _check_schedule(args)
+    check_room_for_prompts(args)
+    if args.use_vllm:
+        _check_vllm_sampling(args)
+    else:
+        _check_generation_config(args.generation_kwargs or {})
+    _check_servers(args)
+    check_loss_temperature(run)
+    _check_sft_options(args)
+
+
+def check_room_for_prompts(args: Any) -> None:
+    """Raise GKDConfigError where completions leave no room for their prompts in max_length."""
+    if args.generates_anywhere and args.max_length is not None and args.max_length <= args.max_new_tokens:
+        raise GKDConfigError(
+            f"max_length ({args.max_length}) must exceed max_new_tokens ({args.max_new_tokens}), or no prompt "
+            "fits: raise max_length or lower max_new_tokens"
+        )
+
+
+def check_loss_temperature(run: Run) -> None:
+    """Raise GKDConfigError for a loss_temperature other than 1 and a teacher that gives only its top tokens.
+
+    A configuration names such a teacher by its servers or by teacher_top_k; the trainer knows of others.
+    """
+    args = run.args
+    has_top_tokens = run.has_top_tokens or args.teacher_server_base_url or args.teacher_top_k is not None
+    if has_top_tokens:
+        check_top_k_temperature(args.loss_temperature, "loss_temperature")
+
+
+def _check_schedule(args: Any) -> None:
     if args.lmbda_schedule == "linear" and args.lmbda_end is None:
         raise GKDConfigError("lmbda_schedule='linear' needs lmbda_end, the λ of the last step; got None")
     if args.lmbda_schedule == "constant" and args.lmbda_end not in (None, args.lmbda):
@@ -148,22 +192,92 @@ def check_combinations(args: Any) -> None:
             f"lmbda_end={args.lmbda_end} has no effect under lmbda_schedule='constant': "
             "set lmbda_schedule='linear', or leave lmbda_end out"
         )
-    check_room_for_prompts(args)
-    generates = args.generates or args.eval_on_policy
-    _check_generation_kwargs(args)
-    _check_servers(args)
-    # Fields of trl.SFTConfig, where that is the base.
+
+
+def _check_servers(args: Any) -> None:
+    if args.uses_vllm_server and not args.vllm_server_base_url:
+        raise GKDConfigError(
+            "vllm_mode='server' needs vllm_server_base_url, where your vLLM servers listen, such as "
+            "http://127.0.0.1:8000; got None (docs/vllm.md says how to start one)"
+        )
+    if args.vllm_server_base_url and not args.uses_vllm_server:
+        raise GKDConfigError(
+            "vllm_server_base_url has no effect without use_vllm=True and vllm_mode='server': set them, or leave it out"
+        )
+    if None not in (args.vllm_max_model_length, args.max_length) and args.vllm_max_model_length < args.max_length:
+        raise GKDConfigError(
+            f"vllm_max_model_length ({args.vllm_max_model_length}) must be at least max_length "
+            f"({args.max_length}), the longest prompt with its completion: raise the one, lower the other, or "
+            "leave it out"
+        )
+    if args.rollout_overlap and not args.uses_vllm_server:
+        raise GKDConfigError(
+            "rollout_overlap=True generates while the student trains, which takes another process: set "
+            "use_vllm=True and vllm_mode='server', or leave it out"
+        )
+    if args.vllm_weight_sync == "nccl" and not args.uses_vllm_server:
+        raise GKDConfigError("vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'")
+    if args.teacher_server_base_url and args.teacher_model_name_or_path is not None:
+        raise GKDConfigError(
+            "got both teacher_server_base_url and teacher_model_name_or_path: the teacher is in one place, set one"
+        )
+
+
+def _check_vllm_sampling(args: Any) -> None:
+    if args.temperature > _VLLM_MAX_TEMPERATURE:
+        raise GKDConfigError(
+            f"temperature must be at most {_VLLM_MAX_TEMPERATURE} where vLLM samples; got {args.temperature}"
+        )
+    generation_kwargs = args.generation_kwargs or {}
+    for name in generation_kwargs:
+        if name not in _VLLM_GENERATION_KWARGS:
+            raise GKDConfigError(
+                f"generation_kwargs can't hold {name!r} under use_vllm: it takes "
+                f"{', '.join(sorted(_VLLM_GENERATION_KWARGS))}; vLLM's other sampling parameters have options of "
+                "their own"
+            )
+        if args.seq_kd and name in _VLLM_ALONE and generation_kwargs[name] != 0:
+            raise GKDConfigError(
+                f"generation_kwargs holds {name!r}, which only vLLM has, but under seq_kd=True the teacher "
+                "generates with transformers: set repetition_penalty instead, or seq_kd=False"
+            )
+    biases = generation_kwargs.get("logit_bias")
+    is_valid = biases is None or (
+        isinstance(biases, dict)
+        and all(str(key).isdecimal() and isinstance(bias, Real) for key, bias in biases.items())
+    )
+    _check("logit_bias in generation_kwargs", repr(biases), is_valid, "a dictionary of token ids and numbers")
+
+
+def _check_generation_config(generation_kwargs: dict[str, Any]) -> None:
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    for name in generation_kwargs:
+        if name in _REFUSED_GENERATION_KWARGS:
+            raise GKDConfigError(f"generation_kwargs can't hold {name!r}: {_REFUSED_GENERATION_KWARGS[name]}")
+        if name not in known:
+            raise GKDConfigError(
+                f"generation_kwargs holds {name!r}, which is no option of transformers.GenerationConfig: "
+                "correct its name or leave it out"
+            )
+    try:
+        GenerationConfig(**generation_kwargs)
+    except (TypeError, ValueError) as error:
+        raise GKDConfigError(f"transformers.GenerationConfig does not take generation_kwargs: {error}") from error
+
+
+def _check_sft_options(args: Any) -> None:
+    """Check the options of trl.SFTConfig, which `args` may or may not have."""
+    packs = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
     for name in ("packing", "padding_free", "eval_packing"):
-        if generates and getattr(args, name, False):
+        if args.generates_anywhere and getattr(args, name, False):
             raise GKDConfigError(
                 f"{name}=True joins samples into one sequence, from which no completion can be sampled: "
                 f"set {name}=False, or lmbda=0, seq_kd=False and eval_on_policy=False"
             )
-    packs = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
     if packs and args.max_length is None:
         raise GKDConfigError("packing fills sequences up to max_length, which is None: set max_length")
     loss_type = getattr(args, "loss_type", "nll")
-    if loss_type not in ("nll", "chunked_nll"):  # two ways to compute the default of the base
+    if loss_type not in DEFAULT_LOSSES:
         raise GKDConfigError(
             f"loss_type={loss_type!r} is another loss of trl.SFTTrainer, and the loss here is the divergence from the "
             "teacher: leave it out (divergence, beta and ce_weight say which)"
@@ -175,96 +289,9 @@ def check_combinations(args: Any) -> None:
         )
 
 
-def check_room_for_prompts(args: Any) -> None:
-    """Raise GKDConfigError where completions leave no room for their prompts in max_length."""
-    generates = args.generates or args.eval_on_policy
-    if generates and args.max_length is not None and args.max_length <= args.max_new_tokens:
-        raise GKDConfigError(
-            f"max_length ({args.max_length}) must exceed max_new_tokens ({args.max_new_tokens}), or no prompt "
-            "fits: raise max_length or lower max_new_tokens"
-        )
-
-
-def _check_servers(args: Any) -> None:
-    is_server_mode = args.use_vllm and args.vllm_mode == "server"
-    if is_server_mode and not args.vllm_server_base_url:
-        raise GKDConfigError(
-            "vllm_mode='server' needs vllm_server_base_url, where your vLLM servers listen, such as "
-            "http://127.0.0.1:8000; got None (docs/vllm.md says how to start one)"
-        )
-    if args.vllm_server_base_url and not is_server_mode:
-        raise GKDConfigError(
-            "vllm_server_base_url has no effect without use_vllm=True and vllm_mode='server': set them, or leave it out"
-        )
-    if args.use_vllm and args.temperature > _VLLM_MAX_TEMPERATURE:
-        raise GKDConfigError(
-            f"temperature must be at most {_VLLM_MAX_TEMPERATURE} where vLLM samples; got {args.temperature}"
-        )
-    if None not in (args.vllm_max_model_length, args.max_length) and args.vllm_max_model_length < args.max_length:
-        raise GKDConfigError(
-            f"vllm_max_model_length ({args.vllm_max_model_length}) must be at least max_length "
-            f"({args.max_length}), the longest prompt with its completion: raise the one, lower the other, or "
-            "leave it out"
-        )
-    if args.rollout_overlap and not is_server_mode:
-        raise GKDConfigError(
-            "rollout_overlap=True generates while the student trains, which takes another process: set "
-            "use_vllm=True and vllm_mode='server', or leave it out"
-        )
-    if args.vllm_weight_sync == "nccl" and not is_server_mode:
-        raise GKDConfigError("vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'")
-    if args.teacher_server_base_url and args.teacher_model_name_or_path is not None:
-        raise GKDConfigError(
-            "got both teacher_server_base_url and teacher_model_name_or_path: the teacher is in one place, set one"
-        )
-    if args.loss_temperature != 1 and (args.teacher_server_base_url or args.teacher_top_k is not None):
-        raise GKDConfigError(
-            f"loss_temperature={args.loss_temperature} can't be applied to a teacher's top tokens: their log-probs "
-            "are at temperature 1, and how the rest of its distribution would change is not known. Set it to 1, or "
-            "use a teacher in this process without teacher_top_k"
-        )
-
-
-def _check_generation_kwargs(args: Any) -> None:
-    assert not isinstance(args.generation_kwargs, str)  # parsed before
-    if args.use_vllm:
-        for name in args.generation_kwargs or {}:
-            if name not in _VLLM_GENERATION_KWARGS:
-                raise GKDConfigError(
-                    f"generation_kwargs can't hold {name!r} under use_vllm: it takes "
-                    f"{', '.join(sorted(_VLLM_GENERATION_KWARGS))}; what else vLLM samples by are options of their "
-                    "own"
-                )
-            if args.seq_kd and name in _VLLM_ALONE and args.generation_kwargs[name] != 0:
-                raise GKDConfigError(
-                    f"generation_kwargs holds {name!r}, which vLLM alone has, but under seq_kd=True the teacher "
-                    "generates by transformers: set repetition_penalty instead, or seq_kd=False"
-                )
-        biases = (args.generation_kwargs or {}).get("logit_bias")
-        is_valid = biases is None or (
-            isinstance(biases, dict)
-            and all(str(key).isdecimal() and isinstance(bias, Real) for key, bias in biases.items())
-        )
-        _check("logit_bias in generation_kwargs", repr(biases), is_valid, "a dictionary of token ids and numbers")
-        return
-    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    for name in args.generation_kwargs or {}:
-        if name in _REFUSED_GENERATION_KWARGS:
-            raise GKDConfigError(f"generation_kwargs can't hold {name!r}: {_REFUSED_GENERATION_KWARGS[name]}")
-        if name not in known:
-            raise GKDConfigError(
-                f"generation_kwargs holds {name!r}, which is no option of transformers.GenerationConfig: "
-                "correct its name or leave it out"
-            )
-    try:
-        GenerationConfig(**(args.generation_kwargs or {}))
-    except (TypeError, ValueError) as error:
-        raise GKDConfigError(f"generation_kwargs is not taken by transformers.GenerationConfig: {error}") from error
-
-
 def parsed_urls(name: str, value: list[str] | str | None) -> list[str] | None:
-    """Return URLs as a list, which the command line passes as one string."""
-    # Only before a scheme: a password may have a comma.
+    """Return URLs as a list; the command line passes them as one string."""
+    # Only before a scheme: a password may contain a comma.
     urls = re.split(r"\s*,\s*(?=https?://)", value.strip()) if isinstance(value, str) else value
     is_list = urls is None or (isinstance(urls, list) and bool(urls) and all(isinstance(url, str) for url in urls))
     _check(name, repr(value), is_list, "URLs such as http://127.0.0.1:8000, as a list or separated by commas")
@@ -272,7 +299,7 @@ def parsed_urls(name: str, value: list[str] | str | None) -> list[str] | None:
 
 
 def parsed_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
-    """Return a dictionary, of which the command line gives JSON."""
+    """Return a dictionary, which the command line passes as JSON."""
     if value is None or isinstance(value, dict):
         return value
     came = redacted_source(value) if isinstance(value, str) else repr(redacted(value))

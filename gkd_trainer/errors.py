@@ -1,13 +1,13 @@
-"""The errors of gkd_trainer: each also derives from the standard error that a caller would catch."""
+"""The errors of gkd_trainer; each also derives from the standard error that a caller would catch."""
 
 from gkd_trainer.redaction import redacted
 
 
 class GKDError(Exception):
-    """Base of every error that gkd_trainer raises on purpose; its message shows no secrets."""
+    """Base of every error that gkd_trainer raises on purpose. Its message shows no secrets."""
 
     def __init__(self, *args: object) -> None:
-        """Take the arguments of any exception; secrets in those that are text are replaced."""
+        """Take the arguments of any exception, and replace the secrets in them."""
         super().__init__(*map(redacted, args))
 
 
@@ -24,7 +24,7 @@ class GKDTeacherError(GKDError, ValueError):
 
 
 class GKDRolloutError(GKDError, RuntimeError):
-    """Completions that could not be generated, or weights that a rollout engine could not be given."""
+    """Completions that could not be generated, or weights that could not be sent to a rollout engine."""
 
 
 class GKDNumericsError(GKDError, ArithmeticError):
@@ -32,4 +32,4 @@ class GKDNumericsError(GKDError, ArithmeticError):
 
 
 class GKDServerError(GKDError, ConnectionError):
-    """A server that did not answer in time, or not as it must, after all retries."""
+    """A server that did not answer in time, or gave an invalid answer, after all retries."""

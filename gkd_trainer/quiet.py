@@ -1,4 +1,4 @@
-"""Imports without hints on what is not in use."""
+"""Imports without another library's hint about something unused."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Import what the block imports without the hint of bitsandbytes that the `kernels` package is missing.
+    """Silence, inside the block, bitsandbytes' hint that the `kernels` package is missing.
 
-    PEFT imports bitsandbytes wherever it is installed. On some CPUs that looks for a faster kernel of 4-bit layers, and
-    warns that there is none, whether or not a model has such layers.
+    PEFT imports bitsandbytes if it is installed. On some CPUs, bitsandbytes then looks for a faster kernel for 4-bit
+    layers and warns that there is none, whether or not a model has such layers.
     """
     hints = logging.getLogger("bitsandbytes.backends.cpu.ops")
     hints.addFilter(_is_no_hint)

@@ -1,7 +1,8 @@
-"""Values without their secrets: for what is printed, logged, serialised or saved."""
+"""Values without their secrets, to be printed, logged, serialised or saved."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,16 +17,16 @@ _SECRET_NAME = re.compile(
 _SPECIAL_TOKEN = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|image|audio|video|boi|eoi|decoder_start)_token$")
 
 _SECRETS_IN_TEXT = (
-    # user:password@ in front of a URL's host, a parameter of its query, and the header of an HTTP request
+    # user:password@ before a URL's host, a parameter of its query, and the header of an HTTP request
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/?#]*@", re.IGNORECASE), r"\1<CREDENTIALS>@"),
     (
         re.compile(r"([?&#][\w-]*(?:token|password|passwd|pwd|secret|key|sig|signature)=)[^&#\s'\"]+", re.IGNORECASE),
         r"\1<SECRET>",
     ),
     (re.compile(r"\b(Bearer) [\w.~+/=-]{8,}"), r"\1 <SECRET>"),
-    # Not in "Basic authentication": a plain word is no base64.
+    # Not in "Basic authentication": a plain word is not base64.
     (re.compile(r"\b(Basic) (?![A-Z]?[a-z]+\b(?!=))[\w+/-]{8,}={0,2}"), r"\1 <SECRET>"),
-    # A token of the hub, and not a name such as hf_quantizer.
+    # A token of the hub, but not a name such as hf_quantizer.
     (re.compile(r"\bhf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6,}"), "<HF_TOKEN>"),
 )
 
@@ -39,21 +40,21 @@ def is_secret(name: str) -> bool:
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """Return a copy of an option's value in which each secret is its name in capitals, as transformers prints tokens.
+    """Return a copy of an option's value with each secret replaced by its name in capitals, as transformers does.
 
-    Secrets are what stands under a name that says so, at any depth, and credentials inside a text. None, True and False
-    stay: `token=True` names none.
+    Secrets are values under a name that says so, at any depth, and credentials inside a text. None, True and False are
+    kept, since `token=True` holds no secret.
     """
     return _replaced(value, name, lambda secret: f"<{secret.upper()}>")
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """Return a copy of an option's value in which secrets are None: who loads it falls back to a login, if any."""
+    """Return a copy of an option's value with secrets set to None: whoever loads it falls back to a login, if any."""
     return _replaced(value, name, lambda _: None)
 
 
 def redacted_source(text: str) -> str:
-    """Return a text that could not be parsed, in quotes; where it names a secret, its length alone."""
+    """Return a text that could not be parsed, in quotes, or only its length if it names a secret."""
     if any(map(is_secret, re.findall(r"[\w-]+", text))):
         return f"{len(text)} characters, not shown since they may hold a secret"
     return repr(redacted(text))
@@ -61,7 +62,7 @@ def redacted_source(text: str) -> str:
 
 @contextmanager
 def dropping_secrets() -> Iterator[None]:
-    """Have configurations that are pickled inside leave their secrets out."""
+    """Leave secrets out of every `HidesSecrets` pickled inside the block."""
     token = _drops_secrets.set(True)
     try:
         yield
@@ -69,15 +70,38 @@ def dropping_secrets() -> Iterator[None]:
         _drops_secrets.reset(token)
 
 
-def drops_secrets() -> bool:
-    """Return whether a configuration that is pickled now has to leave its secrets out."""
-    return _drops_secrets.get()
+class HidesSecrets:
+    """A dataclass whose `repr` shows no secrets, and whose pickles hold none inside `dropping_secrets`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep @dataclass from generating a `repr` for the subclass, which would show secrets."""
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = HidesSecrets.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Return all fields and their values, one per line, without secrets."""
+        values = {name: getattr(self, name, None) for name in self._field_names()}
+        lines = [f"{name}={redacted(value, name)!r},\n" for name, value in sorted(values.items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __str__ = __repr__
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: everything, or inside `dropping_secrets` everything but secrets."""
+        state = vars(self).copy()
+        if _drops_secrets.get():
+            state |= {name: without_secrets(state[name], name) for name in self._field_names() & state.keys()}
+        return state
+
+    def _field_names(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
 
 def _replaced(value: Any, name: str, replacement: Callable[[str], Any]) -> Any:
     if name and is_secret(name) and value is not None and not isinstance(value, bool):
         return replacement(name)
-    if isinstance(value, str) and hasattr(value, "credentials"):  # the URL of a server, which shows none
+    if isinstance(value, str) and hasattr(value, "credentials"):  # a ServerURL, whose text holds no credentials
         return str(value)
     if type(value) is str:  # an enum of transformers is a str too
         for pattern, hidden in _SECRETS_IN_TEXT:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,37 @@ PROMPT_IDS = "on_policy_prompt_ids"
 
 In a row a list of token ids, empty where there is none; in a batch of tensors [B, P], filled up with IGNORE_INDEX.
 """
+
+ROW_KEY = "row_key"
+"""The key under which a row of a data set says which one it is: an integer, in a batch of tensors int64 [B]."""
+
+
+@dataclass(frozen=True)
+class SideTensor:
+    """What a batch says of its samples beside their tokens, and no model's forward is given.
+
+    `filling` stands where a sample has no value, and behind the shorter ones of several lists. `is_column` says that a
+    data set may have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]);
+    `survives_completion` that a row which gets a completion keeps its value, and not `filling`.
+    """
+
+    name: str
+    filling: int
+    is_column: bool
+    is_list: bool
+    survives_completion: bool
+
+
+SIDE_TENSORS: Mapping[str, SideTensor] = {
+    side.name: side
+    for side in (
+        SideTensor(IS_ON_POLICY, filling=False, is_column=False, is_list=False, survives_completion=False),
+        # What was generated has its prompt before it.
+        SideTensor(PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=False),
+        SideTensor(ROW_KEY, filling=-1, is_column=True, is_list=False, survives_completion=True),
+    )
+}
+"""All side tensors, by name."""
 
 MEDIA_INPUTS = frozenset(
     {
@@ -47,7 +79,7 @@ MEDIA_INPUTS = frozenset(
 )
 """What a collator returns of images, videos and sound: their values, sizes and masks, by sample or by image."""
 
-PER_SAMPLE = MEDIA_INPUTS | {IS_ON_POLICY, PROMPT_IDS, "prompts", "prompt_attention_mask"}
+PER_SAMPLE = MEDIA_INPUTS.union(SIDE_TENSORS, {"prompts", "prompt_attention_mask"})
 """What a batch is known to hold per sample or image, whatever its shape."""
 
 PER_TOKEN = frozenset(
@@ -65,11 +97,9 @@ PER_TOKEN = frozenset(
 )
 """What a batch is known to hold per token [B, L, ...]; `position_ids` may be [..., B, L]."""
 
-_NOT_MODEL_INPUTS = frozenset(
+_NOT_MODEL_INPUTS = frozenset(SIDE_TENSORS).union(
     {
         "labels",
-        IS_ON_POLICY,
-        PROMPT_IDS,
         # What rows of tokens may say in place of labels.
         "completion_mask",
         "assistant_masks",
@@ -102,11 +132,24 @@ class Sampling:
 class Completion:
     """What an engine generated for one prompt.
 
-    `token_ids` end with the stop token where `is_finished`; otherwise `max_new_tokens` cut them off.
+    `token_ids` end with the stop token where `is_finished`; otherwise `max_new_tokens` cut them off. `is_trained` says
+    of each whether it is trained on, such as not where a tool wrote it; None: all are.
+
+    Raises:
+        ValueError: `is_trained` is not as long as `token_ids`.
+
     """
 
     token_ids: Sequence[int]
     is_finished: bool
+    is_trained: Sequence[bool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_trained is not None and len(self.is_trained) != len(self.token_ids):
+            raise ValueError(
+                f"is_trained must say of each of the completion's {len(self.token_ids)} tokens whether it is trained "
+                f"on; got {len(self.is_trained)} values"
+            )
 
 
 @dataclass(frozen=True)
@@ -123,7 +166,7 @@ class Head:
     """How final hidden states become logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
     `weight_VH` and `bias_V` are float tensors; `scale` multiplies the logits; `softcap` None leaves them unbounded.
-    `vocab_size` is how many of the first rows predict, None for all (see `sliced`).
+    `vocab_size` is how many of the first tokens are predicted over, None for all (see `sliced`).
     """
 
     weight_VH: Tensor
@@ -135,13 +178,13 @@ class Head:
     def sliced(self, vocab_size: int) -> Head:
         """Return the head of the first `vocab_size` tokens.
 
-        The rows are not cut off yet: autograd would make the gradient of the whole weight a second time for that.
+        The weight is not cut yet: autograd would make the gradient of the whole weight a second time for that.
         """
         used = len(self.weight_VH) if self.vocab_size is None else self.vocab_size
         return replace(self, vocab_size=min(vocab_size, used))
 
     def cut(self) -> Head:
-        """Return the head without the rows that don't predict, sharing memory with this one."""
+        """Return the head without the weights of tokens that are not predicted over, sharing memory with this one."""
         if self.vocab_size is None:
             return self
         bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
@@ -198,7 +241,7 @@ class LogitsSignal:
 class TopKSignal:
     """A teacher's most probable tokens, with the log-probs it gave them over its whole vocabulary.
 
-    `ids_NK` are int64 and distinct within a row; `log_p_NK` are at temperature 1 and not normalised over the K:
+    `ids_NK` are int64 and distinct at each position; `log_p_NK` are at temperature 1 and not normalised over the K:
     what is missing to one is the teacher's mass outside. Entries of -inf are none: their ids mean nothing.
     `vocab_size` is how many tokens the teacher predicts over.
     """
@@ -226,15 +269,21 @@ class TokenBatch:
 
     `model_inputs` holds what the models' forward takes (`input_ids` [B, L], and `attention_mask` and others
     where the collator gave them), padded on the right; `labels_BL` the token ids with IGNORE_INDEX where a token is not
-    trained on; `is_on_policy_B` which samples the student generated.
+    trained on; `is_on_policy_B` which samples the student generated. The logits at position i predict the label at
+    i + `label_offset`: 1 for a causal LM, 0 for a decoder that is given its labels shifted (encoder-decoders).
+    `side` holds the SIDE_TENSORS that the rows of the data set came with, by name.
+
+    What is derived is computed once: finding the positions waits for the device.
     """
 
     model_inputs: Mapping[str, Tensor]
     labels_BL: Tensor
     is_on_policy_B: Tensor
+    label_offset: int = 1
+    side: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Any]) -> TokenBatch:
+    def from_inputs(cls, inputs: Mapping[str, Any], label_offset: int = 1) -> TokenBatch:
         """Build a batch from what Trainer hands to `compute_loss`; without a mark, no sample is on-policy.
 
         Rows come out `right_padded`.
@@ -245,25 +294,40 @@ class TokenBatch:
         is_on_policy_B = inputs.get(IS_ON_POLICY)
         if is_on_policy_B is None:
             is_on_policy_B = torch.zeros(labels_BL.shape[0], dtype=torch.bool, device=labels_BL.device)
-        return cls(model_inputs, labels_BL, is_on_policy_B)
+        side = {name: inputs[name] for name, tensor in SIDE_TENSORS.items() if tensor.is_column and name in inputs}
+        return cls(model_inputs, labels_BL, is_on_policy_B, label_offset, side)
 
-    @property
+    @cached_property
     def is_scored_BL(self) -> Tensor:
-        """True at each position i whose next token i + 1 is trained on: there the models are compared."""
+        """True at each position whose logits predict a token that is trained on: there the models are compared."""
         is_scored_BL = torch.zeros_like(self.labels_BL, dtype=torch.bool)
-        is_scored_BL[:, :-1] = self.labels_BL[:, 1:] != IGNORE_INDEX
+        end = self.labels_BL.shape[1] - self.label_offset
+        is_scored_BL[:, :end] = self.labels_BL[:, self.label_offset :] != IGNORE_INDEX
         return is_scored_BL
 
-    @property
-    def targets_N(self) -> Tensor:
-        """The token ids trained on, in the order in which `is_scored_BL` selects their positions."""
-        targets_BL = self.labels_BL[:, 1:]
-        return targets_BL[targets_BL != IGNORE_INDEX]
+    @cached_property
+    def _positions_N2(self) -> Tensor:
+        return self.is_scored_BL.nonzero()
 
     @property
     def rows_N(self) -> Tensor:
-        """The row in the batch of each token trained on."""
-        return self.is_scored_BL.nonzero()[:, 0]
+        """The row in the batch of each scored position, in ascending order."""
+        return self._positions_N2[:, 0]
+
+    @property
+    def columns_N(self) -> Tensor:
+        """The column of each scored position: `values_BL[rows_N, columns_N]` selects without waiting for the device."""
+        return self._positions_N2[:, 1]
+
+    @cached_property
+    def targets_N(self) -> Tensor:
+        """The token id that each scored position predicts."""
+        return self.labels_BL[self.rows_N, self.columns_N + self.label_offset]
+
+    @property
+    def n_scored(self) -> int:
+        """How many positions are scored: N."""
+        return len(self._positions_N2)
 
 
 def may_be_per_token(name: str, value: Any) -> bool:

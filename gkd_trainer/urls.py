@@ -1,4 +1,4 @@
-"""Where servers listen: URLs that are checked once, and shown without the credentials in them."""
+"""URLs of servers, checked once and shown without their credentials."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _EXAMPLE = "http://127.0.0.1:8000"
 
 
 class ServerURL(str):
-    """The base URL of a server, as it may be shown, logged and saved; what stood before an "@" is kept apart.
+    """The base URL of a server, safe to show, log and save: the credentials before an "@" are kept apart.
 
     Args:
         text: Such as "http://127.0.0.1:8000", "https://gpu-node/v1" or "http://user:password@gpu-node:8000".
-        option: Which option or argument it came from, for the error.
+        option: The option or argument that it came from, for the error.
 
     Raises:
-        GKDConfigError: No request can be sent to it.
+        GKDConfigError: The text is not a URL that a request can be sent to.
     """
 
     credentials: tuple[str, str] | None
@@ -27,13 +27,13 @@ class ServerURL(str):
 
     def __new__(cls, text: str, option: str = "base_url") -> Self:
         """Check the URL, and take its credentials out."""
-        if isinstance(text, cls):  # its credentials are not in the text any more
+        if isinstance(text, cls):  # its credentials are no longer in the text
             return text
         problem = _problem(text)
         if problem is not None:
-            # Without all before the last "@": in a URL that can't be read, a password may stand anywhere there.
+            # Without everything before the last "@": in a malformed URL, a password may stand anywhere there.
             shown = re.sub(r"^([a-z]*://)?.*@", r"\1", text, flags=re.DOTALL | re.IGNORECASE)
-            # What stands for a port and is none may be a password whose "@host" is missing.
+            # What is in a port's place and is no port may be a password whose "@host" is missing.
             shown = re.sub(r"(//[^/?#:\[\]]+):(?!\d*(?:[/?#,\s]|$))[^/?#]*", r"\1:<PORT>", shown)
             raise GKDConfigError(
                 f"{option} must be a URL that starts with http:// or https:// and names a host, such as {_EXAMPLE} "

@@ -111,10 +111,10 @@ class VLLMServer:
         """
         return self._call("POST", path, body, parse)
 
-    def tell(self, path: str, body: Any, *, is_repeatable: bool = True) -> None:
-        """POST JSON to an endpoint whose answer says nothing beyond its status, and may be no JSON; else as `post`.
+    def post_unread(self, path: str, body: Any, *, is_repeatable: bool = True) -> None:
+        """POST JSON as `post` does, to an endpoint whose answer says nothing beyond its status, and may be no JSON.
 
-        What is not repeatable is sent once: a second time it would have its effect again.
+        A request that is not repeatable is sent once: a second one would have its effect again.
         """
         self._call("POST", path, body, None, is_repeatable)
 
@@ -237,12 +237,12 @@ class VLLMServer:
         logger.warning("%s of the vLLM server at %s is tried again: %s", call, self.base_url, error)
 
 
-def spread(
+def call_each(
     servers: Sequence[VLLMServer], items: Sequence[Item], call: Callable[[VLLMServer, Item], T], first: int = 0
 ) -> list[T]:
-    """Return `call(server, item)` for each item, in their order; the calls run at once, over the servers in turn.
+    """Return `call(server, item)` for each item, in their order; the calls run in parallel, over the servers in turn.
 
-    `first` is the server of the first item. The first call that raises ends the rest that has not started.
+    `first` is the index of the first item's server. The first call that raises cancels those that have not started.
     """
     if not items:
         return []
@@ -256,7 +256,7 @@ def spread(
 
 
 class _TransientError(Exception):
-    """What may go away by asking again."""
+    """A failure that may go away when the request is sent again."""
 
 
 class _UnreachableError(_TransientError):
@@ -268,7 +268,7 @@ class _WrongAnswerError(_TransientError):
 
 
 _deadline: ContextVar[float] = ContextVar("_deadline")
-"""When the request of this thread has to be over."""
+"""When the request of this thread has to be answered."""
 
 
 class _Network(httpcore.NetworkBackend):

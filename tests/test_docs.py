@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.divergence.linear import CPU_WORKSPACE_MB, WORKSPACE_MB
-from gkd_trainer.divergence.objective import OPTIONS
+from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 
@@ -95,11 +96,20 @@ def test_numbers_that_other_prose_calls_defaults_are_those_of_the_code():
     )
     docstring = " ".join((token_divergence.__doc__ or "").split())
     assert f"None for {CPU_WORKSPACE_MB} on the CPU and {WORKSPACE_MB} elsewhere" in docstring
-    skewed, ab, adaptive = OPTIONS["skew_kl"], OPTIONS["alpha_beta"], OPTIONS["adaptive_kl"]
-    assert f'"alpha" in (0, 1), {skewed["alpha"]}, of the skewed KLs' in docstring
-    assert f'positive "alpha", {ab["alpha"]}, and "beta", {ab["beta"]}, of "alpha_beta"' in docstring
-    assert f'"mu" in (0, 1), {adaptive["mu"]}, of "adaptive_kl"' in docstring
-    assert OPTIONS["skew_reverse_kl"] == skewed
+
+
+def test_divergence_page_has_a_line_for_each_divergence():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "docs" / "divergence.md").read_text(), re.MULTILINE
+    )
+    expected = []
+    for name, divergence in DIVERGENCES.items():
+        options = [
+            f"{option} in (0, {'∞' if math.isinf(number.below) else f'{number.below:g}'}), {number.default:g}"
+            for option, number in divergence.options.items()
+        ]
+        expected.append((name, divergence.formula, "; ".join(options) or "none", divergence.source or "none"))
+    assert rows == expected
 
 
 @pytest.fixture

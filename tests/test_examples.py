@@ -1,4 +1,4 @@
-"""The examples run as they are written, on the real small pair and a few problems in GSM8K's format."""
+"""The examples run as written, on the real small pair and a few problems in GSM8K's format."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def tiny_teacher_dir(tiny_model, byte_level, tmp_path):
 
 @pytest.fixture
 def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path):
-    """Run an example's main for two steps; return the folder that it saved to. Options given last win."""
+    """Run an example's main for two steps; return the folder that it saved to. Later options win."""
 
     def run_example(name, *options, teacher=("--teacher", smollm2_dir)):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -114,10 +114,10 @@ def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_p
     assert len({tuple(stage.values()) for stage in stages.values()}) == 4
     steps = {name: [step for step, _ in curve] for name, curve in curves.items()}
     assert steps == {"off-policy": [0, 1, 2], "then λ = 0.5": [2, 3, 4], "then λ = 0": [2, 3, 4]}
-    # Both go on from the same student.
+    # Both continue from the same student.
     assert curves["off-policy"][-1] == curves["then λ = 0.5"][0] == curves["then λ = 0"][0]
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     printed = " ".join(finished.stdout.split())
     assert printed.count("student, then λ = 0.5") == 1
-    assert "both go on from the second by 2 steps" in printed
+    assert "both continue from the second for 2 steps" in printed
     assert (tmp_path / "student" / "model.safetensors").exists()

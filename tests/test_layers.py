@@ -10,11 +10,12 @@ import transformers
 import gkd_trainer
 
 PACKAGE = Path(gkd_trainer.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
-    {"redaction", "effects", "quiet"},
+    {"redaction", "config_effects", "quiet", "compat"},
     {"errors"},
     {"types", "urls", "vllm_answers"},
     {"divergence"},
@@ -155,3 +156,14 @@ def test_hooks_of_the_trainer_are_overridden_in_one_file_alone():
             bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
             if bases & {"Trainer", "AnyTrainer", "GKDMixin", "GKDTrainer", "SFTTrainer"}:
                 assert path == TRAINER, f"{name_in_package(path)}: {node.name} overrides hooks of Trainer"
+
+
+MODULES = [path for path in FILES if not path.name.startswith("__")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_in_package)
+def test_contributing_says_where_each_module_is(path):
+    folder = "gkd_trainer" if path.parent == PACKAGE else path.parent.name
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [table] = [part for part in text.split("\n\n") if part.startswith(f"| `{folder}/` |")]
+    assert f"`{path.name}`" in table

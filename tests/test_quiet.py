@@ -1,6 +1,9 @@
 """One hint of another library is left out while it is imported; all else is heard."""
 
+import importlib
 import logging
+
+import pytest
 
 from gkd_trainer.quiet import quiet_imports
 
@@ -15,3 +18,12 @@ def test_the_hint_is_left_out_while_importing_and_nothing_else_is(caplog):
         logging.getLogger("somebody.else").warning(HINT, "x")
     library.warning(HINT, "later")
     assert caplog.messages == ["this CPU is too old", HINT % "x", HINT % "later"]
+
+
+def test_the_hint_is_heard_again_after_an_import_that_fails(caplog):
+    library = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    with pytest.raises(ModuleNotFoundError), quiet_imports():
+        importlib.import_module("no_such_module")
+    library.warning(HINT, "later")
+    assert caplog.messages == [HINT % "later"]
+    assert library.filters == []

@@ -1,8 +1,18 @@
 """What is taken for a secret, and what is left of it."""
 
+import pickle
+from dataclasses import dataclass
+
 import pytest
 
-from gkd_trainer.redaction import is_secret, redacted, redacted_source, without_secrets
+from gkd_trainer.redaction import (
+    HidesSecrets,
+    dropping_secrets,
+    is_secret,
+    redacted,
+    redacted_source,
+    without_secrets,
+)
 
 SECRET = "canary-31337"
 
@@ -75,3 +85,47 @@ def test_a_text_that_names_a_secret_is_not_shown(text):
 
 def test_another_text_is_shown():
     assert redacted_source('{"max_new_tokens": 5') == repr('{"max_new_tokens": 5')
+
+
+@dataclass
+class Login(HidesSecrets):
+    """Options of which two hold secrets."""
+
+    user: str = "ada"
+    api_key: str | None = SECRET
+    urls: tuple[str, ...] = (f"https://u:{SECRET}@host",)
+
+
+@dataclass
+class NamedLogin(Login):
+    """Further options, on which @dataclass would put a `repr` of its own."""
+
+    name: str = "first"
+
+
+@pytest.mark.parametrize("kind", [Login, NamedLogin])
+def test_a_dataclass_that_hides_secrets_is_printed_without_them_and_keeps_them(kind):
+    login = kind()
+    assert str(login) == repr(login)
+    assert repr(login).startswith(f"{kind.__name__}(\napi_key='<API_KEY>',\n")
+    assert "user='ada',\n" in repr(login)
+    assert SECRET not in repr(login)
+    assert login.api_key == pickle.loads(pickle.dumps(login)).api_key == SECRET
+
+
+def test_a_dataclass_that_hides_secrets_is_pickled_without_them_inside_the_block_alone():
+    with dropping_secrets():
+        stored = pickle.dumps(NamedLogin())
+    assert SECRET.encode() not in stored
+    assert pickle.loads(stored).api_key is None
+    assert pickle.loads(stored).urls == ("https://<CREDENTIALS>@host",)
+    assert SECRET.encode() in pickle.dumps(NamedLogin())
+
+
+def test_a_subclass_may_have_a_repr_of_its_own():
+    @dataclass
+    class Silent(Login):
+        def __repr__(self):
+            return "Silent()"
+
+    assert repr(Silent()) == "Silent()"

@@ -1,5 +1,7 @@
 """The values that cross the stages: which positions are scored, what a head makes of hidden states."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,11 +9,15 @@ from gkd_trainer.types import (
     IGNORE_INDEX,
     IS_ON_POLICY,
     PROMPT_IDS,
+    ROW_KEY,
+    SIDE_TENSORS,
+    Completion,
     Head,
     HiddenSignal,
     LogitsSignal,
     TokenBatch,
     in_columns_of,
+    may_be_per_token,
     prompt_length,
     right_padded,
 )
@@ -51,6 +57,7 @@ def test_position_i_is_scored_where_token_i_plus_1_is_trained_on():
     ]
     assert batch.targets_N.tolist() == [5, 6, 7, 8]
     assert batch.rows_N.tolist() == [0, 0, 1, 1]
+    assert batch.columns_N.tolist() == [1, 2, 2, 3]
 
 
 def test_targets_and_rows_are_in_the_order_of_the_scored_positions():
@@ -69,6 +76,62 @@ def test_targets_and_rows_are_in_the_order_of_the_scored_positions():
     assert batch.rows_N.tolist() == [row for row, *_ in expected]
 
 
+def test_where_labels_are_not_shifted_position_i_is_scored_on_token_i():
+    batch = replace(labelled_batch(), label_offset=0)
+    assert batch.is_scored_BL.tolist() == (batch.labels_BL != X).tolist()
+    assert batch.targets_N.tolist() == [5, 6, 9, 7, 8]  # the first token of row 1 too
+    assert batch.rows_N.tolist() == [0, 0, 1, 1, 1]
+    assert batch.columns_N.tolist() == [2, 3, 0, 3, 4]
+
+
+def test_a_batch_is_built_for_the_offset_that_it_is_given():
+    labels_BL = torch.tensor([[4, 5, X]])
+    inputs = {"input_ids": labels_BL.clamp_min(0), "labels": labels_BL}
+    assert TokenBatch.from_inputs(inputs).targets_N.tolist() == [5]
+    assert TokenBatch.from_inputs(inputs, label_offset=0).targets_N.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("label_offset", [0, 1])
+def test_rows_and_columns_select_what_the_mask_of_scored_positions_selects(label_offset):
+    batch = replace(labelled_batch(), label_offset=label_offset)
+    values_BLH = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(values_BLH[batch.rows_N, batch.columns_N], values_BLH[batch.is_scored_BL])
+    assert batch.n_scored == batch.is_scored_BL.sum()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_tensors_of_the_data_set_are_at_hand_by_name(side):
+    mask_BL = torch.tensor([[1, 1, 1], [0, 1, 1] if side == "left" else [1, 1, 0]])
+    ids_BL = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": ids_BL, ROW_KEY: torch.tensor([7, 8])}
+    batch = TokenBatch.from_inputs({**inputs, IS_ON_POLICY: torch.tensor([True, False])})
+    assert batch.side.keys() == {ROW_KEY}
+    assert batch.side[ROW_KEY].tolist() == [7, 8]
+    assert TokenBatch.from_inputs({"input_ids": ids_BL, "labels": ids_BL}).side == {}
+
+
+def test_no_side_tensor_is_taken_for_values_per_token_or_for_a_model_input():
+    sides = {name: torch.zeros(2, 3, dtype=torch.long) for name in SIDE_TENSORS}
+    assert not any(may_be_per_token(name, value) for name, value in sides.items())
+    batch = TokenBatch.from_inputs({"labels": torch.zeros(2, 3, dtype=torch.long), **sides})
+    assert batch.model_inputs == {}
+
+
+@pytest.mark.parametrize("label_offset", [0, 1])
+def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
+    batch = TokenBatch({}, torch.empty(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.bool), label_offset)
+    assert batch.is_scored_BL.shape == (2, 0)
+    assert batch.n_scored == len(batch.targets_N) == 0
+
+
+@pytest.mark.parametrize("is_trained", [[], [True], [True, False, True]])
+def test_a_completion_says_of_all_its_tokens_or_of_none_whether_they_are_trained_on(is_trained):
+    Completion([5, 6], is_finished=True)
+    Completion([5, 6], is_finished=True, is_trained=[False, True])
+    with pytest.raises(ValueError, match=rf"each of the completion's 2 tokens .* got {len(is_trained)} values"):
+        Completion([5, 6], is_finished=True, is_trained=is_trained)
+
+
 def test_only_what_a_forward_takes_is_model_input():
     inputs = {
         "input_ids": torch.ones(2, 3, dtype=torch.long),
@@ -78,6 +141,7 @@ def test_only_what_a_forward_takes_is_model_input():
         "prompts": torch.ones(2, 2, dtype=torch.long),
         "prompt_attention_mask": torch.ones(2, 2, dtype=torch.long),
         PROMPT_IDS: torch.ones(2, 2, dtype=torch.long),
+        ROW_KEY: torch.tensor([7, 8]),
         "byte_offsets": torch.ones(2, 3, 2, dtype=torch.long),
         "completion_mask": torch.ones(2, 3, dtype=torch.long),
         "assistant_masks": torch.ones(2, 3, dtype=torch.long),

@@ -9,7 +9,7 @@ import pytest
 
 from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
-from gkd_trainer.vllm_client import VLLMServer, spread
+from gkd_trainer.vllm_client import VLLMServer, call_each
 from tests.serving import FaultyProxy, cut_in_half, delayed, free_port, hang_up, status, trickle, trickle_head
 
 OK = b'{"value": 7}'
@@ -275,14 +275,14 @@ def test_the_time_of_a_request_is_no_limit_for_the_ones_after_it(faulty):
 
 def test_items_go_to_the_servers_in_turn_and_come_back_in_order():
     servers = [VLLMServer(f"http://127.0.0.1:{port}") for port in (1, 2, 3)]
-    answers = spread(servers, range(7), lambda server, item: (item, server.base_url[-1]), first=1)
+    answers = call_each(servers, range(7), lambda server, item: (item, server.base_url[-1]), first=1)
     assert answers == list(zip(range(7), "2312312", strict=True))
-    assert spread(servers, [], lambda server, item: 1 / 0) == []
+    assert call_each(servers, [], lambda server, item: 1 / 0) == []
 
 
 def test_all_items_are_under_way_at_once():
     barrier = threading.Barrier(20, timeout=5)
-    spread([VLLMServer(NEVER)], range(20), lambda server, item: barrier.wait())
+    call_each([VLLMServer(NEVER)], range(20), lambda server, item: barrier.wait())
     assert not barrier.broken
 
 
@@ -295,7 +295,7 @@ def test_one_failure_ends_what_has_not_started(monkeypatch):
         raise GKDServerError(f"item {item}")
 
     with pytest.raises(GKDServerError, match="item 0"):
-        spread([VLLMServer(NEVER)], range(50), call)
+        call_each([VLLMServer(NEVER)], range(50), call)
     assert len(done) < 50
 
 
@@ -306,5 +306,5 @@ ONCE = {name: FAULTS[name] for name in ("status 500", "status 503", "half an ans
 def test_what_can_not_be_repeated_is_sent_once(faulty, fault):
     faulty.next(fault, times=None)
     with pytest.raises(GKDServerError, match=f"{faulty.base_url} did not complete POST /call, which can't be sent"):
-        client(faulty).tell("/call", {}, is_repeatable=False)
+        client(faulty).post_unread("/call", {}, is_repeatable=False)
     assert faulty.paths() == ["/call"]

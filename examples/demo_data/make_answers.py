@@ -5,7 +5,7 @@ Usage:
     python examples/demo_data/make_answers.py --teacher HuggingFaceTB/SmolLM2-135M-Instruct
 
 Reads rows ``{"prompt": str}`` and writes rows ``{"prompt": str, "completion": str, "model": str}`` in the
-same order. Answers that do not reach the end of their turn within ``--max-new-tokens`` are left out.
+same order. Answers that do not end their turn within ``--max-new-tokens`` are left out.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Read the prompts, generate, write the finished answers and print how many there are."""
+    """Read the prompts, generate answers, write the finished ones and print how many there are."""
     args = parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=getattr(torch, args.dtype))
@@ -76,7 +76,7 @@ def answer(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str | None]:
-    """Answer each prompt greedily, in the order given; None stands for an answer that was cut off."""
+    """Answer each prompt greedily, in the order given; None for an answer that was cut off."""
     encoded = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
@@ -86,7 +86,7 @@ def answer(
     engine = HFRollouts(stop_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.eos_token_id)
     engine.sync(teacher)
     completions: list[str | None] = [None] * len(prompts)
-    # Prompts of similar length share a batch, so that little of it is padding.
+    # Prompts of similar length share a batch, so that there is little padding.
     by_length = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     with tqdm(total=len(prompts), unit="answer") as progress:
         for start in range(0, len(prompts), batch_size):

@@ -1,4 +1,4 @@
-"""Collators, made to keep what they know nothing of: the labels of the rows, and the prompts of their completions."""
+"""Collators, made to keep what they know nothing of: the labels of the rows, and their side tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
-from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS
+from gkd_trainer.data.keys import checked_key
+from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, SIDE_TENSORS, SideTensor
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -47,27 +48,33 @@ class KeepLabels(_Wrapper):
         return batch
 
 
-class KeepPrompts(_Wrapper):
-    """Collates rows with any collator, and gives the batch their prompts (see PROMPT_IDS) where any row has one.
+class KeepSideTensors(_Wrapper):
+    """Collates rows with any collator, and gives the batch the SIDE_TENSORS that the rows have as columns.
 
     Where a collator makes samples of its own, which are not the tokens of the rows, the batch gets none: there a prompt
-    is what stands before the last trained run.
+    is what stands before the last trained run, and no key says which rows a sample is of.
     """
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        """Return the collated batch, with PROMPT_IDS [B, P] where any row has a prompt of its own."""
-        if not all(isinstance(row, Mapping) for row in rows) or not any(PROMPT_IDS in row for row in rows):
+        """Return the collated batch, with each side tensor that any row has a value of.
+
+        Raises:
+            GKDDataError: A row's key is not an integer.
+
+        """
+        if not all(isinstance(row, Mapping) for row in rows):
             return self.collator(rows)
-        batch = self.collator([{key: value for key, value in row.items() if key != PROMPT_IDS} for row in rows])
-        found = [row.get(PROMPT_IDS) for row in rows]
-        prompts = [torch.as_tensor([] if prompt is None else prompt, dtype=torch.long) for prompt in found]
-        if not any(map(len, prompts)) or not _holds(batch, rows):
-            return batch
-        return {**batch, PROMPT_IDS: pad_sequence(prompts, batch_first=True, padding_value=IGNORE_INDEX)}
+        names = {name for name, side in SIDE_TENSORS.items() if side.is_column and any(name in row for row in rows)}
+        if not names:
+            return self.collator(rows)
+        batch = self.collator([{key: value for key, value in row.items() if key not in names} for row in rows])
+        tensors = {name: _side_tensor(SIDE_TENSORS[name], [row.get(name) for row in rows]) for name in sorted(names)}
+        found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return {**batch, **found} if found and _holds(batch, rows) else batch
 
 
 def unwrapped(collator: Any) -> Any:
-    """Return the collator inside of what keeps labels and prompts."""
+    """Return the collator inside of what keeps labels and side tensors."""
     while isinstance(collator, _Wrapper):
         collator = collator.collator
     return collator
@@ -79,6 +86,21 @@ def keeping_labels(collator: Collator) -> Collator:
         isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm
     )
     return KeepLabels(collator) if loses_labels else collator
+
+
+def _side_tensor(side: SideTensor, values: list[Any]) -> torch.Tensor | None:
+    """Return the rows' values as a tensor [B] or [B, P], None where no row has one."""
+    if side.is_list:
+        lists = [torch.as_tensor([] if value is None else value, dtype=torch.long) for value in values]
+        has_any = any(map(len, lists))
+        return pad_sequence(lists, batch_first=True, padding_value=side.filling) if has_any else None
+    if all(value is None for value in values):
+        return None
+    if side.name == ROW_KEY:
+        values = [
+            None if value is None else checked_key(value, f"row {row} of a batch") for row, value in enumerate(values)
+        ]
+    return torch.tensor([side.filling if value is None else value for value in values])
 
 
 def _holds(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:

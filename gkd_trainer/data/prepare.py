@@ -10,9 +10,11 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from gkd_trainer.data.rows import RowDropped, RowPreparer, RowRules
+from gkd_trainer.data.keys import checked_key
+from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +61,11 @@ def prepare_dataset(
         beside its own. Labels are IGNORE_INDEX where a token is not trained on: everywhere in a row that is a
         prompt alone. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion
         where that is not what stands before its last trained run, else empty. Rows that can't be used are left out,
-        and counted in the log.
+        and counted in the log. A column ROW_KEY is kept, as int64.
 
     Raises:
-        GKDDataError: the format can't be used with these rules or this tokenizer, or no row can be used.
+        GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, or a row's
+            ROW_KEY is not an integer.
 
     """
     if isinstance(dataset, list):
@@ -88,8 +91,14 @@ class _PrepareRow:
 
     preparer: RowPreparer
     is_refusal_raised: bool
+    name: str
 
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        # Raised in a stream too: a teacher that looks keys up would take the rows for others.
+        key = {ROW_KEY: checked_key(row[ROW_KEY], f"{self.name}: row {index}")} if ROW_KEY in row else {}
+        return {**self._prepared(row), **key}
+
+    def _prepared(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
             prepared = self.preparer.prepare(row)
         except RowDropped as dropped:
@@ -155,7 +164,8 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     mapped = dataset.map(
-        _PrepareRow(preparer, is_refusal_raised=True),
+        _PrepareRow(preparer, is_refusal_raised=True, name=name),
+        with_indices=True,
         features=_features(dataset, preparer.rules),
         num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
         desc=f"Preparing {name}",
@@ -189,16 +199,18 @@ def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    _PrepareRow(preparer, is_refusal_raised=True)(first)
+    _PrepareRow(preparer, is_refusal_raised=True, name=name)(first, 0)
     features = None if dataset.features is None else _features(dataset, preparer.rules)
-    mapped = dataset.map(_PrepareRow(preparer, is_refusal_raised=False), features=features)
+    prepare = _PrepareRow(preparer, is_refusal_raised=False, name=name)
+    mapped = dataset.map(prepare, with_indices=True, features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
     return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
 
 
 def _features(dataset: Any, rules: RowRules) -> Features:
     prompt = {PROMPT_IDS: List(Value("int32"))} if rules.is_generating else {}
-    return Features({**dataset.features, **_NEW_FEATURES, **prompt})
+    key = {ROW_KEY: Value("int64")} if ROW_KEY in dataset.features else {}
+    return Features({**dataset.features, **_NEW_FEATURES, **prompt, **key})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
-from trl.data_utils import apply_chat_template, is_conversational, maybe_convert_to_chatml
+from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
+from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
     Span,
     TurnsNotFound,
@@ -23,27 +23,12 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS, prompt_length
+from gkd_trainer.types import IGNORE_INDEX, prompt_length
 
 NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "
     "prompt) or seq_kd=True (the teacher does), or add completions"
 )
-
-PER_TOKEN_COLUMNS = (
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "position_ids",
-    "completion_mask",
-    "assistant_masks",
-)
-"""Columns of tokenised rows that must stay as long as `input_ids`."""
-
-_CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
-
-# Options of rendering that are set here, not variables of a template. Rows made for inference may name them.
-_RENDERING_OPTIONS = frozenset(("add_generation_prompt", "continue_final_message", "tokenize"))
 
 
 @dataclass(frozen=True)
@@ -69,15 +54,6 @@ class RowRules:
     vocab_size: int | None = None
 
 
-class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted; never seen by a caller)
-    """A row that can't be used: why, and the `max_length` that it would need (0: none would help)."""
-
-    def __init__(self, reason: str, needed_length: int = 0) -> None:
-        super().__init__(reason, needed_length)
-        self.reason = reason
-        self.needed_length = needed_length
-
-
 @dataclass(frozen=True)
 class PreparedRow:
     """Token ids and labels of a row, cut to `max_length`.
@@ -93,17 +69,6 @@ class PreparedRow:
     prompt_ids: list[int]
     per_token: dict[str, list[Any]]
     unended: str
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A row's tokens before they are cut; `prompt_ids` and `unended` as in PreparedRow."""
-
-    ids: list[int]
-    labels: list[int]
-    prompt_ids: list[int] = field(default_factory=list)
-    per_token: dict[str, list[Any]] = field(default_factory=dict)
-    unended: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,9 +117,9 @@ class RowPreparer:
             f"messages, prompt and completion, text, or input_ids); it returned {type(result).__name__}"
         )
 
-    def _tokens(self, row: Mapping[str, Any]) -> _Tokens:
+    def _tokens(self, row: Mapping[str, Any]) -> RowTokens:
         if row.get("input_ids") is not None:
-            return _tokenised(row)
+            return held_tokens(row)
         text_field = self.rules.text_field
         row_keys = (
             "messages",
@@ -186,17 +151,17 @@ class RowPreparer:
             )
         return read(filled, has_completion_column="completion" in row)
 
-    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> _Tokens:
+    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
         if "messages" in row:
             row.pop("conversations", None)
-        messages = _messages(maybe_convert_to_chatml(row)["messages"])
+        messages = messages_of(maybe_convert_to_chatml(row)["messages"])
         if not any(message["role"] == "assistant" for message in messages):
             if self.rules.needs_completion:
                 raise RowDropped("no assistant turn")
             return self._chat_prompt(messages, row)
         return self._chat(messages, row, n_context=0)
 
-    def _prompt_and_completion(self, row: dict[str, Any], *, has_completion_column: bool) -> _Tokens:
+    def _prompt_and_completion(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
         prompt, completion = row["prompt"], row.get("completion")
         if completion is None and self.rules.needs_completion:
             if has_completion_column:
@@ -205,24 +170,24 @@ class RowPreparer:
         if isinstance(prompt, str):
             if completion is None:
                 ids = self._encoded(prompt)
-                return _Tokens(ids, [IGNORE_INDEX] * len(ids))
+                return RowTokens(ids, [IGNORE_INDEX] * len(ids))
             if not isinstance(completion, str):
                 raise RowDropped("prompt is a text but completion is not")
             return self._completed_text(prompt, completion)
         row = maybe_convert_to_chatml(row)
-        prompt = _messages(row["prompt"])
+        prompt = messages_of(row["prompt"])
         if completion is None:
             return self._chat_prompt(prompt, row)
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        completion = _messages(completion)
+        completion = messages_of(completion)
         if not any(message["role"] == "assistant" for message in completion):
             raise RowDropped("no assistant turn")
         return self._chat(prompt + completion, row, n_context=len(prompt))
 
-    def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> _Tokens:
+    def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> RowTokens:
         self._require_chat_template()
-        tools, template_kwargs = _tools(row), _template_kwargs(row)
+        tools, template_kwargs = tools_of(row), template_kwargs_of(row)
         last_turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         asked = ""
         try:
@@ -257,27 +222,27 @@ class RowPreparer:
         prompt_ids = [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids
         # Completions are sampled for the last turn. Before it, templates write other ends (gpt-oss <|end|>).
         is_unended = without_stop(ids, ranges[-1:], self._stop_ids)
-        return _Tokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
+        return RowTokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
 
-    def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> _Tokens:
+    def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> RowTokens:
         self._require_chat_template()
-        prompt_row: dict[str, Any] = {"prompt": messages, "chat_template_kwargs": _template_kwargs(row)}
+        prompt_row: dict[str, Any] = {"prompt": messages, "chat_template_kwargs": template_kwargs_of(row)}
         try:
-            text = apply_chat_template(prompt_row, self.tokenizer, _tools(row))["prompt"]
+            text = apply_chat_template(prompt_row, self.tokenizer, tools_of(row))["prompt"]
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])
-        return _Tokens(ids, [IGNORE_INDEX] * len(ids))
+        return RowTokens(ids, [IGNORE_INDEX] * len(ids))
 
-    def _completed_text(self, prompt: str, completion: str) -> _Tokens:
+    def _completed_text(self, prompt: str, completion: str) -> RowTokens:
         text = prompt + completion
         ids, [(start, end)] = encode_spans(self.tokenizer, text, [(len(prompt), len(text))])
         n_leading = len(leading := self._leading(ids))
         ids = self._ended(leading + ids)
         ranges = [(start + n_leading, len(ids))] if start < end else []
-        return _Tokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
+        return RowTokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
 
-    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> _Tokens:
+    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
         text = row[self.rules.text_field]
         if not isinstance(text, str):
             raise RowDropped(f"{self.rules.text_field} is not a text")
@@ -285,7 +250,7 @@ class RowPreparer:
             raise RowDropped("empty text")
         # Not cut at its first stop token: it may be several documents, or a conversation already rendered.
         ids = self._ended(self._encoded(text))
-        return _Tokens(ids, list(ids))
+        return RowTokens(ids, list(ids))
 
     def _encoded(self, text: str) -> list[int]:
         if not text:
@@ -321,7 +286,7 @@ class RowPreparer:
             raise RowDropped("empty completion")
         return labels
 
-    def _fitted(self, tokens: _Tokens) -> PreparedRow:
+    def _fitted(self, tokens: RowTokens) -> PreparedRow:
         rules, ids, labels, prompt_ids = self.rules, tokens.ids, tokens.labels, tokens.prompt_ids
         if not ids:
             raise RowDropped("no tokens")
@@ -378,82 +343,6 @@ def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
         if ids[n_leading : n_leading + len(bare)] == bare:
             return tuple(ids[:n_leading])
     return ()
-
-
-def _tokenised(row: Mapping[str, Any]) -> _Tokens:
-    ids = _id_list(row["input_ids"], "input_ids")
-    per_token = {column: _plain(row[column]) for column in PER_TOKEN_COLUMNS if row.get(column) is not None}
-    for column, values in per_token.items():
-        if len(values) != len(ids):
-            raise RowDropped(f"{column} is not as long as input_ids")
-    if row.get("labels") is not None:
-        labels = _id_list(row["labels"], "labels")
-        if len(labels) != len(ids):
-            raise RowDropped("labels are not as long as input_ids")
-    else:
-        masks = [per_token[column] for column in ("completion_mask", "assistant_masks") if column in per_token]
-        labels = [token_id if all(mask[i] for mask in masks) else IGNORE_INDEX for i, token_id in enumerate(ids)]
-    # Padding is removed, wherever it stands: a prompt would otherwise be completed after it.
-    kept = [i for i, attended in enumerate(per_token.get("attention_mask", [1] * len(ids))) if attended]
-    if len(kept) < len(ids):
-        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
-        per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
-    # Rows of a data set that was prepared before keep their prompts.
-    prompt_ids = [] if row.get(PROMPT_IDS) is None else _id_list(row[PROMPT_IDS], PROMPT_IDS)
-    return _Tokens(ids, labels, prompt_ids, per_token)
-
-
-def _id_list(value: Any, column: str) -> list[int]:
-    try:
-        return [operator.index(token_id) for token_id in _plain(value)]
-    except TypeError:
-        raise RowDropped(f"{column} is not a list of token ids") from None
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-    """Check that a value is a list of messages, and return it with the usual role names."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise RowDropped("messages are not a list of role and content")
-    if not value:
-        raise RowDropped("no messages")
-    if not is_conversational({"messages": value}):
-        raise RowDropped("a message without role")
-    messages = []
-    for message in value:
-        if not isinstance(message.get("role"), str):
-            raise RowDropped("a message without role")
-        if "content" not in message:
-            if not any(key in message for key in ("tool_calls", "reasoning_content", "thinking")):
-                raise RowDropped("a message without content")
-            message = {**message, "content": ""}  # A template that reads `content` would refuse its absence.
-        if not isinstance(message["content"], (str, list)):
-            raise RowDropped("a message whose content is neither text nor a list of parts")
-        messages.append({**message, "role": _CONVERSATION_ROLES.get(message["role"], message["role"])})
-    return messages
-
-
-def _tools(row: Mapping[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
-    if not tools:
-        return None
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        if not isinstance(tools, list):
-            raise RowDropped("tools are not a list")
-        return [json.loads(tool) if isinstance(tool, str) else tool for tool in tools] or None
-    except json.JSONDecodeError:
-        raise RowDropped("tools are not valid JSON") from None
-
-
-def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    template_kwargs = row.get("chat_template_kwargs") or {}
-    if not isinstance(template_kwargs, dict):
-        raise RowDropped("chat_template_kwargs is not a dict")
-    return {name: value for name, value in template_kwargs.items() if name not in _RENDERING_OPTIONS}
 
 
 def _without_none(value: Any) -> Any:

@@ -1,11 +1,12 @@
-"""The divergence from logits, a tile of rows at a time, with a closed-form gradient.
+"""The divergence from logits, a tile of tokens at a time, with a closed-form gradient.
 
-Shapes: N tokens, V vocabulary.
+Shapes: N tokens, V vocabulary, R the tokens of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gkd_trainer.divergence.objective import Objective
-from gkd_trainer.divergence.result import TokenDivergence
-from gkd_trainer.divergence.rows import RowComparison, RowStatistics, tile_rows, tiles
+from gkd_trainer.divergence.result import TokenDivergence, joined
+from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, tile_size, tiles
 
 
 def dense_divergence(
@@ -27,32 +28,33 @@ def dense_divergence(
 ) -> TokenDivergence:
     """Compare two sets of logits [N, V] token by token.
 
-    The arguments are those of `loss.token_divergence`, which checks them. No tensor of N×V elements is made but
-    the gradient of the student's logits, in their dtype.
+    The arguments are those of `loss.token_divergence`, which checks them. The only tensor of N×V elements that is made
+    is the gradient of the student's logits, in their dtype.
     """
     N, V = student_logits_NV.shape
-    tile = tile_rows(student_logits_NV) if vocab_chunk is None else max(1, vocab_chunk * N // V)
+    largest = tile_size(student_logits_NV) if vocab_chunk is None else max(1, vocab_chunk * N // V)
     return compare_logits(
-        RowComparison(objective), student_logits_NV, (teacher_logits_NV,), labels_N=labels_N, tile=tile
+        LogitsComparison(objective), student_logits_NV, (teacher_logits_NV,), labels_N=labels_N, largest=largest
     )
 
 
 def compare_logits(
-    compare: Callable[..., RowStatistics],
+    compare: RowComparison,
     student_logits_NV: Tensor,
     teacher: tuple[Tensor, ...],
     *,
     labels_N: Tensor | None,
-    tile: int,
+    largest: int,
 ) -> TokenDivergence:
-    """Return what `compare`, a `RowComparison` or one with its manners, gives of `tile` tokens at a time, joined.
+    """Return what `compare` gives for all tokens, of which it is given `largest` at most at a time.
 
-    `teacher` are the tensors that it takes of the teacher, whose first axis is N.
+    `teacher` are the teacher's tensors that it takes, whose first axis is N.
     """
-    outputs = _DenseDivergence.apply(  # type: ignore[no-untyped-call]
-        student_logits_NV, labels_N, compare, tile, *(tensor.detach() for tensor in teacher)
+    result: TokenDivergence
+    values_N, cross_entropy_N, result = _DenseDivergence.apply(  # type: ignore[no-untyped-call]
+        student_logits_NV, labels_N, compare, largest, *(tensor.detach() for tensor in teacher)
     )
-    return TokenDivergence(*outputs)
+    return replace(result, values_N=values_N, cross_entropy_N=cross_entropy_N)
 
 
 class _DenseDivergence(torch.autograd.Function):
@@ -61,34 +63,34 @@ class _DenseDivergence(torch.autograd.Function):
         ctx: Any,
         student_logits_NV: Tensor,
         labels_N: Tensor | None,
-        compare: Callable[..., RowStatistics],
-        tile: int,
+        compare: RowComparison,
+        largest: int,
         *teacher: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.compare, ctx.tile = compare, tile
+    ) -> tuple[Tensor, Tensor | None, TokenDivergence]:
+        """Return the fields that have a gradient, and all of them: autograd leaves alone what is not a tensor."""
+        ctx.compare, ctx.largest = compare, largest
         ctx.dtype = torch.float32
         for tensor in (student_logits_NV, *teacher):
             if tensor.is_floating_point():
                 ctx.dtype = torch.promote_types(ctx.dtype, tensor.dtype)
-        joined = RowStatistics.joined(
+        result = joined(
             [
                 compare(
-                    student_logits_NV[rows].to(ctx.dtype),
-                    *_converted(teacher, rows, ctx.dtype),
-                    None if labels_N is None else labels_N[rows],
+                    student_logits_NV[tile].to(ctx.dtype),
+                    _tile_of(teacher, tile, ctx.dtype),
+                    None if labels_N is None else labels_N[tile],
                 )
-                for rows in tiles(student_logits_NV.shape[0], tile)
+                for tile in tiles(student_logits_NV.shape[0], largest)
             ]
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student_logits_NV, labels_N, *teacher)
-        ctx.mark_non_differentiable(*(field for field in joined[2:] if field is not None))
-        return tuple(joined)
+        return result.values_N, result.cross_entropy_N, result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        value_weight_N, label_weight_N = upstream[:2]
+        value_weight_N, label_weight_N, _ = upstream
         student_logits_NV, labels_N, *teacher = ctx.saved_tensors
         others = (None,) * (3 + len(teacher))
         if value_weight_N is None:
@@ -96,19 +98,19 @@ class _DenseDivergence(torch.autograd.Function):
                 return None, *others
             value_weight_N = torch.zeros_like(label_weight_N)
         gradient_NV = torch.empty_like(student_logits_NV)
-        for rows in tiles(student_logits_NV.shape[0], ctx.tile):
-            gradient_RV = student_logits_NV[rows].to(ctx.dtype, copy=True)
+        for tile in tiles(student_logits_NV.shape[0], ctx.largest):
+            gradient_RV = student_logits_NV[tile].to(ctx.dtype, copy=True)
             ctx.compare(
                 gradient_RV,
-                *_converted(teacher, rows, ctx.dtype),
-                None if labels_N is None else labels_N[rows],
-                value_weight_R=value_weight_N[rows],
-                label_weight_R=None if label_weight_N is None else label_weight_N[rows],
+                _tile_of(teacher, tile, ctx.dtype),
+                None if labels_N is None else labels_N[tile],
+                value_weight_R=value_weight_N[tile],
+                label_weight_R=None if label_weight_N is None else label_weight_N[tile],
             )
-            gradient_NV[rows] = gradient_RV
+            gradient_NV[tile] = gradient_RV
         return gradient_NV, *others
 
 
-def _converted(teacher: Sequence[Tensor], rows: slice, dtype: torch.dtype) -> list[Tensor]:
-    """Return those rows of a teacher's tensors, in `dtype` where they are not ids."""
-    return [tensor[rows].to(dtype) if tensor.is_floating_point() else tensor[rows] for tensor in teacher]
+def _tile_of(teacher: Sequence[Tensor], tile: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return a tile of a teacher's tensors, in `dtype` unless they are ids."""
+    return tuple(tensor[tile].to(dtype) if tensor.is_floating_point() else tensor[tile] for tensor in teacher)

@@ -1,14 +1,13 @@
-"""The divergence from final hidden states and heads: blocks of tokens, with the gradient made in the forward pass.
+"""The divergence from final hidden states and heads: tiles of tokens, with the gradient made in the forward pass.
 
-Shapes: N tokens, V vocabulary, H the student's hidden width, K top tokens of a teacher, B a block of tokens.
-A block costs one product with each head for its logits (a teacher of top tokens has none), and one each for the
+Shapes: N tokens, V vocabulary, H the student's hidden width, K top tokens of a teacher, R the tokens of a tile.
+A tile costs one product with each head for its logits (a top-k teacher has none), and one each for the
 gradients of the student's hidden states and weight; the backward pass scales them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.projection import HALVES, HeadGradient, Projection
-from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
-from gkd_trainer.divergence.rows import RowComparison, RowStatistics, tiles
-from gkd_trainer.divergence.topk import TopKRowComparison
+from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss
+from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, tiles
+from gkd_trainer.divergence.topk import TopKComparison
 from gkd_trainer.types import Head, HiddenSignal, TopKSignal
 
 CPU_WORKSPACE_MB = 256
@@ -30,7 +29,7 @@ WORKSPACE_MB = 1024
 """The default budget elsewhere, where larger products keep the device busy."""
 
 _RESERVE = 1 / 6
-"""The share of the budget for what is not logits: temporaries, and tiles of a weight in another dtype."""
+"""The share of the budget for everything but logits: temporaries, and chunks of a weight in another dtype."""
 
 _TEMPORARIES = 16
 """How many temporaries a comparison that is not compiled has alive at once."""
@@ -52,8 +51,8 @@ def linear_divergence(
 
     The arguments are those of `loss.token_divergence`, which checks them. Gradients reach the student's hidden
     states, weight and bias, each in its own dtype, where they require one. An upstream gradient that is the same
-    for all tokens (of the loss where labels are weighted, of the values where there are no labels) scales what
-    the forward pass prepared; any other makes the logits once more.
+    for all tokens (of the loss where labels are weighted, of the values where there are no labels) scales the
+    gradient that the forward pass prepared; any other makes the logits again.
     """
     student = _gathered(student)
     of_student = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
@@ -73,51 +72,53 @@ def linear_divergence(
         plan=_plan(student, teacher, product_dtype, token_block, workspace_mb),
         is_differentiable=torch.is_grad_enabled(),
     )
-    outputs = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
+    result: TokenDivergence
+    loss_N, values_N, cross_entropy_N, result = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
         *of_student,
         *(None if tensor is None else tensor.detach() for tensor in of_teacher),
         labels_N,
         None if label_weight_N is None else label_weight_N.detach().to(comparison.plan.dtype),
         comparison,
     )
-    loss_N, *statistics = outputs
-    return replace(TokenDivergence(*statistics), loss_N=loss_N)
+    return replace(result, loss_N=loss_N, values_N=values_N, cross_entropy_N=cross_entropy_N)
 
 
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, ...]:
-        """Take the tensors of student and teacher (see `signals`), labels_N, label_weight_N and the comparison."""
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, Tensor, Tensor | None, TokenDivergence]:
+        """Return the fields that have a gradient, and all but the loss: autograd leaves alone what is not a tensor.
+
+        `inputs` are the tensors of student and teacher (see `signals`), labels_N, label_weight_N and the comparison.
+        """
         *sides, labels_N, label_weight_N, comparison = inputs
         student, teacher = comparison.signals(sides)
         needs = ctx.needs_input_grad[:3]
-        # Labels without weights are mixed by the caller, who will hardly weight all tokens alike.
+        # Labels without weights are mixed by the caller, who is unlikely to weight all tokens alike.
         is_prepared = comparison.is_differentiable and any(needs) and (labels_N is None or label_weight_N is not None)
         gradient = value_weight_N = None
         if is_prepared:
             gradient = HeadGradient.zeros(student, needs, comparison.plan.dtype)
             value_weight_N = _value_weight(student, label_weight_N, comparison.plan.dtype)
-        rows = comparison.run(student, teacher, labels_N, value_weight_N, label_weight_N, gradient)
+        result = comparison.run(student, teacher, labels_N, value_weight_N, label_weight_N, gradient)
 
         loss_N = None
-        if label_weight_N is not None:
-            loss_N = mixed_loss(rows.values_R, rows.cross_entropy_R, label_weight_N)
+        if label_weight_N is not None and result.cross_entropy_N is not None:
+            loss_N = mixed_loss(result.values_N, result.cross_entropy_N, label_weight_N)
         ctx.comparison, ctx.gradient = comparison, gradient
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*sides, labels_N, label_weight_N)
-        ctx.mark_non_differentiable(*(field for field in rows[2:] if field is not None))
-        return loss_N, *rows
+        return loss_N, result.values_N, result.cross_entropy_N, result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        loss_upstream_N, values_upstream_N, label_upstream_N = upstream[:3]
+        loss_upstream_N, values_upstream_N, label_upstream_N, _ = upstream
         *sides, labels_N, label_weight_N = ctx.saved_tensors
         comparison: _Comparison = ctx.comparison
         student, teacher = comparison.signals(sides)
         others = (None,) * len(ctx.needs_input_grad[3:])
 
-        # Taken, so that a second backward pass does not scale what the first one handed out.
+        # Taken away, so that a second backward pass does not scale the tensors that the first one returned.
         gradient, ctx.gradient = ctx.gradient, None
         prepared_for, *rest = (
             (loss_upstream_N, values_upstream_N, label_upstream_N)
@@ -139,7 +140,7 @@ class _LinearDivergence(torch.autograd.Function):
             value_weight_N = torch.zeros_like(ce_weight_N)
         del gradient
         gradient = HeadGradient.zeros(student, ctx.needs_input_grad[:3], comparison.plan.dtype)
-        # Weights of at most one: those of a scaled loss would leave the range of half-precision products.
+        # Scaled to at most one: the weights of a scaled loss would leave the range of half-precision products.
         size = _largest(value_weight_N, ce_weight_N)
         ce_weight_N = None if ce_weight_N is None else ce_weight_N / size
         comparison.run(student, teacher, labels_N, value_weight_N / size, ce_weight_N, gradient)
@@ -150,23 +151,23 @@ class _LinearDivergence(torch.autograd.Function):
 class _Plan:
     """The dtype of the logits, those that the products of each side round to, and the sizes that the budget allows.
 
-    `block` is in tokens, `scratch` in columns of a second buffer beside a block's logits, `tile` in rows of a weight
-    that are converted at once, `temporary` in elements.
+    `tile` is in tokens, `scratch` in columns of a second buffer beside a tile's logits, `chunk` in tokens of the
+    vocabulary whose weights are converted at once, `temporary` in elements.
     """
 
     dtype: torch.dtype
     halves: list[torch.dtype | None]
-    block: int
-    scratch: int
     tile: int
+    scratch: int
+    chunk: int
     temporary: int
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """How student and teacher are compared; their tensors are handed in, since autograd keeps them.
+    """How student and teacher are compared; their tensors are passed in, since autograd keeps them.
 
-    The forms are (scale, softcap, vocab_size) of each head, None of a teacher of top tokens, which has none.
+    The forms are (scale, softcap, vocab_size) of each head; None for a top-k teacher, which has no head.
     """
 
     student_form: tuple[float, float | None, int | None]
@@ -177,7 +178,7 @@ class _Comparison:
     is_differentiable: bool
 
     def signals(self, tensors: list[Any]) -> tuple[HiddenSignal, HiddenSignal | TopKSignal]:
-        """Return student and teacher of their tensors: hidden states, weight and bias, or ids and log-probs."""
+        """Return student and teacher, given their tensors: hidden states, weight and bias, or ids and log-probs."""
         hidden_NH, weight_VH, bias_V, *of_teacher = tensors
         student = HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.student_form))
         if self.teacher_form is None:
@@ -194,55 +195,53 @@ class _Comparison:
         value_weight_N: Tensor | None,
         label_weight_N: Tensor | None,
         gradient: HeadGradient | None,
-    ) -> RowStatistics:
-        """Compare block by block; add to `gradient` that of the values and cross entropies times their weights."""
-        plan, N, softcap = self.plan, student.hidden_NH.shape[0], student.head.softcap
+    ) -> TokenDivergence:
+        """Compare tile by tile; add to `gradient` that of the values and cross entropies times their weights."""
+        plan, N = self.plan, student.hidden_NH.shape[0]
         project_student, *project_teacher = (
-            Projection(signal.head.cut(), plan.dtype, plan.tile, half)
+            Projection(signal.head.cut(), plan.dtype, plan.chunk, half)
             for signal, half in zip(_of_hidden_states(student, teacher), plan.halves, strict=True)
         )
-        compare: Callable[..., RowStatistics] = RowComparison(self.objective, softcap, plan.temporary)
-        if isinstance(teacher, TopKSignal):
-            compare = TopKRowComparison(self.objective, self.tail, softcap, plan.temporary)
+        compare = self._row_comparison(teacher, student.head.softcap)
         if gradient is None:
             value_weight_N = label_weight_N = None
         else:
             gradient = gradient.cut(student.vocab_size)
-        student_BV, scratch = (
-            student.hidden_NH.new_empty((min(plan.block, max(N, 1)), columns), dtype=plan.dtype)
+        student_RV, scratch = (
+            student.hidden_NH.new_empty((min(plan.tile, max(N, 1)), columns), dtype=plan.dtype)
             for columns in (student.vocab_size, plan.scratch)
         )
-        per_block = []
-        for rows in tiles(N, plan.block):
-            size = rows.stop - rows.start
-            project_student.logits(student.hidden_NH[rows], student_BV[:size])
+        parts = []
+        for tile in tiles(N, plan.tile):
+            R = tile.stop - tile.start
+            project_student.logits(student.hidden_NH[tile], student_RV[:R])
             if isinstance(teacher, TopKSignal):
-                of_teacher: tuple[Tensor, ...] = (teacher.ids_NK[rows], teacher.log_p_NK[rows])
+                of_teacher: tuple[Tensor, ...] = (teacher.ids_NK[tile], teacher.log_p_NK[tile])
             else:
-                project_teacher[0].logits(teacher.hidden_NH[rows], scratch[:size])
-                of_teacher = (scratch[:size],)
-            labels_B, value_weight_B, label_weight_B = (
-                None if tensor is None else tensor[rows] for tensor in (labels_N, value_weight_N, label_weight_N)
+                project_teacher[0].logits(teacher.hidden_NH[tile], scratch[:R])
+                of_teacher = (scratch[:R],)
+            labels_R, value_weight_R, label_weight_R = (
+                None if tensor is None else tensor[tile] for tensor in (labels_N, value_weight_N, label_weight_N)
             )
-            per_block.append(
+            parts.append(
                 compare(
-                    student_BV[:size],
-                    *of_teacher,
-                    labels_B,
-                    value_weight_R=value_weight_B,
-                    label_weight_R=label_weight_B,
+                    student_RV[:R], of_teacher, labels_R, value_weight_R=value_weight_R, label_weight_R=label_weight_R
                 )
             )
             if gradient is not None:
-                hidden_BH = student.hidden_NH[rows]
-                project_student.add_gradient(student_BV[:size], scratch[:size], hidden_BH, rows, gradient)
-        return RowStatistics.joined(per_block)
+                project_student.add_gradient(student_RV[:R], scratch[:R], student.hidden_NH[tile], tile, gradient)
+        return joined(parts)
+
+    def _row_comparison(self, teacher: HiddenSignal | TopKSignal, softcap: float | None) -> RowComparison:
+        if isinstance(teacher, TopKSignal):
+            return TopKComparison(self.objective, self.tail, softcap, self.plan.temporary)
+        return LogitsComparison(self.objective, softcap, self.plan.temporary)
 
 
-def planned_block(N: int, V: int, device: torch.device) -> int:
-    """Return the size of the largest block that two models' N tokens are compared in by default, in float32."""
-    largest = _largest_block(2 * V, _default_workspace_mb(device) * 2**20 / torch.float32.itemsize)
-    return int(max(rows.stop - rows.start for rows in tiles(N, largest)))
+def planned_tile(N: int, V: int, device: torch.device) -> int:
+    """Return the size of the largest tile in which N tokens of two models are compared by default, in float32."""
+    largest = _largest_tile(2 * V, _default_workspace_mb(device) * 2**20 / torch.float32.itemsize)
+    return int(max(tile.stop - tile.start for tile in tiles(N, largest)))
 
 
 def _plan(
@@ -261,16 +260,16 @@ def _plan(
     elements = workspace_mb * 2**20 / dtype.itemsize
     widest = max(1, *(signal.hidden_NH.shape[1] for signal in sides))
     halves = [_half(signal, product_dtype, dtype) for signal in sides]
-    # For the teacher's logits, or what the student's gradient is rounded to.
+    # For the teacher's logits, or the student's gradient rounded to a half.
     scratch = V if len(sides) == 2 else 0 if halves[0] is None else -(-V // 2)
-    # Top tokens are compared a whole block at once.
+    # Top tokens are compared for a whole tile at once.
     temporaries = _TEMPORARIES * teacher.ids_NK.shape[1] if isinstance(teacher, TopKSignal) else 0
     return _Plan(
         dtype,
         halves=halves,
-        block=token_block or _largest_block(V + scratch + temporaries, elements),
+        tile=token_block or _largest_tile(V + scratch + temporaries, elements),
         scratch=scratch,
-        tile=max(1, int(elements * _RESERVE / 4 / widest)),
+        chunk=max(1, int(elements * _RESERVE / 4 / widest)),
         temporary=int(elements * _RESERVE * 3 / 4 / _TEMPORARIES),
     )
 
@@ -280,10 +279,10 @@ def _of_hidden_states(student: HiddenSignal, teacher: HiddenSignal | TopKSignal)
 
 
 def _half(signal: HiddenSignal, product_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
-    """Return what a side's products round their inputs to, or None where they take them as they are."""
+    """Return the dtype that a side's products round their inputs to, or None where they take them as they are."""
     of_weight = signal.head.weight_VH.dtype
     if product_dtype is None and signal.hidden_NH.is_cuda and signal.hidden_NH.dtype == of_weight:
-        product_dtype = of_weight  # nothing is rounded, and the sums are of float32 all the same
+        product_dtype = of_weight  # nothing is rounded, and the sums are float32 all the same
     is_taken = product_dtype == torch.bfloat16 or (product_dtype in HALVES and signal.hidden_NH.is_cuda)
     return product_dtype if is_taken and dtype == torch.float32 else None
 
@@ -292,12 +291,12 @@ def _default_workspace_mb(device: torch.device) -> int:
     return CPU_WORKSPACE_MB if device.type == "cpu" else WORKSPACE_MB
 
 
-def _largest_block(columns: int, elements: float) -> int:
+def _largest_tile(columns: int, elements: float) -> int:
     return max(1, math.floor(elements * (1 - _RESERVE) / columns))
 
 
 def _gathered(signal: HiddenSignal) -> HiddenSignal:
-    """Return the signal with the whole of a head that is sharded over ranks; its gradient finds the shards."""
+    """Return the signal with the whole head where it is sharded over ranks; its gradient reaches the shards."""
     if not torch.distributed.is_available():
         return signal
     from torch.distributed.tensor import DTensor
@@ -328,7 +327,7 @@ def _sum_of(a_N: Tensor | None, b_N: Tensor) -> Tensor:
 
 
 def _largest(*tensors: Tensor | None) -> Tensor:
-    """Return the largest magnitude, or one if that is zero or there are no elements."""
+    """Return the largest magnitude, or one where that is zero or there are no elements."""
     magnitudes = torch.cat([tensor.abs() for tensor in tensors if tensor is not None])
     if not magnitudes.numel():
         return magnitudes.new_ones(())

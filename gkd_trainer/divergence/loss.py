@@ -8,26 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import linear_divergence
-from gkd_trainer.divergence.objective import OPTIONS, Objective
+from gkd_trainer.divergence.options import TAILS, check_choice, check_top_k_temperature, checked_objective
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.topk import topk_divergence
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 
-SCALES = ("paper", "continuous")
-"""How the divergence is scaled inside 0 < beta < 1: see `token_divergence`."""
-
 _PRODUCT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
-
-TAILS = ("bucket", "renormalize")
-"""What becomes of the tokens that a top-k teacher says nothing of: see `token_divergence`."""
 
 
 def token_divergence(
@@ -47,7 +40,7 @@ def token_divergence(
     token_block: int | None = None,
     workspace_mb: float | None = None,
 ) -> TokenDivergence:
-    """Return the divergence of each token, beta·KL(p‖m) + (1 - beta)·KL(q‖m) with m = beta·p + (1 - beta)·q.
+    """Return the divergence of each token, by default beta·KL(p‖m) + (1 - beta)·KL(q‖m) with m = beta·p + (1 - beta)·q.
 
     p is the teacher, q the student, each softmax(logits / temperature); beta 0 is the forward KL(p‖q), beta 1
     the reverse KL(q‖p). Source: Agarwal et al. 2023, arXiv 2306.13649, eq. 1. Nothing here waits for the
@@ -57,15 +50,13 @@ def token_divergence(
         student: final hidden states with their head, or logits, of N positions; gradients reach it.
         teacher: the same of the teacher, or its top tokens, over the same N positions and V tokens; no gradient
             reaches it. A logit of -inf, on either side, is probability zero.
-        beta: in [0, 1]; of "jsd" alone.
-        divergence: "jsd" for the formula above, or "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta" or
-            "adaptive_kl": see `reference_divergence` for their formulas and sources.
-        divergence_options: their options where not the defaults: "alpha" in (0, 1), 0.1, of the skewed KLs; positive
-            "alpha", 0.2, and "beta", 0.7, of "alpha_beta"; "mu" in (0, 1), 0.5, of "adaptive_kl".
-        temperature: positive and finite; 1 for a teacher's top tokens.
+        beta: in [0, 1]; for "jsd" only.
+        divergence: "jsd" for the formula above, or another key of `objective.DIVERGENCES`, where the formulas are.
+        divergence_options: the options listed there, where not their defaults.
+        temperature: positive and finite; 1 for a top-k teacher.
         scale: "paper" for the formula above, or "continuous", which divides value and gradient by
             beta·(1 - beta) inside (0, 1), so that the two KLs are its limits.
-        tail: of a teacher's top tokens alone. "bucket" makes one more category of all tokens that are no entry,
+        tail: for a top-k teacher only. "bucket" makes one more category of all tokens that are not entries,
             on both sides: a lower bound of the divergence over all tokens, and equal to it where every token is
             an entry. The teacher's mass there is taken to be at least the rounding of its log-probs, 1.2e-7 in
             float32. "renormalize" compares both sides over the entries alone.
@@ -73,10 +64,10 @@ def token_divergence(
             outside [0, V) gives +inf; neither has a gradient.
         label_weight_N: [N] weights of the cross entropy in `loss_N`, (1 - weight)·value + weight·cross entropy; comes
             with `labels_N`. The mix has to be known here for its gradient to be made in the forward pass.
-        product_dtype: what the matrix products between float32 hidden states, heads and gradients round their inputs
-            to, while logits and gradients add up in float32: bfloat16 or float16 on CUDA; elsewhere bfloat16, for
-            the products of the gradient alone. float32 rounds nothing, and neither does None, by which halves are
-            multiplied as they are on CUDA.
+        product_dtype: the dtype that matrix products between float32 hidden states, heads and gradients round their
+            inputs to, while logits and gradients add up in float32: bfloat16 or float16 on CUDA; elsewhere bfloat16,
+            for the products of the gradient only. float32 and None round nothing; with None, inputs that are bfloat16
+            or float16 are multiplied as they are on CUDA.
         vocab_chunk: bounds the temporaries made of two sets of logits to N × vocab_chunk elements, or one row;
             None for a default.
         token_block: how many positions are projected at once, if the student is hidden states and the teacher hidden
@@ -88,25 +79,17 @@ def token_divergence(
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
     """
-    check_options(beta, temperature, scale, tail)
-    if product_dtype not in _PRODUCT_DTYPES:
-        raise GKDConfigError(
-            f"product_dtype must be None, {', '.join(map(str, _PRODUCT_DTYPES[1:]))}; got {product_dtype}"
-        )
-    _check_sizes(vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
-    _check_signal("student", student)
-    if isinstance(teacher, TopKSignal):
-        _check_topk(teacher, temperature)
-    else:
-        _check_signal("teacher", teacher)
+    check_choice("tail", tail, TAILS)
+    _check_products(product_dtype, vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
+    _check_signals(student, teacher, temperature)
     _check_pair(student, teacher, labels_N, label_weight_N)
-
-    objective = Objective(
-        divergence=divergence,
+    objective = checked_objective(
+        divergence,
+        divergence_options,
         beta=beta,
-        options=checked_divergence_options(divergence, divergence_options),
         temperature=temperature,
-        is_continuous=scale == "continuous",
+        scale=scale,
+        dtype=torch.float64 if _is_float64(student) or _is_float64(teacher) else torch.float32,
     )
     # Autocast would round the projection to bfloat16, and the gradient at small gaps with it.
     with torch.autocast(_first_tensor(student).device.type, enabled=False):
@@ -248,46 +231,14 @@ def linear_topk_generalized_jsd(
     ).values_N
 
 
-def check_options(beta: float, temperature: float, scale: str = "paper", tail: str = "bucket") -> None:
-    """Raise GKDConfigError for an option out of the range that `token_divergence` documents."""
-    if not 0 <= beta <= 1:
-        raise GKDConfigError(f"beta must be in [0, 1] (0 is forward KL, 1 is reverse KL); got {beta}")
-    if not 0 < temperature < math.inf:
-        raise GKDConfigError(
-            f"temperature must be positive and finite (1 compares the models as they are); got {temperature}"
-        )
-    if scale not in SCALES:
-        raise GKDConfigError(f"scale must be one of {', '.join(map(repr, SCALES))}; got {scale!r}")
-    if tail not in TAILS:
-        raise GKDConfigError(f"tail must be one of {', '.join(map(repr, TAILS))}; got {tail!r}")
-
-
-def checked_divergence_options(divergence: str, options: Mapping[str, float] | None) -> tuple[float, ...]:
-    """Return a divergence's options in the order of OPTIONS; raise GKDConfigError for a name or number it hasn't."""
-    if divergence not in OPTIONS:
-        raise GKDConfigError(f"divergence must be one of {', '.join(map(repr, OPTIONS))}; got {divergence!r}")
-    defaults, options = OPTIONS[divergence], options or {}
-    if unknown := [name for name in options if name not in defaults]:
-        raise GKDConfigError(
-            f"the options of the divergence {divergence!r} are {list(defaults)}; got {unknown}: leave them out"
-        )
-    numbers = defaults | dict(options)
-    largest = math.inf if divergence == "alpha_beta" else 1.0
-    for name, number in numbers.items():
-        if not isinstance(number, Real) or isinstance(number, bool):
-            raise GKDConfigError(
-                f"the option {name!r} of the divergence {divergence!r} must be a number; got {number!r}"
-            )
-        if not 0 < number < largest:
-            raise GKDConfigError(
-                f"the option {name!r} of the divergence {divergence!r} must be in (0, {largest:g}) (its limits are KLs "
-                f"that 'jsd' has at beta 0 and 1); got {number}"
-            )
-    return tuple(numbers.values())
-
-
 def _logits(signal: StudentSignal) -> Tensor:
     return signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
+
+
+def _is_float64(signal: Signal) -> bool:
+    if isinstance(signal, HiddenSignal):
+        return torch.float64 in (signal.hidden_NH.dtype, signal.head.weight_VH.dtype)
+    return (signal.log_p_NK if isinstance(signal, TopKSignal) else signal.logits_NV).dtype == torch.float64
 
 
 def _first_tensor(signal: Signal) -> Tensor:
@@ -296,13 +247,26 @@ def _first_tensor(signal: Signal) -> Tensor:
     return signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
 
 
-def _check_sizes(**sizes: float | None) -> None:
+def _check_products(product_dtype: torch.dtype | None, **sizes: float | None) -> None:
+    if product_dtype not in _PRODUCT_DTYPES:
+        raise GKDConfigError(
+            f"product_dtype must be None, {', '.join(map(str, _PRODUCT_DTYPES[1:]))}; got {product_dtype}"
+        )
     for name, size in sizes.items():
-        if size is not None and not size >= 1:
-            raise GKDConfigError(f"{name} must be at least 1, or None for a default; got {size}")
+        if size is not None and not 1 <= size < math.inf:
+            raise GKDConfigError(f"{name} must be at least 1 and finite, or None for a default; got {size}")
 
 
-def _check_topk(teacher: TopKSignal, temperature: float) -> None:
+def _check_signals(student: StudentSignal, teacher: Signal, temperature: float) -> None:
+    _check_signal("student", student)
+    if isinstance(teacher, TopKSignal):
+        _check_top_k(teacher)
+        check_top_k_temperature(temperature)
+    else:
+        _check_signal("teacher", teacher)
+
+
+def _check_top_k(teacher: TopKSignal) -> None:
     ids_NK, log_p_NK = teacher.ids_NK, teacher.log_p_NK
     if ids_NK.ndim != 2 or ids_NK.shape[1] == 0 or ids_NK.dtype != torch.long:
         raise GKDConfigError(
@@ -312,14 +276,8 @@ def _check_topk(teacher: TopKSignal, temperature: float) -> None:
     if log_p_NK.shape != ids_NK.shape or log_p_NK.dtype not in (torch.float32, torch.float64):
         raise GKDConfigError(
             f"the teacher's log-probs must be a float32 or float64 tensor {list(ids_NK.shape)}, one for each of its "
-            f"top tokens; got {log_p_NK.dtype} {list(log_p_NK.shape)}: in less than float32 they don't add up to the "
-            "mass that is missing"
-        )
-    if temperature != 1:
-        raise GKDConfigError(
-            f"temperature must be 1 for a teacher that gives its top tokens; got {temperature}: their log-probs can't "
-            "be brought to another temperature, which takes the tokens that are missing; set loss_temperature to 1, or "
-            "take a teacher that gives its whole distribution"
+            f"top tokens; got {log_p_NK.dtype} {list(log_p_NK.shape)}: below float32 the mass that is missing to one "
+            "is lost in rounding"
         )
 
 
@@ -337,7 +295,7 @@ def _check_signal(name: str, signal: StudentSignal) -> None:
         )
     if head.bias_V is not None and head.bias_V.shape != head.weight_VH.shape[:1]:
         raise GKDConfigError(
-            f"the {name}'s head bias must have the shape [{len(head.weight_VH)}], an entry for each row of the "
+            f"the {name}'s head bias must have the shape [{len(head.weight_VH)}], one entry for each row of the "
             f"weight; got {list(head.bias_V.shape)}: slice both alike"
         )
     if head.softcap is not None and not head.softcap > 0:

@@ -1,4 +1,9 @@
-"""What is minimised at each token, term by term, for every path that computes it.
+"""The divergences: what each minimises at a token, its options, its oracle and its line of the documentation.
+
+A new divergence is one entry of `DIVERGENCES`: its terms below, and its oracle in `formulas.py`, written independently.
+The options it takes, the choices of the configuration, the errors, the reference and the tests follow from the entry;
+docs/divergence.md has to list it. Eager and compiled code take it as it is; the Triton kernel has its own terms
+(`triton.KINDS`), and a divergence that it lacks runs in plain torch on a GPU.
 
 Shapes: R rows (tokens worked on at once), V vocabulary.
 p = teacher, q = student, both softmax(logits / temperature), gap = log q - log p.
@@ -6,12 +11,15 @@ p = teacher, q = student, both softmax(logits / temperature), gap = log q - log 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gkd_trainer.divergence import formulas
 
 _FAR = 1e4
 """A gap that stands for infinity where the probability before it is zero: 0·inf would be NaN."""
@@ -27,22 +35,51 @@ class Pair(NamedTuple):
     gap: Tensor
 
 
-OPTIONS: dict[str, dict[str, float]] = {
-    "jsd": {},
-    "skew_kl": {"alpha": 0.1},
-    "skew_reverse_kl": {"alpha": 0.1},
-    "total_variation": {},
-    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
-    "adaptive_kl": {"mu": 0.5},
-}
-"""The divergences, each with its options and their defaults; see `reference.reference_divergence` for the formulas."""
+Terms = Callable[[Pair, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Returns for a pair and two numbers the terms [R, V] of the value, and its slope q·∂value/∂q.
+
+The slope gives the gradient of the logits as slope - q·Σ slope; any multiple of q may be added to it, so that
+log(q/p) stands for log(q/p) + 1. Both are finite, or what the value is, where a probability is zero.
+"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A positive number in a divergence's formula: its default, and the number that it has to be below."""
+
+    default: float
+    below: float = 1.0
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence of q from p.
+
+    Attributes:
+        formula: the value of a token, for the documentation; m is a mixture of p and q.
+        source: the paper, as a Markdown link, or an empty string.
+        terms: the formula as the loss computes it.
+        oracle: the formula as the loss is tested against it.
+        options: up to two numbers of the formula that can be chosen, in the order in which `terms` takes them.
+    """
+
+    formula: str
+    source: str
+    terms: Terms
+    oracle: formulas.Oracle
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a third option: the compiled code and the kernel take two."""
+        assert len(self.options) <= 2
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A divergence with its options and the temperature at which it compares.
+    """A divergence with its numbers, and the temperature at which it compares.
 
-    `beta` and `is_continuous` are of "jsd"; `options` are the values of the others' options, in the order of OPTIONS.
+    `beta` and `is_continuous` (divided by beta·(1 - beta)) are those of "jsd"; `options` are the values of the options
+    of the others, in the order of their entry. `options.checked_objective` makes one from a caller's arguments.
     """
 
     divergence: str = "jsd"
@@ -53,22 +90,23 @@ class Objective:
 
     @property
     def kind(self) -> str:
-        """The name of the formula, a key of TERMS: the ends of beta have one of their own."""
+        """The key of its terms in TERMS: the ends of beta have terms of their own."""
         if self.divergence != "jsd" or 0 < self.beta < 1:
             return self.divergence
         return "forward_kl" if self.beta == 0 else "reverse_kl"
 
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The numbers of the formula by name."""
+        if self.divergence == "jsd":
+            return {"beta": self.beta}
+        return dict(zip(DIVERGENCES[self.divergence].options, self.options, strict=True))
+
     def numbers(self, softcap: float | None) -> tuple[float, ...]:
-        """Return what rows are compared with: 1 / temperature, 1 / softcap (0 for none), factor, and two options."""
+        """Return what rows are compared with: 1 / temperature, 1 / softcap (0 for none), factor, two parameters."""
         factor = 1 / (self.beta * (1 - self.beta)) if self.is_continuous and self.kind == "jsd" else 1.0
-        options = (self.beta,) if self.divergence == "jsd" else self.options
-        first, second = (*options, 0.0, 0.0)[:2]
+        first, second = (*self.parameters.values(), 0.0, 0.0)[:2]
         return 1 / self.temperature, 0.0 if softcap is None else 1 / softcap, factor, first, second
-
-
-# Each function returns two tensors [R, V]: the terms of the value, and the slope q·∂value/∂q, which gives the
-# gradient of the logits as slope - q·Σ slope (any multiple of q may be added to it: so log(q/p) stands for
-# log(q/p) + 1). Both are finite, or what the value is, where a probability is zero.
 
 
 def _forward_kl(pair: Pair, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +153,7 @@ def _alpha_beta(pair: Pair, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor
 def _adaptive_kl(pair: Pair, mu: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Wu et al. 2024, arXiv 2404.02657: KL(p‖q) and KL(q‖p), weighted by the gaps in the head and the tail of p.
 
-    The head are the most probable tokens whose probabilities add up to `mu` at most, the first one in any case.
+    The head is the most probable tokens whose probabilities add up to at most `mu`, and at least the first one.
     The weights count as constants, as in the authors' code.
     """
     sorted_RV = pair.p.sort(dim=1, descending=True).values
@@ -133,26 +171,65 @@ def _adaptive_kl(pair: Pair, mu: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     )
 
 
-TERMS: dict[str, Callable[[Pair, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jsd": _jsd,
-    "skew_kl": _skew_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-    "total_variation": _total_variation,
-    "alpha_beta": _alpha_beta,
-    "adaptive_kl": _adaptive_kl,
-}
-"""The terms of each formula, from a pair and two options."""
-
-
 def _log_over_mixture(gap_RV: Tensor, share_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(q/m) and log(p/m) with m = share_p·p + (1 - share_p)·q; finite everywhere."""
-    # From the gap, and not as log q - log m, which would lose small gaps in the rounding of log m, as log and exp
-    # in place of log1p and expm1 would lose small shares.
-    # The largest gap whose exponential is finite: beyond it the smaller probability is zero. Not from a table, whose
-    # numbers the compiler would take for variables at first, and then start over.
+    # From the gap: log q - log m would lose small gaps in the rounding of log m. With log1p and expm1: log and exp
+    # would lose small shares.
+    # The largest gap whose exponential is finite: beyond it the smaller probability is zero. Written out: the compiler
+    # would take numbers from a table for variables at first, and then start over.
     limit = 80.0 if gap_RV.dtype == torch.float32 else 700.0
     gap_RV = gap_RV.clamp(-limit, limit)
     log_q_over_m = -torch.log1p(share_p * torch.expm1(-gap_RV))
     return log_q_over_m, log_q_over_m - gap_RV
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "jsd": Divergence(
+        formula="β·KL(p‖m) + (1 − β)·KL(q‖m), m = β·p + (1 − β)·q; at β = 0 KL(p‖q), at β = 1 KL(q‖p)",
+        source="[Agarwal et al. 2023](https://arxiv.org/abs/2306.13649), eq. 1",
+        terms=_jsd,
+        oracle=formulas.jsd,
+    ),
+    "skew_kl": Divergence(
+        formula="KL(p‖m), m = alpha·p + (1 − alpha)·q",
+        source="[Ko et al. 2024](https://arxiv.org/abs/2402.03898)",
+        terms=_skew_kl,
+        oracle=formulas.skew_kl,
+        options={"alpha": Option(0.1)},
+    ),
+    "skew_reverse_kl": Divergence(
+        formula="KL(q‖m), m = (1 − alpha)·p + alpha·q",
+        source="[Ko et al. 2024](https://arxiv.org/abs/2402.03898)",
+        terms=_skew_reverse_kl,
+        oracle=formulas.skew_reverse_kl,
+        options={"alpha": Option(0.1)},
+    ),
+    "total_variation": Divergence(
+        formula="Σ abs(p − q) / 2",
+        source="",
+        terms=_total_variation,
+        oracle=formulas.total_variation,
+    ),
+    "alpha_beta": Divergence(
+        formula="Σ ((alpha·pˢ + beta·qˢ) / s − p^alpha·q^beta) / (alpha·beta), s = alpha + beta",
+        source="[Wang et al. 2025](https://arxiv.org/abs/2505.04560)",
+        terms=_alpha_beta,
+        oracle=formulas.alpha_beta,
+        options={"alpha": Option(0.2, below=math.inf), "beta": Option(0.7, below=math.inf)},
+    ),
+    "adaptive_kl": Divergence(
+        formula="w·KL(p‖q) + (1 − w)·KL(q‖p), w = the share of Σ abs(p − q) in p's top tokens, of a mass up to mu",
+        source="[Wu et al. 2024](https://arxiv.org/abs/2404.02657)",
+        terms=_adaptive_kl,
+        oracle=formulas.adaptive_kl,
+        options={"mu": Option(0.5)},
+    ),
+}
+"""The divergences by name."""
+
+TERMS: dict[str, Terms] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    **{name: divergence.terms for name, divergence in DIVERGENCES.items()},
+}
+"""The terms of each `Objective.kind`."""

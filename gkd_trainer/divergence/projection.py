@@ -1,6 +1,6 @@
-"""The products between hidden states, a head and its logits, with float32 logits for any dtype of the weights.
+"""The products between hidden states, a head and its logits, with float32 logits whatever the dtype of the weights.
 
-Shapes: V vocabulary, H hidden width, B a block of tokens, C a tile of the vocabulary.
+Shapes: V vocabulary, H hidden width, R the tokens of a tile, C a chunk of the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from gkd_trainer.types import Head, HiddenSignal
 
 HALVES = (torch.bfloat16, torch.float16)
-"""The dtypes that products may take their inputs in."""
+"""The dtypes that products may round their inputs to."""
 
 _FLOAT16_GAIN = 2.0**12
-"""By what a gradient is raised before it becomes float16, whose smallest number is 6e-8."""
+"""The factor of a gradient before it becomes float16, whose smallest number is 6e-8."""
 
 
 @dataclass
 class HeadGradient:
-    """What the blocks of a student's gradient add up to; None where none is wanted."""
+    """The gradients of a student, to which each tile adds its part; None where none is wanted."""
 
     hidden_NH: Tensor | None
     weight_VH: Tensor | None
@@ -31,7 +31,7 @@ class HeadGradient:
 
     @classmethod
     def zeros(cls, student: HiddenSignal, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> HeadGradient:
-        """Return zeros in `dtype` for what `needs` a gradient of hidden states, weight and bias."""
+        """Return zeros in `dtype` for those of hidden states, weight and bias that `needs` says need a gradient."""
         head = student.head
         hidden_NH, weight_VH, bias_V = (
             torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
@@ -40,16 +40,16 @@ class HeadGradient:
         return cls(hidden_NH, weight_VH, bias_V)
 
     def cut(self, V: int) -> HeadGradient:
-        """Return what is of the first V tokens, sharing memory with this one."""
+        """Return the gradients of the first V tokens of the vocabulary, sharing memory with this one."""
         weight_VH, bias_V = (None if gradient is None else gradient[:V] for gradient in (self.weight_VH, self.bias_V))
         return HeadGradient(self.hidden_NH, weight_VH, bias_V)
 
     def scaled(self, factor: Tensor, student: HiddenSignal) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients times a factor, each in the dtype of what it is of; they are overwritten."""
+        """Return the gradients times a factor, each in the dtype of its tensor; they are overwritten."""
         head = student.head
         hidden_NH, weight_VH, bias_V = (
-            None if gradient is None or of is None else gradient.mul_(factor).to(of.dtype)
-            for gradient, of in (
+            None if gradient is None or tensor is None else gradient.mul_(factor).to(tensor.dtype)
+            for gradient, tensor in (
                 (self.hidden_NH, student.hidden_NH),
                 (self.weight_VH, head.weight_VH),
                 (self.bias_V, head.bias_V),
@@ -60,69 +60,69 @@ class HeadGradient:
 
 @dataclass(frozen=True)
 class Projection:
-    """A head's products, whose sums are of `dtype` (float32 or float64).
+    """A head's products, which are summed in `dtype` (float32 or float64).
 
-    Products that round their inputs to `half` (None for none) are all of them on CUDA, where a weight of another
-    dtype is copied once; elsewhere those of the gradient alone, since torch 2.13 can't sum the logits in float32
-    there. `tile` is how many rows of the weight are converted at once where the whole is not.
+    On CUDA all of them round their inputs to `half` (None rounds nothing), and a weight of another dtype is copied
+    once; elsewhere only those of the gradient do, since torch 2.13 can't sum the logits in float32 there. `chunk` is
+    how many tokens of the vocabulary have their weights converted at once where not all are.
     """
 
     head: Head
     dtype: torch.dtype
-    tile: int
+    chunk: int
     half: torch.dtype | None = None
 
-    def logits(self, hidden_BH: Tensor, out_BV: Tensor) -> None:
-        """Write the logits of hidden states into `out_BV`, which is of `dtype`."""
+    def logits(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
+        """Write the logits of hidden states into `out_RV`, which is of `dtype`."""
         head = self.head
         if self.half is not None and head.weight_VH.is_cuda:
-            torch.mm(hidden_BH.to(self.half), self._half_weight_VH.T, out_dtype=self.dtype, out=out_BV)
+            torch.mm(hidden_RH.to(self.half), self._half_weight_VH.T, out_dtype=self.dtype, out=out_RV)
         else:
-            hidden_BH = hidden_BH.to(self.dtype)
-            for columns, weight_CH in self._weight_tiles(self.dtype):
-                torch.mm(hidden_BH, weight_CH.T, out=out_BV[:, columns])
+            hidden_RH = hidden_RH.to(self.dtype)
+            for columns, weight_CH in self._weight_chunks(self.dtype):
+                torch.mm(hidden_RH, weight_CH.T, out=out_RV[:, columns])
         if head.bias_V is not None:
-            out_BV += head.bias_V
+            out_RV += head.bias_V
         if head.scale != 1:
-            out_BV *= head.scale
+            out_RV *= head.scale
         if head.softcap is not None:
-            out_BV.div_(head.softcap).tanh_().mul_(head.softcap)
+            out_RV.div_(head.softcap).tanh_().mul_(head.softcap)
 
     def add_gradient(
-        self, slope_BV: Tensor, scratch_BV: Tensor, hidden_BH: Tensor, rows: slice, gradient: HeadGradient
+        self, slope_RV: Tensor, scratch_RV: Tensor, hidden_RH: Tensor, tile: slice, gradient: HeadGradient
     ) -> None:
-        """Add a block's part to the gradients of hidden states, weight and bias.
+        """Add a tile's part to the gradients of hidden states, weight and bias.
 
-        `slope_BV` is with respect to the logits before the soft-cap; it and `scratch_BV` may be overwritten.
+        `slope_RV` is with respect to the logits before the soft-cap; it and `scratch_RV` may be overwritten.
         """
         scale = self.head.scale
         if gradient.bias_V is not None:
-            gradient.bias_V.add_(slope_BV.sum(dim=0), alpha=scale)
+            gradient.bias_V.add_(slope_RV.sum(dim=0), alpha=scale)
         # A row that is not finite has a slope of zero, but 0·NaN is NaN.
-        hidden_BH = torch.where(hidden_BH.isfinite(), hidden_BH, 0.0)
+        hidden_RH = torch.where(hidden_RH.isfinite(), hidden_RH, 0.0)
         if self.half is not None:
-            half_BV = scratch_BV.view(self.half)[:, : slope_BV.shape[1]]
-            self._add_half_gradient(slope_BV, half_BV, hidden_BH.to(self.half), rows, gradient)
+            half_RV = scratch_RV.view(self.half)[:, : slope_RV.shape[1]]
+            self._add_half_gradient(slope_RV, half_RV, hidden_RH.to(self.half), tile, gradient)
             return
         if gradient.hidden_NH is not None:
-            for columns, weight_CH in self._weight_tiles(self.dtype):
-                gradient.hidden_NH[rows].addmm_(slope_BV[:, columns], weight_CH, alpha=scale)
+            for columns, weight_CH in self._weight_chunks(self.dtype):
+                gradient.hidden_NH[tile].addmm_(slope_RV[:, columns], weight_CH, alpha=scale)
         if gradient.weight_VH is not None:
-            gradient.weight_VH.addmm_(slope_BV.T, hidden_BH.to(self.dtype), alpha=scale)
+            gradient.weight_VH.addmm_(slope_RV.T, hidden_RH.to(self.dtype), alpha=scale)
 
     def _add_half_gradient(
-        self, slope_BV: Tensor, half_BV: Tensor, half_BH: Tensor, rows: slice, gradient: HeadGradient
+        self, slope_RV: Tensor, half_RV: Tensor, half_RH: Tensor, tile: slice, gradient: HeadGradient
     ) -> None:
-        gain = _FLOAT16_GAIN if half_BV.dtype == torch.float16 else 1.0
+        gain = _FLOAT16_GAIN if half_RV.dtype == torch.float16 else 1.0
         scale = self.head.scale / gain
-        half_BV.copy_(slope_BV if gain == 1 else slope_BV.mul_(gain))
+        half_RV.copy_(slope_RV if gain == 1 else slope_RV.mul_(gain))
         if gradient.hidden_NH is not None:
-            for columns, weight_CH in self._weight_tiles(half_BV.dtype):
-                gradient.hidden_NH[rows].add_(self._product(half_BV[:, columns], weight_CH), alpha=scale)
+            for columns, weight_CH in self._weight_chunks(half_RV.dtype):
+                gradient.hidden_NH[tile].add_(self._product(half_RV[:, columns], weight_CH), alpha=scale)
         if gradient.weight_VH is not None:
-            # Tile by tile: the whole product would be another gradient of the weight in size.
+            # Chunk by chunk: the whole product would be as large as the gradient of the weight.
             for columns in self._columns:
-                gradient.weight_VH[columns].add_(self._product(half_BV[:, columns].T, half_BH), alpha=scale)
+                gradient.weight_VH[columns].add_(self._product(half_RV[:, columns].T, half_RH), alpha=scale)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return a product of halves: in `dtype` on CUDA, elsewhere summed in float32 and rounded once."""
@@ -133,7 +133,7 @@ class Projection:
         assert self.half is not None
         return self.head.weight_VH.to(self.half)
 
-    def _weight_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    def _weight_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         weight_VH = self.head.weight_VH
         if weight_VH.dtype == dtype:
             yield slice(None), weight_VH
@@ -146,4 +146,4 @@ class Projection:
     @cached_property
     def _columns(self) -> list[slice]:
         V = self.head.weight_VH.shape[0]
-        return [slice(start, min(start + self.tile, V)) for start in range(0, V, self.tile)]
+        return [slice(start, min(start + self.chunk, V)) for start in range(0, V, self.chunk)]

@@ -1,11 +1,13 @@
-"""What a comparison of student and teacher says of each token.
+"""What a comparison of student and teacher gives for each token.
 
-Shapes: N tokens trained on.
+Shapes: N tokens: all that are trained on, or those of a tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +17,23 @@ from torch import Tensor
 class TokenDivergence:
     """The divergence of each token, and what was seen on the way to it.
 
-    `values_N` (nats; float32, or float64 for float64 inputs), `cross_entropy_N` (nats at temperature 1; None if no
-    labels were given) and `loss_N` carry gradients to the student's side; the rest carries none.
-    `student_entropy_N` and `teacher_entropy_N` are in nats, of q and p as compared: at the loss temperature.
-    `agrees_N` is True where both sides have the same top token. `is_teacher_finite_N` is False where the
-    teacher's logits held NaN or +inf, or were all -inf; of a top-k teacher, where its log-probs held NaN, had a
-    mass above one or an id outside the vocabulary, or there was no entry. `is_finite_N` is False where the value
-    is not finite; such a value passes back a gradient of zero. All flags stay on the device.
+    `values_N`, `cross_entropy_N` and `loss_N` carry gradients to the student's side; the rest are statistics, which
+    carry none. A new statistic is a field here, None where a path does not compute it, and what computes it.
+    All flags stay on the device.
 
-    For a top-k teacher, `teacher_mass_N` and `student_mass_N` are the mass of p and of q on its entries, and
-    `teacher_entropy_N` is over the categories compared: with the tail as one, a lower bound of its entropy.
-
-    `loss_N` is what is minimised where labels are weighted, (1 - weight)·value + weight·cross entropy, else None.
+    Attributes:
+        values_N: in nats; float32, or float64 for float64 inputs.
+        cross_entropy_N: in nats at temperature 1; None if no labels were given.
+        student_entropy_N: in nats, of q as compared: at the loss temperature.
+        teacher_entropy_N: likewise of p; for a top-k teacher over the categories compared, where the tail counts as
+            one: a lower bound of its entropy.
+        agrees_N: True where both sides have the same top token.
+        is_teacher_finite_N: False where the teacher's logits held NaN or +inf, or were all -inf; for a top-k teacher,
+            where its log-probs held NaN, had a mass above one or an id outside the vocabulary, or had no entry.
+        is_finite_N: False where the value is not finite; such a value passes back a gradient of zero.
+        teacher_mass_N: the mass of p on a top-k teacher's entries; None for other teachers.
+        student_mass_N: likewise of q.
+        loss_N: what is minimised where labels are weighted, (1 - weight)·value + weight·cross entropy, else None.
     """
 
     values_N: Tensor
@@ -40,8 +47,30 @@ class TokenDivergence:
     student_mass_N: Tensor | None = None
     loss_N: Tensor | None = None
 
+    def new_empty(self, N: int) -> TokenDivergence:
+        """Return uninitialised fields of N tokens, with the dtypes of these and None where these are None."""
+        fields: dict[str, Any] = {
+            name: None if field_N is None else field_N.new_empty(N) for name, field_N in vars(self).items()
+        }
+        return TokenDivergence(**fields)
+
+    def write(self, tile: slice, part: TokenDivergence) -> None:
+        """Copy the fields of a part into those of the tokens in `tile`."""
+        for field_N, of_part_N in zip(vars(self).values(), vars(part).values(), strict=True):
+            if field_N is not None:
+                field_N[tile] = of_part_N
+
+
+def joined(parts: Sequence[TokenDivergence]) -> TokenDivergence:
+    """Return the fields of consecutive parts, of which there is at least one, each concatenated."""
+    fields: dict[str, Any] = {
+        name: None if field_N is None else torch.cat([getattr(part, name) for part in parts])
+        for name, field_N in vars(parts[0]).items()
+    }
+    return TokenDivergence(**fields)
+
 
 def mixed_loss(values_N: Tensor, cross_entropy_N: Tensor, label_weight_N: Tensor) -> Tensor:
-    """Return (1 - weight)·value + weight·cross entropy of each token; what has weight zero may be infinite."""
+    """Return (1 - weight)·value + weight·cross entropy of each token; a term of weight zero may be infinite."""
     from_values_N = torch.where(label_weight_N == 1, 0.0, (1 - label_weight_N) * values_N)
     return from_values_N + torch.where(label_weight_N == 0, 0.0, label_weight_N * cross_entropy_N)

@@ -1,6 +1,6 @@
 """Student and teacher compared from rows of logits: values, statistics and, in place, the gradient.
 
-Shapes: R rows (tokens), V vocabulary.
+Shapes: R rows of logits, one for each token compared at once, V vocabulary. A tile is a slice of consecutive tokens.
 p = teacher, q = student, both softmax(logits / temperature), log_z = the log-normaliser of a side.
 A probability that is zero in the computation's dtype counts as zero.
 """
@@ -14,59 +14,62 @@ import math
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gkd_trainer.divergence.objective import TERMS, Objective, Pair
+from gkd_trainer.divergence.result import TokenDivergence
 from gkd_trainer.types import IGNORE_INDEX
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 _CPU_TILE_ELEMENTS = 2**19
-"""Size of a temporary on the CPU: 2 MiB in float32, so that what is alive at once stays in cache."""
+"""Size of a temporary on the CPU: 2 MiB in float32, so that those alive at once stay in cache."""
 
 _TILE_ELEMENTS = 2**24
-"""The same off the CPU, where many small kernels cost more than 64 MiB a temporary."""
+"""The same off the CPU, where many small kernels cost more than 64 MiB per temporary."""
 
 _COMPILED_VOCABULARY = 4096
 """The vocabulary from which fusing pays for the seconds of a compilation."""
 
 _engine: str | None = None
-"""Which implementation runs: "eager", "compiled" or "triton" in tests, None for what suits the tensors."""
+"""Which implementation runs: "eager", "compiled" or "triton" in tests, None for the one that suits the tensors."""
 
 
-class RowStatistics(NamedTuple):
-    """What is known of each row [R]; the fields are those of `TokenDivergence`."""
+class RowComparison(Protocol):
+    """How rows of a student's logits are compared with what a teacher gives for the same tokens."""
 
-    values_R: Tensor
-    cross_entropy_R: Tensor | None
-    student_entropy_R: Tensor
-    teacher_entropy_R: Tensor
-    agrees_R: Tensor
-    is_teacher_finite_R: Tensor
-    is_finite_R: Tensor
-    teacher_mass_R: Tensor | None = None
-    student_mass_R: Tensor | None = None
+    def __call__(
+        self,
+        student_RV: Tensor,
+        teacher: tuple[Tensor, ...],
+        labels_R: Tensor | None = None,
+        *,
+        value_weight_R: Tensor | None = None,
+        label_weight_R: Tensor | None = None,
+    ) -> TokenDivergence:
+        """Compare rows of logits, and turn them into a gradient where weights are given.
 
-    def new_empty(self, R: int) -> RowStatistics:
-        """Return statistics of R rows to be filled in, of the same fields and dtypes."""
-        return RowStatistics._make(None if field is None else field.new_empty(R) for field in self)
-
-    @classmethod
-    def joined(cls, parts: Sequence[RowStatistics]) -> RowStatistics:
-        """Join the statistics of consecutive rows."""
-        return cls._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+        Then `student_RV` is overwritten by value_weight·∂value/∂logits + label_weight·∂cross entropy/∂logits, with
+        respect to the logits before the soft-cap; a row that is not finite gets zero. `label_weight_R` comes with
+        `value_weight_R` or not at all. `teacher` are the teacher's tensors, whose first axis is R.
+        """
+        ...
 
 
 @dataclass(frozen=True)
-class RowComparison:
-    """How rows of logits are compared: the objective, and the cap that the student's logits went through.
+class LogitsComparison(RowComparison):
+    """Compares with a teacher's logits, one tensor [R, V] of the student's dtype, float32 or float64.
 
-    `temporary` is how many elements a temporary may have, if not one row's; None for a default.
+    `softcap` is that of the student's logits. `temporary` is how many elements a temporary may have, if not one row's;
+    None for a default.
     """
 
     objective: Objective
@@ -76,51 +79,45 @@ class RowComparison:
     def __call__(
         self,
         student_RV: Tensor,
-        teacher_RV: Tensor,
+        teacher: tuple[Tensor, ...],
         labels_R: Tensor | None = None,
         *,
         value_weight_R: Tensor | None = None,
         label_weight_R: Tensor | None = None,
-    ) -> RowStatistics:
-        """Compare rows of logits, both float32 or both float64, and turn the student's into a gradient.
-
-        Where weights are given, `student_RV` is overwritten by value_weight·∂value/∂logits +
-        label_weight·∂cross entropy/∂logits, with respect to the logits before the soft-cap; a row that is not
-        finite gets zero. `label_weight_R` comes with `value_weight_R` or not at all.
-        """
+    ) -> TokenDivergence:
+        """Compare as `RowComparison` says."""
+        (teacher_RV,) = teacher
         numbers = self.objective.numbers(self.softcap)
         variant = _Variant(self.objective.kind, self.objective.temperature != 1, self.softcap is not None)
         compare, largest = _implementation(variant, student_RV)
         if self.temporary is not None and largest != sys.maxsize:
             largest = max(1, min(largest, self.temporary // student_RV.shape[1]))
-        if largest == 2:  # of an odd number one is left over, and one row is a shape of its own to the compiler
+        if largest == 2:  # an odd number leaves one over, and one row is a shape of its own to the compiler
             largest = 1
-        statistics: RowStatistics | None = None
-        for rows in tiles(student_RV.shape[0], largest):
-            # As plain tensors: of views, the compiler looks at what they are of, whose size changes.
-            inputs = (
-                None if tensor is None else tensor[rows].data
-                for tensor in (student_RV, teacher_RV, labels_R, value_weight_R, label_weight_R)
+        result: TokenDivergence | None = None
+        for tile in tiles(student_RV.shape[0], largest):
+            # As plain tensors: the compiler looks at the base of a view, whose size changes.
+            labels, value_weight, label_weight = (
+                None if tensor is None else tensor[tile].data for tensor in (labels_R, value_weight_R, label_weight_R)
             )
-            tile = compare(*inputs, numbers)
-            # Copied: what is kept of each tile would lie in the way of the next one's temporaries, for which the
-            # allocator would then take new pages from the system, at half the time of the comparison.
-            statistics = statistics or tile.new_empty(student_RV.shape[0])
-            for whole_R, part_R in zip(statistics, tile, strict=True):
-                if whole_R is not None and part_R is not None:
-                    whole_R[rows] = part_R
-        assert statistics is not None
-        return statistics
+            student, of_teacher = student_RV[tile].data, teacher_RV[tile].data
+            part = compare(student, of_teacher, labels, value_weight, label_weight, numbers)
+            # Copied: the results of each tile, if kept, would lie in the way of the next one's temporaries, for which
+            # the allocator would then take new pages from the system, at half the time of the comparison.
+            result = result or part.new_empty(student_RV.shape[0])
+            result.write(tile, part)
+        assert result is not None
+        return result
 
 
-def tile_rows(logits_RV: Tensor) -> int:
+def tile_size(logits_RV: Tensor) -> int:
     """Return how many rows are compared at once."""
     elements = _CPU_TILE_ELEMENTS if logits_RV.device.type == "cpu" else _TILE_ELEMENTS
     return max(1, elements // logits_RV.shape[1])
 
 
 def tiles(N: int, largest: int) -> Iterator[slice]:
-    """Split N rows into tiles of nearly one size; one tile at least, so that of no rows there are empty results."""
+    """Split N tokens into tiles of nearly one size, at most `largest`; into one at least, which may be empty."""
     count = max(1, -(-N // largest))
     return (slice(N * index // count, N * (index + 1) // count) for index in range(count))
 
@@ -134,20 +131,48 @@ def is_compiled(logits_RV: Tensor) -> bool:
 
 
 def mask_cross_entropy(cross_entropy_R: Tensor, labels_R: Tensor, V: int) -> Tensor:
-    """Return +inf where the label is no token of the vocabulary, 0 where it is IGNORE_INDEX, else what was given."""
+    """Return the cross entropy: +inf where the label is outside the vocabulary, 0 where it is IGNORE_INDEX."""
     is_outside_R = (labels_R < 0) | (labels_R >= V)
     return cross_entropy_R.masked_fill(is_outside_R, math.inf).masked_fill(labels_R == IGNORE_INDEX, 0.0)
 
 
 class _Variant(NamedTuple):
-    """What code is specialised on; everything else is a tensor, so that nothing is compiled again for it."""
+    """What compiled code is specialised on; everything else is a tensor, so that nothing is compiled again for it."""
 
     kind: str
     is_tempered: bool
     is_capped: bool
 
 
-_Compare = Callable[..., RowStatistics]
+class _Compare(Protocol):
+    """The type of `_compare`."""
+
+    def __call__(
+        self,
+        student_RV: Tensor,
+        teacher_RV: Tensor,
+        labels_R: Tensor | None,
+        value_weight_R: Tensor | None,
+        label_weight_R: Tensor | None,
+        parameters: tuple[Tensor, ...],
+        variant: _Variant,
+        /,
+    ) -> TokenDivergence: ...
+
+
+class _CompareTile(Protocol):
+    """What compares one tile, by any implementation; `numbers` are those of `Objective.numbers`."""
+
+    def __call__(
+        self,
+        student_RV: Tensor,
+        teacher_RV: Tensor,
+        labels_R: Tensor | None,
+        value_weight_R: Tensor | None,
+        label_weight_R: Tensor | None,
+        numbers: tuple[float, ...],
+        /,
+    ) -> TokenDivergence: ...
 
 
 def _compare(
@@ -158,7 +183,7 @@ def _compare(
     label_weight_R: Tensor | None,
     parameters: tuple[Tensor, ...],
     variant: _Variant,
-) -> RowStatistics:
+) -> TokenDivergence:
     per_temperature, per_softcap, factor, first, second = parameters
     student_tempered_RV, teacher_tempered_RV = student_RV, teacher_RV
     if variant.is_tempered:
@@ -177,40 +202,49 @@ def _compare(
     # As a maximum of floats, which is fused with the sums; `any` is not.
     teacher_at_top_RV = torch.where(student_tempered_RV == q.top_R1, teacher_tempered_RV, -math.inf)
     is_top_shared_R = teacher_at_top_RV.amax(dim=1) == p.top_R1[:, 0]
-    agrees_R = is_top_shared_R & is_teacher_finite_R & q.log_z_R1[:, 0].isfinite()
 
-    cross_entropy_R = None
-    untempered_q = q
+    cross_entropy_R, untempered_q = None, q
     if labels_R is not None:
-        if variant.is_tempered:
-            untempered_q = _softmax(student_RV)
-        V = student_RV.shape[1]
-        label_logits_R = student_RV.gather(1, labels_R.clamp(0, V - 1)[:, None])[:, 0]
-        cross_entropy_R = mask_cross_entropy(untempered_q.log_z_R1[:, 0] - label_logits_R, labels_R, V)
-
+        untempered_q = _softmax(student_RV) if variant.is_tempered else q
+        cross_entropy_R = _cross_entropy(student_RV, untempered_q.log_z_R1, labels_R)
     if value_weight_R is not None:
         weight_R1 = (value_weight_R * factor * per_temperature)[:, None]
         gradient_RV = (slope_RV - q.probability_RV * slope_RV.sum(dim=1, keepdim=True)) * weight_R1
         # An infinite row would otherwise reach the others through the head's weight, even at weight zero.
         gradient_RV = torch.where(is_finite_R[:, None], gradient_RV, 0.0)
         if label_weight_R is not None and labels_R is not None and cross_entropy_R is not None:
-            ids_V = torch.arange(student_RV.shape[1], device=student_RV.device)
-            is_label_RV = (ids_V == labels_R[:, None]).to(student_RV.dtype)
-            label_slope_RV = untempered_q.probability_RV - is_label_RV
-            is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
-            gradient_RV += torch.where(is_trained_R[:, None], label_slope_RV * label_weight_R[:, None], 0.0)
+            gradient_RV += _label_gradient(untempered_q.probability_RV, labels_R, label_weight_R, cross_entropy_R)
         if variant.is_capped:
             gradient_RV *= 1 - (student_RV * per_softcap) ** 2
             # Last, because the factor of a logit that is not finite makes NaN of zero.
             gradient_RV = torch.where(q.log_z_R1.isfinite(), gradient_RV, 0.0)
         student_RV.copy_(gradient_RV)
-    return RowStatistics(
-        values_R, cross_entropy_R, q.entropy_R, p.entropy_R, agrees_R, is_teacher_finite_R, is_finite_R
+    return TokenDivergence(
+        values_N=values_R,
+        cross_entropy_N=cross_entropy_R,
+        student_entropy_N=q.entropy_R,
+        teacher_entropy_N=p.entropy_R,
+        agrees_N=is_top_shared_R & is_teacher_finite_R & q.log_z_R1[:, 0].isfinite(),
+        is_teacher_finite_N=is_teacher_finite_R,
+        is_finite_N=is_finite_R,
     )
 
 
+def _cross_entropy(logits_RV: Tensor, log_z_R1: Tensor, labels_R: Tensor) -> Tensor:
+    V = logits_RV.shape[1]
+    label_logits_R1 = logits_RV.gather(1, labels_R.clamp(0, V - 1)[:, None])
+    return mask_cross_entropy(log_z_R1[:, 0] - label_logits_R1[:, 0], labels_R, V)
+
+
+def _label_gradient(q_RV: Tensor, labels_R: Tensor, label_weight_R: Tensor, cross_entropy_R: Tensor) -> Tensor:
+    ids_V = torch.arange(q_RV.shape[1], device=q_RV.device)
+    is_label_RV = (ids_V == labels_R[:, None]).to(q_RV.dtype)
+    is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
+    return torch.where(is_trained_R[:, None], (q_RV - is_label_RV) * label_weight_R[:, None], 0.0)
+
+
 class _Softmax(NamedTuple):
-    """The distribution of each row of logits, and what is known of it."""
+    """The distribution of each row of logits, its entropy, log-normaliser and largest logit."""
 
     probability_RV: Tensor
     entropy_R: Tensor
@@ -221,10 +255,10 @@ class _Softmax(NamedTuple):
 def _softmax(logits_RV: Tensor) -> _Softmax:
     """Return the softmax of logits; where all are -inf, NaN with a largest logit and a log-normaliser of -inf."""
     top_R1 = logits_RV.amax(dim=1, keepdim=True)
-    # Where all is -inf there is nothing to shift by: -inf - -inf would be NaN.
+    # Where all are -inf there is nothing to shift by: -inf - -inf would be NaN.
     shift_R1 = torch.where(top_R1 == -math.inf, 0.0, top_R1)
     shifted_RV = logits_RV - shift_R1
-    # The one exponential of each logit, which the compiler keeps because it is used more than once.
+    # The only exponential of each logit; the compiler keeps it because it is used more than once.
     weight_RV = shifted_RV.exp()
     z_R1 = weight_RV.sum(dim=1, keepdim=True)
     # Zero probability contributes nothing: 0·-inf would be NaN. NaN stays NaN.
@@ -233,30 +267,34 @@ def _softmax(logits_RV: Tensor) -> _Softmax:
     return _Softmax(weight_RV * (1 / z_R1), entropy_R1[:, 0], z_R1.log() + shift_R1, top_R1)
 
 
-def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_Compare, int]:
-    """Return what compares rows, and how many it is given at once."""
+def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_CompareTile, int]:
+    """Return what compares a tile, and how many rows it is given at most."""
     engine = _engine or _suitable_engine(variant, student_RV)
     if engine == "triton":
-        return functools.partial(_compare_with_triton, variant=variant), sys.maxsize
-    compare = _compiled(variant) if engine == "compiled" else functools.partial(_compare, variant=variant)
+        from gkd_trainer.divergence import triton
 
-    def compare_with_tensors(student_RV: Tensor, *inputs: Any) -> RowStatistics:
-        *others, numbers = inputs
-        return compare(student_RV, *others, _as_tensors(numbers, student_RV.dtype, student_RV.device))
+        return functools.partial(triton.compare_rows, **variant._asdict()), sys.maxsize
+    compare: _Compare = _compiled(variant) if engine == "compiled" else _compare
 
-    return compare_with_tensors, tile_rows(student_RV)
+    def compare_tile(
+        student_RV: Tensor,
+        teacher_RV: Tensor,
+        labels_R: Tensor | None,
+        value_weight_R: Tensor | None,
+        label_weight_R: Tensor | None,
+        numbers: tuple[float, ...],
+        /,
+    ) -> TokenDivergence:
+        parameters = _as_tensors(numbers, student_RV.dtype, student_RV.device)
+        return compare(student_RV, teacher_RV, labels_R, value_weight_R, label_weight_R, parameters, variant)
+
+    return compare_tile, tile_size(student_RV)
 
 
 def _suitable_engine(variant: _Variant, student_RV: Tensor) -> str:
     if student_RV.is_cuda:
         return "triton" if student_RV.dtype == torch.float32 and variant.kind in _triton_kinds() else "eager"
     return "compiled" if is_compiled(student_RV) else "eager"
-
-
-def _compare_with_triton(*inputs: Any, variant: _Variant) -> RowStatistics:
-    from gkd_trainer.divergence import triton
-
-    return RowStatistics._make(triton.compare_rows(*inputs, **variant._asdict()))
 
 
 @functools.cache
@@ -273,33 +311,36 @@ def _triton_kinds() -> frozenset[str]:
 def _compiled(variant: _Variant) -> _Compare:
     # Code of its own for each variant: the compiler counts the variants of one function, and stops at eight.
     code = _compare.__code__.replace(co_name="_".join(map(str, ("compare", *variant))))
-    copy = types.FunctionType(code, _compare.__globals__, closure=_compare.__closure__)
-    return functools.partial(fused(copy), variant=variant)
+    copy: _Compare = types.FunctionType(code, _compare.__globals__, closure=_compare.__closure__)
+    return Fused(copy)
 
 
-@functools.cache
-def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function fused for any number of rows and tokens, or as it is where nothing can be compiled."""
-    # Trying out which vector instructions the C++ compiler knows would take as long as all the rest; where it does not
-    # know those of the processor, nothing is compiled.
-    fastest = torch.compile(function, dynamic=True, fullgraph=True, options={"cpp.vec_isa_ok": True})
-    is_first = True
+class Fused(Generic[P, T]):
+    """A function fused for any number of rows and tokens, or as it is where nothing can be compiled."""
 
-    def run(*inputs: Any, **options: Any) -> Any:
-        nonlocal fastest, is_first
+    def __init__(self, function: Callable[P, T]) -> None:
+        self._function = function
+        self._fastest: Callable[P, T] | None = None
+
+    def __call__(self, *inputs: P.args, **options: P.kwargs) -> T:
+        """Call the function, compiling it the first time."""
+        is_first = self._fastest is None
         try:
-            # The compiler warns of what it uses itself.
+            if self._fastest is None:
+                # Trying out which vector instructions the C++ compiler knows would take as long as everything else;
+                # where it does not know those of the processor, nothing is compiled.
+                self._fastest = torch.compile(
+                    self._function, dynamic=True, fullgraph=True, options={"cpp.vec_isa_ok": True}
+                )
+            # The compiler warns about what it uses itself.
             with warnings.catch_warnings(action="ignore") if is_first else contextlib.nullcontext():
-                is_first = False
-                return fastest(*inputs, **options)
+                return self._fastest(*inputs, **options)
         except Exception as error:  # no compiler, a broken one, no folder to write to: whatever it may be
-            if fastest is function:
+            if self._fastest is self._function:
                 raise
             logger.warning("The divergence can't be compiled, and will be slower: %s: %s", type(error).__name__, error)
-            fastest = function
-        return function(*inputs, **options)
-
-    return run
+            self._fastest = self._function
+        return self._function(*inputs, **options)
 
 
 @functools.lru_cache(maxsize=64)

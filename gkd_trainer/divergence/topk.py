@@ -2,18 +2,18 @@
 
 Shapes: N tokens, R rows (tokens) compared at once, V vocabulary, K top tokens of the teacher, C = K + 1 categories,
 J the tokens picked from a row: the K, and the label.
-p = teacher, q = student, both at temperature 1; the rest, or tail, is every token that is not an entry of the top k.
-The categories' logits are the student's at the K ids and, for the rest, the log-sum-exp of theirs: the divergence
-over categories is the dense one of these, and its gradient of the tail's logit spreads over the tail's tokens in
+p = teacher, q = student, both at temperature 1; the rest is every token that is not an entry of the top k, and the
+tail its category. The categories' logits are the student's at the K ids and the log-sum-exp of the rest's: the
+divergence over categories is the dense one of these, and the gradient of the tail's logit spreads over the rest in
 proportion to q.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ from gkd_trainer.divergence.dense import compare_logits
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.result import TokenDivergence
 from gkd_trainer.divergence.rows import (
+    Fused,
+    LogitsComparison,
     RowComparison,
-    RowStatistics,
-    fused,
     is_compiled,
     mask_cross_entropy,
-    tile_rows,
+    tile_size,
     tiles,
 )
 from gkd_trainer.types import IGNORE_INDEX, TopKSignal
@@ -35,11 +35,11 @@ from gkd_trainer.types import IGNORE_INDEX, TopKSignal
 _EXCESS_MASS = 1e-3
 """How far above one the mass of a teacher's top k may be by rounding; more is no distribution."""
 
-_ROWS = 64
-"""How many rows at least share the small operations on categories, which take longer than the logits of a few."""
+_SMALLEST_TILE = 64
+"""How many tokens at least share the small operations on categories, which take longer than the logits of a few."""
 
 _TILES = 3
-"""How many of `RowComparison`'s tiles are worked on at once: there are a third as many temporaries."""
+"""How many of `LogitsComparison`'s tiles are worked on at once: there are a third as many temporaries."""
 
 _FAR = -1e4
 """What stands for the logarithm of zero where it is multiplied by zero."""
@@ -57,20 +57,23 @@ def topk_divergence(
     """Compare a student's logits [N, V] with a teacher's top tokens, token by token.
 
     The arguments are those of `loss.token_divergence`, which checks them; `token_block` tokens are worked on at
-    once. No tensor of N×V elements is made but the gradient of the student's logits, in their dtype.
+    once. The only tensor of N×V elements that is made is the gradient of the student's logits, in their dtype.
     """
     return compare_logits(
-        TopKRowComparison(objective, tail),
+        TopKComparison(objective, tail),
         student_logits_NV,
         (teacher.ids_NK, teacher.log_p_NK),
         labels_N=labels_N,
-        tile=token_block or max(_ROWS, tile_rows(student_logits_NV)),
+        largest=token_block or max(_SMALLEST_TILE, tile_size(student_logits_NV)),
     )
 
 
 @dataclass(frozen=True)
-class TopKRowComparison:
-    """How rows of logits are compared with top tokens; the other fields are those of `RowComparison`."""
+class TopKComparison(RowComparison):
+    """Compares with a teacher's top tokens, ids and log-probs [R, K]; the other fields are those of `LogitsComparison`.
+
+    The categories are computed in the larger dtype of both sides.
+    """
 
     objective: Objective
     tail: str = "bucket"
@@ -80,125 +83,190 @@ class TopKRowComparison:
     def __call__(
         self,
         student_RV: Tensor,
-        ids_RK: Tensor,
-        log_p_RK: Tensor,
+        teacher: tuple[Tensor, ...],
         labels_R: Tensor | None = None,
         *,
         value_weight_R: Tensor | None = None,
         label_weight_R: Tensor | None = None,
-    ) -> RowStatistics:
-        """Compare rows of logits, float32 or float64, with top tokens, and turn them into a gradient.
-
-        What is written into `student_RV`, and when, is as in `RowComparison`. What is computed of the categories
-        is so in the larger dtype of both sides.
-        """
+    ) -> TokenDivergence:
+        """Compare as `RowComparison` says."""
+        ids_RK, log_p_RK = teacher
         K, V = ids_RK.shape[1], student_RV.shape[1]
-        is_entry_RK = log_p_RK != -math.inf
-        is_token_RK = (ids_RK >= 0) & (ids_RK < V)
-        is_inside_RJ, picked_RJ = is_entry_RK & is_token_RK, ids_RK.clamp(0, V - 1)
-        if labels_R is not None:
-            is_inside_RJ = torch.nn.functional.pad(is_inside_RJ, (0, 1), value=False)
-            picked_RJ = torch.cat([picked_RJ, labels_R.clamp(0, V - 1)[:, None]], dim=1)
-        logits_RJ = student_RV.gather(1, picked_RJ)
-        rest = self._rest(student_RV, picked_RJ, is_inside_RJ, is_overwritten=value_weight_R is not None)
-
         dtype = torch.promote_types(student_RV.dtype, log_p_RK.dtype)
-        entries_RK = logits_RJ[:, :K].masked_fill(~is_inside_RJ[:, :K], -math.inf)
-        top_R1 = torch.maximum(entries_RK.amax(dim=1, keepdim=True), rest.top_R1)
-        # All less the largest logit, which drops out: log-probs of a teacher are compared with numbers of their own
-        # size, and not of logits that round much more coarsely.
-        shift_R1 = _shift(top_R1).to(dtype)
-        log_rest_R1 = rest.total_R1.to(dtype).log() + (_shift(rest.top_R1) - shift_R1)
-        student_RC = torch.cat([entries_RK - shift_R1, log_rest_R1], dim=1)
-        log_z_R1 = student_RC.logsumexp(dim=1, keepdim=True)
-        log_q_RC = student_RC - log_z_R1
-        q_RC = log_q_RC.exp()
-        is_student_finite_R = log_z_R1[:, 0].isfinite()
-
-        mass_p_R = log_p_RK.logsumexp(dim=1).exp()
-        is_teacher_finite_R = is_entry_RK.any(dim=1) & ~(is_entry_RK & ~is_token_RK).any(dim=1)
-        is_teacher_finite_R &= mass_p_R <= 1 + _EXCESS_MASS  # False for NaN too
+        entries = _Entries.of(ids_RK, log_p_RK, V)
+        picked = _Picked.of(student_RV, entries, labels_R)
+        rest = self._measured_rest(student_RV, picked, is_overwritten=value_weight_R is not None)
+        student = _student_categories(
+            picked.logits_RJ[:, :K].masked_fill(~entries.is_inside_RK, -math.inf), rest, dtype
+        )
         teacher_RC = log_p_RK
         if self.tail == "bucket":
-            log_tail_p_R = _log_tail(log_p_RK, is_entry_RK, V, is_rest_empty_R=rest.total_R1[:, 0] == 0)
+            log_tail_p_R = _log_tail(log_p_RK, entries.is_entry_RK, V, is_rest_empty_R=rest.total_R1[:, 0] == 0)
             teacher_RC = torch.cat([log_p_RK, log_tail_p_R[:, None]], dim=1)
         # What the categories don't show must show in the value: logits outside them, a mass above one.
-        slope_RC = student_RC[:, : teacher_RC.shape[1]].masked_fill(~is_student_finite_R[:, None], math.nan)
-        teacher_RC = teacher_RC.to(dtype).masked_fill(~is_teacher_finite_R[:, None], math.nan)
-        result = RowComparison(self.objective, temporary=self.temporary)(
-            slope_RC, teacher_RC, value_weight_R=None if value_weight_R is None else value_weight_R.to(dtype)
+        slope_RC = student.logits_RC[:, : teacher_RC.shape[1]].masked_fill(~student.is_finite_R[:, None], math.nan)
+        teacher_RC = teacher_RC.to(dtype).masked_fill(~entries.is_finite_R[:, None], math.nan)
+        result = LogitsComparison(self.objective, temporary=self.temporary)(
+            slope_RC, (teacher_RC,), value_weight_R=None if value_weight_R is None else value_weight_R.to(dtype)
         )
 
         cross_entropy_R = None
         if labels_R is not None:
-            label_logits_R1 = logits_RJ[:, K:] - shift_R1
-            cross_entropy_R = mask_cross_entropy((log_z_R1 - label_logits_R1)[:, 0], labels_R, V)
+            label_logits_R1 = picked.logits_RJ[:, K:] - student.shift_R1
+            cross_entropy_R = mask_cross_entropy((student.log_z_R1 - label_logits_R1)[:, 0], labels_R, V)
         if value_weight_R is not None:
-            slope_RC = torch.nn.functional.pad(slope_RC, (0, q_RC.shape[1] - slope_RC.shape[1]))
-            slope_RJ = slope_RC[:, :K]
-            if labels_R is not None and cross_entropy_R is not None:
-                is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
-                weight_R = is_trained_R.to(dtype) * (0.0 if label_weight_R is None else label_weight_R)
-                slope_RC = slope_RC + torch.where(is_trained_R[:, None], q_RC * weight_R[:, None], 0.0)
-                slope_RJ = torch.cat([slope_RC[:, :K], -weight_R[:, None]], dim=1)
-            if self.softcap is not None:
-                slope_RJ = slope_RJ * (1 - (logits_RJ / self.softcap) ** 2)
-            self._spread(student_RV, rest, slope_RC[:, K:], is_student_finite_R[:, None])
-            slope_RJ = torch.where(is_student_finite_R[:, None], slope_RJ, 0.0)
-            student_RV.scatter_add_(1, picked_RJ, slope_RJ.to(student_RV.dtype))
+            slope_RC, slope_RJ = _with_label(slope_RC, student.q_RC, labels_R, cross_entropy_R, label_weight_R)
+            self._write_gradient(student_RV, picked, rest, slope_RC[:, K:], slope_RJ, student.is_finite_R[:, None])
 
-        # Zero probability contributes nothing: 0·-inf would be NaN. NaN stays NaN.
-        entropy_q_R = -(q_RC * log_q_RC.clamp(min=_FAR)).sum(dim=1) + q_RC[:, K] * rest.entropy_R
-        is_top_shared_RK = (entries_RK == top_R1) & (log_p_RK == log_p_RK.amax(dim=1, keepdim=True))
-        return RowStatistics(
-            values_R=result.values_R,
-            cross_entropy_R=cross_entropy_R,
-            student_entropy_R=entropy_q_R,
-            teacher_entropy_R=result.teacher_entropy_R,
-            agrees_R=is_top_shared_RK.any(dim=1) & is_teacher_finite_R & is_student_finite_R,
-            is_teacher_finite_R=is_teacher_finite_R,
-            is_finite_R=result.is_finite_R,
-            teacher_mass_R=mass_p_R.to(dtype),
-            student_mass_R=q_RC[:, :K].sum(dim=1),
+        is_top_shared_RK = (student.entries_RK == student.top_R1) & (log_p_RK == log_p_RK.amax(dim=1, keepdim=True))
+        return replace(
+            result,
+            cross_entropy_N=cross_entropy_R,
+            student_entropy_N=student.entropy_R(rest),
+            agrees_N=is_top_shared_RK.any(dim=1) & entries.is_finite_R & student.is_finite_R,
+            is_teacher_finite_N=entries.is_finite_R,
+            teacher_mass_N=entries.mass_R.to(dtype),
+            student_mass_N=student.q_RC[:, :K].sum(dim=1),
         )
 
-    def _rest(self, student_RV: Tensor, picked_RJ: Tensor, is_inside_RJ: Tensor, *, is_overwritten: bool) -> _Rest:
-        """Measure the logits without those inside the top k, which become -inf in place if that is wanted."""
-        # Added and not assigned: an id of no entry may be that of another entry too, and must leave it alone.
-        hole_RJ = torch.where(is_inside_RJ, -math.inf, 0.0).to(student_RV.dtype)
+    def _measured_rest(self, student_RV: Tensor, picked: _Picked, *, is_overwritten: bool) -> _Rest:
+        """Measure the logits outside the top k; if `is_overwritten`, those inside become -inf in place."""
+        # Added and not assigned: an id that is not an entry may be that of another entry too, and must leave it alone.
+        hole_RJ = torch.where(picked.is_inside_RJ, -math.inf, 0.0).to(student_RV.dtype)
         rest = _Rest(*student_RV.new_empty(3, len(student_RV), 1).unbind())
-        for rows in self._tiles(student_RV):
-            # As plain tensors: of views, the compiler looks at what they are of, whose size changes.
-            logits_RV = student_RV[rows].data
+        for tile in self._tiles(student_RV):
+            # As plain tensors: the compiler looks at the base of a view, whose size changes.
+            logits_RV = student_RV[tile].data
             add = logits_RV.scatter_add_ if is_overwritten else logits_RV.scatter_add
-            logits_RV = add(1, picked_RJ[rows], hole_RJ[rows])
-            measure = fused(_measure) if is_compiled(logits_RV) else _measure
-            # Copied, as in `RowComparison`.
-            for whole_R1, part_R1 in zip(rest, measure(logits_RV), strict=True):
-                whole_R1[rows] = part_R1
+            logits_RV = add(1, picked.ids_RJ[tile], hole_RJ[tile])
+            measure: Callable[[Tensor], _Rest] = _fused_measure if is_compiled(logits_RV) else _measure
+            # Copied, as in `LogitsComparison`.
+            for field_R1, of_tile_R1 in zip(rest, measure(logits_RV), strict=True):
+                field_R1[tile] = of_tile_R1
         return rest
 
-    def _spread(self, student_RV: Tensor, rest: _Rest, slope_R1: Tensor, is_finite_R1: Tensor) -> None:
-        """Overwrite the rest's logits by its slope in proportion to q, and what is not of it by zero."""
-        weight_R1 = torch.where(rest.total_R1 == 0, 0.0, slope_R1 / rest.total_R1).to(student_RV.dtype)
+    def _write_gradient(
+        self,
+        student_RV: Tensor,
+        picked: _Picked,
+        rest: _Rest,
+        rest_slope_R1: Tensor,
+        slope_RJ: Tensor,
+        is_finite_R1: Tensor,
+    ) -> None:
+        """Overwrite the logits by the gradient: the rest by its slope in proportion to q, those picked by theirs."""
+        if self.softcap is not None:
+            slope_RJ = slope_RJ * (1 - (picked.logits_RJ / self.softcap) ** 2)
+        weight_R1 = torch.where(rest.total_R1 == 0, 0.0, rest_slope_R1 / rest.total_R1).to(student_RV.dtype)
         shift_R1 = _shift(rest.top_R1)
         per_softcap = None if self.softcap is None else student_RV.new_full((), 1 / self.softcap)
-        for rows in self._tiles(student_RV):
-            inputs = [tensor[rows].data for tensor in (student_RV, shift_R1, weight_R1, is_finite_R1)]
-            write = fused(_write) if is_compiled(inputs[0]) else _write
-            write(*inputs, per_softcap=per_softcap)
+        for tile in self._tiles(student_RV):
+            logits_RV = student_RV[tile].data
+            write: _Write = _fused_write if is_compiled(logits_RV) else _write
+            write(logits_RV, shift_R1[tile].data, weight_R1[tile].data, is_finite_R1[tile].data, per_softcap)
+        slope_RJ = torch.where(is_finite_R1, slope_RJ, 0.0)
+        student_RV.scatter_add_(1, picked.ids_RJ, slope_RJ.to(student_RV.dtype))
 
     def _tiles(self, student_RV: Tensor) -> Iterator[slice]:
-        largest = tile_rows(student_RV)
+        largest = tile_size(student_RV)
         if self.temporary is not None:
             largest = min(largest, self.temporary // student_RV.shape[1])
         return tiles(len(student_RV), max(1, _TILES * largest))
 
 
+class _Entries(NamedTuple):
+    """What a teacher gives: which of its K are entries, which of these are tokens, their mass, and whether all is well.
+
+    `ids_RK` are within the vocabulary, also where there is no entry.
+    """
+
+    ids_RK: Tensor
+    is_entry_RK: Tensor
+    is_inside_RK: Tensor
+    mass_R: Tensor
+    is_finite_R: Tensor
+
+    @classmethod
+    def of(cls, ids_RK: Tensor, log_p_RK: Tensor, V: int) -> _Entries:
+        is_entry_RK = log_p_RK != -math.inf
+        is_token_RK = (ids_RK >= 0) & (ids_RK < V)
+        mass_R = log_p_RK.logsumexp(dim=1).exp()
+        is_finite_R = is_entry_RK.any(dim=1) & ~(is_entry_RK & ~is_token_RK).any(dim=1)
+        is_finite_R &= mass_R <= 1 + _EXCESS_MASS  # False for NaN too
+        return cls(ids_RK.clamp(0, V - 1), is_entry_RK, is_entry_RK & is_token_RK, mass_R, is_finite_R)
+
+
+class _Picked(NamedTuple):
+    """The tokens picked from each row, the K and the label: their ids, whether they are in the top k, their logits."""
+
+    ids_RJ: Tensor
+    is_inside_RJ: Tensor
+    logits_RJ: Tensor
+
+    @classmethod
+    def of(cls, student_RV: Tensor, entries: _Entries, labels_R: Tensor | None) -> _Picked:
+        ids_RJ, is_inside_RJ = entries.ids_RK, entries.is_inside_RK
+        if labels_R is not None:
+            is_inside_RJ = torch.nn.functional.pad(is_inside_RJ, (0, 1), value=False)
+            ids_RJ = torch.cat([ids_RJ, labels_R.clamp(0, student_RV.shape[1] - 1)[:, None]], dim=1)
+        return cls(ids_RJ, is_inside_RJ, student_RV.gather(1, ids_RJ))
+
+
+class _StudentCategories(NamedTuple):
+    """The student over the categories: logits less `shift_R1`, which `log_z_R1` normalises, and q with its logarithm.
+
+    `entries_RK` are the logits of the entries, -inf for none, and `top_R1` the largest logit of all.
+    """
+
+    entries_RK: Tensor
+    top_R1: Tensor
+    shift_R1: Tensor
+    logits_RC: Tensor
+    log_z_R1: Tensor
+    log_q_RC: Tensor
+    q_RC: Tensor
+    is_finite_R: Tensor
+
+    def entropy_R(self, rest: _Rest) -> Tensor:
+        """The entropy over all tokens: over the categories, and within the rest."""
+        # Zero probability contributes nothing: 0·-inf would be NaN. NaN stays NaN.
+        return -(self.q_RC * self.log_q_RC.clamp(min=_FAR)).sum(dim=1) + self.q_RC[:, -1] * rest.entropy_R
+
+
+def _student_categories(entries_RK: Tensor, rest: _Rest, dtype: torch.dtype) -> _StudentCategories:
+    top_R1 = torch.maximum(entries_RK.amax(dim=1, keepdim=True), rest.top_R1)
+    # All less the largest logit, which drops out: a teacher's log-probs are compared with numbers of their own size,
+    # and not with logits, which round much more coarsely.
+    shift_R1 = _shift(top_R1).to(dtype)
+    log_rest_R1 = rest.total_R1.to(dtype).log() + (_shift(rest.top_R1) - shift_R1)
+    logits_RC = torch.cat([entries_RK - shift_R1, log_rest_R1], dim=1)
+    log_z_R1 = logits_RC.logsumexp(dim=1, keepdim=True)
+    log_q_RC = logits_RC - log_z_R1
+    is_finite_R = log_z_R1[:, 0].isfinite()
+    return _StudentCategories(entries_RK, top_R1, shift_R1, logits_RC, log_z_R1, log_q_RC, log_q_RC.exp(), is_finite_R)
+
+
+def _with_label(
+    slope_RC: Tensor,
+    q_RC: Tensor,
+    labels_R: Tensor | None,
+    cross_entropy_R: Tensor | None,
+    label_weight_R: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the slopes of all categories and of the tokens picked, with those of the weighted cross entropy added."""
+    slope_RC = torch.nn.functional.pad(slope_RC, (0, q_RC.shape[1] - slope_RC.shape[1]))
+    if labels_R is None or cross_entropy_R is None:
+        return slope_RC, slope_RC[:, :-1]
+    is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
+    weight_R = is_trained_R.to(slope_RC.dtype) * (0.0 if label_weight_R is None else label_weight_R)
+    slope_RC = slope_RC + torch.where(is_trained_R[:, None], q_RC * weight_R[:, None], 0.0)
+    return slope_RC, torch.cat([slope_RC[:, :-1], -weight_R[:, None]], dim=1)
+
+
 class _Rest(NamedTuple):
     """The logits outside the top k: the largest, and sums of their exponentials e after it is subtracted from all.
 
-    `total` is Σ e, `mean` is Σ e·(logit - top) / Σ e. Of none, or -inf alone, they are -inf, 0 and NaN.
+    `total` is Σ e, `mean` is Σ e·(logit - top) / Σ e. Where there are none, or only -inf, they are -inf, 0 and NaN.
     """
 
     top_R1: Tensor
@@ -207,22 +275,35 @@ class _Rest(NamedTuple):
 
     @property
     def entropy_R(self) -> Tensor:
-        """The entropy of the rest as a distribution of its own; zero where there is none."""
+        """The entropy of the rest as a distribution of its own; zero where there is no rest."""
         entropy_R1 = self.total_R1.log() - self.mean_R1
         return torch.where(self.total_R1 == 0, 0.0, entropy_R1)[:, 0]
 
 
-def _measure(logits_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the fields of `_Rest`."""
+def _measure(logits_RV: Tensor) -> _Rest:
     top_R1 = logits_RV.amax(dim=1, keepdim=True)
     below_RV = logits_RV - _shift(top_R1)
     e_RV = below_RV.exp()
     total_R1 = e_RV.sum(dim=1, keepdim=True)
-    return top_R1, total_R1, (e_RV * below_RV.clamp(min=_FAR)).sum(dim=1, keepdim=True) / total_R1
+    return _Rest(top_R1, total_R1, (e_RV * below_RV.clamp(min=_FAR)).sum(dim=1, keepdim=True) / total_R1)
+
+
+class _Write(Protocol):
+    """The type of `_write`."""
+
+    def __call__(
+        self,
+        logits_RV: Tensor,
+        shift_R1: Tensor,
+        weight_R1: Tensor,
+        is_finite_R1: Tensor,
+        per_softcap: Tensor | None,
+        /,
+    ) -> None: ...
 
 
 def _write(
-    logits_RV: Tensor, shift_R1: Tensor, weight_R1: Tensor, is_finite_R1: Tensor, *, per_softcap: Tensor | None
+    logits_RV: Tensor, shift_R1: Tensor, weight_R1: Tensor, is_finite_R1: Tensor, per_softcap: Tensor | None
 ) -> None:
     """Overwrite logits by the gradient weight·exp(logits - shift), with respect to those before the soft-cap."""
     gradient_RV = (logits_RV - shift_R1).exp() * weight_R1
@@ -231,18 +312,21 @@ def _write(
     logits_RV.copy_(torch.where(is_finite_R1, gradient_RV, 0.0))
 
 
+_fused_measure, _fused_write = Fused(_measure), Fused(_write)
+
+
 def _shift(top_R1: Tensor) -> Tensor:
-    # Where all is -inf there is nothing to shift by: -inf - -inf would be NaN.
+    # Where all are -inf there is nothing to shift by: -inf - -inf would be NaN.
     return torch.where(top_R1 == -math.inf, 0.0, top_R1)
 
 
 def _log_tail(log_p_RK: Tensor, is_entry_RK: Tensor, V: int, *, is_rest_empty_R: Tensor) -> Tensor:
     """Return log of the teacher's mass outside its entries; -inf where there is no token outside."""
-    # 1 - mass rounds to zero where the tail is small, and zero would make the reverse KL infinite.
+    # 1 - mass rounds to zero where the tail is small, which would make the reverse KL infinite.
     resolution = torch.finfo(log_p_RK.dtype).eps
     tail_p_R = -torch.expm1(log_p_RK.logsumexp(dim=1))
     log_tail_p_R = tail_p_R.clamp_min(resolution).log()
-    # Of a signal sliced to the entries' tokens, the mass elsewhere is nowhere: the entries are renormalised.
+    # Where a signal was sliced to the entries' tokens, no token is left for the other mass: entries are renormalised.
     has_no_outside_R = is_entry_RK.sum(dim=1) == V
     is_empty_R = is_rest_empty_R & (tail_p_R <= resolution)
     return log_tail_p_R.masked_fill(has_no_outside_R | is_empty_R, -math.inf)

@@ -1,24 +1,24 @@
-"""Rows of logits compared by one Triton kernel: what `rows.py` says, in float32 registers.
+"""Rows of logits compared by one Triton kernel: what `rows.py` computes, in float32 registers.
 
-Shapes: R rows (tokens), V vocabulary, C a tile of it. One program reads its row three times: for the normalisers and
-top tokens, for value, entropies and slope, and for the gradient, which it writes in place.
+Shapes: R rows (one per token), V vocabulary, C a chunk of it. One program reads its row three times: for the
+normalisers and top tokens, for value, entropies and slope, and for the gradient, which it writes in place.
 """
 
 # Triton compiles the kernels from their source and has no types for it.
 # mypy: disable-error-code="import-untyped,no-untyped-def,untyped-decorator,no-untyped-call"
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-KINDS = frozenset({"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"})
-"""The formulas that have a kernel."""
+from gkd_trainer.divergence.result import TokenDivergence
 
-LAUNCH: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
-"""How the kernel is compiled. Fusion is Triton's default, of which Triton 3.9 warns where it is not asked for."""
+KINDS = frozenset({"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"})
+"""The keys of `objective.TERMS` that `_terms` below has too; plain torch compares by any other."""
+
+LAUNCH: dict[str, int | bool] = {"num_warps": 8, "enable_fp_fusion": True}
+"""How the kernel is compiled. Fusion is Triton's default, but Triton 3.9 warns where it is not asked for."""
 
 
 def compare_rows(
@@ -32,9 +32,9 @@ def compare_rows(
     kind: str,
     is_tempered: bool,
     is_capped: bool,
-    tile: int = 4096,
-) -> tuple[Tensor | None, ...]:
-    """Return the fields of `RowStatistics` of float32 rows; see `RowComparison` for what becomes of `student_RV`.
+    chunk: int = 4096,
+) -> TokenDivergence:
+    """Compare float32 rows; `RowComparison` says what becomes of `student_RV`.
 
     `numbers` are those of `Objective.numbers`.
     """
@@ -46,19 +46,16 @@ def compare_rows(
         per_temperature, per_softcap, factor, first, second = numbers
         rows_RV = _with_adjacent_columns(student_RV)
         teacher_RV = _with_adjacent_columns(teacher_RV)
-        # The kernel counts one element from row to row of these.
-        labels_R, value_weight_R, label_weight_R = (
-            None if tensor is None else tensor.contiguous() for tensor in (labels_R, value_weight_R, label_weight_R)
-        )
-        unused = values_R
+        # The kernel assumes that their elements are adjacent, and reads none of those that are None.
+        by_row = [
+            values_R if tensor is None else tensor.contiguous() for tensor in (labels_R, value_weight_R, label_weight_R)
+        ]
         # Triton launches on the current device, which need not be that of the tensors.
         with torch.cuda.device_of(student_RV):
             _compare_kernel[(R,)](
                 rows_RV,
                 teacher_RV,
-                unused if labels_R is None else labels_R,
-                unused if value_weight_R is None else value_weight_R,
-                unused if label_weight_R is None else label_weight_R,
+                *by_row,
                 *(values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R),
                 *(rows_RV.stride(0), teacher_RV.stride(0), V),
                 *(per_temperature, per_softcap, factor, first, second),
@@ -68,27 +65,25 @@ def compare_rows(
                 HAS_LABELS=labels_R is not None,
                 HAS_GRADIENT=value_weight_R is not None,
                 HAS_LABEL_WEIGHT=labels_R is not None and label_weight_R is not None,
-                TILE=min(tile, triton.next_power_of_2(V)),
+                CHUNK=min(chunk, triton.next_power_of_2(V)),
                 **LAUNCH,
             )
         if value_weight_R is not None and rows_RV is not student_RV:
             student_RV.copy_(rows_RV)
     is_teacher_finite_R = log_z_p_R.isfinite()
-    return (
-        values_R,
-        None if labels_R is None else cross_entropy_R,
-        entropy_q_R,
-        entropy_p_R,
-        (agrees_R > 0) & is_teacher_finite_R & log_z_q_R.isfinite(),
-        is_teacher_finite_R,
-        values_R.isfinite(),
-        None,
-        None,
+    return TokenDivergence(
+        values_N=values_R,
+        cross_entropy_N=None if labels_R is None else cross_entropy_R,
+        student_entropy_N=entropy_q_R,
+        teacher_entropy_N=entropy_p_R,
+        agrees_N=(agrees_R > 0) & is_teacher_finite_R & log_z_q_R.isfinite(),
+        is_teacher_finite_N=is_teacher_finite_R,
+        is_finite_N=values_R.isfinite(),
     )
 
 
 def _with_adjacent_columns(logits_RV: Tensor) -> Tensor:
-    """Return logits whose rows each lie in one piece, as the kernel reads them: a copy where they don't."""
+    """Return the logits, or a copy, with the elements of a row adjacent, as the kernel reads them."""
     return logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
 
 
@@ -120,15 +115,15 @@ def _compare_kernel(
     HAS_LABELS: tl.constexpr,
     HAS_GRADIENT: tl.constexpr,
     HAS_LABEL_WEIGHT: tl.constexpr,
-    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
-    ids_C = tl.arange(0, TILE)
+    ids_C = tl.arange(0, CHUNK)
 
     top_q, z_q, top_p, z_p, top, z = -float("inf"), 0.0, -float("inf"), 0.0, -float("inf"), 0.0
-    for start in range(0, V, TILE):
+    for start in range(0, V, CHUNK):
         is_inside_C = start + ids_C < V
         logits_C = tl.load(student_ptr + start + ids_C, mask=is_inside_C, other=-float("inf"))
         teacher_C = tl.load(teacher_ptr + start + ids_C, mask=is_inside_C, other=-float("inf"))
@@ -140,7 +135,7 @@ def _compare_kernel(
     log_z_p = tl.log(z_p) + tl.where(top_p == -float("inf"), 0.0, top_p)
 
     value, slope_sum, entropy_q, entropy_p, agrees = 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, V, TILE):
+    for start in range(0, V, CHUNK):
         is_inside_C = start + ids_C < V
         student_C = tl.load(student_ptr + start + ids_C, mask=is_inside_C, other=-float("inf")) * per_temperature
         teacher_C = tl.load(teacher_ptr + start + ids_C, mask=is_inside_C, other=-float("inf")) * per_temperature
@@ -186,7 +181,7 @@ def _compare_kernel(
         if HAS_LABEL_WEIGHT:
             label_weight = tl.load(label_weight_ptr + row)
             is_trained = (tl.abs(cross_entropy) < float("inf")) & (label != -100)
-        for start in range(0, V, TILE):
+        for start in range(0, V, CHUNK):
             is_inside_C = start + ids_C < V
             logits_C = tl.load(student_ptr + start + ids_C, mask=is_inside_C, other=-float("inf"))
             teacher_C = tl.load(teacher_ptr + start + ids_C, mask=is_inside_C, other=-float("inf")) * per_temperature
@@ -209,7 +204,7 @@ def _compare_kernel(
 @triton.jit
 def _normalise(logits_C, top, z):
     new_top = tl.maximum(top, tl.max(logits_C, axis=0))
-    # While all is -inf there is nothing to shift by: -inf - -inf would be NaN.
+    # While all are -inf there is nothing to shift by: -inf - -inf would be NaN.
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     return new_top, z * tl.exp(top - shift) + tl.sum(tl.exp(logits_C - shift), axis=0)
 

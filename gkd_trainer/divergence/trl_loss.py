@@ -1,4 +1,4 @@
-"""TRL's static `GKDTrainer.generalized_jsd_loss` on the chunked path, for those who call it themselves.
+"""TRL's static `GKDTrainer.generalized_jsd_loss` with less memory, for code that calls it.
 
 Shapes: N the positions of all leading axes, V vocabulary; arguments keep TRL's names.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gkd_trainer.divergence.loss import check_options, generalized_jsd
+from gkd_trainer.divergence.loss import generalized_jsd
+from gkd_trainer.divergence.options import checked_objective
 from gkd_trainer.divergence.reference import elementwise_jsd
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.types import IGNORE_INDEX
@@ -30,20 +31,20 @@ def trl_generalized_jsd_loss(
     Args:
         student_logits: [..., V], usually [batch, length, V]; gradients reach it.
         teacher_logits: the same shape.
-        labels: [...], IGNORE_INDEX where a position does not count; None counts all.
+        labels: [...], IGNORE_INDEX at positions that do not count; None counts all.
         beta: in [0, 1]; 0 is the forward KL(teacher‖student), 1 the reverse KL.
         temperature: positive; both sides are softmax(logits / temperature).
         reduction: "batchmean" divides the sum by the number of counted positions or, without labels, by the
             size of the first axis; "sum"; "mean" is over positions and vocabulary; "none" keeps both, as
-            [counted positions, V] with labels and [..., V] without, and is the one that needs several
-            tensors of that size.
-        num_items_in_batch: if given, what the sum is divided by, whatever the reduction.
+            [counted positions, V] with labels and [..., V] without, and alone needs several tensors of that size.
+        num_items_in_batch: if given, the sum is divided by it, whatever the reduction.
 
     Raises:
         GKDConfigError: an unknown reduction, an option out of range, or shapes that don't fit together.
     """
     _check(student_logits, teacher_logits, labels, reduction)
-    check_options(beta, temperature)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    checked_objective(beta=beta, temperature=temperature, dtype=dtype)
     if reduction == "none" and num_items_in_batch is None:
         return _elementwise(student_logits, teacher_logits, labels, beta, temperature)
 

@@ -34,8 +34,8 @@ class SeparableHead:
     softcap: float | None
     is_sharded: bool = False
 
-    def head(self) -> Head:
-        """Return the head with the weights as they are now, in the autograd graph where they are trained."""
+    def current(self) -> Head:
+        """Return the head with its current weights, in the autograd graph where they are trained."""
         return Head(self.module.weight, self.module.bias, self.scale, self.softcap)
 
 
@@ -116,10 +116,10 @@ def compare(
     """
     if isinstance(head, InseparableHead):
         output = model(**batch.model_inputs, **forward_kwargs)
-        return comparison(LogitsSignal(logits_of(output)[batch.is_scored_BL])), output
+        return comparison(LogitsSignal(logits_of(output)[batch.rows_N, batch.columns_N])), output
 
     def compare_hidden(hidden_BLH: Tensor) -> T:
-        return comparison(HiddenSignal(hidden_BLH[batch.is_scored_BL], head.head()))
+        return comparison(HiddenSignal(hidden_BLH[batch.rows_N, batch.columns_N], head.current()))
 
     with _in_place_of(head, compare_hidden) as results:
         output = model(**batch.model_inputs, **forward_kwargs)
@@ -166,8 +166,8 @@ def _router_config(model: nn.Module) -> Any:
     return config if is_taken and hasattr(config, "output_router_logits") else None
 
 
-def vocabulary_rows(model: nn.Module) -> int:
-    """Return how many tokens a causal LM predicts over, padding rows included."""
+def vocabulary_size(model: nn.Module) -> int:
+    """Return how many tokens a causal LM predicts over, those that pad its head included."""
     module = output_embeddings(model)
     weight = getattr(module, "weight", None)
     # A quantised weight is packed: its shape says nothing.
@@ -247,7 +247,7 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
             logits_BLV = logits_of(model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)))
             if len(hidden) != 1 or hidden[0].shape[:-1] != (1, _PROBE_LENGTH):
                 return False
-            expected_BLV = head.head().logits(hidden[0])
+            expected_BLV = head.current().logits(hidden[0])
     finally:
         hook.remove()
         for module in in_training:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 
-_PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+"""Options of from_pretrained that say where a model lies."""
 
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -66,7 +67,7 @@ def find_tokenizer(
     """
     if not name_or_path:
         return None
-    place = {key: value for key, value in (init_kwargs or {}).items() if key in _PLACE}
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **place
@@ -155,15 +156,28 @@ def wrap_in_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
     return get_peft_model(model, peft_config)
 
 
-def refuse_prompt_learning(model: nn.Module) -> None:
-    """Raise where an adapter adds virtual tokens: the teacher has no position to compare with them."""
-    if isinstance(model, PeftModel):
-        for name, config in model.peft_config.items():
-            if config.is_prompt_learning:
-                raise GKDConfigError(
-                    f"the adapter {name!r} is {type(config).__name__}, which learns virtual tokens that the teacher "
-                    "does not see: use an adapter that changes weights, such as peft.LoraConfig"
-                )
+def refuse_prompt_learning(adapted: nn.Module | PeftConfig | None, role: str = "student") -> None:
+    """Raise where an adapter adds virtual tokens: the other model has no position to compare with them.
+
+    Args:
+        adapted: A model, wrapped by PEFT or not, or the config of an adapter that a model is to get.
+        role: Whose adapter it is, "student" or "teacher".
+
+    Raises:
+        GKDConfigError: An adapter of the student does.
+        GKDTeacherError: An adapter of the teacher does.
+    """
+    if isinstance(adapted, PeftModel):
+        named = {f"the {role}'s adapter {name!r} is ": config for name, config in adapted.peft_config.items()}
+    else:
+        named = {"": adapted} if isinstance(adapted, PeftConfig) else {}
+    for name, config in named.items():
+        if config.is_prompt_learning:
+            other, error = ("teacher", GKDConfigError) if role == "student" else ("student", GKDTeacherError)
+            raise error(
+                f"{name}{type(config).__name__}{', which' if name else ''} learns virtual tokens that the {other} does "
+                "not see: use an adapter that changes weights, such as peft.LoraConfig"
+            )
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -1,1 +1,1 @@
-"""Reports: the metrics that are logged, and completions as tables."""
+"""Reports: logged metrics, tables of completions and stages, and the model card."""

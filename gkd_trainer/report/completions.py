@@ -1,4 +1,4 @@
-"""Completions for people to read: a table in the terminal, and the same in the trackers that are on."""
+"""Completions for people to read: a table in the terminal, and the same table in the active trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gkd_trainer.types import Generated
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """One line of the table: who generated what for which prompt, and whether it came to its end."""
+    """One line of the table: who generated what for which prompt, and whether the completion ended by itself."""
 
     generated_by: str
     prompt: str
@@ -26,7 +26,7 @@ class CompletionRow:
 
 
 def completion_rows(generated: Sequence[Generated], tokenizer: PreTrainedTokenizerBase | None) -> list[CompletionRow]:
-    """Return the table's lines, as text, or as token ids where there is no tokenizer."""
+    """Return the lines of the table as text, or as token ids without a tokenizer."""
 
     def text(token_ids: Sequence[int]) -> str:
         return " ".join(map(str, token_ids)) if tokenizer is None else str(tokenizer.decode(list(token_ids)))
@@ -43,7 +43,7 @@ def completion_rows(generated: Sequence[Generated], tokenizer: PreTrainedTokeniz
 
 
 def print_completions(rows: Sequence[CompletionRow], title: str | None = None, console: Console | None = None) -> None:
-    """Print the table."""
+    """Print the table, to a new console if none is given."""
     table = Table(title=title, show_lines=True, expand=True)
     for name, ratio in (("by", None), ("prompt", 1), ("completion", 1), ("ended", None)):
         table.add_column(name, ratio=ratio, overflow="fold")
@@ -54,7 +54,7 @@ def print_completions(rows: Sequence[CompletionRow], title: str | None = None, c
 
 
 def send_completions(rows: Sequence[CompletionRow], step: int, callbacks: Iterable[TrainerCallback]) -> None:
-    """Send the completions to the trackers that run: TensorBoard as text, Weights & Biases as a table."""
+    """Send the completions to the active trackers: to TensorBoard as text, to Weights & Biases as a table."""
     columns = [field.name for field in fields(CompletionRow)]
     for callback in callbacks:
         writer = getattr(callback, "tb_writer", None) if isinstance(callback, TensorBoardCallback) else None
@@ -62,7 +62,7 @@ def send_completions(rows: Sequence[CompletionRow], step: int, callbacks: Iterab
             lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
             lines += [" | ".join(_cell(value) for value in astuple(row)) for row in rows]
             writer.add_text("completions", "\n".join(f"| {line} |" for line in lines), step)
-    # The module is there only where the user's run imported it.
+    # The module is loaded only if the user's run imported it.
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         table = wandb.Table(columns=columns, data=[list(astuple(row)) for row in rows])

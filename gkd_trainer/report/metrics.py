@@ -1,30 +1,71 @@
 """The metrics of a run: sums kept on the device while it trains, and read when they are logged.
 
-Shapes: B batch, N tokens trained on, K summed quantities.
+Shapes: B samples of a batch, N tokens trained on, K summed quantities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TOKEN_SUMS = (
-    "tokens",
-    "divergence",
-    "on_policy_tokens",
-    "on_policy_divergence",
-    "student_entropy",
-    "teacher_entropy",
-    "agreements",
-    "top_k_tokens",
-    "teacher_top_k_mass",
-    "student_top_k_mass",
-)
-"""What is summed over the tokens trained on, in the order of the columns of `sums_by_row`."""
+from gkd_trainer.divergence import TokenDivergence
+
+
+class _Tokens(NamedTuple):
+    """What was measured of N tokens; `divergence_N`, `is_on_policy_N` (0 or 1) and `ones_N` have the sums' dtype."""
+
+    result: TokenDivergence
+    divergence_N: Tensor
+    is_on_policy_N: Tensor
+    ones_N: Tensor
+
+
+@dataclass(frozen=True)
+class TokenSum:
+    """A quantity that is summed over tokens, and the metric that is made of it.
+
+    Attributes:
+        of: the quantity of each token, or None where it was not measured.
+        metric: the name of its mean; None for a sum that other metrics need.
+        over: the sum that counts the tokens of the mean.
+        without: another sum over some of these tokens, which the mean leaves out.
+    """
+
+    of: Callable[[_Tokens], Tensor | None]
+    metric: str | None = None
+    over: str = "tokens"
+    without: str | None = None
+
+
+TOKEN_SUMS: dict[str, TokenSum] = {
+    "tokens": TokenSum(lambda tokens: tokens.ones_N),
+    "divergence": TokenSum(
+        lambda tokens: tokens.divergence_N, metric="divergence_off_policy", without="on_policy_divergence"
+    ),
+    "on_policy_tokens": TokenSum(lambda tokens: tokens.is_on_policy_N),
+    "on_policy_divergence": TokenSum(
+        lambda tokens: tokens.divergence_N * tokens.is_on_policy_N,
+        metric="divergence_on_policy",
+        over="on_policy_tokens",
+    ),
+    "student_entropy": TokenSum(lambda tokens: tokens.result.student_entropy_N, metric="student_entropy"),
+    "teacher_entropy": TokenSum(lambda tokens: tokens.result.teacher_entropy_N, metric="teacher_entropy"),
+    "agreements": TokenSum(lambda tokens: tokens.result.agrees_N, metric="top_token_agreement"),
+    "top_k_tokens": TokenSum(lambda tokens: None if tokens.result.teacher_mass_N is None else tokens.ones_N),
+    "teacher_top_k_mass": TokenSum(
+        lambda tokens: tokens.result.teacher_mass_N, metric="teacher_top_k_mass", over="top_k_tokens"
+    ),
+    "student_top_k_mass": TokenSum(
+        lambda tokens: tokens.result.student_mass_N, metric="student_top_k_mass", over="top_k_tokens"
+    ),
+}
+"""What is summed over the tokens trained on, by name, in the order of the columns of `sums_by_row`."""
 
 SAMPLE_SUMS = (
     "samples",
@@ -37,70 +78,42 @@ SAMPLE_SUMS = (
 )
 """What is counted over samples and completions."""
 
+_COLUMN = {name: column for column, name in enumerate(TOKEN_SUMS)}
 
-def sums_by_row(
-    rows_N: Tensor,
-    is_on_policy_B: Tensor,
-    *,
-    divergence_N: Tensor,
-    student_entropy_N: Tensor,
-    teacher_entropy_N: Tensor,
-    agrees_N: Tensor,
-    teacher_mass_N: Tensor | None = None,
-    student_mass_N: Tensor | None = None,
-) -> Tensor:
+
+def sums_by_row(rows_N: Tensor, is_on_policy_B: Tensor, result: TokenDivergence) -> Tensor:
     """Return the TOKEN_SUMS of each sample of a batch, [B, K], without gradients and without reading the device.
 
     Args:
         rows_N: The sample that each token belongs to.
         is_on_policy_B: Which samples the student generated.
-        divergence_N: The divergence of each token, in nats.
-        student_entropy_N: The entropy of the student's distribution at each token, in nats.
-        teacher_entropy_N: The teacher's.
-        agrees_N: Whether both have the same most probable token.
-        teacher_mass_N: The teacher's probability of its top k at each token; None where it gives all.
-        student_mass_N: The student's probability of them.
+        result: What was measured of each token.
     """
     dtype = _sum_dtype(rows_N.device)
-    on_policy_N = is_on_policy_B[rows_N].to(dtype)
-    divergence_N = divergence_N.detach().to(dtype)
-    ones_N, zeros_N = torch.ones_like(divergence_N), torch.zeros_like(divergence_N)
-    columns_NK = torch.stack(
-        [
-            ones_N,
-            divergence_N,
-            on_policy_N,
-            divergence_N * on_policy_N,
-            student_entropy_N.to(dtype),
-            teacher_entropy_N.to(dtype),
-            agrees_N.to(dtype),
-            zeros_N if teacher_mass_N is None else ones_N,
-            zeros_N if teacher_mass_N is None else teacher_mass_N.to(dtype),
-            zeros_N if student_mass_N is None else student_mass_N.to(dtype),
-        ],
-        dim=1,
-    )
+    divergence_N = result.values_N.detach().to(dtype)
+    tokens = _Tokens(result, divergence_N, is_on_policy_B[rows_N].to(dtype), torch.ones_like(divergence_N))
+    zeros_N = torch.zeros_like(divergence_N)
+    columns = (token_sum.of(tokens) for token_sum in TOKEN_SUMS.values())
+    columns_NK = torch.stack([zeros_N if column_N is None else column_N.to(dtype) for column_N in columns], dim=1)
     sums_BK = torch.zeros(is_on_policy_B.shape[0], len(TOKEN_SUMS), dtype=dtype, device=rows_N.device)
     return sums_BK.index_add_(0, rows_N, columns_NK)
 
 
 def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the means that TOKEN_SUMS stand for; those over no token at all are left out."""
-    off_policy_tokens = sums["tokens"] - sums["on_policy_tokens"]
-    off_policy_divergence = sums["divergence"] - sums["on_policy_divergence"]
-    return _ratios(
-        divergence_on_policy=(sums["on_policy_divergence"], sums["on_policy_tokens"]),
-        divergence_off_policy=(off_policy_divergence, off_policy_tokens),
-        student_entropy=(sums["student_entropy"], sums["tokens"]),
-        teacher_entropy=(sums["teacher_entropy"], sums["tokens"]),
-        top_token_agreement=(sums["agreements"], sums["tokens"]),
-        teacher_top_k_mass=(sums["teacher_top_k_mass"], sums["top_k_tokens"]),
-        student_top_k_mass=(sums["student_top_k_mass"], sums["top_k_tokens"]),
-    )
+    """Return the metrics of TOKEN_SUMS; means over no tokens are left out."""
+    means = {}
+    for name, token_sum in TOKEN_SUMS.items():
+        total, count = sums[name], sums[token_sum.over]
+        if token_sum.without is not None:
+            total -= sums[token_sum.without]
+            count -= sums[TOKEN_SUMS[token_sum.without].over]
+        if token_sum.metric is not None:
+            means[token_sum.metric] = (total, count)
+    return _ratios(**means)
 
 
 def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return what SAMPLE_SUMS stand for; `samples_without_prompt` and `rollout_staleness` only where there are any."""
+    """Return the metrics of SAMPLE_SUMS; `samples_without_prompt` and `rollout_staleness` only where not zero."""
     metrics = _ratios(
         on_policy_share=(sums["on_policy_samples"], sums["samples"]),
         completion_length=(sums["completion_tokens"], sums["completions"]),
@@ -114,7 +127,7 @@ def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class TrainingMeter:
-    """What a rank sees between two log entries. Values of the device stay there until `read`."""
+    """What a rank sees between two log entries. Values on the device stay there until `read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._stopwatch = Stopwatch(device)
@@ -125,7 +138,7 @@ class TrainingMeter:
         self._device = device
 
     def measure(self, name: str) -> AbstractContextManager[None]:
-        """Add the block's time to the seconds of "rollout" (which holds "sync") or "step" (which holds "teacher")."""
+        """Add the time of the `with` body to "rollout" (which includes "sync") or "step" (which includes "teacher")."""
         return self._stopwatch.measure(name)
 
     def add_tokens(self, sums_BK: Tensor) -> None:
@@ -160,10 +173,10 @@ class TrainingMeter:
         if self._router_loss_sum is not None:
             router_2[0] = self._router_loss_sum
         *totals, router_loss, router_losses = reduce(torch.cat([token_sums_K, sample_sums_K, router_2])).tolist()
-        sums = dict(zip(TOKEN_SUMS + SAMPLE_SUMS, totals, strict=True))
+        sums = dict(zip((*TOKEN_SUMS, *SAMPLE_SUMS), totals, strict=True))
         seconds = self._stopwatch.read()
         rollout_seconds = {}
-        if "rollout" in seconds:  # else these would be columns of zeros
+        if "rollout" in seconds:  # or these would be columns of zeros
             rollout_seconds = {"seconds_rollout": seconds["rollout"], "seconds_sync": seconds.get("sync", 0.0)}
         self.clear()
         return {
@@ -178,7 +191,7 @@ class TrainingMeter:
 
 
 class EvaluationMeter:
-    """The sums of an evaluation, each sample of the data set counted once."""
+    """The sums of an evaluation, in which each sample of the data set counts once."""
 
     def __init__(self) -> None:
         self._sums_K: Tensor | None = None
@@ -189,10 +202,10 @@ class EvaluationMeter:
         Args:
             sums_BK: What `sums_by_row` gave for it.
             loss: What `compute_loss` returned for it: the mean over its tokens, which a subclass may have changed.
-            gather: Collects rows over ranks, without those that only fill up the last batch.
+            gather: Collects samples over ranks, without those that only fill up the last batch.
         """
-        tokens_B, divergence_B = sums_BK[:, 0], sums_BK[:, 1]
-        # Exactly the row's divergence, unless a subclass changed the loss: then the change enters by its tokens.
+        tokens_B, divergence_B = (sums_BK[:, _COLUMN[name]] for name in ("tokens", "divergence"))
+        # Exactly the sample's divergence, unless a subclass changed the loss: then the change is shared out by tokens.
         change = loss.detach().mean() - divergence_B.sum() / tokens_B.sum().clamp_min(1)
         loss_B = divergence_B + change.to(sums_BK.dtype) * tokens_B
         sums_K = gather(torch.cat([loss_B[:, None], sums_BK], dim=1)).sum(dim=0)
@@ -209,7 +222,7 @@ class EvaluationMeter:
 
 
 class Stopwatch:
-    """Seconds spent under a name, added up; on CUDA between events of the stream, without stopping it."""
+    """Seconds spent, added up by name; on CUDA between events of the stream, without stopping it."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -218,7 +231,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to `name`."""
+        """Add the time that the `with` body takes to `name`."""
         if self._is_cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -1,4 +1,4 @@
-"""The model card of a student: what it was distilled from, on what, and how."""
+"""The model card of a student: its teacher, its data, and how it was distilled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers.modelcard import TrainingSummary
 
 from gkd_trainer import __version__
+from gkd_trainer.config import GKDArguments
 from gkd_trainer.redaction import redacted
 
 CARD_TAGS = ("gkd", "knowledge-distillation", "generated_from_trainer")
@@ -29,7 +30,7 @@ _LIBRARIES = ("transformers", "torch", "datasets", "tokenizers", "trl")
 def distillation_card(
     summary: TrainingSummary,
     *,
-    args: Any,
+    args: GKDArguments,
     student: str,
     teacher: str,
     teacher_urls: Sequence[str] = (),
@@ -40,14 +41,14 @@ def distillation_card(
     """Return the card of a run.
 
     Args:
-        summary: What transformers knows of the run: metadata, hyper-parameters, evaluations, names of the data.
-        args: The run's GKDArguments.
-        student: The student's name on the hub, or its folder, of which the last part is told.
-        teacher: The teacher's.
-        teacher_urls: Where the teacher's servers listen; told without credentials.
-        teacher_top_k: How many of the teacher's tokens were compared; None is all.
-        adapter: The adapter that was trained; None for all weights.
-        n_rows: How many rows were trained on, if that is known.
+        summary: What transformers knows about the run: metadata, hyper-parameters, evaluations, names of data sets.
+        args: The run's options.
+        student: The student's name on the hub, or its folder, of which only the last part is shown.
+        teacher: The same of the teacher.
+        teacher_urls: Where the teacher's servers listen; shown without credentials.
+        teacher_top_k: How many of the teacher's tokens were compared; None for all.
+        adapter: The adapter that was trained; None if all weights were.
+        n_rows: The number of rows trained on; None if unknown.
     """
     metadata = summary.create_metadata()
     index = metadata.pop("model-index")
@@ -83,13 +84,13 @@ def distillation_card(
     return card
 
 
-def with_adapter(card: ModelCard, model: Any, output_dir: str) -> ModelCard:
-    """Return the card with what PEFT adds to one: its library, its version, and tags to find the adapter by."""
+def with_adapter(card: ModelCard, model: PeftModel, output_dir: str) -> ModelCard:
+    """Return the card with what PEFT adds: its library, its version, and tags to find the adapter by."""
     path = os.path.join(output_dir, "README.md")
     card.save(path)
     model.create_or_update_model_card(output_dir)
     merged: ModelCard = ModelCard.load(path)
-    # It replaces the tags, and names the base model by the folder that it was loaded from.
+    # PEFT replaces the tags, and names the base model by the folder it was loaded from.
     data: Any = merged.data
     own: Any = card.data
     tags = dict.fromkeys([*(own.tags or []), *(data.tags or [])])
@@ -99,7 +100,7 @@ def with_adapter(card: ModelCard, model: Any, output_dir: str) -> ModelCard:
 
 
 def is_on_hub(name: str) -> bool:
-    """Return whether a name may be one of the hub, and is no path of this machine."""
+    """Return whether a name may be on the hub, and is not a path on this machine."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -108,7 +109,7 @@ def is_on_hub(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """Return a name on the hub as it is, and of a path or URL its last part, without secrets."""
+    """Return a hub name as it is, or the last part of a path or URL, without secrets."""
     if is_on_hub(name):
         return name
     shown: str = redacted(name)
@@ -117,12 +118,13 @@ def public_name(name: str) -> str:
     return Path(shown).name or shown
 
 
-def _options(args: Any, teacher_top_k: int | None) -> dict[str, str]:
+def _options(args: GKDArguments, teacher_top_k: int | None) -> dict[str, str]:
     if args.divergence == "jsd":
         meaning = "0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), between is the generalised JSD"
         divergence = {"divergence": _jsd(args.beta, args.divergence_scale), "β": f"{args.beta} ({meaning})"}
     else:
-        options = ", ".join(f"{name} = {value}" for name, value in (args.divergence_options or {}).items())
+        parsed = args.divergence_options if isinstance(args.divergence_options, dict) else {}
+        options = ", ".join(f"{name} = {value}" for name, value in parsed.items())
         divergence = {"divergence": " with ".join(filter(None, [args.divergence.replace("_", " "), options]))}
     rest = "one bucket for the rest" if args.teacher_tail == "bucket" else "renormalised over them"
     share = "share of the samples that the student generates itself; the others are the data's"
@@ -169,8 +171,8 @@ def _data(names: Sequence[str], n_rows: int | None) -> str:
 
 
 def _linked(name: str, kind: str = "") -> str:
-    """Return a name as a link where the hub may have it, else as code."""
-    # A name on the hub needs no escapes. One without an owner may be a local one as well.
+    """Return a name as a link if the hub may have it, else as code."""
+    # A hub name needs no escapes. One without an owner may just as well be local.
     if is_on_hub(name) and "/" in name:
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return _code(public_name(name))
@@ -183,12 +185,12 @@ def _without_credentials(url: str) -> str:
 
 
 def _code(text: object) -> str:
-    """Return text as code that no character of it ends, in a table neither."""
+    """Return text as inline code that none of its characters ends, not even in a table."""
     return "`" + re.sub(r"\s+", " ", str(text)).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _plain(text: object) -> str:
-    """Return text on one line that Markdown shows as it is."""
+    """Return text on one line, escaped so that Markdown shows it as it is."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", re.sub(r"\s+", " ", str(text)))
 
 

@@ -8,19 +8,19 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# Trainer's own entries, and times, which would widen the table and say little of the student.
+# Trainer's own entries, and times, which would widen the table and say little about the student.
 _LEFT_OUT = frozenset(
     ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen", "tokens_per_second")
 )
 
 
 class NotebookMetrics(TrainerCallback):
-    """Adds columns to the table of transformers' NotebookProgressCallback, which shows losses alone.
+    """Adds columns to the table of transformers' NotebookProgressCallback, which shows only losses.
 
-    It has to come after that one, whose line it completes.
+    It must come after that callback, whose line it completes.
 
     Args:
-        callbacks: Those of the trainer.
+        callbacks: The trainer's callbacks.
     """
 
     def __init__(self, callbacks: Sequence[TrainerCallback]) -> None:
@@ -31,35 +31,35 @@ class NotebookMetrics(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
+        logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Complete the line of a log entry; where there are evaluations, they alone have lines."""
+        """Complete the line of a log entry. In a run that evaluates, only evaluations have lines."""
         if args.eval_strategy == "no" and "loss" in (logs or {}):
             self._complete_line(_columns(logs or {}))
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Complete the line of an evaluation with the last entry of training."""
+        """Complete the line of an evaluation with the last log entry of training."""
         entry = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-        # Validation has entropies and an agreement too.
+        # Named apart, since validation has entropies and an agreement too.
         self._complete_line({f"Training {name}": value for name, value in _columns(entry).items()})
 
-    def _complete_line(self, columns: dict[str, Any]) -> None:
+    def _complete_line(self, columns: Mapping[str, float]) -> None:
         notebook: Any = sys.modules["transformers.utils.notebook"]
         for callback in self._callbacks:
             if isinstance(callback, notebook.NotebookProgressCallback) and callback.training_tracker is not None:
                 names, *lines = callback.training_tracker.inner_table
-                if lines:  # one that begins with the same value is completed
+                if lines:  # write_line completes a line that begins with the same value
                     callback.training_tracker.write_line({names[0]: lines[-1][0], **columns})
 
 
 def is_in_notebook() -> bool:
-    """Return whether Trainer shows its progress as a notebook's table."""
+    """Return whether Trainer shows its progress as a table in a notebook."""
     return "transformers.utils.notebook" in sys.modules
 
 
-def _columns(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metrics by the names of their columns, which are written as Trainer writes its own."""
+def _columns(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics by the names of their columns, spelt as Trainer spells its own."""
     return {
         name.replace("_", " ").title(): value
         for name, value in entry.items()

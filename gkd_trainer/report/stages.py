@@ -1,21 +1,24 @@
-"""How a student changed from stage to stage: a table, a picture of each measure over the steps, and samples to read."""
+"""How a student changed from stage to stage: a table, a plot of each measure over the steps, and samples to read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gkd_trainer.errors import GKDConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Measures = Mapping[str, float]
-"""What was measured of a student at one point: {"forward KL": 8.6, "agreement": 0.03}."""
+"""The measurements of a student at one point: {"forward KL": 8.6, "agreement": 0.03}."""
 
 Curve = Sequence[tuple[int, Measures]]
 """Measurements at several optimizer steps, in order."""
@@ -33,10 +36,10 @@ def print_stages(stages: Mapping[str, Measures], title: str, caption: str = "", 
 
 
 def print_samples(prompt: str, samples: Mapping[str, tuple[str, bool]], console: Console | None = None) -> None:
-    """Print a prompt once and below it what each model or stage made of it, at the full width.
+    """Print a prompt once, and below it the completion by each model or stage, at full width.
 
-    A sample is its text and whether it came to its end; one that was cut off ends with an ellipsis. Empty lines are
-    left out.
+    A sample is its text and whether it ended by itself; one that was cut off gets an ellipsis. Empty lines are left
+    out.
     """
     console = console or Console()
     console.rule()
@@ -49,14 +52,24 @@ def print_samples(prompt: str, samples: Mapping[str, tuple[str, bool]], console:
 
 
 def plot_curves(curves: Mapping[str, Curve], path: Path, *, logarithmic: Collection[str] = ()) -> None:
-    """Write a picture with one panel per measure, in which every run has one line over the optimizer steps.
+    """Write a plot with one panel per measure, in which every run has one line over the optimizer steps.
 
     Args:
-        curves: Measurements by name of the run. Steps are counted from the beginning of the first run: a run that goes
-            on from another starts with that one's last point.
-        path: The file, of a format that matplotlib writes (.png, .svg, .pdf).
-        logarithmic: The measures on a logarithmic axis, where what they gain last would not show on another.
+        curves: Measurements by name of the run. Steps are counted from the beginning of the first run: a run that
+            continues another starts with the other's last point.
+        path: The file, in a format that matplotlib writes (.png, .svg, .pdf).
+        logarithmic: The measures that get a logarithmic axis, since their last gains would not show on a linear one.
+
+    Raises GKDConfigError if matplotlib is missing.
     """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    except ImportError as error:
+        raise GKDConfigError(
+            'plot_curves needs matplotlib: pip install "gkd-trainer[plots]" (".[plots]" in a clone of gkd_trainer); '
+            f"importing it failed with: {error}"
+        ) from error
     measures = _measures(measures for curve in curves.values() for _, measures in curve)
     figure = Figure(figsize=(max(1, len(measures)) * 4.5, 4), layout="constrained")
     for index, measure in enumerate(measures):
@@ -74,7 +87,7 @@ def plot_curves(curves: Mapping[str, Curve], path: Path, *, logarithmic: Collect
 def _draw(axes: Axes, measure: str, curves: Mapping[str, Curve]) -> None:
     for name, curve in curves.items():
         values = [measures[measure] for _, measures in curve]
-        # The last value stands in the legend: beside the points, those of two runs would lie on one another.
+        # The last value is in the legend: beside the points, the values of two runs would overlap.
         label = f"{name}: {values[-1]:.2f}" if values else name
         axes.plot([step for step, _ in curve], values, marker="o", markersize=4, label=label)
     axes.set(title=measure, xlabel="optimizer step")

@@ -1,7 +1,14 @@
 """Rollouts: prompts turned into completions, and the draw of the samples that get them."""
 
 from gkd_trainer.rollouts.base import RolloutEngine
-from gkd_trainer.rollouts.block import Block, Completions, done
+from gkd_trainer.rollouts.block import Block, Completions, completed_future
+from gkd_trainer.rollouts.build import (
+    build_student_engine,
+    build_teacher_engine,
+    find_stop_ids,
+    refuse_encoder_decoder,
+    sampled_vocabulary_size,
+)
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.mixing import lmbda_at
 from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
@@ -27,11 +34,16 @@ __all__ = [
     "VLLMServerRollouts",
     "WindowPlan",
     "WindowRollout",
+    "build_student_engine",
+    "build_teacher_engine",
     "complete_greedily",
-    "done",
+    "completed_future",
+    "find_stop_ids",
     "generate_jobs",
     "has_prompts_alone",
     "lmbda_at",
     "plan_window",
+    "refuse_encoder_decoder",
+    "sampled_vocabulary_size",
     "transformers_options",
 ]

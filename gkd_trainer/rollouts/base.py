@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import final
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from gkd_trainer.types import Completion, Sampling
 
 
 class RolloutEngine(ABC):
-    """What turns prompts into completions of a model. It owns no data format and no loss."""
+    """Turns prompts into completions of a model. It owns no data format and no loss."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
@@ -26,12 +27,13 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def sync(self, model: nn.Module) -> None:
-        """Make the next `generate` use the weights that `model` has now; wrapped by PEFT, its adapters are active."""
+        """Make the next `generate` use the current weights of `model`; wrapped by PEFT, its adapters are active."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free what the engine holds; it is not used afterwards."""
-        return
 
+    @final
     def greedy_sampling(self, max_new_tokens: int) -> Sampling:
         """Return the sampling that always takes the most probable token."""
         return Sampling(max_new_tokens, temperature=0.0)

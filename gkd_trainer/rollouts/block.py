@@ -23,8 +23,8 @@ class Block:
     """
 
     plans: list[WindowPlan]
-    of_student: Future[Completions]
-    of_teacher: Completions
+    student_completions: Future[Completions]
+    teacher_completions: Completions
     weights_step: int
 
     @property
@@ -39,21 +39,23 @@ class Block:
     def window(self, step: int, pad_token_id: int) -> WindowRollout:
         """Return the window of a step once its completions are there; raises what their generation raised."""
         index = step - self.plans[0].step
-        return self.plans[index].rolled_out(self.of_student.result()[index], self.of_teacher[index], pad_token_id)
+        return self.plans[index].rolled_out(
+            self.student_completions.result()[index], self.teacher_completions[index], pad_token_id
+        )
 
     def state(self, from_step: int) -> dict[str, Any]:
         """Return what a checkpoint of that step has to keep: the completions, but not the data that they belong to."""
-        windows = zip(self.plans, self.of_student.result(), self.of_teacher, strict=True)
+        windows = zip(self.plans, self.student_completions.result(), self.teacher_completions, strict=True)
         return {
             "weights_step": self.weights_step,
             "windows": [
                 {
                     "step": plan.step,
                     "prompts": _digest(plan),
-                    "student": [_row(completion) for completion in of_student],
-                    "teacher": [_row(completion) for completion in of_teacher],
+                    "student": [_saved(completion) for completion in student_completions],
+                    "teacher": [_saved(completion) for completion in teacher_completions],
                 }
-                for plan, of_student, of_teacher in windows
+                for plan, student_completions, teacher_completions in windows
                 if plan.step >= from_step
             ],
         }
@@ -69,13 +71,13 @@ class Block:
             return None
         return cls(
             plans,
-            done([[_completion(row) for row in window["student"]] for window in windows]),
-            [[_completion(row) for row in window["teacher"]] for window in windows],
+            completed_future([[_completion(saved) for saved in window["student"]] for window in windows]),
+            [[_completion(saved) for saved in window["teacher"]] for window in windows],
             int(state["weights_step"]),
         )
 
 
-def done(completions: Completions) -> Future[Completions]:
+def completed_future(completions: Completions) -> Future[Completions]:
     """Return completions that are there already as a Future."""
     future: Future[Completions] = Future()
     future.set_result(completions)
@@ -87,9 +89,12 @@ def _digest(plan: WindowPlan) -> str:
     return hashlib.sha256(repr(jobs).encode()).hexdigest()
 
 
-def _row(completion: Completion) -> list[Any]:
-    return [list(completion.token_ids), completion.is_finished]
+def _saved(completion: Completion) -> list[Any]:
+    saved = [list(completion.token_ids), completion.is_finished]
+    return saved if completion.is_trained is None else [*saved, [bool(value) for value in completion.is_trained]]
 
 
-def _completion(row: Sequence[Any]) -> Completion:
-    return Completion(row[0], bool(row[1]))
+def _completion(saved: Sequence[Any]) -> Completion:
+    # A completion of which all tokens are trained on is saved without a third entry.
+    token_ids, is_finished, is_trained = [*saved, None][:3]
+    return Completion(token_ids, bool(is_finished), is_trained)

@@ -1,12 +1,15 @@
-"""Options turned into rollout engines."""
+"""From options to a rollout engine: the student's, and under `seq_kd` the teacher's."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.base import RolloutEngine
@@ -15,40 +18,73 @@ from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
 from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
 
 
-def stop_ids_of(model: nn.Module, tokenizer: Any = None) -> list[int]:
-    """Return every id at which a model's completions end: those of its generation config, and its tokenizer's."""
+def find_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
+    """Return every id that ends a completion: those of the model's generation config, and the tokenizer's eos."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    if getattr(tokenizer, "eos_token_id", None) is not None:
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return sorted(ids)
 
 
+def sampled_vocabulary_size(shared_size: int, vocabulary: Mapping[str, int] | None) -> int:
+    """Return the id from which on nothing is sampled.
+
+    Args:
+        shared_size: Over how many tokens student and teacher are compared, which may include padding rows.
+        vocabulary: The id of each token of the student's tokenizer; None where it is unknown.
+    """
+    return shared_size if vocabulary is None else min(shared_size, max(vocabulary.values()) + 1)
+
+
+def refuse_encoder_decoder(student: nn.Module) -> None:
+    """Raise GKDConfigError for an encoder-decoder, whatever generates for it."""
+    student = base_model(student)
+    if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
+        raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
+
+
 def build_student_engine(
-    args: Any,
-    model: nn.Module,
+    args: GKDArguments,
+    student: nn.Module,
     *,
-    stop_ids: list[int],
+    stop_ids: Sequence[int],
     pad_token_id: int,
     vocab_size: int,
-    sharding: str | None,
-    rank: int,
+    rank: int = 0,
+    is_sharded: bool = False,
+    fsdp_version: int | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> RolloutEngine:
-    student = base_model(model)
-    generates = args.generates or args.eval_on_policy
-    if generates and not args.use_vllm and not hasattr(student, "generate"):
-        option = f"lmbda={args.lmbda}" if args.generates else "eval_on_policy=True"
-        raise GKDConfigError(
-            f"{option} has the student generate, which {type(student).__name__} can't: "
-            "use a causal LM of transformers, pass rollouts, or switch generation off"
-        )
+    """Return the engine that the options ask for, which has no weights before its first `sync`.
+
+    Args:
+        args: The options.
+        student: The student, in its PEFT model where it has one.
+        stop_ids: A completion ends with the first of these tokens.
+        pad_token_id: Fills the prompts of a batch.
+        vocab_size: Nothing is sampled from this id on (see `sampled_vocabulary_size`).
+        rank: This process's.
+        is_sharded: Whether the student's weights are spread over ranks.
+        fsdp_version: 1 or 2 under FSDP, else None.
+        dtype: What autocast rounds to in training, and so does an engine in this process; None for the student's.
+        trust_remote_code: Whether an engine in this process may run Python code that comes with the model.
+
+    Raises:
+        GKDConfigError: The student can't generate, FSDP's version keeps vLLM from its weights, or the engine refuses
+            an option.
+        GKDServerError: A server can't be reached.
+    """
     if not args.use_vllm:
-        return HFRollouts(stop_ids, pad_token_id, vocab_size, args.rollout_batch_size, sharding is not None)
-    if sharding == "fsdp1":
+        _require_generate(args, base_model(student))
+        return HFRollouts(stop_ids, pad_token_id, vocab_size, args.rollout_batch_size, is_sharded)
+    if fsdp_version == 1:
         raise GKDConfigError(
             "use_vllm=True takes the weights one by one, which FSDP version 1 keeps in flat blocks: set fsdp_version: 2"
         )
     if args.vllm_mode == "server":
+        assert args.vllm_server_base_url is not None  # the options are checked
         return VLLMServerRollouts(
             args.vllm_server_base_url,
             stop_ids,
@@ -62,27 +98,43 @@ def build_student_engine(
             rank=rank,
         )
     return VLLMColocateRollouts(
-        model,
+        student,
         stop_ids,
         vocab_size,
-        # The numerics that the loss sees.
-        dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        dtype=dtype,
         max_model_length=args.vllm_max_model_length or args.max_length,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         enable_sleep_mode=args.vllm_enable_sleep_mode,
         # An adapter that is sharded would have to be gathered first, as the full weights are.
-        weight_sync="full" if args.vllm_weight_sync == "auto" and sharding else args.vllm_weight_sync,
-        trust_remote_code=getattr(args, "trust_remote_code", False),
-        engine_kwargs=args.vllm_engine_kwargs,
+        weight_sync="full" if args.vllm_weight_sync == "auto" and is_sharded else args.vllm_weight_sync,
+        trust_remote_code=trust_remote_code,
+        engine_kwargs=cast("dict[str, Any] | None", args.vllm_engine_kwargs),  # parsed, where it was JSON
     )
 
 
 def build_teacher_engine(
-    args: Any, teacher: nn.Module, *, stop_ids: list[int], pad_token_id: int, vocab_size: int
-) -> HFRollouts:
-    teacher = base_model(teacher)
-    stop_ids = sorted({*stop_ids, *stop_ids_of(teacher)})
-    engine = HFRollouts(stop_ids, pad_token_id, vocab_size, args.rollout_batch_size, False)
-    engine.sync(teacher)
+    args: GKDArguments, teacher: nn.Module, *, stop_ids: Sequence[int], pad_token_id: int, vocab_size: int
+) -> RolloutEngine:
+    """Return an engine that completes prompts by a local teacher, ready to generate.
+
+    Args:
+        args: The options.
+        teacher: The teacher's model.
+        stop_ids: The student's, which end the teacher's completions as well as its own do.
+        pad_token_id: Fills the prompts of a batch.
+        vocab_size: Nothing is sampled from this id on.
+    """
+    model = base_model(teacher)
+    engine = HFRollouts([*stop_ids, *find_stop_ids(model)], pad_token_id, vocab_size, args.rollout_batch_size)
+    engine.sync(model)
     return engine
+
+
+def _require_generate(args: GKDArguments, student: nn.Module) -> None:
+    if args.generates_anywhere and not hasattr(student, "generate"):
+        option = f"lmbda={args.lmbda}" if args.generates else "eval_on_policy=True"
+        raise GKDConfigError(
+            f"{option} has the student generate, which {type(student).__name__} can't: "
+            "use a causal LM of transformers, pass rollouts, or switch generation off"
+        )

@@ -56,7 +56,7 @@ class HFRollouts(RolloutEngine):
     Args:
         stop_ids: A completion ends with the first of these tokens.
         pad_token_id: Fills the prompts of a batch on their left; masked out.
-        vocab_size: Tokens from this id on are never sampled (padding rows of the head); None allows all.
+        vocab_size: Tokens from this id on are never sampled (those that pad the head); None allows all.
         batch_size: Most prompts in one call of `generate`; None is no limit.
         is_sharded: Whether the model's weights are spread over ranks, which then have to run the same number of
             forwards: they make the same number of calls of transformers' `generate`, also where there are no prompts,
@@ -104,6 +104,10 @@ class HFRollouts(RolloutEngine):
                 )
                 completions.update(zip(indices, batch, strict=True))
         return [completions[index] for index in range(len(prompts))]
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = self._wrapped = self._probed = None
 
     def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """Return which prompts go into each call of transformers' `generate`; none where this rank only takes part."""

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, Generated, may_be_per_token, prompt_length
+from gkd_trainer.types import (
+    IGNORE_INDEX,
+    IS_ON_POLICY,
+    PROMPT_IDS,
+    SIDE_TENSORS,
+    Generated,
+    may_be_per_token,
+    prompt_length,
+)
 
 _CHOICE, _SAMPLING = 0, 1
 
@@ -108,18 +116,19 @@ def with_completions(
     generated: Mapping[int, Generated],
     pad_token_id: int,
 ) -> dict[str, Any]:
-    """Return a batch in which some rows hold what was generated: a prompt, and a completion, the only part trained on.
+    """Return a batch in which some rows hold what was generated: a prompt, and its completion.
 
-    Padded on the right; says under IS_ON_POLICY which rows the student generated. The other rows keep their values per
-    token; those of what was generated are extended by the rule of their name. What has a value per sample or image goes
-    along.
+    Only the completion is trained on, and of that what its `is_trained` says. Padded on the right; says under
+    IS_ON_POLICY which rows the student generated. The other rows keep their values per token; those of what was
+    generated are extended by the rule of their name. What has a value per sample or image goes along, but for
+    SIDE_TENSORS that a completed row loses.
 
     Raises:
         GKDDataError: the batch holds what can't be extended.
 
     """
     ids_BL: Tensor = inputs["input_ids"]
-    marked = dict(inputs)
+    marked = {name: _side_completed(name, value, list(generated)) for name, value in inputs.items()}
     is_on_policy = [row in generated and generated[row].is_on_policy for row in range(ids_BL.shape[0])]
     marked[IS_ON_POLICY] = torch.tensor(is_on_policy, device=ids_BL.device)
     if not generated:
@@ -130,10 +139,6 @@ def with_completions(
     marked = {name: value for name, value in marked.items() if name not in _LEFT_OUT}
     marked["attention_mask"] = mask_BL
     is_real_BL = mask_BL.bool().cpu()
-    if PROMPT_IDS in marked:  # what was generated has its prompt before it now
-        own_BP = marked[PROMPT_IDS].clone()
-        own_BP[list(generated)] = IGNORE_INDEX
-        marked[PROMPT_IDS] = own_BP
     samples = {row: _Sample.of(ids_BL[row].cpu()[is_real_BL[row]], item) for row, item in generated.items()}
     padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
     for name, extended in _EXTENDED.items():
@@ -150,12 +155,23 @@ def with_completions(
     return marked
 
 
+def _side_completed(name: str, value: Any, completed: list[int]) -> Any:
+    """Return what a batch in which the rows `completed` get completions holds under a name that is not per token."""
+    side = SIDE_TENSORS.get(name)
+    if side is None or side.survives_completion or not completed:
+        return value
+    value = value.clone()
+    value[completed] = side.filling
+    return value
+
+
 @dataclass(frozen=True)
 class _Sample:
-    """A prompt and its completion, and whether the prompt is how the row's own tokens begin."""
+    """A prompt and its completion, which of its tokens are trained on, and whether the row begins with the prompt."""
 
     prompt: Tensor
     completion: Tensor
+    is_trained: Tensor
     is_prompt_of_row: bool
 
     @classmethod
@@ -164,14 +180,21 @@ class _Sample:
         prompt, completion = (
             torch.tensor(list(ids), dtype=torch.long) for ids in (generated.prompt, generated.completion.token_ids)
         )
-        return cls(prompt, completion, torch.equal(row_ids[: len(prompt)], prompt))
+        given = generated.completion.is_trained
+        is_trained = torch.ones_like(completion) if given is None else torch.tensor(list(given))
+        return cls(prompt, completion, is_trained.bool(), torch.equal(row_ids[: len(prompt)], prompt))
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
 
-    def filled(self, of_prompt: int, of_completion: int) -> Tensor:
-        """Return one value for the prompt's tokens, and one for those of the completion."""
-        return torch.tensor([of_prompt] * len(self.prompt) + [of_completion] * len(self.completion))
+    def labels(self) -> Tensor:
+        """Return the token ids that are trained on, with IGNORE_INDEX for all others."""
+        trained = self.completion.masked_fill(~self.is_trained, IGNORE_INDEX)
+        return torch.cat([torch.full_like(self.prompt, IGNORE_INDEX), trained])
+
+    def training_mask(self) -> Tensor:
+        """Return 1 for each token that is trained on, and 0 for all others."""
+        return torch.cat([torch.zeros_like(self.prompt), self.is_trained.long()])
 
 
 def _restarted(positions: Tensor, sample: _Sample) -> Tensor:
@@ -213,10 +236,10 @@ def _of_prompt(name: str, values: Tensor, sample: _Sample) -> Tensor:
 
 _EXTENDED: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
     "input_ids": lambda _, sample: torch.cat([sample.prompt, sample.completion]),
-    "labels": lambda _, sample: torch.cat([torch.full_like(sample.prompt, IGNORE_INDEX), sample.completion]),
-    "attention_mask": lambda _, sample: sample.filled(1, 1),
-    "completion_mask": lambda _, sample: sample.filled(0, 1),
-    "assistant_masks": lambda _, sample: sample.filled(0, 1),
+    "labels": lambda _, sample: sample.labels(),
+    "attention_mask": lambda _, sample: torch.ones(len(sample)),
+    "completion_mask": lambda _, sample: sample.training_mask(),
+    "assistant_masks": lambda _, sample: sample.training_mask(),
     "position_ids": _restarted,
     "token_type_ids": _token_types,
     "mm_token_type_ids": _modalities,

@@ -1,4 +1,4 @@
-"""Folders that pass weights to an engine, and that no end of a process leaves behind, if it can be helped."""
+"""Folders through which weights pass to an engine, removed however the process ends."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ logger = logging.getLogger(__name__)
 _PREFIX = "gkd-trainer-"
 
 _LOCK = ".lock"
-"""The file in a folder that its owner holds a lock on as long as it lives, and that names the owner's machine."""
+"""The file in a folder on which its owner holds a lock while it lives, and which names the owner's machine."""
 
 _REMOVER = 'read -r _; exec rm -rf -- "$1"'
 """Waits for a line, or the end of its input, which comes with the end of the process that holds the pipe."""
 
 
 class PrivateFolder:
-    """A new folder of an unpredictable name that only this user can enter.
+    """A new folder with an unpredictable name that only this user can enter.
 
     It is removed by `close`, with this object, and when this process ends, in whatever way: a small shell process waits
     for that. No signal handler is involved, so that those of the user and of frameworks stay as they are. Where the
     shell was killed too, as with a whole container, the next folder that is made beside it on this machine removes it.
 
     Args:
-        parent: The folder to make it in; None for the one that is for temporary files.
+        parent: The folder to make it in; None for the system's folder of temporary files.
     """
 
     def __init__(self, parent: str | None = None) -> None:
@@ -49,7 +49,7 @@ class PrivateFolder:
         self._close = weakref.finalize(self, _remove, self.path, lock, remover, os.getpid())
 
     def close(self) -> None:
-        """Remove the folder; again is nothing."""
+        """Remove the folder; a second call does nothing."""
         self._close()
 
 
@@ -66,7 +66,7 @@ def remove_dead(parent: Path) -> None:
         with contextlib.suppress(OSError), _dead(folder) as is_dead:
             if is_dead:
                 logger.info("Removing %s, whose owner has ended.", folder)
-                # The lock last: what a second failure leaves is found again.
+                # The lock last, so that what a second failure leaves is found again.
                 for path in folder.iterdir():
                     if path.name != _LOCK:
                         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -114,7 +114,7 @@ def _locked(folder: Path) -> BinaryIO | None:
 
 
 def _machine() -> bytes | None:
-    """Return what is the same for all processes on this machine, in containers too, until it restarts."""
+    """Return an id that all processes on this machine share, in containers too, until it restarts."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
@@ -124,7 +124,7 @@ def _machine() -> bytes | None:
 def _start_remover(folder: Path) -> subprocess.Popen[bytes] | None:
     if fcntl is None:
         return None
-    # What is blocked here stays so in the new process: what ends this one, and all others of a job, must not end it.
+    # Signals blocked here stay blocked in the new process: those that end all processes of a job must not end it.
     numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gkd_trainer.models.heads import vocabulary_rows, without_router_logits
+from gkd_trainer.models.heads import vocabulary_size, without_router_logits
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def _probe(
         return_dict_in_generate=True,
     )
     output = model.generate(
-        input_ids=(ids_BL % vocabulary_rows(model)).to(model.device),
+        input_ids=(ids_BL % vocabulary_size(model)).to(model.device),
         attention_mask=mask_BL.to(model.device),
         generation_config=config,
         logits_processor=LogitsProcessorList([_FixedTokens(length)]),

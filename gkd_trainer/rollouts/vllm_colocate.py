@@ -1,4 +1,4 @@
-"""Rollouts by a vLLM engine in the trainer's own process, which gets the weights by hand."""
+"""Rollouts by a vLLM engine in the trainer's own process, which takes the weights as tensors."""
 
 from __future__ import annotations
 
@@ -52,9 +52,8 @@ class VLLMColocateRollouts(RolloutEngine):
         dtype: The engine's; by default the student's.
         max_model_length: Most tokens of a prompt and its completion; None for the model's own limit.
         gpu_memory_utilization: Share of a GPU's memory for weights and KV cache. On a CPU the cache takes 1 GiB, or
-        what
-            `kv_cache_memory_bytes` in `engine_kwargs` or the variable VLLM_CPU_KVCACHE_SPACE say.
-        tensor_parallel_size: Over how many ranks an engine is spread; their prompts are then generated together.
+            what `kv_cache_memory_bytes` in `engine_kwargs` or the variable VLLM_CPU_KVCACHE_SPACE says.
+        tensor_parallel_size: How many ranks share an engine; their prompts are then generated together.
         enable_sleep_mode: Whether the engine frees the device's memory while the student trains (CUDA).
         weight_sync: "full" gives it all weights, adapters merged in; "adapter" a LoRA adapter alone, after the base
             model once; "auto" takes the second where the student has a plain LoRA adapter and the device is CUDA.
@@ -100,41 +99,17 @@ class VLLMColocateRollouts(RolloutEngine):
         self._synced = 0
         self._lora_request: Any = None
 
-        config = copy.deepcopy(student.config)
-        config.architectures = [type(student).__name__]
-        # vLLM's CPU backend keeps a packed copy of the head, which a reload of the embeddings alone would leave stale.
-        # An adapter on either end unties them too.
-        is_tied = is_on_cuda and has_tied_head(model)
-        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = is_tied
-        config.save_pretrained(self._folder.path)
-        options: dict[str, Any] = {
-            "model": str(self._folder.path),
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
+        options = {
             "dtype": str(dtype or student.dtype).removeprefix("torch."),
             "max_model_len": max_model_length,
             "gpu_memory_utilization": gpu_memory_utilization,
             "tensor_parallel_size": tensor_parallel_size,
             "enable_sleep_mode": enable_sleep_mode,
             "trust_remote_code": trust_remote_code,
+            **_model_options(model, self._folder, is_on_cuda),
+            **(_adapter_options(model) if self._sends_adapter else {}),
+            **_distributed_options(tensor_parallel_size),
         }
-        if not is_on_cuda and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            options["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
-        if self._sends_adapter:
-            adapter: Any = model
-            rank = adapter.peft_config[adapter.active_adapter].r
-            fitting = [max_rank for max_rank in _LORA_RANKS if max_rank >= rank]
-            if not fitting:
-                raise GKDConfigError(
-                    f"vLLM takes LoRA adapters of ranks up to {_LORA_RANKS[-1]}; got {rank}: set "
-                    "vllm_weight_sync='full', which merges a copy of it"
-                )
-            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            # vLLM then joins the trainer's process group instead of making one of its own.
-            options["distributed_executor_backend"] = "external_launcher"
-            # Ranks of one group have to draw alike, where a request brings no seed.
-            options["seed"] = torch.distributed.get_rank() // tensor_parallel_size
         if not self._sends_adapter:
             refuse_quantised(model)
         self._llm: Any = _build(options | dict(engine_kwargs or {}))
@@ -143,7 +118,7 @@ class VLLMColocateRollouts(RolloutEngine):
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
     def sync(self, model: nn.Module) -> None:
-        """Give the engine the weights that the student has now, and forget what it cached of the old ones.
+        """Give the engine the student's current weights, and drop what it cached for the old ones.
 
         Raises:
             GKDRolloutError: The engine failed, or an adapter could not be written for it.
@@ -262,6 +237,44 @@ class _TensorParallelGroup:
         return outputs[self._slice]
 
 
+def _model_options(model: nn.Module, folder: PrivateFolder, is_on_cuda: bool) -> dict[str, Any]:
+    """Write the student's configuration to a folder; return what has vLLM build an empty model of it."""
+    student: Any = base_model(model)
+    config = copy.deepcopy(student.config)
+    config.architectures = [type(student).__name__]
+    # vLLM's CPU backend keeps a packed copy of the head, which a reload of the embeddings alone would leave stale.
+    # An adapter on either end unties them too.
+    is_tied = is_on_cuda and has_tied_head(model)
+    config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = is_tied
+    config.save_pretrained(folder.path)
+    options: dict[str, Any] = {"model": str(folder.path), "load_format": "dummy", "skip_tokenizer_init": True}
+    if not is_on_cuda and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        options["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+    return options
+
+
+def _adapter_options(model: Any) -> dict[str, Any]:
+    rank = model.peft_config[model.active_adapter].r
+    fitting = [max_rank for max_rank in _LORA_RANKS if max_rank >= rank]
+    if not fitting:
+        raise GKDConfigError(
+            f"vLLM takes LoRA adapters of ranks up to {_LORA_RANKS[-1]}; got {rank}: set "
+            "vllm_weight_sync='full', which merges a copy of it"
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
+
+
+def _distributed_options(tensor_parallel_size: int) -> dict[str, Any]:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return {}
+    return {
+        # vLLM then joins the trainer's process group instead of making one of its own.
+        "distributed_executor_backend": "external_launcher",
+        # Ranks of one group have to draw alike, where a request brings no seed.
+        "seed": torch.distributed.get_rank() // tensor_parallel_size,
+    }
+
+
 def _build(options: dict[str, Any]) -> Any:
     environment = {
         # In this process, where tensors can be passed to it.
@@ -319,7 +332,7 @@ def _failing_as(what: str) -> Iterator[None]:
 
 
 def _silence_false_alarms() -> None:
-    """Keep out what a right run warns of: no tokenizer to warm up, no weights for a rotary embedding."""
+    """Silence what a correct run warns of: no tokenizer to warm up, no weights for a rotary embedding."""
     logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
     reload = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     if not reload.filters:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gkd_trainer.errors import GKDConfigError, GKDError, GKDServerError
-from gkd_trainer.models.weights import checkpoint_weights, is_sharded
+from gkd_trainer.models.weights import checkpoint_weights
 from gkd_trainer.rollouts.vllm_sync import (
     WeightSync,
     forget_cache,
+    gather_weights,
     is_loading,
     loading_version,
     name_version,
@@ -42,17 +43,15 @@ class NCCLSync(WeightSync):
         self._source = _Source()
         self._version: str | None = None
 
-    def send(self, model: nn.Module) -> None:
-        """Broadcast the weights to each server."""
-        self._note_rows(model)
+    def _send(self, model: nn.Module) -> None:
         self._source.model = model
         if not self._engines:
             self._engines = [self._connected(server) for server in self._servers]
         self._version = secrets.token_hex(8)
         for server, engine in zip(self._servers, self._engines, strict=True):
-            self._send(server, engine, self._version)
+            self._broadcast(server, engine, self._version)
 
-    def _send(self, server: VLLMServer, engine: Any, version: str) -> None:
+    def _broadcast(self, server: VLLMServer, engine: Any, version: str) -> None:
         name_version(server, loading_version(version))
         if torch.cuda.is_available():
             # vLLM reads the weights on streams of its own, which don't wait for the step that wrote them.
@@ -74,16 +73,17 @@ class NCCLSync(WeightSync):
                 "some: start all servers again, and resume"
             )
 
-    def follow(self, model: nn.Module) -> None:
-        """Take part in gathering sharded weights."""
-        self._note_rows(model)
-        if is_sharded(model):
-            for _ in range(2 * len(self._servers)):  # what is sent, and the tensors
-                for _ in checkpoint_weights(model):
-                    pass
+    def _gather(self, model: nn.Module) -> None:
+        for _ in range(2 * len(self._servers)):  # the metadata, and the tensors
+            gather_weights(model)
+
+    def _expect_news(self) -> None:
         self._version = None
 
-    def held_version(self, server: VLLMServer) -> str | None:
+    def close(self) -> None:
+        """Nothing: vLLM's transfer has no end of its own."""
+
+    def confirmed_version(self, server: VLLMServer) -> str | None:
         """Return the number of the last broadcast, where the server holds its weights."""
         version = weight_version(server)
         if self._version is None and version != "default" and not is_loading(version):  # this rank did not send them
@@ -139,16 +139,16 @@ class _Client:
         self._server = server
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._server.tell("/init_weight_transfer_engine", {"init_info": init_info}, is_repeatable=False)
+        self._server.post_unread("/init_weight_transfer_engine", {"init_info": init_info}, is_repeatable=False)
 
     def start_weight_update(self) -> None:
-        self._server.tell("/start_weight_update", {}, is_repeatable=False)
+        self._server.post_unread("/start_weight_update", {}, is_repeatable=False)
 
     def update_weights(self, update_info: Any) -> None:
-        self._server.tell("/update_weights", {"update_info": update_info}, is_repeatable=False)
+        self._server.post_unread("/update_weights", {"update_info": update_info}, is_repeatable=False)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._server.tell("/finish_weight_update", {"weight_version": weight_version}, is_repeatable=False)
+        self._server.post_unread("/finish_weight_update", {"weight_version": weight_version}, is_repeatable=False)
 
 
 class _Source:

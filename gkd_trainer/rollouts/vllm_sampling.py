@@ -1,4 +1,4 @@
-"""What both vLLM engines ask for: every sampling field, so that no default of a model or a server applies."""
+"""The request of both vLLM engines: every sampling field, so that no default of a model or a server applies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: ra
         "frequency_penalty": 0.0,
         "min_tokens": 0,
         "stop_token_ids": list(stop_ids),
-        # Its own end of sequence would stop it too; all of ours are above.
+        # Its own end of sequence would stop it too; all stop ids are listed above.
         "ignore_eos": True,
         **sampling.extra,
     }

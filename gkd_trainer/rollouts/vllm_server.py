@@ -14,13 +14,13 @@ from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, 
 from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
 from gkd_trainer.types import Completion, Sampling
 from gkd_trainer.vllm_answers import CompletionAnswer, Models
-from gkd_trainer.vllm_client import RequestRefusedError, VLLMServer, spread
+from gkd_trainer.vllm_client import RequestRefusedError, VLLMServer, call_each
 
 logger = logging.getLogger(__name__)
 
 
 class VLLMServerRollouts(RolloutEngine):
-    """Completions by vLLM's OpenAI-compatible servers, over which prompts are spread.
+    """Completions by vLLM's OpenAI-compatible servers, which share the prompts.
 
     Weights pass through a folder that both sides see, and are read by each server whole ("full", which needs
     VLLM_SERVER_DEV_MODE=1 there) or as a LoRA adapter ("adapter", which needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
@@ -69,7 +69,7 @@ class VLLMServerRollouts(RolloutEngine):
         shown = [server.base_url for server in self._servers]
         # Before the first contact, which may take long.
         folder = shared_folder(sync_dir, shown) if rank == 0 and weight_sync != "nccl" else None
-        served = spread(self._servers, self._servers, lambda server, _: server.get("/v1/models", _served_model))
+        served = call_each(self._servers, self._servers, lambda server, _: server.get("/v1/models", _served_model))
         self._model_name = served[0][0]
         if {name for name, _ in served} != {self._model_name}:
             raise GKDConfigError(
@@ -89,11 +89,11 @@ class VLLMServerRollouts(RolloutEngine):
             self._sync = (AdapterSync if weight_sync == "adapter" else FullSync)(self._servers, folder)
 
     def sync(self, model: nn.Module) -> None:
-        """Hand the servers the weights that the student has now; all ranks have to call it."""
+        """Hand the servers the student's current weights; all ranks have to call it."""
         if self._rank == 0:
             self._sync.send(model)
         else:
-            self._sync.follow(model)
+            self._sync.assist(model)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """Return one completion per prompt; see RolloutEngine."""
@@ -135,14 +135,14 @@ class VLLMServerRollouts(RolloutEngine):
                 return server, server.post("/v1/completions", body, parse)
             except RequestRefusedError:
                 # As by a server that lost the adapter, whose name it does not know.
-                if self._sync.held_version(server) != versions[server]:
+                if self._sync.confirmed_version(server) != versions[server]:
                     return server, None
                 # Another rank may have given it back meanwhile: then it is not refused again.
                 return server, server.post("/v1/completions", body, parse)
 
-        answers = spread(self._servers, bodies, complete, first=self._rank)
+        answers = call_each(self._servers, bodies, complete, first=self._rank)
         # The same version as before proves that the server had the weights all the time, whatever connections failed.
-        changed = {server for server in self._servers if self._sync.held_version(server) != versions[server]}
+        changed = {server for server in self._servers if self._sync.confirmed_version(server) != versions[server]}
         made = [None if server in changed else completion for server, completion in answers]
         lost = [server for server in self._servers if server in changed or (server, None) in answers]
         return made, ", ".join(server.base_url for server in lost)
@@ -155,7 +155,7 @@ class VLLMServerRollouts(RolloutEngine):
 
     def _restored_version(self, server: VLLMServer) -> str:
         for _ in range(TRIES):
-            version = self._sync.held_version(server)
+            version = self._sync.confirmed_version(server)
             if version is not None:
                 return version
             self._sync.restore(server)

@@ -1,4 +1,4 @@
-"""How vLLM servers get the student's weights, and how they tell that they still hold them.
+"""How vLLM servers get the student's weights, and how they prove that they still hold them.
 
 A server holds a version, a string that it is given and forgets when it restarts. While weights are handed to it that is
 "loading" with a random number; it gets its final name once it still answers that after all is loaded. So a server
@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 from urllib.parse import urlsplit
 
 from torch import nn
@@ -33,10 +33,10 @@ from gkd_trainer.models.weights import (
 )
 from gkd_trainer.rollouts.private_folder import PrivateFolder
 from gkd_trainer.vllm_answers import Models, RPCResults, ServerInfo, Success, WeightInfo
-from gkd_trainer.vllm_client import VLLMServer, spread
+from gkd_trainer.vllm_client import VLLMServer, call_each
 
 TRIES = 3
-"""How often what was lost with a server's weights is done, at most."""
+"""How often, at most, work is done that was lost with a server's weights."""
 
 FASTEST_RESTART = 3.0
 """Seconds that a vLLM server needs at least to restart: one that answered twice within them is the same process."""
@@ -49,45 +49,64 @@ _LOADING = "loading:"
 
 
 class WeightSync(ABC):
-    """How servers get the student's weights, and how one tells that it still holds them."""
+    """How servers get the student's weights, and how one proves that it still holds them."""
 
     model_name: str | None = None
-    """Under which name to ask for the student, where that is not the served model's."""
+    """The name under which to ask for the student, if that is not the served model's."""
 
     def __init__(self, servers: Sequence[VLLMServer]) -> None:
         self._servers = servers
-        self._rows = 0
+        self._padded_size = 0
 
-    @abstractmethod
+    @final
     def send(self, model: nn.Module) -> None:
         """Hand out the weights, from the rank that does so."""
+        self._note_padded_size(model)
+        self._send(model)
+
+    @final
+    def assist(self, model: nn.Module) -> None:
+        """Take part in `send` on the other ranks; the next `confirmed_version` learns what the servers hold."""
+        self._note_padded_size(model)
+        self._gather(model)
+        self._expect_news()
 
     @abstractmethod
-    def follow(self, model: nn.Module) -> None:
-        """Take part in `send` on the other ranks, and learn what the servers hold at the next `held_version`."""
-
-    @abstractmethod
-    def held_version(self, server: VLLMServer) -> str | None:
+    def confirmed_version(self, server: VLLMServer) -> str | None:
         """Return the version of a server that holds the weights that were sent last; None for one that does not.
 
-        It is another after the server lost the weights and was given them again.
+        It changes when the server loses the weights and is given them again.
         """
 
     @abstractmethod
     def restore(self, server: VLLMServer) -> None:
         """Hand a server the weights that were sent last again."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free what was used to hand out weights."""
-        return
 
+    @final
     def padding_ids(self, vocab_size: int) -> range:
         """Return the rows of the head that are no tokens, once weights were sent."""
-        return range(vocab_size, max(vocab_size, self._rows))
+        return range(vocab_size, max(vocab_size, self._padded_size))
 
-    def _note_rows(self, model: nn.Module) -> None:
+    @abstractmethod
+    def _send(self, model: nn.Module) -> None:
+        """Hand out the weights."""
+
+    @abstractmethod
+    def _gather(self, model: nn.Module) -> None:
+        """Take part in gathering what `_send` sends, where the weights are sharded over ranks."""
+
+    @abstractmethod
+    def _expect_news(self) -> None:
+        """Forget which weights the servers hold: another rank gave them others."""
+
+    @final
+    def _note_padded_size(self, model: nn.Module) -> None:
         student: Any = base_model(model)
-        self._rows = student.config.get_text_config().vocab_size
+        self._padded_size = student.config.get_text_config().vocab_size
 
 
 class FolderSync(WeightSync):
@@ -102,26 +121,24 @@ class FolderSync(WeightSync):
     @abstractmethod
     def _write(self, model: nn.Module, folder: Path) -> None: ...
 
-    def send(self, model: nn.Module) -> None:
+    @final
+    def _send(self, model: nn.Module) -> None:
         assert self._folder is not None
-        self._note_rows(model)
         self._sent += 1
         folder = self._folder.path / f"weights-{self._sent:06d}"
         self._write(model, folder)
         previous, self._current = self._current, folder
         try:
-            spread(self._servers, self._servers, lambda server, _: self.restore(server))
+            call_each(self._servers, self._servers, lambda server, _: self.restore(server))
         finally:
             if previous is not None:
                 shutil.rmtree(previous, ignore_errors=True)
 
-    def follow(self, model: nn.Module) -> None:
-        self._note_rows(model)
-        if is_sharded(model):  # such weights are gathered by all ranks together
-            for _ in checkpoint_weights(model):
-                pass
+    @final
+    def _expect_news(self) -> None:
         self._current = None
 
+    @final
     def close(self) -> None:
         """Remove the folder."""
         if self._folder is not None:
@@ -149,7 +166,10 @@ class FullSync(FolderSync):
             self._refuse_stale_head(server, model)
         write_weights(model, folder)
 
-    def held_version(self, server: VLLMServer) -> str | None:
+    def _gather(self, model: nn.Module) -> None:
+        gather_weights(model)
+
+    def confirmed_version(self, server: VLLMServer) -> str | None:
         """Return the folder that the server loaded last, and the number of that load."""
         version = weight_version(server)
         if self._current is None:  # this rank did not send them
@@ -190,9 +210,11 @@ class FullSync(FolderSync):
             forget_cache(server)
         except GKDServerError:
             # Another rank, which was faster, may generate already.
-            if self.held_version(server) is None:
+            if self.confirmed_version(server) is None:
                 raise
-        return self.held_version(server) is not None or rename_version(server, loading, loading.removeprefix(_LOADING))
+        if self.confirmed_version(server) is not None:
+            return True
+        return rename_version(server, loading, loading.removeprefix(_LOADING))
 
     def _refuse_stale_head(self, server: VLLMServer, model: nn.Module) -> None:
         if server.base_url in self._checked:
@@ -220,9 +242,8 @@ class FullSync(FolderSync):
 class AdapterSync(FolderSync):
     """A LoRA adapter alone, which a server loads beside the base model that it was started with."""
 
-    def follow(self, model: nn.Module) -> None:
-        self._note_rows(model)
-        self._current = None
+    def _gather(self, model: nn.Module) -> None:
+        """Nothing: an adapter that is sharded is refused."""
 
     def _write(self, model: nn.Module, folder: Path) -> None:
         if is_sharded(model):
@@ -234,7 +255,7 @@ class AdapterSync(FolderSync):
             )
         write_adapter(model, folder)
 
-    def held_version(self, server: VLLMServer) -> str | None:
+    def confirmed_version(self, server: VLLMServer) -> str | None:
         """Return the adapter's name: what is asked for under it is never answered by other weights."""
         names = {model.id: model.root for model in server.get("/v1/models", Models.parse).data}
         if self._current is None:  # this rank did not send it
@@ -258,9 +279,9 @@ class AdapterSync(FolderSync):
         for old in [model.id for model in server.get("/v1/models", Models.parse).data]:
             if old.startswith(_ADAPTER) and old != name:
                 with contextlib.suppress(GKDServerError):  # it is gone already
-                    server.tell("/v1/unload_lora_adapter", {"lora_name": old})
+                    server.post_unread("/v1/unload_lora_adapter", {"lora_name": old})
         try:
-            server.tell("/v1/load_lora_adapter", load)
+            server.post_unread("/v1/load_lora_adapter", load)
         except GKDServerError as error:
             raise GKDServerError(
                 f"{error}. An adapter is taken by a server that was started with --enable-lora and the environment "
@@ -271,6 +292,13 @@ class AdapterSync(FolderSync):
     @staticmethod
     def _name_of(folder: Path) -> str:
         return f"{_ADAPTER}{folder.parent.name}-{folder.name}"
+
+
+def gather_weights(model: nn.Module) -> None:
+    """Take part in gathering weights that are sharded, for the rank that sends them."""
+    if is_sharded(model):
+        for _ in checkpoint_weights(model):
+            pass
 
 
 def weight_version(server: VLLMServer) -> str:

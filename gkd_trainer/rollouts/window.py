@@ -77,13 +77,13 @@ class WindowPlan:
     without_prompt: int
 
     def rolled_out(
-        self, of_student: Sequence[Completion], of_teacher: Sequence[Completion], pad_token_id: int
+        self, student_completions: Sequence[Completion], teacher_completions: Sequence[Completion], pad_token_id: int
     ) -> WindowRollout:
         """Return the window with its completions, one for each job."""
         generated: dict[tuple[int, int], Generated] = {}
         for is_on_policy, jobs, completions in (
-            (True, self.student_jobs, of_student),
-            (False, self.teacher_jobs, of_teacher),
+            (True, self.student_jobs, student_completions),
+            (False, self.teacher_jobs, teacher_completions),
         ):
             for job, completion in zip(jobs, completions, strict=True):
                 generated[job.micro_batch, job.row] = Generated(job.prompt, completion, is_on_policy)

@@ -1,8 +1,18 @@
 """Teachers: what a frozen model says of the tokens trained on."""
 
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.build import build_teacher
+from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.frozen import FrozenTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
 
-__all__ = ["FrozenTeacher", "Teacher", "VLLMServerTeacher", "shared_vocabulary_size"]
+__all__ = [
+    "FrozenTeacher",
+    "Teacher",
+    "TeacherDescription",
+    "VLLMServerTeacher",
+    "build_teacher",
+    "describe",
+    "shared_vocabulary_size",
+]

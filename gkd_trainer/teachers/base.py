@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar, final
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int | None:
-        """How many tokens the teacher predicts over, padding rows included; None where nothing tells."""
+        """How many tokens the teacher predicts over, padding rows included; None where it is unknown."""
 
     @property
     @abstractmethod
@@ -36,7 +37,22 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def model(self) -> PreTrainedModel | None:
-        """The teacher's model where it lives in this process; `seq_kd` generates with it."""
+        """The teacher's model where it lives in this process, else None; `seq_kd` generates with it."""
+
+    shares_weights: ClassVar[bool] = False
+    """Whether its weights are the student's own, so that freezing them would freeze the student."""
+
+    @property
+    @final
+    def is_local(self) -> bool:
+        """Whether it computes in this process; one elsewhere may fail for one rank alone."""
+        return self.model is not None
+
+    @property
+    @final
+    def can_generate(self) -> bool:
+        """Whether it can complete prompts, as `seq_kd` asks of it: its model does, by transformers' `generate`."""
+        return bool(getattr(self.model, "can_generate", lambda: False)())
 
     @abstractmethod
     def prepare(
@@ -47,6 +63,9 @@ class Teacher(ABC):
     ) -> None:
         """Make ready to score batches that lie on `device`; called once, before training.
 
-        `tokenizer` is the student's, against which a teacher is checked that can't be asked for its own; `max_length`
-        the longest sequence to come, in tokens, which a teacher with a limit refuses here; None is unknown.
+        Args:
+            device: Where the batches lie.
+            tokenizer: The student's: a teacher that can't be asked for its own is checked against it.
+            max_length: The longest sequence to come, in tokens, which a teacher with a shorter limit refuses here; None
+                where it is unknown.
         """

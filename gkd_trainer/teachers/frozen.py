@@ -26,10 +26,10 @@ from gkd_trainer.models.heads import (
     SeparableHead,
     find_head,
     predict,
-    vocabulary_rows,
+    vocabulary_size,
     without_router_logits,
 )
-from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, uncompiled
+from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, refuse_prompt_learning, uncompiled
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.types import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
 
@@ -117,7 +117,7 @@ class FrozenTeacher(Teacher):
     @property
     def vocab_size(self) -> int:
         """Rows of the teacher's head."""
-        return vocabulary_rows(self._model)
+        return vocabulary_size(self._model)
 
     @property
     def top_k(self) -> int | None:
@@ -178,11 +178,7 @@ def _checked(model: object) -> nn.Module:
             f"expected a causal LM with a config as the teacher; got {type(model).__name__}: pass a model of "
             "transformers or PEFT, unwrapped, or implement gkd_trainer.Teacher"
         )
-    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise GKDTeacherError(
-            "the teacher's adapter learns virtual tokens, which shift its predictions away from the student's: use one "
-            "whose adapter changes weights, such as peft.LoraConfig"
-        )
+    refuse_prompt_learning(model, "teacher")
     return model
 
 

@@ -1,4 +1,4 @@
-"""What vLLM says of a prompt's tokens, `prompt_logprobs`: which sequences to ask of, how to read and compare answers.
+"""The scores that vLLM gives a prompt's tokens (`prompt_logprobs`): what to ask, how to read and compare answers.
 
 Shapes: B batch, L length, K top tokens, C candidates of an answer, P positions scored of one sequence.
 """
@@ -18,7 +18,7 @@ from gkd_trainer.types import MEDIA_INPUTS, TokenBatch
 from gkd_trainer.vllm_answers import ScoreAnswer
 
 _MINUS_INFINITY = -9999.0
-"""What vLLM writes for a log-prob of -inf, which JSON has no number for."""
+"""What vLLM writes for a log-prob of -inf, for which JSON has no number."""
 
 _EXCESS = 1e-3
 """How far rounding may raise a log-prob above 0, or the mass of the top tokens above 1."""
@@ -29,7 +29,7 @@ _Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids up to the last that is scored, and the indices of those that are."""
+    """Token ids up to the last one that is scored, and the indices of those that are scored."""
 
     token_ids: list[int]
     targets_P: _Ints
@@ -37,33 +37,33 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TopScores:
-    """The top tokens before each scored one, in falling order."""
+    """The top tokens of the distribution at each scored token, the most probable first."""
 
     ids_PK: _Ints
     log_p_PK: _Floats
 
     def first(self, count: int) -> TopScores:
-        """Return those of the first so many positions."""
+        """Return the scores of the first `count` positions."""
         return TopScores(self.ids_PK[:count], self.log_p_PK[:count])
 
 
-def whole(token_ids: list[int]) -> TokenSequence:
-    """Return a sequence that is scored at every token but its first."""
+def fully_scored(token_ids: list[int]) -> TokenSequence:
+    """Return a sequence that is scored at every token except its first."""
     return TokenSequence(token_ids, np.arange(1, len(token_ids)))
 
 
 def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
     """Return the sequences of a batch that have tokens to score, in its order.
 
-    Raises GKDDataError where the batch holds more than token ids, or scores a token that nothing stands before.
+    Raises GKDDataError where the batch holds more than token ids, or scores a token for which there is no distribution.
     """
     if media := sorted(MEDIA_INPUTS & batch.model_inputs.keys()):
         raise GKDDataError(
-            f"a teacher behind a server is given token ids alone, and this batch holds {', '.join(media)} too: it "
+            f"a teacher behind a server is given token ids alone, but this batch also holds {', '.join(media)}: it "
             "would score the text without them. Use a teacher in this process"
         )
     ids_BL = batch.model_inputs["input_ids"].cpu().numpy()
-    is_target_BL = batch.is_scored_BL.roll(1, dims=1).cpu().numpy()
+    is_target_BL = batch.is_scored_BL.roll(batch.label_offset, dims=1).cpu().numpy()
     mask_BL = batch.model_inputs.get("attention_mask")
     is_real_BL = np.ones_like(is_target_BL) if mask_BL is None else mask_BL.bool().cpu().numpy()
     position_ids_BL = batch.model_inputs.get("position_ids")
@@ -79,8 +79,8 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
                 continue
             if targets_P[0] == 0:
                 raise GKDDataError(
-                    f"row {row} of a batch trains on the first token of a sequence, which no distribution of a "
-                    "teacher's stands before: set its label to -100, or begin with a bos token"
+                    f"row {row} of a batch trains on the first token of a sequence, for which the "
+                    "teacher has no distribution: set its label to -100, or begin with a bos token"
                 )
             sequences.append(TokenSequence(ids_BL[row, indices[: targets_P[-1] + 1]].tolist(), targets_P))
     return sequences
@@ -102,12 +102,14 @@ def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: in
     if len(positions) != len(sequence.token_ids):
         raise ValueError(f"{len(sequence.token_ids)} positions were sent, and scores of {len(positions)} came")
     if positions[0] is not None:
-        raise ValueError("the first token of a prompt has scores, which nothing stands before")
+        raise ValueError("the first token of a prompt has scores, although nothing precedes it")
     scored = [positions[target] for target in sequence.targets_P]
     counts_P = np.array([len(entries) for entries in scored])
     if counts_P.min() < top_k or counts_P.max() > top_k + 1:
-        raise ValueError(f"{top_k} or {top_k + 1} tokens a position expected, got {counts_P.min()} to {counts_P.max()}")
-    # vLLM gives the prompt's own token too: a position has one entry more where it is not of the top k.
+        raise ValueError(
+            f"{top_k} or {top_k + 1} tokens per position expected, got {counts_P.min()} to {counts_P.max()}"
+        )
+    # vLLM also gives the prompt's own token: a position has one more entry where that is not in the top k.
     is_entry_PC = np.arange(top_k + 1) < counts_P[:, None]
     ids_PC = np.full(is_entry_PC.shape, -1, dtype=np.int64)
     ids_PC[is_entry_PC] = np.fromiter(map(int, chain.from_iterable(scored)), np.int64)
@@ -121,32 +123,32 @@ def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: in
         raise ValueError(f"a token id is negative: {ids_PC[is_entry_PC].min()}")
     is_own_PC = ids_PC == np.array(sequence.token_ids)[sequence.targets_P][:, None]
     if not (is_own_PC.sum(axis=1) == 1).all():
-        raise ValueError("a position has no score of the prompt's own token")
+        raise ValueError("a position has no score for the prompt's own token")
     if not np.isfinite(log_p_PC[is_entry_PC]).all() or log_p_PC[is_entry_PC].max() > _EXCESS:
         raise ValueError("a log-prob is not finite, or above 0")
 
     log_p_PC[log_p_PC <= _MINUS_INFINITY] = -np.inf
     is_extra_PC = is_own_PC & is_entry_PC[:, -1:]
-    # Sorted by log-prob, what is not of the top k last.
+    # Sorted by log-prob; entries outside the top k come last.
     order_PC = np.lexsort((-log_p_PC, is_extra_PC | ~is_entry_PC))
     ids_PK = np.take_along_axis(ids_PC, order_PC, axis=1)[:, :top_k]
     log_p_PK = np.take_along_axis(log_p_PC, order_PC, axis=1)[:, :top_k]
     mass = np.exp(log_p_PK).sum(axis=1).max()
     if mass > 1 + _EXCESS:
-        raise ValueError(f"the top {top_k} tokens of a position have the mass {mass:.3f}, more than 1")
+        raise ValueError(f"the top {top_k} tokens of a position have a mass of {mass:.3f}, more than 1")
     return TopScores(ids_PK, log_p_PK)
 
 
 def total_variation(one: TopScores, other: TopScores) -> float:
-    """Return the mean over positions of the least total variation that two distributions with these tops can have."""
+    """Return the least total variation that two distributions with these tops can have, as a mean over positions."""
     return max(_excess(one, other), _excess(other, one))
 
 
 def _excess(one: TopScores, other: TopScores) -> float:
-    """Return the mean mass that `one` puts on its top tokens beyond what `other` may put there."""
+    """Return the mean mass that `one` puts on its top tokens beyond the most that `other` may put there."""
     is_same_PKK = one.ids_PK[:, :, None] == other.ids_PK[:, None, :]
     p_PK, others_p_PK = np.exp(one.log_p_PK), np.exp(other.log_p_PK)
-    # A token outside of a top k has at most the least probability in it.
+    # A token outside the top k has at most the smallest probability inside it.
     most_PK = np.where(
         is_same_PKK.any(axis=2), (is_same_PKK * others_p_PK[:, None, :]).sum(axis=2), others_p_PK.min(axis=1)[:, None]
     )

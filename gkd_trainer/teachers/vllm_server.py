@@ -21,14 +21,14 @@ from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.prompt_scores import (
     TokenSequence,
     TopScores,
+    fully_scored,
     parse_scores,
     sequences_of,
     total_variation,
-    whole,
 )
 from gkd_trainer.types import TokenBatch, TopKSignal
 from gkd_trainer.vllm_answers import CompletionAnswer, Models, Tokens
-from gkd_trainer.vllm_client import VLLMServer, spread
+from gkd_trainer.vllm_client import VLLMServer, call_each
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _SEQUENCES_AT_ONCE = 4
 """Sequences in one request: few enough to be answered soon, enough that the witness costs little."""
 
 _WITNESS_TOKENS = 16
-"""How much of the probe goes with every request."""
+"""How many tokens of the probe go with every request."""
 
 _NOISE = 0.1
 """The largest mean total variation between two scores of one text that is taken for rounding.
@@ -66,28 +66,28 @@ _NEUTRAL_GREEDY = {
 
 
 class VLLMServerTeacher(Teacher):
-    """A model that vLLM serves, asked for its top tokens at temperature 1, whatever it samples with.
+    """A model that vLLM serves, asked for its top tokens at temperature 1, whatever its sampling defaults.
 
-    Its tokenizer must be the student's. A server is recognised by how it scores a fixed text: that text goes with
-    every request, so that a server which comes back with another model is noticed with its first answer.
+    Its tokenizer must be the student's. A server is recognised by its scores of a fixed text, which goes with every
+    request: a server that comes back with another model is noticed at its first answer.
 
     Args:
-        base_url: Where the server listens, such as "http://127.0.0.1:8000"; of several, which must serve the same
-            model, each scores its share of a batch.
-        top_k: How many tokens of each distribution are asked for. vLLM gives up to 20 unless it was started with a
+        base_url: Where the server listens, such as "http://127.0.0.1:8000"; several
+            servers must serve the same model, and each scores its share of a batch.
+        top_k: How many tokens of each distribution to ask for. vLLM gives up to 20 unless it was started with a
             larger `--max-logprobs`.
         model: The name under which the model is served; by default the first that the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
-        server_timeout: Seconds for which a server that can't be reached is tried again.
+        server_timeout: Seconds for which to retry a server that can't be reached.
         request_timeout: Seconds within which one request must be answered in full.
         checks: Whether `prepare` compares the server's tokenizer with the student's, its greedy token with its
             scores, its scores with those of a second request, and with `local_copy`'s.
-        local_copy: The teacher's model in this process, of the dtype that the server runs in, which `prepare`
-            compares the server with and then lets go. The mean total variation of their distributions may be 0.01
-            in float32 and 0.1 in other dtypes.
+        local_copy: The teacher's model in this process, of the dtype that the server runs in, with which
+            `prepare` compares the server, and which it then lets go. The mean total variation of their distributions
+            may be 0.01 in float32 and 0.1 in other dtypes.
 
-    vLLM makes text of the candidates, which nobody reads here: a server started with `--skip-tokenizer-init` does not,
-    but has no tokenizer to compare.
+    vLLM decodes the candidates to text, which is not read here: a server started with `--skip-tokenizer-init` does not,
+    but then has no tokenizer to compare.
     """
 
     def __init__(
@@ -123,12 +123,12 @@ class VLLMServerTeacher(Teacher):
     def score(self, batch: TokenBatch) -> TopKSignal:
         """Return the top tokens for the positions where the batch is scored, the most probable first.
 
-        Packed sequences, whose `position_ids` begin anew, are scored each for itself.
+        Packed sequences, whose `position_ids` start again, are scored one by one.
 
         Raises:
-            GKDServerError: A server did not answer as it must after all retries, or serves another model than before.
+            GKDServerError: A server gave no valid answer after all retries, or serves another model than before.
             GKDTeacherError: A sequence is longer than a server takes.
-            GKDDataError: A token is trained on that no distribution stands before: padding, or a sequence's first.
+            GKDDataError: A token is trained on that has no distribution: padding, or the first of a sequence.
         """
         sequences = sequences_of(batch)
         self._refuse_longer(max((len(sequence.token_ids) for sequence in sequences), default=0))
@@ -136,7 +136,7 @@ class VLLMServerTeacher(Teacher):
         groups = [sequences[start : start + size] for start in range(0, len(sequences), size or 1)]
         if self._vocabulary is None:
             raise RuntimeError("VLLMServerTeacher.score was called before prepare(device, tokenizer)")
-        answers = spread(self._servers, groups, self._score, first=self._turn)
+        answers = call_each(self._servers, groups, self._score, first=self._turn)
         self._turn = (self._turn + len(groups)) % len(self._servers)
         nothing = TopScores(np.empty((0, self._top_k), np.int64), np.empty((0, self._top_k)))
         scores = [nothing, *chain.from_iterable(answers)]
@@ -186,7 +186,7 @@ class VLLMServerTeacher(Teacher):
         """Find out what the servers serve, check it, and record how they score a fixed text.
 
         Raises:
-            GKDServerError: A server can't be reached, or does not answer as it must after all retries.
+            GKDServerError: A server can't be reached, or gives no valid answer after all retries.
             GKDTeacherError: A check failed, `top_k` or `max_length` is more than a server gives or takes, or there is
                 no tokenizer.
         """
@@ -202,8 +202,8 @@ class VLLMServerTeacher(Teacher):
         text = _PROBE + "".join(tokenizer.all_special_tokens)
         probe_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = min(served.max_model_len for served in self._served.values()) - 2
-        probe = whole(probe_ids[:room])
-        self._witness = whole(probe.token_ids[:_WITNESS_TOKENS])
+        probe = fully_scored(probe_ids[:room])
+        self._witness = fully_scored(probe.token_ids[:_WITNESS_TOKENS])
         self._record = None
         for server in self._servers:
             if self._checks:
@@ -267,7 +267,7 @@ class VLLMServerTeacher(Teacher):
         assert self._record is not None
         distance = total_variation(self._record, seen)
         if distance > _NOISE:
-            # No ValueError: asking again would only hide that other answers came from another model.
+            # Not a ValueError: a retry would only hide that earlier answers came from another model.
             raise GKDServerError(
                 f"the vLLM server at {server.base_url} serves another model than at the start: its scores of a fixed "
                 f"text moved by {distance:.2f} (mean total variation; rounding explains at most {_NOISE}). Start it "
@@ -315,9 +315,9 @@ class VLLMServerTeacher(Teacher):
             )
 
     def _check_scores(self, server: VLLMServer, probe: TokenSequence) -> TopScores:
-        """Return the scores of the probe after they were compared with what they must agree with."""
+        """Return the scores of the probe, compared with a second request, the greedy token and the local copy."""
         first, token = self._first_scores(server, probe)
-        longer = whole([*probe.token_ids, token])
+        longer = fully_scored([*probe.token_ids, token])
         parse = partial(parse_scores, asked=[longer], top_k=self._top_k)
         [second] = server.post("/v1/completions", self._body(server, [longer]), parse)
         distance = total_variation(first, second.first(len(first.ids_PK)))

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.effects import Run
+from gkd_trainer.config_checks import check_loss_temperature
+from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import (
-    base_model,
     find_tokenizer,
     load_student,
     name_of,
@@ -31,7 +31,9 @@ from gkd_trainer.models.loading import (
     wrap_in_adapter,
 )
 from gkd_trainer.redaction import redacted
-from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+from gkd_trainer.rollouts.build import refuse_encoder_decoder
+from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.trainer.preparation import pad_token_id
 
 logger = logging.getLogger(__name__)
@@ -85,7 +87,7 @@ def construct(
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
     model = _given_student(arguments["model"], arguments["model_init"])
     trusts = getattr(config, "trust_remote_code", False)
-    teacher = build_teacher(config, teacher, teacher_model, trusts)
+    teacher = build_teacher(config, teacher=teacher, teacher_model=teacher_model, trust_remote_code=trusts)
     _refuse_teacher(teacher, model, config)
     run = Run(
         config,
@@ -93,6 +95,7 @@ def construct(
         loads_student=isinstance(model, str),
         builds_rollouts=builds_rollouts,
     )
+    check_loss_temperature(run)
     processing_class = arguments["processing_class"]
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
@@ -107,7 +110,7 @@ def construct(
         if isinstance(model, str):
             model = load_student(model, getattr(config, "model_init_kwargs", None), trusts)
         if model is not None:
-            own["model"] = adapted(model, adapter, config.gradient_checkpointing)
+            own["model"] = adapted(model, adapter, checkpoints_activations(config))
         if arguments["data_collator"] is None:
             own["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=pad_token_id(processing_class))
     else:
@@ -145,18 +148,12 @@ def _given_student(model: Any, model_init: object) -> Any:
 
 
 def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
-    if teacher.model is not None and teacher.model is model:
+    if teacher.is_local and teacher.model is model:
         raise GKDTeacherError("teacher and student are the same object: freezing the one would freeze the other")
-    if config.seq_kd and not getattr(teacher.model, "can_generate", lambda: False)():
+    if config.seq_kd and not teacher.can_generate:
         raise GKDTeacherError(
             "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
             "process as teacher_model, or set seq_kd=False"
-        )
-    if teacher.top_k is not None and config.loss_temperature != 1:
-        raise GKDConfigError(
-            f"loss_temperature={config.loss_temperature} can't be applied to the teacher's {teacher.top_k} "
-            "top tokens: their log-probs are at temperature 1, and how the rest would change is not known. Set it "
-            "to 1, or use a teacher in this process without top_k"
         )
 
 
@@ -204,7 +201,10 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     foreign = [
         field.name
         for field in dataclasses.fields(args)
-        if field.name in given and field.name not in known and given[field.name] not in (defaults[field.name], None)
+        if field.name in given
+        and field.name not in known
+        and given[field.name] not in (defaults[field.name], None)
+        and not (field.name == "loss_type" and given[field.name] in DEFAULT_LOSSES)
     ]
     if foreign:
         raise GKDConfigError(
@@ -250,67 +250,11 @@ def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any
     return accepted
 
 
-def build_teacher(args: Any, teacher: Teacher | None, teacher_model: Any, trust_remote_code: bool) -> Teacher:
-    """Return the one teacher that was given, as an object, a model, a name or path, or the address of its servers.
-
-    Raises GKDTeacherError where there is none, or more than one.
-    """
-    name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
-    init_kwargs = args.teacher_model_init_kwargs
-    if isinstance(teacher_model, Teacher):
-        raise GKDTeacherError(f"teacher_model is a {type(teacher_model).__name__}: pass a Teacher as teacher")
-    if teacher is None and teacher_model is None and name is None and urls is None:
-        raise GKDTeacherError(
-            "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
-            "args.teacher_model_name_or_path or args.teacher_server_base_url"
-        )
-    if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
-        raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
-    given = teacher_model if teacher_model is not None else teacher
-    if given is not None and name is not None and not _is_named(given, name):
-        raise GKDTeacherError(
-            f"got a teacher and args.teacher_model_name_or_path={name!r}, which the teacher was not loaded from: keep "
-            "the one that is to teach"
-        )
-    source = teacher_model if teacher_model is not None else name
-    if teacher is None and isinstance(source, str | os.PathLike):
-        options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-        return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
-    if init_kwargs is not None:
-        raise GKDTeacherError(
-            "teacher_model_init_kwargs load a teacher by name, but the teacher given is loaded already: drop them, or "
-            "pass the teacher's name"
-        )
-    if teacher is not None:
-        if top_k is not None:
-            raise GKDTeacherError(
-                "teacher_top_k is set for a teacher that is given as an object: pass it top_k instead"
-            )
-        return teacher
-    if teacher_model is not None:
-        return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
-    return VLLMServerTeacher(
-        urls,
-        **({} if top_k is None else {"top_k": top_k}),
-        api_token=args.teacher_server_api_token,
-        server_timeout=args.vllm_server_timeout,
-        request_timeout=args.vllm_request_timeout,
-        checks=args.teacher_server_checks,
-    )
-
-
-def _is_named(teacher: Any, name: str) -> bool:
-    if not isinstance(teacher, str | os.PathLike):
-        teacher = name_of(teacher.model if isinstance(teacher, Teacher) else teacher)
-    given, named = Path(teacher), Path(name)
-    return given == named or (given.exists() and named.exists() and given.samefile(named))
-
-
 def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:
     """Log the options that were set and have no effect, each with what it needs."""
     if options:
         listed = "; ".join(f"{name}={redacted(getattr(args, name), name)!r} needs {need}" for name, need in options)
-        logger.warning("Options without effect in this run: %s.", listed)
+        logger.warning("These options have no effect in this run: %s.", listed)
 
 
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:
@@ -324,11 +268,7 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
-    if peft_config is not None and getattr(peft_config, "is_prompt_learning", False):
-        raise GKDConfigError(
-            f"{type(peft_config).__name__} learns virtual tokens that the teacher does not see: use an adapter that "
-            "changes weights, such as peft.LoraConfig"
-        )
+    refuse_prompt_learning(peft_config)
 
 
 def refuse_data_parallel(args: Any) -> None:
@@ -373,14 +313,18 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         GKDConfigError: It is an encoder-decoder, its adapter adds virtual tokens, or it is trained and all frozen.
         GKDTeacherError: It shares weights with the teacher.
     """
-    student = base_model(model)
-    if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
-        raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
+    refuse_encoder_decoder(model)
     refuse_prompt_learning(model)
-    if teacher.model is not None and not {*map(id, teacher.model.parameters())}.isdisjoint(map(id, model.parameters())):
+    if not teacher.shares_weights and _have_weights_in_common(teacher.model, model):
         raise GKDTeacherError(
             "the teacher shares weights with the student, which freezing the teacher froze too: load the teacher "
             "separately"
         )
     if is_trained:
         refuse_frozen(model)
+
+
+def _have_weights_in_common(teacher: nn.Module | None, student: nn.Module) -> bool:
+    if teacher is None:
+        return False
+    return not {*map(id, teacher.parameters())}.isdisjoint(map(id, student.parameters()))

@@ -118,7 +118,7 @@ def run_student(
     tokens, outputs = compare(model, batch, head, comparison, **forward_kwargs)
     loss_sum = (tokens.values_N if tokens.loss_N is None else tokens.loss_N).sum()
     # Nothing to train on leaves the sum empty: it stays connected to the head too, for DDP.
-    if len(batch.rows_N) == 0 or (isinstance(head, SeparableHead) and head.is_sharded):
+    if batch.n_scored == 0 or (isinstance(head, SeparableHead) and head.is_sharded):
         loss_sum = loss_sum + connection(outputs)
     router_loss = router_loss_of(outputs) if coefficient else None
     return StudentOutput(

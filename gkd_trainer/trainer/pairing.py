@@ -20,7 +20,7 @@ from gkd_trainer.models.heads import (
     find_context,
     find_head,
     output_embeddings,
-    vocabulary_rows,
+    vocabulary_size,
 )
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.teachers import Teacher, shared_vocabulary_size
@@ -88,7 +88,7 @@ def pair(
     """
     _require_equal_teachers(teacher, ranks)
     vocab_size = shared_vocabulary_size(
-        vocabulary_rows(base_model(model)),
+        vocabulary_size(base_model(model)),
         teacher.vocab_size,
         None if tokenizer is None else tokenizer.get_vocab(),
         teacher.vocabulary,
@@ -125,14 +125,6 @@ def fitted_into(shorter: OwnedContext | None, args: Args) -> Args:
     fitted = copy.copy(args)
     fitted.shorten(limit)
     return fitted
-
-
-def sampled_vocab_size(vocab_size: int, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return how many of the first tokens may be sampled.
-
-    Heads of equal size are compared with their padding rows, which no token may be sampled from.
-    """
-    return vocab_size if tokenizer is None else min(vocab_size, max(tokenizer.get_vocab().values()) + 1)
 
 
 def _find_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableHead | InseparableHead:

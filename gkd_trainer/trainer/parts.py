@@ -6,15 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
-from gkd_trainer.models.heads import vocabulary_rows
+from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_token_ids
 from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.rollouts.build import build_student_engine, build_teacher_engine, stop_ids_of
+from gkd_trainer.rollouts.build import (
+    build_student_engine,
+    build_teacher_engine,
+    find_stop_ids,
+    sampled_vocabulary_size,
+)
 from gkd_trainer.teachers import Teacher
-from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, sampled_vocab_size, shorter_context
+from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
@@ -65,14 +71,24 @@ def build_parts(
     teacher.prepare(args.device, tokenizer, args.max_length)
     pairing = pair(model, teacher, tokenizer, ranks, is_compiled=args.torch_compile)
     recovery = Recovery(ranks, restarts_without_memory=args.auto_find_batch_size, saves_only_model=args.save_only_model)
-    stop_ids, pad_id = stop_ids_of(student, tokenizer), pad_token_id(processing_class)
+    stop_ids, pad_id = find_stop_ids(student, tokenizer), pad_token_id(processing_class)
     ids: dict[str, Any] = {
         "stop_ids": stop_ids,
         "pad_token_id": pad_id,
-        "vocab_size": sampled_vocab_size(pairing.vocab_size, tokenizer),
+        "vocab_size": sampled_vocabulary_size(pairing.vocab_size, None if tokenizer is None else tokenizer.get_vocab()),
     }
     if rollouts is None:
-        rollouts = build_student_engine(args, model, sharding=ranks.sharding, rank=ranks.index, **ids)
+        rollouts = build_student_engine(
+            args,
+            model,
+            rank=ranks.index,
+            is_sharded=ranks.sharding is not None,
+            fsdp_version={"fsdp1": 1, "fsdp2": 2}.get(ranks.sharding or ""),
+            # The numerics that the loss sees.
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            trust_remote_code=getattr(args, "trust_remote_code", False),
+            **ids,
+        )
     queue = RolloutQueue(
         rollouts,
         build_teacher_engine(args, teacher.model, **ids) if args.seq_kd and teacher.model is not None else None,
@@ -83,7 +99,7 @@ def build_parts(
         pad_token_id=pad_id,
         media_ids=media_token_ids(student),
     )
-    rows = vocabulary_rows(student)
+    rows = vocabulary_size(student)
     preparation = Preparation(
         args,
         tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import repeat
@@ -12,10 +13,12 @@ import torch
 from trl import pack_dataset
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.data import KeepPrompts, RowRules, keeping_labels, prepare_dataset
+from gkd_trainer.data import KeepSideTensors, RowRules, keeping_labels, prepare_dataset
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.pairing import OwnedContext
-from gkd_trainer.types import PROMPT_IDS, prompt_length
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY, prompt_length
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Preparation:
         if not is_training and self.has_ranks and not hasattr(dataset, "__len__"):
             # Without a length, ranks fill up their last batch with samples that would be counted twice.
             dataset = list(dataset)
-        return self._packed(dataset, is_training)
+        return self._packed(dataset, name, is_training)
 
     def _rules(self, is_training: bool) -> RowRules:
         args = self.args
@@ -78,13 +81,15 @@ class Preparation:
             vocab_size=self.vocab_size,
         )
 
-    def _packed(self, dataset: Any, is_training: bool) -> Any:
+    def _packed(self, dataset: Any, name: str, is_training: bool) -> Any:
         args: Any = self.args  # of trl.SFTConfig
         packs = getattr(args, "packing", False)
         if not is_training and getattr(args, "eval_packing", None) is not None:
             packs = args.eval_packing
         if not packs:
             return dataset
+        if ROW_KEY in (dataset.column_names or ()):
+            logger.warning("%s: packing joins rows, so that no row has its %s any more: it is dropped", name, ROW_KEY)
         return pack_dataset(dataset.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
 
 
@@ -129,10 +134,10 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
 
 
-def keeping_columns(collator: Any, *, keeps_prompts: bool) -> Any:
-    """Return a collator that keeps the labels of rows, and their prompts if wanted, whatever it does itself."""
+def keeping_columns(collator: Any) -> Any:
+    """Return a collator that keeps the labels of rows and their side tensors, whatever it does itself."""
     collator = keeping_labels(collator)
-    return KeepPrompts(collator) if keeps_prompts and not isinstance(collator, KeepPrompts) else collator
+    return collator if isinstance(collator, KeepSideTensors) else KeepSideTensors(collator)
 
 
 def require_labels(inputs: Mapping[str, Any]) -> None:

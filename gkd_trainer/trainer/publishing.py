@@ -16,7 +16,8 @@ from transformers.modelcard import TrainingSummary
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.models.loading import base_model, name_of
 from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, with_adapter
-from gkd_trainer.teachers import Teacher, VLLMServerTeacher
+from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers.description import describe
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +64,18 @@ def write_card(
         teacher: What it was distilled from.
         dataset: What it was trained on, if anything.
     """
-    served = teacher if isinstance(teacher, VLLMServerTeacher) else None
-    teacher_name = name_of(teacher.model) if served is None else served.model_name
-    adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+    described = describe(teacher)
     card = distillation_card(
         summary,
         args=args,
         student=name_of(base_model(model)) or type(base_model(model)).__name__,
-        teacher=teacher_name or type(teacher.model or teacher).__name__,
-        teacher_urls=() if served is None else served.base_urls,
-        teacher_top_k=teacher.top_k,
-        adapter=adapter,
+        teacher=described.name,
+        teacher_urls=described.base_urls,
+        teacher_top_k=described.top_k,
+        adapter=model.active_peft_config if isinstance(model, PeftModel) else None,
         n_rows=len(dataset) if hasattr(dataset, "__len__") else None,
     )
-    if adapter is not None:
+    if isinstance(model, PeftModel):
         card = with_adapter(card, model, str(path.parent))
     card.save(path)
 

@@ -21,7 +21,7 @@ from gkd_trainer.rollouts import (
     WindowPlan,
     WindowRollout,
     complete_greedily,
-    done,
+    completed_future,
     generate_jobs,
     has_prompts_alone,
     lmbda_at,
@@ -112,7 +112,7 @@ class RolloutQueue:
         block = self._block
         if block is None:
             return None
-        self._raise_failure(block.of_student.exception())
+        self._raise_failure(block.student_completions.exception())
         if self._background is not None and self._ahead is None:
             plans = self._plans(epoch.later(), block.next_step)
             self._ahead = self._generated(plans, student, timer, self._background)
@@ -163,18 +163,18 @@ class RolloutQueue:
 
     def wait(self) -> None:
         """Wait until no rollouts are under way: weights must not change below them."""
-        self._raise_failure(next(filter(None, [block.of_student.exception() for block in self._blocks]), None))
+        self._raise_failure(next(filter(None, [block.student_completions.exception() for block in self._blocks]), None))
 
     def drop(self) -> None:
         """Forget all blocks, once none is under way, and what the engine was given."""
         for block in self._blocks:
-            block.of_student.exception()  # waits
+            block.student_completions.exception()  # waits
         self._block = self._ahead = None
         self._synced_version = None
 
     def state(self, step: int) -> list[dict[str, Any]]:
         """Return what a checkpoint of that step has to keep: completions that are not trained on yet."""
-        failed = any(block.of_student.exception() is not None for block in self._blocks)
+        failed = any(block.student_completions.exception() is not None for block in self._blocks)
         if self._ranks.any(failed):  # they are generated again after resuming
             return []
         states = [block.state(step) for block in self._blocks]
@@ -231,16 +231,16 @@ class RolloutQueue:
         student_jobs = [plan.student_jobs for plan in plans]
         with self.synced(student, timer) as engine:
             if background is not None:
-                of_student = background.submit(generate_jobs, student_jobs, sampling, engine)
+                student_completions = background.submit(generate_jobs, student_jobs, sampling, engine)
             else:
-                of_student = done(generate_jobs(student_jobs, sampling, engine))
-            of_teacher: Completions = [[] for _ in plans]
+                student_completions = completed_future(generate_jobs(student_jobs, sampling, engine))
+            teacher_completions: Completions = [[] for _ in plans]
             if self._teacher_engine is not None:
                 # It generates by transformers, also where vLLM does for the student.
                 extra = transformers_options(sampling.extra) if self._args.use_vllm else sampling.extra
                 teacher_jobs = [plan.teacher_jobs for plan in plans]
-                of_teacher = generate_jobs(teacher_jobs, replace(sampling, extra=extra), self._teacher_engine)
-        return Block(plans, of_student, of_teacher, student.step)
+                teacher_completions = generate_jobs(teacher_jobs, replace(sampling, extra=extra), self._teacher_engine)
+        return Block(plans, student_completions, teacher_completions, student.step)
 
     def _restore(self, epoch: Epoch, student: CurrentStudent, timer: Timer) -> None:
         states, self._saved = self._saved, []

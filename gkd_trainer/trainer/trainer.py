@@ -20,10 +20,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
+from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
-from gkd_trainer.effects import unused_options
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import logits_of, set_logits
 from gkd_trainer.models.loading import (
@@ -68,7 +69,7 @@ from gkd_trainer.trainer.preparation import (
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
-from gkd_trainer.types import PROMPT_IDS, Generated, TokenBatch, in_columns_of
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY, Generated, TokenBatch, in_columns_of
 
 if TYPE_CHECKING:
 
@@ -171,6 +172,7 @@ class GKDMixin(AnyTrainer):
         self._adapter, self._prepares_rows = made.adapter, made.prepares_rows
         base_init: Callable[..., None] = super().__init__
         base_init(**made.base_arguments)
+        mark_loss_as_scaled(self)
         if model_init is not None and self.processing_class is None:
             self._find_tokenizer()
         self._refuse_unusable(made)
@@ -263,18 +265,18 @@ class GKDMixin(AnyTrainer):
 
     @property
     def data_collator(self) -> Any:
-        """The collator, which keeps labels and prompts whatever it does itself; also one that is set later."""
+        """The collator, which keeps labels and side tensors whatever it does itself; also one that is set later."""
         return self._data_collator
 
     @data_collator.setter
     def data_collator(self, collator: Any) -> None:
         if collator is not None and self._prepares_rows:
-            collator = keeping_columns(collator, keeps_prompts=self._completes_prompts)
+            collator = keeping_columns(collator)
         self._data_collator = collator
 
     @property
     def _completes_prompts(self) -> bool:
-        return bool(self.args.generates or self.args.eval_on_policy)
+        return bool(self.args.generates_anywhere)
 
     @property
     def _student(self) -> CurrentStudent:
@@ -285,8 +287,8 @@ class GKDMixin(AnyTrainer):
         # Kept whatever the student's forward is called with: without labels a collator would take all tokens for them.
         columns = self._signature_columns or []
         own = ["input_ids", "labels"]
-        if self._prepares_rows and self._completes_prompts:
-            own.append(PROMPT_IDS)
+        if self._prepares_rows:
+            own += [ROW_KEY, PROMPT_IDS] if self._completes_prompts else [ROW_KEY]
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -304,7 +306,7 @@ class GKDMixin(AnyTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh student from `model_init`, adapted like one that was passed."""
         model = uncompiled_student(super().call_model_init(trial))
-        model = adapted(model, self._adapter, self.args.gradient_checkpointing)
+        model = adapted(model, self._adapter, checkpoints_activations(self.args))
         self._make_trainable(model)
         return model
 
@@ -322,9 +324,9 @@ class GKDMixin(AnyTrainer):
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+    def set_initial_training_values(self, args: Any, dataloader: Any, *sizes: Any) -> tuple[Any, ...]:
         """Return the lengths of the run, and log at every tenth of it where the configuration leaves that open."""
-        lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)
+        lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader, *sizes)
         if isinstance(args.logging_steps, Unset):  # also that of a run before
             args.logging_steps = Unset(tenth_of(lengths[-1]))
         return lengths
@@ -415,7 +417,7 @@ class GKDMixin(AnyTrainer):
                 GKDTeacherError,
                 "the teacher's scoring of a batch",
                 # A teacher elsewhere may fail one rank alone; one that lives here would make each micro-batch wait.
-                exchanges=self.teacher.model is None,
+                exchanges=not self.teacher.is_local,
             ),
         ):
             teacher = self.teacher.score(batch).sliced(pairing.vocab_size)
@@ -426,14 +428,14 @@ class GKDMixin(AnyTrainer):
         )
         self._record(batch, student.tokens, model.training)
         if num_items_in_batch is None:
-            loss, micro_batches = divided(student.loss_sum, len(batch.rows_N)), 1
+            loss = divided(student.loss_sum, batch.n_scored)
         else:
             # DDP averages gradients over ranks, and with this option the divisor is of all ranks already.
             averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
             loss = divided(student.loss_sum, num_items_in_batch, averaged)
-            micro_batches = self.current_gradient_accumulation_steps
         if student.router_loss is not None:
             self._meter.add_router_loss(student.router_loss.value)
+            micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
             loss = loss + student.router_loss.weighted(loss.device) / micro_batches
         if not return_outputs:
             return loss
@@ -441,16 +443,7 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        sums_BK = sums_by_row(
-            batch.rows_N,
-            batch.is_on_policy_B,
-            divergence_N=result.values_N,
-            student_entropy_N=result.student_entropy_N,
-            teacher_entropy_N=result.teacher_entropy_N,
-            agrees_N=result.agrees_N,
-            teacher_mass_N=result.teacher_mass_N,
-            student_mass_N=result.student_mass_N,
-        )
+        sums_BK = sums_by_row(batch.rows_N, batch.is_on_policy_B, result)
         if not is_training:
             self._evaluation.see(sums_BK)
             return

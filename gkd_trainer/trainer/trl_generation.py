@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from gkd_trainer.compat import checkpoints_activations
 from gkd_trainer.types import IGNORE_INDEX
 
 
@@ -56,7 +57,7 @@ def trl_generation_config(args: Any, model: nn.Module, pad_token_id: int) -> Gen
         top_k=args.top_k,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        use_cache=not args.gradient_checkpointing,
+        use_cache=not checkpoints_activations(args),
         pad_token_id=pad_token_id,
         eos_token_id=getattr(getattr(model, "generation_config", None), "eos_token_id", None),
         **({} if args.use_vllm else args.generation_kwargs or {}),

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY
 from tests.data.templates import CHATS
 
 REWRITING = (
@@ -107,6 +107,44 @@ def test_other_columns_are_kept_and_the_prompts_alone_are_added(byte_level, rule
     assert prepared["messages"][0] == ROWS[0]["messages"]
     off_policy = prepare_dataset(Dataset.from_list(rows), byte_level(), rules())
     assert sorted(off_policy.column_names) == ["id", "input_ids", "labels", "messages"]
+
+
+def keyed(*keys):
+    return [{**row, ROW_KEY: key} for row, key in zip(ROWS, keys, strict=False)]
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list, iterable])
+def test_rows_keep_their_keys_when_others_are_dropped(byte_level, mixing, kind):
+    prepared = prepare_dataset(kind(keyed(10, 11, 12, 13, 14, 15)), byte_level(), mixing)
+    assert [row[ROW_KEY] for row in prepared] == [10, 11, 14]
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_rows_keep_their_keys_whatever_formatting_func_returns(byte_level, rules, num_proc):
+    rows = [{"question": "hello", ROW_KEY: key} for key in (7, 8, 9)]
+
+    def formatted(row):
+        return None if row[ROW_KEY] == 8 else f"{row['question']} there"
+
+    prepared = prepare_dataset(
+        Dataset.from_list(rows), byte_level(), rules(), formatting_func=formatted, num_proc=num_proc
+    )
+    assert prepared[ROW_KEY][:] == [7, 9]
+
+
+def test_keys_of_any_width_become_int64(byte_level, rules):
+    dataset = Dataset.from_list(keyed(1, 2)).cast_column(ROW_KEY, Value("uint8"))
+    prepared = prepare_dataset(dataset, byte_level(), rules())
+    assert prepared.features[ROW_KEY] == Value("int64")
+    assert prepared[ROW_KEY][:] == [1, 2]
+
+
+@pytest.mark.parametrize("value", ["b", None])
+@pytest.mark.parametrize("kind", [list, iterable])
+def test_a_key_that_is_no_integer_is_refused_with_its_row_also_in_a_stream(byte_level, rules, kind, value):
+    rows = [*keyed(10, 11), {**ROWS[4], ROW_KEY: value}]
+    with pytest.raises(GKDDataError, match="eval: row 2: expected an integer of 64 bits as row_key"):
+        list(prepare_dataset(kind(rows), byte_level(), rules(), name="eval"))
 
 
 def test_no_row_left_is_an_error_that_says_what_would_help(byte_level, rules):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from gkd_trainer.data.rows import RowDropped, RowPreparer
+from gkd_trainer.data.rows import RowPreparer
+from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.types import IGNORE_INDEX, prompt_length
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from gkd_trainer.data.rows import RowDropped, RowPreparer
+from gkd_trainer.data.rows import RowPreparer
+from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.types import PROMPT_IDS, prompt_length
 from tests.data.templates import ANSWER, CHATS
 from tests.data.test_turns import trained_runs

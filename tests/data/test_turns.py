@@ -3,12 +3,6 @@
 import dataclasses
 
 import pytest
-from trl.chat_template_utils import (
-    deepseek_r1_distill_chat_template,
-    gptoss_chat_template,
-    qwen2_5_chat_template,
-    qwen3_chat_template,
-)
 
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.data.rows import RowPreparer
@@ -16,6 +10,8 @@ from gkd_trainer.data.turns import encode_spans, turn_labels
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.types import IGNORE_INDEX, prompt_length
 from tests.conftest import CHATML
+from tests.data.templates import trl_template
+from tests.versions import TRL
 
 MARKED = (
     "{% for message in messages %}"
@@ -155,7 +151,7 @@ def test_markers_and_prefixes_give_the_same_ids_and_labels(byte_level, rules, tr
 
 
 def test_a_template_that_trl_can_patch_is_patched(byte_level, rules):
-    tokenizer = byte_level(qwen3_chat_template)
+    tokenizer = byte_level(trl_template("qwen3"))
     _, labels = prepare_one({"messages": CONVERSATION}, tokenizer, rules())
     # The original leaves the reasoning of earlier turns out, and so does not preserve prefixes.
     think = "<think>\n\n</think>\n\n"
@@ -168,15 +164,17 @@ def test_a_template_that_trl_can_patch_is_patched(byte_level, rules):
 @pytest.mark.parametrize(
     ("template", "header", "completion"),
     [
-        (qwen2_5_chat_template, "<|im_start|>assistant\n", "Paris.<|im_end|>"),
-        (gptoss_chat_template, "<|start|>assistant", "<|channel|>final<|message|>Paris.<|return|>"),
+        ("qwen2_5", "<|im_start|>assistant\n", "Paris.<|im_end|>"),
+        ("gptoss", "<|start|>assistant", "<|channel|>final<|message|>Paris.<|return|>"),
         # The generation prompt goes on with "<think>", which this conversation does not have.
-        (deepseek_r1_distill_chat_template, "<｜Assistant｜>", "Paris.<｜end▁of▁sentence｜>"),
+        ("deepseek_r1_distill", "<｜Assistant｜>", "Paris.<｜end▁of▁sentence｜>"),
     ],
     ids=["qwen2.5", "gpt-oss", "deepseek-r1"],
 )
 def test_a_marked_generation_prompt_belongs_to_the_prompt(byte_level, rules, template, header, completion):
-    tokenizer = byte_level(template)
+    if not trl_template(template):
+        pytest.skip(f"TRL {TRL} has no template {template}")
+    tokenizer = byte_level(trl_template(template))
     tokenizer.add_special_tokens({"extra_special_tokens": ["<｜Assistant｜>", "<think>"]})
     ids, labels = prepare_one({"messages": CONVERSATION}, tokenizer, rules())
     assert tokenizer.decode(ids[: prompt_length(labels)]).endswith(header)

@@ -29,7 +29,7 @@ signature = {
     for name in kernel.arg_names
 }
 for kind in sorted(kernels.KINDS):
-    constants = {name: True for name in kernel.arg_names if name.isupper()} | {"KIND": kind, "TILE": 1024}
+    constants = {name: True for name in kernel.arg_names if name.isupper()} | {"KIND": kind, "CHUNK": 1024}
     source = ASTSource(kernel, signature, constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=kernels.LAUNCH)
     assert "ptx" in compiled.asm, kind

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from gkd_trainer.divergence import reference_jsd, triton
-from gkd_trainer.divergence.objective import OPTIONS, Objective
-from gkd_trainer.divergence.rows import RowComparison
+from gkd_trainer.divergence.objective import Objective
+from gkd_trainer.divergence.options import checked_objective
+from gkd_trainer.divergence.rows import LogitsComparison
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 R = 5
@@ -27,7 +28,7 @@ def compare(student_RV, teacher_RV, objective, *, labels_R=None, value_weight_R=
     """Return the fields by name, and the student's rows after the comparison."""
     softcap = options.get("softcap")
     rows_RV = student_RV.to(DEVICE, copy=True)
-    fields = triton.compare_rows(
+    result = triton.compare_rows(
         rows_RV,
         teacher_RV.to(DEVICE),
         *(None if tensor is None else tensor.to(DEVICE) for tensor in (labels_R, value_weight_R, label_weight_R)),
@@ -35,12 +36,9 @@ def compare(student_RV, teacher_RV, objective, *, labels_R=None, value_weight_R=
         kind=objective.kind,
         is_tempered=objective.temperature != 1,
         is_capped=softcap is not None,
-        tile=64,
+        chunk=64,
     )
-    names = RowComparison(objective)(student_RV, teacher_RV)._fields
-    return {
-        name: None if field is None else field.cpu() for name, field in zip(names, fields, strict=True)
-    }, rows_RV.cpu()
+    return {name: None if field is None else field.cpu() for name, field in vars(result).items()}, rows_RV.cpu()
 
 
 def assert_close_in_norm(actual, expected, *, tolerance):
@@ -66,8 +64,8 @@ def test_values_and_gradient_equal_the_oracle(beta, temperature, V):
     student_RV.requires_grad_()
     expected_R = reference_jsd(student_RV, teacher_RV, beta=beta, temperature=temperature)
     cross_entropy_R = functional.cross_entropy(student_RV.double(), labels_R, reduction="none")
-    torch.testing.assert_close(fields["values_R"].double(), expected_R, rtol=1e-5, atol=2e-6 * (beta * (1 - beta) or 1))
-    torch.testing.assert_close(fields["cross_entropy_R"].double(), cross_entropy_R, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fields["values_N"].double(), expected_R, rtol=1e-5, atol=2e-6 * (beta * (1 - beta) or 1))
+    torch.testing.assert_close(fields["cross_entropy_N"].double(), cross_entropy_R, rtol=1e-5, atol=1e-6)
     (expected_RV,) = torch.autograd.grad(
         (value_weight_R * expected_R + label_weight_R * cross_entropy_R).sum(), student_RV
     )
@@ -104,8 +102,8 @@ def test_every_field_equals_that_of_plain_torch_on_broken_rows_too(beta, softcap
         student_RV = student_RV.clamp(-20, 20)
     actual, gradient_RV = compare(student_RV, teacher_RV, objective, softcap=softcap, **weights)
     labels_R = weights.pop("labels_R")
-    expected = RowComparison(objective, softcap)(student_RV, teacher_RV, labels_R, **weights)
-    for name, expected_R in expected._asdict().items():
+    expected = LogitsComparison(objective, softcap)(student_RV, (teacher_RV,), labels_R, **weights)
+    for name, expected_R in vars(expected).items():
         torch.testing.assert_close(actual[name], expected_R, rtol=1e-5, atol=2e-6, equal_nan=True, msg=name)
     torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
 
@@ -114,7 +112,7 @@ def test_without_weights_the_logits_stay_as_they_are():
     student_RV, teacher_RV = pair(150)
     fields, rows_RV = compare(student_RV, teacher_RV, Objective(beta=0.5))
     assert torch.equal(rows_RV, student_RV)
-    assert fields["cross_entropy_R"] is None
+    assert fields["cross_entropy_N"] is None
 
 
 def test_rows_of_a_wider_tensor_are_read_and_written_at_their_stride():
@@ -134,10 +132,10 @@ def test_rows_of_a_wider_tensor_are_read_and_written_at_their_stride():
 def test_the_other_divergences_equal_plain_torch(kind):
     student_RV, teacher_RV = pair(150)
     student_RV[0, :9] = teacher_RV[0, 3:20] = -math.inf
-    objective = Objective(divergence=kind, options=tuple(OPTIONS[kind].values()))
+    objective = checked_objective(kind)
     actual, gradient_RV = compare(student_RV, teacher_RV, objective, value_weight_R=torch.ones(R))
-    expected = RowComparison(objective)(student_RV, teacher_RV, value_weight_R=torch.ones(R))
-    torch.testing.assert_close(actual["values_R"], expected.values_R, rtol=1e-5, atol=2e-6)
+    expected = LogitsComparison(objective)(student_RV, (teacher_RV,), value_weight_R=torch.ones(R))
+    torch.testing.assert_close(actual["values_N"], expected.values_N, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
 
 
@@ -175,9 +173,10 @@ def test_the_kernel_is_launched_on_the_device_of_its_rows(monkeypatch):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_rows_on_another_device_than_the_current_one_are_compared_there():
     student_RV, teacher_RV = pair(150)
-    expected = RowComparison(Objective(beta=0.5))(student_RV, teacher_RV, value_weight_R=torch.ones(R))
-    pair_RV = [tensor.to("cuda:1") for tensor in pair(150)]
+    expected = LogitsComparison(Objective(beta=0.5))(student_RV, (teacher_RV,), value_weight_R=torch.ones(R))
+    student_on_1_RV, teacher_on_1_RV = (tensor.to("cuda:1") for tensor in pair(150))
+    weight_R = torch.ones(R, device="cuda:1")
     with torch.cuda.device(0):
-        actual = RowComparison(Objective(beta=0.5))(*pair_RV, value_weight_R=torch.ones(R, device="cuda:1"))
-    torch.testing.assert_close(actual.values_R.cpu(), expected.values_R)
-    torch.testing.assert_close(pair_RV[0].cpu(), student_RV, rtol=2e-5, atol=2e-6)
+        actual = LogitsComparison(Objective(beta=0.5))(student_on_1_RV, (teacher_on_1_RV,), value_weight_R=weight_R)
+    torch.testing.assert_close(actual.values_N.cpu(), expected.values_N)
+    torch.testing.assert_close(student_on_1_RV.cpu(), student_RV, rtol=2e-5, atol=2e-6)

@@ -1,6 +1,7 @@
 """A causal LM taken apart: the head found is the model's, or the model is asked for its logits."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,
     FalconConfig,
@@ -29,11 +31,13 @@ from transformers import (
 from gkd_trainer.models.heads import (
     InseparableHead,
     SeparableHead,
+    compare,
     find_context,
     find_head,
     predict,
-    vocabulary_rows,
+    vocabulary_size,
 )
+from gkd_trainer.teachers import FrozenTeacher
 from gkd_trainer.types import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"]
@@ -52,6 +56,20 @@ def padded_batch(vocab=368):
 
 def model_logits(model, batch):
     return model(**batch.model_inputs).logits[batch.is_scored_BL]
+
+
+class Selections(TorchDispatchMode):
+    """Counts the operations whose number of results depends on values, for which a GPU has to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.nonzeros = self.masks = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.nonzeros += func is torch.ops.aten.nonzero.default
+        if func is torch.ops.aten.index.Tensor:
+            self.masks += any(index is not None and index.dtype == torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
 
 
 class UnknownScale(LlamaForCausalLM):
@@ -296,13 +314,13 @@ def test_forward_options_reach_the_model(tiny_model):
 def test_the_rows_of_a_plain_head_count_its_padding(tiny_model):
     model = tiny_model()
     model.lm_head = nn.Linear(32, 384, bias=False)
-    assert vocabulary_rows(model) == 384
+    assert vocabulary_size(model) == 384
 
 
 def test_the_rows_of_another_head_are_those_of_the_config(tiny_model):
     model = tiny_model()
     model.lm_head = OwnLinear(32, 11, bias=False)  # packed, as quantised weights are
-    assert vocabulary_rows(model) == 368
+    assert vocabulary_size(model) == 368
 
 
 def test_model_that_wants_more_than_ids_and_mask_is_asked_for_its_logits(tiny_model):
@@ -376,3 +394,25 @@ def test_rotary_embeddings_can_be_scaled_and_learned_ones_can_not():
 
 def test_a_model_without_a_config_has_no_context_to_fit_into():
     assert find_context(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("is_separable", [True, False])
+def test_the_positions_of_a_batch_are_found_once_for_the_teacher_the_student_and_the_targets(tiny_model, is_separable):
+    student, teacher = tiny_model().eval(), FrozenTeacher(tiny_model(seed=1), top_k=None if is_separable else 5)
+    teacher.prepare(torch.device("cpu"))
+    head = find_head(student) if is_separable else InseparableHead("for the test")
+    batch = padded_batch()
+    with Selections() as selections:
+        teacher.score(batch)
+        compare(student, batch, head, lambda signal: (signal, batch.targets_N, batch.is_on_policy_B[batch.rows_N]))
+    assert selections.nonzeros == 1
+    assert selections.masks == 0
+
+
+@pytest.mark.parametrize("is_separable", [True, False])
+def test_where_labels_are_not_shifted_the_predictions_are_those_of_the_labels_own_positions(tiny_model, is_separable):
+    model, batch = tiny_model().eval(), replace(padded_batch(), label_offset=0)
+    head = find_head(model) if is_separable else InseparableHead("for the test")
+    signal, _ = predict(model, batch, head)
+    logits_NV = signal.head.logits(signal.hidden_NH) if is_separable else signal.logits_NV
+    torch.testing.assert_close(logits_NV, model(**batch.model_inputs).logits[batch.labels_BL != IGNORE_INDEX])

@@ -6,7 +6,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_m
 from torch import nn
 from transformers import MptConfig, MptForCausalLM
 
-from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import (
     base_model,
     disable_dropout,
@@ -114,6 +114,21 @@ def test_prompt_learning_is_refused_by_name(tiny_model):
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
     with pytest.raises(GKDConfigError, match=r"'default' is PromptTuningConfig.*such as peft\.LoraConfig"):
         refuse_prompt_learning(get_peft_model(tiny_model(), config))
+
+
+def test_prompt_learning_is_refused_before_a_model_gets_it():
+    message = "^PromptTuningConfig learns virtual tokens that the teacher does not see: use an adapter that changes"
+    with pytest.raises(GKDConfigError, match=message):
+        refuse_prompt_learning(PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    refuse_prompt_learning(LoraConfig(target_modules=["q_proj"]))
+    refuse_prompt_learning(None)
+
+
+def test_prompt_learning_of_the_teacher_is_an_error_of_the_teacher(tiny_model):
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    message = "the teacher's adapter 'default' is PromptTuningConfig, which learns .* that the student does not see"
+    with pytest.raises(GKDTeacherError, match=message):
+        refuse_prompt_learning(get_peft_model(tiny_model(), config), "teacher")
 
 
 def test_adapters_that_change_weights_are_taken(tiny_model):

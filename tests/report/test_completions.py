@@ -1,4 +1,4 @@
-"""Completions for people to read: printed as they are, and sent to the trackers that are on."""
+"""Completions for people to read: printed as they are, and sent to the active trackers."""
 
 import io
 import sys
@@ -105,7 +105,7 @@ def test_wandb_gets_a_table_only_while_a_run_is_active(monkeypatch, is_running):
     send_completions(ROWS, 7, [])
     columns = ["generated_by", "prompt", "completion", "is_finished"]
     data = [[row.generated_by, row.prompt, row.completion, row.is_finished] for row in ROWS]
-    # Not committed: the metrics of the same step come afterwards.
+    # Not committed: the metrics of the same step follow.
     assert logged == ([({"completions": (columns, data)}, False)] if is_running else [])
 
 

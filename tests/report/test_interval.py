@@ -1,4 +1,4 @@
-"""A run is logged ten times, unless its configuration says otherwise."""
+"""A run is logged ten times unless its configuration says otherwise."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from gkd_trainer.trainer.construction import completed_args
 
 
 def interval(args, max_steps):
-    """The interval that a run takes: a tenth of it where none was chosen, else as Trainer finds it."""
+    """The interval of a run: a tenth of it if none was chosen, else what Trainer computes."""
     if isinstance(args.logging_steps, Unset):
         return tenth_of(max_steps)
     state = TrainerState(max_steps=max_steps)
@@ -53,7 +53,7 @@ def test_other_intervals_do_not_follow_it():
     assert config(logging_steps=20, eval_strategy="steps").eval_steps == 20
 
 
-def test_zero_is_refused_as_ever():
+def test_zero_is_still_refused():
     with pytest.raises(ValueError, match="non-zero --logging_steps"):
         config(logging_steps=0)
 

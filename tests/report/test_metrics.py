@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from gkd_trainer.divergence import TokenDivergence
 from gkd_trainer.report.metrics import (
     SAMPLE_SUMS,
     TOKEN_SUMS,
@@ -22,7 +23,7 @@ MASSES = ("teacher_mass_N", "student_mass_N")
 
 
 def tokens(count, batch_size, seed=0, *, has_top_k=False):
-    """Random per-token quantities of a batch, of which some rows may have no token."""
+    """Random per-token quantities of a batch, in which some samples may have no token."""
     generator = torch.Generator().manual_seed(seed)
     names = QUANTITIES + MASSES if has_top_k else QUANTITIES
     values = {name: torch.rand(count, generator=generator) for name in names}
@@ -35,8 +36,15 @@ def tokens(count, batch_size, seed=0, *, has_top_k=False):
 
 
 def sums_of(batch):
-    options = {key: value for key, value in batch.items() if key not in ("rows_N", "is_on_policy_B")}
-    return sums_by_row(batch["rows_N"], batch["is_on_policy_B"], **options)
+    is_finite_N = torch.ones_like(batch["agrees_N"])
+    result = TokenDivergence(
+        values_N=batch["divergence_N"],
+        cross_entropy_N=None,
+        is_teacher_finite_N=is_finite_N,
+        is_finite_N=is_finite_N,
+        **{name: batch.get(name) for name in ("student_entropy_N", "teacher_entropy_N", "agrees_N", *MASSES)},
+    )
+    return sums_by_row(batch["rows_N"], batch["is_on_policy_B"], result)
 
 
 def row_of(**values):

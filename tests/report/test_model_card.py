@@ -66,12 +66,12 @@ def test_a_card_names_method_models_data_and_options():
         ({"use_vllm": True}, "completions", "by vLLM, at most 128 tokens"),
     ],
 )
-def test_options_are_told_as_they_are(config, name, start):
+def test_options_are_shown_as_they_are(config, name, start):
     assert cell(card(config=config), name).startswith(start)
 
 
 @pytest.mark.parametrize("name", ["β", "cross-entropy weight", "completions"])
-def test_what_has_no_part_in_a_run_is_left_out(name):
+def test_options_without_effect_on_a_run_are_left_out(name):
     text = card(config={"divergence": "total_variation", "lmbda": 0.0})
     assert f"| {name} |" not in str(text)
 
@@ -84,11 +84,11 @@ def test_a_teacher_behind_servers_is_named_without_credentials():
     assert "secret" not in str(text)
 
 
-def test_an_adapter_is_told_with_its_rank():
+def test_an_adapter_is_named_with_its_rank():
     assert cell(card(adapter=LoraConfig(r=7)), "student").endswith("LoRA adapter of rank 7")
 
 
-def test_paths_are_told_by_their_last_part(tmp_path):
+def test_only_the_last_part_of_a_path_is_shown(tmp_path):
     (tmp_path / "student").mkdir()
     text = str(
         card({"dataset": str(tmp_path / "rows.jsonl")}, student=str(tmp_path / "student"), teacher="/no/where/t")

@@ -1,4 +1,4 @@
-"""The table of a notebook, drawn by transformers into a display that is captured."""
+"""The table in a notebook, drawn by transformers into a captured display."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ OURS = {"divergence_on_policy": 0.25, "student_entropy": 2.0, "seconds_rollout":
 
 
 def table(html):
-    """The table's lines as dictionaries."""
+    """The lines of the table as dictionaries."""
     names, *lines = [
         re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in re.findall(r"<tr.*?</tr>", html, re.DOTALL)
     ]
@@ -21,7 +21,7 @@ def table(html):
 
 
 def run(shown, entries, **options):
-    """Call the callbacks as Trainer does for one step an entry, which an evaluation may follow."""
+    """Call the callbacks as Trainer does, with one step per entry, which an evaluation may follow."""
     args = TrainingArguments(output_dir="unused", use_cpu=True, **options)
     state, control = TrainerState(max_steps=len(entries), num_train_epochs=1, epoch=0.0), TrainerControl()
     handler = CallbackHandler([shown.callback()], None, None, None, None)
@@ -53,7 +53,7 @@ def test_a_metric_that_comes_later_gets_its_column_then(shown):
     assert [line.get("Completion Length") for line in lines] == [None, "7.000000", "No Log"]
 
 
-def test_the_line_of_an_evaluation_tells_training_from_validation(shown):
+def test_the_line_of_an_evaluation_distinguishes_training_from_validation(shown):
     metrics = {"eval_loss": 0.75, "eval_student_entropy": 3.0, "eval_runtime": 1.0}
     entries = [({**ENTRY, **OURS}, None), ({**ENTRY, **OURS, "student_entropy": 1.0}, metrics)]
     [line] = run(shown, entries, eval_strategy="steps", eval_steps=2)

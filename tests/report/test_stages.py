@@ -1,11 +1,13 @@
-"""A student from stage to stage: every number in the table, every run and measure in the picture, every sample."""
+"""A student from stage to stage: every number in the table, every run and measure in the plot, every sample."""
 
 import io
+import sys
 
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.report.stages import plot_curves, print_samples, print_stages
 
 STAGES = {
@@ -38,7 +40,7 @@ def test_the_table_has_each_measure_of_each_stage_and_its_caption_below():
 
 def test_samples_stand_at_full_width_below_their_prompt_which_is_printed_once():
     console = recording(width=80)
-    long = "word " * 14 + "end"  # 73 characters: with the margin of 4 just what fits
+    long = "word " * 14 + "end"  # 73 characters: with the margin of 4, exactly what fits
     samples = {"teacher": (long, True), "student, before": ("It is [bold]1[/bold],\n \n\nor [/red] so", False)}
     print_samples("What is [i][0]?", samples, console)
     lines = [line.rstrip() for line in console.export_text().splitlines()][1:]
@@ -63,7 +65,7 @@ def figures(monkeypatch):
     return saved
 
 
-def test_the_picture_draws_each_measure_of_all_runs_on_one_axis(tmp_path, figures):
+def test_the_plot_draws_each_measure_of_all_runs_on_one_axis(tmp_path, figures):
     path = tmp_path / "new" / "stages.png"
     plot_curves(CURVES, path, logarithmic={"forward KL"})
     assert imread(path).std() > 0
@@ -82,9 +84,20 @@ def test_the_picture_draws_each_measure_of_all_runs_on_one_axis(tmp_path, figure
     assert legend == ["off-policy: 1.67", "mixed: 1.91"]
 
 
-def test_a_run_without_a_measurement_leaves_the_picture_whole(tmp_path, figures):
+def test_a_run_without_a_measurement_leaves_the_plot_whole(tmp_path, figures):
     path = tmp_path / "stages.svg"
     plot_curves({"too short": [], "mixed": CURVES["mixed"]}, path)
     assert [len(line.get_xdata()) for line in figures[0].axes[0].lines] == [0, 3]
     plot_curves({}, path)
     assert path.stat().st_size > 0
+
+
+def test_without_matplotlib_the_error_says_what_to_install_and_the_tables_need_none(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        GKDConfigError, match=r'plot_curves needs matplotlib: pip install "gkd-trainer\[plots\]"'
+    ) as error:
+        plot_curves(CURVES, tmp_path / "stages.png")
+    assert isinstance(error.value.__cause__, ImportError)
+    assert not list(tmp_path.iterdir())
+    print_stages(STAGES, "On 8 held-out prompts", console=recording())

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from gkd_trainer.rollouts import Block, Draw, done, plan_window
+from gkd_trainer.rollouts import Block, Draw, completed_future, plan_window
 from gkd_trainer.types import IGNORE_INDEX, Completion
 
 X = IGNORE_INDEX
@@ -45,7 +45,7 @@ def completions_of(plans, mark):
 
 
 def block_of(plans):
-    return Block(list(plans), done(completions_of(plans, 77)), completions_of(plans, 88), weights_step=5)
+    return Block(list(plans), completed_future(completions_of(plans, 77)), completions_of(plans, 88), weights_step=5)
 
 
 def rows_of(window):
@@ -83,6 +83,26 @@ def test_a_block_of_a_checkpoint_is_the_one_that_was_saved():
     generated = [window.generated for window in windows_of(saved)]
     assert [window.generated for window in windows_of(restored)] == generated
     assert {item.completion.is_finished for window in generated for item in window} == {True, False}
+
+
+def test_a_checkpoint_keeps_which_tokens_of_a_completion_are_trained_on():
+    plans = plans_of(WINDOWS[0], lmbda=1.0, teacher_generates=False)
+    completions = [
+        Completion([5, 6, 7], True, is_trained) for is_trained in (None, [True, False, True], [False] * 3, [True] * 3)
+    ]
+    state = json.loads(json.dumps(Block(plans, completed_future([completions]), [[]], weights_step=5).state(5)))
+    assert state["windows"][0]["student"] == [
+        [[5, 6, 7], True],
+        [[5, 6, 7], True, [True, False, True]],
+        [[5, 6, 7], True, [False, False, False]],
+        [[5, 6, 7], True, [True, True, True]],
+    ]
+    [window] = windows_of(Block.restored(state, plans))
+    assert [item.completion for item in window.generated] == completions
+    assert [batch["labels"].tolist() for batch in window.batches] == [
+        [[X, X, 5, 6, 7], [X, 5, X, 7, X]],
+        [[X] * 5, [X, 5, 6, 7, X]],
+    ]
 
 
 def test_what_was_trained_on_is_not_saved_and_the_rest_is():

@@ -18,7 +18,7 @@ from gkd_trainer.rollouts.mixing import (
     sampling_seed,
     with_completions,
 )
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, Completion, Generated
+from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, ROW_KEY, Completion, Generated
 
 X = IGNORE_INDEX
 PAD = 0
@@ -119,8 +119,8 @@ def batch_of(ids, mask, labels, **others):
     }
 
 
-def generated(row, prompt, ids, *, is_finished=True, is_on_policy=True):
-    return {row: Generated(prompt, Completion(ids, is_finished), is_on_policy)}
+def generated(row, prompt, ids, *, is_finished=True, is_on_policy=True, is_trained=None):
+    return {row: Generated(prompt, Completion(ids, is_finished, is_trained), is_on_policy)}
 
 
 RIGHT = batch_of(
@@ -178,6 +178,33 @@ def test_a_completed_sample_has_no_prompt_of_its_own_any_more_and_the_others_kee
     assert prompts_of(mixed) == [[11, 12, 13, 14], [21, 99]]
     assert mixed[PROMPT_IDS].tolist() == [[11, 12, 13, 14], [X] * 4]
     assert prompts_of(inputs) == [[11, 12, 13, 14], [21, 99]]  # the batch before is as it was
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+@pytest.mark.parametrize("is_on_policy", [True, False], ids=["the student's", "the teacher's"])
+def test_a_completed_sample_keeps_its_key(inputs, is_on_policy):
+    inputs = {**inputs, ROW_KEY: torch.tensor([2**60, 5])}
+    mixed = with_completions(inputs, generated(1, [21], [91, 2], is_on_policy=is_on_policy), PAD)
+    assert mixed[ROW_KEY].tolist() == [2**60, 5]
+    assert mixed[IS_ON_POLICY].tolist() == [False, is_on_policy]
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+def test_of_a_completion_those_tokens_are_trained_on_that_it_says(inputs):
+    masks = {"completion_mask": inputs["attention_mask"].clone(), "assistant_masks": inputs["attention_mask"].clone()}
+    completion = generated(1, [21], [91, 92, 93, 2], is_trained=[True, False, False, True])
+    mixed = with_completions({**inputs, **masks}, completion, PAD)
+    assert mixed["input_ids"][1].tolist() == [21, 91, 92, 93, 2]
+    assert mixed["attention_mask"][1].tolist() == [1, 1, 1, 1, 1]
+    assert mixed["labels"].tolist() == [[X, X, 13, 14, 15], [X, 91, X, X, 2]]
+    for name in masks:
+        assert mixed[name].tolist() == [[1, 1, 1, 1, 1], [0, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("is_trained", [None, [True, True]])
+def test_a_completion_that_says_nothing_is_trained_on_as_a_whole(is_trained):
+    mixed = with_completions(RIGHT, generated(0, [11], [8, 9], is_trained=is_trained), PAD)
+    assert mixed["labels"][0].tolist() == [X, 8, 9]
 
 
 @pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])

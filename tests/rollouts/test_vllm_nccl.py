@@ -117,14 +117,14 @@ def test_weights_get_their_name_after_they_were_sent_and_a_new_one_each_time(syn
     loading, first, _, second = names
     assert loading == f"loading:{first}"
     assert first != second
-    assert sync.held_version(sync._servers[0]) == second
+    assert sync.confirmed_version(sync._servers[0]) == second
     fake.held["weight_version"] = first
-    assert sync.held_version(sync._servers[0]) is None
+    assert sync.confirmed_version(sync._servers[0]) is None
 
 
 def test_the_device_is_done_with_the_weights_before_they_are_sent(sync, fake, tiny_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: sync._servers[0].tell("/synchronize", None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: sync._servers[0].post_unread("/synchronize", None))
     sync.send(tiny_model())
     paths = [path for path in fake.paths() if path in ("/synchronize", "/broadcast")]
     assert paths == ["/synchronize", "/broadcast"]
@@ -170,7 +170,7 @@ def test_a_step_of_a_transfer_that_fails_is_not_sent_again(fake, tiny_model, mon
     with pytest.raises(GKDServerError, match=f"{fake.base_url} did not complete POST {failing}, which can't be sent"):
         sync.send(tiny_model())
     assert fake.paths().count(failing) == 1
-    assert sync.held_version(sync._servers[0]) is None
+    assert sync.confirmed_version(sync._servers[0]) is None
 
 
 def test_what_the_transfer_itself_fails_with_is_an_error_of_ours(sync, fake, tiny_model, monkeypatch):
@@ -185,10 +185,10 @@ def test_what_the_transfer_itself_fails_with_is_an_error_of_ours(sync, fake, tin
 def test_another_rank_takes_the_name_that_the_server_holds(sync, fake, tiny_model):
     sync.send(tiny_model())
     other = NCCLSync([client(fake)])
-    other.follow(tiny_model())
-    assert other.held_version(other._servers[0]) == sync._version
+    other.assist(tiny_model())
+    assert other.confirmed_version(other._servers[0]) == sync._version
     fake.held["weight_version"] = "default"
-    assert other.held_version(other._servers[0]) is None
+    assert other.confirmed_version(other._servers[0]) is None
 
 
 def test_a_server_that_lost_the_weights_ends_the_run_with_the_remedy(sync, fake, tiny_model):

@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 import logging
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,6 @@ from peft import LoraConfig
 from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts, vllm_sync
-from gkd_trainer.rollouts.vllm_sync import shared_folder
 from gkd_trainer.types import Sampling
 from tests.models.test_weights import adapted, assert_equal_states, state_of
 from tests.serving import (
@@ -33,10 +31,15 @@ from tests.serving import (
 )
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
+
 SEEDS = [101, 102, 103, 104, 105, 106]
+
 ROWS, VOCABULARY = 368, 360
+
 """The head has rows that are no tokens."""
+
 STOP = 2
+
 COMPLETIONS, VERSION, LOAD = "/v1/completions", "/weight_info", "/collective_rpc"
 
 
@@ -352,22 +355,10 @@ def test_weights_pass_through_the_folder_that_was_named(make, proxy, model, tmp_
     assert greedy(engine) == greedy_of_transformers(model)
 
 
-@pytest.mark.parametrize("url", ["http://10.1.2.3:8000", "http://gpu-node:8000", "http://[2001:db8::1]:8000"])
-def test_a_server_that_may_be_elsewhere_needs_a_folder_that_both_see(url, tmp_path):
-    with pytest.raises(GKDConfigError, match=f"{re.escape(url)} may be on another machine.*set vllm_sync_dir"):
-        shared_folder(None, ["http://localhost:8000", url])
-    assert shared_folder(str(tmp_path), [url]).path.parent == tmp_path
-
-
 def test_credentials_in_a_url_are_not_shown(make):
     with pytest.raises(GKDConfigError, match=r"^http://gpu-node:8000 may be on another machine") as raised:
         make("http://user:s3cret@gpu-node:8000")
     assert "s3cret" not in str(raised.value)
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000"])
-def test_a_server_on_this_machine_needs_none(url):
-    assert shared_folder(None, [url]).path.parent == Path("/dev/shm")
 
 
 # Servers that lose weights
@@ -523,7 +514,7 @@ def test_weights_lost_three_times_in_one_window_are_an_error_that_names_the_serv
 
 def test_weights_of_the_sync_before_are_not_taken_for_the_last_ones(engine, make, student, proxy):
     [server] = engine._servers
-    previous = engine._sync.held_version(server)
+    previous = engine._sync.confirmed_version(server)
     assert previous is not None
     model = student(seed=2)
     engine.sync(model)

@@ -27,6 +27,9 @@ class SpyEngine(RolloutEngine):
     def sync(self, model):
         pass
 
+    def close(self):
+        pass
+
 
 def draw_of(lmbda, granularity="sample", rank=0, world_size=1, batch_size=2, step=5, seed=42):
     return Draw(lmbda, granularity, seed, step, rank, world_size, batch_size)
@@ -47,9 +50,9 @@ PROMPTS = [[10, 1], [11], [20, 1], [21], [30, 1], [31]]
 
 def roll_out(batches, draw, student=None, teacher=None):
     plan = plan_window(batches, draw, teacher_generates=teacher is not None)
-    (of_student,) = generate_jobs([plan.student_jobs], SAMPLING, student or SpyEngine(77))
-    of_teacher = generate_jobs([plan.teacher_jobs], SAMPLING, teacher)[0] if teacher is not None else []
-    return plan.rolled_out(of_student, of_teacher, PAD)
+    (student_completions,) = generate_jobs([plan.student_jobs], SAMPLING, student or SpyEngine(77))
+    teacher_completions = generate_jobs([plan.teacher_jobs], SAMPLING, teacher)[0] if teacher is not None else []
+    return plan.rolled_out(student_completions, teacher_completions, PAD)
 
 
 def test_the_student_generates_once_for_the_whole_window():

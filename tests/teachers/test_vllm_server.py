@@ -318,7 +318,7 @@ WRONG = {
     "a choice twice": (changed(repeat_choice), r"5 prompts were sent, and the choices that came are \[0, 0, 1, 2, 3\]"),
     "another's scores": (changed(exchange_choices), "12 positions were sent, and scores of 15 came"),
     "a scored first token": (changed(score_the_first_token), "the first token of a prompt has scores"),
-    "candidates too few": (changed(drop_candidates), "5 or 6 tokens a position expected, got [23] to"),
+    "candidates too few": (changed(drop_candidates), "5 or 6 tokens per position expected, got [23] to"),
     "an empty position": (changed(null_position), "TypeError"),
     "no scores": (changed(drop_scores), "prompt_logprobs: Input should be a valid list"),
     "a negative id": (changed(negative_id), "a token id is negative: -7"),
@@ -351,7 +351,7 @@ def test_a_missing_score_of_the_prompts_own_token_is_a_wrong_answer(make, proxy)
 
     teacher = make()
     proxy.next(changed(rename_own), times=None, path=SCORES)
-    with pytest.raises(GKDServerError, match="a position has no score of the prompt's own token"):
+    with pytest.raises(GKDServerError, match="a position has no score for the prompt's own token"):
         teacher.score(batch_of_six())
 
 

@@ -73,13 +73,13 @@ def test_teacher_beside_the_name_of_another(make_trainer, tiny_model, tmp_path):
 
 def test_options_without_effect_are_logged_once_with_what_they_need(make_trainer, caplog):
     make_trainer(divergence="skew_kl", beta=0.1, model_init_kwargs={"token": "canary"}, teacher_tail="renormalize")
-    [message] = [record.message for record in caplog.records if "without effect" in record.message]
-    assert message.startswith("Options without effect in this run: beta=0.1 needs divergence='jsd'; ")
+    [message] = [record.message for record in caplog.records if "have no effect" in record.message]
+    assert message.startswith("These options have no effect in this run: beta=0.1 needs divergence='jsd'; ")
     assert "model_init_kwargs={'token': '<TOKEN>'} needs a student given by name" in message
-    assert "teacher_tail='renormalize' needs a teacher that gives its top tokens alone" in message
+    assert "teacher_tail='renormalize' needs a teacher that gives only its top tokens" in message
     caplog.clear()
     make_trainer(lmbda=0.5, beta=0.1, temperature=0.5)
-    assert "without effect" not in caplog.text
+    assert "have no effect" not in caplog.text
 
 
 def test_two_teachers(make_trainer, tiny_model):
@@ -137,7 +137,7 @@ def test_tokenizers_that_differ_are_named(make_trainer, tiny_model, byte_level):
 
 
 def test_a_temperature_that_top_tokens_can_not_take_is_refused(make_trainer, tiny_model):
-    with pytest.raises(GKDConfigError, match=r"loss_temperature=2\.0 can't be applied to the teacher's 5 top tokens"):
+    with pytest.raises(GKDConfigError, match=r"loss_temperature=2\.0 can't be applied to a teacher's top tokens"):
         make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model(), top_k=5)}, loss_temperature=2.0)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.versions import IN_ORDER
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / ".cache" / "deepspeed"
 """Where `make test` puts DeepSpeed: beside the environment, since it is imported wherever it is installed."""
@@ -15,7 +17,7 @@ OPTIONS = {
     "max_steps": 3,
     "save_strategy": "no",
     "learning_rate": 0.1,
-    "train_sampling_strategy": "sequential",
+    **IN_ORDER,
     "per_device_eval_batch_size": 2,
     "max_grad_norm": 0.0,
     "lmbda": 0.5,

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tests.trainer.run import FSDP
+from tests.versions import CHECKPOINTING, IN_ORDER
 
 OPTIONS = {
     "max_steps": 3,
     "save_strategy": "no",
     "learning_rate": 1e-2,
-    "train_sampling_strategy": "sequential",
+    **IN_ORDER,
     "per_device_eval_batch_size": 2,
     "optim": "sgd",
     "max_grad_norm": 0.0,
@@ -28,7 +29,7 @@ def steps(result):
     ("tied", "extra"),
     [
         (True, {"evaluates_first": True}),
-        (False, {"gradient_checkpointing": True}),
+        (False, {CHECKPOINTING: True}),
         (False, {"evaluates_stream": True, "gradient_accumulation_steps": 2, "ce_weight": 0.3, "eval_on_policy": True}),
     ],
     ids=["tied", "untied-checkpointing", "untied-accumulation-cross-entropy"],
@@ -58,7 +59,7 @@ def test_two_ranks_train_and_evaluate_like_one(full_run, tiny_model, tmp_path, t
 @pytest.mark.parametrize(
     ("tied", "extra"),
     [
-        (False, {"gradient_checkpointing": True}),
+        (False, {CHECKPOINTING: True}),
         (True, {"gradient_accumulation_steps": 2, "ce_weight": 0.3}),
         (False, {"is_lora": True}),
     ],

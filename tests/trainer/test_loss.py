@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import TrainerCallback
 
 from gkd_trainer import FrozenTeacher, GKDTrainer
 from gkd_trainer.divergence import reference_jsd
@@ -110,13 +111,13 @@ def test_heads_of_different_padding_are_compared_over_the_tokenizers_vocabulary(
 def accumulated_gradients(make_trainer, tiny_model, batch_size, steps, **options):
     seen = {}
 
-    class Recording(GKDTrainer):
-        def _clip_grad_norm(self, model):
-            seen.update(gradients(self.model))
-            return super()._clip_grad_norm(model)
+    class Recording(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, *, model, **_):
+            seen.update(gradients(model))
 
     trainer = make_trainer(
-        trainer_class=Recording,
+        trainer_args={"callbacks": [Recording()]},
+        max_grad_norm=0.0,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=steps,
         max_steps=1,

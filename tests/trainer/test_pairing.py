@@ -2,14 +2,13 @@
 
 import copy
 import logging
-from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
 
 from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfigError, GKDTeacherError
 from gkd_trainer.models.heads import Context, InseparableHead, SeparableHead
-from gkd_trainer.trainer.pairing import OwnedContext, fitted_into, pair, sampled_vocab_size, shorter_context
+from gkd_trainer.trainer.pairing import OwnedContext, fitted_into, pair, shorter_context
 from gkd_trainer.trainer.ranks import Ranks
 
 
@@ -169,12 +168,3 @@ def test_a_max_length_that_was_chosen_too_long_is_refused():
         "max_length=65 is more than the teacher's context, 64 tokens: set max_length to 64 or less, or scale its "
         "rotary embeddings (rope_parameters in its config)"
     )
-
-
-def test_only_tokens_of_the_tokenizer_may_be_sampled(byte_level):
-    tokenizer = byte_level()
-    assert sampled_vocab_size(400, tokenizer) == 365
-    assert sampled_vocab_size(360, tokenizer) == 360
-    assert sampled_vocab_size(400, None) == 400
-    with_a_gap = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 9})
-    assert sampled_vocab_size(400, with_a_gap) == 10

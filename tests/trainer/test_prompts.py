@@ -10,9 +10,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer import GKDArguments, GKDMixin, GKDTrainer, HFRollouts
+from gkd_trainer.data import unwrapped
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.types import PROMPT_IDS, Completion
 from tests.data.templates import CHATS
+from tests.versions import IN_ORDER
 
 VOCAB = 432
 QUESTIONS = ["hello there", "one two three", "What is the capital of France?", "how are you today?"]
@@ -31,6 +33,9 @@ class Recording(RolloutEngine):
         return [Completion([7, 8, 2], is_finished=True) for _ in prompts]
 
     def sync(self, model):
+        pass
+
+    def close(self):
         pass
 
 
@@ -79,7 +84,7 @@ def train(make_trainer, chat_tokenizer, tiny_model):
             "train_dataset": rows or [{"messages": messages} for messages in conversations(chat)],
             **(trainer_args or {}),
         }
-        defaults = {"lmbda": 1.0, "max_steps": 1, "max_length": 512, "train_sampling_strategy": "sequential"}
+        defaults = {"lmbda": 1.0, "max_steps": 1, "max_length": 512, **IN_ORDER}
         return make_trainer(trainer_class=trainer_class, trainer_args=arguments, **{**defaults, **options}), tokenizer
 
     return make
@@ -132,7 +137,7 @@ def test_prompts_pass_through_trls_trainer(train, config):
         pass
 
     chat = CHATS[THINKS]
-    args = config(SFTOptions, lmbda=1.0, max_steps=1, max_length=512, train_sampling_strategy="sequential")
+    args = config(SFTOptions, lmbda=1.0, max_steps=1, max_length=512, **IN_ORDER)
     rows = Dataset.from_list([{"messages": messages} for messages in conversations(chat)])
     trainer, tokenizer = train(chat, rows, trainer_args={"args": args}, trainer_class=SFT)
     trainer.train()
@@ -180,7 +185,7 @@ def test_off_policy_training_adds_nothing_to_rows_and_batches(train):
     trainer, _ = train(CHATS[THINKS], lmbda=0.0)
     trainer.train()
     assert PROMPT_IDS not in trainer.train_dataset.column_names
-    assert type(trainer.data_collator) is DataCollatorForLanguageModeling
+    assert type(unwrapped(trainer.data_collator)) is DataCollatorForLanguageModeling
     assert PROMPT_IDS not in trainer.batches[0]
 
 

@@ -26,6 +26,7 @@ from gkd_trainer import (
 from gkd_trainer.errors import GKDNumericsError
 from gkd_trainer.trainer.checkpoints import damage
 from gkd_trainer.trainer.recovery import Recovery
+from tests.versions import IN_ORDER
 
 ERRORS = [
     AttributeError("'list' object has no attribute 'get'"),
@@ -215,7 +216,7 @@ def test_a_sample_that_can_not_be_completed_ends_the_run_after_a_checkpoint(make
         lmbda=1.0,
         max_steps=4,
         output_dir=str(tmp_path / "run"),
-        train_sampling_strategy="sequential",
+        **IN_ORDER,
     )
     with pytest.raises(GKDDataError, match=r"position_ids.*count up by one.*checkpoint-3"):
         trainer.train()

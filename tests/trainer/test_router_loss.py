@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from gkd_trainer import GKDArguments, GKDMixin, GKDTrainer
 from gkd_trainer.divergence import reference_jsd
+from tests.versions import IN_ORDER
 
 FAMILIES = ["mixtral", "qwen3_moe"]
 COEFFICIENT = 0.7
@@ -88,18 +90,18 @@ def test_loss_and_gradients_are_those_of_the_divergence_and_the_balancing_loss(m
 def test_a_window_takes_the_mean_of_its_micro_batches_and_all_of_their_tokens(make_moe_trainer):
     seen = {}
 
-    class Recording(GKDTrainer):
-        def _clip_grad_norm(self, model):
-            seen.update(gradients(self.model))
-            return super()._clip_grad_norm(model)
+    class Recording(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, *, model, **_):
+            seen.update(gradients(model))
 
     trainer = make_moe_trainer(
-        trainer_class=Recording,
+        max_grad_norm=0.0,
         max_steps=1,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
-        train_sampling_strategy="sequential",
+        **IN_ORDER,
     )
+    trainer.add_callback(Recording())
     trainer.model.train()
     parts = [expected(trainer, batch_of(trainer, rows)) for rows in (range(3), range(3, 6))]
     balance = sum(balance for _, balance in parts) / 2
@@ -188,7 +190,7 @@ def test_two_ranks_balance_like_two_micro_batches(full_run, tiny_model, tmp_path
         "max_steps": 2,
         "save_strategy": "no",
         "learning_rate": 1e-1,
-        "train_sampling_strategy": "sequential",
+        **IN_ORDER,
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "lmbda": 0.5,

@@ -12,6 +12,7 @@ from gkd_trainer import FrozenTeacher, GKDServerError, VLLMColocateRollouts, VLL
 from gkd_trainer.rollouts import HFRollouts
 from tests.serving import FaultyProxy, changed, delayed, status
 from tests.trainer.run import FSDP
+from tests.versions import IN_ORDER
 
 PROMPTS = [[5, 6, 7, 8], [30, 31], [100, 120, 140, 160, 180]]
 # Large steps, so that the weights of one step give other completions than those of the next.
@@ -168,7 +169,7 @@ RANKS = {
     "max_steps": 3,
     "save_strategy": "no",
     "learning_rate": 1e-2,
-    "train_sampling_strategy": "sequential",
+    **IN_ORDER,
     "optim": "sgd",
     "max_grad_norm": 0.0,
 }

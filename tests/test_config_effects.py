@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.effects import NEEDS, REFUSED_UNUSED, Run, unused_options
+from gkd_trainer.config_checks import REFUSED_UNUSED
+from gkd_trainer.config_effects import NEEDS, Run, unused_options
 
 IN_TABLE = [name for names, _, _ in NEEDS for name in names.split()]
 IN_EVERY_RUN = {

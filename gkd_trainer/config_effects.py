@@ -1,4 +1,7 @@
-"""Which options have an effect in which runs."""
+"""Which options have an effect in which runs: one table of what each needs.
+
+It refuses nothing. `config_checks` refuses some of what has no effect; the trainer warns of the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-REFUSED_UNUSED = ("ce_weight", "seq_kd")
-"""Options without which a run trains on something else than it was asked to. The others are left set in many sweeps."""
-
 
 @dataclass(frozen=True)
 class Run:
-    """What decides whether an option has an effect: a GKDArguments, and what the trainer alone knows.
+    """What decides which options have an effect and which may be combined: a GKDArguments, and facts about its trainer.
 
-    `has_top_tokens`: the teacher gives its top tokens alone. `loads_student`: the student came by name.
-    `builds_rollouts`: no engine was passed. Where there is no trainer yet, each is taken to be so.
+    The defaults are those of a configuration without a trainer.
+
+    Attributes:
+        args: The configuration.
+        has_top_tokens: Whether the teacher gives only its top tokens; None if that is unknown.
+        loads_student: Whether the student is given by name.
+        builds_rollouts: Whether the trainer builds the rollout engine, since none is passed.
     """
 
     args: Any
-    has_top_tokens: bool = True
+    has_top_tokens: bool | None = None
     loads_student: bool = True
     builds_rollouts: bool = True
 
 
 def unused_options(run: Run) -> list[tuple[str, str]]:
-    """Return the options that differ from their defaults and have no effect in a run, each with what it needs."""
+    """Return the options that are not at their defaults and have no effect in a run, each with what it needs."""
     defaults = {option.name: option.default for option in dataclasses.fields(run.args)}
     return [
         (name, needs)
@@ -37,8 +42,12 @@ def unused_options(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _uses_vllm(run: Run, mode: str | None = None) -> bool:
-    return run.builds_rollouts and run.args.use_vllm and mode in (None, run.args.vllm_mode)
+def _uses_vllm(run: Run) -> bool:
+    return bool(run.builds_rollouts and run.args.use_vllm)
+
+
+def _uses_vllm_server(run: Run) -> bool:
+    return bool(run.builds_rollouts and run.args.uses_vllm_server)
 
 
 def _has_teacher_server(run: Run) -> bool:
@@ -74,28 +83,32 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
     ("num_completions_to_print", "log_completions=True", lambda run: run.args.log_completions),
     ("beta", "divergence='jsd'", _is_jsd),
     ("divergence_scale", "divergence='jsd' and beta inside (0, 1)", lambda run: _is_jsd(run) and 0 < run.args.beta < 1),
-    ("teacher_tail", "a teacher that gives its top tokens alone (teacher_top_k)", lambda run: run.has_top_tokens),
+    (
+        "teacher_tail",
+        "a teacher that gives only its top tokens (teacher_top_k)",
+        lambda run: run.has_top_tokens is not False,
+    ),
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
     (
         "vllm_server_timeout vllm_request_timeout",
         "servers (vllm_mode='server' or teacher_server_base_url)",
-        lambda run: _uses_vllm(run, "server") or _has_teacher_server(run),
+        lambda run: _uses_vllm_server(run) or _has_teacher_server(run),
     ),
-    ("vllm_server_api_token", "use_vllm=True and vllm_mode='server'", lambda run: _uses_vllm(run, "server")),
+    ("vllm_server_api_token", "use_vllm=True and vllm_mode='server'", _uses_vllm_server),
     (
         "vllm_sync_dir",
-        "use_vllm=True, vllm_mode='server', and another vllm_weight_sync than 'nccl'",
-        lambda run: _uses_vllm(run, "server") and run.args.vllm_weight_sync != "nccl",
+        "use_vllm=True, vllm_mode='server' and a vllm_weight_sync other than 'nccl'",
+        lambda run: _uses_vllm_server(run) and run.args.vllm_weight_sync != "nccl",
     ),
     (
         "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size vllm_enable_sleep_mode "
         "vllm_engine_kwargs",
         "use_vllm=True and vllm_mode='colocate'",
-        lambda run: _uses_vllm(run, "colocate"),
+        lambda run: _uses_vllm(run) and not run.args.uses_vllm_server,
     ),
     ("model_init_kwargs", "a student given by name", lambda run: run.loads_student),
 )
-"""Options that only some runs use, what they need for it, and whether a run has that. All others always have an effect,
-are refused without it, or depend on the data."""
+"""Options that only some runs use, what they need, and whether a run has it. All others always have an effect, are
+refused without one, or depend on the data."""

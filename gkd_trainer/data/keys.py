@@ -1,0 +1,29 @@
+"""The keys by which a user's teacher recognises the rows of a data set (see ROW_KEY)."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import ROW_KEY
+
+_FIRST, _LAST = -(2**63), 2**63 - 1
+
+
+def checked_key(value: Any, row: str) -> int:
+    """Return a row's key as an int.
+
+    Raises:
+        GKDDataError: It is not an integer of 64 bits; the error names the row by `row`.
+
+    """
+    try:
+        key = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        key = None
+    if key is None or not _FIRST <= key <= _LAST:
+        raise GKDDataError(
+            f"{row}: expected an integer of 64 bits as {ROW_KEY}; got {value!r}: number the rows, or rename the column"
+        )
+    return key

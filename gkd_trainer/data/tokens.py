@@ -1,0 +1,85 @@
+"""The tokens of a row: what is known of them before they are cut, and those that a row holds itself."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS
+
+_PER_TOKEN_COLUMNS = (
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "position_ids",
+    "completion_mask",
+    "assistant_masks",
+)
+"""Columns of tokenised rows that must stay as long as `input_ids`."""
+
+
+class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted; never seen by a caller)
+    """A row that can't be used: why, and the `max_length` that it would need (0: none would help)."""
+
+    def __init__(self, reason: str, needed_length: int = 0) -> None:
+        super().__init__(reason, needed_length)
+        self.reason = reason
+        self.needed_length = needed_length
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """A row's tokens before they are cut to a length.
+
+    `prompt_ids` are its on-policy prompt, where that is not what stands before its last trained run, else empty.
+    `per_token` holds its other columns of one value per token. `unended` says with what its last turn ends in place of
+    a stop token, or is empty.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    prompt_ids: list[int] = field(default_factory=list)
+    per_token: dict[str, list[Any]] = field(default_factory=dict)
+    unended: str = ""
+
+
+def held_tokens(row: Mapping[str, Any]) -> RowTokens:
+    """Return the tokens that a row holds in `input_ids`, without padding, with its other columns per token.
+
+    Raises:
+        RowDropped: A column is no list of token ids, or not as long as `input_ids`.
+
+    """
+    ids = _id_list(row["input_ids"], "input_ids")
+    per_token = {column: _plain(row[column]) for column in _PER_TOKEN_COLUMNS if row.get(column) is not None}
+    for column, values in per_token.items():
+        if len(values) != len(ids):
+            raise RowDropped(f"{column} is not as long as input_ids")
+    if row.get("labels") is not None:
+        labels = _id_list(row["labels"], "labels")
+        if len(labels) != len(ids):
+            raise RowDropped("labels are not as long as input_ids")
+    else:
+        masks = [per_token[column] for column in ("completion_mask", "assistant_masks") if column in per_token]
+        labels = [token_id if all(mask[i] for mask in masks) else IGNORE_INDEX for i, token_id in enumerate(ids)]
+    # Padding is removed, wherever it stands: a prompt would otherwise be completed after it.
+    kept = [i for i, attended in enumerate(per_token.get("attention_mask", [1] * len(ids))) if attended]
+    if len(kept) < len(ids):
+        ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
+        per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
+    # Rows of a data set that was prepared before keep their prompts.
+    prompt_ids = [] if row.get(PROMPT_IDS) is None else _id_list(row[PROMPT_IDS], PROMPT_IDS)
+    return RowTokens(ids, labels, prompt_ids, per_token)
+
+
+def _id_list(value: Any, column: str) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in _plain(value)]
+    except TypeError:
+        raise RowDropped(f"{column} is not a list of token ids") from None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value

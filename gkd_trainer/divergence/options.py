@@ -1,0 +1,118 @@
+"""What the loss can be asked for: the one check of its options, which the configuration calls too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from numbers import Real
+
+import torch
+
+from gkd_trainer.divergence.objective import DIVERGENCES, Objective, Option
+from gkd_trainer.errors import GKDConfigError
+
+SCALES = ("paper", "continuous")
+"""How the JSD is scaled inside 0 < beta < 1: see `loss.token_divergence`."""
+
+TAILS = ("bucket", "renormalize")
+"""What becomes of the tokens that a top-k teacher says nothing about: see `loss.token_divergence`."""
+
+_SMALLEST = 1e-12
+_LARGEST = 1e12
+"""The range of what the loss divides or multiplies by: numbers further out leave float32's range and give NaN."""
+
+
+def checked_objective(
+    divergence: str = "jsd",
+    options: Mapping[str, float] | None = None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale: str = "paper",
+    dtype: torch.dtype = torch.float32,
+) -> Objective:
+    """Return what is minimised; the arguments are those of `loss.token_divergence`.
+
+    Raises GKDConfigError for an argument out of the range that is documented there, or so near to the end of it that
+    a loss computed in `dtype` would be infinite or NaN.
+    """
+    resolution = torch.finfo(dtype).eps
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("scale", scale, SCALES)
+    if not 0 <= beta <= 1:
+        raise GKDConfigError(f"beta must be in [0, 1] (0 is forward KL, 1 is reverse KL); got {beta}")
+    if beta not in (0, 1) and not resolution <= beta <= 1 - resolution:
+        raise GKDConfigError(f"beta must be 0, 1 or at least {resolution:.2g} from both; got {beta}")
+    if not 0 < temperature < math.inf:
+        raise GKDConfigError(
+            f"temperature must be positive and finite (1 compares the models as they are); got {temperature}"
+        )
+    if not _SMALLEST <= temperature <= _LARGEST:
+        raise GKDConfigError(
+            f"temperature must be from {_SMALLEST:g} to {_LARGEST:g} in the loss, which divides logits by it; got "
+            f"{temperature}"
+        )
+    return Objective(
+        divergence=divergence,
+        beta=float(beta),
+        options=_checked_options(divergence, options, resolution),
+        temperature=float(temperature),
+        is_continuous=scale == "continuous",
+    )
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise GKDConfigError for a value that is none of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise GKDConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_top_k_temperature(temperature: float, name: str = "temperature", top_k: int | None = None) -> None:
+    """Raise GKDConfigError for a temperature at which a teacher's top tokens can't be compared: any but 1.
+
+    The error calls the option `name`, and says how many tokens those are where `top_k` is known.
+    """
+    if temperature != 1:
+        whose = "a teacher's" if top_k is None else f"the teacher's {top_k}"
+        raise GKDConfigError(
+            f"{name}={temperature} can't be applied to {whose} top tokens: their log-probs are at temperature 1, and "
+            f"how the rest of its distribution would change is not known. Set {name} to 1, or use a teacher that gives "
+            "its whole distribution (one in this process, without a top k)"
+        )
+
+
+def _checked_options(divergence: str, options: Mapping[str, float] | None, resolution: float) -> tuple[float, ...]:
+    """Return the values of a divergence's options in the order of its entry."""
+    entry = DIVERGENCES[divergence].options
+    if options is None:
+        options = {}
+    if not isinstance(options, Mapping):
+        raise GKDConfigError(
+            f"the options of the divergence {divergence!r} must be a dictionary of names and numbers; got {options!r}"
+        )
+    if unknown := [name for name in options if name not in entry]:
+        raise GKDConfigError(
+            f"the options of the divergence {divergence!r} are {list(entry)}; got {unknown}: leave them out"
+        )
+    what = f"of the divergence {divergence!r}"
+    return tuple(
+        _checked_number(f"the option {name!r} {what}", options.get(name, option.default), option, resolution)
+        for name, option in entry.items()
+    )
+
+
+def _checked_number(what: str, number: object, option: Option, resolution: float) -> float:
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise GKDConfigError(f"{what} must be a number; got {number!r}")
+    try:
+        value = float(number)
+    except OverflowError:
+        value = math.inf
+    if not 0 < value < option.below:
+        raise GKDConfigError(f"{what} must be in (0, {option.below:g}) ({option.default:g} by default); got {number}")
+    lowest, highest = (resolution, 1 - resolution) if option.below == 1 else (_SMALLEST, _LARGEST)
+    if not lowest <= value <= highest:
+        raise GKDConfigError(
+            f"{what} must be from {lowest:.2g} to {highest:.9g}, or the loss would not be finite; got {number}"
+        )
+    return value

@@ -1,0 +1,98 @@
+"""From options and arguments to a teacher."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftMixedModel, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from gkd_trainer.config import GKDArguments
+from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.models.loading import name_of
+from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
+
+TeacherModel = PreTrainedModel | PeftModel | PeftMixedModel | nn.Module | str | os.PathLike[str]
+"""A teacher's model, or its name or path."""
+
+
+def build_teacher(
+    args: GKDArguments,
+    *,
+    teacher: Teacher | None = None,
+    teacher_model: TeacherModel | None = None,
+    trust_remote_code: bool = False,
+) -> Teacher:
+    """Return the one teacher that was given.
+
+    Args:
+        args: The options, which may name a model or servers.
+        teacher: A teacher, which is returned as it is.
+        teacher_model: A model, or its name or path.
+        trust_remote_code: Whether Python code that comes with a model or its tokenizer may run.
+
+    Raises:
+        GKDTeacherError: There is no teacher, or more than one; options don't apply to it; or it can't be loaded.
+    """
+    name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
+    _require_one(teacher, teacher_model, name, urls)
+    source = teacher_model if teacher_model is not None else name
+    if teacher is None and isinstance(source, str | os.PathLike):
+        init_kwargs = cast("dict[str, Any] | None", args.teacher_model_init_kwargs)  # parsed, where it was JSON
+        options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+        return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
+    if args.teacher_model_init_kwargs is not None:
+        raise GKDTeacherError(
+            "teacher_model_init_kwargs load a teacher by name, but the teacher given is loaded already: drop them, or "
+            "pass the teacher's name"
+        )
+    if teacher is not None:
+        if top_k is not None:
+            raise GKDTeacherError(
+                "teacher_top_k is set for a teacher that is given as an object: pass it top_k instead"
+            )
+        return teacher
+    if teacher_model is not None and not isinstance(teacher_model, str | os.PathLike):
+        return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
+    assert urls is not None  # the one that is left
+    own_default: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
+    return VLLMServerTeacher(
+        urls,
+        **own_default,
+        api_token=args.teacher_server_api_token,
+        server_timeout=args.vllm_server_timeout,
+        request_timeout=args.vllm_request_timeout,
+        checks=args.teacher_server_checks,
+    )
+
+
+def _require_one(
+    teacher: Teacher | None, teacher_model: TeacherModel | None, name: str | None, urls: str | list[str] | None
+) -> None:
+    if isinstance(teacher_model, Teacher):
+        raise GKDTeacherError(f"teacher_model is a {type(teacher_model).__name__}: pass a Teacher as teacher")
+    if teacher is None and teacher_model is None and name is None and urls is None:
+        raise GKDTeacherError(
+            "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
+            "args.teacher_model_name_or_path or args.teacher_server_base_url"
+        )
+    if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
+        raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
+    given = teacher_model if teacher_model is not None else teacher
+    if given is not None and name is not None and not _is_named(given, name):
+        raise GKDTeacherError(
+            f"got a teacher and args.teacher_model_name_or_path={name!r}, which the teacher was not loaded from: keep "
+            "the one that is to teach"
+        )
+
+
+def _is_named(teacher: Teacher | TeacherModel, name: str) -> bool:
+    if not isinstance(teacher, str | os.PathLike):
+        teacher = name_of(teacher.model if isinstance(teacher, Teacher) else teacher)
+    given, named = Path(teacher), Path(name)
+    return given == named or (given.exists() and named.exists() and given.samefile(named))

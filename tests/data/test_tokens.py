@@ -1,0 +1,47 @@
+"""The tokens that a row holds itself."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
+from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS
+
+X = IGNORE_INDEX
+
+
+def test_a_row_keeps_the_prompt_that_an_earlier_preparation_gave_it():
+    row = {"input_ids": [1, 2, 3], "labels": [X, X, 3], PROMPT_IDS: [1, 9]}
+    assert held_tokens(row) == RowTokens([1, 2, 3], [X, X, 3], [1, 9])
+    assert held_tokens({**row, PROMPT_IDS: None}).prompt_ids == []
+
+
+def test_padding_goes_from_all_that_is_per_token():
+    row = {"input_ids": [0, 1, 2], "labels": [X, X, 2], "attention_mask": [0, 1, 1], "position_ids": [0, 0, 1]}
+    assert held_tokens(row) == RowTokens([1, 2], [X, 2], [], {"attention_mask": [1, 1], "position_ids": [0, 1]})
+
+
+def test_labels_come_before_masks_and_other_columns_are_not_read():
+    row = {"input_ids": [1, 2], "labels": [X, 2], "completion_mask": [1, 1], "topic": "any"}
+    assert held_tokens(row) == RowTokens([1, 2], [X, 2], [], {"completion_mask": [1, 1]})
+
+
+def test_arrays_become_lists_of_plain_integers():
+    tokens = held_tokens({"input_ids": np.array([1, 2]), "attention_mask": np.array([1, 1])})
+    assert {type(value) for values in (tokens.ids, tokens.labels, *tokens.per_token.values()) for value in values} == {
+        int
+    }
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels", PROMPT_IDS])
+@pytest.mark.parametrize("value", [["a"], [1.0], 3])
+def test_what_is_no_list_of_token_ids_is_dropped_by_its_column(name, value):
+    with pytest.raises(RowDropped) as dropped:
+        held_tokens({"input_ids": [1], "labels": [1], name: value})
+    assert dropped.value.reason == f"{name} is not a list of token ids"
+
+
+def test_a_verdict_passes_from_process_to_process():
+    dropped = pickle.loads(pickle.dumps(RowDropped("too long", 7)))
+    assert (dropped.reason, dropped.needed_length) == ("too long", 7)

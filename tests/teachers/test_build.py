@@ -1,0 +1,89 @@
+"""Options and arguments become the one teacher that they name, or an error says what to keep."""
+
+import pytest
+import torch
+
+from gkd_trainer import GKDArguments
+from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.teachers import FrozenTeacher, VLLMServerTeacher, build_teacher
+
+URL = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    tiny_model(seed=1).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def is_the_saved_one(teacher, tiny_model):
+    return torch.equal(teacher.model.lm_head.weight, tiny_model(seed=1).lm_head.weight)
+
+
+def test_a_teacher_is_returned_as_it_is(tiny_model):
+    teacher = FrozenTeacher(tiny_model())
+    assert build_teacher(GKDArguments(), teacher=teacher) is teacher
+
+
+def test_a_model_becomes_a_teacher(tiny_model):
+    model = tiny_model()
+    teacher = build_teacher(GKDArguments(teacher_top_k=5), teacher_model=model)
+    assert isinstance(teacher, FrozenTeacher)
+    assert teacher.model is model
+    assert teacher.top_k == 5
+
+
+def test_a_name_is_loaded_with_the_options(folder, tiny_model):
+    options = {"teacher_model_init_kwargs": {"dtype": "bfloat16"}, "teacher_top_k": 5}
+    for teacher in (
+        build_teacher(GKDArguments(**options), teacher_model=folder),
+        build_teacher(GKDArguments(**options, teacher_model_name_or_path=str(folder))),
+        build_teacher(GKDArguments(**options, teacher_model_name_or_path=str(folder)), teacher_model=f"{folder}/"),
+    ):
+        assert teacher.model.dtype == torch.bfloat16
+        assert teacher.top_k == 5
+    assert is_the_saved_one(build_teacher(GKDArguments(), teacher_model=str(folder)), tiny_model)
+
+
+def test_servers_become_a_teacher_with_the_options():
+    teacher = build_teacher(GKDArguments(teacher_server_base_url=[URL, "http://127.0.0.1:8"], teacher_top_k=7))
+    assert isinstance(teacher, VLLMServerTeacher)
+    assert list(teacher.base_urls) == [URL, "http://127.0.0.1:8"]
+    assert teacher.top_k == 7
+    assert build_teacher(GKDArguments(teacher_server_base_url=URL)).top_k == VLLMServerTeacher(URL).top_k
+
+
+def test_no_teacher_is_refused():
+    with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
+        build_teacher(GKDArguments())
+
+
+def test_more_than_one_teacher_is_refused(tiny_model):
+    for args, given in (
+        (GKDArguments(), {"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()}),
+        (GKDArguments(teacher_server_base_url=URL), {"teacher_model": tiny_model()}),
+        (GKDArguments(teacher_server_base_url=URL), {"teacher": FrozenTeacher(tiny_model())}),
+    ):
+        with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
+            build_teacher(args, **given)
+
+
+def test_a_name_beside_another_teacher_is_refused(folder, tiny_model):
+    args = GKDArguments(teacher_model_name_or_path=str(folder))
+    for given in ({"teacher_model": tiny_model()}, {"teacher": FrozenTeacher(tiny_model())}):
+        with pytest.raises(GKDTeacherError, match="which the teacher was not loaded from: keep the one"):
+            build_teacher(args, **given)
+
+
+def test_options_that_do_not_apply_to_a_loaded_teacher_are_refused(tiny_model):
+    with pytest.raises(GKDTeacherError, match="teacher_model_init_kwargs load a teacher by name"):
+        build_teacher(GKDArguments(teacher_model_init_kwargs={"dtype": "bfloat16"}), teacher_model=tiny_model())
+    with pytest.raises(GKDTeacherError, match="teacher_top_k is set for a teacher that is given as an object"):
+        build_teacher(GKDArguments(teacher_top_k=5), teacher=FrozenTeacher(tiny_model()))
+
+
+def test_what_is_no_model_is_refused(tiny_model):
+    with pytest.raises(GKDTeacherError, match="teacher_model is a FrozenTeacher: pass a Teacher as teacher"):
+        build_teacher(GKDArguments(), teacher_model=FrozenTeacher(tiny_model()))
+    with pytest.raises(GKDTeacherError, match="expected a causal LM as the teacher; got int"):
+        build_teacher(GKDArguments(), teacher_model=7)

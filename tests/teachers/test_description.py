@@ -1,0 +1,31 @@
+"""What the model card says of a teacher."""
+
+from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
+
+
+class Unknown(Teacher):
+    """A teacher that a user wrote."""
+
+    vocab_size, vocabulary, model, top_k = 368, None, None, 7
+
+    def score(self, batch):
+        raise AssertionError
+
+    def prepare(self, device, tokenizer=None, max_length=None):
+        raise AssertionError
+
+
+def test_a_local_teacher_is_described_by_where_it_was_loaded_from_else_by_its_models_class(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    loaded = FrozenTeacher.from_pretrained(tmp_path, top_k=5)
+    assert describe(loaded) == TeacherDescription(str(tmp_path), (), 5)
+    assert describe(FrozenTeacher(tiny_model())) == TeacherDescription("LlamaForCausalLM", (), None)
+
+
+def test_a_teacher_without_a_model_is_described_by_its_class():
+    assert describe(Unknown()) == TeacherDescription("Unknown", (), 7)
+
+
+def test_a_teacher_behind_servers_is_described_by_the_served_name_and_where_they_listen():
+    urls = ["http://127.0.0.1:9", "http://127.0.0.1:8"]
+    assert describe(VLLMServerTeacher(urls, model="big")) == TeacherDescription("big", urls, 20)

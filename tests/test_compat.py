@@ -1,0 +1,41 @@
+"""The same on every supported version of transformers and TRL."""
+
+import ast
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import Trainer
+
+import gkd_trainer
+from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
+
+PACKAGE = Path(gkd_trainer.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("is_read", "is_scaled", "marked"), [(False, True, True), (False, None, False), (True, True, False)]
+)
+def test_a_trainer_that_does_not_ask_whether_the_loss_is_scaled_is_told(monkeypatch, is_read, is_scaled, marked):
+    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
+    if is_read:
+        monkeypatch.setattr(Trainer, "loss_is_scaled_for_ga", None, raising=False)
+    trainer = SimpleNamespace(loss_is_scaled_for_ga=is_scaled, model_accepts_loss_kwargs=False)
+    mark_loss_as_scaled(trainer)
+    assert trainer.model_accepts_loss_kwargs is marked
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_is_read_by_either_name(name):
+    other = {"activation_checkpointing": "gradient_checkpointing"}.get(name, "activation_checkpointing")
+    assert checkpoints_activations(SimpleNamespace(**{name: True}))
+    assert checkpoints_activations(SimpleNamespace(**{name: True, other: None}))
+    assert not checkpoints_activations(SimpleNamespace(**{name: False}))
+
+
+def test_no_other_module_asks_an_option_of_several_names():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in ("gradient_checkpointing", "activation_checkpointing"):
+                of_options = isinstance(node.value, ast.Name | ast.Attribute) and "args" in ast.unparse(node.value)
+                assert not of_options, f"{path.name}:{node.lineno}: use compat.checkpoints_activations"
