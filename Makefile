@@ -72,7 +72,7 @@ $(NEWEST)/installed: setup.cfg constraints-newest.txt
 # What a version can break, in a few minutes: construction, training, adapters, resuming, evaluation, rows, the loss.
 SHORT := tests/test_config.py tests/test_compat.py tests/test_api.py tests/divergence/test_loss.py tests/data/test_prepare.py \
     tests/data/test_turns.py tests/models/test_heads.py tests/models/test_loading.py tests/trainer/test_compat.py tests/trainer/test_loss.py \
-    tests/trainer/test_drop_in.py tests/trainer/test_on_policy.py tests/report/test_metrics.py
+    tests/trainer/test_trainer.py tests/trainer/test_drop_in.py tests/trainer/test_on_policy.py tests/report/test_metrics.py
 
 test-oldest: $(OLDEST)/installed ## Run what needs no vLLM with the oldest versions (ARGS='$$(SHORT)' the short form).
 	$(OLDEST)/bin/pytest -m "not vllm and not servers" $(ARGS)
