@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorWithPadding
 
 from gkd_trainer import GKDArguments, GKDConfigError, GKDDataError
-from gkd_trainer.data import KeepPrompts, unwrapped
+from gkd_trainer.data import KeepSideTensors, unwrapped
 from gkd_trainer.models.heads import Context
 from gkd_trainer.trainer.pairing import OwnedContext
 from gkd_trainer.trainer.preparation import (
@@ -212,14 +212,13 @@ def test_what_exceeds_a_context_is_refused_by_what_needs_the_most(longest, said)
         longest.refuse_beyond(SHORTER, "train")
 
 
-def test_a_collator_keeps_labels_always_and_prompts_once_if_wanted(byte_level):
+def test_a_collator_keeps_labels_and_prompts_and_is_wrapped_once(byte_level):
     padding = DataCollatorWithPadding(byte_level())
     rows = [{**BOTH, PROMPT_IDS: [5, 6, 8]}, {**WITHOUT_PROMPT, PROMPT_IDS: []}]
-    without = keeping_columns(padding, keeps_prompts=False)
-    kept = keeping_columns(padding, keeps_prompts=True)
-    assert unwrapped(kept) is unwrapped(without) is padding
-    assert not isinstance(without, KeepPrompts)
-    assert keeping_columns(kept, keeps_prompts=True) is kept
+    kept = keeping_columns(padding)
+    assert isinstance(kept, KeepSideTensors)
+    assert unwrapped(kept) is padding
+    assert keeping_columns(kept) is kept
     batch = kept(rows)
     assert batch["labels"].tolist() == [[X, X, 7, STOP], [5, STOP, X, X]]
     assert batch[PROMPT_IDS].tolist() == [[5, 6, 8], [X, X, X]]
