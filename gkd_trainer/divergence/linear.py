@@ -55,14 +55,14 @@ def linear_divergence(
     gradient that the forward pass prepared; any other makes the logits again.
     """
     student = _gathered(student)
-    of_student = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
-    of_teacher: tuple[Tensor | None, ...]
+    student_tensors = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
+    teacher_tensors: tuple[Tensor | None, ...]
     teacher_form = None
     if isinstance(teacher, TopKSignal):
-        of_teacher = (teacher.ids_NK, teacher.log_p_NK)
+        teacher_tensors = (teacher.ids_NK, teacher.log_p_NK)
     else:
         teacher = _gathered(teacher)
-        of_teacher = (teacher.hidden_NH, teacher.head.weight_VH, teacher.head.bias_V)
+        teacher_tensors = (teacher.hidden_NH, teacher.head.weight_VH, teacher.head.bias_V)
         teacher_form = (teacher.head.scale, teacher.head.softcap, teacher.head.vocab_size)
     comparison = _Comparison(
         student_form=(student.head.scale, student.head.softcap, student.head.vocab_size),
@@ -74,8 +74,8 @@ def linear_divergence(
     )
     result: TokenDivergence
     loss_N, values_N, cross_entropy_N, result = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-        *of_student,
-        *(None if tensor is None else tensor.detach() for tensor in of_teacher),
+        *student_tensors,
+        *(None if tensor is None else tensor.detach() for tensor in teacher_tensors),
         labels_N,
         None if label_weight_N is None else label_weight_N.detach().to(comparison.plan.dtype),
         comparison,
@@ -179,12 +179,12 @@ class _Comparison:
 
     def signals(self, tensors: list[Any]) -> tuple[HiddenSignal, HiddenSignal | TopKSignal]:
         """Return student and teacher, given their tensors: hidden states, weight and bias, or ids and log-probs."""
-        hidden_NH, weight_VH, bias_V, *of_teacher = tensors
+        hidden_NH, weight_VH, bias_V, *teacher_tensors = tensors
         student = HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.student_form))
         if self.teacher_form is None:
-            ids_NK, log_p_NK = of_teacher
+            ids_NK, log_p_NK = teacher_tensors
             return student, TopKSignal(ids_NK, log_p_NK, student.vocab_size)
-        hidden_NH, weight_VH, bias_V = of_teacher
+        hidden_NH, weight_VH, bias_V = teacher_tensors
         return student, HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.teacher_form))
 
     def run(
@@ -216,16 +216,20 @@ class _Comparison:
             R = tile.stop - tile.start
             project_student.logits(student.hidden_NH[tile], student_RV[:R])
             if isinstance(teacher, TopKSignal):
-                of_teacher: tuple[Tensor, ...] = (teacher.ids_NK[tile], teacher.log_p_NK[tile])
+                teacher_tensors: tuple[Tensor, ...] = (teacher.ids_NK[tile], teacher.log_p_NK[tile])
             else:
                 project_teacher[0].logits(teacher.hidden_NH[tile], scratch[:R])
-                of_teacher = (scratch[:R],)
+                teacher_tensors = (scratch[:R],)
             labels_R, value_weight_R, label_weight_R = (
                 None if tensor is None else tensor[tile] for tensor in (labels_N, value_weight_N, label_weight_N)
             )
             parts.append(
                 compare(
-                    student_RV[:R], of_teacher, labels_R, value_weight_R=value_weight_R, label_weight_R=label_weight_R
+                    student_RV[:R],
+                    teacher_tensors,
+                    labels_R,
+                    value_weight_R=value_weight_R,
+                    label_weight_R=label_weight_R,
                 )
             )
             if gradient is not None:

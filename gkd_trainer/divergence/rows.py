@@ -100,8 +100,8 @@ class LogitsComparison(RowComparison):
             labels, value_weight, label_weight = (
                 None if tensor is None else tensor[tile].data for tensor in (labels_R, value_weight_R, label_weight_R)
             )
-            student, of_teacher = student_RV[tile].data, teacher_RV[tile].data
-            part = compare(student, of_teacher, labels, value_weight, label_weight, numbers)
+            student_logits, teacher_logits = student_RV[tile].data, teacher_RV[tile].data
+            part = compare(student_logits, teacher_logits, labels, value_weight, label_weight, numbers)
             # Copied: the results of each tile, if kept, would lie in the way of the next one's temporaries, for which
             # the allocator would then take new pages from the system, at half the time of the comparison.
             result = result or part.new_empty(student_RV.shape[0])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from enum import IntEnum
 from typing import Any
 
@@ -49,10 +51,12 @@ def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
     probe = functools.partial(_probe, model, pad_token_id, is_sharded)
     name = type(model).__name__
     try:
-        [short_TV], [long_TV] = probe(_SHORT_PROBE), probe(_LONG_PROBE)
-        beside_TV, _ = probe(_SHORT_PROBE, _OTHER_PROBE)
-        unpadded_TV, padded_TV = probe(_LONG_PROBE, _SHORT_PROBE)
-        _, other_padding_TV = probe(_LONG_PROBE, _SHORT_PROBE, padding_id=_PROBE_OTHER_PADDING)
+        with _unrounded(model):
+            [short_TV], [long_TV] = probe(_SHORT_PROBE), probe(_LONG_PROBE)
+            beside_TV, _ = probe(_SHORT_PROBE, _OTHER_PROBE)
+            unpadded_TV, padded_TV = probe(_LONG_PROBE, _SHORT_PROBE)
+            _, other_padding_TV = probe(_LONG_PROBE, _SHORT_PROBE, padding_id=_PROBE_OTHER_PADDING)
+            tolerance = _tolerance(model, is_sharded)
     except Exception as error:  # whatever an unknown model may raise
         logger.warning(
             "Whether %s can be batched can't be found out (%s: %s): it generates one completion after another, "
@@ -62,7 +66,6 @@ def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
             error,
         )
         return Sharing.NONE
-    tolerance = _tolerance(model, is_sharded)
     beside = [_difference(beside_TV, short_TV), _difference(unpadded_TV, long_TV)]
     if not all(difference <= tolerance for difference in beside):  # NaN is more than any tolerance
         logger.warning(
@@ -114,6 +117,17 @@ def _probe(
         **without_router_logits(model),
     )
     return torch.stack(output.logits, dim=1)
+
+
+@contextmanager
+def _unrounded(model: Any) -> Iterator[None]:
+    """Set autocast aside where the weights are float32: what a model reads does not depend on it, rounding does.
+
+    In bfloat16 the effect of padding that is read can be smaller than the rounding between two lengths.
+    """
+    is_float32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
+    with torch.autocast(model.device.type, enabled=False) if is_float32 else nullcontext():
+        yield
 
 
 def _tolerance(model: Any, is_sharded: bool) -> float:

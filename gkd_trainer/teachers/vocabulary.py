@@ -39,7 +39,7 @@ def shared_vocabulary_size(
         if student_rows != teacher_rows:
             raise GKDTeacherError(
                 f"the student predicts over {student_rows} tokens and the teacher over {teacher_rows}, and the "
-                f"{missing}'s tokenizer is not known, so that nothing tells which tokens they share: pass "
+                f"{missing}'s tokenizer is unknown, so the shared tokens are too: pass "
                 "processing_class to the trainer, and teacher=FrozenTeacher(model, tokenizer=...)"
             )
         logger.warning(

@@ -131,8 +131,8 @@ class RolloutQueue:
         """Give the engine with the student's current weights, for one call of `generate`; on all ranks together."""
         self.wait()
         # Completions come from the numerics that the loss sees: under autocast, the same rounding.
-        with self._ranks.gathered(student.model, student.wrapped) as whole, self._ranks.accelerator.autocast():
-            version = student.step, id(whole), sum(parameter._version for parameter in whole.parameters())
+        with self._ranks.gathered(student.model, student.wrapped) as gathered, self._ranks.accelerator.autocast():
+            version = student.step, id(gathered), sum(weight._version for weight in gathered.parameters())
             if version != self._synced_version:
                 with (
                     nullcontext() if timer is None else timer.measure("sync"),
@@ -140,7 +140,7 @@ class RolloutQueue:
                         GKDRolloutError, "handing the student's weights to the rollout engine"
                     ),
                 ):
-                    self.engine.sync(whole)
+                    self.engine.sync(gathered)
                 self._synced_version = version
             with self._recovery.failing_together(GKDRolloutError, "generating completions"):
                 yield self.engine

@@ -219,7 +219,7 @@ def test_small_batches_take_the_servers_in_turn(make, vllm_server):
 def test_the_vocabulary_is_that_of_the_tokenizer_and_padding_rows_are_left_to_slicing(make, tokenizer):
     teacher = make()
     assert teacher.vocabulary == tokenizer.get_vocab()
-    assert teacher.vocab_size is None  # nothing tells that the model has 368 rows, 3 more than tokens
+    assert teacher.vocab_size is None  # it is unknown that the model has 368 rows, 3 more than tokens
     assert teacher.model is None
     signal = teacher.score(batch_of_six())
     assert 365 < signal.vocab_size <= 368

@@ -306,7 +306,7 @@ def test_a_rollout_server_that_stays_away_leaves_a_checkpoint_that_resumes(run, 
         assert "train(resume_from_checkpoint=True)" in message
         proxy.start()
         resumed = run(resume=True, **options)
-        # With overlap, what failed to be generated in time is generated anew from newer weights.
+        # With overlap, what failed to be generated in time is generated again from newer weights.
         if not options.get("rollout_overlap"):
             assert losses(resumed) == losses(expected)
             assert_same_weights(resumed, expected)
