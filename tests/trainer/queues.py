@@ -35,6 +35,9 @@ class Spy(RolloutEngine):
         self.calls.append(([list(prompt) for prompt in prompts], sampling, list(seeds)))
         return [Completion([100 + int(self.weight), prompt[0]], prompt[0] % 2 == 0) for prompt in prompts]
 
+    def close(self):
+        pass
+
 
 class Student:
     """A student whose weight is the number of steps that it took, in place."""
