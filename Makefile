@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := .cache/smollm2
 DEEPSPEED := .cache/deepspeed
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
 # Threads that wait for a busy core are slower than one thread; `make demo OMP_NUM_THREADS=2` on a quiet machine.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo test test-servers bench lint types format build clean
+.PHONY: help install demo test test-oldest test-newest test-servers bench lint types format build clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -43,7 +45,7 @@ $(SMOLLM2)/student/config.json: | $(VENV)/installed-demo
 # Beside the environment, not in it: Accelerate and TRL import it wherever it is installed. Its operators are not compiled.
 $(DEEPSPEED)/installed: constraints.txt | $(VENV)/installed
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade \
-	    --target $(DEEPSPEED) --constraint constraints.txt deepspeed hjson msgpack ninja py-cpuinfo
+	    --target $(DEEPSPEED) --constraint constraints.txt deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 demo: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Distil a real model here, in at most ten minutes; options in ARGS="...".
@@ -51,6 +53,32 @@ demo: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Distil a real mod
 
 test: $(VENV)/installed $(SMOLLM2)/student/config.json $(DEEPSPEED)/installed lint types ## Run all checks and tests (ARGS="-k name" picks some).
 	$(BIN)/pytest $(ARGS)
+
+# The oldest and the newest of everything that setup.cfg takes, each in an environment of its own; torch is TORCH in both.
+$(OLDEST)/installed: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --upgrade pip
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt "$(TORCH)"
+	PYTHONWARNINGS="ignore:Editable installation" $(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[tests]"
+	touch $@
+
+$(NEWEST)/installed: setup.cfg constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade pip
+	$(NEWEST)/bin/pip install --quiet --constraint constraints-newest.txt "$(TORCH)"
+	PYTHONWARNINGS="ignore:Editable installation" $(NEWEST)/bin/pip install --quiet --constraint constraints-newest.txt --editable ".[tests]"
+	touch $@
+
+# What a version can break, in a few minutes: construction, training, adapters, resuming, evaluation, rows, the loss.
+SHORT := tests/test_config.py tests/test_compat.py tests/test_api.py tests/divergence/test_loss.py tests/data/test_prepare.py \
+    tests/data/test_turns.py tests/models/test_heads.py tests/models/test_loading.py tests/trainer/test_compat.py tests/trainer/test_loss.py \
+    tests/trainer/test_trainer.py tests/trainer/test_drop_in.py tests/trainer/test_on_policy.py tests/report/test_metrics.py
+
+test-oldest: $(OLDEST)/installed ## Run what needs no vLLM with the oldest versions (ARGS='$$(SHORT)' the short form).
+	$(OLDEST)/bin/pytest -m "not vllm and not servers" $(ARGS)
+
+test-newest: $(NEWEST)/installed ## The same with the newest versions.
+	$(NEWEST)/bin/pytest -m "not vllm and not servers" $(ARGS)
 
 bench: $(VENV)/installed ## Measure the divergence's time and memory beside its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)
@@ -73,4 +101,4 @@ build: $(VENV)/installed ## Build the wheel and the source archive into dist/.
 	$(BIN)/python -m build
 
 clean: ## Remove the environment, the converted weights and what was built.
-	rm -rf $(VENV) .cache build dist *.egg-info demo_output
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) .cache build dist *.egg-info demo_output

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Trainer
-
 DEFAULT_LOSSES = (None, "nll", "chunked_nll")
 """Ways to compute the default loss of trl.SFTTrainer; None is its default until the configuration is built."""
 
@@ -16,6 +14,8 @@ def mark_loss_as_scaled(trainer: Any) -> None:
     Trainer reads that attribute from transformers 5.19. The ones before divide the loss by the micro-batches of the
     window unless they believe that the model has divided it, by the count of tokens that it was passed.
     """
+    from transformers import Trainer  # not above: the configuration needs none of what it imports
+
     if not hasattr(Trainer, "loss_is_scaled_for_ga") and trainer.loss_is_scaled_for_ga:
         trainer.model_accepts_loss_kwargs = True
 

@@ -193,7 +193,7 @@ class Head:
     def logits(self, hidden_H: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., H], in float32 (float64 where both are float64).
 
-        Inputs are raised before the product: logits rounded to bf16 give a wrong gradient.
+        Inputs are upcast before the product: logits rounded to bf16 give a wrong gradient.
         """
         dtype = torch.promote_types(torch.promote_types(hidden_H.dtype, self.weight_VH.dtype), torch.float32)
         head = self.cut()
@@ -242,7 +242,7 @@ class TopKSignal:
     """A teacher's most probable tokens, with the log-probs it gave them over its whole vocabulary.
 
     `ids_NK` are int64 and distinct at each position; `log_p_NK` are at temperature 1 and not normalised over the K:
-    what is missing to one is the teacher's mass outside. Entries of -inf are none: their ids mean nothing.
+    what they lack to one is the teacher's mass on all other tokens. An entry of -inf is absent: its id means nothing.
     `vocab_size` is how many tokens the teacher predicts over.
     """
 
@@ -251,7 +251,7 @@ class TopKSignal:
     vocab_size: int
 
     def sliced(self, vocab_size: int) -> TopKSignal:
-        """Return the same predictions over the first `vocab_size` tokens: entries beyond them become none."""
+        """Return the same predictions over the first `vocab_size` tokens: entries beyond them become absent."""
         log_p_NK = self.log_p_NK.masked_fill(self.ids_NK >= vocab_size, -torch.inf)
         return TopKSignal(self.ids_NK, log_p_NK, vocab_size)
 

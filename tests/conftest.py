@@ -113,6 +113,17 @@ _FAMILIES = {
 }
 
 
+_VLLM_FILES = {"test_vllm_colocate.py", "test_vllm_nccl.py", "test_vllm_own_servers.py", "test_vllm.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what needs vLLM: the tests of its engines, and those that take its server."""
+    for item in items:
+        takes_server = "vllm_server" in getattr(item, "fixturenames", ())
+        if takes_server or item.path.name in _VLLM_FILES:
+            item.add_marker(pytest.mark.vllm)
+
+
 @pytest.fixture(scope="session")
 def byte_level_backend():
     """A byte-level BPE tokenizer, like that of SmolLM2 or Qwen."""

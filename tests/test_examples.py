@@ -74,6 +74,7 @@ def test_on_policy_example_prints_completions_and_how_many_problems_were_solved(
     assert (output_dir / "model.safetensors").exists()
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_on_policy_example_generates_with_vllm(mode, run, capsys, request, served_dir, tiny_teacher_dir):
     options = ["--student", served_dir, "--vllm", mode, "--max_new_tokens", 8, "--num_eval", 2]

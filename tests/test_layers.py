@@ -167,3 +167,9 @@ def test_contributing_says_where_each_module_is(path):
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     [table] = [part for part in text.split("\n\n") if part.startswith(f"| `{folder}/` |")]
     assert f"`{path.name}`" in table
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_in_package)
+def test_each_module_has_tests_of_its_name(path):
+    relative = path.relative_to(PACKAGE)
+    assert (ROOT / "tests" / relative.parent / f"test_{relative.name}").is_file()

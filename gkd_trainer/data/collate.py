@@ -1,4 +1,4 @@
-"""Collators, made to keep what they know nothing of: the labels of the rows, and their side tensors."""
+"""Collators wrapped to keep what they know nothing of: the labels of the rows, and their side tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Wrapper:
 
 
 class KeepLabels(_Wrapper):
-    """Pads rows with a collator of transformers, and puts their labels where their tokens came to stand.
+    """Pads rows with a collator of transformers, and puts their labels where their tokens are.
 
     DataCollatorWithPadding can't pad labels, and DataCollatorForLanguageModeling would replace them by all tokens.
     """

@@ -95,8 +95,9 @@ class _PrepareRow:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         # Raised in a stream too: a teacher that looks keys up would take the rows for others.
-        key = {ROW_KEY: checked_key(row[ROW_KEY], f"{self.name}: row {index}")} if ROW_KEY in row else {}
-        return {**self._prepared(row), **key}
+        if ROW_KEY in row:
+            checked_key(row[ROW_KEY], f"{self.name}: row {index}")
+        return self._prepared(row)
 
     def _prepared(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -225,7 +226,7 @@ def _from_list(rows: list[Any], name: str) -> Any:
 
 def _is_tokenised(dataset: Any) -> bool:
     try:
-        rows = iter(dataset)  # Of a dataset with `__getitem__` alone, too.
+        rows = iter(dataset)  # Works for a dataset with `__getitem__` alone too.
     except TypeError:
         return False
     if rows is dataset:  # A generator would lose the row that is looked at.

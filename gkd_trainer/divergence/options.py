@@ -67,17 +67,16 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise GKDConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def check_top_k_temperature(temperature: float, name: str = "temperature", top_k: int | None = None) -> None:
+def check_top_k_temperature(temperature: float, name: str = "temperature") -> None:
     """Raise GKDConfigError for a temperature at which a teacher's top tokens can't be compared: any but 1.
 
-    The error calls the option `name`, and says how many tokens those are where `top_k` is known.
+    The error calls the option `name`.
     """
     if temperature != 1:
-        whose = "a teacher's" if top_k is None else f"the teacher's {top_k}"
         raise GKDConfigError(
-            f"{name}={temperature} can't be applied to {whose} top tokens: their log-probs are at temperature 1, and "
-            f"how the rest of its distribution would change is not known. Set {name} to 1, or use a teacher that gives "
-            "its whole distribution (one in this process, without a top k)"
+            f"{name}={temperature} can't be applied to a teacher's top tokens: their log-probs are at temperature 1, "
+            f"and how the rest of its distribution would change is not known. Set {name} to 1, or use a teacher in "
+            "this process without a top k"
         )
 
 

@@ -26,7 +26,7 @@ _PROBE_LOGIT = 100.0
 class SeparableHead:
     """The head of a model whose logits were seen to be softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
-    `is_sharded`: FSDP spreads its weight over ranks, and makes it whole inside of the model's forward.
+    `is_sharded`: FSDP spreads its weight over ranks, and gathers it inside the model's forward.
     """
 
     module: nn.Linear
@@ -41,7 +41,7 @@ class SeparableHead:
 
 @dataclass(frozen=True)
 class InseparableHead:
-    """A head that can't be taken apart safely, and why: such a model is asked for its logits."""
+    """A head that can't be taken apart safely, and why: its model is asked for logits."""
 
     reason: str
 
@@ -86,7 +86,7 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
     head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap), is_sharded)
     try:
         explains_logits = _explains_logits(model, head)
-    except Exception as error:  # whatever a forward may raise that wants more than ids and a mask
+    except Exception as error:  # a forward that needs more than ids and a mask may raise anything
         return InseparableHead(f"its forward of token ids and mask alone failed with {type(error).__name__}: {error}")
     if not explains_logits:
         return InseparableHead("its logits are not its head applied to the head's input")
@@ -110,7 +110,7 @@ def compare(
     """Run a model's forward; return `comparison` of what it predicts where the batch is scored, and its output.
 
     `model` may be wrapped (DDP, FSDP): its hooks run, since its forward does. With a separable head the comparison is
-    made inside of the forward, where the head's weight is whole, and the output holds one logit column; with an
+    made inside the forward, where the head's weight is whole, and the output holds one logit column; with an
     inseparable one it holds all logits [B, L, V]. Where the head is sharded, a loss has to include `connection` of the
     output.
     """
@@ -140,9 +140,9 @@ def without_router_logits(model: nn.Module) -> dict[str, Any]:
 
 
 def router_loss_coefficient(model: nn.Module) -> float:
-    """Return what the router's load-balancing loss is multiplied by in a causal LM's own loss.
+    """Return the coefficient of the router's load-balancing loss in a causal LM's own loss.
 
-    That is 0 where the model is no mixture of experts, or its config does not set `output_router_logits`.
+    It is 0 where the model is not a mixture of experts, or its config does not set `output_router_logits`.
     """
     config = _router_config(model)
     if config is None or not config.output_router_logits:
@@ -275,6 +275,7 @@ def set_logits(output: Any, logits: Tensor) -> None:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the module that makes logits of hidden states, None where the model names none."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     if get_output_embeddings is None:
         return None

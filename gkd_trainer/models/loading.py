@@ -48,7 +48,7 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
 
 
 def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
-    """Return what to say of a model that could not be loaded by name."""
+    """Return the message for a model that could not be loaded by name."""
     return (
         f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "
         f"the hub, and in {init_kwargs} what it takes to load it ({type(error).__name__}: {error})"
@@ -58,12 +58,12 @@ def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Excep
 def find_tokenizer(
     name_or_path: str, trust_remote_code: bool, init_kwargs: Mapping[str, Any] | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that lies beside a model's weights, or None where there is none.
+    """Return the tokenizer that is stored beside a model's weights, or None where there is none.
 
-    Of `init_kwargs`, which loaded the model, those that say where it lies are taken for the tokenizer too.
+    The `init_kwargs` that say where the model is stored locate the tokenizer too.
 
     Raises:
-        GKDConfigError: Files of a tokenizer lie there, and can't be read.
+        GKDConfigError: Files of a tokenizer are stored there, but can't be read.
     """
     if not name_or_path:
         return None
@@ -83,13 +83,13 @@ def find_tokenizer(
         if not isinstance(error, OSError | ValueError | KeyError):
             raise
         return None
-    # For some architectures it makes an empty one there.
+    # For some architectures transformers makes an empty one.
     has_words = not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
     return tokenizer if has_words else None
 
 
 def _tokenizer_files(name_or_path: str, place: Mapping[str, Any]) -> list[str]:
-    """Return the vocabulary files in a folder, or of a name on the hub those that were downloaded."""
+    """Return the vocabulary files in a folder, or the downloaded ones of a name on the hub."""
     folder = Path(name_or_path, place.get("subfolder") or "")
     if Path(name_or_path).is_dir():
         return [name for name in _TOKENIZER_FILES if (folder / name).is_file()]

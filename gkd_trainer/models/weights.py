@@ -42,7 +42,7 @@ def checkpoint_weights(model: nn.Module, with_adapters: bool = True) -> Iterator
     shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in _named(student, "", False)}
     named: Iterable[tuple[str, Tensor]] = _named(student, "", with_adapters)
     if revert_weight_conversion(student, shapes).keys() != shapes.keys():
-        # Models whose checkpoints name or cut weights otherwise, such as experts: all at once.
+        # Checkpoints that name or split weights differently, such as those of experts, are converted as a whole.
         named = revert_weight_conversion(student, dict(named)).items()
     for name, weight in named:
         yield name, _gathered(weight)
@@ -66,7 +66,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def has_tied_head(model: nn.Module) -> bool:
-    """Return whether the head's weight is the embeddings', also with what adapters add to either."""
+    """Return whether the head's weight is the embeddings', with whatever adapters add to either."""
     student: Any = base_model(model)
     if not getattr(student.config.get_text_config(), "tie_word_embeddings", False):
         return False
@@ -85,7 +85,7 @@ def is_plain_lora(model: nn.Module) -> bool:
         return False
     if any(getattr(config, name, None) for name in _BEYOND_LORA) or config.bias != "none":
         return False
-    # The rest, such as PiSSA, change the base model's weights: it is no longer the one that a server was started with.
+    # The rest, such as PiSSA, change the base model's weights: a server was started with other ones.
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _INITS_OF_THE_ADAPTER_ALONE:
         return False
     if any(parameter.requires_grad and ".lora_" not in name for name, parameter in model.named_parameters()):
@@ -98,7 +98,7 @@ def is_plain_lora(model: nn.Module) -> bool:
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:
-    """Write `checkpoint_weights` as safetensors; the folder appears at once and complete.
+    """Write `checkpoint_weights` as safetensors; the folder appears at once, complete.
 
     Raises:
         GKDRolloutError: It could not be written, for lack of space for one; nothing is left of it.
@@ -109,7 +109,7 @@ def write_weights(model: nn.Module, folder: Path) -> None:
     for name, weight in checkpoint_weights(model):
         # To the host one by one: a whole gathered model may not fit beside the training on a GPU.
         weight = weight.cpu()
-        # safetensors would leave out the second of two names of one memory, as of a tied head.
+        # safetensors would drop the second of two names of the same memory, such as a tied head's.
         weights[name] = weight.clone() if weight.data_ptr() in places else weight
         places.add(weight.data_ptr())
     size = sum(weight.nbytes for weight in weights.values())
@@ -118,7 +118,7 @@ def write_weights(model: nn.Module, folder: Path) -> None:
 
 
 def write_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the active adapter as PEFT does, whatever its name; the folder appears at once and complete.
+    """Write the active adapter as PEFT does, whatever its name; the folder appears at once, complete.
 
     Raises:
         GKDRolloutError: It could not be written, for lack of space for one; nothing is left of it.
@@ -159,7 +159,7 @@ def _at_once(folder: Path, size: int) -> Iterator[Path]:
         ) from error
 
 
-# What is not in the files that vLLM reads, or means another thing there.
+# What vLLM does not read from an adapter's files, or reads differently.
 _BEYOND_LORA = (
     "alora_invocation_tokens",
     "alpha_pattern",
@@ -190,7 +190,7 @@ def _named(module: nn.Module, prefix: str, with_adapters: bool) -> Iterator[tupl
     if isinstance(module, _ADAPTED):
         try:
             module = _merged_copy(module) if with_adapters else _base_of(module)
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # what PEFT says it with
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # what PEFT raises
             raise GKDConfigError(
                 f"the adapter on {prefix.removesuffix('.')} can't be merged: {error}. vLLM takes the weights of merged "
                 "adapters, or plain LoRA alone: train another kind of adapter, or use use_vllm=False"
@@ -200,7 +200,7 @@ def _named(module: nn.Module, prefix: str, with_adapters: bool) -> Iterator[tupl
         if weight is not None:
             yield prefix + name, weight.detach()
     for name, child in module._modules.items():
-        # Checkpointing, compiling and FSDP put modules in between that no checkpoint names.
+        # Checkpointing, compiling and FSDP insert modules that no checkpoint names.
         if child is not None:
             inner = name in ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
             yield from _named(child, prefix if inner else f"{prefix}{name}.", with_adapters)

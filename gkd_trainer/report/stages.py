@@ -67,7 +67,7 @@ def plot_curves(curves: Mapping[str, Curve], path: Path, *, logarithmic: Collect
         from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
     except ImportError as error:
         raise GKDConfigError(
-            'plot_curves needs matplotlib: pip install "gkd-trainer[plots]" (".[plots]" in a clone of gkd_trainer); '
+            'plot_curves needs matplotlib: pip install ".[plots]" in a clone of gkd_trainer; '
             f"importing it failed with: {error}"
         ) from error
     measures = _measures(measures for curve in curves.values() for _, measures in curve)

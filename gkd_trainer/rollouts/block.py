@@ -17,7 +17,7 @@ Completions = list[list[Completion]]
 
 @dataclass(frozen=True)
 class Block:
-    """Windows of consecutive optimizer steps, and their completions, which may still be under way.
+    """Windows of consecutive optimizer steps, and their completions, which may still be generated in the background.
 
     `weights_step` is the optimizer step (from 0) whose weights generate them.
     """
@@ -37,7 +37,7 @@ class Block:
         return self.plans[0].step <= step < self.next_step
 
     def window(self, step: int, pad_token_id: int) -> WindowRollout:
-        """Return the window of a step once its completions are there; raises what their generation raised."""
+        """Return the window of a step; waits for its completions, and raises what their generation raised."""
         index = step - self.plans[0].step
         return self.plans[index].rolled_out(
             self.student_completions.result()[index], self.teacher_completions[index], pad_token_id
@@ -62,7 +62,7 @@ class Block:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], plans: list[WindowPlan]) -> Block | None:
-        """Return the block that `state` was of, or None where it was of other prompts or counts than `plans`."""
+        """Return the block that `state` came from, or None where that had other prompts or counts than `plans`."""
         windows = state["windows"]
         if [(plan.step, _digest(plan)) for plan in plans] != [(item["step"], item["prompts"]) for item in windows]:
             return None
@@ -78,7 +78,7 @@ class Block:
 
 
 def completed_future(completions: Completions) -> Future[Completions]:
-    """Return completions that are there already as a Future."""
+    """Return completions that are already generated as a Future."""
     future: Future[Completions] = Future()
     future.set_result(completions)
     return future

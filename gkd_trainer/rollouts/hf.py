@@ -47,7 +47,7 @@ _READ_THE_PROMPT = frozenset(
         "watermarking_config",
     }
 )
-"""Options of transformers whose logits processors take padding for a part of the prompt, or count it."""
+"""Options of transformers whose logits processors take padding for part of the prompt, or count it."""
 
 
 class HFRollouts(RolloutEngine):
@@ -63,7 +63,7 @@ class HFRollouts(RolloutEngine):
             and `batch_size` has no effect.
 
     Prompts share a batch only where that changes nothing. Recurrent models may read its padding, or mix its rows: that
-    is found out once, from the logits of a few tokens generated alone, beside another row, and behind padding of two
+    is tested once, on the logits of a few tokens generated alone, beside another row, and behind padding of two
     contents. Differences are compared with the rounding of rows without padding.
     """
 
@@ -135,7 +135,7 @@ class HFRollouts(RolloutEngine):
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
     def _sharing(self) -> Sharing:
-        """Return which prompts may share a batch of the model; found out once."""
+        """Return which prompts may share a batch of the model; tested once."""
         if self._probed is None or self._probed[0] is not self._model:
             sharing = find_sharing(self._model, self._pad_token_id, self._is_sharded)
             if self._is_sharded:

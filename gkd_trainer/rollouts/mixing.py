@@ -94,9 +94,9 @@ def require_text(prompt: Sequence[int], media_ids: Collection[int]) -> None:
 
 
 def require_extendable(inputs: Mapping[str, Any]) -> None:
-    """Raise GKDDataError where a batch holds what may have a value per token and isn't known to go on in a completion.
+    """Raise GKDDataError where a batch holds what may have one value per token, and no rule extends it by a completion.
 
-    That depends on names and dimensions alone, so that the first batch of a collator decides for all.
+    Only names and dimensions matter, so the first batch of a collator decides for all.
     """
     shape = inputs["input_ids"].shape
     for name, value in inputs.items():
@@ -244,7 +244,7 @@ _EXTENDED: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
     "token_type_ids": _token_types,
     "mm_token_type_ids": _modalities,
 }
-"""How what has one value per token [B, L] goes on in a completion, by name: all that is PER_TOKEN but _LEFT_OUT."""
+"""What extends one value per token [B, L] by a completion, by name: all of PER_TOKEN except _LEFT_OUT."""
 
 
 def _between_padding(is_real_L: Tensor) -> slice:

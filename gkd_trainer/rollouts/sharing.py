@@ -23,13 +23,13 @@ _PROBE_PADDING, _PROBE_OTHER_PADDING = 30, 31
 _PROBE_NEW_TOKENS = 3
 
 _LEAST_TOLERANCE = 1e-3
-"""The difference of logits, relative to them, up to which they count as equal in any dtype."""
+"""The relative difference up to which logits count as equal in any dtype."""
 
 _ROUNDING_SPREAD = 4
-"""How many times the rounding between two shapes may be that between two others."""
+"""How many times larger the rounding between two shapes may be than between two others."""
 
 _LARGEST_LOGIT = 1e4
-"""What is larger masks a token out: infinity, or the least number of a dtype."""
+"""A logit of a larger magnitude masks a token out: infinity, or the lowest number of a dtype."""
 
 
 class Sharing(IntEnum):
@@ -43,8 +43,8 @@ class Sharing(IntEnum):
 def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
     """Return which prompts may share a batch of a model that is ready to generate, and log where not all may.
 
-    It is found out from the logits of a few tokens, generated alone, beside another row, and behind padding. A model
-    that can't be probed generates one completion after another.
+    That is tested on the logits of a few tokens, generated alone, beside another row, and behind padding. A model that
+    can't be probed generates one completion after another.
     """
     probe = functools.partial(_probe, model, pad_token_id, is_sharded)
     name = type(model).__name__
@@ -74,7 +74,7 @@ def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
     rounding = max(beside)
     is_padding_hidden = (
         _difference(padded_TV, short_TV) <= max(_LEAST_TOLERANCE, _ROUNDING_SPREAD * rounding)
-        # Of one shape: what is rounded is the same.
+        # Both have the same shape, so they round alike.
         and _difference(other_padding_TV, padded_TV) <= max(_LEAST_TOLERANCE, rounding)
     )
     if not is_padding_hidden:

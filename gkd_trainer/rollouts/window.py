@@ -17,7 +17,7 @@ _BEYOND_BITS = 32
 
 @dataclass(frozen=True)
 class Draw:
-    """What decides over the samples of an optimizer step.
+    """What decides which samples of an optimizer step are on-policy, and with which seeds they are completed.
 
     `lmbda` is the share λ at this step, `granularity` "sample" or "batch"; (`seed`, `step`, position) key the
     generator. `batch_size` is how many samples a micro-batch of a rank is configured to have.
@@ -54,7 +54,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Job:
-    """A completion to be generated: of which micro-batch and row, from which prompt, with which seed."""
+    """A completion to generate: its micro-batch and row, its prompt and its seed."""
 
     micro_batch: int
     row: int
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """A window before its rollouts: its batches, and what each model is to complete in them.
+    """A window before its rollouts: its batches, and what each model completes in them.
 
     `without_prompt` samples should be generated but have no prompt; they stay as the data has them.
     """
@@ -148,7 +148,7 @@ def generate_jobs(
 ) -> list[list[Completion]]:
     """Return the completions of several windows' jobs, generated in one call.
 
-    It is made without any job too: where the weights are sharded, an engine generates on all ranks or on none.
+    The engine is called even without a job: where the weights are sharded, it generates on all ranks or on none.
     """
     jobs = [job for window in windows for job in window]
     completions = iter(engine.generate([job.prompt for job in jobs], sampling, [job.seed for job in jobs]))
@@ -170,8 +170,8 @@ def complete_greedily(
 ) -> dict[str, Any]:
     """Return a batch whose rows hold the engine's greedy completion of their prompt.
 
-    With `only_prompts` that is done to rows without a completion alone; else to all, and rows without a prompt are left
-    out of what is scored.
+    With `only_prompts` only rows without a completion get one; else all rows do, and rows without a prompt are not
+    scored.
     """
     prompts = mixing.prompts_of(inputs)
     is_prompt_alone = (inputs["labels"] == IGNORE_INDEX).all(dim=1).tolist()

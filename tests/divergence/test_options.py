@@ -139,8 +139,8 @@ def test_choices_of_the_configuration_are_those_of_the_loss():
 
 def test_top_tokens_are_compared_at_temperature_one_only():
     check_top_k_temperature(1.0)
-    with pytest.raises(GKDConfigError, match=r"loss_temperature=2\.0 can't be applied to the teacher's 5 top tokens"):
-        check_top_k_temperature(2.0, "loss_temperature", top_k=5)
+    with pytest.raises(GKDConfigError, match=r"loss_temperature=2\.0 can't .*Set loss_temperature to 1"):
+        check_top_k_temperature(2.0, "loss_temperature")
     teacher = TopKSignal(torch.zeros(N, 1, dtype=torch.long), torch.zeros(N, 1), V)
     with pytest.raises(GKDConfigError, match=r"^temperature=2\.0 can't be applied to a teacher's top tokens"):
         token_divergence(signal(), teacher, temperature=2.0)

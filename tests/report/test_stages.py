@@ -95,7 +95,7 @@ def test_a_run_without_a_measurement_leaves_the_plot_whole(tmp_path, figures):
 def test_without_matplotlib_the_error_says_what_to_install_and_the_tables_need_none(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(
-        GKDConfigError, match=r'plot_curves needs matplotlib: pip install "gkd-trainer\[plots\]"'
+        GKDConfigError, match=r'plot_curves needs matplotlib: pip install "\.\[plots\]" in a clone'
     ) as error:
         plot_curves(CURVES, tmp_path / "stages.png")
     assert isinstance(error.value.__cause__, ImportError)
