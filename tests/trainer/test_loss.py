@@ -1,32 +1,26 @@
-"""What the trainer's loss is: the divergence over the window's trained tokens, on every path to it."""
+"""The loss of a micro-batch without a trainer: one value and one gradient, however the student's head is reached."""
 
-import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
-from transformers import TrainerCallback
 
-from gkd_trainer import FrozenTeacher, GKDTrainer
-from gkd_trainer.divergence import reference_jsd
-from gkd_trainer.trainer.loss import product_dtype
-from tests.memory import NewStorages
+from gkd_trainer import FrozenTeacher, GKDArguments
+from gkd_trainer.divergence import reference_jsd, token_divergence
+from gkd_trainer.models.heads import InseparableHead, SeparableHead, find_head
+from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
+from gkd_trainer.types import LogitsSignal, TokenBatch
 
-
-def batch_of(trainer, count=4):
-    return trainer.data_collator([trainer.train_dataset[index] for index in range(count)])
-
-
-def expected_loss(trainer, inputs, vocab_size=None, beta=0.5, temperature=1.0):
-    """The mean divergence in float64, from plain forwards of both models."""
-    model_inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    is_scored = inputs["labels"][:, 1:] != -100
-    student = trainer.model(**model_inputs).logits[:, :-1][is_scored][:, :vocab_size]
-    with torch.no_grad():
-        teacher = trainer.teacher_model(**model_inputs).logits[:, :-1][is_scored][:, :vocab_size]
-    return reference_jsd(student.double(), teacher.double(), beta=beta, temperature=temperature).mean()
+X = -100
+TWO_ROWS = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 2, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    "labels": torch.tensor([[X, X, 7, 8, 9], [X, 11, 12, 2, X]]),
+    "is_on_policy": torch.tensor([False, True]),
+}
+IS_DATA_N = torch.tensor([True] * 3 + [False] * 3)
 
 
 def gradients(model):
@@ -40,229 +34,151 @@ def assert_same_gradients(actual, expected, tolerance=1e-5):
         assert (actual[name] - gradient).abs().max() <= tolerance * scale, name
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_those_of_the_float64_divergence(make_trainer, tiny_model, family, tied):
-    student = tiny_model(family, tie_word_embeddings=tied)
-    teacher = tiny_model(family, hidden=48, seed=1)
-    trainer = make_trainer(trainer_args={"model": student, "teacher_model": teacher}, loss_temperature=2.0)
-    inputs = batch_of(trainer)
+@pytest.fixture
+def run(tiny_model):
+    """Run a student on two rows without a trainer; return its output and gradients."""
+    frozen = {top_k: FrozenTeacher(tiny_model(hidden=48, seed=1), top_k=top_k) for top_k in (None, 8)}
 
-    expected = expected_loss(trainer, inputs, temperature=2.0)
-    expected.backward()
-    expected_gradients = gradients(student)
-    student.zero_grad()
-    loss = trainer.compute_loss(student, inputs)
-    loss.backward()
+    def run(
+        student,
+        head=None,
+        *,
+        is_training=True,
+        vocab_size=368,
+        top_k=None,
+        keeps_logits=False,
+        args=None,
+        backward=True,
+        **inputs,
+    ):
+        batch, teacher = TokenBatch.from_inputs({**TWO_ROWS, **inputs}), frozen[top_k]
+        teacher.prepare(torch.device("cpu"))
+        signal = teacher.score(batch).sliced(vocab_size)
+        comparison = Comparison(GKDArguments(**(args or {})), batch, signal, vocab_size, is_training)
+        output = run_student(student, student, batch, head or find_head(student), comparison, keeps_logits=keeps_logits)
+        student.zero_grad()
+        if backward:
+            output.loss_sum.backward()
+        return output, gradients(student)
 
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_same_gradients(gradients(student), expected_gradients, 1e-4)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_beta_of_the_config_is_the_beta_of_the_loss(make_trainer, beta):
-    trainer = make_trainer(beta=beta)
-    inputs = batch_of(trainer)
-    expected = expected_loss(trainer, inputs, beta=beta).item()
-    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_continuous_scale_divides_by_beta_and_its_complement(make_trainer):
-    paper, continuous = make_trainer(beta=0.1), make_trainer(beta=0.1, divergence_scale="continuous")
-    inputs = batch_of(paper)
-    ratio = continuous.compute_loss(continuous.model, inputs) / paper.compute_loss(paper.model, inputs)
-    assert ratio.item() == pytest.approx(1 / (0.1 * 0.9), rel=1e-5)
+    return run
 
 
-def test_logits_path_gives_the_loss_of_the_hidden_path(make_trainer):
-    trainer = make_trainer()
-    inputs = batch_of(trainer)
-    loss = trainer.compute_loss(trainer.model, inputs)
-    with_outputs, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
-    assert outputs.logits.shape == (*inputs["input_ids"].shape, 368)
-    assert loss.item() == pytest.approx(with_outputs.item(), rel=1e-5)
+def logits_of_two_rows(model):
+    is_scored = TWO_ROWS["labels"][:, 1:] != X
+    return (
+        model(TWO_ROWS["input_ids"], attention_mask=TWO_ROWS["attention_mask"])
+        .logits[:, :-1][is_scored]
+        .detach()
+        .double()
+    )
 
 
-def test_same_model_as_teacher_gives_zero_loss_and_zero_gradient(make_trainer, tiny_model):
-    trainer = make_trainer(trainer_args={"model": tiny_model(), "teacher_model": tiny_model()})
-    loss = trainer.compute_loss(trainer.model, batch_of(trainer))
-    loss.backward()
-    assert abs(loss.item()) < 1e-6
-    assert max(gradient.abs().max() for gradient in gradients(trainer.model).values()) < 1e-6
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
+def test_the_loss_is_the_same_however_the_head_is_found(run, tiny_model, family):
+    student = tiny_model(family)
+    separable = find_head(student)
+    assert isinstance(separable, SeparableHead)
+    expected, expected_gradients = run(student, separable)
+    teacher = logits_of_two_rows(tiny_model(hidden=48, seed=1))
+    divergence_N = reference_jsd(logits_of_two_rows(student), teacher, beta=0.5)
+    assert torch.allclose(expected.tokens.values_N.double(), divergence_N, rtol=1e-4)
+    assert expected.loss_sum.item() == pytest.approx(divergence_N.sum().item(), rel=1e-5)
+    for head in (InseparableHead("a test"), replace(separable, is_sharded=True)):
+        output, actual_gradients = run(student, head)
+        assert torch.allclose(output.tokens.values_N, expected.tokens.values_N, rtol=1e-5)
+        assert_same_gradients(actual_gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_heads_of_different_padding_are_compared_over_the_tokenizers_vocabulary(
-    make_trainer, tiny_model, byte_level, beta
+@pytest.mark.parametrize(("keeps_logits", "columns"), [(True, 368), (False, 1)])
+def test_full_logits_are_returned_only_where_they_are_wanted(run, tiny_model, keeps_logits, columns):
+    output, _ = run(tiny_model(), keeps_logits=keeps_logits)
+    assert output.outputs.logits.shape == (2, 5, columns)
+
+
+@pytest.mark.parametrize("head", [None, InseparableHead("a test")])
+def test_a_batch_without_a_token_to_train_on_stays_connected_to_all_weights(run, tiny_model, head):
+    student = tiny_model(tie_word_embeddings=False)
+    output, zeros = run(student, head, labels=torch.full((2, 5), X))
+    assert output.loss_sum.item() == 0
+    assert zeros.keys() == {name for name, _ in student.named_parameters()}
+    assert not any(gradient.any() for gradient in zeros.values())
+
+
+@pytest.mark.parametrize(("is_sharded", "inputs"), [(True, {}), (False, {"labels": torch.full((2, 5), X)})])
+def test_the_backward_pass_of_a_sharded_head_or_of_no_token_starts_at_the_forwards_output(
+    run, tiny_model, is_sharded, inputs
 ):
-    teacher = FrozenTeacher(tiny_model(vocab=400, seed=1), tokenizer=byte_level())
-    trainer = make_trainer(trainer_args={"model": tiny_model(vocab=384), "teacher": teacher}, beta=beta)
-    inputs = batch_of(trainer)
-    vocab_size = len(trainer.processing_class)
-    assert vocab_size == 365
-    expected = expected_loss(trainer, inputs, vocab_size, beta)
-    loss = trainer.compute_loss(trainer.model, inputs)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    loss.backward()
-    padding_rows = trainer.model.lm_head.weight.grad[vocab_size:]
-    assert torch.equal(padding_rows, torch.zeros_like(padding_rows))
+    student = tiny_model()
+    output, _ = run(student, replace(find_head(student), is_sharded=is_sharded), backward=False, **inputs)
+    assert torch.autograd.grad(output.loss_sum, output.outputs.logits)[0].shape[:2] == (2, 5)
 
 
-def accumulated_gradients(make_trainer, tiny_model, batch_size, steps, **options):
-    seen = {}
+def test_cross_entropy_is_of_the_data_and_of_training_alone(run, tiny_model):
+    student, args = tiny_model(), {"ce_weight": 0.25}
+    output, _ = run(student, args=args)
+    divergence_N, loss_N = output.tokens.values_N, output.tokens.loss_N
+    targets_N = torch.tensor([7, 8, 9, 11, 12, 2])
+    cross_entropy_N = nn.functional.cross_entropy(logits_of_two_rows(student), targets_N, reduction="none").float()
+    mixed_N = torch.where(IS_DATA_N, 0.25 * cross_entropy_N + 0.75 * divergence_N, divergence_N)
+    assert torch.allclose(loss_N, mixed_N, rtol=1e-4)
+    assert output.loss_sum.item() == pytest.approx(mixed_N.sum().item(), rel=1e-5)
+    for without in (run(student, is_training=False, args=args), run(student)):
+        assert without[0].tokens.loss_N is without[0].tokens.cross_entropy_N is None
+        assert torch.equal(without[0].loss_sum, divergence_N.sum())
 
-    class Recording(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, *, model, **_):
-            seen.update(gradients(model))
 
-    trainer = make_trainer(
-        trainer_args={"callbacks": [Recording()]},
-        max_grad_norm=0.0,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=steps,
-        max_steps=1,
-        **options,
+@pytest.mark.parametrize(
+    ("top_k", "args", "options"),
+    [
+        (None, {"beta": 0.1, "divergence_scale": "continuous"}, {"beta": 0.1, "scale": "continuous"}),
+        (None, {"loss_temperature": 2.0}, {"beta": 0.5, "temperature": 2.0}),
+        (
+            None,
+            {"divergence": "skew_kl", "divergence_options": {"alpha": 0.3}},
+            {"divergence": "skew_kl", "divergence_options": {"alpha": 0.3}},
+        ),
+        (8, {"teacher_tail": "renormalize"}, {"beta": 0.5, "tail": "renormalize"}),
+    ],
+)
+def test_the_options_reach_the_divergence(run, tiny_model, top_k, args, options):
+    student, teacher = tiny_model(), FrozenTeacher(tiny_model(hidden=48, seed=1), top_k=top_k)
+    teacher.prepare(torch.device("cpu"))
+    output, _ = run(student, top_k=top_k, args=args)
+    signal = teacher.score(TokenBatch.from_inputs(TWO_ROWS))
+    expected = token_divergence(LogitsSignal(logits_of_two_rows(student).float()), signal, **options)
+    assert torch.allclose(output.tokens.values_N, expected.values_N, rtol=1e-4)
+
+
+def test_rows_of_the_head_beyond_the_shared_vocabulary_take_no_part(run, tiny_model):
+    student = tiny_model(tie_word_embeddings=False)
+    output, actual = run(student, vocab_size=300)
+    divergence_N = reference_jsd(
+        logits_of_two_rows(student)[:, :300], logits_of_two_rows(tiny_model(hidden=48, seed=1))[:, :300], beta=0.5
     )
-    trainer.train()
-    return seen, trainer.state.log_history[0]
+    assert torch.allclose(output.tokens.values_N.double(), divergence_N, rtol=1e-4)
+    assert actual["lm_head.weight"][:300].any()
+    assert not actual["lm_head.weight"][300:].any()
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
-def test_gradient_does_not_depend_on_how_a_window_is_split(make_trainer, tiny_model, lmbda):
-    whole, whole_log = accumulated_gradients(make_trainer, tiny_model, 8, 1, lmbda=lmbda)
-    for batch_size, steps in ((4, 2), (1, 8)):
-        split, split_log = accumulated_gradients(make_trainer, tiny_model, batch_size, steps, lmbda=lmbda)
-        assert_same_gradients(split, whole, 1e-5)
-        assert split_log["loss"] == pytest.approx(whole_log["loss"], rel=1e-5)
+def test_a_mixture_of_experts_has_its_router_loss_in_training_where_its_config_asks_for_it(run, tiny_model):
+    student = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.7)
+    output, _ = run(student)
+    expected = student(TWO_ROWS["input_ids"], TWO_ROWS["attention_mask"], output_router_logits=True).aux_loss
+    assert output.router_loss.value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.router_loss.weighted(torch.device("cpu")).item() == pytest.approx(0.7 * expected.item(), rel=1e-5)
+    evaluated, _ = run(student, is_training=False)
+    assert evaluated.router_loss is evaluated.outputs.aux_loss is None
+    assert run(tiny_model("mixtral", output_router_logits=False))[0].router_loss is None
+    assert run(tiny_model())[0].router_loss is None
 
 
-def test_divisor_is_counted_after_the_rollouts(make_trainer):
-    counts = []
-
-    class Recording(GKDTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            counts.append((int(num_items_in_batch), int((inputs["labels"][:, 1:] != -100).sum())))
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    trainer = make_trainer(trainer_class=Recording, lmbda=1.0, gradient_accumulation_steps=2, max_new_tokens=3)
-    trainer.train()
-    for window in (counts[:2], counts[2:]):
-        assert {divisor for divisor, _ in window} == {sum(trained for _, trained in window)}
-
-
-def test_cross_entropy_is_mixed_into_dataset_samples_alone(make_trainer):
-    trainer = make_trainer(ce_weight=0.25)
-    trainer.model.train()
-    inputs = batch_of(trainer)
-    is_on_policy = torch.tensor([True, False, False, True])
-    loss = trainer.compute_loss(trainer.model, {**inputs, "is_on_policy": is_on_policy})
-
-    is_scored = inputs["labels"][:, 1:] != -100
-    logits = trainer.model(inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1][is_scored].double()
-    teacher = trainer.teacher_model(inputs["input_ids"], inputs["attention_mask"]).logits[:, :-1][is_scored].double()
-    divergence = reference_jsd(logits, teacher, beta=0.5)
-    cross_entropy = nn.functional.cross_entropy(logits, inputs["labels"][:, 1:][is_scored], reduction="none")
-    weight = 0.25 * (~is_on_policy[:, None].expand_as(is_scored)[is_scored])
-    expected = (weight * cross_entropy + (1 - weight) * divergence).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_window_without_trained_tokens_gives_a_connected_zero(make_trainer, tiny_model, family):
-    trainer = make_trainer(trainer_args={"model": tiny_model(family, tie_word_embeddings=False)})
-    inputs = batch_of(trainer)
-    inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(0))
-    loss.backward()
-    assert loss.item() == 0
-    for name, parameter in trainer.model.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
-
-
-def test_lora_student_gets_the_gradients_of_its_full_logits(make_trainer, tiny_model):
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = make_trainer(trainer_args={"peft_config": lora})
-    inputs = batch_of(trainer)
-    expected_loss(trainer, inputs).backward()
-    expected = gradients(trainer.model)
-    trainer.model.zero_grad()
-    trainer.compute_loss(trainer.model, inputs).backward()
-    assert all("lora" in name for name in expected)
-    assert_same_gradients(gradients(trainer.model), expected, 1e-4)
-
-
-def test_lora_on_the_head_goes_through_logits_and_says_so_once(make_trainer, caplog):
-    lora = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
-    trainer = make_trainer(trainer_args={"peft_config": lora})
-    trainer.train()
-    messages = [record.message for record in caplog.records if "full logits" in record.message]
-    assert len(messages) == 1
-    trainer.model.zero_grad()
-    inputs = batch_of(trainer)
-    trainer.model.eval()
-    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(
-        expected_loss(trainer, inputs).item(), rel=1e-5
-    )
-
-
-def test_no_logits_are_made_for_positions_that_are_not_trained_on(make_trainer):
-    trainer = make_trainer(trainer_args={"processing_class": None})
-    inputs = batch_of(trainer)
-    trained = int((inputs["labels"][:, 1:] != -100).sum())
-    widths = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2 and tensor.shape[-1] == 368:
-                    widths.append(math.prod(tensor.shape[:-1]))
-            return result
-
-    with Watch():
-        trainer.compute_loss(trainer.model, inputs).backward()
-    # The weights [V, H] are transposed to [H, V] too, and H is 32 or 48.
-    assert max(width for width in widths if width not in (32, 48)) <= trained < inputs["input_ids"].numel()
-
-
-def test_bf16_autocast_still_compares_float32_logits(make_trainer):
-    plain, mixed = make_trainer(), make_trainer(bf16=True)
-    mixed.train()
-    logged = mixed.state.log_history[0]["loss"]
-    plain.train()
-    assert logged == pytest.approx(plain.state.log_history[0]["loss"], rel=0.05)
-
-
-@pytest.mark.parametrize("is_lora", [False, True])
-def test_a_step_makes_no_tensor_of_the_size_of_all_logits(make_trainer, tiny_model, token_rows, is_lora):
-    vocab = 2000
-    models = {"model": tiny_model(vocab=vocab), "teacher_model": tiny_model(vocab=vocab, hidden=48, seed=1)}
-    if is_lora:
-        models["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"])
-    trainer = make_trainer(trainer_args={**models, "train_dataset": token_rows(longest=40)}, loss_workspace_mb=1)
-    inputs = batch_of(trainer, 16)
-    trainer.compute_loss(trainer.model, inputs).backward()
-    trainer.model.zero_grad()
-    with NewStorages() as memory:
-        trainer.compute_loss(trainer.model, inputs).backward()
-    trained = int((inputs["labels"][:, 1:] != -100).sum())
-    assert memory.largest <= 2**20 / 2 < 4 * trained * vocab / 3
-
-
-def test_products_of_the_gradient_may_round_to_bfloat16(make_trainer, tiny_model):
-    losses, of_each = [], []
-    for dtype in ("auto", "float32", "bfloat16"):
-        trainer = make_trainer(trainer_args={"model": tiny_model()}, loss_product_dtype=dtype)
-        loss = trainer.compute_loss(trainer.model, batch_of(trainer))
-        loss.backward()
-        losses.append(loss.item())
-        of_each.append(gradients(trainer.model))
-    assert losses[0] == losses[1] == losses[2]
-    automatic, exact, rounded = of_each
-    assert_same_gradients(automatic, exact, 0)
-    assert_same_gradients(rounded, exact, 1e-2)
-    assert not torch.equal(rounded["lm_head.weight"], exact["lm_head.weight"])
+@pytest.mark.parametrize(
+    ("divisor", "ranks", "expected"),
+    [(4, 1, 1.5), (torch.tensor(4), 1, 1.5), (0, 1, 6.0), (torch.tensor(0), 2, 12.0), (4, 2, 3.0)],
+)
+def test_a_sum_is_divided_by_the_tokens_of_all_ranks_that_are_averaged(divisor, ranks, expected):
+    assert divided(torch.tensor(6.0), divisor, ranks).item() == expected
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorWithPadding
 
 from gkd_trainer import GKDArguments, GKDConfigError, GKDDataError
-from gkd_trainer.data import KeepSideTensors, unwrapped
+from gkd_trainer.data import unwrapped
 from gkd_trainer.models.heads import Context
 from gkd_trainer.trainer.pairing import OwnedContext
 from gkd_trainer.trainer.preparation import (
@@ -21,7 +21,7 @@ from gkd_trainer.trainer.preparation import (
     require_labels,
     tokenizer_of,
 )
-from gkd_trainer.types import PROMPT_IDS
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY
 
 X, STOP = -100, 2
 PROMPT_ALONE = {"input_ids": [5, 6], "labels": [X, X]}
@@ -212,16 +212,23 @@ def test_what_exceeds_a_context_is_refused_by_what_needs_the_most(longest, said)
         longest.refuse_beyond(SHORTER, "train")
 
 
-def test_a_collator_keeps_labels_and_prompts_and_is_wrapped_once(byte_level):
+def test_a_collator_keeps_labels_and_the_side_tensors_of_rows_and_is_wrapped_once(byte_level):
     padding = DataCollatorWithPadding(byte_level())
-    rows = [{**BOTH, PROMPT_IDS: [5, 6, 8]}, {**WITHOUT_PROMPT, PROMPT_IDS: []}]
     kept = keeping_columns(padding)
-    assert isinstance(kept, KeepSideTensors)
     assert unwrapped(kept) is padding
     assert keeping_columns(kept) is kept
-    batch = kept(rows)
+    batch = kept([{**BOTH, PROMPT_IDS: [5, 6, 8], ROW_KEY: 9}, {**WITHOUT_PROMPT, PROMPT_IDS: [], ROW_KEY: 4}])
     assert batch["labels"].tolist() == [[X, X, 7, STOP], [5, STOP, X, X]]
     assert batch[PROMPT_IDS].tolist() == [[5, 6, 8], [X, X, X]]
+    assert batch[ROW_KEY].tolist() == [9, 4]
+
+
+def test_the_keys_of_rows_that_are_packed_are_dropped_with_a_warning(caplog):
+    rows = Dataset.from_list([{**BOTH, ROW_KEY: number} for number in range(2)])
+    for packing, warnings in ((False, 0), (True, 1)):
+        made = preparation(packing=packing, packing_strategy="bfd").prepared(rows, "train", is_training=True)
+        assert (ROW_KEY in made.column_names) is not packing
+        assert caplog.text.count(f"train: packing joins rows, so that no row has its {ROW_KEY}") == warnings
 
 
 def test_a_batch_without_labels_is_refused_with_what_it_holds():
