@@ -70,9 +70,10 @@ $(NEWEST)/installed: setup.cfg constraints-newest.txt
 	touch $@
 
 # What a version can break, in a few minutes: construction, training, adapters, resuming, evaluation, rows, the loss.
-SHORT := tests/test_config.py tests/test_compat.py tests/test_api.py tests/divergence/test_loss.py tests/data/test_prepare.py \
-    tests/data/test_turns.py tests/models/test_heads.py tests/models/test_loading.py tests/trainer/test_compat.py tests/trainer/test_loss.py \
-    tests/trainer/test_trainer.py tests/trainer/test_drop_in.py tests/trainer/test_on_policy.py tests/report/test_metrics.py
+SHORT := $(addprefix tests/, test_api.py test_compat.py test_config.py test_config_checks.py cli/test_parser.py \
+    data/test_prepare.py data/test_turns.py divergence/test_loss.py models/test_heads.py models/test_loading.py \
+    trainer/test_compat.py trainer/test_evaluation.py trainer/test_loss.py trainer/test_on_policy.py \
+    trainer/test_resume.py trainer/test_trainer.py trainer/test_drop_in.py)
 
 test-oldest: $(OLDEST)/installed ## Run what needs no vLLM with the oldest versions (ARGS='$$(SHORT)' the short form).
 	$(OLDEST)/bin/pytest -m "not vllm and not servers" $(ARGS)

@@ -12,12 +12,14 @@ def mark_loss_as_scaled(trainer: Any) -> None:
     """Have Trainer leave the loss undivided, as `trainer.loss_is_scaled_for_ga` says.
 
     Trainer reads that attribute from transformers 5.19. The ones before divide the loss by the micro-batches of the
-    window unless they believe that the model has divided it, by the count of tokens that it was passed.
+    window unless they believe that the model has divided it, by the count of tokens that it was passed. Those from 5.2
+    to 5.5 have Accelerate divide it too, in the backward pass: the log is right there and the gradients are not.
     """
-    from transformers import Trainer  # not above: the configuration needs none of what it imports
+    from transformers import Trainer  # here, since the options need this module, and not all that Trainer imports
 
     if not hasattr(Trainer, "loss_is_scaled_for_ga") and trainer.loss_is_scaled_for_ga:
         trainer.model_accepts_loss_kwargs = True
+        trainer.accelerator.gradient_accumulation_steps = 1
 
 
 def checkpoints_activations(args: Any) -> bool:

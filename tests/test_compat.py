@@ -20,9 +20,11 @@ def test_a_trainer_that_does_not_ask_whether_the_loss_is_scaled_is_told(monkeypa
     monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
     if is_read:
         monkeypatch.setattr(Trainer, "loss_is_scaled_for_ga", None, raising=False)
-    trainer = SimpleNamespace(loss_is_scaled_for_ga=is_scaled, model_accepts_loss_kwargs=False)
+    accelerator = SimpleNamespace(gradient_accumulation_steps=4)
+    trainer = SimpleNamespace(loss_is_scaled_for_ga=is_scaled, model_accepts_loss_kwargs=False, accelerator=accelerator)
     mark_loss_as_scaled(trainer)
     assert trainer.model_accepts_loss_kwargs is marked
+    assert accelerator.gradient_accumulation_steps == (1 if marked else 4)
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])

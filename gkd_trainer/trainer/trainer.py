@@ -172,7 +172,6 @@ class GKDMixin(AnyTrainer):
         self._adapter, self._prepares_rows = made.adapter, made.prepares_rows
         base_init: Callable[..., None] = super().__init__
         base_init(**made.base_arguments)
-        mark_loss_as_scaled(self)
         if model_init is not None and self.processing_class is None:
             self._find_tokenizer()
         self._refuse_unusable(made)
@@ -321,6 +320,7 @@ class GKDMixin(AnyTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # What is left of another run, after its last log entry or where it was broken off, is not this run's.
         self._meter.clear()
+        mark_loss_as_scaled(self)  # at every run: a search over options makes an accelerator of its own for each
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
 
