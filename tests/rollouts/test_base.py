@@ -24,5 +24,5 @@ def test_greedy_sampling_takes_the_most_probable_token_without_any_restriction()
 @pytest.mark.parametrize("missing", ["generate", "sync", "close"])
 def test_an_engine_has_to_generate_take_weights_and_close(missing):
     methods = {name: vars(Engine)[name] for name in ("generate", "sync", "close") if name != missing}
-    with pytest.raises(TypeError, match=f"abstract.* '{missing}'"):
+    with pytest.raises(TypeError, match=f"abstract.* '?{missing}"):
         type("Partial", (RolloutEngine,), methods)()

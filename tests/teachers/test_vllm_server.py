@@ -311,7 +311,7 @@ WRONG = {
     "null": (with_log_probs(lambda value: None), "a log-prob is not a number"),
     "a string": (with_log_probs(str), "a log-prob is not a number"),
     "positive": (with_log_probs(lambda value: 0.01), "or above 0"),
-    "too much mass": (with_log_probs(lambda value: -0.5), "have the mass 3.033, more than 1"),
+    "too much mass": (with_log_probs(lambda value: -0.5), "have a mass of 3.033, more than 1"),
     "a position too few": (changed(drop_position), "12 positions were sent, and scores of 11 came"),
     "a position too many": (changed(add_position), "12 positions were sent, and scores of 13 came"),
     "a choice too few": (changed(drop_choice), r"5 prompts were sent, and the choices that came are \[0, 1, 2, 3\]"),
