@@ -45,14 +45,14 @@ class TokenSum:
 
 TOKEN_SUMS: dict[str, TokenSum] = {
     "tokens": TokenSum(lambda tokens: tokens.ones_N),
-    "divergence": TokenSum(
-        lambda tokens: tokens.divergence_N, metric="divergence_off_policy", without="on_policy_divergence"
-    ),
     "on_policy_tokens": TokenSum(lambda tokens: tokens.is_on_policy_N),
     "on_policy_divergence": TokenSum(
         lambda tokens: tokens.divergence_N * tokens.is_on_policy_N,
         metric="divergence_on_policy",
         over="on_policy_tokens",
+    ),
+    "divergence": TokenSum(
+        lambda tokens: tokens.divergence_N, metric="divergence_off_policy", without="on_policy_divergence"
     ),
     "student_entropy": TokenSum(lambda tokens: tokens.result.student_entropy_N, metric="student_entropy"),
     "teacher_entropy": TokenSum(lambda tokens: tokens.result.teacher_entropy_N, metric="teacher_entropy"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gkd_trainer.divergence import TokenDivergence
 from gkd_trainer.report.metrics import sums_by_row
 from gkd_trainer.trainer.evaluation import Evaluation
 
@@ -11,14 +12,9 @@ def sums_of(*rows):
     """The sums of a batch from the divergence of each token of each row; the entropy of a token is its row's number."""
     divergence_N = torch.tensor([value for row in rows for value in row])
     rows_N = torch.tensor([number for number, row in enumerate(rows) for _ in row], dtype=torch.long)
-    return sums_by_row(
-        rows_N,
-        torch.zeros(len(rows), dtype=torch.bool),
-        divergence_N=divergence_N,
-        student_entropy_N=rows_N.double(),
-        teacher_entropy_N=2 * rows_N.double(),
-        agrees_N=divergence_N < 1,
-    )
+    all_N = torch.ones(len(rows_N), dtype=torch.bool)
+    result = TokenDivergence(divergence_N, None, rows_N.double(), 2 * rows_N.double(), divergence_N < 1, all_N, all_N)
+    return sums_by_row(rows_N, torch.zeros(len(rows), dtype=torch.bool), result)
 
 
 def mean_of(*rows):
