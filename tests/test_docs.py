@@ -184,7 +184,8 @@ def test_figures_of_the_divergence_page_are_what_its_snippets_give():
 def test_metrics_page_names_what_a_run_logs():
     page = (ROOT / "docs" / "metrics.md").read_text()
     meter = TrainingMeter(torch.device("cpu"))
-    meter.add_tokens(torch.tensor([[2.0, 2.0] + [1.0] * (len(TOKEN_SUMS) - 2)] * 2, dtype=torch.float64))
+    sums = [2.0 if name in ("tokens", "divergence") else 1.0 for name in TOKEN_SUMS]
+    meter.add_tokens(torch.tensor([sums, sums], dtype=torch.float64))
     meter.add_samples(**dict.fromkeys(SAMPLE_SUMS, 1.0))
     meter.add_router_loss(torch.tensor(1.0))
     with meter.measure("rollout"), meter.measure("step"):
