@@ -1,22 +1,33 @@
 """What a trainer is made from: arguments completed, checked, and left for the trainer that is extended."""
 
+import logging
+from dataclasses import dataclass
 from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig
-from transformers import Trainer
-from trl import SFTTrainer
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 
-from gkd_trainer import FrozenTeacher, GKDConfig, GKDConfigError, GKDTeacherError
+from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfig, GKDConfigError, GKDTeacherError
+from gkd_trainer.config import Unset
 from gkd_trainer.trainer.construction import (
     accepted_by,
+    completed_args,
     construct,
     init_parameters,
+    refuse_data_parallel,
+    refuse_dropped_deepspeed,
     refuse_split_sequences,
     refuse_student,
+    warn_of_unused,
 )
+from tests.versions import CHECKPOINTING
 
+ADAPTER = LoraConfig(r=2, target_modules=["q_proj"])
 NAMES = [name for name in signature(Trainer.__init__).parameters if name != "self"]
 PLAIN = init_parameters([Trainer])
 
@@ -41,6 +52,23 @@ def built(tiny_model, config):
     return build
 
 
+@dataclass
+class MyConfig(GKDArguments, SFTConfig):
+    pass
+
+
+@pytest.fixture
+def built_for_sft(built, config):
+    """The same for SFTTrainer, which loads, wraps and collates by itself."""
+    parameters = init_parameters(SFTTrainer.__mro__)
+
+    def build(arguments=None, peft_config=None, **options):
+        given = {"args": config(MyConfig, bf16=False, **options), **(arguments or {})}
+        return built(parameters, arguments=given, peft_config=peft_config)
+
+    return build
+
+
 def test_the_plain_trainer_gets_a_student_a_configuration_and_a_collator(built, tiny_model):
     model = tiny_model()
     made = built(arguments={"model": model})
@@ -59,11 +87,86 @@ def test_a_student_is_loaded_by_name_in_float32(built, tiny_model, tmp_path):
     assert made.run.loads_student
 
 
-def test_the_adapter_is_put_on_here_for_the_plain_trainer_and_left_to_one_that_does_it(built):
-    adapter = LoraConfig(r=2, target_modules=["q_proj"])
-    made = built(peft_config=adapter)
+def test_the_adapter_is_put_on_here_for_the_plain_trainer_and_left_to_one_that_does_it(built, built_for_sft):
+    made = built(peft_config=ADAPTER)
     assert isinstance(made.base_arguments["model"], PeftModel)
-    assert made.adapter is adapter
+    assert made.adapter is ADAPTER
+    left = built_for_sft(peft_config=ADAPTER)
+    assert not isinstance(left.base_arguments["model"], PeftModel)
+    assert left.base_arguments["peft_config"] is ADAPTER
+    assert left.adapter is None
+
+
+def test_a_trainer_that_loads_and_collates_by_itself_is_left_to_do_so_but_not_to_prepare_rows(built_for_sft, tmp_path):
+    made = built_for_sft(arguments={"model": tmp_path}, dataset_kwargs={"add_special_tokens": False})
+    assert made.base_arguments["model"] == str(tmp_path)
+    assert made.base_arguments["data_collator"] is None
+    assert made.base_arguments["args"].dataset_kwargs == {"add_special_tokens": False, "skip_prepare_dataset": True}
+    assert made.prepares_rows
+
+
+@pytest.mark.parametrize("peft_config", [None, ADAPTER])
+def test_an_adapter_on_a_student_that_checkpoints_is_reached_by_gradients(built, peft_config):
+    for checkpoints in (False, True):
+        made = built(peft_config=peft_config, **{CHECKPOINTING: checkpoints})
+        embeddings = made.base_arguments["model"].get_input_embeddings().requires_grad_(False)
+        assert embeddings(torch.tensor([1])).requires_grad is (checkpoints and peft_config is not None)
+
+
+def test_an_adapter_starts_from_the_seed_of_the_run(built):
+    def start(seed):
+        torch.manual_seed(torch.initial_seed() + 1)
+        made = built(peft_config=ADAPTER, seed=seed)
+        return next(weight for name, weight in made.base_arguments["model"].named_parameters() if "lora_A" in name)
+
+    assert torch.equal(start(3), start(3))
+    assert not torch.equal(start(3), start(4))
+
+
+def test_a_student_of_model_init_is_left_to_be_made(built):
+    made = built(arguments={"model": None, "model_init": print}, peft_config=ADAPTER)
+    assert made.base_arguments["model"] is None
+    assert made.adapter is ADAPTER  # of each student to come
+
+
+def test_a_compiled_student_is_taken_as_the_model_inside(built, tiny_model, caplog):
+    model = tiny_model()
+    made = built(arguments={"model": torch.compile(model, backend="eager")})
+    assert made.base_arguments["model"] is model
+    assert "The student came compiled" in caplog.text
+
+
+def test_the_tokenizer_is_the_one_given_or_that_beside_the_student(built, tiny_model, byte_level, tmp_path):
+    model, tokenizer = tiny_model(), byte_level()
+    model.save_pretrained(tmp_path)
+    assert built(arguments={"model": tmp_path}).base_arguments["processing_class"] is None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for student in (tmp_path, loaded):
+        made = built(arguments={"model": student}).base_arguments
+        assert made["processing_class"].get_vocab() == tokenizer.get_vocab()
+        assert made["data_collator"].pad_token_id == tokenizer.pad_token_id
+    given = built(arguments={"model": loaded, "processing_class": tokenizer})
+    assert given.base_arguments["processing_class"] is tokenizer
+
+
+def test_the_options_that_load_a_student_are_heeded(built, tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    made = built(arguments={"model": tmp_path}, model_init_kwargs={"dtype": "bfloat16"})
+    assert made.base_arguments["model"].dtype == torch.bfloat16
+
+
+def test_a_collator_that_is_given_stays(built):
+    assert built(arguments={"data_collator": print}).base_arguments["data_collator"] is print
+
+
+@pytest.mark.parametrize("builds_rollouts", [True, False])
+def test_what_decides_over_the_effect_of_options_is_told(built, tiny_model, builds_rollouts):
+    for top_k in (None, 3):
+        made = built(teacher=FrozenTeacher(tiny_model(seed=1), top_k=top_k), builds_rollouts=builds_rollouts)
+        assert (made.run.builds_rollouts, made.run.has_top_tokens) == (builds_rollouts, top_k is not None)
+        assert not made.run.loads_student
+        assert made.run.args is made.base_arguments["args"]
 
 
 @pytest.mark.parametrize("arguments", [{"model": None}, {"model_init": lambda: None}], ids=["none", "both"])
@@ -85,6 +188,10 @@ def test_teacher_and_student_are_two_objects(built, tiny_model):
         ({"arguments": {"compute_loss_func": print}}, "compute_loss_func would replace the divergence"),
         ({"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "PromptTuningConfig learns virtual tokens"),
         ({"arguments": {"data_collator": GKDConfig(output_dir="x")}}, "data_collator, the third argument, must be"),
+        (
+            {"arguments": {"args": "a teacher"}},
+            r"args, the second argument, must be a GKDConfig .*; got str.*MyTrainer",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(built, options, message):
@@ -97,6 +204,20 @@ def test_a_top_k_teacher_is_compared_at_temperature_1(built, tiny_model):
         built(teacher=FrozenTeacher(tiny_model(), top_k=3), loss_temperature=2.0)
 
 
+def test_a_teacher_that_can_not_generate_has_no_part_in_seq_kd(built, tiny_model):
+    class Mute(FrozenTeacher):
+        can_generate = False
+
+    with pytest.raises(GKDTeacherError, match="seq_kd=True has the teacher generate, which this teacher can't"):
+        built(teacher=Mute(tiny_model()), seq_kd=True)
+    built(teacher=Mute(tiny_model()))
+
+
+def test_rows_that_are_to_be_left_as_they_are_are_not_prepared(built):
+    assert not built(dataset_kwargs={"skip_prepare_dataset": True}).prepares_rows
+    assert built(dataset_kwargs={"skip_prepare_dataset": False}).prepares_rows
+
+
 def test_a_collator_that_reads_messages_gets_all_columns(built):
     def collator(rows):
         raise AssertionError
@@ -105,6 +226,37 @@ def test_a_collator_that_reads_messages_gets_all_columns(built):
     made = built(arguments={"data_collator": collator})
     assert not made.prepares_rows
     assert made.base_arguments["args"].remove_unused_columns is False
+
+
+def test_a_configuration_with_the_options_of_distillation_is_taken_as_it_is():
+    args = GKDConfig(output_dir="x")
+    assert completed_args(args, True) is completed_args(args, False) is args
+    assert completed_args(None, True).output_dir == "tmp_trainer"
+
+
+def test_another_trainer_than_the_plain_one_needs_a_configuration_of_its_own():
+    for args in (None, TrainingArguments(output_dir="x", use_cpu=True)):
+        with pytest.raises(GKDConfigError, match=r"args must have the options of distillation; got .*class MyConfig"):
+            completed_args(args, False)
+
+
+def test_plain_training_arguments_keep_what_was_chosen():
+    args = completed_args(TrainingArguments(output_dir="x", use_cpu=True, max_steps=3, logging_steps=7), True)
+    assert type(args) is GKDConfig
+    assert (args.output_dir, args.max_steps, args.logging_steps, args.use_cpu) == ("x", 3, 7, True)
+    assert isinstance(completed_args(TrainingArguments(output_dir="x", use_cpu=True), True).logging_steps, Unset)
+
+
+def test_options_of_another_configuration_are_taken_at_their_defaults_and_else_refused():
+    def configured(config_class=SFTConfig, **options):
+        return completed_args(config_class(output_dir="x", use_cpu=True, bf16=False, **options), True)
+
+    assert configured(max_length=70).max_length == 70
+    assert configured(loss_type="nll").max_length == SFTConfig.max_length
+    with pytest.raises(GKDConfigError, match=r"^packing: options of SFTConfig .*MyConfig\(GKDArguments, SFTConfig\)"):
+        configured(packing=True)
+    assert isinstance(configured(TRLGKDConfig).max_new_tokens, Unset)
+    assert configured(TRLGKDConfig, max_new_tokens=9).max_new_tokens == 9
 
 
 def test_the_parameters_of_an_init_that_passes_its_arguments_on_are_those_behind_it_too():
@@ -117,9 +269,29 @@ def test_the_parameters_of_an_init_that_passes_its_arguments_on_are_those_behind
     assert "peft_config" in init_parameters(SFTTrainer.__mro__)
 
 
+def test_of_two_parameters_of_a_name_the_first_counts_and_a_class_without_an_init_is_passed_over():
+    class Own(Trainer):
+        def __init__(self, model="mine", **kwargs):
+            raise AssertionError
+
+    class Silent(Own):
+        pass
+
+    parameters = init_parameters([Silent, Own, Trainer])
+    assert parameters["model"].default == "mine"
+    assert parameters.keys() == {"self", *NAMES}
+
+    class Closed(Trainer):
+        def __init__(self, model):
+            raise AssertionError
+
+    assert init_parameters([Closed, Trainer]).keys() == {"self", "model"}
+
+
 def test_what_a_trainer_does_not_take_is_left_out_where_unused_and_unexpected_where_given():
     parameters = init_parameters([Trainer])
-    assert accepted_by(parameters, {"model": 1, "other": None}, "MyTrainer") == {"model": 1}
+    unused = {"other": None, "others": (None, None)}
+    assert accepted_by(parameters, {"model": 1, **unused}, "MyTrainer") == {"model": 1}
     with pytest.raises(TypeError, match=r"MyTrainer.__init__\(\) got an unexpected keyword argument 'other'"):
         accepted_by(parameters, {"other": 2}, "MyTrainer")
 
@@ -148,3 +320,37 @@ def test_weights_in_common_are_refused_unless_the_teacher_says_that_it_shares_th
     with pytest.raises(GKDTeacherError, match="the teacher shares weights with the student"):
         refuse_student(student, FrozenTeacher(other), is_trained=False)
     refuse_student(student, Sharing(other), is_trained=False)
+
+
+def test_an_encoder_decoder_and_a_student_with_virtual_tokens_are_refused(tiny_model):
+    teacher, student = FrozenTeacher(tiny_model(seed=1)), tiny_model()
+    prompted = get_peft_model(tiny_model(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(GKDConfigError, match="learns virtual tokens"):
+        refuse_student(prompted, teacher, is_trained=True)
+    student.config.is_encoder_decoder = True
+    with pytest.raises(GKDConfigError, match="LlamaForCausalLM is an encoder-decoder"):
+        refuse_student(student, teacher, is_trained=True)
+
+
+def test_several_gpus_in_one_process_are_refused():
+    refuse_data_parallel(SimpleNamespace(n_gpu=1))
+    with pytest.raises(GKDConfigError, match=r"2 GPUs are visible .*accelerate launch"):
+        refuse_data_parallel(SimpleNamespace(n_gpu=2))
+
+
+def test_deepspeed_that_was_asked_for_and_does_not_run_is_refused():
+    refuse_dropped_deepspeed(SimpleNamespace(deepspeed="zero3.json", use_cpu=True), True)
+    refuse_dropped_deepspeed(SimpleNamespace(deepspeed=None, use_cpu=True), False)
+    with pytest.raises(GKDConfigError, match="deepspeed is set, but Accelerate does not run it"):
+        refuse_dropped_deepspeed(SimpleNamespace(deepspeed="zero3.json", use_cpu=True), False)
+
+
+def test_options_without_effect_are_logged_with_what_they_need_and_without_secrets(caplog):
+    args = GKDArguments(vllm_server_api_token="s3cret", top_k=5)
+    warn_of_unused([], args)
+    assert not caplog.records
+    warn_of_unused([("top_k", "lmbda above 0"), ("vllm_server_api_token", "vllm_mode='server'")], args)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "top_k=5 needs lmbda above 0; vllm_server_api_token=" in record.message
+    assert "s3cret" not in record.message
