@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from gkd_trainer import GKDConfigError
-from gkd_trainer.trainer.checkpoints import damage, last_whole_checkpoint, required_whole
+from gkd_trainer.trainer.checkpoints import (
+    checkpoint_to_resume,
+    damage,
+    last_whole_checkpoint,
+    load_rollouts,
+    required_whole,
+    save_rollouts,
+)
 
 
 def write_checkpoint(folder):
@@ -94,3 +101,32 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_one_to_take(tmp_
     assert required_whole(tmp_path / "checkpoint-2") == tmp_path / "checkpoint-2"
     with pytest.raises(GKDConfigError, match="there is no such folder"):
         required_whole(tmp_path / "checkpoint-4")
+
+
+def test_what_to_resume_from_is_the_last_whole_checkpoint_the_one_named_or_none(tmp_path):
+    for step in (2, 3):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    assert checkpoint_to_resume(True, tmp_path) == str(tmp_path / "checkpoint-3")
+    assert checkpoint_to_resume(tmp_path / "checkpoint-2", tmp_path) == str(tmp_path / "checkpoint-2")
+    assert [checkpoint_to_resume(none, tmp_path) for none in (None, False, "")] == [None] * 3
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(GKDConfigError, match="can't resume from the checkpoint"):
+        checkpoint_to_resume(str(tmp_path / "checkpoint-2"), tmp_path)
+    with pytest.raises(GKDConfigError, match="no folder of the form checkpoint-STEP"):
+        checkpoint_to_resume(True, tmp_path / "elsewhere")
+
+
+def test_each_rank_finds_the_rollouts_that_it_kept(tmp_path):
+    states = [[{"weights_step": 3, "windows": [{"step": rank}]}] for rank in range(2)]
+    for rank, of_rank in enumerate(states):
+        save_rollouts(tmp_path / "checkpoint-3", rank, of_rank)
+    assert [load_rollouts(tmp_path / "checkpoint-3", rank) for rank in range(3)] == [*states, []]
+    assert load_rollouts(tmp_path / "checkpoint-4", 0) == load_rollouts(None, 0) == []
+
+
+def test_rollouts_of_an_older_run_in_the_same_folder_are_forgotten(tmp_path):
+    save_rollouts(tmp_path, 0, [{"weights_step": 3, "windows": []}])
+    for _ in range(2):
+        save_rollouts(tmp_path, 0, [])
+        assert load_rollouts(tmp_path, 0) == []
+    assert not list(tmp_path.iterdir())

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 from huggingface_hub import ModelCard
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from gkd_trainer import GKDArguments, GKDMixin
+from gkd_trainer.report.model_card import CARD_TAGS
+from gkd_trainer.trainer import publishing
 
 
 @dataclass
@@ -105,3 +107,74 @@ def test_a_card_that_a_trainer_wrote_is_replaced(make_trainer, readme):
     make_trainer().create_model_card(dataset="org/older")
     make_trainer().create_model_card(dataset="org/newer")
     assert readme().data.datasets == ["org/newer"]
+
+
+OWN = "# My own words\n"
+OURS = (
+    "---\nlibrary_name: transformers\ntags:\n- generated_from_trainer\n- older\n- base_model:adapter:x\n---\n# A run\n"
+)
+OF_PEFT = "---\nlibrary_name: peft\ntags:\n- lora\n---\n# An adapter\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "tags", "expected"),
+    [
+        (None, None, ["trl", *CARD_TAGS]),
+        (None, "mine", ["mine", "trl", *CARD_TAGS]),
+        (None, ["mine", "gkd"], ["mine", "gkd", "trl", *CARD_TAGS[1:]]),
+        (OURS, ["mine"], ["mine", "generated_from_trainer", "older", "trl", *CARD_TAGS[:2]]),
+        (OF_PEFT, None, ["lora", "trl", *CARD_TAGS]),
+    ],
+)
+def test_tags_are_those_given_those_of_the_last_card_the_trainers_and_ours_each_once(tmp_path, card, tags, expected):
+    path = tmp_path / "README.md"
+    if card is not None:
+        path.write_text(card)
+    assert publishing.card_tags(path, tags, ["trl"]) == expected
+
+
+def test_a_card_that_somebody_wrote_has_no_tags_to_write(tmp_path, caplog):
+    path = tmp_path / "README.md"
+    path.write_text(OWN)
+    assert publishing.card_tags(path, "mine") is None
+    assert caplog.text.count(f"{path} is not replaced by a model card") == 1
+
+
+def overwrite(path):
+    assert not path.exists() or path.read_text() != OWN
+    path.write_text("# Of PEFT\n")
+
+
+@pytest.mark.parametrize(("card", "left"), [(OWN, OWN), (OURS, "# Of PEFT\n"), (None, "# Of PEFT\n")])
+def test_a_card_that_somebody_wrote_lies_aside_while_others_write(tmp_path, card, left):
+    path = tmp_path / "README.md"
+    if card is not None:
+        path.write_text(card)
+    with publishing.keeping_own(path):
+        overwrite(path)
+    assert path.read_text() == left
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_card_that_somebody_wrote_is_there_again_after_a_failure(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(OWN)
+    with pytest.raises(OSError, match="full"), publishing.keeping_own(path):
+        raise OSError("full")
+    assert path.read_text() == OWN
+
+
+def test_data_sets_are_tagged_only_by_names_on_the_hub(tmp_path):
+    assert publishing.tags_of_datasets("org/data") == ["org/data"]
+    assert publishing.tags_of_datasets(["org/data", "json", str(tmp_path), "a/b/c"]) == ["org/data"]
+    assert publishing.tags_of_datasets(None) == []
+
+
+def test_a_student_has_a_source_where_it_was_loaded_from_the_hub_also_in_an_adapter(tiny_model, tmp_path):
+    student = tiny_model()
+    assert publishing.source_on_hub(student) == ""
+    student.config._name_or_path = str(tmp_path)
+    assert publishing.source_on_hub(student) == ""
+    student.config._name_or_path = "org/student"
+    adapted = get_peft_model(student, LoraConfig(target_modules=["q_proj"]))
+    assert publishing.source_on_hub(student) == publishing.source_on_hub(adapted) == "org/student"

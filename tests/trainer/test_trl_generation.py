@@ -6,6 +6,8 @@ from transformers import GenerationConfig
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 
 from gkd_trainer import GKDTrainer
+from gkd_trainer.trainer.trl_generation import trl_generation_config
+from tests.versions import CHECKPOINTING
 
 PROMPTS = torch.tensor([[2, 2, 5, 6], [7, 8, 9, 10], [2, 11, 12, 13]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
@@ -59,3 +61,21 @@ def test_an_output_as_a_dictionary_is_taken_and_the_mask_holds_whole_numbers(tin
     )
     assert all(torch.equal(one, other) for one, other in zip(plain, as_dictionary, strict=True))
     assert plain[1].dtype == torch.int64
+
+
+def test_the_sampling_of_the_options_is_told_as_transformers_has_it(tiny_model, config):
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
+    model = tiny_model(eos=[2, 7])
+    made = trl_generation_config(config(**sampling, generation_kwargs={"min_new_tokens": 2}), model, 9)
+    assert {name: getattr(made, name) for name in sampling} == sampling
+    assert (made.max_new_tokens, made.min_new_tokens, made.pad_token_id, made.eos_token_id) == (6, 2, 9, [2, 7])
+    assert made.do_sample
+    assert made.use_cache
+    assert not trl_generation_config(config(**{CHECKPOINTING: True}), model, 9).use_cache
+
+
+def test_options_of_vllm_are_not_told_to_transformers_and_a_model_may_have_no_generation_config(config):
+    args = config(use_vllm=True, generation_kwargs={"min_tokens": 2}, lmbda=0.5)
+    made = trl_generation_config(args, torch.nn.Linear(1, 1), 9)
+    assert not hasattr(made, "min_tokens")
+    assert made.eos_token_id is None
