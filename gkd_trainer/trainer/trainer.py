@@ -335,8 +335,6 @@ class GKDMixin(AnyTrainer):
         The count is over all ranks where `average_tokens_across_devices` is set. It is taken after the rollouts, which
         replace the completions that the data set gave.
         """
-        if self._windows.has_ended(epoch_iterator):  # Trainer asks again for each step that is left of the run
-            return [], None
         self._recovery.note_random_states()
         epoch = Epoch(
             self._windows,

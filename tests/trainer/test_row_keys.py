@@ -75,3 +75,19 @@ def test_a_batch_without_keys_gives_the_teacher_none(make_trainer, monkeypatch):
     make_trainer().train()
     assert sides
     assert not any(sides)
+
+
+@pytest.mark.parametrize("rollout_steps", [1, 4, 16])
+def test_each_row_of_a_stream_is_trained_on_in_each_epoch(make_trainer, token_rows, scored, rollout_steps):
+    """Reading ahead for several steps comes to the stream's end before its last rows are trained on."""
+    rows = token_rows(10).add_column(ROW_KEY, list(range(10)))
+    make_trainer(
+        trainer_args={"train_dataset": rows.to_iterable_dataset()},
+        lmbda=1.0,
+        max_new_tokens=2,
+        rollout_steps=rollout_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=20,
+    ).train()
+    assert [key for key, _ in scored] == [*range(10), *range(10)]
