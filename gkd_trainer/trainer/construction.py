@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -85,6 +86,15 @@ def construct(
     is_plain_trainer = "peft_config" not in base_parameters
     config = completed_args(arguments["args"], is_plain_trainer)
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
+    # TRL's DataCollatorForChatML tokenises by itself, from columns that no model's forward takes.
+    reads_messages = hasattr(arguments["data_collator"], "messages_key")
+    dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
+    prepares_rows = not (reads_messages or dataset_kwargs.get("skip_prepare_dataset", False))
+    if reads_messages:
+        config = _changed(config, remove_unused_columns=False)
+    if not is_plain_trainer:
+        # The rows are prepared here: SFTTrainer would train on the system's and the user's tokens too.
+        config = _changed(config, dataset_kwargs={**dataset_kwargs, "skip_prepare_dataset": True})
     model = _given_student(arguments["model"], arguments["model_init"])
     trusts = getattr(config, "trust_remote_code", False)
     teacher = build_teacher(config, teacher=teacher, teacher_model=teacher_model, trust_remote_code=trusts)
@@ -100,7 +110,6 @@ def construct(
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
         processing_class = find_tokenizer(source, trusts, getattr(config, "model_init_kwargs", None))
-    prepares_rows = _prepares_rows(config, arguments["data_collator"])
     if not torch.accelerator.is_available():  # or each loader warns that it pins no memory
         config.dataloader_pin_memory = False
     set_seed(config.seed)  # adapters start at random
@@ -114,9 +123,6 @@ def construct(
         if arguments["data_collator"] is None:
             own["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=pad_token_id(processing_class))
     else:
-        # The rows are prepared here: SFTTrainer would train on the system's and the user's tokens too.
-        dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
-        config.dataset_kwargs = {**dataset_kwargs, "skip_prepare_dataset": True}
         own["peft_config"] = peft_config
     base_arguments = {**arguments, **own}
     del base_arguments["compute_loss_func"]
@@ -138,6 +144,13 @@ def uncompiled_student(model: nn.Module) -> nn.Module:
     return uncompiled(model, "student", " (torch_compile=True compiles it nevertheless)")
 
 
+def _changed(config: Any, **values: object) -> Any:
+    """Return a configuration with other values; the caller's may go to another trainer, and keeps its own."""
+    config = copy.copy(config)
+    vars(config).update(values)
+    return config
+
+
 def _given_student(model: Any, model_init: object) -> Any:
     """Return the student, or its name; None where `model_init` makes it."""
     if (model is None) == (model_init is None):
@@ -148,22 +161,13 @@ def _given_student(model: Any, model_init: object) -> Any:
 
 
 def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
-    if teacher.is_local and teacher.model is model:
+    if teacher.is_local and teacher.model is model and not teacher.shares_weights:
         raise GKDTeacherError("teacher and student are the same object: freezing the one would freeze the other")
     if config.seq_kd and not teacher.can_generate:
         raise GKDTeacherError(
             "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
             "process as teacher_model, or set seq_kd=False"
         )
-
-
-def _prepares_rows(config: Any, data_collator: object) -> bool:
-    """Return whether rows are turned into tokens here, and have all their columns kept for a collator that does it."""
-    # TRL's DataCollatorForChatML tokenises by itself, from columns that no model's forward takes.
-    reads_messages = hasattr(data_collator, "messages_key")
-    if reads_messages:
-        config.remove_unused_columns = False
-    return not (reads_messages or (getattr(config, "dataset_kwargs", None) or {}).get("skip_prepare_dataset", False))
 
 
 def refuse_trls_order(args: object, data_collator: object, name: str) -> None:

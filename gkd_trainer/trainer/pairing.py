@@ -147,7 +147,7 @@ def _found_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableH
 
 
 def _require_equal_teachers(teacher: Teacher, ranks: Ranks) -> None:
-    if teacher.model is None:
+    if teacher.model is None or teacher.shares_weights:
         return
     if any(hasattr(weight, "ds_id") for weight in teacher.model.parameters()):
         raise GKDTeacherError(

@@ -213,6 +213,31 @@ def test_a_teacher_that_can_not_generate_has_no_part_in_seq_kd(built, tiny_model
     built(teacher=Mute(tiny_model()))
 
 
+def test_a_configuration_stays_as_it_is_for_the_next_trainer(built, built_for_sft, config):
+    args = config(MyConfig, bf16=False)
+    for _ in range(2):
+        made = built_for_sft(arguments={"args": args})
+        assert made.prepares_rows
+        assert made.run.args is made.base_arguments["args"]
+    assert args.dataset_kwargs is None
+    args = config()
+    collator = SimpleNamespace(messages_key="messages")
+    assert not built(arguments={"args": args, "data_collator": collator}).base_arguments["args"].remove_unused_columns
+    assert args.remove_unused_columns
+    assert built(arguments={"args": args}).base_arguments["args"] is args
+
+
+def test_the_student_itself_may_be_the_teacher_where_the_teacher_says_that_it_shares_weights(built, tiny_model):
+    student = tiny_model()
+
+    class Sharing(FrozenTeacher):
+        shares_weights = True
+
+    with pytest.raises(GKDTeacherError, match="teacher and student are the same object"):
+        built(teacher=FrozenTeacher(student), arguments={"model": student})
+    assert built(teacher=Sharing(student), arguments={"model": student}).base_arguments["model"] is student
+
+
 def test_rows_that_are_to_be_left_as_they_are_are_not_prepared(built):
     assert not built(dataset_kwargs={"skip_prepare_dataset": True}).prepares_rows
     assert built(dataset_kwargs={"skip_prepare_dataset": False}).prepares_rows

@@ -4,6 +4,7 @@ import copy
 import logging
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 
 from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfigError, GKDTeacherError
@@ -122,6 +123,17 @@ def test_a_teacher_that_zero3_cut_into_parts_is_refused(tiny_model, byte_level, 
     list(teacher.model.parameters())[-1].ds_id = 0
     with pytest.raises(GKDTeacherError, match=r"must be whole on every rank.*pass the teacher by its name"):
         pair(tiny_model(), teacher, byte_level(), ranks)
+
+
+def test_a_teacher_that_shares_weights_may_be_in_parts_as_its_student_is(tiny_model, byte_level, two_ranks):
+    class Sharing(FrozenTeacher):
+        shares_weights = True
+
+    student = tiny_model()
+    teacher = Sharing(student)
+    teacher.prepare(torch.device("cpu"))
+    list(student.parameters())[-1].ds_id = 0
+    assert pair(student, teacher, byte_level(), two_ranks(0)).vocab_size == 368
 
 
 @pytest.mark.parametrize(
