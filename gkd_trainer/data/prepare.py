@@ -14,7 +14,7 @@ from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.rows import RowPreparer, RowRules
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, ROW_KEY
+from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ _NEW_FEATURES = {
     _NEEDED_LENGTH: Value("int64"),
     _UNENDED: Value("string"),
 }
+
+_KEY_COLUMNS = {side.name for side in SIDE_TENSORS.values() if side.is_column and not side.is_list}
+"""The columns of integers that a batch carries beside its tokens."""
 
 _N_REASONS_SHOWN = 8
 
@@ -61,11 +64,11 @@ def prepare_dataset(
         beside its own. Labels are IGNORE_INDEX where a token is not trained on: everywhere in a row that is a
         prompt alone. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion
         where that is not what stands before its last trained run, else empty. Rows that can't be used are left out,
-        and counted in the log. A column ROW_KEY is kept, as int64.
+        and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
 
     Raises:
         GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, or a row's
-            ROW_KEY is not an integer.
+            value of a side tensor is not an integer.
 
     """
     if isinstance(dataset, list):
@@ -95,8 +98,8 @@ class _PrepareRow:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         # Raised in a stream too: a teacher that looks keys up would take the rows for others.
-        if ROW_KEY in row:
-            checked_key(row[ROW_KEY], f"{self.name}: row {index}")
+        for name in _KEY_COLUMNS & row.keys():
+            checked_key(row[name], f"{self.name}: row {index}", name)
         return self._prepared(row)
 
     def _prepared(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,8 +213,8 @@ def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
 
 def _features(dataset: Any, rules: RowRules) -> Features:
     prompt = {PROMPT_IDS: List(Value("int32"))} if rules.is_generating else {}
-    key = {ROW_KEY: Value("int64")} if ROW_KEY in dataset.features else {}
-    return Features({**dataset.features, **_NEW_FEATURES, **prompt, **key})
+    keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
+    return Features({**dataset.features, **_NEW_FEATURES, **prompt, **keys})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

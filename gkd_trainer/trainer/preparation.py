@@ -16,7 +16,7 @@ from gkd_trainer.config import GKDArguments
 from gkd_trainer.data import KeepSideTensors, RowRules, keeping_labels, prepare_dataset
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.pairing import OwnedContext
-from gkd_trainer.types import PROMPT_IDS, ROW_KEY, prompt_length
+from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, prompt_length
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,19 @@ class Preparation:
             packs = args.eval_packing
         if not packs:
             return dataset
-        if ROW_KEY in (dataset.column_names or ()):
-            logger.warning("%s: packing joins rows, so that no row has its %s any more: it is dropped", name, ROW_KEY)
+        if isinstance(dataset, list):  # a stream that was read
+            dataset = datasets.Dataset.from_list(dataset)
+        if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+            raise GKDConfigError(
+                f"{name}: packing joins the rows of a datasets.Dataset or IterableDataset; got "
+                f"{type(dataset).__name__}: convert it with datasets.Dataset.from_list(list(rows)), or set "
+                "packing=False"
+            )
+        lost = sorted(set(dataset.column_names or ()) & {side.name for side in SIDE_TENSORS.values() if side.is_column})
+        if lost:
+            logger.warning(
+                "%s: packing joins rows, so that no row has its %s any more: dropped", name, " and ".join(lost)
+            )
         return pack_dataset(dataset.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
 
 

@@ -231,6 +231,25 @@ def test_the_keys_of_rows_that_are_packed_are_dropped_with_a_warning(caplog):
         assert caplog.text.count(f"train: packing joins rows, so that no row has its {ROW_KEY}") == warnings
 
 
+@pytest.mark.parametrize("has_ranks", [False, True])
+def test_a_stream_is_packed_for_evaluation_on_any_number_of_ranks(has_ranks):
+    made = preparation(packing=True, packing_strategy="bfd", has_ranks=has_ranks)
+    [row] = made.prepared(stream([BOTH, BOTH]), "eval")
+    assert list(row["input_ids"]) == BOTH["input_ids"] * 2
+
+
+def test_rows_that_can_not_be_packed_are_refused():
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return [BOTH][index]
+
+    with pytest.raises(GKDConfigError, match=r"set: packing joins the rows of a datasets\.Dataset.*got Rows: convert"):
+        preparation(packing=True).prepared(Rows(), "set")
+
+
 def test_a_batch_without_labels_is_refused_with_what_it_holds():
     require_labels({"labels": torch.zeros(1, 2)})
     for inputs in ({"input_ids": 1, "attention_mask": 2}, {"input_ids": 1, "attention_mask": 2, "labels": None}):
