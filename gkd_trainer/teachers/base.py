@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,22 +37,20 @@ class Teacher(ABC):
     @property
     @abstractmethod
     def model(self) -> PreTrainedModel | None:
-        """The teacher's model where it lives in this process, else None; `seq_kd` generates with it."""
+        """The teacher's model if it lives in this process, else None."""
+
+    @property
+    @abstractmethod
+    def is_local(self) -> bool:
+        """Whether it computes in this process; one elsewhere may fail for one rank alone."""
+
+    @property
+    @abstractmethod
+    def can_generate(self) -> bool:
+        """Whether its `model` can complete prompts, as `seq_kd` needs, by transformers' `generate`."""
 
     shares_weights: ClassVar[bool] = False
     """Whether its weights are the student's own, so that freezing them would freeze the student."""
-
-    @property
-    @final
-    def is_local(self) -> bool:
-        """Whether it computes in this process; one elsewhere may fail for one rank alone."""
-        return self.model is not None
-
-    @property
-    @final
-    def can_generate(self) -> bool:
-        """Whether it can complete prompts, as `seq_kd` asks of it: its model does, by transformers' `generate`."""
-        return bool(getattr(self.model, "can_generate", lambda: False)())
 
     @abstractmethod
     def prepare(

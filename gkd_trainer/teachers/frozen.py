@@ -135,6 +135,16 @@ class FrozenTeacher(Teacher):
         model: PreTrainedModel = self._model
         return model
 
+    @property
+    def is_local(self) -> bool:
+        """True: the model runs in this process."""
+        return True
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether transformers' `generate` takes its model."""
+        return bool(getattr(self._model, "can_generate", lambda: False)())
+
     def prepare(
         self,
         device: torch.device,

@@ -177,6 +177,16 @@ class VLLMServerTeacher(Teacher):
     def model(self) -> None:
         """None: the teacher lives in another process."""
 
+    @property
+    def is_local(self) -> bool:
+        """False: a server may fail for one rank alone."""
+        return False
+
+    @property
+    def can_generate(self) -> bool:
+        """False: it is asked for scores alone."""
+        return False
+
     def prepare(
         self,
         device: torch.device,

@@ -144,6 +144,7 @@ def test_a_temperature_that_top_tokens_can_not_take_is_refused(make_trainer, tin
 def test_teacher_that_cannot_generate_under_seq_kd(make_trainer):
     class Remote(Teacher):
         vocab_size, vocabulary, model, top_k = 368, None, None, None
+        is_local = can_generate = False
 
         def score(self, batch):
             raise AssertionError
