@@ -21,7 +21,7 @@ from gkd_trainer.config_checks import (
 )
 from gkd_trainer.config_effects import Run
 from gkd_trainer.divergence.objective import DIVERGENCES
-from gkd_trainer.divergence.options import SCALES, TAILS
+from gkd_trainer.divergence.options import PRODUCT_DTYPES, SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import HidesSecrets, redacted
 
@@ -88,7 +88,7 @@ class GKDArguments(HidesSecrets):
         "Dtype to which the divergence rounds the inputs of its matrix products; logits stay float32. 'auto' is, on "
         "CUDA, the dtype of mixed precision or of a half-precision model, and 'float32' elsewhere. On a CPU, "
         "'bfloat16' applies only to the products for the gradient.",
-        ["auto", "float32", "bfloat16", "float16"],
+        ["auto", *PRODUCT_DTYPES],
     )
     divergence_scale: str = _option(
         "paper",

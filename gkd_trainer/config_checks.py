@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from gkd_trainer.compat import DEFAULT_LOSSES
 from gkd_trainer.config_effects import Run, unused_options
-from gkd_trainer.divergence.options import check_top_k_temperature, checked_objective
+from gkd_trainer.divergence.options import check_choice, check_top_k_temperature, checked_objective
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
 from gkd_trainer.types import Sampling
@@ -102,14 +102,12 @@ def check_types(args: Any, owner: type, parsed: Collection[str]) -> None:
 def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
     """Raise GKDConfigError for the first number out of range, or value not among the choices in `options`."""
     in_unit = "in [0, 1]"
-    _check("beta", args.beta, 0 <= args.beta <= 1, f"{in_unit} (0 is forward KL, 1 is reverse KL)")
     _check("lmbda", args.lmbda, 0 <= args.lmbda <= 1, f"{in_unit} (0 is all data, 1 is all student)")
     if args.lmbda_end is not None:
         _check("lmbda_end", args.lmbda_end, 0 <= args.lmbda_end <= 1, in_unit)
     _check("ce_weight", args.ce_weight, 0 <= args.ce_weight <= 1, in_unit)
     finite = "above 0 and finite"
     _check("temperature", args.temperature, 0 < args.temperature < inf, f"{finite} (1 samples the student as it is)")
-    _check("loss_temperature", args.loss_temperature, 0 < args.loss_temperature < inf, finite)
     _check("top_p", args.top_p, 0 < args.top_p <= 1, "in (0, 1] (1 keeps every token)")
     _check("top_k", args.top_k, args.top_k >= 0, "0 (keeps every token) or more")
     if args.min_p is not None:
@@ -133,8 +131,7 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
     for option in options:
         choices = option.metadata.get("choices")
         if choices is not None:
-            value = getattr(args, option.name)
-            _check(option.name, repr(value), value in choices, "one of " + ", ".join(map(repr, choices)))
+            check_choice(option.name, redacted(getattr(args, option.name)), choices)
 
 
 def check_combinations(run: Run) -> None:
@@ -146,6 +143,7 @@ def check_combinations(run: Run) -> None:
         beta=args.beta,
         temperature=args.loss_temperature,
         scale=args.divergence_scale,
+        temperature_name="loss_temperature",
     )
     for name, need in unused_options(run):
         if name in REFUSED_UNUSED:

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import linear_divergence
-from gkd_trainer.divergence.options import TAILS, check_choice, check_top_k_temperature, checked_objective
+from gkd_trainer.divergence.options import (
+    PRODUCT_DTYPES,
+    TAILS,
+    check_choice,
+    check_top_k_temperature,
+    checked_objective,
+)
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.topk import topk_divergence
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
-
-_PRODUCT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 def token_divergence(
@@ -248,9 +252,9 @@ def _first_tensor(signal: Signal) -> Tensor:
 
 
 def _check_products(product_dtype: torch.dtype | None, **sizes: float | None) -> None:
-    if product_dtype not in _PRODUCT_DTYPES:
+    if product_dtype not in (None, *PRODUCT_DTYPES.values()):
         raise GKDConfigError(
-            f"product_dtype must be None, {', '.join(map(str, _PRODUCT_DTYPES[1:]))}; got {product_dtype}"
+            f"product_dtype must be None, {', '.join(map(str, PRODUCT_DTYPES.values()))}; got {product_dtype}"
         )
     for name, size in sizes.items():
         if size is not None and not 1 <= size < math.inf:

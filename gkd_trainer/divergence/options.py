@@ -17,6 +17,9 @@ SCALES = ("paper", "continuous")
 TAILS = ("bucket", "renormalize")
 """What becomes of the tokens that a top-k teacher says nothing about: see `loss.token_divergence`."""
 
+PRODUCT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What the inputs of matrix products may be rounded to, by name."""
+
 _SMALLEST = 1e-12
 _LARGEST = 1e12
 """The range of what the loss divides or multiplies by: numbers further out leave float32's range and give NaN."""
@@ -30,8 +33,11 @@ def checked_objective(
     temperature: float = 1.0,
     scale: str = "paper",
     dtype: torch.dtype = torch.float32,
+    temperature_name: str = "temperature",
 ) -> Objective:
     """Return what is minimised; the arguments are those of `loss.token_divergence`.
+
+    Errors call the temperature `temperature_name`.
 
     Raises GKDConfigError for an argument out of the range that is documented there, or so near to the end of it that
     a loss computed in `dtype` would be infinite or NaN.
@@ -45,11 +51,11 @@ def checked_objective(
         raise GKDConfigError(f"beta must be 0, 1 or at least {resolution:.2g} from both; got {beta}")
     if not 0 < temperature < math.inf:
         raise GKDConfigError(
-            f"temperature must be positive and finite (1 compares the models as they are); got {temperature}"
+            f"{temperature_name} must be above 0 and finite (1 compares the models as they are); got {temperature}"
         )
     if not _SMALLEST <= temperature <= _LARGEST:
         raise GKDConfigError(
-            f"temperature must be from {_SMALLEST:g} to {_LARGEST:g} in the loss, which divides logits by it; got "
+            f"{temperature_name} must be from {_SMALLEST:g} to {_LARGEST:g}, since the loss divides logits by it; got "
             f"{temperature}"
         )
     return Objective(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gkd_trainer.divergence import formulas
 from gkd_trainer.divergence.objective import DIVERGENCES
-from gkd_trainer.divergence.options import checked_objective
+from gkd_trainer.divergence.options import TAILS, check_choice, checked_objective
 
 
 def reference_jsd(
@@ -33,8 +33,12 @@ def reference_jsd(
     Returns:
         values_N in nats, +inf where a KL is infinite.
 
+    Raises:
+        GKDConfigError: an unknown scale, or a number out of range.
+
     Source: Agarwal et al. 2023, arXiv 2306.13649, eq. 1.
     """
+    checked_objective(beta=beta, temperature=temperature, scale=scale, dtype=torch.float64)
     values_NV = elementwise_jsd(
         student_logits_NV.double(), teacher_logits_NV.double(), beta=beta, temperature=temperature
     )
@@ -65,7 +69,12 @@ def reference_topk_jsd(
 
     Returns:
         values_N in nats.
+
+    Raises:
+        GKDConfigError: an unknown scale or tail, or a beta out of range.
     """
+    checked_objective(beta=beta, scale=scale, dtype=torch.float64)
+    check_choice("tail", tail, TAILS)
     N, V = student_logits_NV.shape
     is_entry_NK = log_p_NK != -torch.inf
     # A further column takes everything that is not an entry, whatever its id.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.divergence import TokenDivergence, token_divergence
+from gkd_trainer.divergence.options import PRODUCT_DTYPES
 from gkd_trainer.models.heads import (
     InseparableHead,
     SeparableHead,
@@ -23,8 +24,6 @@ from gkd_trainer.models.heads import (
     without_router_logits,
 )
 from gkd_trainer.types import Signal, StudentSignal, TokenBatch
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -141,4 +140,4 @@ def product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:
         if args.device.type != "cuda":
             return None
         name = {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision, name)
-    return _DTYPES.get(name)
+    return PRODUCT_DTYPES.get(name)

@@ -89,8 +89,8 @@ def test_numbers_of_other_types_count_as_floats(number):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_temperature": 1e-40}, "temperature must be from 1e-12 to 1e.12 in the loss.*got 1e-40"),
-        ({"loss_temperature": 1e40}, "temperature must be from 1e-12 to 1e.12 in the loss.*got 1e.40"),
+        ({"loss_temperature": 1e-40}, "^loss_temperature must be from 1e-12 to 1e.12, since.*got 1e-40"),
+        ({"loss_temperature": 1e40}, "^loss_temperature must be from 1e-12 to 1e.12, since.*got 1e.40"),
         (
             {"beta": 1e-300, "divergence_scale": "continuous"},
             "beta must be 0, 1 or at least 1.2e-07 from both; got 1e-300",

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional
 
 from gkd_trainer.divergence import reference_jsd
+from gkd_trainer.divergence.reference import reference_topk_jsd
+from gkd_trainer.errors import GKDConfigError
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)
 
@@ -114,3 +116,15 @@ def test_tokens_masked_on_both_sides_are_as_if_absent():
     student_logits_NV = torch.cat([masked_N3, student_logits_NV], dim=1)
     teacher_logits_NV = torch.cat([masked_N3, teacher_logits_NV], dim=1)
     torch.testing.assert_close(reference_jsd(student_logits_NV, teacher_logits_NV, beta=0.3), expected_N)
+
+
+@pytest.mark.parametrize("wrong", [{"scale": "continous"}, {"beta": 3.0}, {"beta": -0.1}])
+def test_what_the_formula_does_not_know_is_refused(wrong):
+    logits_NV, ids_NK = torch.zeros(2, 5), torch.tensor([[0, 1], [2, 3]])
+    options = {"beta": 0.5, **wrong}
+    with pytest.raises(GKDConfigError, match=next(iter(wrong))):
+        reference_jsd(logits_NV, logits_NV, **options)
+    with pytest.raises(GKDConfigError, match=next(iter(wrong))):
+        reference_topk_jsd(logits_NV, ids_NK, torch.full((2, 2), -2.0), **options)
+    with pytest.raises(GKDConfigError, match="tail must be one of 'bucket', 'renormalize'; got 'buckets'"):
+        reference_topk_jsd(logits_NV, ids_NK, torch.full((2, 2), -2.0), beta=0.5, tail="buckets")
