@@ -129,8 +129,11 @@ def with_completions(
     """
     ids_BL: Tensor = inputs["input_ids"]
     marked = {name: _side_completed(name, value, list(generated)) for name, value in inputs.items()}
-    is_on_policy = [row in generated and generated[row].is_on_policy for row in range(ids_BL.shape[0])]
-    marked[IS_ON_POLICY] = torch.tensor(is_on_policy, device=ids_BL.device)
+    is_on_policy_B = marked.get(IS_ON_POLICY)
+    if is_on_policy_B is None:
+        is_on_policy_B = torch.zeros(len(ids_BL), dtype=torch.bool, device=ids_BL.device)
+    by_student = torch.tensor([row for row, item in generated.items() if item.is_on_policy], dtype=torch.long)
+    marked[IS_ON_POLICY] = is_on_policy_B.index_fill(0, by_student.to(ids_BL.device), True)
     if not generated:
         return marked
     require_extendable(inputs)

@@ -17,6 +17,7 @@ from gkd_trainer.errors import (
     GKDConfigError,
     GKDDataError,
     GKDError,
+    GKDNumericsError,
     GKDRolloutError,
     GKDServerError,
     GKDTeacherError,
@@ -25,6 +26,7 @@ from gkd_trainer.trainer.ranks import Ranks
 
 _KINDS: tuple[type[GKDError], ...] = (
     GKDError,
+    GKDNumericsError,
     GKDDataError,
     GKDConfigError,
     GKDRolloutError,
@@ -42,12 +44,13 @@ class Recovery:
         restarts_without_memory: Whether Trainer starts again where memory ran out (`auto_find_batch_size`): such an
             error passes as it is.
         saves_only_model: Whether checkpoints hold the weights alone (`save_only_model`), which the error says.
+
+    Attributes:
+        last_checkpoint: The folder of the last checkpoint that this run saved or resumed from.
     """
 
-    last_checkpoint: Path | None = None
-    """The folder of the last checkpoint that this run saved or resumed from."""
-
     def __init__(self, ranks: Ranks, *, restarts_without_memory: bool = False, saves_only_model: bool = False) -> None:
+        self.last_checkpoint: Path | None = None
         self._ranks = ranks
         self._restarts_without_memory = restarts_without_memory
         self._saved_part = "weights, without what save_only_model leaves out," if saves_only_model else "run"

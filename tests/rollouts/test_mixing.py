@@ -189,6 +189,15 @@ def test_a_completed_sample_keeps_its_key(inputs, is_on_policy):
     assert mixed[IS_ON_POLICY].tolist() == [False, is_on_policy]
 
 
+@pytest.mark.parametrize("is_on_policy", [True, False], ids=["the student's", "the teacher's"])
+def test_a_sample_that_is_left_as_it_is_keeps_its_mark(is_on_policy):
+    inputs = {**RIGHT, IS_ON_POLICY: torch.tensor([True, not is_on_policy])}
+    assert with_completions(inputs, {}, PAD)[IS_ON_POLICY].tolist() == [True, not is_on_policy]
+    mixed = with_completions(inputs, generated(1, [21], [91, 2], is_on_policy=is_on_policy), PAD)
+    assert mixed[IS_ON_POLICY].tolist() == [True, is_on_policy]
+    assert inputs[IS_ON_POLICY].tolist() == [True, not is_on_policy]
+
+
 @pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
 def test_of_a_completion_those_tokens_are_trained_on_that_it_says(inputs):
     masks = {"completion_mask": inputs["attention_mask"].clone(), "assistant_masks": inputs["attention_mask"].clone()}
