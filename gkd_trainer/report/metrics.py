@@ -35,12 +35,14 @@ class TokenSum:
         metric: the name of its mean; None for a sum that other metrics need.
         over: the sum that counts the tokens of the mean.
         without: another sum over some of these tokens, which the mean leaves out.
+        is_evaluated: whether an evaluation, which measures the two policies apart, has the metric too.
     """
 
     of: Callable[[_Tokens], Tensor | None]
     metric: str | None = None
     over: str = "tokens"
     without: str | None = None
+    is_evaluated: bool = True
 
 
 TOKEN_SUMS: dict[str, TokenSum] = {
@@ -50,9 +52,13 @@ TOKEN_SUMS: dict[str, TokenSum] = {
         lambda tokens: tokens.divergence_N * tokens.is_on_policy_N,
         metric="divergence_on_policy",
         over="on_policy_tokens",
+        is_evaluated=False,
     ),
     "divergence": TokenSum(
-        lambda tokens: tokens.divergence_N, metric="divergence_off_policy", without="on_policy_divergence"
+        lambda tokens: tokens.divergence_N,
+        metric="divergence_off_policy",
+        without="on_policy_divergence",
+        is_evaluated=False,
     ),
     "student_entropy": TokenSum(lambda tokens: tokens.result.student_entropy_N, metric="student_entropy"),
     "teacher_entropy": TokenSum(lambda tokens: tokens.result.teacher_entropy_N, metric="teacher_entropy"),
@@ -217,8 +223,9 @@ class EvaluationMeter:
             return {}
         sums = dict(zip(("loss", *TOKEN_SUMS), self._sums_K.tolist(), strict=True))
         self._sums_K = None
-        metrics = {**_ratios(loss=(sums["loss"], sums["tokens"])), **token_metrics(sums)}
-        return {name: metric for name, metric in metrics.items() if not name.startswith("divergence_")}
+        left_out = {token_sum.metric for token_sum in TOKEN_SUMS.values() if not token_sum.is_evaluated}
+        metrics = {name: metric for name, metric in token_metrics(sums).items() if name not in left_out}
+        return {**_ratios(loss=(sums["loss"], sums["tokens"])), **metrics}
 
 
 class Stopwatch:
