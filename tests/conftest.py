@@ -290,3 +290,23 @@ def shown(monkeypatch):
     notebook = importlib.import_module("transformers.utils.notebook")
     yield SimpleNamespace(states=states, callback=notebook.NotebookProgressCallback)
     sys.modules.pop("transformers.utils.notebook", None)
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    """Have the client of servers wait hardly at all before it tries again."""
+    from gkd_trainer import vllm_client
+
+    for name, seconds in (("_FIRST_WAIT", 0.01), ("_LONGEST_WAIT", 0.1), ("_JITTER", 0.01)):
+        monkeypatch.setattr(vllm_client, name, seconds)
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """Make a configuration that writes to a temporary folder and reports to nobody."""
+    from gkd_trainer import GKDConfig
+
+    def make(config_class=GKDConfig, **options):
+        return config_class(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **options})
+
+    return make

@@ -25,14 +25,6 @@ class MyConfig(GKDArguments, trl.SFTConfig):
     """What somebody writes who extends SFTTrainer."""
 
 
-@pytest.fixture
-def config_of(tmp_path):
-    def make(config_class=GKDConfig, **options):
-        return config_class(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **options})
-
-    return make
-
-
 @pytest.mark.parametrize(
     ("max_length", "expected"), [(1024, 128), (129, 128), (128, 64), (65, 32), (64, 32), (2, 1), (None, 128)]
 )

@@ -1,33 +1,18 @@
 """What an option may hold, by itself and beside others: everything else is refused, with what to do instead."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import trl
 from packaging.version import Version
 from transformers import GenerationConfig
 
-from gkd_trainer.config import GKDArguments, GKDConfig
+from gkd_trainer.config import GKDArguments
 from gkd_trainer.config_checks import _REFUSED_GENERATION_KWARGS, check_combinations, check_loss_temperature
 from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError
+from tests.test_config import MyConfig
 from tests.versions import TRANSFORMERS
-
-
-@dataclass
-class MyConfig(GKDArguments, trl.SFTConfig):
-    """What somebody writes who extends SFTTrainer."""
-
-
-@pytest.fixture
-def config_of(tmp_path):
-    def make(config_class=GKDConfig, **options):
-        return config_class(**{"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, **options})
-
-    return make
-
 
 NAN, INF = float("nan"), float("inf")
 

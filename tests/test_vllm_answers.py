@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 
-from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
 from gkd_trainer.rollouts import VLLMServerRollouts
 from gkd_trainer.rollouts.vllm_nccl import _transfer_backend
@@ -17,14 +16,10 @@ from gkd_trainer.vllm_answers import Models, ServedModel, ServerInfo, WeightInfo
 from gkd_trainer.vllm_client import VLLMServer
 from tests.serving import Answer, FaultyProxy
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 K, LENGTH = 3, 64
 TEXT_IDS = [5, 6, 7]
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    for name in ("_FIRST_WAIT", "_LONGEST_WAIT", "_JITTER"):
-        monkeypatch.setattr(vllm_client, name, 0.0)
 
 
 def completion(request):

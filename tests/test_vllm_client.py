@@ -12,15 +12,10 @@ from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.vllm_client import VLLMServer, call_each
 from tests.serving import FaultyProxy, cut_in_half, delayed, free_port, hang_up, status, trickle, trickle_head
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 OK = b'{"value": 7}'
 NEVER = "http://127.0.0.1:9"
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(vllm_client, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(vllm_client, "_LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(vllm_client, "_JITTER", 0.01)
 
 
 @pytest.fixture

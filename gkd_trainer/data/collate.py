@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
 from gkd_trainer.data.keys import checked_key
-from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, SIDE_TENSORS, SideTensor
+from gkd_trainer.types import IGNORE_INDEX, SIDE_TENSORS, SideTensor
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -59,7 +59,7 @@ class KeepSideTensors(_Wrapper):
         """Return the collated batch, with each side tensor that any row has a value of.
 
         Raises:
-            GKDDataError: A row's key is not an integer.
+            GKDDataError: A row's value of a side tensor is not an integer.
 
         """
         if not all(isinstance(row, Mapping) for row in rows):
@@ -96,11 +96,11 @@ def _side_tensor(side: SideTensor, values: list[Any]) -> torch.Tensor | None:
         return pad_sequence(lists, batch_first=True, padding_value=side.filling) if has_any else None
     if all(value is None for value in values):
         return None
-    if side.name == ROW_KEY:
-        values = [
-            None if value is None else checked_key(value, f"row {row} of a batch") for row, value in enumerate(values)
-        ]
-    return torch.tensor([side.filling if value is None else value for value in values])
+    checked = [
+        side.filling if value is None else checked_key(value, f"row {row} of a batch", side.name)
+        for row, value in enumerate(values)
+    ]
+    return torch.tensor(checked)
 
 
 def _holds(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -11,8 +11,8 @@ from gkd_trainer.types import ROW_KEY
 _FIRST, _LAST = -(2**63), 2**63 - 1
 
 
-def checked_key(value: Any, row: str) -> int:
-    """Return a row's key as an int.
+def checked_key(value: Any, row: str, name: str = ROW_KEY) -> int:
+    """Return a row's key, or another integer of the column `name`, as an int.
 
     Raises:
         GKDDataError: It is not an integer of 64 bits; the error names the row by `row`.
@@ -24,6 +24,6 @@ def checked_key(value: Any, row: str) -> int:
         key = None
     if key is None or not _FIRST <= key <= _LAST:
         raise GKDDataError(
-            f"{row}: expected an integer of 64 bits as {ROW_KEY}; got {value!r}: number the rows, or rename the column"
+            f"{row}: expected an integer of 64 bits as {name}; got {value!r}: number the rows, or rename the column"
         )
     return key

@@ -6,7 +6,7 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ class Comparison:
 
     With `is_training` the cross-entropy of the data's tokens takes its share (`ce_weight`): the student's own samples
     take the divergence alone, since their tokens are no targets to reach. Both are compared over the first `vocab_size`
-    tokens, which are all that `teacher` predicts over. `product_dtype` is what matrix products round
-    to.
+    tokens, which are all that `teacher` predicts over. `product_dtype` is what matrix products round to.
     """
 
     args: GKDArguments
@@ -55,7 +54,7 @@ class Comparison:
             self.teacher,
             beta=args.beta,
             divergence=args.divergence,
-            divergence_options=args.divergence_options,  # type: ignore[arg-type] # parsed
+            divergence_options=cast("dict[str, float] | None", args.divergence_options),  # parsed, where it was JSON
             temperature=args.loss_temperature,
             scale=args.divergence_scale,
             tail=args.teacher_tail,
@@ -70,8 +69,8 @@ class Comparison:
 class StudentOutput:
     """A student's forward: the divergence of each token, the sum to be minimised, and the rest of what it returned.
 
-    `router_loss` is the weighted load-balancing loss of a mixture of experts, and `outputs` what the model returned,
-    with full logits [B, L, V] where they were asked for.
+    `router_loss` is that of a mixture of experts which trains on it, else None; `outputs` what the model returned, with
+    full logits [B, L, V] where they were asked for.
     """
 
     tokens: TokenDivergence

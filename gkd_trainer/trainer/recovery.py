@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ class Recovery:
 
 class _RandomStates(NamedTuple):
     python: tuple[object, ...]
-    numpy: dict[str, object] | tuple[object, ...]
+    numpy: Any
     cpu: Tensor
     devices: list[Tensor]
 
@@ -146,7 +146,7 @@ class _RandomStates(NamedTuple):
 
     def restore(self) -> None:
         random.setstate(self.python)
-        np.random.set_state(self.numpy)  # type: ignore[arg-type]
+        np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         torch.cuda.set_rng_state_all(self.devices)
 

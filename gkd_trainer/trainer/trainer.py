@@ -69,7 +69,7 @@ from gkd_trainer.trainer.preparation import (
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
-from gkd_trainer.types import PROMPT_IDS, ROW_KEY, Generated, TokenBatch, in_columns_of
+from gkd_trainer.types import SIDE_TENSORS, Generated, TokenBatch, in_columns_of
 
 if TYPE_CHECKING:
 
@@ -274,10 +274,6 @@ class GKDMixin(AnyTrainer):
         self._data_collator = collator
 
     @property
-    def _completes_prompts(self) -> bool:
-        return bool(self.args.generates_anywhere)
-
-    @property
     def _student(self) -> CurrentStudent:
         return CurrentStudent(self.model, self.model_wrapped, self.state.global_step)
 
@@ -287,7 +283,7 @@ class GKDMixin(AnyTrainer):
         columns = self._signature_columns or []
         own = ["input_ids", "labels"]
         if self._prepares_rows:
-            own += [ROW_KEY, PROMPT_IDS] if self._completes_prompts else [ROW_KEY]
+            own += [side.name for side in SIDE_TENSORS.values() if side.is_column]
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -489,8 +485,8 @@ class GKDMixin(AnyTrainer):
                 logits, labels = logits_of(outputs), inputs["labels"]
             self._evaluation.count(loss)
             if self.args.eval_on_policy:
-                completed = self._queue.completed(inputs, self._student)
-                self._evaluation.count(self.compute_loss(model, completed), is_on_policy=True)  # type: ignore[arg-type]
+                on_policy_loss: Any = self.compute_loss(model, self._queue.completed(inputs, self._student))
+                self._evaluation.count(on_policy_loss, is_on_policy=True)
         return loss, logits, labels
 
     def evaluation_loop(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.models.weights import checkpoint_weights
 from gkd_trainer.rollouts import VLLMServerRollouts
@@ -16,12 +15,7 @@ from gkd_trainer.vllm_client import VLLMServer
 from tests.models.test_weights import adapted
 from tests.serving import Answer, FaultyProxy, status
 
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(vllm_client, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(vllm_client, "_LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(vllm_client, "_JITTER", 0.01)
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 @pytest.fixture

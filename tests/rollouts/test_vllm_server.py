@@ -13,7 +13,6 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts import HFRollouts, VLLMServerRollouts, vllm_sync
 from gkd_trainer.types import Sampling
@@ -30,6 +29,8 @@ from tests.serving import (
     status,
 )
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
 
 SEEDS = [101, 102, 103, 104, 105, 106]
@@ -41,13 +42,6 @@ ROWS, VOCABULARY = 368, 360
 STOP = 2
 
 COMPLETIONS, VERSION, LOAD = "/v1/completions", "/weight_info", "/collective_rpc"
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(vllm_client, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(vllm_client, "_LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(vllm_client, "_JITTER", 0.01)
 
 
 def post(server, path, body):

@@ -9,22 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
 from gkd_trainer.teachers import Teacher, VLLMServerTeacher
 from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 from tests.serving import MAX_MODEL_LENGTH, FaultyProxy, changed, cut_in_half, status, trickle
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 CPU = torch.device("cpu")
 SCORES = "/v1/completions"
 K = 5
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(vllm_client, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(vllm_client, "_LONGEST_WAIT", 0.1)
-    monkeypatch.setattr(vllm_client, "_JITTER", 0.01)
 
 
 @pytest.fixture

@@ -74,6 +74,6 @@ def test_without_a_tokenizer_unequal_sizes_are_refused(missing):
         shared_vocabulary_size(12, 16, *vocabularies)
     message = str(raised.value)
     assert "predicts over 12 tokens and the teacher over 16" in message
-    assert f"the {missing}'s tokenizer is not known" in message
+    assert f"the {missing}'s tokenizer is unknown" in message
     assert "processing_class" in message
     assert "FrozenTeacher(model, tokenizer=...)" in message
