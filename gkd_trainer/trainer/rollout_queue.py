@@ -23,7 +23,7 @@ from gkd_trainer.rollouts import (
     complete_greedily,
     completed_future,
     generate_jobs,
-    has_prompts_alone,
+    has_bare_prompts,
     lmbda_at,
     plan_window,
     transformers_options,
@@ -151,7 +151,7 @@ class RolloutQueue:
 
     def completed_prompts(self, inputs: dict[str, Any], student: CurrentStudent) -> dict[str, Any]:
         """Return a batch whose rows that are prompts alone got a greedy completion; on all ranks together."""
-        if not self._ranks.any(has_prompts_alone(inputs)):
+        if not self._ranks.any(has_bare_prompts(inputs)):
             return inputs
         return self._completed(inputs, student, only_prompts=True)
 
