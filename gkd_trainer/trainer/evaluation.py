@@ -25,7 +25,7 @@ class Evaluation:
         self._sums_BK: Tensor | None = None
 
     def see(self, sums_BK: Tensor) -> None:
-        """Take what `sums_by_row` gave for the batch whose loss is being computed."""
+        """Take what `sums_by_sample` gave for the batch whose loss is being computed."""
         self._sums_BK = sums_BK
 
     def count(self, loss: Tensor, *, is_on_policy: bool = False) -> None:

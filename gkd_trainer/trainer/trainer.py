@@ -37,7 +37,7 @@ from gkd_trainer.models.loading import (
 from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.interval import tenth_of
-from gkd_trainer.report.metrics import TrainingMeter, sums_by_row
+from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher
@@ -439,7 +439,7 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        sums_BK = sums_by_row(batch.rows_N, batch.is_on_policy_B, result)
+        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result)
         if not is_training:
             self._evaluation.see(sums_BK)
             return

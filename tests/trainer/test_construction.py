@@ -133,7 +133,7 @@ def test_a_compiled_student_is_taken_as_the_model_inside(built, tiny_model, capl
     model = tiny_model()
     made = built(arguments={"model": torch.compile(model, backend="eager")})
     assert made.base_arguments["model"] is model
-    assert "The student came compiled" in caplog.text
+    assert "The student was compiled" in caplog.text
 
 
 def test_the_tokenizer_is_the_one_given_or_that_beside_the_student(built, tiny_model, byte_level, tmp_path):
