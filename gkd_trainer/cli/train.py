@@ -68,14 +68,14 @@ def checkpoint_to_resume(config: GKDConfig) -> str | None:
 
     Raises GKDConfigError if there is none, or if it is incomplete.
     """
-    from gkd_trainer.trainer.checkpoints import last_whole_checkpoint, required_whole
+    from gkd_trainer.trainer.checkpoints import last_complete_checkpoint, required_complete
 
     wanted = config.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "no", "off"):
         return None
     if wanted.lower() in ("true", "yes", "on"):
-        return str(last_whole_checkpoint(config.output_dir or ""))
-    return str(required_whole(wanted))
+        return str(last_complete_checkpoint(config.output_dir or ""))
+    return str(required_complete(wanted))
 
 
 def _require_models(options: TrainOptions) -> None:
@@ -140,7 +140,7 @@ def _noting_how_to_resume(trainer: GKDTrainer) -> Iterator[None]:
     """Add a note to an exception that stops the run: how to resume from the last checkpoint."""
     from transformers import ProgressCallback
 
-    from gkd_trainer.trainer.checkpoints import find_last_whole
+    from gkd_trainer.trainer.checkpoints import find_last_complete
 
     try:
         yield
@@ -152,7 +152,7 @@ def _noting_how_to_resume(trainer: GKDTrainer) -> Iterator[None]:
                         bar.close()
         last, output_dir = trainer.last_checkpoint, str(trainer.args.output_dir)
         if last is not None:
-            source = "true" if find_last_whole(output_dir)[0] == last else shlex.quote(str(last))
+            source = "true" if find_last_complete(output_dir)[0] == last else shlex.quote(str(last))
             stop.add_note(f"{last} is saved: to resume from it, add --resume_from_checkpoint {source}")
         elif isinstance(stop, KeyboardInterrupt):
             stop.add_note(f"no checkpoint was saved in {output_dir} yet (--save_steps sets how often)")

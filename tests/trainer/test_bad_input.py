@@ -151,7 +151,7 @@ def test_teacher_that_cannot_generate_under_seq_kd(make_trainer):
         def prepare(self, device, tokenizer=None, max_length=None):
             raise AssertionError
 
-    with pytest.raises(GKDTeacherError, match="seq_kd=True has the teacher generate"):
+    with pytest.raises(GKDTeacherError, match="seq_kd=True makes the teacher generate"):
         make_trainer(trainer_args={"teacher": Remote()}, seq_kd=True)
 
 
@@ -184,7 +184,7 @@ def test_collator_without_labels(make_trainer):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     trainer = make_trainer(trainer_args={"data_collator": without_labels})
-    with pytest.raises(GKDDataError, match="gave no labels, only attention_mask, input_ids"):
+    with pytest.raises(GKDDataError, match="returned no labels, only attention_mask, input_ids"):
         trainer.train()
 
 
@@ -266,7 +266,7 @@ def test_token_ids_that_the_models_do_not_have(make_trainer):
 def test_iterable_without_usable_row_is_refused_in_the_first_step(make_trainer):
     rows = Dataset.from_list([{"prompt": "hello", "completion": ""}] * 4).to_iterable_dataset()
     trainer = make_trainer(trainer_args={"train_dataset": rows})
-    with pytest.raises(GKDDataError, match="gave less than one step: 1 of 1 ranks"):
+    with pytest.raises(GKDDataError, match="is too small for one step: 1 of 1 ranks"):
         trainer.train()
 
 

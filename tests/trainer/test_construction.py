@@ -208,7 +208,7 @@ def test_a_teacher_that_can_not_generate_has_no_part_in_seq_kd(built, tiny_model
     class Mute(FrozenTeacher):
         can_generate = False
 
-    with pytest.raises(GKDTeacherError, match="seq_kd=True has the teacher generate, which this teacher can't"):
+    with pytest.raises(GKDTeacherError, match="seq_kd=True makes the teacher generate, but this teacher can't"):
         built(teacher=Mute(tiny_model()), seq_kd=True)
     built(teacher=Mute(tiny_model()))
 
