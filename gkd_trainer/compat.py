@@ -1,4 +1,4 @@
-"""What differs between the supported versions of transformers and TRL: the one place that asks which is there."""
+"""Differences between the supported versions of transformers and TRL; no other module checks which is installed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ DEFAULT_LOSSES = (None, "nll", "chunked_nll")
 
 
 def mark_loss_as_scaled(trainer: Any) -> None:
-    """Have Trainer leave the loss undivided, as `trainer.loss_is_scaled_for_ga` says.
+    """Keep Trainer from dividing the loss, as `trainer.loss_is_scaled_for_ga` asks.
 
-    Trainer reads that attribute from transformers 5.19. The ones before divide the loss by the micro-batches of the
-    window unless they believe that the model has divided it, by the count of tokens that it was passed. Those from 5.2
-    to 5.5 have Accelerate divide it too, in the backward pass: the log is right there and the gradients are not.
+    Trainer reads that attribute from transformers 5.19 on. Earlier versions divide the loss by the number of
+    micro-batches in the window unless they believe that the model has divided it by the token count it was passed. In
+    5.2 to 5.5 Accelerate also divides it, in the backward pass: there the log would be right and the gradients wrong.
     """
-    from transformers import Trainer  # here, since the options need this module, and not all that Trainer imports
+    from transformers import Trainer  # here: the options need this module, but not everything that Trainer imports
 
     if not hasattr(Trainer, "loss_is_scaled_for_ga") and trainer.loss_is_scaled_for_ga:
         trainer.model_accepts_loss_kwargs = True
@@ -23,5 +23,5 @@ def mark_loss_as_scaled(trainer: Any) -> None:
 
 
 def checkpoints_activations(args: Any) -> bool:
-    """Return whether activations are computed again in the backward pass; the option changed its name in 5.23."""
+    """Return whether activations are recomputed in the backward pass; the option was renamed in transformers 5.23."""
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))

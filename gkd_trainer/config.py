@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Unset(int):
-    """A default that nobody chose, so that it may give way to a value that fits."""
+    """A default that the user did not choose, so it may give way to a value that fits."""
 
 
 def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
@@ -44,9 +44,9 @@ class GKDArguments(HidesSecrets):
     """The options that distillation adds to a training configuration.
 
     Put it before the configuration of the trainer that you extend: `class MyConfig(GKDArguments, trl.SFTConfig)`. For
-    the plain Trainer, that is `GKDConfig`.
+    the plain Trainer, use `GKDConfig`.
 
-    Raises GKDConfigError for values out of range and for combinations that have no meaning.
+    Raises GKDConfigError for values out of range and for meaningless combinations.
     """
 
     lmbda: float = _option(
@@ -59,8 +59,8 @@ class GKDArguments(HidesSecrets):
     )
     lmbda_granularity: str = _option(
         "sample",
-        "Whether each sample is drawn on-policy by itself, or all samples of an optimizer step together (Agarwal et "
-        "al. 2023, algorithm 1).",
+        "Whether on-policy is drawn for each sample, or once for all samples of an optimizer step (Agarwal et al. "
+        "2023, algorithm 1).",
         ["sample", "batch"],
     )
     beta: float = _option(
@@ -85,15 +85,15 @@ class GKDArguments(HidesSecrets):
     )
     loss_product_dtype: str = _option(
         "auto",
-        "Dtype to which the divergence rounds the inputs of its matrix products; logits stay float32. 'auto' is, on "
-        "CUDA, the dtype of mixed precision or of a half-precision model, and 'float32' elsewhere. On a CPU, "
+        "Dtype to which the divergence rounds the inputs of its matrix products; logits stay float32. 'auto' is the "
+        "dtype of mixed precision or of a half-precision model on CUDA, and 'float32' elsewhere. On a CPU, "
         "'bfloat16' applies only to the products for the gradient.",
         ["auto", *PRODUCT_DTYPES],
     )
     divergence_scale: str = _option(
         "paper",
-        "'paper' takes the JSD as published, whose gradient vanishes towards both ends; 'continuous' divides it by "
-        "β(1−β) inside (0, 1), with the two KLs as its limits.",
+        "'paper' takes the JSD as published, whose gradient vanishes towards both ends of beta; 'continuous' divides "
+        "it by β(1−β) inside (0, 1), so that its limits are the two KLs.",
         list(SCALES),
     )
     loss_temperature: float = _option(1.0, "Temperature (> 0) that divides both models' logits in the divergence.")
@@ -104,8 +104,7 @@ class GKDArguments(HidesSecrets):
     )
     seq_kd: bool = _option(
         False,
-        "Whether the teacher generates the completions of samples that are not on-policy, instead of taking the "
-        "data's.",
+        "Whether the teacher generates the completions of off-policy samples, instead of taking them from the data.",
     )
     temperature: float = _option(
         1.0, "Sampling temperature (> 0) of completions; 1 samples the student's own distribution."
@@ -131,8 +130,8 @@ class GKDArguments(HidesSecrets):
     rollout_batch_size: int | None = _option(
         None,
         "Maximum number of prompts in one batch of transformers' generation; by default all prompts of a call on "
-        "this rank. If padding changes a model's output, only prompts of equal length share a batch. vLLM batches by "
-        "itself.",
+        "this rank. If padding changes a model's output, only prompts of equal length share a batch. vLLM forms its "
+        "own batches.",
     )
     rollout_steps: int = _option(
         1,
@@ -158,17 +157,17 @@ class GKDArguments(HidesSecrets):
     vllm_server_api_token: str | None = _option(None, "API key that the rollout servers were started with.")
     vllm_server_timeout: float = _option(
         240.0,
-        "Seconds (> 0) to keep trying to reach a server, such as one that restarts; also a teacher's.",
+        "Seconds (> 0) to keep trying to reach a server, such as one that is restarting; also a teacher's.",
     )
     vllm_request_timeout: float = _option(
         300.0,
-        "Seconds (> 0) that a server may take to answer one request, such as one completion; also a teacher's.",
+        "Seconds (> 0) a server may take to answer one request, such as one completion; also a teacher's.",
     )
     vllm_weight_sync: str = _option(
         "auto",
         "How vLLM gets the student's weights: 'full' sends all of them, with adapters merged; 'adapter' sends only a "
         "LoRA adapter; 'nccl' sends all of them to a server, from GPU to GPU; 'auto' is 'adapter' for a LoRA "
-        "student beside its engine on CUDA, else 'full'.",
+        "student with vllm_mode='colocate' on CUDA, else 'full'.",
         ["auto", "full", "adapter", "nccl"],
     )
     vllm_sync_dir: str | None = _option(
@@ -216,7 +215,7 @@ class GKDArguments(HidesSecrets):
     )
     teacher_tail: str = _option(
         "bucket",
-        "What becomes of the tokens outside teacher_top_k: 'bucket' compares their summed probability, 'renormalize' "
+        "What happens to the tokens outside teacher_top_k: 'bucket' compares their summed probability, 'renormalize' "
         "leaves them out on both sides.",
         list(TAILS),
     )
@@ -284,7 +283,7 @@ class GKDArguments(HidesSecrets):
 
     @property
     def draws_samples(self) -> bool:
-        """Whether some samples of the run may be on-policy, and others not."""
+        """Whether some samples of the run may be on-policy and others off-policy."""
         return max(self.lmbda, self._last_lmbda) > 0 and not self.is_always_on_policy
 
     @property
@@ -311,7 +310,7 @@ class GKDArguments(HidesSecrets):
             self.max_new_tokens = Unset(length // 2)
             logger.warning(
                 "max_new_tokens is %d, half of max_length=%d, since its default of %d would leave no room for a "
-                "prompt: set it to choose another.",
+                "prompt: set max_new_tokens to choose another value.",
                 self.max_new_tokens,
                 length,
                 default,
@@ -364,7 +363,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse options that only trl.SFTConfig has, before Python calls them unexpected."""
+        """Refuse options of trl.SFTConfig with a remedy, before Python calls them unexpected."""
         unknown = kwargs.keys() - {option.name for option in dataclasses.fields(cls)}
         if unknown:
             from trl import SFTConfig
@@ -379,7 +378,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check as GKDArguments does, and keep logging_steps unset if nobody chose them; None means the same."""
+        """Check as GKDArguments does, and keep logging_steps unset if the user did not set it, or set it to None."""
         unset = Unset(TrainingArguments.logging_steps)
         is_unset = self.logging_steps is None or isinstance(self.logging_steps, Unset)
         if is_unset:

@@ -1,6 +1,6 @@
-"""Which values the options may have: parsed, each by itself, and together. Everything else raises GKDConfigError.
+"""Parse the options, and check them one by one and in combination; raise GKDConfigError for all that is invalid.
 
-`config_effects` says which options have no effect in a run. `args` is a GKDArguments, whatever else it is.
+`config_effects` says which options have no effect in a run. `args` is any GKDArguments.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from gkd_trainer.types import Sampling
 from gkd_trainer.urls import ServerURL
 
 REFUSED_UNUSED = ("ce_weight", "seq_kd")
-"""Options that are refused if they have no effect: the run would train on something other than what was asked for. The
-trainer only warns of the others, since sweeps often leave them set."""
+"""Options that are refused if they have no effect: the run would not train on what was asked for. The trainer only
+warns of the others, since sweeps often leave them set."""
 
 # What generation_kwargs may not hold, and what to do instead.
 _REFUSED_GENERATION_KWARGS = {
@@ -37,7 +37,7 @@ _REFUSED_GENERATION_KWARGS = {
     },
     **dict.fromkeys(("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff"), "set top_p, top_k or min_p instead"),
     **dict.fromkeys(("max_length", "max_time"), "set max_new_tokens instead"),
-    "min_length": "set min_new_tokens instead, which does not count the padding",
+    "min_length": "set min_new_tokens instead, which does not count padding",
     "do_sample": "completions are always sampled; set top_k=1 to take the most probable token",
     **dict.fromkeys(
         ("num_beams", "num_return_sequences", "num_beam_groups", "prompt_lookup_num_tokens", "is_assistant", "use_mtp"),
@@ -56,10 +56,10 @@ _REFUSED_GENERATION_KWARGS = {
     ),
 }
 
-# Fields of vLLM's SamplingParams that have no option of their own and that the rollouts do not fix.
+# Fields of vLLM's SamplingParams without an option of their own, and not fixed by the rollouts.
 _VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
-# Those that transformers has no option for.
-_VLLM_ALONE = frozenset({"presence_penalty", "frequency_penalty"})
+# Those for which transformers has no option.
+_ONLY_IN_VLLM = frozenset({"presence_penalty", "frequency_penalty"})
 
 _VLLM_MAX_TEMPERATURE = 2.0
 
@@ -74,7 +74,7 @@ _COUNTS = (
     "vllm_tensor_parallel_size",
 )
 
-# For each annotated type, what a value must be an instance of, and what an error calls it.
+# For each annotated type, the type that a value must have, and its name in an error.
 _TYPES: dict[Any, tuple[Any, str]] = {
     float: (Real, "a number"),
     int: (Integral, "a whole number"),
@@ -85,7 +85,7 @@ _TYPES: dict[Any, tuple[Any, str]] = {
 
 
 def check_types(args: Any, owner: type, parsed: Collection[str]) -> None:
-    """Raise GKDConfigError for the first option declared by `owner` whose value has another type.
+    """Raise GKDConfigError for the first option declared by `owner` whose value has the wrong type.
 
     Those in `parsed` were checked when they were parsed.
     """
@@ -135,7 +135,7 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
 
 
 def check_combinations(run: Run) -> None:
-    """Raise GKDConfigError for options that have no meaning together in a run, as far as it is known."""
+    """Raise GKDConfigError for options that have no meaning together, as far as the run is known."""
     args = run.args
     checked_objective(
         args.divergence,
@@ -163,7 +163,7 @@ def check_combinations(run: Run) -> None:
 
 
 def check_room_for_prompts(args: Any) -> None:
-    """Raise GKDConfigError where completions leave no room for their prompts in max_length."""
+    """Raise GKDConfigError if completions leave no room for their prompts in max_length."""
     if args.generates_anywhere and args.max_length is not None and args.max_length <= args.max_new_tokens:
         raise GKDConfigError(
             f"max_length ({args.max_length}) must exceed max_new_tokens ({args.max_new_tokens}), or no prompt "
@@ -174,7 +174,7 @@ def check_room_for_prompts(args: Any) -> None:
 def check_loss_temperature(run: Run) -> None:
     """Raise GKDConfigError for a loss_temperature other than 1 and a teacher that gives only its top tokens.
 
-    A configuration names such a teacher by its servers or by teacher_top_k; the trainer knows of others.
+    A configuration shows such a teacher by its servers or by teacher_top_k; the trainer knows of others.
     """
     args = run.args
     has_top_tokens = run.has_top_tokens or args.teacher_server_base_url or args.teacher_top_k is not None
@@ -205,26 +205,24 @@ def _check_servers(args: Any) -> None:
     if None not in (args.vllm_max_model_length, args.max_length) and args.vllm_max_model_length < args.max_length:
         raise GKDConfigError(
             f"vllm_max_model_length ({args.vllm_max_model_length}) must be at least max_length "
-            f"({args.max_length}), the longest prompt with its completion: raise the one, lower the other, or "
-            "leave it out"
+            f"({args.max_length}), the longest prompt with its completion: raise vllm_max_model_length, lower "
+            "max_length, or leave vllm_max_model_length out"
         )
     if args.rollout_overlap and not args.uses_vllm_server:
         raise GKDConfigError(
-            "rollout_overlap=True generates while the student trains, which takes another process: set "
+            "rollout_overlap=True generates while the student trains, which needs another process: set "
             "use_vllm=True and vllm_mode='server', or leave it out"
         )
     if args.vllm_weight_sync == "nccl" and not args.uses_vllm_server:
         raise GKDConfigError("vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'")
     if args.teacher_server_base_url and args.teacher_model_name_or_path is not None:
-        raise GKDConfigError(
-            "got both teacher_server_base_url and teacher_model_name_or_path: the teacher is in one place, set one"
-        )
+        raise GKDConfigError("got both teacher_server_base_url and teacher_model_name_or_path: set one of them")
 
 
 def _check_vllm_sampling(args: Any) -> None:
     if args.temperature > _VLLM_MAX_TEMPERATURE:
         raise GKDConfigError(
-            f"temperature must be at most {_VLLM_MAX_TEMPERATURE} where vLLM samples; got {args.temperature}"
+            f"temperature must be at most {_VLLM_MAX_TEMPERATURE} under use_vllm; got {args.temperature}"
         )
     generation_kwargs = args.generation_kwargs or {}
     for name in generation_kwargs:
@@ -234,7 +232,7 @@ def _check_vllm_sampling(args: Any) -> None:
                 f"{', '.join(sorted(_VLLM_GENERATION_KWARGS))}; vLLM's other sampling parameters have options of "
                 "their own"
             )
-        if args.seq_kd and name in _VLLM_ALONE and generation_kwargs[name] != 0:
+        if args.seq_kd and name in _ONLY_IN_VLLM and generation_kwargs[name] != 0:
             raise GKDConfigError(
                 f"generation_kwargs holds {name!r}, which only vLLM has, but under seq_kd=True the teacher "
                 "generates with transformers: set repetition_penalty instead, or seq_kd=False"
@@ -277,13 +275,13 @@ def _check_sft_options(args: Any) -> None:
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type not in DEFAULT_LOSSES:
         raise GKDConfigError(
-            f"loss_type={loss_type!r} is another loss of trl.SFTTrainer, and the loss here is the divergence from the "
-            "teacher: leave it out (divergence, beta and ce_weight say which)"
+            f"loss_type={loss_type!r} picks a loss of trl.SFTTrainer, but the loss here is the divergence from the "
+            "teacher: leave it out (divergence, beta and ce_weight choose the loss)"
         )
     if getattr(args, "completion_only_loss", None) is False:
         raise GKDConfigError(
             "completion_only_loss=False would compare the models on prompts: leave it out, or give rows of `text`, "
-            "which are trained on as a whole"
+            "all of which is trained on"
         )
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Run:
-    """What decides which options have an effect and which may be combined: a GKDArguments, and facts about its trainer.
+    """A GKDArguments and facts about its trainer: they decide which options have an effect and may be combined.
 
     The defaults are those of a configuration without a trainer.
 
     Attributes:
         args: The configuration.
-        has_top_tokens: Whether the teacher gives only its top tokens; None if that is unknown.
+        has_top_tokens: Whether the teacher gives only its top tokens; None if unknown.
         loads_student: Whether the student is given by name.
         builds_rollouts: Whether the trainer builds the rollout engine, since none is passed.
     """
@@ -31,7 +31,7 @@ class Run:
 
 
 def unused_options(run: Run) -> list[tuple[str, str]]:
-    """Return the options that are not at their defaults and have no effect in a run, each with what it needs."""
+    """Return the options that were changed but have no effect in a run, each with what it needs."""
     defaults = {option.name: option.default for option in dataclasses.fields(run.args)}
     return [
         (name, needs)
@@ -61,12 +61,12 @@ def _is_jsd(run: Run) -> bool:
 NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
     (
         "ce_weight seq_kd",
-        "samples that are not on-policy (lmbda below 1)",
+        "off-policy samples (lmbda below 1)",
         lambda run: not run.args.is_always_on_policy,
     ),
     (
         "lmbda_granularity",
-        "on-policy samples beside others (lmbda between 0 and 1)",
+        "both on- and off-policy samples (lmbda between 0 and 1)",
         lambda run: run.args.draws_samples,
     ),
     (
@@ -110,5 +110,5 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
     ),
     ("model_init_kwargs", "a student given by name", lambda run: run.loads_student),
 )
-"""Options that only some runs use, what they need, and whether a run has it. All others always have an effect, are
-refused without one, or depend on the data."""
+"""Options that only some runs use, what they need, and whether a run has it. All other options always have an effect,
+are refused without one, or depend on the data."""

@@ -12,7 +12,7 @@ class GKDError(Exception):
 
 
 class GKDConfigError(GKDError, ValueError):
-    """An option, or a combination of options or arguments, that has no meaning."""
+    """An invalid option, or a meaningless combination of options or arguments."""
 
 
 class GKDDataError(GKDError, ValueError):

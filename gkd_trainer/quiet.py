@@ -1,4 +1,4 @@
-"""Imports without another library's hint about something unused."""
+"""Imports without another library's hints about features that are not used."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def redacted(value: Any, name: str = "") -> Any:
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """Return a copy of an option's value with secrets set to None: whoever loads it falls back to a login, if any."""
+    """Return a copy of an option's value with secrets set to None: code that loads it falls back to a login, if any."""
     return _replaced(value, name, lambda _: None)
 
 
@@ -74,7 +74,7 @@ class HidesSecrets:
     """A dataclass whose `repr` shows no secrets, and whose pickles hold none inside `dropping_secrets`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep @dataclass from generating a `repr` for the subclass, which would show secrets."""
+        """Keep @dataclass from generating a `repr` that shows secrets."""
         super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):
             cls.__repr__ = HidesSecrets.__repr__  # type: ignore[method-assign]

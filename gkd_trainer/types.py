@@ -1,4 +1,4 @@
-"""The typed values that cross the stages: token batches, completions, and what a model says of a batch.
+"""The typed values passed between stages: token batches, completions, and a model's predictions for a batch.
 
 Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width, K top tokens of a teacher.
 """
@@ -17,25 +17,25 @@ IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
 IS_ON_POLICY = "is_on_policy"
-"""The key under which a batch of tensors says which of its samples the student generated."""
+"""The key of a batch's mask of samples that the student generated."""
 
 PROMPT_IDS = "on_policy_prompt_ids"
-"""The key of a sample's own prompt, where that is not what stands before its last trained run.
+"""The key of a sample's own prompt, if it differs from the tokens before the sample's last trained run.
 
-In a row a list of token ids, empty where there is none; in a batch of tensors [B, P], filled up with IGNORE_INDEX.
+In a row, a list of token ids, empty if there is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
 """
 
 ROW_KEY = "row_key"
-"""The key under which a row of a data set says which one it is: an integer, in a batch of tensors int64 [B]."""
+"""The key of the integer that identifies a row of a data set; in a batch, an int64 tensor [B]."""
 
 
 @dataclass(frozen=True)
 class SideTensor:
-    """What a batch says of its samples beside their tokens, and no model's forward is given.
+    """A value per sample that a batch carries beside its tokens, and that no model's forward gets.
 
-    `filling` stands where a sample has no value, and behind the shorter ones of several lists. `is_column` says that a
-    data set may have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]);
-    `survives_completion` that a row which gets a completion keeps its value, and not `filling`.
+    `filling` stands for a missing value, and pads the shorter lists of a batch. `is_column` says that a data set may
+    have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]), and
+    `survives_completion` that a sample keeps its value, instead of getting `filling`, when it gets a completion.
     """
 
     name: str
@@ -49,7 +49,7 @@ SIDE_TENSORS: Mapping[str, SideTensor] = {
     side.name: side
     for side in (
         SideTensor(IS_ON_POLICY, filling=False, is_column=False, is_list=False, survives_completion=False),
-        # What was generated has its prompt before it.
+        # A generated completion stands right after its prompt.
         SideTensor(PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=False),
         SideTensor(ROW_KEY, filling=-1, is_column=True, is_list=False, survives_completion=True),
     )
@@ -77,10 +77,10 @@ MEDIA_INPUTS = frozenset(
         "feature_attention_mask",
     }
 )
-"""What a collator returns of images, videos and sound: their values, sizes and masks, by sample or by image."""
+"""A collator's values, sizes and masks of images, videos and sound, per sample or per image."""
 
 PER_SAMPLE = MEDIA_INPUTS.union(SIDE_TENSORS, {"prompts", "prompt_attention_mask"})
-"""What a batch is known to hold per sample or image, whatever its shape."""
+"""Keys of a batch that are known to hold values per sample or image, whatever their shape."""
 
 PER_TOKEN = frozenset(
     {
@@ -95,12 +95,12 @@ PER_TOKEN = frozenset(
         "byte_offsets",
     }
 )
-"""What a batch is known to hold per token [B, L, ...]; `position_ids` may be [..., B, L]."""
+"""Keys of a batch that are known to hold values per token [B, L, ...]; `position_ids` may be [..., B, L]."""
 
 _NOT_MODEL_INPUTS = frozenset(SIDE_TENSORS).union(
     {
         "labels",
-        # What rows of tokens may say in place of labels.
+        # Rows of tokens may have these in place of labels.
         "completion_mask",
         "assistant_masks",
         # Added by TRL's DataCollatorForChatML.
@@ -116,7 +116,7 @@ class Sampling:
     """How completions are drawn from a model's next-token distribution.
 
     `temperature` 0 is greedy decoding. `top_k` 0, `top_p` 1, `min_p` None and `repetition_penalty` 1 switch
-    the respective restriction off. `extra` holds options of one engine alone.
+    the respective restriction off. `extra` holds options that only one engine has.
     """
 
     max_new_tokens: int
@@ -132,11 +132,11 @@ class Sampling:
 class Completion:
     """What an engine generated for one prompt.
 
-    `token_ids` end with the stop token where `is_finished`; otherwise `max_new_tokens` cut them off. `is_trained` says
-    of each whether it is trained on, such as not where a tool wrote it; None: all are.
+    `token_ids` end with the stop token if `is_finished`; otherwise they were cut off at `max_new_tokens`. `is_trained`
+    marks the tokens to train on, which excludes those that a tool wrote; None trains on all.
 
     Raises:
-        ValueError: `is_trained` is not as long as `token_ids`.
+        ValueError: `is_trained` and `token_ids` differ in length.
 
     """
 
@@ -147,8 +147,8 @@ class Completion:
     def __post_init__(self) -> None:
         if self.is_trained is not None and len(self.is_trained) != len(self.token_ids):
             raise ValueError(
-                f"is_trained must say of each of the completion's {len(self.token_ids)} tokens whether it is trained "
-                f"on; got {len(self.is_trained)} values"
+                f"is_trained must have one value for each of the completion's {len(self.token_ids)} tokens; "
+                f"got {len(self.is_trained)}"
             )
 
 
@@ -166,7 +166,7 @@ class Head:
     """How final hidden states become logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
     `weight_VH` and `bias_V` are float tensors; `scale` multiplies the logits; `softcap` None leaves them unbounded.
-    `vocab_size` is how many of the first tokens are predicted over, None for all (see `sliced`).
+    Predictions are over the first `vocab_size` tokens, or all if None (see `sliced`).
     """
 
     weight_VH: Tensor
@@ -178,20 +178,20 @@ class Head:
     def sliced(self, vocab_size: int) -> Head:
         """Return the head of the first `vocab_size` tokens.
 
-        The weight is not cut yet: autograd would make the gradient of the whole weight a second time for that.
+        The weight itself is not cut: autograd would then allocate a second gradient of full size.
         """
         used = len(self.weight_VH) if self.vocab_size is None else self.vocab_size
         return replace(self, vocab_size=min(vocab_size, used))
 
     def cut(self) -> Head:
-        """Return the head without the weights of tokens that are not predicted over, sharing memory with this one."""
+        """Return the head with its weight cut to the tokens predicted over, sharing memory with this one."""
         if self.vocab_size is None:
             return self
         bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
         return Head(self.weight_VH[: self.vocab_size], bias_V, self.scale, self.softcap)
 
     def logits(self, hidden_H: Tensor) -> Tensor:
-        """Return the logits [..., V] of hidden states [..., H], in float32 (float64 where both are float64).
+        """Return the logits [..., V] of hidden states [..., H], in float32 (float64 if either is float64).
 
         Inputs are upcast before the product: logits rounded to bf16 give a wrong gradient.
         """
@@ -239,11 +239,11 @@ class LogitsSignal:
 
 @dataclass(frozen=True)
 class TopKSignal:
-    """A teacher's most probable tokens, with the log-probs it gave them over its whole vocabulary.
+    """A teacher's most probable tokens, with their log-probs over its whole vocabulary.
 
     `ids_NK` are int64 and distinct at each position; `log_p_NK` are at temperature 1 and not normalised over the K:
-    what they lack to one is the teacher's mass on all other tokens. An entry of -inf is absent: its id means nothing.
-    `vocab_size` is how many tokens the teacher predicts over.
+    their probabilities and the teacher's mass on all other tokens sum to one. An entry of -inf is absent, and its id is
+    meaningless. `vocab_size` is the number of tokens that the teacher predicts over.
     """
 
     ids_NK: Tensor
@@ -257,23 +257,23 @@ class TopKSignal:
 
 
 StudentSignal = HiddenSignal | LogitsSignal
-"""What a student says of the positions trained on: its whole distribution."""
+"""A student's predictions at the positions trained on: always the whole distribution."""
 
 Signal = StudentSignal | TopKSignal
-"""What a teacher says of the positions trained on."""
+"""A teacher's predictions at the positions trained on."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """One micro-batch of token sequences.
 
-    `model_inputs` holds what the models' forward takes (`input_ids` [B, L], and `attention_mask` and others
-    where the collator gave them), padded on the right; `labels_BL` the token ids with IGNORE_INDEX where a token is not
-    trained on; `is_on_policy_B` which samples the student generated. The logits at position i predict the label at
-    i + `label_offset`: 1 for a causal LM, 0 for a decoder that is given its labels shifted (encoder-decoders).
-    `side` holds the SIDE_TENSORS that the rows of the data set came with, by name.
+    `model_inputs` holds the arguments of the models' forward (`input_ids` [B, L], and `attention_mask` and others
+    if the collator gave them), padded on the right; `labels_BL` the token ids, with IGNORE_INDEX for tokens that are
+    not trained on; `is_on_policy_B` marks the samples that the student generated. The logits at position i predict the
+    label at i + `label_offset`: 1 for a causal LM, 0 for a decoder that gets its labels shifted (encoder-decoders).
+    `side` holds the SIDE_TENSORS of the rows of the data set, by name.
 
-    What is derived is computed once: finding the positions waits for the device.
+    Derived values are computed once: finding the positions waits for the device.
     """
 
     model_inputs: Mapping[str, Tensor]
@@ -299,7 +299,7 @@ class TokenBatch:
 
     @cached_property
     def is_scored_BL(self) -> Tensor:
-        """True at each position whose logits predict a token that is trained on: there the models are compared."""
+        """True at each position whose logits predict a token that is trained on: the models are compared there."""
         is_scored_BL = torch.zeros_like(self.labels_BL, dtype=torch.bool)
         end = self.labels_BL.shape[1] - self.label_offset
         is_scored_BL[:, :end] = self.labels_BL[:, self.label_offset :] != IGNORE_INDEX
@@ -331,19 +331,20 @@ class TokenBatch:
 
 
 def may_be_per_token(name: str, value: Any) -> bool:
-    """Return whether a collated value is a tensor that may have a value per token, but isn't known by its name.
+    """Return whether a collated value is a tensor of unknown name that may have one value per token.
 
-    Its lengths don't decide: in some batches they equal L by chance.
+    Its shape does not decide: a dimension may equal L by chance.
     """
     return isinstance(value, Tensor) and value.dim() > 1 and name not in PER_TOKEN | PER_SAMPLE
 
 
 def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a collated batch with the padding that its `attention_mask` [B, L] marks moved behind each row's tokens.
+    """Return a collated batch with each row's padding, by its `attention_mask` [B, L], moved behind the row's tokens.
 
-    Padding before them changes the logits of a model that counts positions by column or carries a state from token to
-    token, and lets a padding position predict the first token. Behind them, no causal model sees it. What is PER_TOKEN
-    moves along. A batch with a tensor that `may_be_per_token` stays as it is: its values would lose their tokens.
+    Padding before the tokens changes the logits of a model that counts positions by column or carries a state from
+    token to token, and lets a padding position predict the first token. No causal model sees padding behind them.
+    PER_TOKEN values move along. A batch with a tensor that `may_be_per_token` is left as it is: the tensor's values
+    would no longer match their tokens.
     """
     column_BL = _columns_when_right_padded(inputs)
     if column_BL is None:
@@ -359,7 +360,7 @@ def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_columns_of(inputs: Mapping[str, Any], values_BL: Tensor) -> Tensor:
-    """Return values [B, L, ...] of the `right_padded` batch in the columns that `inputs` has its tokens in."""
+    """Return values [B, L, ...] of the `right_padded` batch, moved back to the columns of their tokens in `inputs`."""
     column_BL = _columns_when_right_padded(inputs)
     if column_BL is None or values_BL.shape[:2] != column_BL.shape or not column_BL[:, 0].any():
         return values_BL
@@ -367,7 +368,7 @@ def in_columns_of(inputs: Mapping[str, Any], values_BL: Tensor) -> Tensor:
 
 
 def _columns_when_right_padded(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return the column of `inputs` that each column of the right-padded batch is taken from; None if it stays."""
+    """Return, for each column of the right-padded batch, its column in `inputs`; None if nothing moves."""
     mask_BL, labels_BL = inputs.get("attention_mask"), inputs.get("labels")
     if not isinstance(mask_BL, Tensor) or not isinstance(labels_BL, Tensor) or mask_BL.dim() != 2:
         return None
@@ -388,10 +389,10 @@ def _rows_B1(column_BL: Tensor) -> Tensor:
 
 
 def prompt_length(labels: Sequence[int]) -> int:
-    """Return how many tokens stand before the last run of trained labels.
+    """Return how many tokens precede the last run of trained labels.
 
-    That is the prompt for which a completion can be sampled. A row without trained labels is a prompt as a
-    whole; 0 means that there is no prompt, since the first token is already trained on.
+    They are the prompt for which a completion can be sampled. A row without trained labels is all prompt; 0 means that
+    there is no prompt, since the first token is already trained on.
     """
     end = len(labels)
     while end > 0 and labels[end - 1] == IGNORE_INDEX:

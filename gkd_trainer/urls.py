@@ -33,7 +33,7 @@ class ServerURL(str):
         if problem is not None:
             # Without everything before the last "@": in a malformed URL, a password may stand anywhere there.
             shown = re.sub(r"^([a-z]*://)?.*@", r"\1", text, flags=re.DOTALL | re.IGNORECASE)
-            # What is in a port's place and is no port may be a password whose "@host" is missing.
+            # Where a port belongs, anything else may be a password whose "@host" is missing.
             shown = re.sub(r"(//[^/?#:\[\]]+):(?!\d*(?:[/?#,\s]|$))[^/?#]*", r"\1:<PORT>", shown)
             raise GKDConfigError(
                 f"{option} must be a URL that starts with http:// or https:// and names a host, such as {_EXAMPLE} "

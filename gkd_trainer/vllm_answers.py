@@ -1,4 +1,4 @@
-"""What vLLM's endpoints answer, as far as it is read: each answer is checked against these models where it comes in."""
+"""The answers of vLLM's endpoints, checked on arrival against models of the fields that we read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _Count = Annotated[int, Field(ge=1, le=2**40)]
 
 
 class Answer(BaseModel):
-    """The fields that are read of an endpoint's JSON, in exactly these types; others are ignored."""
+    """The fields read from an endpoint's JSON, in exactly these types; others are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
     @classmethod
     def parse(cls, answer: Any) -> Self:
-        """Return the JSON's values as this model; ValueError says which field is not as expected."""
+        """Return the JSON's values as this model; ValueError names the first field that is not as expected."""
         try:
             return cls.model_validate(answer)
         except ValidationError as error:
@@ -39,10 +39,10 @@ class Models(Answer):
     data: Annotated[list[ServedModel], Field(min_length=1)]
 
     def lengths(self) -> dict[str, int]:
-        """Return the most tokens that each takes, by its name; adapters are listed without one of their own."""
+        """Return the maximum number of tokens of each model by name; adapters, listed without one, get the model's."""
         longest = next((model.max_model_len for model in self.data if model.max_model_len), None)
         if longest is None:
-            raise ValueError("no model has a max_model_len, which vLLM gives")
+            raise ValueError("no model has a max_model_len, which vLLM always gives")
         return {model.id: model.max_model_len or longest for model in self.data}
 
 
@@ -60,7 +60,7 @@ class CompletionAnswer(Answer):
 
 
 class ScoredChoice(Answer):
-    """A prompt's scores: one entry per token, whose content `teachers/prompt_scores.py` checks in bulk."""
+    """A prompt's scores: one entry per token; `teachers/prompt_scores.py` checks their content in bulk."""
 
     index: int
     prompt_logprobs: list[Any]

@@ -1,4 +1,4 @@
-"""The client of vLLM servers: JSON over HTTP with time-outs, retries, and one clear error after the last one."""
+"""The client of vLLM servers: JSON over HTTP with time-outs, retries, and one clear error in the end."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 _CALLS_AT_ONCE = 256
-"""Most requests under way to one server: what vLLM batches by default on a GPU."""
+"""Maximum number of concurrent requests to one server: vLLM's default batch on a GPU."""
 
 _WRONG_ANSWERS = 4
-"""A server that answers, but wrongly, is asked this often; one that can't be reached as long as its time-out allows."""
+"""How often to ask a server that answers wrongly; one that can't be reached is tried until its time-out."""
 
 _NOT_THERE = (502, 503, 504)
-"""What gateways answer while the server behind them restarts."""
+"""Statuses that gateways return while the server behind them restarts."""
 
 _TLS_MISMATCHES = ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY_FAILED")
-"""What ends a TLS handshake however often it is tried: no TLS at all, or a certificate that is not trusted."""
+"""TLS failures that no retry helps: no TLS at all, or a certificate that is not trusted."""
 
 _FIRST_WAIT, _LONGEST_WAIT, _JITTER = 0.2, 5.0, 0.2
 _CONNECT_SECONDS = 10.0
 
 _IDLE_SECONDS = 2.0
-"""How long an idle connection is used again: vLLM closes it after 5 s, maybe just as a request is sent."""
+"""How long an idle connection may be reused: vLLM closes it after 5 s, possibly just as a request is sent."""
 
 
 class RequestRefusedError(GKDServerError):
-    """A request that the server takes for wrong (a 4xx status): asking again would not help."""
+    """A request that the server rejects (a 4xx status): asking again would not help."""
 
 
 class VLLMServer:
@@ -56,13 +56,13 @@ class VLLMServer:
         base_url: Where it listens, such as "http://127.0.0.1:8000"; a trailing "/v1" is dropped. A user and password in
             it are sent (HTTP basic authentication), and never shown.
         api_token: The key that it was started with (`--api-key`), if any.
-        server_timeout: Seconds for which a server that can't be reached is tried again, as while it restarts.
+        server_timeout: Seconds to keep trying to reach a server, such as one that is restarting.
         request_timeout: Seconds within which one request must be answered in full, from connecting to the last byte;
-            looking up a host's name is not counted.
+            looking up the host's name does not count.
 
-    A call ends within `server_timeout` + `request_timeout` seconds and a pause, with an answer or with GKDServerError:
-    the last attempt begins within the first, and ends within the second. One that is answered wrongly (status 500,
-    half an answer, too late, one that `parse` refuses) four times ends then.
+    A call ends within `server_timeout` + `request_timeout` seconds and a pause, with an answer or GKDServerError: the
+    last attempt begins within the first time and ends within the second. A call also ends after four wrong answers
+    (status 500, incomplete, too late, or refused by `parse`).
 
     Raises:
         GKDConfigError: A URL that no request can be sent to, or a token that no header can hold.
@@ -86,7 +86,7 @@ class VLLMServer:
             ("User-Agent", "gkd-trainer"),
             *_authorization(url, api_token),
         ]
-        # What a server may repeat in the answer to a request that it refuses.
+        # A server may repeat these when it refuses a request.
         self._secrets = [
             *filter(None, (api_token, *(url.credentials or ())[1:])),
             *(value.removeprefix("Basic ") for name, value in self._headers if name == "Authorization"),
@@ -97,24 +97,24 @@ class VLLMServer:
         weakref.finalize(self, self._pool.close)
 
     def get(self, path: str, parse: Callable[[Any], T]) -> T:
-        """Return `parse(answer)` of a GET; the rest is as in `post`."""
+        """Return `parse(answer)` of a GET; otherwise as `post`."""
         return self._call("GET", path, None, parse)
 
     def post(self, path: str, body: Any, parse: Callable[[Any], T]) -> T:
-        """Return `parse(answer)` of a POST of JSON, where `answer` is the JSON that came back, or None for none.
+        """Return `parse(answer)` of a POST of JSON, where `answer` is the JSON that came back, or None if empty.
 
-        What `parse` raises makes the answer a wrong one, unless it is an error of ours.
+        If `parse` raises, the answer counts as wrong; a GKDError is passed on.
 
         Raises:
-            GKDServerError: It names the server, the call and the last cause.
-            GKDConfigError: The body holds what JSON can't.
+            GKDServerError: The call failed; names the server, the call and the last cause.
+            GKDConfigError: The body holds values that JSON can't.
         """
         return self._call("POST", path, body, parse)
 
     def post_unread(self, path: str, body: Any, *, is_repeatable: bool = True) -> None:
-        """POST JSON as `post` does, to an endpoint whose answer says nothing beyond its status, and may be no JSON.
+        """POST JSON as `post` does, but read only the status of the answer, which may not be JSON.
 
-        A request that is not repeatable is sent once: a second one would have its effect again.
+        A request that is not repeatable is sent once: sending it again would have its effect twice.
         """
         self._call("POST", path, body, None, is_repeatable)
 
@@ -161,7 +161,7 @@ class VLLMServer:
             raise GKDServerError(
                 f"the vLLM server at {self.base_url} did not complete {call}: gave up after {attempts} attempts in "
                 f"{time.monotonic() - started:.0f} s, the last of which failed with: {error}. Look at the server's "
-                "log; a server that is slow to start or to answer needs a longer vllm_server_timeout or "
+                "log; if the server is slow to start or to answer, raise vllm_server_timeout or "
                 "vllm_request_timeout"
             ) from error
 
@@ -189,9 +189,9 @@ class VLLMServer:
             cause = error.args[0] if error.args else None  # httpcore drops __cause__
             if isinstance(cause, ssl.SSLError) and cause.reason in _TLS_MISMATCHES:
                 raise GKDServerError(
-                    f"no TLS connection to the vLLM server at {self.base_url} ({error}): where it speaks plain HTTP, "
-                    "give a URL that starts with http://; where its certificate is not trusted, name the authority's "
-                    "file in SSL_CERT_FILE"
+                    f"no TLS connection to the vLLM server at {self.base_url} ({error}): if it speaks plain HTTP, "
+                    "give a URL that starts with http://; if its certificate is not trusted, set SSL_CERT_FILE to the "
+                    "authority's file"
                 ) from error
             raise _UnreachableError(f"{type(error).__name__}: {error}") from error
         except httpcore.TimeoutException as error:
@@ -215,7 +215,7 @@ class VLLMServer:
             return parse(json.loads(answer) if answer else None)
         except GKDError:
             raise
-        except Exception as error:  # JSON of any depth, size and type may come
+        except Exception as error:  # the JSON may have any depth, size and type
             cause = f"{type(error).__name__}: {error}"
             raise _WrongAnswerError(
                 f"an answer that can't be used ({self._excerpt(cause.encode())}): {self._excerpt(answer)}"
@@ -234,15 +234,15 @@ class VLLMServer:
 
     def _log(self, call: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
-        logger.warning("%s of the vLLM server at %s is tried again: %s", call, self.base_url, error)
+        logger.warning("Trying %s of the vLLM server at %s again: %s", call, self.base_url, error)
 
 
 def call_each(
     servers: Sequence[VLLMServer], items: Sequence[Item], call: Callable[[VLLMServer, Item], T], first: int = 0
 ) -> list[T]:
-    """Return `call(server, item)` for each item, in their order; the calls run in parallel, over the servers in turn.
+    """Return `call(server, item)` for each item, in order; calls run in parallel, and items go to the servers in turn.
 
-    `first` is the index of the first item's server. The first call that raises cancels those that have not started.
+    `first` is the index of the first item's server. The first call that raises cancels those not yet started.
     """
     if not items:
         return []
@@ -268,11 +268,11 @@ class _WrongAnswerError(_TransientError):
 
 
 _deadline: ContextVar[float] = ContextVar("_deadline")
-"""When the request of this thread has to be answered."""
+"""When this thread's request must be answered."""
 
 
 class _Network(httpcore.NetworkBackend):
-    """httpcore's sockets, with one deadline for all that a request waits for: a time-out alone is one per byte."""
+    """httpcore's sockets with one deadline per request: a time-out applies to each wait, which may be for one byte."""
 
     def __init__(self) -> None:
         self._sockets = httpcore.SyncBackend()
@@ -308,7 +308,7 @@ class _Stream(httpcore.NetworkStream):
         return self._stream.read(max_bytes, _time_left(timeout, httpcore.ReadTimeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        # By pieces: the stream's own write begins a time-out with each that is taken.
+        # In pieces: the stream's own write starts a new time-out with each piece that is taken.
         sending: socket.socket = self._stream.get_extra_info("socket")
         rest = memoryview(buffer)
         while rest:
@@ -333,15 +333,15 @@ class _Stream(httpcore.NetworkStream):
         return self._stream.get_extra_info(info)
 
 
-def _time_left(timeout: float | None, over: type[Exception]) -> float:
+def _time_left(timeout: float | None, timeout_error: type[Exception]) -> float:
     left = _deadline.get() - time.monotonic()
     if left <= 0:
-        raise over("the request's time is over")
+        raise timeout_error("the request's time is over")
     return left if timeout is None else min(left, timeout)
 
 
 def _host_header(parts: SplitResult) -> str:
-    # Not netloc as a whole, in which the port would count as part of the host's last label.
+    # Not idna of all of netloc, which would take the port for part of the host's last label.
     host = (parts.hostname or "").encode("idna").decode()
     host = f"[{host}]" if ":" in host else host
     return host if parts.port is None else f"{host}:{parts.port}"
@@ -349,12 +349,12 @@ def _host_header(parts: SplitResult) -> str:
 
 def _authorization(url: ServerURL, api_token: str | None) -> list[tuple[str, str]]:
     if url.credentials is not None and api_token:
-        raise GKDConfigError(f"{url} came with a user and password and with an API token: a request takes one of them")
+        raise GKDConfigError(f"{url} came with a user and password and with an API token: give only one of them")
     if api_token:
         if not (api_token.isascii() and api_token.isprintable() and api_token == api_token.strip()):
             raise GKDConfigError(
-                f"the API token for {url} must be of printable ASCII characters, without spaces around it: no other "
-                "fits a request's header"
+                f"the API token for {url} must be printable ASCII without spaces around it, since it is sent in a "
+                "request's header"
             )
         return [("Authorization", f"Bearer {api_token}")]
     if url.credentials is not None:
@@ -369,4 +369,4 @@ def _encoded(body: Any) -> bytes | None:
     try:
         return json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise GKDConfigError(f"a request to a vLLM server can't hold what JSON can't: {error}") from error
+        raise GKDConfigError(f"a request to a vLLM server holds a value that JSON can't: {error}") from error

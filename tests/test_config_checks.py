@@ -205,7 +205,7 @@ def test_without_generation_max_length_may_be_short():
 def test_what_needs_data_is_refused_where_every_sample_is_on_policy(option, lmbda):
     [(name, value)] = option.items()
     with pytest.raises(
-        GKDConfigError, match=rf"^{name}={value} has no effect, since it needs samples.*leave {name} out$"
+        GKDConfigError, match=rf"^{name}={value} has no effect, since it needs off-policy samples.*leave {name} out$"
     ):
         GKDArguments(**option, **lmbda)
     GKDArguments(**option, lmbda=1.0, lmbda_end=0.5, lmbda_schedule="linear")
@@ -363,7 +363,7 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
         ({"vllm_max_model_length": 512}, r"vllm_max_model_length \(512\) must be at least max_length \(1024\)"),
-        ({"use_vllm": True, "temperature": 2.5}, r"temperature must be at most 2\.0 where vLLM samples; got 2\.5"),
+        ({"use_vllm": True, "temperature": 2.5}, r"temperature must be at most 2\.0 under use_vllm; got 2\.5"),
         ({"use_vllm": True, "generation_kwargs": {"min_new_tokens": 2}}, "can't hold 'min_new_tokens' under use_vllm"),
     ],
 )

@@ -79,11 +79,11 @@ def test_credentials_in_the_url_are_sent_and_not_shown(faulty, caplog):
     for text in (caplog.text, str(raised.value), repr(server), server.base_url):
         assert "cret" not in text
         assert "somebody" not in text
-    assert caplog.text.count(f"the vLLM server at {faulty.base_url} is tried again") == 1
+    assert caplog.text.count(f"the vLLM server at {faulty.base_url} again") == 1
 
 
 def test_credentials_and_a_token_are_refused_together():
-    with pytest.raises(GKDConfigError, match="a request takes one of them") as raised:
+    with pytest.raises(GKDConfigError, match="give only one of them") as raised:
         VLLMServer("http://user:s3cret@a", api_token="t0ken")
     assert not {"s3cret", "t0ken"} & set(str(raised.value).replace(":", " ").split())
 
@@ -97,7 +97,7 @@ def test_a_token_that_no_header_holds_is_refused_and_not_shown(token):
 
 def test_a_body_that_json_does_not_hold_is_refused_before_it_is_sent(faulty):
     for body in ({"seed": object()}, {"temperature": float("nan")}):
-        with pytest.raises(GKDConfigError, match="can't hold what JSON can't"):
+        with pytest.raises(GKDConfigError, match="holds a value that JSON can't"):
             client(faulty).post("/call", body, value)
     assert faulty.requests == []
 
@@ -176,7 +176,7 @@ def test_a_port_that_nobody_listens_on_ends_within_the_time_out():
 def test_tls_to_a_port_of_plain_http_is_not_tried_again(faulty):
     server = VLLMServer(faulty.base_url.replace("http://", "https://"), server_timeout=60)
     started = time.monotonic()
-    with pytest.raises(GKDServerError, match="where it speaks plain HTTP, give a URL that starts with http://"):
+    with pytest.raises(GKDServerError, match="if it speaks plain HTTP, give a URL that starts with http://"):
         server.get("/v1/models", value)
     assert time.monotonic() - started < 10
 
@@ -208,7 +208,7 @@ def test_a_retry_is_logged_with_its_cause(faulty, caplog):
     with caplog.at_level(logging.WARNING, logger="gkd_trainer.vllm_client"):
         client(faulty).get("/health", value)
     [record] = caplog.records
-    assert record.message == f"GET /health of the vLLM server at {faulty.base_url} is tried again: status 500: busy"
+    assert record.message == f"Trying GET /health of the vLLM server at {faulty.base_url} again: status 500: busy"
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 422])

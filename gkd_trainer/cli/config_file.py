@@ -1,4 +1,4 @@
-"""Options from a YAML file, which mean what they would mean on the command line, and are overridden by it."""
+"""Options from a YAML file: they mean the same as on the command line, which overrides them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def parse_with_config(
     parser: HfArgumentParser, hints: Mapping[str, Any], arguments: Sequence[str]
 ) -> argparse.Namespace:
-    """Return the options on the command line and in the file that --config names.
+    """Return the options from the command line and the --config file.
 
     Args:
         parser: From `build_parser`.
@@ -42,7 +42,7 @@ def parse_with_config(
 
 
 def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path: str) -> list[str]:
-    """Return a YAML file's options as command-line arguments; those that have no such form become defaults."""
+    """Return a YAML file's options as command-line arguments; values without such a form become defaults."""
     options = _options_by_name(parser, path)
     unknown = options.keys() - hints.keys()
     if unknown:
@@ -52,7 +52,7 @@ def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path:
     for name, (text, value) in options.items():
         if text is not None and value is not None:
             # As written: YAML 1.1 would make `no` a boolean, 1:30 a number, 2024-01-01 a date. The command line's
-            # parser knows the type and range of each option; all it lacks is YAML's on and off.
+            # parser knows each option's type and range; it only lacks YAML's on and off.
             is_switch = bool in (hints[name], *get_args(hints[name])) and isinstance(value, bool)
             arguments.append(f"--{name}={str(value).lower() if is_switch else text}")
         elif _takes(hints[name], value):
@@ -78,7 +78,7 @@ def _options_by_name(parser: HfArgumentParser, path: str) -> dict[str, tuple[str
         repeated = [name for name, count in names.items() if count > 1]
         if repeated:
             parser.error(f"{path}: given more than once: {', '.join(repeated)}")
-        loader.flatten_mapping(root)  # `<<: *base`, whose options come first
+        loader.flatten_mapping(root)  # resolves `<<: *base`, whose options come first
         return {_name_of(key): _text_and_value(loader, node) for key, node in root.value}
     except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a secret
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"

@@ -17,13 +17,13 @@ from gkd_trainer.errors import GKDError
 
 
 class Command(Protocol):
-    """A module of this package that is one command."""
+    """A module of this package that implements one command."""
 
     SUMMARY: str
     """One line for the list of commands."""
 
     def run(self, arguments: Sequence[str]) -> None:
-        """Parse the arguments after the command's name and do what they ask; heavy imports belong inside."""
+        """Parse the arguments after the command's name and run the command; heavy imports belong inside."""
 
 
 COMMANDS: Mapping[str, Command] = {"train": train}
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The arguments after the program's name; by default those of the process.
 
     Raises:
-        SystemExit: With status 2 for arguments that can't be parsed; 1, and the message of a GKDError on stderr, for
-            input that can't be used; 130 or 143, and how to resume, after SIGINT or SIGTERM; 0 after help.
+        SystemExit: With status 2 for arguments that can't be parsed; 1 after a GKDError, whose message goes to stderr;
+            130 or 143 after SIGINT or SIGTERM, with how to resume on stderr; 0 after help.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    # A command parses its own options: building them takes the libraries that they come from.
+    # A command parses its own options: building them needs the libraries that define them.
     chosen = _command_parser().parse_args(arguments[:1]).command
     try:
         with _terminating_like_an_interrupt():
@@ -71,7 +71,7 @@ def _command_parser() -> argparse.ArgumentParser:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, with which schedulers stop a run."""
+    """SIGTERM, which schedulers send to stop a run."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The parser of a command's options: dataclass fields in titled groups, with help that fits many of them."""
+"""The parser of a command's options: dataclass fields in titled groups, with compact help."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Options = TypeVar("_Options")
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """Options that help lists together: fields of dataclasses, whose metadata hold help and choices."""
+    """Options that help lists together: dataclass fields with help and choices in their metadata."""
 
     title: str
     options: Sequence[Field[Any]]
@@ -30,7 +30,7 @@ class OptionGroup:
 def build_parser(
     prog: str, usage: str, description: str, groups: Sequence[OptionGroup], hints: Mapping[str, Any]
 ) -> HfArgumentParser:
-    """Return the parser of a command, whose options may be on the command line or in the YAML file --config.
+    """Return the parser of a command's options, which may be on the command line or in the --config YAML file.
 
     Args:
         prog: The command, such as "gkd-trainer train".
@@ -50,20 +50,20 @@ def build_parser(
         prog=prog,
         usage=usage,
         description=description,
-        epilog="An option may be written with - in place of _.",
+        epilog="Options may be written with - in place of _.",
         formatter_class=_Help,
-        allow_abbrev=False,  # a misspelt option must not pass for another
+        allow_abbrev=False,  # a misspelt option must not match another
     )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file with options by name; the command line overrides it. A null unsets an option that may be unset",
+        help="YAML file of options; the command line overrides it. null unsets an option that may be unset",
     )
     return parser
 
 
 def _as_dataclass(group: OptionGroup, hints: Mapping[str, Any]) -> Any:
-    """Return a group as the dataclass that HfArgumentParser shows under a title of its own."""
+    """Return a group as a dataclass that HfArgumentParser shows under the group's title."""
     copies = []
     for option in group.options:
         if option.init:
@@ -86,19 +86,19 @@ def built(options_class: type[_Options], options: argparse.Namespace) -> _Option
 
 
 def with_suggestions(names: Iterable[str], hints: Mapping[str, Any], prefix: str = "") -> str:
-    """Return names of options that don't exist, each with the option that may be meant."""
+    """Return names of options that don't exist, each with the option that was probably meant."""
     known = [name for name in (*hints, *ALIASES.values(), "config") if not name.startswith("_")]
-    told = []
+    suggestions = []
     for name in names:
         name = name.partition("=")[0]  # the value may be a secret
         stem = name.removeprefix(prefix).replace("-", "_")
         similar = get_close_matches(stem, known, n=1)
-        told.append(f"{name} (did you mean {prefix}{similar[0]}?)" if similar else name)
-    return ", ".join(told)
+        suggestions.append(f"{name} (did you mean {prefix}{similar[0]}?)" if similar else name)
+    return ", ".join(suggestions)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling of each option with the kind of its value; long choices in the text; the default if there is one."""
+    """Shows one spelling of each option with its value's type, long lists of choices in the text, and any default."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = [name for name in action.option_strings if "-" not in name[2:]]

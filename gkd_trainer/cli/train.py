@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         SystemExit: With status 2, for options that can't be parsed; with status 0, after help.
-        GKDError: Input that can't be used, or a failure of the run, with a note on how to resume it.
+        GKDError: Input that can't be used, or a failed run, with a note on how to resume it.
     """
     with quiet_imports():
         importlib.import_module("gkd_trainer.config")
@@ -64,18 +64,18 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def checkpoint_to_resume(config: GKDConfig) -> str | None:
-    """Return the folder to resume from, or None; `resume_from_checkpoint` "true" is the last whole one of output_dir.
+    """Return the checkpoint to resume from, or None; "true" means the last complete one in output_dir.
 
-    Raises GKDConfigError where there is none, or it is not whole.
+    Raises GKDConfigError if there is none, or if it is incomplete.
     """
-    from gkd_trainer.trainer.checkpoints import last_whole_checkpoint, required_whole
+    from gkd_trainer.trainer.checkpoints import last_complete_checkpoint, required_complete
 
     wanted = config.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "no", "off"):
         return None
     if wanted.lower() in ("true", "yes", "on"):
-        return str(last_whole_checkpoint(config.output_dir or ""))
-    return str(required_whole(wanted))
+        return str(last_complete_checkpoint(config.output_dir or ""))
+    return str(required_complete(wanted))
 
 
 def _require_models(options: TrainOptions) -> None:
@@ -107,7 +107,7 @@ def _require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: 
 
 
 def _load(train_source: RowSource, eval_source: RowSource | None) -> tuple[Any, Any]:
-    """Return the rows to train on, and those to evaluate on or None; warn if they overlap."""
+    """Return the rows to train on and those to evaluate on (or None); warn if they overlap."""
     train_rows = train_source.load()
     if eval_source is None:
         return train_rows, None
@@ -125,7 +125,7 @@ def _load(train_source: RowSource, eval_source: RowSource | None) -> tuple[Any, 
 def _train_and_save(trainer: GKDTrainer, resumed_from: str | None, evaluates: bool) -> None:
     with _noting_how_to_resume(trainer):
         metrics = trainer.train(resume_from_checkpoint=resumed_from).metrics
-    trainer.save_model(_internal_call=True)  # it is pushed at the end, with the name of the data
+    trainer.save_model(_internal_call=True)  # not pushed yet: that is done at the end, with the name of the data set
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
@@ -137,23 +137,23 @@ def _train_and_save(trainer: GKDTrainer, resumed_from: str | None, evaluates: bo
 
 @contextmanager
 def _noting_how_to_resume(trainer: GKDTrainer) -> Iterator[None]:
-    """Add to what stops a run how to resume from the last checkpoint."""
+    """Add a note to an exception that stops the run: how to resume from the last checkpoint."""
     from transformers import ProgressCallback
 
-    from gkd_trainer.trainer.checkpoints import find_last_whole
+    from gkd_trainer.trainer.checkpoints import find_last_complete
 
     try:
         yield
     except (KeyboardInterrupt, GKDError) as stop:
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback):  # or the bars are drawn once more, below the message
+            if isinstance(callback, ProgressCallback):  # else the bars are drawn again, below the message
                 for bar in (callback.training_bar, callback.prediction_bar):
                     if bar is not None:
                         bar.close()
         last, output_dir = trainer.last_checkpoint, str(trainer.args.output_dir)
         if last is not None:
-            source = "true" if find_last_whole(output_dir)[0] == last else shlex.quote(str(last))
-            stop.add_note(f"{last} is saved: to go on from it, add --resume_from_checkpoint {source}")
+            source = "true" if find_last_complete(output_dir)[0] == last else shlex.quote(str(last))
+            stop.add_note(f"{last} is saved: to resume from it, add --resume_from_checkpoint {source}")
         elif isinstance(stop, KeyboardInterrupt):
-            stop.add_note(f"no checkpoint was saved in {output_dir} yet (--save_steps says how often)")
+            stop.add_note(f"no checkpoint was saved in {output_dir} yet (--save_steps sets how often)")
         raise

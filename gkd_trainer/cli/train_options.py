@@ -24,8 +24,8 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-# Not trl.ModelConfig: its dtype, revision, attention and quantisation would be a second place for what GKDConfig's
-# model_init_kwargs says, and its dropout of 0.05 has no effect under GKDConfig's disable_dropout.
+# Not trl.ModelConfig: its dtype, revision, attention and quantisation would duplicate GKDConfig's model_init_kwargs,
+# and its dropout of 0.05 has no effect under GKDConfig's disable_dropout.
 @dataclass
 class StudentOptions:
     """The student and its adapter."""
@@ -60,7 +60,7 @@ class StudentOptions:
             return None
         if self.lora_dropout > 0 and disable_dropout:
             raise GKDConfigError(
-                f"lora_dropout={self.lora_dropout} has no effect while disable_dropout is on: set one of them off"
+                f"lora_dropout={self.lora_dropout} has no effect while disable_dropout is on: switch one of them off"
             )
         from peft import LoraConfig
 
@@ -104,13 +104,13 @@ class DataOptions:
         """Return the rows to train on and to evaluate on, not loaded yet.
 
         Raises:
-            GKDConfigError: Options that have no effect, or lack what they need, under `config` too.
-            GKDDataError: A file or folder that isn't there, or of an unknown kind.
+            GKDConfigError: Options that have no effect, or that lack others they need, also in `config`.
+            GKDDataError: A file or folder that doesn't exist, or of an unknown kind.
         """
         from gkd_trainer.data.sources import RowSource
 
         if self.streaming and config.max_steps <= 0:
-            raise GKDConfigError("streaming data have no length that is known beforehand: set max_steps")
+            raise GKDConfigError("the length of streamed data is unknown: set max_steps")
         names = [name for name in (self.dataset, self.eval_dataset) if name is not None]
         if self.dataset_config is not None and all(Path(name).is_file() for name in names):
             raise GKDConfigError(f"dataset_config={self.dataset_config} has no effect on a file: leave it out")
@@ -135,7 +135,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """All options of a run, by what they describe."""
+    """All options of a run, by subject."""
 
     student: StudentOptions
     data: DataOptions
@@ -146,7 +146,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
     """Return the options of `gkd-trainer train`, from the command line and its YAML file.
 
     Raises:
-        SystemExit: With status 2, for options that can't be parsed or that are missing.
+        SystemExit: With status 2, for options that are missing or can't be parsed.
         GKDConfigError: Values or combinations that GKDConfig refuses.
     """
     from gkd_trainer.config import GKDConfig
@@ -170,7 +170,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
 def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:
     from gkd_trainer.config import GKDArguments, GKDConfig
 
-    # GKDConfig alone would be one list of 170 options with ours lost in it.
+    # GKDConfig as one group would be a list of 170 options, with ours lost in it.
     distillation = fields(GKDArguments)
     names = {option.name for option in (*fields(StudentOptions), *fields(DataOptions), *distillation)}
     rest = {option.name: option for option in fields(GKDConfig) if option.name not in names}
@@ -195,7 +195,7 @@ def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:
 
 @contextmanager
 def refusing_as_configuration() -> Iterator[None]:
-    """Raise what transformers raises for options and folders that it can't use as GKDConfigError."""
+    """Turn transformers' errors for options and folders that it can't use into GKDConfigError."""
     try:
         yield
     except GKDError:

@@ -1,4 +1,4 @@
-"""Collators wrapped to keep what they know nothing of: the labels of the rows, and their side tensors."""
+"""Wrappers of collators that keep what the collators would drop: the rows' labels and side tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Collator = Callable[[list[Any]], dict[str, Any]]
 
 
 class _Wrapper:
-    """A collator around another one, whose attributes are its own."""
+    """A collator around another, which passes attributes through to it."""
 
     collator: Collator
 
@@ -33,9 +33,9 @@ class _Wrapper:
 
 
 class KeepLabels(_Wrapper):
-    """Pads rows with a collator of transformers, and puts their labels where their tokens are.
+    """Pads rows with a collator of transformers, and aligns their labels with their tokens.
 
-    DataCollatorWithPadding can't pad labels, and DataCollatorForLanguageModeling would replace them by all tokens.
+    DataCollatorWithPadding can't pad labels, and DataCollatorForLanguageModeling would label all tokens.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,14 +49,14 @@ class KeepLabels(_Wrapper):
 
 
 class KeepSideTensors(_Wrapper):
-    """Collates rows with any collator, and gives the batch the SIDE_TENSORS that the rows have as columns.
+    """Collates rows with any collator, and adds to the batch the SIDE_TENSORS that the rows have as columns.
 
-    Where a collator makes samples of its own, which are not the tokens of the rows, the batch gets none: there a prompt
-    is what stands before the last trained run, and no key says which rows a sample is of.
+    If a collator makes its own samples, with other tokens than the rows have, the batch gets none: prompts are then the
+    tokens before the last trained run, and no key tells which rows a sample comes from.
     """
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        """Return the collated batch, with each side tensor that any row has a value of.
+        """Return the collated batch, with each side tensor for which any row has a value.
 
         Raises:
             GKDDataError: A row's value of a side tensor is not an integer.
@@ -70,18 +70,18 @@ class KeepSideTensors(_Wrapper):
         batch = self.collator([{key: value for key, value in row.items() if key not in names} for row in rows])
         tensors = {name: _side_tensor(SIDE_TENSORS[name], [row.get(name) for row in rows]) for name in sorted(names)}
         found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return {**batch, **found} if found and _holds(batch, rows) else batch
+        return {**batch, **found} if found and _has_tokens_of(batch, rows) else batch
 
 
 def unwrapped(collator: Any) -> Any:
-    """Return the collator inside of what keeps labels and side tensors."""
+    """Return the collator inside the wrappers that keep labels and side tensors."""
     while isinstance(collator, _Wrapper):
         collator = collator.collator
     return collator
 
 
 def keeping_labels(collator: Collator) -> Collator:
-    """Return the collator, wrapped where it is one of transformers that would lose the labels."""
+    """Return the collator, wrapped if it is one of transformers that would lose the labels."""
     loses_labels = isinstance(collator, DataCollatorWithPadding) or (
         isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm
     )
@@ -89,7 +89,7 @@ def keeping_labels(collator: Collator) -> Collator:
 
 
 def _side_tensor(side: SideTensor, values: list[Any]) -> torch.Tensor | None:
-    """Return the rows' values as a tensor [B] or [B, P], None where no row has one."""
+    """Return the rows' values as a tensor [B] or [B, P], or None if no row has one."""
     if side.is_list:
         lists = [torch.as_tensor([] if value is None else value, dtype=torch.long) for value in values]
         has_any = any(map(len, lists))
@@ -103,8 +103,8 @@ def _side_tensor(side: SideTensor, values: list[Any]) -> torch.Tensor | None:
     return torch.tensor(checked)
 
 
-def _holds(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a batch's samples are the rows, in their order; they may be cut at the end."""
+def _has_tokens_of(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a batch's samples are the rows, in order; they may be cut at the end."""
     ids_BL = batch.get("input_ids")
     if not isinstance(ids_BL, torch.Tensor) or len(ids_BL) != len(rows):
         return False
@@ -113,7 +113,7 @@ def _holds(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
         mask_BL = torch.ones_like(ids_BL)
     for ids_L, mask_L, row in zip(ids_BL, mask_BL, rows, strict=True):
         sample, expected = ids_L[mask_L.bool()].tolist(), torch.as_tensor(row["input_ids"]).tolist()
-        # Without a mask, padding stands behind.
+        # Without a mask, padding is at the end.
         if not sample or sample[: len(expected)] != expected[: len(sample)]:
             return False
     return True

@@ -13,7 +13,7 @@ from datasets import Dataset, load_dataset
 from gkd_trainer.errors import GKDDataError
 
 INSTRUCTION = 'Reason step by step, and end with "#### " and the number that is the answer.'
-"""What can be added to a question so that an untrained model writes its answer where it is looked for."""
+"""Added to a question, it makes an untrained model write its answer where `final_number` looks for it."""
 
 Form = Literal["prompt", "conversation"]
 
@@ -40,7 +40,7 @@ def load(
         split: "train" or "test".
         form: "prompt" for `to_prompt` (on-policy), "conversation" for `to_conversation` (off-policy).
         limit: how many rows to take from the start; None takes all.
-        instruction: what is added to each question, such as `INSTRUCTION`; None leaves it as it is.
+        instruction: text to add to each question, such as `INSTRUCTION`; None adds nothing.
 
     Raises:
         GKDDataError: `form` is unknown, or the folder has no such split.
@@ -80,9 +80,9 @@ def ground_truth(answer: str) -> str:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the number that a completion ends with, None if it has none.
+    """Return the number that a completion ends with, or None if it has none.
 
-    That is the number after the last `####`, else the one after the last "answer is", else the last of all.
+    That is the number after the last `####`, else the one after the last "answer is", else the last number.
     """
     marks = [match.end() for match in re.finditer(_ANSWER_MARK, text)]
     phrases = [match.end() for match in _ANSWER_PHRASE.finditer(text)]
@@ -110,7 +110,7 @@ def _load_rows(source: str | Path, split: str) -> Any:
     if path.is_dir():
         path = path / f"{split}.jsonl"
         if not path.is_file():
-            raise GKDDataError(f"expected {split}.jsonl in {source}; there is none: name another folder or split")
+            raise GKDDataError(f"expected {split}.jsonl in {source}; there is none: give another folder or split")
     if path.is_file():
         return Dataset.from_json(str(path))
     return load_dataset(str(source), "main", split=split)

@@ -1,4 +1,4 @@
-"""A row's messages, and what else its chat template is rendered with: read from its columns, and checked."""
+"""A row's messages, tools and variables for its chat template, read from its columns and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gkd_trainer.data.tokens import RowDropped
 
 _CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
 
-# Options of rendering that are set here, not variables of a template. Rows made for inference may name them.
+# Options of rendering that we set, not variables of a template. Rows made for inference may set them.
 _RENDERING_OPTIONS = frozenset(("add_generation_prompt", "continue_final_message", "tokenize"))
 
 
@@ -20,7 +20,7 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     """Return messages with the usual role names.
 
     Raises:
-        RowDropped: `value` is no list of messages.
+        RowDropped: `value` is not a list of messages.
 
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
@@ -36,7 +36,7 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
         if "content" not in message:
             if not any(key in message for key in ("tool_calls", "reasoning_content", "thinking")):
                 raise RowDropped("a message without content")
-            message = {**message, "content": ""}  # A template that reads `content` would refuse its absence.
+            message = {**message, "content": ""}  # A template that reads `content` would fail without it.
         if not isinstance(message["content"], (str, list)):
             raise RowDropped("a message whose content is neither text nor a list of parts")
         messages.append({**message, "role": _CONVERSATION_ROLES.get(message["role"], message["role"])})
@@ -44,10 +44,10 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """Return the tools that a row's messages may call, None where it has none.
+    """Return the tools that a row's messages may call, or None if it has none.
 
     Raises:
-        RowDropped: They are no list, and no JSON of one.
+        RowDropped: They are neither a list nor JSON of one.
 
     """
     tools = row.get("tools")
@@ -66,7 +66,7 @@ def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the variables that a row sets for the chat template.
 
     Raises:
-        RowDropped: They are no dict.
+        RowDropped: They are not a dict.
 
     """
     template_kwargs = row.get("chat_template_kwargs") or {}

@@ -1,4 +1,4 @@
-"""A dataset of any kind, turned into one of token ids and labels, with the unusable rows counted."""
+"""Turn a dataset of any kind into one of token ids and labels, and count its unusable rows."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def prepare_dataset(
         rules: which rows can be used, and which of their tokens are trained on.
         formatting_func: turns a row into a text, a list of messages, or a row in one of the usual formats.
         num_proc: number of processes for a `Dataset`.
-        name: what the log and the progress bar call the dataset.
+        name: the dataset's name in the log and on the progress bar.
 
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
-        beside its own. Labels are IGNORE_INDEX where a token is not trained on: everywhere in a row that is a
-        prompt alone. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion
-        where that is not what stands before its last trained run, else empty. Rows that can't be used are left out,
+        beside its own. Labels are IGNORE_INDEX for tokens that are not trained on: all tokens of a row that is only a
+        prompt. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion if it
+        differs from the tokens before the row's last trained run, else empty. Rows that can't be used are left out
         and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
 
     Raises:
@@ -90,14 +90,14 @@ def prepare_dataset(
 
 @dataclass(frozen=True)
 class _PrepareRow:
-    """What `map` applies: rows that can't be used are marked in a column, since processes share no state."""
+    """The function for `map`: it marks unusable rows in a column, since processes share no state."""
 
     preparer: RowPreparer
     is_refusal_raised: bool
     name: str
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        # Raised in a stream too: a teacher that looks keys up would take the rows for others.
+        # Raised in a stream too: a teacher that looks up keys would confuse the rows.
         for name in _KEY_COLUMNS & row.keys():
             checked_key(row[name], f"{self.name}: row {index}", name)
         return self._prepared(row)
@@ -139,7 +139,7 @@ class _PrepareRow:
 
 @dataclass
 class _KeepUsable:
-    """The filter of an iterable dataset; says at the first, tenth, hundredth row why rows are dropped."""
+    """The filter of an iterable dataset; logs at the first, tenth, hundredth row why rows are dropped."""
 
     name: str
     is_generating: bool
@@ -199,7 +199,7 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
 
 
 def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
-    # A format that can't be used is refused now, by the first row; later, in a run, rows are only dropped.
+    # The first row decides now whether the format can be used; later, during training, rows are only dropped.
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
@@ -221,7 +221,7 @@ def _from_list(rows: list[Any], name: str) -> Any:
     if not all(isinstance(row, Mapping) for row in rows):
         kind = next(type(row).__name__ for row in rows if not isinstance(row, Mapping))
         raise GKDDataError(f'{name}: expected a list of dicts, such as {{"messages": [...]}}; it holds {kind}')
-    # `from_list` takes the columns of the first row alone.
+    # `from_list` takes only the columns of the first row.
     columns = dict.fromkeys(column for row in rows for column in row)
     full_rows = [{column: row.get(column) for column in columns} for row in rows]
     return Dataset.from_list(full_rows, on_mixed_types="use_json")
@@ -229,10 +229,10 @@ def _from_list(rows: list[Any], name: str) -> Any:
 
 def _is_tokenised(dataset: Any) -> bool:
     try:
-        rows = iter(dataset)  # Works for a dataset with `__getitem__` alone too.
+        rows = iter(dataset)  # Also works for a dataset that only has `__getitem__`.
     except TypeError:
         return False
-    if rows is dataset:  # A generator would lose the row that is looked at.
+    if rows is dataset:  # A generator would lose the row that we look at.
         return False
     first = next(rows, None)
     return isinstance(first, Mapping) and "input_ids" in first

@@ -1,4 +1,4 @@
-"""One row in any of the usual formats, turned into token ids and labels."""
+"""Turn one row in any of the usual formats into token ids and labels."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class RowRules:
     prompt plus completion in tokens; None is unbounded. `train_on` is "all_turns" or "last_turn".
     `is_generating` says that some completions will be generated, so that a prompt must leave room for
     `max_new_tokens`; `needs_completion` that some will be taken from the data; `needs_prompt` that the
-    student will generate them all. `text_field` is the column of plain text. Rows with token ids from
-    `vocab_size` on can't be used; None allows any.
+    student will generate all of them. `text_field` is the column of plain text. Rows with token ids of
+    `vocab_size` or above can't be used; None allows any id.
     """
 
     stop_ids: frozenset[int]
@@ -58,9 +58,9 @@ class RowRules:
 class PreparedRow:
     """Token ids and labels of a row, cut to `max_length`.
 
-    `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or where those are empty, the tokens before the
-    last trained run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` says
-    with what its last turn ends in place of a stop token, or is empty.
+    `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or if empty, the tokens before the last trained
+    run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` names the token
+    that ends its last turn in place of a stop token, or is empty.
     """
 
     input_ids: list[int]
@@ -138,7 +138,7 @@ class RowPreparer:
         elif text_field in filled:
             read = self._text
         elif any(key in row for key in ("input_ids", "messages", "conversations", "prompt", text_field)):
-            raise RowDropped("nothing in any of the columns that are read")
+            raise RowDropped("nothing in any column that is read")
         else:
             raise GKDDataError(
                 f"expected rows with `messages`, `prompt` (and `completion`), `{text_field}`, or `input_ids` "
@@ -189,7 +189,7 @@ class RowPreparer:
         self._require_chat_template()
         tools, template_kwargs = tools_of(row), template_kwargs_of(row)
         last_turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        asked = ""
+        prompt = ""
         try:
             text, spans = render_turns(
                 self.tokenizer,
@@ -200,9 +200,9 @@ class RowPreparer:
                 tools=tools,
                 template_kwargs=template_kwargs,
             )
-            # Nothing can be rendered for no messages: before a turn that opens the conversation stands its header.
+            # No messages can't be rendered: the prompt of a turn that opens the conversation is the turn's header.
             if self.rules.is_generating and last_turn > 0:
-                asked = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
+                prompt = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
         except GKDDataError:
             raise
         except TurnsNotFound:
@@ -212,15 +212,15 @@ class RowPreparer:
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, ranges = encode_spans(self.tokenizer, text, spans)
-        # Without a stop token a turn ends with what its template ends it with, such as <|im_end|>; the newline behind
-        # that begins the next turn.
+        # A turn without a stop token ends with its template's end of turn, such as <|im_end|>; the newline behind that
+        # begins the next turn.
         unended = without_stop(ids, ranges, self._stop_ids)
         ranges = [ended_at(self.tokenizer, ids, span, self.added_ids) if span in unended else span for span in ranges]
         labels = self._trained(turn_labels(ids, ranges, self._stop_ids))
-        # A template for training may render other text before a turn than the model is given when it is asked for it.
-        prompt_ids, _ = encode_spans(self.tokenizer, asked, [])
+        # A training template may render other text before a turn than the prompt that the model gets for it.
+        prompt_ids, _ = encode_spans(self.tokenizer, prompt, [])
         prompt_ids = [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids
-        # Completions are sampled for the last turn. Before it, templates write other ends (gpt-oss <|end|>).
+        # Completions are sampled for the last turn; templates end earlier turns differently (gpt-oss with <|end|>).
         is_unended = without_stop(ids, ranges[-1:], self._stop_ids)
         return RowTokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
 
@@ -248,7 +248,7 @@ class RowPreparer:
             raise RowDropped(f"{self.rules.text_field} is not a text")
         if not text:
             raise RowDropped("empty text")
-        # Not cut at its first stop token: it may be several documents, or a conversation already rendered.
+        # Not cut at its first stop token: it may be several documents, or a rendered conversation.
         ids = self._ended(self._encoded(text))
         return RowTokens(ids, list(ids))
 
@@ -259,7 +259,7 @@ class RowPreparer:
         return self._leading(ids) + ids
 
     def _leading(self, ids: list[int]) -> list[int]:
-        """Return the special tokens to put before a text, none if the text begins with them itself."""
+        """Return the special tokens to put before a text; none if the text already begins with them."""
         n_leading = len(self.leading_ids)
         return [] if tuple(ids[:n_leading]) == self.leading_ids else list(self.leading_ids)
 
@@ -275,7 +275,7 @@ class RowPreparer:
         stops = ", ".join(f"{self.tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in sorted(self._stop_ids))
         where = f"generation ends at {stops or 'no token'}"
         if last not in self.added_ids:
-            return f"{token!r}, which is no special token, while {where}: have the chat template end turns with one"
+            return f"{token!r}, which is not a special token, but {where}: make the chat template end turns with one"
         return (
             f"{token!r}, at which generation does not end ({where}): add its id, {last}, to eos_token_id in the "
             "student's generation_config"
@@ -336,7 +336,7 @@ def _refused(error: Exception) -> RowDropped:
 
 
 def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the special tokens that the tokenizer puts before a text (such as bos)."""
+    """Return the special tokens that the tokenizer puts before a text, such as bos."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     for n_leading in range(len(ids) - len(bare) + 1):
@@ -346,7 +346,7 @@ def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _without_none(value: Any) -> Any:
-    """Copy a value without the None that Arrow fills in for keys that other rows have."""
+    """Copy a value without the None that Arrow fills in for keys of other rows."""
     if isinstance(value, Mapping):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

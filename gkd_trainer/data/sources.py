@@ -1,4 +1,4 @@
-"""Rows by name: a data set of the hub, a file, or a folder of files, and which part of it is taken."""
+"""Rows by name: a data set on the hub, a file, or a folder of files, and which part of it to take."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class RowSource:
 
     Args:
         option: The option that gave the name, for errors.
-        name: A name on the hub, a file or a folder. A path that exists is taken literally, whatever it contains.
-        split: The split, or a part of it such as `train[:100]`. All rows of a file are its split `train`.
-        config: Which configuration of a data set; a file has none.
+        name: A name on the hub, a file or a folder. An existing path is taken literally, whatever it contains.
+        split: The split, or part of one, such as `train[:100]`. All rows of a file are its split `train`.
+        config: The configuration of a data set; a file has none.
         is_streaming: Whether to read the rows while they are used.
-        file_splits: The names that a file's one split may be given.
+        file_splits: The names by which a file's only split may be called.
 
     Raises:
-        GKDDataError: What can't be loaded, as far as that is known without reading rows.
+        GKDDataError: The source can't be loaded, as far as this is known without reading rows.
     """
 
     option: str
@@ -46,7 +46,7 @@ class RowSource:
                 self._refuse(f"expected a file that ends in {', '.join(_FILE_FORMATS)}; got {self.name}")
             if self._split_name not in self.file_splits or "+" in self.split:
                 self._refuse(
-                    f"{self.name} is one file, which has no split {self.split!r}: name another file with "
+                    f"{self.name} is one file, which has no split {self.split!r}: give another file with "
                     "--eval_dataset, or take parts of this one, such as --train_split 'train[:90%]' and "
                     "--eval_split 'train[90%:]'"
                 )
@@ -56,12 +56,10 @@ class RowSource:
             if path.suffix in _FILE_FORMATS:
                 self._refuse(f"there is no file {self.name}")
         if self.is_streaming and "[" in self.split:
-            self._refuse(
-                f"a part of a split can't be streamed, and got {self.split!r}: take all of it, or do not stream"
-            )
+            self._refuse(f"part of a split can't be streamed; got {self.split!r}: take all of it, or do not stream")
 
     def load(self) -> Any:
-        """Return the rows; raise GKDDataError where they can't be read, naming the first line that is not JSON."""
+        """Return the rows; raise GKDDataError if they can't be read, naming the first line that is not JSON."""
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
@@ -76,13 +74,13 @@ class RowSource:
             return load_dataset(self.name, self.config, **options)
         except GKDDataError:
             raise
-        except StopIteration:  # what `datasets` raises for an empty file
+        except StopIteration:  # raised by `datasets` for an empty file
             self._refuse(f"expected at least one row; {self.name} is empty")
         except (OSError, ValueError, DatasetsError) as error:
             problem = self.first_broken_line()
             if problem is not None:
                 raise GKDDataError(f"--{self.option}: {problem}") from error
-            # The cause of "An error occurred while generating the dataset" says which.
+            # "An error occurred while generating the dataset" says nothing; its cause does.
             reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
             raise GKDDataError(
                 f"--{self.option}: could not load the split {self.split!r} of {self.name} "
@@ -91,7 +89,7 @@ class RowSource:
             ) from error
 
     def overlaps(self, rows: Any, other: RowSource) -> bool:
-        """Return whether another source takes some of the same rows; `rows` are what `load` returned here."""
+        """Return whether another source takes some of the same rows; `rows` is the result of this source's `load`."""
         from datasets import ReadInstruction
 
         if os.path.exists(self.name) and os.path.exists(other.name):
@@ -105,7 +103,7 @@ class RowSource:
             lengths = dict.fromkeys((*self.file_splits, *other.file_splits), lengths.get(self._split_name, 0))
         if "all" in (self.split, other.split):
             return True
-        if self.is_streaming:  # splits as a whole
+        if self.is_streaming:  # only whole splits can be streamed
             return self.split == other.split
         mine, theirs = (
             [
@@ -121,7 +119,7 @@ class RowSource:
         )
 
     def first_broken_line(self) -> str | None:
-        """Return which line of which file is not a JSON object, and why; None where there is none, or no such file."""
+        """Return which line of which file is not a JSON object, and why; None if there is none, or no JSON file."""
         path = Path(self.name)
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         json_files = (file for file in files if _FILE_FORMATS.get(file.suffix) == "json" and file.is_file())
@@ -147,7 +145,7 @@ class RowSource:
         folder = Path(self.name).resolve()
         card = folder / "README.md"
         if (card.is_file() and DatasetCard.load(card).data.get("configs")) or (folder / ".huggingface.yaml").is_file():
-            self._refuse(f"{self.name} declares its splits itself, which needs a path without any of *?[]: rename it")
+            self._refuse(f"{self.name} declares its own splits, which needs a path without any of *?[]: rename it")
         escaped = glob.escape(str(folder))
         return {
             str(split): [f"{escaped}/{pattern}" for pattern in patterns]
@@ -157,7 +155,7 @@ class RowSource:
 
 @contextmanager
 def naming_broken_lines(*sources: RowSource | None) -> Iterator[None]:
-    """Turn the error of a file that is read while it is used into a GKDDataError that names the broken line."""
+    """Turn an error from a file that is read during use into a GKDDataError that names the broken line."""
     try:
         yield
     except GKDError:

@@ -1,4 +1,4 @@
-"""The tokens of a row: what is known of them before they are cut, and those that a row holds itself."""
+"""The tokens of a row before they are cut, and reading them from a row that is already tokenised."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _PER_TOKEN_COLUMNS = (
     "completion_mask",
     "assistant_masks",
 )
-"""Columns of tokenised rows that must stay as long as `input_ids`."""
+"""Columns of tokenised rows with one value per token."""
 
 
 class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted; never seen by a caller)
-    """A row that can't be used: why, and the `max_length` that it would need (0: none would help)."""
+    """A row can't be used: why, and the `max_length` that it would need (0: none would help)."""
 
     def __init__(self, reason: str, needed_length: int = 0) -> None:
         super().__init__(reason, needed_length)
@@ -33,9 +33,9 @@ class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted
 class RowTokens:
     """A row's tokens before they are cut to a length.
 
-    `prompt_ids` are its on-policy prompt, where that is not what stands before its last trained run, else empty.
-    `per_token` holds its other columns of one value per token. `unended` says with what its last turn ends in place of
-    a stop token, or is empty.
+    `prompt_ids` are its on-policy prompt if that differs from the tokens before its last trained run, else empty.
+    `per_token` holds its other columns with one value per token. `unended` names the token that ends its last turn in
+    place of a stop token, or is empty.
     """
 
     ids: list[int]
@@ -46,10 +46,10 @@ class RowTokens:
 
 
 def held_tokens(row: Mapping[str, Any]) -> RowTokens:
-    """Return the tokens that a row holds in `input_ids`, without padding, with its other columns per token.
+    """Return the tokens of a row's `input_ids`, without padding, with its other columns per token.
 
     Raises:
-        RowDropped: A column is no list of token ids, or not as long as `input_ids`.
+        RowDropped: A column is not a list of token ids, or not as long as `input_ids`.
 
     """
     ids = _id_list(row["input_ids"], "input_ids")
@@ -64,12 +64,12 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
     else:
         masks = [per_token[column] for column in ("completion_mask", "assistant_masks") if column in per_token]
         labels = [token_id if all(mask[i] for mask in masks) else IGNORE_INDEX for i, token_id in enumerate(ids)]
-    # Padding is removed, wherever it stands: a prompt would otherwise be completed after it.
+    # Padding is removed on either side: otherwise a prompt would be completed after its padding.
     kept = [i for i, attended in enumerate(per_token.get("attention_mask", [1] * len(ids))) if attended]
     if len(kept) < len(ids):
         ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
         per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
-    # Rows of a data set that was prepared before keep their prompts.
+    # Rows of a data set that is already prepared keep their prompts.
     prompt_ids = [] if row.get(PROMPT_IDS) is None else _id_list(row[PROMPT_IDS], PROMPT_IDS)
     return RowTokens(ids, labels, prompt_ids, per_token)
 

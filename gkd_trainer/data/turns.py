@@ -1,4 +1,4 @@
-"""Where the assistant's turns lie in a rendered conversation, and which tokens they become."""
+"""Find the assistant's turns in a rendered conversation, and the tokens they become."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class TurnsNotFound(Exception):  # noqa: N818 (a verdict on one conversation; ne
 
 
 def marked_template(tokenizer: Any) -> str | None:
-    """Return TRL's patch of the tokenizer's chat template with generation markers; None if it knows none."""
+    """Return TRL's patch of the tokenizer's chat template with generation markers; None if TRL has none."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     try:
         template: str | None = get_training_chat_template(tokenizer)
-    except Exception:  # TRL tries the template on a conversation with tools, and templates raise what they like.
+    except Exception:  # TRL tries the template on a conversation with tools, and templates raise anything.
         return None
     return template
 
@@ -53,18 +53,18 @@ def render_turns(
     Args:
         tokenizer: holds the chat template.
         messages: the conversation.
-        n_context: how many messages at its start are context, in which nothing is trained on.
-        is_last_only: whether the last assistant turn alone is trained on.
+        n_context: number of messages at its start that are context and not trained on.
+        is_last_only: whether only the last assistant turn is trained on.
         patched_template: `marked_template(tokenizer)`.
-        tools: what the template gets as `tools`.
+        tools: passed to the template as `tools`.
         template_kwargs: further variables for the template.
 
     Returns:
-        The text, and one range of characters per turn trained on, in order; none if there is no such turn. A range
-        goes from the turn's first character that the model generates to the last one that the template gives it.
+        The text, and one range of characters per turn trained on, in order. A range goes from the first character of
+        the turn that the model generates to the last one that belongs to it in the template.
 
     Raises:
-        TurnsNotFound: the turns of this conversation can't be found, while those of an ordinary one can.
+        TurnsNotFound: the turns of this conversation can't be found, but those of an ordinary one can.
         GKDDataError: the template has no generation markers and does not preserve prefixes.
 
     """
@@ -85,8 +85,8 @@ def render_turns(
         if ordinary.preserves_prefixes(is_last_only=True):
             remedy += ', or set train_on="last_turn"'
         raise GKDDataError(
-            "expected a chat template that has {% generation %} markers or preserves prefixes (what it "
-            "renders for the first messages is how the whole conversation begins); this one rewrites "
+            "expected a chat template that has {% generation %} markers or preserves prefixes (the text of "
+            "the first messages alone is how the text of all messages begins); this one rewrites "
             "earlier turns or its own generation prompt, so the assistant's turns can't be found: "
             f"{remedy}"
         ) from None
@@ -95,7 +95,7 @@ def render_turns(
 def render_prompt(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, template_kwargs: Mapping[str, Any]
 ) -> str:
-    """Render what the model is given when it is asked for the next turn, by the tokenizer's own template."""
+    """Render the model's prompt for the next turn, with the tokenizer's own template."""
     text: str = tokenizer.apply_chat_template(
         list(messages), tools=tools or None, tokenize=False, add_generation_prompt=True, **template_kwargs
     )
@@ -103,10 +103,10 @@ def render_prompt(
 
 
 def encode_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
-    """Tokenise a text such that each span gets its own tokens, as if generated after what precedes it.
+    """Tokenise a text such that each span gets its own tokens, as if generated after the text before it.
 
-    A tokenizer that would read the text differently in pieces (one that puts a space before whatever it is
-    given) reads it whole; a token that belongs to a span in part then belongs to it.
+    A tokenizer that would read the text differently in pieces (such as one that puts a space before each text)
+    reads it in one piece; a token that partly belongs to a span then belongs to it.
 
     Returns:
         The token ids without special tokens added, and the range of tokens of each span.
@@ -131,7 +131,7 @@ def encode_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list
 def turn_labels(ids: Sequence[int], ranges: Sequence[Span], stop_ids: Collection[int]) -> list[int]:
     """Return labels that train each range of tokens up to and including its stop token.
 
-    The stop token is the first in the range or, where it holds none, the one right after it. What a template
+    The stop token is the first in the range or, if it holds none, the one right after it. Text that a template
     writes after it is never generated, and so not trained on.
     """
     labels = [IGNORE_INDEX] * len(ids)
@@ -143,12 +143,12 @@ def turn_labels(ids: Sequence[int], ranges: Sequence[Span], stop_ids: Collection
 
 
 def without_stop(ids: Sequence[int], ranges: Sequence[Span], stop_ids: Collection[int]) -> list[Span]:
-    """Return the ranges, but for empty ones, that have no stop token as `turn_labels` looks for it."""
+    """Return the non-empty ranges in which `turn_labels` finds no stop token."""
     return [(start, end) for start, end in ranges if start < end and _stop_of(ids, (start, end), stop_ids) is None]
 
 
 def ended_at(tokenizer: Any, ids: Sequence[int], span: Span, end_ids: Collection[int]) -> Span:
-    """Return a range of tokens without the white space behind its end, where it ends with one of `end_ids`."""
+    """Return a range of tokens without trailing white space if one of `end_ids` precedes that, else unchanged."""
     start, end = span
     while start < end and ids[end - 1] not in end_ids and not _decode(tokenizer, [ids[end - 1]]).strip():
         end -= 1
@@ -176,23 +176,23 @@ class _Conversation:
 
     def by_markers(self, template: str, turns: Sequence[int]) -> tuple[str, list[Span]]:
         text, marked = self._render_marked(template, self.messages)
-        # What the model is given before each turn.
-        asked = [self._render_marked(template, self._before(turn), add_generation_prompt=True) for turn in turns]
-        # A template may mark several ranges in one turn (TRL's for Phi-3 the trailing eos by itself): a turn owns
-        # those that are not there yet when the model is asked for it, up to those of the next one.
-        n_before = [self._marked_before(template, turn, *given) for turn, given in zip(turns, asked, strict=True)]
+        # The model's prompt for each turn.
+        prompts = [self._render_marked(template, self._before(turn), add_generation_prompt=True) for turn in turns]
+        # A template may mark several ranges in one turn (TRL's for Phi-3 marks the trailing eos separately): a turn
+        # owns those that its prompt does not have yet, up to those of the next turn.
+        n_before = [self._marked_before(template, turn, *prompt) for turn, prompt in zip(turns, prompts, strict=True)]
         spans = []
-        for turn, (prompt, _), first, end in zip(turns, asked, n_before, [*n_before[1:], len(marked)], strict=True):
+        for turn, (prompt, _), first, end in zip(turns, prompts, n_before, [*n_before[1:], len(marked)], strict=True):
             if own := marked[first:end]:
                 span = own[0][0], own[-1][1]
                 n_given = self._given(template, text, turn, prompt, span[0])
-                # Templates mark parts of the generation prompt too (TRL's for Qwen2.5 the newline after the role, for
-                # gpt-oss the whole header): those are given to the model, not generated by it.
+                # Templates also mark parts of the generation prompt (TRL's for Qwen2.5 the newline after the role, for
+                # gpt-oss the whole header), which the model is given and does not generate.
                 spans.append((n_given if span[0] < n_given <= span[1] else span[0], span[1]))
         return text, spans
 
     def _marked_before(self, template: str, turn: int, prompt: str, spans: list[Span]) -> int:
-        """Return how many ranges are marked before a turn, not counting those of its generation prompt."""
+        """Return how many ranges are marked before a turn, excluding those of its generation prompt."""
         if spans and spans[-1][1] == len(prompt):
             return min(len(spans), len(self._render_marked(template, self._before(turn))[1]))
         return len(spans)
@@ -216,16 +216,16 @@ class _Conversation:
         return len(before), len(after)
 
     def _given(self, template: str, text: str, turn: int, prompt: str, start: int) -> int:
-        """Return how much of the text is given to the model when it is asked for a turn, 0 if that is unknown.
+        """Return how much of the text the model is given as the prompt of a turn, 0 if unknown.
 
-        `prompt` is what it is asked with, and `start` where the marked part of the turn starts.
+        `prompt` is the rendered prompt, and the marked part of the turn starts at `start`.
         """
         if turn > 0 and text.startswith(prompt):
             return len(prompt)
-        # The turn may stand behind other text than in the prompt (gpt-oss drops earlier reasoning; nothing stands
-        # before one that opens the conversation), and the prompt may go further than the turn does (into reasoning that
-        # the data lacks). So the header is looked for around the start of the marked part. Whole tokens of it count:
-        # one character in common may belong to the content.
+        # The text before the turn may differ from the prompt (gpt-oss drops earlier reasoning; a turn that opens the
+        # conversation has nothing before it), and the prompt may go further than the turn (into reasoning that the data
+        # lacks). So look for the header around the start of the marked part. Only whole tokens of it count: a single
+        # character in common may belong to the content.
         context_ids = _encode(self.tokenizer, self._render(self._before(turn), chat_template=template))
         prompt_ids = _encode(self.tokenizer, prompt)
         n_common = next(
@@ -241,7 +241,7 @@ class _Conversation:
         return 0
 
     def _opening(self, rendered: str) -> str:
-        """Return what stands before the content of an assistant turn that opens the conversation."""
+        """Return the text before the content of an assistant turn that opens the conversation."""
         before = self._before(0)
         header = self._render(before, add_generation_prompt=True).removeprefix(self._render(before))
         if not header or header not in rendered:
@@ -251,8 +251,8 @@ class _Conversation:
     def _before(self, turn: int) -> list[Mapping[str, Any]]:
         """Return the messages before a turn.
 
-        Templates can't render an empty list, and end a lone assistant turn in other ways than a user's. So a turn that
-        opens the conversation is asked for by a user who says the same.
+        Templates can't render an empty list, and end a lone assistant turn differently from a user's. So a turn that
+        opens the conversation is preceded by a user's turn with the same content.
         """
         return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"]}]
 
@@ -264,8 +264,8 @@ class _Conversation:
     def _render_marked(
         self, template: str, messages: list[Mapping[str, Any]], **options: Any
     ) -> tuple[str, list[Span]]:
-        # The tokenizer's own `apply_chat_template` gives a mask over tokens that it made from the whole text;
-        # the ranges of characters behind that mask leave the choice of tokens to `encode_spans`.
+        # The tokenizer's own `apply_chat_template` gives a mask over the tokens of the text as one piece; with the
+        # ranges of characters behind that mask, `encode_spans` can choose the tokens.
         rendered: Any = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             tools=self.tools or None,
@@ -297,7 +297,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 def _ranges_by_offsets(tokenizer: Any, text: str, spans: Sequence[Span]) -> list[Span]:
     if not tokenizer.is_fast:
         raise GKDDataError(
-            "expected a tokenizer that reads a text in pieces as it reads the whole, or one that "
+            "expected a tokenizer that reads a text in pieces as it reads the whole text, or one that "
             f"gives character offsets; got the slow {type(tokenizer).__name__}: load its fast version"
         )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,4 +1,4 @@
-"""How far a student's next-token distribution is from a teacher's; needs torch alone."""
+"""The divergence of a student's next-token distribution from a teacher's; needs only torch."""
 
 from gkd_trainer.divergence.loss import (
     generalized_jsd,

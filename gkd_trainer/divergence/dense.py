@@ -28,8 +28,8 @@ def dense_divergence(
 ) -> TokenDivergence:
     """Compare two sets of logits [N, V] token by token.
 
-    The arguments are those of `loss.token_divergence`, which checks them. The only tensor of N×V elements that is made
-    is the gradient of the student's logits, in their dtype.
+    The arguments are those of `loss.token_divergence`, which checks them. The only tensor of N×V elements allocated is
+    the gradient of the student's logits, in their dtype.
     """
     N, V = student_logits_NV.shape
     largest = tile_size(student_logits_NV) if vocab_chunk is None else max(1, vocab_chunk * N // V)
@@ -46,9 +46,9 @@ def compare_logits(
     labels_N: Tensor | None,
     largest: int,
 ) -> TokenDivergence:
-    """Return what `compare` gives for all tokens, of which it is given `largest` at most at a time.
+    """Return the result of `compare` for all tokens, calling it for at most `largest` at a time.
 
-    `teacher` are the teacher's tensors that it takes, whose first axis is N.
+    `teacher` holds the teacher's tensors that it takes, with N as their first axis.
     """
     result: TokenDivergence
     values_N, cross_entropy_N, result = _DenseDivergence.apply(  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ class _DenseDivergence(torch.autograd.Function):
         largest: int,
         *teacher: Tensor,
     ) -> tuple[Tensor, Tensor | None, TokenDivergence]:
-        """Return the fields that have a gradient, and all of them: autograd leaves alone what is not a tensor."""
+        """Return the fields that have a gradient, then the result with all fields, which autograd ignores."""
         ctx.compare, ctx.largest = compare, largest
         ctx.dtype = torch.float32
         for tensor in (student_logits_NV, *teacher):

@@ -1,7 +1,7 @@
-"""The divergences of two distributions as their papers write them: the oracles of the float64 reference.
+"""The divergences as their papers write them: the oracles of the float64 reference.
 
 Shapes: N tokens, V vocabulary. p = teacher, q = student, both probabilities [N, V]. Each function returns values_N,
-and autograd gives the gradient. Nothing here is shared with the terms in `objective.py`, which are tested against it.
+and autograd gives the gradient. The terms in `objective.py` are tested against these, and share no code with them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def adaptive_kl(p_NV: Tensor, q_NV: Tensor, parameters: Mapping[str, float]) -> 
 
 
 def kl(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    """Return KL(a‖b) of probabilities; a token to which a gives none contributes nothing."""
+    """Return KL(a‖b) of probabilities; a token of probability zero under a contributes nothing."""
     is_absent_NV = a_NV == 0
     log_ratio_NV = torch.where(is_absent_NV, 1.0, a_NV).log() - torch.where(is_absent_NV, 1.0, b_NV).log()
     return (a_NV * log_ratio_NV).sum(dim=1)

@@ -1,8 +1,8 @@
-"""The divergence from final hidden states and heads: tiles of tokens, with the gradient made in the forward pass.
+"""The divergence from final hidden states and heads, tile by tile, with the gradient computed in the forward pass.
 
 Shapes: N tokens, V vocabulary, H the student's hidden width, K top tokens of a teacher, R the tokens of a tile.
-A tile costs one product with each head for its logits (a top-k teacher has none), and one each for the
-gradients of the student's hidden states and weight; the backward pass scales them.
+A tile takes one product with each head for its logits (a top-k teacher has no head), and one each for the gradients
+of the student's hidden states and weight; the backward pass scales these.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gkd_trainer.divergence.topk import TopKComparison
 from gkd_trainer.types import Head, HiddenSignal, TopKSignal
 
 CPU_WORKSPACE_MB = 256
-"""The default budget on the CPU. With less, at large vocabularies, moving the weights takes over from multiplying."""
+"""The default budget on the CPU. With less, at large vocabularies, moving weights takes longer than multiplying."""
 
 WORKSPACE_MB = 1024
 """The default budget elsewhere, where larger products keep the device busy."""
@@ -32,7 +32,7 @@ _RESERVE = 1 / 6
 """The share of the budget for everything but logits: temporaries, and chunks of a weight in another dtype."""
 
 _TEMPORARIES = 16
-"""How many temporaries a comparison that is not compiled has alive at once."""
+"""How many temporaries an eager comparison has alive at once."""
 
 
 def linear_divergence(
@@ -50,9 +50,9 @@ def linear_divergence(
     """Compare a student with a teacher token by token from the student's final hidden states.
 
     The arguments are those of `loss.token_divergence`, which checks them. Gradients reach the student's hidden
-    states, weight and bias, each in its own dtype, where they require one. An upstream gradient that is the same
-    for all tokens (of the loss where labels are weighted, of the values where there are no labels) scales the
-    gradient that the forward pass prepared; any other makes the logits again.
+    states, weight and bias, each in its own dtype, if they require one. An upstream gradient that is the same for all
+    tokens (of the loss if labels are weighted, of the values if there are no labels) scales the gradient that the
+    forward pass prepared; any other recomputes the logits.
     """
     student = _gathered(student)
     student_tensors = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
@@ -86,14 +86,14 @@ def linear_divergence(
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, Tensor, Tensor | None, TokenDivergence]:
-        """Return the fields that have a gradient, and all but the loss: autograd leaves alone what is not a tensor.
+        """Return the fields that have a gradient, then the result without the loss, which autograd ignores.
 
         `inputs` are the tensors of student and teacher (see `signals`), labels_N, label_weight_N and the comparison.
         """
         *sides, labels_N, label_weight_N, comparison = inputs
         student, teacher = comparison.signals(sides)
         needs = ctx.needs_input_grad[:3]
-        # Labels without weights are mixed by the caller, who is unlikely to weight all tokens alike.
+        # With labels but no weights, the caller mixes the loss, and is unlikely to weight all tokens alike.
         is_prepared = comparison.is_differentiable and any(needs) and (labels_N is None or label_weight_N is not None)
         gradient = value_weight_N = None
         if is_prepared:
@@ -118,7 +118,7 @@ class _LinearDivergence(torch.autograd.Function):
         student, teacher = comparison.signals(sides)
         others = (None,) * len(ctx.needs_input_grad[3:])
 
-        # Taken away, so that a second backward pass does not scale the tensors that the first one returned.
+        # Removed from ctx, so that a second backward pass does not scale the tensors that the first returned.
         gradient, ctx.gradient = ctx.gradient, None
         prepared_for, *rest = (
             (loss_upstream_N, values_upstream_N, label_upstream_N)
@@ -140,7 +140,7 @@ class _LinearDivergence(torch.autograd.Function):
             value_weight_N = torch.zeros_like(ce_weight_N)
         del gradient
         gradient = HeadGradient.zeros(student, ctx.needs_input_grad[:3], comparison.plan.dtype)
-        # Scaled to at most one: the weights of a scaled loss would leave the range of half-precision products.
+        # Scaled to at most one: the weights of a scaled loss would overflow half-precision products.
         size = _largest(value_weight_N, ce_weight_N)
         ce_weight_N = None if ce_weight_N is None else ce_weight_N / size
         comparison.run(student, teacher, labels_N, value_weight_N / size, ce_weight_N, gradient)
@@ -149,10 +149,10 @@ class _LinearDivergence(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Plan:
-    """The dtype of the logits, those that the products of each side round to, and the sizes that the budget allows.
+    """The dtype of the logits, the dtypes to which each side's products round, and the sizes that the budget allows.
 
-    `tile` is in tokens, `scratch` in columns of a second buffer beside a tile's logits, `chunk` in tokens of the
-    vocabulary whose weights are converted at once, `temporary` in elements.
+    `tile` is a number of tokens, `scratch` the columns of a second buffer beside a tile's logits, `chunk` the number of
+    vocabulary entries whose weights are converted at once, and `temporary` a number of elements.
     """
 
     dtype: torch.dtype
@@ -196,7 +196,7 @@ class _Comparison:
         label_weight_N: Tensor | None,
         gradient: HeadGradient | None,
     ) -> TokenDivergence:
-        """Compare tile by tile; add to `gradient` that of the values and cross entropies times their weights."""
+        """Compare tile by tile; add to `gradient` the gradient of values and cross entropies times their weights."""
         plan, N = self.plan, student.hidden_NH.shape[0]
         project_student, *project_teacher = (
             Projection(signal.head.cut(), plan.dtype, plan.chunk, half)
@@ -243,7 +243,7 @@ class _Comparison:
 
 
 def planned_tile(N: int, V: int, device: torch.device) -> int:
-    """Return the size of the largest tile in which N tokens of two models are compared by default, in float32."""
+    """Return the size of the largest tile when N tokens of two models are compared by default, in float32."""
     largest = _largest_tile(2 * V, _default_workspace_mb(device) * 2**20 / torch.float32.itemsize)
     return int(max(tile.stop - tile.start for tile in tiles(N, largest)))
 
@@ -283,10 +283,10 @@ def _of_hidden_states(student: HiddenSignal, teacher: HiddenSignal | TopKSignal)
 
 
 def _half(signal: HiddenSignal, product_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype that a side's products round their inputs to, or None where they take them as they are."""
+    """Return the dtype to which a side's products round their inputs, or None if they round nothing."""
     of_weight = signal.head.weight_VH.dtype
     if product_dtype is None and signal.hidden_NH.is_cuda and signal.hidden_NH.dtype == of_weight:
-        product_dtype = of_weight  # nothing is rounded, and the sums are float32 all the same
+        product_dtype = of_weight  # nothing is rounded, and sums are still float32
     is_taken = product_dtype == torch.bfloat16 or (product_dtype in HALVES and signal.hidden_NH.is_cuda)
     return product_dtype if is_taken and dtype == torch.float32 else None
 
@@ -300,7 +300,7 @@ def _largest_tile(columns: int, elements: float) -> int:
 
 
 def _gathered(signal: HiddenSignal) -> HiddenSignal:
-    """Return the signal with the whole head where it is sharded over ranks; its gradient reaches the shards."""
+    """Return the signal with a head that is sharded over ranks gathered; gradients reach the shards."""
     if not torch.distributed.is_available():
         return signal
     from torch.distributed.tensor import DTensor
@@ -320,7 +320,7 @@ def _value_weight(student: HiddenSignal, label_weight_N: Tensor | None, dtype: t
 
 
 def _is_uniform(upstream_N: Tensor) -> bool:
-    """Return whether it is known without waiting for a device that all elements are the same."""
+    """Return whether all elements are known to be equal, without waiting for a device."""
     if upstream_N.numel() <= 1 or upstream_N.stride(0) == 0:
         return True
     return upstream_N.device.type == "cpu" and bool((upstream_N == upstream_N[0]).all())
@@ -331,7 +331,7 @@ def _sum_of(a_N: Tensor | None, b_N: Tensor) -> Tensor:
 
 
 def _largest(*tensors: Tensor | None) -> Tensor:
-    """Return the largest magnitude, or one where that is zero or there are no elements."""
+    """Return the largest magnitude, or one if it is zero or there are no elements."""
     magnitudes = torch.cat([tensor.abs() for tensor in tensors if tensor is not None])
     if not magnitudes.numel():
         return magnitudes.new_ones(())

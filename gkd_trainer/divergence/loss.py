@@ -1,4 +1,4 @@
-"""The entry to the divergence of a student from a teacher: checks the arguments and picks the path.
+"""The entry to the divergence of a student from a teacher: it checks the arguments and picks the path.
 
 Shapes: N tokens trained on, V vocabulary, H the student's hidden width, G the teacher's, K its top tokens.
 """
@@ -47,38 +47,38 @@ def token_divergence(
     """Return the divergence of each token, by default beta·KL(p‖m) + (1 - beta)·KL(q‖m) with m = beta·p + (1 - beta)·q.
 
     p is the teacher, q the student, each softmax(logits / temperature); beta 0 is the forward KL(p‖q), beta 1
-    the reverse KL(q‖p). Source: Agarwal et al. 2023, arXiv 2306.13649, eq. 1. Nothing here waits for the
-    device, or raises because of the values in a tensor.
+    the reverse KL(q‖p). Source: Agarwal et al. 2023, arXiv 2306.13649, eq. 1. This never waits for the device, and no
+    value in a tensor makes it raise.
 
     Args:
         student: final hidden states with their head, or logits, of N positions; gradients reach it.
-        teacher: the same of the teacher, or its top tokens, over the same N positions and V tokens; no gradient
+        teacher: the same for the teacher, or its top tokens, over the same N positions and V tokens; no gradient
             reaches it. A logit of -inf, on either side, is probability zero.
         beta: in [0, 1]; for "jsd" only.
-        divergence: "jsd" for the formula above, or another key of `objective.DIVERGENCES`, where the formulas are.
-        divergence_options: the options listed there, where not their defaults.
+        divergence: "jsd" for the formula above, or another key of `objective.DIVERGENCES`, which has the formulas.
+        divergence_options: values of the options listed there, if not the defaults.
         temperature: positive and finite; 1 for a top-k teacher.
         scale: "paper" for the formula above, or "continuous", which divides value and gradient by
-            beta·(1 - beta) inside (0, 1), so that the two KLs are its limits.
-        tail: for a top-k teacher only. "bucket" makes one more category of all tokens that are not entries,
-            on both sides: a lower bound of the divergence over all tokens, and equal to it where every token is
-            an entry. The teacher's mass there is taken to be at least the rounding of its log-probs, 1.2e-7 in
-            float32. "renormalize" compares both sides over the entries alone.
-        labels_N: [N] integer token ids whose cross entropy is wanted too. IGNORE_INDEX gives 0; another id
+            beta·(1 - beta) inside (0, 1), so that its limits are the two KLs.
+        tail: for a top-k teacher only. "bucket" merges all tokens that are not entries into one more category, on both
+            sides: a lower bound of the divergence over all tokens, and equal to it if every token is an entry. The
+            teacher's mass there is taken to be at least the rounding of its log-probs, 1.2e-7 in float32.
+            "renormalize" compares both sides over the entries only.
+        labels_N: [N] integer token ids for the cross entropy, if that is wanted too. IGNORE_INDEX gives 0; another id
             outside [0, V) gives +inf; neither has a gradient.
-        label_weight_N: [N] weights of the cross entropy in `loss_N`, (1 - weight)·value + weight·cross entropy; comes
-            with `labels_N`. The mix has to be known here for its gradient to be made in the forward pass.
-        product_dtype: the dtype that matrix products between float32 hidden states, heads and gradients round their
-            inputs to, while logits and gradients add up in float32: bfloat16 or float16 on CUDA; elsewhere bfloat16,
-            for the products of the gradient only. float32 and None round nothing; with None, inputs that are bfloat16
-            or float16 are multiplied as they are on CUDA.
-        vocab_chunk: bounds the temporaries made of two sets of logits to N × vocab_chunk elements, or one row;
-            None for a default.
-        token_block: how many positions are projected at once, if the student is hidden states and the teacher hidden
-            states or top tokens, None for what fits into `workspace_mb`; or how many positions of logits are compared
-            with top tokens at once, None for a default.
-        workspace_mb: the memory in MiB that projecting positions may take besides inputs and gradients; None for 256
-            on the CPU and 1024 elsewhere. None of these three changes the result.
+        label_weight_N: [N] weights of the cross entropy in `loss_N`, (1 - weight)·value + weight·cross entropy; needs
+            `labels_N`. The forward pass must know the mix to compute its gradient.
+        product_dtype: the dtype to which matrix products of float32 hidden states, heads and gradients round their
+            inputs; logits and gradients are still summed in float32. bfloat16 or float16 on CUDA; elsewhere bfloat16,
+            only for the products of the gradient. float32 and None round nothing; with None, bfloat16 or float16
+            inputs are multiplied as they are on CUDA.
+        vocab_chunk: limits the temporaries of two sets of logits to N × vocab_chunk elements, but at least one
+            position; None for a default.
+        token_block: how many positions to project at once, for a student of hidden states and a teacher of hidden
+            states or top tokens, None for as many as fit into `workspace_mb`; or how many positions of logits to
+            compare with top tokens at once, None for a default.
+        workspace_mb: the memory in MiB for projecting positions, besides inputs and gradients; None for 256 on the CPU
+            and 1024 elsewhere. None of these three changes the result.
 
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.
@@ -135,7 +135,7 @@ def generalized_jsd(
 ) -> Tensor:
     """Return `token_divergence(...).values_N` of logits [N, V]: nats, float32 (float64 for float64 inputs).
 
-    The options, and what is raised, are those of `token_divergence`.
+    Options and errors are those of `token_divergence`.
     """
     return token_divergence(
         LogitsSignal(student_logits_NV),
@@ -167,8 +167,8 @@ def linear_generalized_jsd(
     """Return `token_divergence(...).values_N` of final hidden states and heads, without all logits at once.
 
     The logits of a side are softcap·tanh(logit_scale·(hidden·weightᵀ + bias) / softcap), with bias [V] or
-    None, and no tanh where the softcap is None. Gradients reach the student's hidden states, weight and bias.
-    The other options, and what is raised, are those of `token_divergence`.
+    None, and no tanh if the softcap is None. Gradients reach the student's hidden states, weight and bias. The other
+    options and errors are those of `token_divergence`.
     """
     student_head = Head(student_weight_VH, student_bias, student_logit_scale, student_softcap)
     teacher_head = Head(teacher_weight_VG, teacher_bias, teacher_logit_scale, teacher_softcap)
@@ -193,9 +193,8 @@ def topk_generalized_jsd(
 ) -> Tensor:
     """Return `token_divergence(...).values_N` of logits [N, V] and a teacher's top tokens.
 
-    `ids_NK` are int64 and distinct in a row; `log_p_NK` their log-probs over the teacher's whole vocabulary at
-    temperature 1, float32 or float64, -inf where there is no entry. The options, and what is raised, are those
-    of `token_divergence`.
+    `ids_NK` are int64 and distinct at each position; `log_p_NK` their log-probs over the teacher's whole vocabulary at
+    temperature 1, float32 or float64, -inf for a missing entry. Options and errors are those of `token_divergence`.
     """
     return token_divergence(
         LogitsSignal(student_logits_NV),
@@ -280,8 +279,8 @@ def _check_top_k(teacher: TopKSignal) -> None:
     if log_p_NK.shape != ids_NK.shape or log_p_NK.dtype not in (torch.float32, torch.float64):
         raise GKDConfigError(
             f"the teacher's log-probs must be a float32 or float64 tensor {list(ids_NK.shape)}, one for each of its "
-            f"top tokens; got {log_p_NK.dtype} {list(log_p_NK.shape)}: below float32 the mass that is missing to one "
-            "is lost in rounding"
+            f"top tokens; got {log_p_NK.dtype} {list(log_p_NK.shape)}: below float32, rounding loses the mass of the "
+            "other tokens"
         )
 
 
@@ -299,7 +298,7 @@ def _check_signal(name: str, signal: StudentSignal) -> None:
         )
     if head.bias_V is not None and head.bias_V.shape != head.weight_VH.shape[:1]:
         raise GKDConfigError(
-            f"the {name}'s head bias must have the shape [{len(head.weight_VH)}], one entry for each row of the "
+            f"the {name}'s head bias must have the shape [{len(head.weight_VH)}], one entry per token of the "
             f"weight; got {list(head.bias_V.shape)}: slice both alike"
         )
     if head.softcap is not None and not head.softcap > 0:

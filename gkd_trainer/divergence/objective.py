@@ -1,11 +1,11 @@
-"""The divergences: what each minimises at a token, its options, its oracle and its line of the documentation.
+"""The divergences: for each, the terms to minimise at a token, its options, its oracle and its documentation.
 
 A new divergence is one entry of `DIVERGENCES`: its terms below, and its oracle in `formulas.py`, written independently.
-The options it takes, the choices of the configuration, the errors, the reference and the tests follow from the entry;
-docs/divergence.md has to list it. Eager and compiled code take it as it is; the Triton kernel has its own terms
+Its options, the choices of the configuration, the errors, the reference and the tests follow from the entry;
+docs/divergence.md must list it. Eager and compiled code use the terms directly; the Triton kernel has its own
 (`triton.KINDS`), and a divergence that it lacks runs in plain torch on a GPU.
 
-Shapes: R rows (tokens worked on at once), V vocabulary.
+Shapes: R rows of logits (tokens compared at once), V vocabulary.
 p = teacher, q = student, both softmax(logits / temperature), gap = log q - log p.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from gkd_trainer.divergence import formulas
 
 _FAR = 1e4
-"""A gap that stands for infinity where the probability before it is zero: 0·inf would be NaN."""
+"""A gap that stands for infinity when multiplied by probability zero: 0·inf would be NaN."""
 
 
 class Pair(NamedTuple):
@@ -36,16 +36,16 @@ class Pair(NamedTuple):
 
 
 Terms = Callable[[Pair, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Returns for a pair and two numbers the terms [R, V] of the value, and its slope q·∂value/∂q.
+"""Returns, for a pair and two numbers, the terms [R, V] of the value, and its slope q·∂value/∂q.
 
-The slope gives the gradient of the logits as slope - q·Σ slope; any multiple of q may be added to it, so that
-log(q/p) stands for log(q/p) + 1. Both are finite, or what the value is, where a probability is zero.
+The gradient of the logits is slope - q·Σ slope; any multiple of q may be added to the slope, so log(q/p) may stand for
+log(q/p) + 1. Where a probability is zero, both are finite, or as infinite as the value.
 """
 
 
 @dataclass(frozen=True)
 class Option:
-    """A positive number in a divergence's formula: its default, and the number that it has to be below."""
+    """A positive number in a divergence's formula: its default, and its upper bound, which is excluded."""
 
     default: float
     below: float = 1.0
@@ -58,9 +58,9 @@ class Divergence:
     Attributes:
         formula: the value of a token, for the documentation; m is a mixture of p and q.
         source: the paper, as a Markdown link, or an empty string.
-        terms: the formula as the loss computes it.
-        oracle: the formula as the loss is tested against it.
-        options: up to two numbers of the formula that can be chosen, in the order in which `terms` takes them.
+        terms: the formula as computed by the loss.
+        oracle: the formula that the loss is tested against.
+        options: up to two numbers of the formula that users can choose, in the order of `terms`' arguments.
     """
 
     formula: str
@@ -76,10 +76,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Objective:
-    """A divergence with its numbers, and the temperature at which it compares.
+    """A divergence with its numbers and temperature.
 
-    `beta` and `is_continuous` (divided by beta·(1 - beta)) are those of "jsd"; `options` are the values of the options
-    of the others, in the order of their entry. `options.checked_objective` makes one from a caller's arguments.
+    `beta` and `is_continuous` (divided by beta·(1 - beta)) are for "jsd"; `options` are the values of the other
+    divergences' options, in the order of the entry. `options.checked_objective` builds one from a caller's arguments.
     """
 
     divergence: str = "jsd"
@@ -90,7 +90,7 @@ class Objective:
 
     @property
     def kind(self) -> str:
-        """The key of its terms in TERMS: the ends of beta have terms of their own."""
+        """The key of its terms in TERMS: the ends of beta have their own."""
         if self.divergence != "jsd" or 0 < self.beta < 1:
             return self.divergence
         return "forward_kl" if self.beta == 0 else "reverse_kl"
@@ -103,7 +103,7 @@ class Objective:
         return dict(zip(DIVERGENCES[self.divergence].options, self.options, strict=True))
 
     def numbers(self, softcap: float | None) -> tuple[float, ...]:
-        """Return what rows are compared with: 1 / temperature, 1 / softcap (0 for none), factor, two parameters."""
+        """Return the numbers of a comparison: 1 / temperature, 1 / softcap (0 for none), factor, two parameters."""
         factor = 1 / (self.beta * (1 - self.beta)) if self.is_continuous and self.kind == "jsd" else 1.0
         first, second = (*self.parameters.values(), 0.0, 0.0)[:2]
         return 1 / self.temperature, 0.0 if softcap is None else 1 / softcap, factor, first, second
@@ -162,7 +162,7 @@ def _adaptive_kl(pair: Pair, mu: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     distance_RV = (pair.q - pair.p).abs()
     head_R1 = torch.where(is_head_RV, distance_RV, 0.0).sum(dim=1, keepdim=True)
     all_R1 = distance_RV.sum(dim=1, keepdim=True)
-    # Equal distributions have no gap to share out: 0/0.
+    # Equal distributions have no distance to divide by: 0/0.
     weight_R1 = torch.where(all_R1 == 0, 0.5, head_R1 / all_R1)
     forward, reverse = _forward_kl(pair, mu, second), _reverse_kl(pair, mu, second)
     return (
@@ -173,10 +173,10 @@ def _adaptive_kl(pair: Pair, mu: Tensor, second: Tensor) -> tuple[Tensor, Tensor
 
 def _log_over_mixture(gap_RV: Tensor, share_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(q/m) and log(p/m) with m = share_p·p + (1 - share_p)·q; finite everywhere."""
-    # From the gap: log q - log m would lose small gaps in the rounding of log m. With log1p and expm1: log and exp
-    # would lose small shares.
-    # The largest gap whose exponential is finite: beyond it the smaller probability is zero. Written out: the compiler
-    # would take numbers from a table for variables at first, and then start over.
+    # Computed from the gap, since log q - log m would lose small gaps in the rounding of log m; with log1p and expm1,
+    # since log and exp would lose small shares.
+    # The largest gap with a finite exponential: beyond it the smaller probability is zero. Literal numbers, since the
+    # compiler would at first take numbers from a table for variables, and then compile again.
     limit = 80.0 if gap_RV.dtype == torch.float32 else 700.0
     gap_RV = gap_RV.clamp(-limit, limit)
     log_q_over_m = -torch.log1p(share_p * torch.expm1(-gap_RV))

@@ -1,4 +1,4 @@
-"""What the loss can be asked for: the one check of its options, which the configuration calls too."""
+"""The check of the loss's options, which the configuration calls too."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SCALES = ("paper", "continuous")
 """How the JSD is scaled inside 0 < beta < 1: see `loss.token_divergence`."""
 
 TAILS = ("bucket", "renormalize")
-"""What becomes of the tokens that a top-k teacher says nothing about: see `loss.token_divergence`."""
+"""What happens to the tokens outside a teacher's top k: see `loss.token_divergence`."""
 
 PRODUCT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What the inputs of matrix products may be rounded to, by name."""
 
 _SMALLEST = 1e-12
 _LARGEST = 1e12
-"""The range of what the loss divides or multiplies by: numbers further out leave float32's range and give NaN."""
+"""The range of the loss's divisors and factors: numbers outside it would leave float32's range and give NaN."""
 
 
 def checked_objective(
@@ -35,12 +35,12 @@ def checked_objective(
     dtype: torch.dtype = torch.float32,
     temperature_name: str = "temperature",
 ) -> Objective:
-    """Return what is minimised; the arguments are those of `loss.token_divergence`.
+    """Return the objective to minimise; the arguments are those of `loss.token_divergence`.
 
     Errors call the temperature `temperature_name`.
 
-    Raises GKDConfigError for an argument out of the range that is documented there, or so near to the end of it that
-    a loss computed in `dtype` would be infinite or NaN.
+    Raises GKDConfigError for an argument outside the range documented there, or so close to its end that a loss
+    computed in `dtype` would be infinite or NaN.
     """
     resolution = torch.finfo(dtype).eps
     check_choice("divergence", divergence, DIVERGENCES)
@@ -68,21 +68,21 @@ def checked_objective(
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise GKDConfigError for a value that is none of the choices."""
+    """Raise GKDConfigError for a value that is not among the choices."""
     if not isinstance(value, str) or value not in choices:
         raise GKDConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def check_top_k_temperature(temperature: float, name: str = "temperature") -> None:
-    """Raise GKDConfigError for a temperature at which a teacher's top tokens can't be compared: any but 1.
+    """Raise GKDConfigError for a temperature other than 1, at which top tokens can't be compared.
 
-    The error calls the option `name`.
+    `name` is the option's name in the error.
     """
     if temperature != 1:
         raise GKDConfigError(
             f"{name}={temperature} can't be applied to a teacher's top tokens: their log-probs are at temperature 1, "
-            f"and how the rest of its distribution would change is not known. Set {name} to 1, or use a teacher in "
-            "this process without a top k"
+            f"and the rest of the distribution, which is needed to change it, is unknown. Set {name} to 1, or use a "
+            "teacher in this process without a top k"
         )
 
 
@@ -97,7 +97,7 @@ def _checked_options(divergence: str, options: Mapping[str, float] | None, resol
         )
     if unknown := [name for name in options if name not in entry]:
         raise GKDConfigError(
-            f"the options of the divergence {divergence!r} are {list(entry)}; got {unknown}: leave them out"
+            f"the divergence {divergence!r} has the options {list(entry)}; got {unknown}: leave them out"
         )
     what = f"of the divergence {divergence!r}"
     return tuple(

@@ -1,4 +1,4 @@
-"""The products between hidden states, a head and its logits, with float32 logits whatever the dtype of the weights.
+"""The products of hidden states, a head and its logits; logits are float32 whatever the dtype of the weights.
 
 Shapes: V vocabulary, H hidden width, R the tokens of a tile, C a chunk of the vocabulary.
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 from gkd_trainer.types import Head, HiddenSignal
 
 HALVES = (torch.bfloat16, torch.float16)
-"""The dtypes that products may round their inputs to."""
+"""The dtypes to which products may round their inputs."""
 
 _FLOAT16_GAIN = 2.0**12
-"""The factor of a gradient before it becomes float16, whose smallest number is 6e-8."""
+"""The factor by which a gradient is scaled before rounding to float16, whose smallest number is 6e-8."""
 
 
 @dataclass
 class HeadGradient:
-    """The gradients of a student, to which each tile adds its part; None where none is wanted."""
+    """The gradients of a student, to which each tile adds its part; None for tensors that need none."""
 
     hidden_NH: Tensor | None
     weight_VH: Tensor | None
@@ -31,7 +31,7 @@ class HeadGradient:
 
     @classmethod
     def zeros(cls, student: HiddenSignal, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> HeadGradient:
-        """Return zeros in `dtype` for those of hidden states, weight and bias that `needs` says need a gradient."""
+        """Return zeros in `dtype` for each of hidden states, weight and bias that `needs` a gradient."""
         head = student.head
         hidden_NH, weight_VH, bias_V = (
             torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
@@ -60,11 +60,11 @@ class HeadGradient:
 
 @dataclass(frozen=True)
 class Projection:
-    """A head's products, which are summed in `dtype` (float32 or float64).
+    """A head's products, summed in `dtype` (float32 or float64).
 
-    On CUDA all of them round their inputs to `half` (None rounds nothing), and a weight of another dtype is copied
-    once; elsewhere only those of the gradient do, since torch 2.13 can't sum the logits in float32 there. `chunk` is
-    how many tokens of the vocabulary have their weights converted at once where not all are.
+    On CUDA, all of them round their inputs to `half` (None rounds nothing), and a weight of another dtype is copied
+    once. Elsewhere only the products of the gradient do, since torch 2.13 can't sum the logits in float32 there.
+    `chunk` is the number of vocabulary entries whose weights are converted at once, if not all are.
     """
 
     head: Head
@@ -73,7 +73,7 @@ class Projection:
     half: torch.dtype | None = None
 
     def logits(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
-        """Write the logits of hidden states into `out_RV`, which is of `dtype`."""
+        """Write the logits of hidden states into `out_RV`, which has the dtype `dtype`."""
         head = self.head
         if self.half is not None and head.weight_VH.is_cuda:
             torch.mm(hidden_RH.to(self.half), self._half_weight_VH.T, out_dtype=self.dtype, out=out_RV)
@@ -93,7 +93,7 @@ class Projection:
     ) -> None:
         """Add a tile's part to the gradients of hidden states, weight and bias.
 
-        `slope_RV` is with respect to the logits before the soft-cap; it and `scratch_RV` may be overwritten.
+        `slope_RV` is the gradient of the logits before the soft-cap; it and `scratch_RV` may be overwritten.
         """
         scale = self.head.scale
         if gradient.bias_V is not None:
@@ -120,7 +120,7 @@ class Projection:
             for columns, weight_CH in self._weight_chunks(half_RV.dtype):
                 gradient.hidden_NH[tile].add_(self._product(half_RV[:, columns], weight_CH), alpha=scale)
         if gradient.weight_VH is not None:
-            # Chunk by chunk: the whole product would be as large as the gradient of the weight.
+            # Chunk by chunk: the full product would be as large as the gradient of the weight.
             for columns in self._columns:
                 gradient.weight_VH[columns].add_(self._product(half_RV[:, columns].T, half_RH), alpha=scale)
 

@@ -1,4 +1,4 @@
-"""The divergence as the formula says it, in plain torch: what every faster path is tested against.
+"""The divergence written like its formula, in plain torch: every faster path is tested against it.
 
 Shapes: N tokens, V vocabulary, K top tokens of a teacher. p = teacher, q = student, m = beta·p + (1 - beta)·q.
 """
@@ -21,7 +21,7 @@ def reference_jsd(
     temperature: float = 1.0,
     scale: str = "paper",
 ) -> Tensor:
-    """Return the divergence of each token in float64, differentiable to the student's logits by autograd.
+    """Return the divergence of each token in float64; autograd differentiates it by the student's logits.
 
     Args:
         student_logits_NV: [N, V], any float dtype; -inf is probability zero.
@@ -57,15 +57,15 @@ def reference_topk_jsd(
     scale: str = "paper",
     tail: str = "bucket",
 ) -> Tensor:
-    """Return the divergence of each token over the teacher's K tokens and the tail, in float64, by autograd.
+    """Return the divergence of each token over the teacher's K tokens and the tail, in float64, differentiable.
 
     Args:
         student_logits_NV: [N, V], any float dtype.
-        ids_NK: [N, K] token ids, distinct in a row where `log_p_NK` is not -inf.
-        log_p_NK: [N, K] the teacher's log-probs; one of -inf is no entry.
+        ids_NK: [N, K] token ids, distinct at each position where `log_p_NK` is not -inf.
+        log_p_NK: [N, K] the teacher's log-probs; -inf is not an entry.
         beta: as for `reference_jsd`.
         scale: likewise.
-        tail: "bucket" makes one category of all tokens that are not entries, "renormalize" leaves them out.
+        tail: "bucket" merges all tokens that are not entries into one category, "renormalize" leaves them out.
 
     Returns:
         values_N in nats.
@@ -77,7 +77,7 @@ def reference_topk_jsd(
     check_choice("tail", tail, TAILS)
     N, V = student_logits_NV.shape
     is_entry_NK = log_p_NK != -torch.inf
-    # A further column takes everything that is not an entry, whatever its id.
+    # One more column takes everything that is not an entry, whatever its id.
     column_NK = torch.where(is_entry_NK, ids_NK, V)
     p_NV = torch.zeros(N, V + 1, dtype=torch.float64).scatter(1, column_NK, log_p_NK.double().exp())[:, :V]
     is_inside_NV = torch.zeros(N, V + 1, dtype=torch.bool).scatter(1, column_NK, True)[:, :V]
@@ -102,14 +102,14 @@ def reference_divergence(
     temperature: float = 1.0,
     **parameters: float,
 ) -> Tensor:
-    """Return any of the divergences over the whole vocabulary of each token, in float64, differentiable by autograd.
+    """Return any of the divergences of each token over the whole vocabulary, in float64, differentiable.
 
     Args:
         student_logits_NV: [N, V], any float dtype.
         teacher_logits_NV: [N, V], likewise; no gradient reaches it.
         divergence: a key of `objective.DIVERGENCES`, which names formula and source.
         temperature: positive; both sides are softmax(logits / temperature).
-        parameters: beta of "jsd", 0.5 by default; the options of the others, where not their defaults.
+        parameters: beta for "jsd", 0.5 by default; the options of the others, if not the defaults.
 
     Returns:
         values_N.
@@ -127,7 +127,7 @@ def reference_divergence(
 def elementwise_jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, temperature: float) -> Tensor:
     """Return each token's contribution to the divergence, [..., V] as the logits, in their dtype.
 
-    The arguments are those of `reference_jsd`. Several tensors of that size are made and kept for backward.
+    The arguments are those of `reference_jsd`. Several tensors of that size are allocated and kept for backward.
     """
     log_q = torch.log_softmax(student_logits / temperature, dim=-1)
     log_p = torch.log_softmax(teacher_logits.detach() / temperature, dim=-1)
@@ -137,7 +137,7 @@ def elementwise_jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: flo
     if beta == 1:
         return _weighted(q, log_q, log_p)
     m = beta * p + (1 - beta) * q
-    # Where m is 0 so are p and q, and the terms are zero: the 1 only keeps log's gradient finite.
+    # Where m is 0, so are p and q, and the terms are zero: the 1 only keeps log's gradient finite.
     log_m = torch.where(m == 0, 1.0, m).log()
     return beta * _weighted(p, log_p, log_m) + (1 - beta) * _weighted(q, log_q, log_m)
 

@@ -1,4 +1,4 @@
-"""What a comparison of student and teacher gives for each token.
+"""The result of comparing student and teacher at each token.
 
 Shapes: N tokens: all that are trained on, or those of a tile.
 """
@@ -15,25 +15,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenDivergence:
-    """The divergence of each token, and what was seen on the way to it.
+    """The divergence of each token, and statistics computed along with it.
 
-    `values_N`, `cross_entropy_N` and `loss_N` carry gradients to the student's side; the rest are statistics, which
-    carry none. A new statistic is a field here, None where a path does not compute it, and what computes it.
-    All flags stay on the device.
+    `values_N`, `cross_entropy_N` and `loss_N` carry gradients to the student; the statistics carry none. To add a
+    statistic, add a field here, None for a path that does not compute it, and its computation. All flags stay on the
+    device.
 
     Attributes:
         values_N: in nats; float32, or float64 for float64 inputs.
         cross_entropy_N: in nats at temperature 1; None if no labels were given.
         student_entropy_N: in nats, of q as compared: at the loss temperature.
-        teacher_entropy_N: likewise of p; for a top-k teacher over the categories compared, where the tail counts as
+        teacher_entropy_N: likewise for p; for a top-k teacher over the categories compared, where the tail counts as
             one: a lower bound of its entropy.
         agrees_N: True where both sides have the same top token.
         is_teacher_finite_N: False where the teacher's logits held NaN or +inf, or were all -inf; for a top-k teacher,
             where its log-probs held NaN, had a mass above one or an id outside the vocabulary, or had no entry.
-        is_finite_N: False where the value is not finite; such a value passes back a gradient of zero.
+        is_finite_N: False where the value is not finite; its gradient is then zero.
         teacher_mass_N: the mass of p on a top-k teacher's entries; None for other teachers.
-        student_mass_N: likewise of q.
-        loss_N: what is minimised where labels are weighted, (1 - weight)·value + weight·cross entropy, else None.
+        student_mass_N: likewise for q.
+        loss_N: the loss if labels are weighted, (1 - weight)·value + weight·cross entropy, else None.
     """
 
     values_N: Tensor
@@ -48,21 +48,21 @@ class TokenDivergence:
     loss_N: Tensor | None = None
 
     def new_empty(self, N: int) -> TokenDivergence:
-        """Return uninitialised fields of N tokens, with the dtypes of these and None where these are None."""
+        """Return uninitialised fields for N tokens, with the same dtypes, and None for the same fields."""
         fields: dict[str, Any] = {
             name: None if field_N is None else field_N.new_empty(N) for name, field_N in vars(self).items()
         }
         return TokenDivergence(**fields)
 
     def write(self, tile: slice, part: TokenDivergence) -> None:
-        """Copy the fields of a part into those of the tokens in `tile`."""
+        """Copy the fields of `part` into those of the tokens in `tile`."""
         for field_N, of_part_N in zip(vars(self).values(), vars(part).values(), strict=True):
             if field_N is not None:
                 field_N[tile] = of_part_N
 
 
 def joined(parts: Sequence[TokenDivergence]) -> TokenDivergence:
-    """Return the fields of consecutive parts, of which there is at least one, each concatenated."""
+    """Return consecutive parts, at least one, concatenated field by field."""
     fields: dict[str, Any] = {
         name: None if field_N is None else torch.cat([getattr(part, name) for part in parts])
         for name, field_N in vars(parts[0]).items()

@@ -1,8 +1,8 @@
-"""Student and teacher compared from rows of logits: values, statistics and, in place, the gradient.
+"""Compare student and teacher from rows of logits: values, statistics and, in place, the gradient.
 
-Shapes: R rows of logits, one for each token compared at once, V vocabulary. A tile is a slice of consecutive tokens.
+Shapes: R rows of logits, one per token compared at once, V vocabulary. A tile is a slice of consecutive tokens.
 p = teacher, q = student, both softmax(logits / temperature), log_z = the log-normaliser of a side.
-A probability that is zero in the computation's dtype counts as zero.
+A probability that underflows to zero counts as zero.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _CPU_TILE_ELEMENTS = 2**19
-"""Size of a temporary on the CPU: 2 MiB in float32, so that those alive at once stay in cache."""
+"""Elements of a temporary on the CPU: 2 MiB in float32, so that those alive at once stay in cache."""
 
 _TILE_ELEMENTS = 2**24
 """The same off the CPU, where many small kernels cost more than 64 MiB per temporary."""
 
 _COMPILED_VOCABULARY = 4096
-"""The vocabulary from which fusing pays for the seconds of a compilation."""
+"""The vocabulary size from which fusing is worth the seconds of compilation."""
 
 _engine: str | None = None
-"""Which implementation runs: "eager", "compiled" or "triton" in tests, None for the one that suits the tensors."""
+"""The implementation that tests force: "eager", "compiled" or "triton"; None picks one to suit the tensors."""
 
 
 class RowComparison(Protocol):
-    """How rows of a student's logits are compared with what a teacher gives for the same tokens."""
+    """Compares rows of a student's logits with a teacher's predictions for the same tokens."""
 
     def __call__(
         self,
@@ -55,20 +55,20 @@ class RowComparison(Protocol):
         value_weight_R: Tensor | None = None,
         label_weight_R: Tensor | None = None,
     ) -> TokenDivergence:
-        """Compare rows of logits, and turn them into a gradient where weights are given.
+        """Compare rows of logits, and turn them into a gradient if weights are given.
 
         Then `student_RV` is overwritten by value_weight·∂value/∂logits + label_weight·∂cross entropy/∂logits, with
-        respect to the logits before the soft-cap; a row that is not finite gets zero. `label_weight_R` comes with
-        `value_weight_R` or not at all. `teacher` are the teacher's tensors, whose first axis is R.
+        respect to the logits before the soft-cap; a row that is not finite gets zero. `label_weight_R` needs
+        `value_weight_R`. `teacher` holds the teacher's tensors, with R as their first axis.
         """
         ...
 
 
 @dataclass(frozen=True)
 class LogitsComparison(RowComparison):
-    """Compares with a teacher's logits, one tensor [R, V] of the student's dtype, float32 or float64.
+    """Compares with a teacher's logits, one tensor [R, V] in the student's dtype, float32 or float64.
 
-    `softcap` is that of the student's logits. `temporary` is how many elements a temporary may have, if not one row's;
+    `softcap` is the student's. `temporary` is the maximum number of elements of a temporary, but at least one row's;
     None for a default.
     """
 
@@ -85,25 +85,25 @@ class LogitsComparison(RowComparison):
         value_weight_R: Tensor | None = None,
         label_weight_R: Tensor | None = None,
     ) -> TokenDivergence:
-        """Compare as `RowComparison` says."""
+        """Compare; see `RowComparison`."""
         (teacher_RV,) = teacher
         numbers = self.objective.numbers(self.softcap)
         variant = _Variant(self.objective.kind, self.objective.temperature != 1, self.softcap is not None)
         compare, largest = _implementation(variant, student_RV)
         if self.temporary is not None and largest != sys.maxsize:
             largest = max(1, min(largest, self.temporary // student_RV.shape[1]))
-        if largest == 2:  # an odd number leaves one over, and one row is a shape of its own to the compiler
+        if largest == 2:  # an odd number would leave a tile of one row, for which the compiler compiles again
             largest = 1
         result: TokenDivergence | None = None
         for tile in tiles(student_RV.shape[0], largest):
-            # As plain tensors: the compiler looks at the base of a view, whose size changes.
+            # As plain tensors: the compiler checks the size of a view's base, which changes.
             labels, value_weight, label_weight = (
                 None if tensor is None else tensor[tile].data for tensor in (labels_R, value_weight_R, label_weight_R)
             )
             student_logits, teacher_logits = student_RV[tile].data, teacher_RV[tile].data
             part = compare(student_logits, teacher_logits, labels, value_weight, label_weight, numbers)
-            # Copied: the results of each tile, if kept, would lie in the way of the next one's temporaries, for which
-            # the allocator would then take new pages from the system, at half the time of the comparison.
+            # Copied: if each tile's results were kept, they would fragment the memory of the temporaries, and the
+            # allocator would take new pages from the system, which costs half the time of the comparison.
             result = result or part.new_empty(student_RV.shape[0])
             result.write(tile, part)
         assert result is not None
@@ -117,7 +117,7 @@ def tile_size(logits_RV: Tensor) -> int:
 
 
 def tiles(N: int, largest: int) -> Iterator[slice]:
-    """Split N tokens into tiles of nearly one size, at most `largest`; into one at least, which may be empty."""
+    """Split N tokens into tiles of nearly equal size, at most `largest`; at least one tile, which may be empty."""
     count = max(1, -(-N // largest))
     return (slice(N * index // count, N * (index + 1) // count) for index in range(count))
 
@@ -126,18 +126,18 @@ def is_compiled(logits_RV: Tensor) -> bool:
     """Return whether code on these rows runs fused by the compiler."""
     if _engine is not None:
         return _engine == "compiled"
-    # One row is a shape of its own to the compiler.
+    # For a single row the compiler would compile again.
     return logits_RV.device.type == "cpu" and logits_RV.shape[1] >= _COMPILED_VOCABULARY and logits_RV.shape[0] > 1
 
 
 def mask_cross_entropy(cross_entropy_R: Tensor, labels_R: Tensor, V: int) -> Tensor:
-    """Return the cross entropy: +inf where the label is outside the vocabulary, 0 where it is IGNORE_INDEX."""
+    """Return the cross entropy, with +inf where the label is outside the vocabulary, and 0 where it is IGNORE_INDEX."""
     is_outside_R = (labels_R < 0) | (labels_R >= V)
     return cross_entropy_R.masked_fill(is_outside_R, math.inf).masked_fill(labels_R == IGNORE_INDEX, 0.0)
 
 
 class _Variant(NamedTuple):
-    """What compiled code is specialised on; everything else is a tensor, so that nothing is compiled again for it."""
+    """The parameters that compiled code is specialised on; all others are tensors, to avoid compiling again."""
 
     kind: str
     is_tempered: bool
@@ -161,7 +161,7 @@ class _Compare(Protocol):
 
 
 class _CompareTile(Protocol):
-    """What compares one tile, by any implementation; `numbers` are those of `Objective.numbers`."""
+    """Compares one tile, in any implementation; `numbers` are from `Objective.numbers`."""
 
     def __call__(
         self,
@@ -191,7 +191,7 @@ def _compare(
     q, p = _softmax(student_tempered_RV), _softmax(teacher_tempered_RV)
     # Near-equal logits subtract without rounding; log q - log p would round both first.
     gap_RV = (student_tempered_RV - teacher_tempered_RV) - (q.log_z_R1 - p.log_z_R1)
-    # Tokens that neither side can give have no gap: -inf - -inf.
+    # Tokens of probability zero on both sides have no gap: -inf - -inf.
     gap_RV = torch.where(q.probability_RV + p.probability_RV == 0, 0.0, gap_RV)
     log_q_RV, log_p_RV = student_tempered_RV - q.log_z_R1, teacher_tempered_RV - p.log_z_R1
     pair = Pair(q.probability_RV, p.probability_RV, log_q_RV, log_p_RV, gap_RV)
@@ -199,7 +199,7 @@ def _compare(
     values_R = value_terms_RV.sum(dim=1) * factor
     is_finite_R = values_R.isfinite()
     is_teacher_finite_R = p.log_z_R1[:, 0].isfinite()
-    # As a maximum of floats, which is fused with the sums; `any` is not.
+    # A maximum of floats is fused with the sums; `any` is not.
     teacher_at_top_RV = torch.where(student_tempered_RV == q.top_R1, teacher_tempered_RV, -math.inf)
     is_top_shared_R = teacher_at_top_RV.amax(dim=1) == p.top_R1[:, 0]
 
@@ -210,13 +210,13 @@ def _compare(
     if value_weight_R is not None:
         weight_R1 = (value_weight_R * factor * per_temperature)[:, None]
         gradient_RV = (slope_RV - q.probability_RV * slope_RV.sum(dim=1, keepdim=True)) * weight_R1
-        # An infinite row would otherwise reach the others through the head's weight, even at weight zero.
+        # Otherwise an infinite row would reach the others through the head's weight, even at weight zero.
         gradient_RV = torch.where(is_finite_R[:, None], gradient_RV, 0.0)
         if label_weight_R is not None and labels_R is not None and cross_entropy_R is not None:
             gradient_RV += _label_gradient(untempered_q.probability_RV, labels_R, label_weight_R, cross_entropy_R)
         if variant.is_capped:
             gradient_RV *= 1 - (student_RV * per_softcap) ** 2
-            # Last, because the factor of a logit that is not finite makes NaN of zero.
+            # Last, because the factor of a non-finite logit turns zero into NaN.
             gradient_RV = torch.where(q.log_z_R1.isfinite(), gradient_RV, 0.0)
         student_RV.copy_(gradient_RV)
     return TokenDivergence(
@@ -253,9 +253,9 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(logits_RV: Tensor) -> _Softmax:
-    """Return the softmax of logits; where all are -inf, NaN with a largest logit and a log-normaliser of -inf."""
+    """Return the softmax of logits; a row of only -inf gives NaN, with a largest logit and log-normaliser of -inf."""
     top_R1 = logits_RV.amax(dim=1, keepdim=True)
-    # Where all are -inf there is nothing to shift by: -inf - -inf would be NaN.
+    # Where all are -inf, shift by nothing: -inf - -inf would be NaN.
     shift_R1 = torch.where(top_R1 == -math.inf, 0.0, top_R1)
     shifted_RV = logits_RV - shift_R1
     # The only exponential of each logit; the compiler keeps it because it is used more than once.
@@ -268,7 +268,7 @@ def _softmax(logits_RV: Tensor) -> _Softmax:
 
 
 def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_CompareTile, int]:
-    """Return what compares a tile, and how many rows it is given at most."""
+    """Return the function that compares a tile, and the maximum number of rows to give it."""
     engine = _engine or _suitable_engine(variant, student_RV)
     if engine == "triton":
         from gkd_trainer.divergence import triton
@@ -309,14 +309,14 @@ def _triton_kinds() -> frozenset[str]:
 
 @functools.cache
 def _compiled(variant: _Variant) -> _Compare:
-    # Code of its own for each variant: the compiler counts the variants of one function, and stops at eight.
+    # Separate code for each variant: the compiler counts the variants of one function, and stops at eight.
     code = _compare.__code__.replace(co_name="_".join(map(str, ("compare", *variant))))
     copy: _Compare = types.FunctionType(code, _compare.__globals__, closure=_compare.__closure__)
     return Fused(copy)
 
 
 class Fused(Generic[P, T]):
-    """A function fused for any number of rows and tokens, or as it is where nothing can be compiled."""
+    """A function compiled for any number of rows and tokens, or run eagerly if it can't be compiled."""
 
     def __init__(self, function: Callable[P, T]) -> None:
         self._function = function
@@ -327,15 +327,15 @@ class Fused(Generic[P, T]):
         is_first = self._fastest is None
         try:
             if self._fastest is None:
-                # Trying out which vector instructions the C++ compiler knows would take as long as everything else;
-                # where it does not know those of the processor, nothing is compiled.
+                # Testing which vector instructions the C++ compiler supports would take as long as everything else; if
+                # it does not support the processor's, compiling fails.
                 self._fastest = torch.compile(
                     self._function, dynamic=True, fullgraph=True, options={"cpp.vec_isa_ok": True}
                 )
-            # The compiler warns about what it uses itself.
+            # The compiler's warnings are about its own code.
             with warnings.catch_warnings(action="ignore") if is_first else contextlib.nullcontext():
                 return self._fastest(*inputs, **options)
-        except Exception as error:  # no compiler, a broken one, no folder to write to: whatever it may be
+        except Exception as error:  # no compiler, a broken one, no folder to write to, or anything else
             if self._fastest is self._function:
                 raise
             logger.warning("The divergence can't be compiled, and will be slower: %s: %s", type(error).__name__, error)
@@ -345,6 +345,6 @@ class Fused(Generic[P, T]):
 
 @functools.lru_cache(maxsize=64)
 def _as_tensors(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    # Tensors, so that nothing is compiled again for other numbers; kept, since copies to a device take time.
+    # Tensors, so that other numbers don't compile again; cached, since copies to a device take time.
     with torch.inference_mode(False):
         return tuple(torch.tensor(number, dtype=dtype, device=device) for number in numbers)

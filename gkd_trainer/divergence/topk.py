@@ -1,11 +1,11 @@
-"""The divergence from a teacher's top tokens, with one category for all the others.
+"""The divergence from a teacher's top tokens, with one category for all others.
 
-Shapes: N tokens, R rows (tokens) compared at once, V vocabulary, K top tokens of the teacher, C = K + 1 categories,
-J the tokens picked from a row: the K, and the label.
-p = teacher, q = student, both at temperature 1; the rest is every token that is not an entry of the top k, and the
-tail its category. The categories' logits are the student's at the K ids and the log-sum-exp of the rest's: the
-divergence over categories is the dense one of these, and the gradient of the tail's logit spreads over the rest in
-proportion to q.
+Shapes: N tokens, R rows of logits (tokens compared at once), V vocabulary, K top tokens of the teacher, C = K + 1
+categories, J the tokens picked from a row: the K, and the label.
+p = teacher, q = student, both at temperature 1. The rest is every token that is not an entry of the top k; the tail is
+its category. The categories' logits are the student's logits at the K ids, and the log-sum-exp of the rest's. The
+divergence over categories is the dense one of these logits, and the gradient of the tail's logit spreads over the rest
+in proportion to q.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from gkd_trainer.divergence.rows import (
 from gkd_trainer.types import IGNORE_INDEX, TopKSignal
 
 _EXCESS_MASS = 1e-3
-"""How far above one the mass of a teacher's top k may be by rounding; more is no distribution."""
+"""How far rounding may raise the mass of a teacher's top k above one; more is not a distribution."""
 
 _SMALLEST_TILE = 64
-"""How many tokens at least share the small operations on categories, which take longer than the logits of a few."""
+"""Minimum number of tokens that share the small operations on categories, which cost more than a few tokens' logits."""
 
 _TILES = 3
-"""How many of `LogitsComparison`'s tiles are worked on at once: there are a third as many temporaries."""
+"""How many of `LogitsComparison`'s tiles are processed at once: there are a third as many temporaries."""
 
 _FAR = -1e4
-"""What stands for the logarithm of zero where it is multiplied by zero."""
+"""Stands for the logarithm of zero when multiplied by zero."""
 
 
 def topk_divergence(
@@ -56,8 +56,8 @@ def topk_divergence(
 ) -> TokenDivergence:
     """Compare a student's logits [N, V] with a teacher's top tokens, token by token.
 
-    The arguments are those of `loss.token_divergence`, which checks them; `token_block` tokens are worked on at
-    once. The only tensor of N×V elements that is made is the gradient of the student's logits, in their dtype.
+    The arguments are those of `loss.token_divergence`, which checks them; `token_block` tokens are compared at once.
+    The only tensor of N×V elements allocated is the gradient of the student's logits, in their dtype.
     """
     return compare_logits(
         TopKComparison(objective, tail),
@@ -70,9 +70,9 @@ def topk_divergence(
 
 @dataclass(frozen=True)
 class TopKComparison(RowComparison):
-    """Compares with a teacher's top tokens, ids and log-probs [R, K]; the other fields are those of `LogitsComparison`.
+    """Compares with a teacher's top tokens, ids and log-probs [R, K]; see `LogitsComparison` for the other fields.
 
-    The categories are computed in the larger dtype of both sides.
+    The categories are computed in the larger dtype of the two sides.
     """
 
     objective: Objective
@@ -89,7 +89,7 @@ class TopKComparison(RowComparison):
         value_weight_R: Tensor | None = None,
         label_weight_R: Tensor | None = None,
     ) -> TokenDivergence:
-        """Compare as `RowComparison` says."""
+        """Compare; see `RowComparison`."""
         ids_RK, log_p_RK = teacher
         K, V = ids_RK.shape[1], student_RV.shape[1]
         dtype = torch.promote_types(student_RV.dtype, log_p_RK.dtype)
@@ -103,7 +103,7 @@ class TopKComparison(RowComparison):
         if self.tail == "bucket":
             log_tail_p_R = _log_tail(log_p_RK, entries.is_entry_RK, V, is_rest_empty_R=rest.total_R1[:, 0] == 0)
             teacher_RC = torch.cat([log_p_RK, log_tail_p_R[:, None]], dim=1)
-        # What the categories don't show must show in the value: logits outside them, a mass above one.
+        # The value must show errors that the categories hide: bad logits outside them, a mass above one.
         slope_RC = student.logits_RC[:, : teacher_RC.shape[1]].masked_fill(~student.is_finite_R[:, None], math.nan)
         teacher_RC = teacher_RC.to(dtype).masked_fill(~entries.is_finite_R[:, None], math.nan)
         result = LogitsComparison(self.objective, temporary=self.temporary)(
@@ -131,11 +131,11 @@ class TopKComparison(RowComparison):
 
     def _measured_rest(self, student_RV: Tensor, picked: _Picked, *, is_overwritten: bool) -> _Rest:
         """Measure the logits outside the top k; if `is_overwritten`, those inside become -inf in place."""
-        # Added and not assigned: an id that is not an entry may be that of another entry too, and must leave it alone.
+        # Added, not assigned: an id that is not an entry may equal that of an entry, and must not change it.
         hole_RJ = torch.where(picked.is_inside_RJ, -math.inf, 0.0).to(student_RV.dtype)
         rest = _Rest(*student_RV.new_empty(3, len(student_RV), 1).unbind())
         for tile in self._tiles(student_RV):
-            # As plain tensors: the compiler looks at the base of a view, whose size changes.
+            # As plain tensors: the compiler checks the size of a view's base, which changes.
             logits_RV = student_RV[tile].data
             add = logits_RV.scatter_add_ if is_overwritten else logits_RV.scatter_add
             logits_RV = add(1, picked.ids_RJ[tile], hole_RJ[tile])
@@ -154,7 +154,7 @@ class TopKComparison(RowComparison):
         slope_RJ: Tensor,
         is_finite_R1: Tensor,
     ) -> None:
-        """Overwrite the logits by the gradient: the rest by its slope in proportion to q, those picked by theirs."""
+        """Overwrite logits by the gradient: the rest by its slope in proportion to q, the picked tokens by theirs."""
         if self.softcap is not None:
             slope_RJ = slope_RJ * (1 - (picked.logits_RJ / self.softcap) ** 2)
         weight_R1 = torch.where(rest.total_R1 == 0, 0.0, rest_slope_R1 / rest.total_R1).to(student_RV.dtype)
@@ -175,9 +175,9 @@ class TopKComparison(RowComparison):
 
 
 class _Entries(NamedTuple):
-    """What a teacher gives: which of its K are entries, which of these are tokens, their mass, and whether all is well.
+    """A teacher's top tokens: which of the K are entries, which entries are tokens, their mass, and their validity.
 
-    `ids_RK` are within the vocabulary, also where there is no entry.
+    `ids_RK` are within the vocabulary, also for missing entries.
     """
 
     ids_RK: Tensor
@@ -213,9 +213,9 @@ class _Picked(NamedTuple):
 
 
 class _StudentCategories(NamedTuple):
-    """The student over the categories: logits less `shift_R1`, which `log_z_R1` normalises, and q with its logarithm.
+    """The student over the categories: logits minus `shift_R1`, normalised by `log_z_R1`, and q with its logarithm.
 
-    `entries_RK` are the logits of the entries, -inf for none, and `top_R1` the largest logit of all.
+    `entries_RK` are the logits of the entries, -inf if missing, and `top_R1` is the largest logit of all.
     """
 
     entries_RK: Tensor
@@ -235,8 +235,8 @@ class _StudentCategories(NamedTuple):
 
 def _student_categories(entries_RK: Tensor, rest: _Rest, dtype: torch.dtype) -> _StudentCategories:
     top_R1 = torch.maximum(entries_RK.amax(dim=1, keepdim=True), rest.top_R1)
-    # All less the largest logit, which drops out: a teacher's log-probs are compared with numbers of their own size,
-    # and not with logits, which round much more coarsely.
+    # Subtract the largest logit, which cancels: the teacher's log-probs are then compared with numbers of similar size,
+    # not with logits, which round much more coarsely.
     shift_R1 = _shift(top_R1).to(dtype)
     log_rest_R1 = rest.total_R1.to(dtype).log() + (_shift(rest.top_R1) - shift_R1)
     logits_RC = torch.cat([entries_RK - shift_R1, log_rest_R1], dim=1)
@@ -253,7 +253,7 @@ def _with_label(
     cross_entropy_R: Tensor | None,
     label_weight_R: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the slopes of all categories and of the tokens picked, with those of the weighted cross entropy added."""
+    """Return the slopes of all categories and of the picked tokens, with the weighted cross entropy's slopes added."""
     slope_RC = torch.nn.functional.pad(slope_RC, (0, q_RC.shape[1] - slope_RC.shape[1]))
     if labels_R is None or cross_entropy_R is None:
         return slope_RC, slope_RC[:, :-1]
@@ -264,9 +264,9 @@ def _with_label(
 
 
 class _Rest(NamedTuple):
-    """The logits outside the top k: the largest, and sums of their exponentials e after it is subtracted from all.
+    """The logits outside the top k: the largest, top, and sums of the exponentials e = exp(logit - top).
 
-    `total` is Σ e, `mean` is Σ e·(logit - top) / Σ e. Where there are none, or only -inf, they are -inf, 0 and NaN.
+    `total` is Σ e, `mean` is Σ e·(logit - top) / Σ e. Without logits, or with only -inf, these are -inf, 0 and NaN.
     """
 
     top_R1: Tensor
@@ -275,7 +275,7 @@ class _Rest(NamedTuple):
 
     @property
     def entropy_R(self) -> Tensor:
-        """The entropy of the rest as a distribution of its own; zero where there is no rest."""
+        """The entropy within the rest; zero if there is no rest."""
         entropy_R1 = self.total_R1.log() - self.mean_R1
         return torch.where(self.total_R1 == 0, 0.0, entropy_R1)[:, 0]
 
@@ -305,7 +305,7 @@ class _Write(Protocol):
 def _write(
     logits_RV: Tensor, shift_R1: Tensor, weight_R1: Tensor, is_finite_R1: Tensor, per_softcap: Tensor | None
 ) -> None:
-    """Overwrite logits by the gradient weight·exp(logits - shift), with respect to those before the soft-cap."""
+    """Overwrite logits by the gradient weight·exp(logits - shift) of the logits before the soft-cap."""
     gradient_RV = (logits_RV - shift_R1).exp() * weight_R1
     if per_softcap is not None:
         gradient_RV = gradient_RV * (1 - (logits_RV * per_softcap).clamp(min=-1) ** 2)
@@ -316,17 +316,17 @@ _fused_measure, _fused_write = Fused(_measure), Fused(_write)
 
 
 def _shift(top_R1: Tensor) -> Tensor:
-    # Where all are -inf there is nothing to shift by: -inf - -inf would be NaN.
+    # Where all are -inf, shift by nothing: -inf - -inf would be NaN.
     return torch.where(top_R1 == -math.inf, 0.0, top_R1)
 
 
 def _log_tail(log_p_RK: Tensor, is_entry_RK: Tensor, V: int, *, is_rest_empty_R: Tensor) -> Tensor:
-    """Return log of the teacher's mass outside its entries; -inf where there is no token outside."""
-    # 1 - mass rounds to zero where the tail is small, which would make the reverse KL infinite.
+    """Return the log of the teacher's mass outside its entries; -inf if no token is outside."""
+    # 1 - mass rounds to zero for a small tail, which would make the reverse KL infinite.
     resolution = torch.finfo(log_p_RK.dtype).eps
     tail_p_R = -torch.expm1(log_p_RK.logsumexp(dim=1))
     log_tail_p_R = tail_p_R.clamp_min(resolution).log()
-    # Where a signal was sliced to the entries' tokens, no token is left for the other mass: entries are renormalised.
+    # If a signal was sliced to only the entries' tokens, no token is left for the other mass: entries are renormalised.
     has_no_outside_R = is_entry_RK.sum(dim=1) == V
     is_empty_R = is_rest_empty_R & (tail_p_R <= resolution)
     return log_tail_p_R.masked_fill(has_no_outside_R | is_empty_R, -math.inf)

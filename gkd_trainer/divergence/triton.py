@@ -1,6 +1,6 @@
-"""Rows of logits compared by one Triton kernel: what `rows.py` computes, in float32 registers.
+"""Compare rows of logits in one Triton kernel: the computation of `rows.py`, in float32 registers.
 
-Shapes: R rows (one per token), V vocabulary, C a chunk of it. One program reads its row three times: for the
+Shapes: R rows of logits (one per token), V vocabulary, C a chunk of it. One program reads its row three times: for the
 normalisers and top tokens, for value, entropies and slope, and for the gradient, which it writes in place.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from gkd_trainer.divergence.result import TokenDivergence
 
 KINDS = frozenset({"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"})
-"""The keys of `objective.TERMS` that `_terms` below has too; plain torch compares by any other."""
+"""The keys of `objective.TERMS` that `_terms` below also has; plain torch does the others."""
 
 LAUNCH: dict[str, int | bool] = {"num_warps": 8, "enable_fp_fusion": True}
-"""How the kernel is compiled. Fusion is Triton's default, but Triton 3.9 warns where it is not asked for."""
+"""How to compile the kernel. Fusion is Triton's default, but Triton 3.9 warns if it is not set."""
 
 
 def compare_rows(
@@ -34,9 +34,9 @@ def compare_rows(
     is_capped: bool,
     chunk: int = 4096,
 ) -> TokenDivergence:
-    """Compare float32 rows; `RowComparison` says what becomes of `student_RV`.
+    """Compare float32 rows; `student_RV` is overwritten as in `RowComparison`.
 
-    `numbers` are those of `Objective.numbers`.
+    `numbers` are from `Objective.numbers`.
     """
     R, V = student_RV.shape
     values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R = student_RV.new_empty(
@@ -46,16 +46,16 @@ def compare_rows(
         per_temperature, per_softcap, factor, first, second = numbers
         rows_RV = _with_adjacent_columns(student_RV)
         teacher_RV = _with_adjacent_columns(teacher_RV)
-        # The kernel assumes that their elements are adjacent, and reads none of those that are None.
-        by_row = [
+        # The kernel assumes that their elements are adjacent. It never reads the placeholder for None.
+        per_row = [
             values_R if tensor is None else tensor.contiguous() for tensor in (labels_R, value_weight_R, label_weight_R)
         ]
-        # Triton launches on the current device, which need not be that of the tensors.
+        # Triton launches on the current device, which may not be that of the tensors.
         with torch.cuda.device_of(student_RV):
             _compare_kernel[(R,)](
                 rows_RV,
                 teacher_RV,
-                *by_row,
+                *per_row,
                 *(values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R),
                 *(rows_RV.stride(0), teacher_RV.stride(0), V),
                 *(per_temperature, per_softcap, factor, first, second),
@@ -83,7 +83,7 @@ def compare_rows(
 
 
 def _with_adjacent_columns(logits_RV: Tensor) -> Tensor:
-    """Return the logits, or a copy, with the elements of a row adjacent, as the kernel reads them."""
+    """Return the logits, copied if necessary, with adjacent elements in a row, as the kernel reads them."""
     return logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
 
 
@@ -171,7 +171,7 @@ def _compare_kernel(
         tl.store(cross_entropy_ptr + row, cross_entropy)
 
     if HAS_GRADIENT:
-        # Every thread has to have read the label's logit before one overwrites it.
+        # All threads must read the label's logit before one overwrites it.
         tl.debug_barrier()
         value_weight = tl.load(value_weight_ptr + row) * factor * per_temperature
         is_finite = tl.abs(value) < float("inf")
@@ -196,7 +196,7 @@ def _compare_kernel(
                 gradient_C += tl.where(is_trained, label_slope_C * label_weight, 0.0)
             if IS_CAPPED:
                 gradient_C *= 1.0 - (logits_C * per_softcap) * (logits_C * per_softcap)
-                # Last, because the factor of a logit that is not finite makes NaN of zero.
+                # Last, because the factor of a non-finite logit turns zero into NaN.
                 gradient_C = tl.where(is_student_finite, gradient_C, 0.0)
             tl.store(student_ptr + start + ids_C, gradient_C, mask=is_inside_C)
 
@@ -204,20 +204,20 @@ def _compare_kernel(
 @triton.jit
 def _normalise(logits_C, top, z):
     new_top = tl.maximum(top, tl.max(logits_C, axis=0))
-    # While all are -inf there is nothing to shift by: -inf - -inf would be NaN.
+    # While all are -inf, shift by nothing: -inf - -inf would be NaN.
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     return new_top, z * tl.exp(top - shift) + tl.sum(tl.exp(logits_C - shift), axis=0)
 
 
 @triton.jit
 def _gap(student_C, teacher_C, q_C, p_C, log_z_q, log_z_p):
-    # Near-equal logits subtract without rounding. Tokens that neither side can give have no gap: -inf - -inf.
+    # Near-equal logits subtract without rounding. Tokens of probability zero on both sides have no gap: -inf - -inf.
     return tl.where((q_C == 0) & (p_C == 0), 0.0, (student_C - teacher_C) - (log_z_q - log_z_p))
 
 
 @triton.jit
 def _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND: tl.constexpr):
-    """Return value and slope as the functions of `objective.TERMS` do."""
+    """Return value and slope, like the functions in `objective.TERMS`."""
     if KIND == "forward_kl":
         value_C, slope_C = tl.where(p_C == 0, 0.0, -p_C * gap_C), q_C - p_C
     elif KIND == "reverse_kl":
@@ -239,7 +239,7 @@ def _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND: tl.constexpr)
         value_C = (p_power_C * first + q_power_C * second) / (first + second) - cross_C
         value_C, slope_C = value_C / (first * second), (q_power_C - cross_C) / first
     else:
-        tl.static_assert(KIND == "jsd", "a kind that has no kernel")
+        tl.static_assert(KIND == "jsd", "a kind without a kernel")
         log_q_over_m_C, log_p_over_m_C = _log_over_mixture(gap_C, first)
         slope_C = (1 - first) * q_C * log_q_over_m_C
         value_C = slope_C + first * p_C * log_p_over_m_C

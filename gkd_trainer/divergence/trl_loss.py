@@ -26,7 +26,7 @@ def trl_generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: Tensor | float | None = None,
 ) -> Tensor:
-    """Return what `trl.experimental.gkd.GKDTrainer.generalized_jsd_loss` of TRL 1.16 returns, in float32.
+    """Return the same as `trl.experimental.gkd.GKDTrainer.generalized_jsd_loss` of TRL 1.16, in float32.
 
     Args:
         student_logits: [..., V], usually [batch, length, V]; gradients reach it.
@@ -36,7 +36,7 @@ def trl_generalized_jsd_loss(
         temperature: positive; both sides are softmax(logits / temperature).
         reduction: "batchmean" divides the sum by the number of counted positions or, without labels, by the
             size of the first axis; "sum"; "mean" is over positions and vocabulary; "none" keeps both, as
-            [counted positions, V] with labels and [..., V] without, and alone needs several tensors of that size.
+            [counted positions, V] with labels and [..., V] without; only this needs several tensors of that size.
         num_items_in_batch: if given, the sum is divided by it, whatever the reduction.
 
     Raises:

@@ -1,1 +1,1 @@
-"""A causal LM from outside: loaded, taken apart, and its weights as a checkpoint would hold them."""
+"""The user's causal LMs: loading, hidden states and head, and weights in the form of a checkpoint."""

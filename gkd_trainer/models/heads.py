@@ -1,4 +1,4 @@
-"""A causal LM taken apart: its final hidden states, and the head that turns them into logits.
+"""A causal LM split into its final hidden states and the head that turns them into logits.
 
 Shapes: B batch, L length, N tokens trained on, V vocabulary, H hidden width.
 """
@@ -24,9 +24,9 @@ _PROBE_LOGIT = 100.0
 
 @dataclass(frozen=True)
 class SeparableHead:
-    """The head of a model whose logits were seen to be softcap·tanh(scale·(h·Wᵀ + b) / softcap).
+    """A head whose logits were found to be softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
-    `is_sharded`: FSDP spreads its weight over ranks, and gathers it inside the model's forward.
+    `is_sharded`: FSDP shards its weight over ranks, and gathers it inside the model's forward.
     """
 
     module: nn.Linear
@@ -35,20 +35,20 @@ class SeparableHead:
     is_sharded: bool = False
 
     def current(self) -> Head:
-        """Return the head with its current weights, in the autograd graph where they are trained."""
+        """Return the head with its current weights, in the autograd graph if they are trained."""
         return Head(self.module.weight, self.module.bias, self.scale, self.softcap)
 
 
 @dataclass(frozen=True)
 class InseparableHead:
-    """A head that can't be taken apart safely, and why: its model is asked for logits."""
+    """A head that can't be split off safely, and why: the model computes its own logits."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Context:
-    """The longest sequence that a model is made for, in tokens, and whether its position embeddings can be scaled."""
+    """The longest sequence that a model supports, in tokens, and whether its position embeddings can be scaled."""
 
     limit: int
     has_rope: bool
@@ -61,17 +61,17 @@ class Context:
 
 
 def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | InseparableHead:
-    """Return the head of a causal LM, checked by one forward of four tokens against the model's own logits.
+    """Return the head of a causal LM, checked against the model's own logits by one forward of four tokens.
 
-    The check is what makes it safe: whatever an unknown architecture does between hidden states and logits
-    shows there. It runs in eval mode and draws no random numbers. `model` is not wrapped for distribution.
+    The check makes this safe: it reveals anything that an unknown architecture does between hidden states and logits.
+    It runs in eval mode and draws no random numbers. `model` must not be wrapped for distribution.
     """
     if getattr(model, "_compiled_call_impl", None) is not None:  # model.compile()
         return InseparableHead("its forward is compiled as a whole")
     module = output_embeddings(model)
     if module is None:
         return InseparableHead("it has no output embeddings")
-    # Exactly nn.Linear: adapters, quantised layers and wrappers are other types, whose weight alone is not the head.
+    # Exactly nn.Linear: adapters, quantised layers and wrappers are other types, and more than their weight.
     if type(module) is not nn.Linear:
         return InseparableHead(f"its head is a {type(module).__name__}, not a plain nn.Linear")
     weight_VH = module.weight
@@ -96,7 +96,7 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
 def predict(
     model: nn.Module, batch: TokenBatch, head: SeparableHead | InseparableHead, **forward_kwargs: Any
 ) -> tuple[StudentSignal, Any]:
-    """Return what a model predicts where the batch is scored, and its forward's output; see `compare`."""
+    """Return a model's predictions at the scored positions, and its forward's output; see `compare`."""
     return compare(model, batch, head, lambda signal: signal, **forward_kwargs)
 
 
@@ -107,12 +107,11 @@ def compare(
     comparison: Callable[[StudentSignal], T],
     **forward_kwargs: Any,
 ) -> tuple[T, Any]:
-    """Run a model's forward; return `comparison` of what it predicts where the batch is scored, and its output.
+    """Run a model's forward; return `comparison` of its predictions at the scored positions, and the forward's output.
 
-    `model` may be wrapped (DDP, FSDP): its hooks run, since its forward does. With a separable head the comparison is
-    made inside the forward, where the head's weight is whole, and the output holds one logit column; with an
-    inseparable one it holds all logits [B, L, V]. Where the head is sharded, a loss has to include `connection` of the
-    output.
+    `model` may be wrapped (DDP, FSDP): calling its forward runs the hooks. With a separable head the comparison runs
+    inside the forward, where the head's weight is gathered, and the output holds one logit column; with an inseparable
+    one the output holds all logits [B, L, V]. If the head is sharded, the loss must include `connection` of the output.
     """
     if isinstance(head, InseparableHead):
         output = model(**batch.model_inputs, **forward_kwargs)
@@ -127,22 +126,19 @@ def compare(
 
 
 def connection(output: Any) -> Tensor:
-    """Return a zero that depends on a forward's logits: its backward pass reaches the forward's output first.
-
-    FSDP waits for that before anything else.
-    """
+    """Return a zero that depends on a forward's logits, so that the backward pass reaches them first, as FSDP needs."""
     return logits_of(output)[..., :0].sum()
 
 
 def without_router_logits(model: nn.Module) -> dict[str, Any]:
-    """Return the forward's arguments that keep a mixture of experts from returning its router's logits, else none."""
+    """Return forward arguments that keep a mixture of experts from returning its router's logits; none otherwise."""
     return {"output_router_logits": False} if _router_config(model) is not None else {}
 
 
 def router_loss_coefficient(model: nn.Module) -> float:
     """Return the coefficient of the router's load-balancing loss in a causal LM's own loss.
 
-    It is 0 where the model is not a mixture of experts, or its config does not set `output_router_logits`.
+    It is 0 if the model is not a mixture of experts, or its config does not set `output_router_logits`.
     """
     config = _router_config(model)
     if config is None or not config.output_router_logits:
@@ -155,7 +151,7 @@ def router_loss_coefficient(model: nn.Module) -> float:
 
 
 def router_loss_of(output: Any) -> Tensor | None:
-    """Return the load-balancing loss of a forward, a mean over its tokens; None where the model has none."""
+    """Return the load-balancing loss of a forward, a mean over its tokens; None if the model has none."""
     loss = output.get("aux_loss") if isinstance(output, dict) else getattr(output, "aux_loss", None)
     return loss if isinstance(loss, Tensor) else None
 
@@ -167,22 +163,22 @@ def _router_config(model: nn.Module) -> Any:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Return how many tokens a causal LM predicts over, those that pad its head included."""
+    """Return how many tokens a causal LM predicts over, including those that pad its head."""
     module = output_embeddings(model)
     weight = getattr(module, "weight", None)
-    # A quantised weight is packed: its shape says nothing.
+    # A quantised weight is packed: its shape is not [V, H].
     if type(module) is nn.Linear and isinstance(weight, Tensor) and weight.dim() == 2:
         return int(weight.shape[0])
     return int(_text_config(model).vocab_size)
 
 
 def find_context(model: nn.Module) -> Context | None:
-    """Return the context of a causal LM, by its config; None where it states none or has no limit.
+    """Return the context of a causal LM from its config; None if unstated or unlimited.
 
-    RoPE scaling raises it. ALiBi, a recurrent state, and attention that slides in every layer have no limit.
+    RoPE scaling raises it. ALiBi, a recurrent state, and sliding attention in every layer have no limit.
     """
     config = _text_config(model)
-    stated = getattr(config, "max_position_embeddings", None)  # which GPT-2 calls n_positions
+    stated = getattr(config, "max_position_embeddings", None)  # also reads GPT-2's n_positions
     if not isinstance(stated, int) or stated <= 0:
         return None
     if getattr(config, "alibi", False) or getattr(config, "model_type", None) == "rwkv":
@@ -194,7 +190,7 @@ def find_context(model: nn.Module) -> Context | None:
         return None
     scalings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limit = stated
-    # Gemma 3 has one for each type of layer.
+    # Gemma 3 has one scaling per type of layer.
     for scaling in [each for each in scalings.values() if isinstance(each, Mapping)] or [scalings]:
         factor = scaling.get("factor")
         if factor is not None:
@@ -209,10 +205,10 @@ def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T]) -> Iterator[l
     def first_column(hidden_BLH: Tensor) -> Tensor:
         results.append(call(hidden_BLH))
         if head.is_sharded:
-            # The loss depends on what is returned: a column of logits would bring it a second gradient of the weight.
+            # The loss depends on this output: a column of logits would add a second gradient of the weight.
             return hidden_BLH[..., :1]
         bias = None if module.bias is None else module.bias[:1]
-        # A slice of the hidden states would do as well, but would take the head's weight out of DDP's graph.
+        # Not a slice of the hidden states: the head's weight would be missing from DDP's graph.
         return nn.functional.linear(hidden_BLH, module.weight[:1], bias)
 
     module.forward = first_column  # type: ignore[method-assign,assignment]
@@ -228,8 +224,8 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
     def rescale(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden_BLH = args[0]
         if hidden_BLH.shape[:-1] == (1, _PROBE_LENGTH):
-            # Small logits, as of a model not trained yet, hide a soft-cap, and large ones an offset: so the first
-            # position becomes 0 and the last one large.
+            # Small logits, as of an untrained model, hide a soft-cap, and large ones an offset: so make the first
+            # position 0 and the last one large.
             logits_BLV = nn.functional.linear(hidden_BLH, head.module.weight, head.module.bias)
             scale_L1 = torch.ones_like(hidden_BLH[0, :, :1])
             scale_L1[0], scale_L1[-1] = 0.0, _PROBE_LOGIT / logits_BLV.abs().max().clamp_min(1e-6)
@@ -254,7 +250,7 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
             module.training = True
     if logits_BLV.shape != expected_BLV.shape:
         return False
-    # Both round differently where the weights are bf16 (eps 0.008); a missing scale or soft-cap is far outside.
+    # With bf16 weights (eps 0.008) the two round differently; a missing scale or soft-cap is far outside that.
     tolerance = max(4 * torch.finfo(head.module.weight.dtype).eps, 1e-3)
     error_BL, largest_BL = (logits_BLV - expected_BLV).abs().amax(dim=-1), expected_BLV.abs().amax(dim=-1)
     return bool((error_BL <= tolerance * largest_BL).all())
@@ -267,7 +263,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def set_logits(output: Any, logits: Tensor) -> None:
-    """Put logits in place of those of a forward's output."""
+    """Replace the logits of a forward's output."""
     if isinstance(output, dict):
         output["logits"] = logits
     else:
@@ -275,7 +271,7 @@ def set_logits(output: Any, logits: Tensor) -> None:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the module that makes logits of hidden states, None where the model names none."""
+    """Return the module that turns hidden states into logits, or None if the model names none."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     if get_output_embeddings is None:
         return None

@@ -1,4 +1,4 @@
-"""The student before training: loaded by name, wrapped in an adapter, without dropout."""
+"""Load models and tokenizers by name; add or refuse adapters; prepare the student for training."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _TOKENIZER_FILES = (
 )
 
 PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
-"""Options of from_pretrained that say where a model lies."""
+"""Options of from_pretrained that say where a model is stored."""
 
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
     """Load a causal LM, in float32 unless `init_kwargs` give a dtype.
 
-    `from_pretrained` alone takes the checkpoint's dtype, and a student in pure bf16 loses its small updates.
+    By default `from_pretrained` takes the checkpoint's dtype, and a student in pure bf16 loses small updates.
     """
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:  # the first is the older name
+    if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:  # torch_dtype is the older name
         kwargs["dtype"] = torch.float32
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    except Exception as error:  # what from_pretrained and the libraries below it raise is not documented
+    except Exception as error:  # from_pretrained and the libraries below it may raise anything
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
     return model
 
@@ -51,19 +51,19 @@ def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Excep
     """Return the message for a model that could not be loaded by name."""
     return (
         f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "
-        f"the hub, and in {init_kwargs} what it takes to load it ({type(error).__name__}: {error})"
+        f"the hub, with the arguments to load it in {init_kwargs} ({type(error).__name__}: {error})"
     )
 
 
 def find_tokenizer(
     name_or_path: str, trust_remote_code: bool, init_kwargs: Mapping[str, Any] | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer that is stored beside a model's weights, or None where there is none.
+    """Return the tokenizer stored with a model's weights, or None if there is none.
 
-    The `init_kwargs` that say where the model is stored locate the tokenizer too.
+    The `init_kwargs` that locate the model also locate the tokenizer.
 
     Raises:
-        GKDConfigError: Files of a tokenizer are stored there, but can't be read.
+        GKDConfigError: The tokenizer's files are there but can't be read.
     """
     if not name_or_path:
         return None
@@ -72,7 +72,7 @@ def find_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, **place
         )
-    except Exception as error:  # of any type, also where there is no tokenizer
+    except Exception as error:  # of any type, also if there is no tokenizer
         files = _tokenizer_files(name_or_path, place)
         if files:
             raise GKDConfigError(
@@ -83,13 +83,13 @@ def find_tokenizer(
         if not isinstance(error, OSError | ValueError | KeyError):
             raise
         return None
-    # For some architectures transformers makes an empty one.
+    # For some architectures transformers makes one without words.
     has_words = not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
     return tokenizer if has_words else None
 
 
 def _tokenizer_files(name_or_path: str, place: Mapping[str, Any]) -> list[str]:
-    """Return the vocabulary files in a folder, or the downloaded ones of a name on the hub."""
+    """Return the vocabulary files of a folder, or those already downloaded for a name on the hub."""
     folder = Path(name_or_path, place.get("subfolder") or "")
     if Path(name_or_path).is_dir():
         return [name for name in _TOKENIZER_FILES if (folder / name).is_file()]
@@ -107,17 +107,17 @@ def _tokenizer_files(name_or_path: str, place: Mapping[str, Any]) -> list[str]:
                 str,
             )
         ]
-    except ValueError:  # no name that the hub would have
+    except ValueError:  # not a valid name on the hub
         return []
 
 
 def name_of(model: nn.Module | None) -> str:
-    """Return the name or folder that a model was loaded from; empty where it was built."""
+    """Return the name or folder that a model was loaded from; empty if it was built in memory."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def media_token_ids(model: nn.Module) -> frozenset[int]:
-    """Return the tokens that stand for an image, a video or sound in a model's input, as its config names them."""
+    """Return the tokens that stand for an image, a video or sound in a model's input, from its config."""
     config = getattr(model, "config", None)
     names = (f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index"))
     ids = (getattr(config, name, None) for name in names)
@@ -125,14 +125,14 @@ def media_token_ids(model: nn.Module) -> frozenset[int]:
 
 
 def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:
-    """Return the module inside `torch.compile(model)`, with a warning; any other module as it is.
+    """Return the module inside `torch.compile(model)`, with a warning; any other module unchanged.
 
-    A compiled forward hides the model's head, so that all logits would have to be built.
+    A compiled forward hides the model's head, so all logits would have to be built.
     """
     inner = getattr(model, "_orig_mod", None)
     if not isinstance(inner, nn.Module):
         return model
-    logger.warning("The %s came compiled, and runs uncompiled: its logits would be built in full%s.", role, remedy)
+    logger.warning("The %s was compiled, but runs uncompiled, or all its logits would be built%s.", role, remedy)
     return inner
 
 
@@ -147,24 +147,24 @@ def give_pad_token(model: nn.Module, token_id: int) -> None:
 
 
 def wrap_in_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
-    """Return the student with a fresh adapter; refuse one that is wrapped already."""
+    """Return the student with a new adapter; refuse one that already has an adapter."""
     if isinstance(model, PeftModel):
         raise GKDConfigError(
-            "got peft_config and a model that already carries an adapter: pass the one or the other "
-            "(merge_and_unload() returns the model without its adapter)"
+            "got peft_config and a model that already has an adapter: pass one or the other "
+            "(merge_and_unload() merges the adapter into the model)"
         )
     return get_peft_model(model, peft_config)
 
 
 def refuse_prompt_learning(adapted: nn.Module | PeftConfig | None, role: str = "student") -> None:
-    """Raise where an adapter adds virtual tokens: the other model has no position to compare with them.
+    """Raise if an adapter adds virtual tokens: the other model has no positions to compare them with.
 
     Args:
-        adapted: A model, wrapped by PEFT or not, or the config of an adapter that a model is to get.
-        role: Whose adapter it is, "student" or "teacher".
+        adapted: A model, wrapped by PEFT or not, or the config of an adapter to add.
+        role: The model that has the adapter, "student" or "teacher".
 
     Raises:
-        GKDConfigError: An adapter of the student does.
+        GKDConfigError: An adapter of the student adds virtual tokens.
         GKDTeacherError: An adapter of the teacher does.
     """
     if isinstance(adapted, PeftModel):
@@ -181,7 +181,7 @@ def refuse_prompt_learning(adapted: nn.Module | PeftConfig | None, role: str = "
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the causal LM inside wrappers of PEFT (its adapters stay active) and FSDP, or the model itself."""
+    """Return the causal LM inside PEFT's (adapters stay active) and FSDP's wrappers, or the model itself."""
     if isinstance(model, FullyShardedDataParallel):
         model = model.module
     if isinstance(model, PeftMixedModel):
@@ -190,16 +190,16 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def refuse_frozen(model: nn.Module) -> None:
-    """Raise where no parameter of the student would be trained."""
+    """Raise GKDConfigError if no parameter of the student would be trained."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise GKDConfigError(
-            "no parameter of the student requires a gradient, so that nothing would be trained. A folder that holds an "
-            "adapter is loaded frozen: pass peft.AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)"
+            "no parameter of the student requires a gradient, so nothing would be trained. An adapter loaded from a "
+            "folder is frozen: pass peft.AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)"
         )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to 0, also those that attention layers keep as plain numbers."""
+    """Set every dropout probability of a model to 0, including those that attention layers keep as plain numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

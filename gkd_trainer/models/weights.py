@@ -1,4 +1,4 @@
-"""The weights of a student as its checkpoint would hold them: what another engine needs to become the same model."""
+"""The student's weights in the form of a checkpoint, for another engine to load."""
 
 from __future__ import annotations
 
@@ -25,48 +25,47 @@ from gkd_trainer.models.loading import base_model
 def checkpoint_weights(model: nn.Module, with_adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each weight that `save_pretrained` of the merged model would write.
 
-    Adapters are merged into copies, one layer at a time: the model itself is not touched, so that nothing drifts. A
-    tied head comes under both names, for engines that keep two. Weights that are sharded (DTensor) are gathered one by
-    one: all ranks have to iterate.
+    Adapters are merged into copies, one layer at a time: the model itself is not touched, so nothing drifts. A tied
+    head comes under both names, for engines that keep two weights. Sharded weights (DTensor) are gathered one by one:
+    all ranks must iterate.
 
     Args:
         model: A causal LM, wrapped by PEFT or not.
-        with_adapters: Whether adapters are merged in; else the base model's own weights come.
+        with_adapters: Whether to merge adapters; else yields the base model's own weights.
 
     Raises:
-        GKDConfigError: A weight is quantised, so that an engine of another kind can't take it, or an adapter is of a
-            kind that can't be merged.
+        GKDConfigError: A weight is quantised, so another engine can't take it, or an adapter can't be merged.
     """
     refuse_quantised(model)
     student: Any = base_model(model)
     shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in _named(student, "", False)}
     named: Iterable[tuple[str, Tensor]] = _named(student, "", with_adapters)
     if revert_weight_conversion(student, shapes).keys() != shapes.keys():
-        # Checkpoints that name or split weights differently, such as those of experts, are converted as a whole.
+        # If checkpoints name or split weights differently, such as those of experts, convert all of them at once.
         named = revert_weight_conversion(student, dict(named)).items()
     for name, weight in named:
         yield name, _gathered(weight)
 
 
 def refuse_quantised(model: nn.Module) -> None:
-    """Raise GKDConfigError where weights are packed, so that an engine of another kind can't take them."""
+    """Raise GKDConfigError if weights are packed, so that another engine can't take them."""
     student: Any = base_model(model)
     packed = [name for name, weight in _named(student, "", False) if not weight.is_floating_point()]
     if packed or getattr(student, "is_quantized", False):
         raise GKDConfigError(
-            f"the student's weights are quantised ({', '.join(packed[:2]) or 'see its quantization_config'}), which "
-            "vLLM can't be given: use use_vllm=False, or vllm_weight_sync='adapter' with a server that holds the base "
-            "model"
+            f"the student's weights are quantised ({', '.join(packed[:2]) or 'see its quantization_config'}), and "
+            "vLLM can't take those: set use_vllm=False, or vllm_weight_sync='adapter' with a server that serves the "
+            "base model"
         )
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether weights are spread over ranks (DTensor), which then have to gather them together."""
+    """Return whether weights are sharded over ranks (DTensor), which must then gather them together."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def has_tied_head(model: nn.Module) -> bool:
-    """Return whether the head's weight is the embeddings', with whatever adapters add to either."""
+    """Return whether the head and the embeddings share one weight, adapters on either included."""
     student: Any = base_model(model)
     if not getattr(student.config.get_text_config(), "tie_word_embeddings", False):
         return False
@@ -77,16 +76,16 @@ def has_tied_head(model: nn.Module) -> bool:
 
 
 def is_plain_lora(model: nn.Module) -> bool:
-    """Return whether an adapter is one that vLLM can load as it is: LoRA on linear layers, and nothing else trained."""
+    """Return whether vLLM can load the model's adapter as it is: LoRA on linear layers, and nothing else trained."""
     if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
         return False
     config = model.peft_config[model.active_adapters[0]]
     if not isinstance(config, LoraConfig):
         return False
-    if any(getattr(config, name, None) for name in _BEYOND_LORA) or config.bias != "none":
+    if any(getattr(config, name, None) for name in _NOT_PLAIN_LORA) or config.bias != "none":
         return False
-    # The rest, such as PiSSA, change the base model's weights: a server was started with other ones.
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _INITS_OF_THE_ADAPTER_ALONE:
+    # Other initialisations, such as PiSSA, change the base model's weights, which a server does not have.
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _INITS_OF_ADAPTER_ONLY:
         return False
     if any(parameter.requires_grad and ".lora_" not in name for name, parameter in model.named_parameters()):
         return False
@@ -98,18 +97,18 @@ def is_plain_lora(model: nn.Module) -> bool:
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:
-    """Write `checkpoint_weights` as safetensors; the folder appears at once, complete.
+    """Write `checkpoint_weights` as safetensors; the folder appears only when it is complete.
 
     Raises:
-        GKDRolloutError: It could not be written, for lack of space for one; nothing is left of it.
-        FileExistsError: It is there already.
+        GKDRolloutError: It could not be written, for example for lack of space; nothing of it is left.
+        FileExistsError: The folder already exists.
     """
     weights: dict[str, Tensor] = {}
     places = set()
     for name, weight in checkpoint_weights(model):
-        # To the host one by one: a whole gathered model may not fit beside the training on a GPU.
+        # To the host one by one: the full model may not fit on a GPU beside the training.
         weight = weight.cpu()
-        # safetensors would drop the second of two names of the same memory, such as a tied head's.
+        # safetensors would drop the second of two names for the same memory, such as a tied head's.
         weights[name] = weight.clone() if weight.data_ptr() in places else weight
         places.add(weight.data_ptr())
     size = sum(weight.nbytes for weight in weights.values())
@@ -118,11 +117,11 @@ def write_weights(model: nn.Module, folder: Path) -> None:
 
 
 def write_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the active adapter as PEFT does, whatever its name; the folder appears at once, complete.
+    """Write the active adapter as PEFT does, whatever its name; the folder appears only when it is complete.
 
     Raises:
-        GKDRolloutError: It could not be written, for lack of space for one; nothing is left of it.
-        FileExistsError: It is there already.
+        GKDRolloutError: It could not be written, for example for lack of space; nothing of it is left.
+        FileExistsError: The folder already exists.
     """
     student: Any = model
     adapter = student.active_adapter
@@ -130,14 +129,14 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     with _at_once(folder, size) as aside:
         # "auto" would ask the hub for the base model's configuration; a plain LoRA adapter has no embeddings.
         student.save_pretrained(aside, selected_adapters=[adapter], save_embedding_layers=False)
-        for file in (aside / adapter).glob("*"):  # where PEFT puts any but the "default" one
+        for file in (aside / adapter).glob("*"):  # PEFT's place for any adapter but "default"
             file.rename(aside / file.name)
 
 
 @contextmanager
 def _at_once(folder: Path, size: int) -> Iterator[Path]:
     if folder.exists():
-        raise FileExistsError(f"the folder {folder} is there already")
+        raise FileExistsError(f"the folder {folder} already exists")
     aside = folder.with_name(folder.name + ".part")
     try:
         aside.mkdir(mode=0o700)
@@ -150,17 +149,17 @@ def _at_once(folder: Path, size: int) -> Iterator[Path]:
         try:
             free = f"{shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free there"
         except OSError as cause:
-            free = f"its disk can't be asked for its space ({cause})"
+            free = f"the free space there is unknown ({cause})"
         raise GKDRolloutError(
             f"the student's weights could not be written to {folder}: {error}. They take {size / 1e6:,.1f} MB, and "
-            f"{free}. Make room for twice the weights (a container's /dev/shm is small unless it is started with more, "
-            "such as --shm-size), or for servers set vllm_sync_dir, for an engine in this process TMPDIR, to a folder "
-            "that has it"
+            f"{free}. Make room for twice the weights (a container's /dev/shm is small unless started with, for "
+            "example, --shm-size), or choose a folder with enough space: set vllm_sync_dir for servers, TMPDIR for an "
+            "engine in this process"
         ) from error
 
 
-# What vLLM does not read from an adapter's files, or reads differently.
-_BEYOND_LORA = (
+# Options of an adapter that vLLM ignores or reads differently.
+_NOT_PLAIN_LORA = (
     "alora_invocation_tokens",
     "alpha_pattern",
     "arrow_config",
@@ -177,7 +176,7 @@ _BEYOND_LORA = (
     "use_qalora",
     "velora_config",
 )
-_INITS_OF_THE_ADAPTER_ALONE = ("gaussian", "eva", "orthogonal", "mica")
+_INITS_OF_ADAPTER_ONLY = ("gaussian", "eva", "orthogonal", "mica")
 _ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
@@ -190,17 +189,17 @@ def _named(module: nn.Module, prefix: str, with_adapters: bool) -> Iterator[tupl
     if isinstance(module, _ADAPTED):
         try:
             module = _merged_copy(module) if with_adapters else _base_of(module)
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # what PEFT raises
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # raised by PEFT
             raise GKDConfigError(
-                f"the adapter on {prefix.removesuffix('.')} can't be merged: {error}. vLLM takes the weights of merged "
-                "adapters, or plain LoRA alone: train another kind of adapter, or use use_vllm=False"
+                f"the adapter on {prefix.removesuffix('.')} can't be merged: {error}. vLLM takes merged weights, or a "
+                "plain LoRA adapter: train another kind of adapter, or set use_vllm=False"
             ) from error
     own = {**module._parameters, **_persistent_buffers(module)}
     for name, weight in own.items():
         if weight is not None:
             yield prefix + name, weight.detach()
     for name, child in module._modules.items():
-        # Checkpointing, compiling and FSDP insert modules that no checkpoint names.
+        # Activation checkpointing, compiling and FSDP insert modules that checkpoints do not name.
         if child is not None:
             inner = name in ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
             yield from _named(child, prefix if inner else f"{prefix}{name}.", with_adapters)

@@ -1,4 +1,4 @@
-"""Completions for people to read: a table in the terminal, and the same table in the active trackers."""
+"""Completions to read: a table in the terminal, and the same table in the active trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gkd_trainer.types import Generated
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """One line of the table: who generated what for which prompt, and whether the completion ended by itself."""
+    """One line of the table; `is_finished` means that the completion ended with a stop token."""
 
     generated_by: str
     prompt: str

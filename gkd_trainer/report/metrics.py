@@ -1,4 +1,4 @@
-"""The metrics of a run: sums kept on the device while it trains, and read when they are logged.
+"""The metrics of a run: sums kept on the device during training, and read when they are logged.
 
 Shapes: B samples of a batch, N tokens trained on, K summed quantities.
 """
@@ -18,7 +18,7 @@ from gkd_trainer.divergence import TokenDivergence
 
 
 class _Tokens(NamedTuple):
-    """What was measured of N tokens; `divergence_N`, `is_on_policy_N` (0 or 1) and `ones_N` have the sums' dtype."""
+    """Measurements of N tokens; `divergence_N`, `is_on_policy_N` (0 or 1) and `ones_N` have the sums' dtype."""
 
     result: TokenDivergence
     divergence_N: Tensor
@@ -28,17 +28,17 @@ class _Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenSum:
-    """A quantity that is summed over tokens, and the metric that is made of it.
+    """A quantity that is summed over tokens, and the metric derived from it.
 
     Attributes:
-        of: the quantity of each token, or None where it was not measured.
+        values: the quantity of each token, or None if it was not measured.
         metric: the name of its mean; None for a sum that other metrics need.
         over: the sum that counts the tokens of the mean.
-        without: another sum over some of these tokens, which the mean leaves out.
+        without: another sum, over a subset of these tokens that the mean leaves out.
         is_evaluated: whether an evaluation, which measures the two policies apart, has the metric too.
     """
 
-    of: Callable[[_Tokens], Tensor | None]
+    values: Callable[[_Tokens], Tensor | None]
     metric: str | None = None
     over: str = "tokens"
     without: str | None = None
@@ -71,7 +71,7 @@ TOKEN_SUMS: dict[str, TokenSum] = {
         lambda tokens: tokens.result.student_mass_N, metric="student_top_k_mass", over="top_k_tokens"
     ),
 }
-"""What is summed over the tokens trained on, by name, in the order of the columns of `sums_by_row`."""
+"""The sums over the tokens trained on, by name, in the order of the columns of `sums_by_sample`."""
 
 SAMPLE_SUMS = (
     "samples",
@@ -82,24 +82,24 @@ SAMPLE_SUMS = (
     "truncated_completions",
     "stale_steps",
 )
-"""What is counted over samples and completions."""
+"""The counts of samples and completions."""
 
 _COLUMN = {name: column for column, name in enumerate(TOKEN_SUMS)}
 
 
-def sums_by_row(rows_N: Tensor, is_on_policy_B: Tensor, result: TokenDivergence) -> Tensor:
-    """Return the TOKEN_SUMS of each sample of a batch, [B, K], without gradients and without reading the device.
+def sums_by_sample(rows_N: Tensor, is_on_policy_B: Tensor, result: TokenDivergence) -> Tensor:
+    """Return the TOKEN_SUMS of each sample of a batch, [B, K], without gradients or a wait for the device.
 
     Args:
         rows_N: The sample that each token belongs to.
         is_on_policy_B: Which samples the student generated.
-        result: What was measured of each token.
+        result: The comparison of the models at each token.
     """
     dtype = _sum_dtype(rows_N.device)
     divergence_N = result.values_N.detach().to(dtype)
     tokens = _Tokens(result, divergence_N, is_on_policy_B[rows_N].to(dtype), torch.ones_like(divergence_N))
     zeros_N = torch.zeros_like(divergence_N)
-    columns = (token_sum.of(tokens) for token_sum in TOKEN_SUMS.values())
+    columns = (token_sum.values(tokens) for token_sum in TOKEN_SUMS.values())
     columns_NK = torch.stack([zeros_N if column_N is None else column_N.to(dtype) for column_N in columns], dim=1)
     sums_BK = torch.zeros(is_on_policy_B.shape[0], len(TOKEN_SUMS), dtype=dtype, device=rows_N.device)
     return sums_BK.index_add_(0, rows_N, columns_NK)
@@ -119,7 +119,7 @@ def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics of SAMPLE_SUMS; `samples_without_prompt` and `rollout_staleness` only where not zero."""
+    """Return the metrics of SAMPLE_SUMS; `samples_without_prompt` and `rollout_staleness` only if not zero."""
     metrics = _ratios(
         on_policy_share=(sums["on_policy_samples"], sums["samples"]),
         completion_length=(sums["completion_tokens"], sums["completions"]),
@@ -133,7 +133,7 @@ def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class TrainingMeter:
-    """What a rank sees between two log entries. Values on the device stay there until `read`."""
+    """Collects one rank's metrics between two log entries. Values on the device stay there until `read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._stopwatch = Stopwatch(device)
@@ -148,7 +148,7 @@ class TrainingMeter:
         return self._stopwatch.measure(name)
 
     def add_tokens(self, sums_BK: Tensor) -> None:
-        """Add what `sums_by_row` gave for a micro-batch."""
+        """Add the `sums_by_sample` of a micro-batch."""
         sums_K = sums_BK.sum(dim=0)
         self._token_sums_K = sums_K if self._token_sums_K is None else self._token_sums_K + sums_K
 
@@ -170,7 +170,7 @@ class TrainingMeter:
         self._router_loss_sum, self._router_losses = None, 0
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the metrics since the last call; `reduce` adds a tensor up over ranks. The seconds are this rank's."""
+        """Return the metrics since the last call; `reduce` sums a tensor over ranks. Seconds are this rank's own."""
         token_sums_K = self._token_sums_K
         if token_sums_K is None:
             token_sums_K = torch.zeros(len(TOKEN_SUMS), dtype=_sum_dtype(self._device), device=self._device)
@@ -182,7 +182,7 @@ class TrainingMeter:
         sums = dict(zip((*TOKEN_SUMS, *SAMPLE_SUMS), totals, strict=True))
         seconds = self._stopwatch.read()
         rollout_seconds = {}
-        if "rollout" in seconds:  # or these would be columns of zeros
+        if "rollout" in seconds:  # else these would be columns of zeros
             rollout_seconds = {"seconds_rollout": seconds["rollout"], "seconds_sync": seconds.get("sync", 0.0)}
         self.clear()
         return {
@@ -206,19 +206,19 @@ class EvaluationMeter:
         """Add a batch.
 
         Args:
-            sums_BK: What `sums_by_row` gave for it.
-            loss: What `compute_loss` returned for it: the mean over its tokens, which a subclass may have changed.
-            gather: Collects samples over ranks, without those that only fill up the last batch.
+            sums_BK: Its `sums_by_sample`.
+            loss: Its loss from `compute_loss`: the mean over its tokens, which a subclass may have changed.
+            gather: Collects samples over ranks, without those that only pad the last batch.
         """
         tokens_B, divergence_B = (sums_BK[:, _COLUMN[name]] for name in ("tokens", "divergence"))
-        # Exactly the sample's divergence, unless a subclass changed the loss: then the change is shared out by tokens.
+        # Exactly the sample's divergence, unless a subclass changed the loss: then each token takes the same change.
         change = loss.detach().mean() - divergence_B.sum() / tokens_B.sum().clamp_min(1)
         loss_B = divergence_B + change.to(sums_BK.dtype) * tokens_B
         sums_K = gather(torch.cat([loss_B[:, None], sums_BK], dim=1)).sum(dim=0)
         self._sums_K = sums_K if self._sums_K is None else self._sums_K + sums_K
 
     def read(self) -> dict[str, float]:
-        """Return the metrics over all tokens, and start again; empty where there were no tokens."""
+        """Return the metrics over all tokens, and start again; empty if there were no tokens."""
         if self._sums_K is None:
             return {}
         sums = dict(zip(("loss", *TOKEN_SUMS), self._sums_K.tolist(), strict=True))
@@ -229,7 +229,7 @@ class EvaluationMeter:
 
 
 class Stopwatch:
-    """Seconds spent, added up by name; on CUDA between events of the stream, without stopping it."""
+    """Sums of seconds by name; on CUDA measured between events of the stream, without stopping it."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -238,7 +238,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time that the `with` body takes to `name`."""
+        """Add the duration of the `with` body to `name`."""
         if self._is_cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -41,11 +41,11 @@ def distillation_card(
     """Return the card of a run.
 
     Args:
-        summary: What transformers knows about the run: metadata, hyper-parameters, evaluations, names of data sets.
+        summary: transformers' summary of the run: metadata, hyper-parameters, evaluations, names of data sets.
         args: The run's options.
-        student: The student's name on the hub, or its folder, of which only the last part is shown.
-        teacher: The same of the teacher.
-        teacher_urls: Where the teacher's servers listen; shown without credentials.
+        student: The student's name on the hub, or its folder, only the last part of which is shown.
+        teacher: The same for the teacher.
+        teacher_urls: URLs of the teacher's servers; shown without credentials.
         teacher_top_k: How many of the teacher's tokens were compared; None for all.
         adapter: The adapter that was trained; None if all weights were.
         n_rows: The number of rows trained on; None if unknown.
@@ -85,7 +85,7 @@ def distillation_card(
 
 
 def with_adapter(card: ModelCard, model: PeftModel, output_dir: str) -> ModelCard:
-    """Return the card with what PEFT adds: its library, its version, and tags to find the adapter by."""
+    """Return the card with PEFT's additions: its library, its version, and tags to find the adapter by."""
     path = os.path.join(output_dir, "README.md")
     card.save(path)
     model.create_or_update_model_card(output_dir)
@@ -100,7 +100,7 @@ def with_adapter(card: ModelCard, model: PeftModel, output_dir: str) -> ModelCar
 
 
 def is_on_hub(name: str) -> bool:
-    """Return whether a name may be on the hub, and is not a path on this machine."""
+    """Return whether a name may be one on the hub, and is not a path on this machine."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -109,7 +109,7 @@ def is_on_hub(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """Return a hub name as it is, or the last part of a path or URL, without secrets."""
+    """Return a hub name unchanged, or the last part of a path or URL, without secrets."""
     if is_on_hub(name):
         return name
     shown: str = redacted(name)
@@ -127,7 +127,7 @@ def _options(args: GKDArguments, teacher_top_k: int | None) -> dict[str, str]:
         options = ", ".join(f"{name} = {value}" for name, value in parsed.items())
         divergence = {"divergence": " with ".join(filter(None, [args.divergence.replace("_", " "), options]))}
     rest = "one bucket for the rest" if args.teacher_tail == "bucket" else "renormalised over them"
-    share = "share of the samples that the student generates itself; the others are the data's"
+    share = "share of samples that the student generates; the others are from the data"
     lmbda = f"{args.lmbda} → {args.lmbda_end}, linear over the run" if args.lmbda_schedule == "linear" else args.lmbda
     others = ", with completions by the teacher" if args.seq_kd else ""
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
@@ -185,7 +185,7 @@ def _without_credentials(url: str) -> str:
 
 
 def _code(text: object) -> str:
-    """Return text as inline code that none of its characters ends, not even in a table."""
+    """Return text as inline code, without characters that would end it, also in a table."""
     return "`" + re.sub(r"\s+", " ", str(text)).replace("`", "'").replace("|", "\\|") + "`"
 
 

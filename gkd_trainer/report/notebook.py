@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# Trainer's own entries, and times, which would widen the table and say little about the student.
+# Trainer's own entries, and times: they would widen the table and say little about the student.
 _LEFT_OUT = frozenset(
     ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen", "tokens_per_second")
 )
@@ -17,7 +17,7 @@ _LEFT_OUT = frozenset(
 class NotebookMetrics(TrainerCallback):
     """Adds columns to the table of transformers' NotebookProgressCallback, which shows only losses.
 
-    It must come after that callback, whose line it completes.
+    It must come after that callback, since it completes its line.
 
     Args:
         callbacks: The trainer's callbacks.
@@ -41,7 +41,7 @@ class NotebookMetrics(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the line of an evaluation with the last log entry of training."""
         entry = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-        # Named apart, since validation has entropies and an agreement too.
+        # A name of its own, since validation has the same metrics.
         self._complete_line({f"Training {name}": value for name, value in _columns(entry).items()})
 
     def _complete_line(self, columns: Mapping[str, float]) -> None:
@@ -59,7 +59,7 @@ def is_in_notebook() -> bool:
 
 
 def _columns(entry: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics by the names of their columns, spelt as Trainer spells its own."""
+    """Return metrics by column name, spelt as Trainer spells its own."""
     return {
         name.replace("_", " ").title(): value
         for name, value in entry.items()

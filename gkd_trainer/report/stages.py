@@ -1,4 +1,4 @@
-"""How a student changed from stage to stage: a table, a plot of each measure over the steps, and samples to read."""
+"""A student's change from stage to stage: a table, a plot of each measure over the steps, and samples to read."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def print_stages(stages: Mapping[str, Measures], title: str, caption: str = "", 
 def print_samples(prompt: str, samples: Mapping[str, tuple[str, bool]], console: Console | None = None) -> None:
     """Print a prompt once, and below it the completion by each model or stage, at full width.
 
-    A sample is its text and whether it ended by itself; one that was cut off gets an ellipsis. Empty lines are left
-    out.
+    A sample is its text and whether it ended with a stop token; else it gets an ellipsis. Empty lines are left out.
     """
     console = console or Console()
     console.rule()
@@ -58,7 +57,7 @@ def plot_curves(curves: Mapping[str, Curve], path: Path, *, logarithmic: Collect
         curves: Measurements by name of the run. Steps are counted from the beginning of the first run: a run that
             continues another starts with the other's last point.
         path: The file, in a format that matplotlib writes (.png, .svg, .pdf).
-        logarithmic: The measures that get a logarithmic axis, since their last gains would not show on a linear one.
+        logarithmic: The measures with a logarithmic axis, so that their last gains show.
 
     Raises GKDConfigError if matplotlib is missing.
     """

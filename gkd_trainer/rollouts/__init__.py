@@ -20,7 +20,7 @@ from gkd_trainer.rollouts.window import (
     WindowRollout,
     complete_greedily,
     generate_jobs,
-    has_prompts_alone,
+    has_bare_prompts,
     plan_window,
 )
 
@@ -40,7 +40,7 @@ __all__ = [
     "completed_future",
     "find_stop_ids",
     "generate_jobs",
-    "has_prompts_alone",
+    "has_bare_prompts",
     "lmbda_at",
     "plan_window",
     "refuse_encoder_decoder",

@@ -12,26 +12,26 @@ from gkd_trainer.types import Completion, Sampling
 
 
 class RolloutEngine(ABC):
-    """Turns prompts into completions of a model. It owns no data format and no loss."""
+    """Turns prompts into completions of a model. It knows no data format and no loss."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """Return one completion per prompt, in their order.
+        """Return one completion per prompt, in order.
 
         Args:
             prompts: Token ids, without padding.
             sampling: How tokens are drawn.
-            seeds: One per prompt. The randomness of a completion comes from its seed alone: neither the other
-                prompts of the call nor the global RNG change it, and the global RNG is left as it was.
+            seeds: One per prompt. A completion depends only on its own seed: neither the other prompts of the call nor
+                the global RNG change it, and the global RNG is left as it was.
         """
 
     @abstractmethod
     def sync(self, model: nn.Module) -> None:
-        """Make the next `generate` use the current weights of `model`; wrapped by PEFT, its adapters are active."""
+        """Make the next `generate` use the current weights of `model`, including active PEFT adapters."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the engine holds; it is not used afterwards."""
+        """Free the engine's resources; it is not used afterwards."""
 
     @final
     def greedy_sampling(self, max_new_tokens: int) -> Sampling:

@@ -1,4 +1,4 @@
-"""A block: the windows of one or several optimizer steps that are generated together, and wait to be trained on."""
+"""A block: the windows of one or several optimizer steps, generated together and waiting to be trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Completions = list[list[Completion]]
 
 @dataclass(frozen=True)
 class Block:
-    """Windows of consecutive optimizer steps, and their completions, which may still be generated in the background.
+    """Windows of consecutive optimizer steps, and their completions, which may still be being generated.
 
     `weights_step` is the optimizer step (from 0) whose weights generate them.
     """
@@ -29,22 +29,22 @@ class Block:
 
     @property
     def next_step(self) -> int:
-        """The first step behind the block."""
+        """The first step after the block."""
         return self.plans[-1].step + 1
 
     def holds(self, step: int) -> bool:
-        """Return whether the window of a step is in it."""
+        """Return whether the block holds the window of a step."""
         return self.plans[0].step <= step < self.next_step
 
     def window(self, step: int, pad_token_id: int) -> WindowRollout:
-        """Return the window of a step; waits for its completions, and raises what their generation raised."""
+        """Return the window of a step; waits for its completions, and raises if generating them failed."""
         index = step - self.plans[0].step
         return self.plans[index].rolled_out(
             self.student_completions.result()[index], self.teacher_completions[index], pad_token_id
         )
 
     def state(self, from_step: int) -> dict[str, Any]:
-        """Return what a checkpoint of that step has to keep: the completions, but not the data that they belong to."""
+        """Return the state for a checkpoint of `from_step`: the completions, without the data they belong to."""
         windows = zip(self.plans, self.student_completions.result(), self.teacher_completions, strict=True)
         return {
             "weights_step": self.weights_step,
@@ -62,7 +62,7 @@ class Block:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any], plans: list[WindowPlan]) -> Block | None:
-        """Return the block that `state` came from, or None where that had other prompts or counts than `plans`."""
+        """Return the block of a `state`, or None if it had other prompts or counts than `plans`."""
         windows = state["windows"]
         if [(plan.step, _digest(plan)) for plan in plans] != [(item["step"], item["prompts"]) for item in windows]:
             return None
@@ -78,7 +78,7 @@ class Block:
 
 
 def completed_future(completions: Completions) -> Future[Completions]:
-    """Return completions that are already generated as a Future."""
+    """Return existing completions as a Future."""
     future: Future[Completions] = Future()
     future.set_result(completions)
     return future
@@ -95,6 +95,6 @@ def _saved(completion: Completion) -> list[Any]:
 
 
 def _completion(saved: Sequence[Any]) -> Completion:
-    # A completion of which all tokens are trained on is saved without a third entry.
+    # Without a third entry, all tokens are trained on.
     token_ids, is_finished, is_trained = [*saved, None][:3]
     return Completion(token_ids, bool(is_finished), is_trained)

@@ -19,7 +19,7 @@ from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
 
 
 def find_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
-    """Return every id that ends a completion: those of the model's generation config, and the tokenizer's eos."""
+    """Return every id that ends a completion: the eos ids of the model's generation config, and the tokenizer's."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -28,17 +28,17 @@ def find_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = 
 
 
 def sampled_vocabulary_size(shared_size: int, vocabulary: Mapping[str, int] | None) -> int:
-    """Return the id from which on nothing is sampled.
+    """Return the number of token ids that may be sampled.
 
     Args:
-        shared_size: Over how many tokens student and teacher are compared, which may include padding rows.
-        vocabulary: The id of each token of the student's tokenizer; None where it is unknown.
+        shared_size: The number of tokens over which student and teacher are compared, which may include padding.
+        vocabulary: The id of each token of the student's tokenizer; None if unknown.
     """
     return shared_size if vocabulary is None else min(shared_size, max(vocabulary.values()) + 1)
 
 
 def refuse_encoder_decoder(student: nn.Module) -> None:
-    """Raise GKDConfigError for an encoder-decoder, whatever generates for it."""
+    """Raise GKDConfigError for an encoder-decoder, whatever the engine."""
     student = base_model(student)
     if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
         raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
@@ -57,23 +57,22 @@ def build_student_engine(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> RolloutEngine:
-    """Return the engine that the options ask for, which has no weights before its first `sync`.
+    """Return the engine that the options ask for; it has no weights before its first `sync`.
 
     Args:
         args: The options.
-        student: The student, in its PEFT model where it has one.
+        student: The student, or the PEFT model around it.
         stop_ids: A completion ends with the first of these tokens.
-        pad_token_id: Fills the prompts of a batch.
-        vocab_size: Nothing is sampled from this id on (see `sampled_vocabulary_size`).
-        rank: This process's.
-        is_sharded: Whether the student's weights are spread over ranks.
+        pad_token_id: Pads the prompts of a batch.
+        vocab_size: Number of token ids that may be sampled (see `sampled_vocabulary_size`).
+        rank: The rank of this process.
+        is_sharded: Whether the student's weights are sharded over ranks.
         fsdp_version: 1 or 2 under FSDP, else None.
-        dtype: What autocast rounds to in training, and so does an engine in this process; None for the student's.
+        dtype: Dtype of an engine in this process, to match autocast in training; None for the student's.
         trust_remote_code: Whether an engine in this process may run Python code that comes with the model.
 
     Raises:
-        GKDConfigError: The student can't generate, FSDP's version keeps vLLM from its weights, or the engine refuses
-            an option.
+        GKDConfigError: The student can't generate, FSDP 1 hides its weights from vLLM, or the engine refuses an option.
         GKDServerError: A server can't be reached.
     """
     if not args.use_vllm:
@@ -81,7 +80,7 @@ def build_student_engine(
         return HFRollouts(stop_ids, pad_token_id, vocab_size, args.rollout_batch_size, is_sharded)
     if fsdp_version == 1:
         raise GKDConfigError(
-            "use_vllm=True takes the weights one by one, which FSDP version 1 keeps in flat blocks: set fsdp_version: 2"
+            "use_vllm=True takes weights one by one, but FSDP 1 stores them flattened together: set fsdp_version: 2"
         )
     if args.vllm_mode == "server":
         assert args.vllm_server_base_url is not None  # the options are checked
@@ -106,24 +105,24 @@ def build_student_engine(
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         enable_sleep_mode=args.vllm_enable_sleep_mode,
-        # An adapter that is sharded would have to be gathered first, as the full weights are.
+        # A sharded adapter would have to be gathered first, which is only done for the full weights.
         weight_sync="full" if args.vllm_weight_sync == "auto" and is_sharded else args.vllm_weight_sync,
         trust_remote_code=trust_remote_code,
-        engine_kwargs=cast("dict[str, Any] | None", args.vllm_engine_kwargs),  # parsed, where it was JSON
+        engine_kwargs=cast("dict[str, Any] | None", args.vllm_engine_kwargs),  # JSON is parsed already
     )
 
 
 def build_teacher_engine(
     args: GKDArguments, teacher: nn.Module, *, stop_ids: Sequence[int], pad_token_id: int, vocab_size: int
 ) -> RolloutEngine:
-    """Return an engine that completes prompts by a local teacher, ready to generate.
+    """Return an engine that completes prompts with a local teacher, ready to generate.
 
     Args:
         args: The options.
         teacher: The teacher's model.
-        stop_ids: The student's, which end the teacher's completions as well as its own do.
-        pad_token_id: Fills the prompts of a batch.
-        vocab_size: Nothing is sampled from this id on.
+        stop_ids: The student's stop ids, which end the teacher's completions in addition to its own.
+        pad_token_id: Pads the prompts of a batch.
+        vocab_size: Number of token ids that may be sampled.
     """
     model = base_model(teacher)
     engine = HFRollouts([*stop_ids, *find_stop_ids(model)], pad_token_id, vocab_size, args.rollout_batch_size)
@@ -135,6 +134,6 @@ def _require_generate(args: GKDArguments, student: nn.Module) -> None:
     if args.generates_anywhere and not hasattr(student, "generate"):
         option = f"lmbda={args.lmbda}" if args.generates else "eval_on_policy=True"
         raise GKDConfigError(
-            f"{option} has the student generate, which {type(student).__name__} can't: "
+            f"{option} makes the student generate, but {type(student).__name__} can't: "
             "use a causal LM of transformers, pass rollouts, or switch generation off"
         )

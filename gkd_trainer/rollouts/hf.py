@@ -1,4 +1,4 @@
-"""Rollouts by `transformers.generate`, on the weights that are trained.
+"""Rollouts by `transformers.generate`, on the weights being trained.
 
 Shapes: B batch, L length, T new tokens, V vocabulary.
 """
@@ -47,7 +47,7 @@ _READ_THE_PROMPT = frozenset(
         "watermarking_config",
     }
 )
-"""Options of transformers whose logits processors take padding for part of the prompt, or count it."""
+"""Options of transformers whose logits processors take padding for part of the prompt."""
 
 
 class HFRollouts(RolloutEngine):
@@ -55,16 +55,15 @@ class HFRollouts(RolloutEngine):
 
     Args:
         stop_ids: A completion ends with the first of these tokens.
-        pad_token_id: Fills the prompts of a batch on their left; masked out.
-        vocab_size: Tokens from this id on are never sampled (those that pad the head); None allows all.
-        batch_size: Most prompts in one call of `generate`; None is no limit.
-        is_sharded: Whether the model's weights are spread over ranks, which then have to run the same number of
-            forwards: they make the same number of calls of transformers' `generate`, also where there are no prompts,
-            and `batch_size` has no effect.
+        pad_token_id: Pads the prompts of a batch on the left; masked out.
+        vocab_size: Ids of this value or above, which only pad the head, are never sampled; None allows all.
+        batch_size: Maximum number of prompts in one call of `generate`; None is no limit.
+        is_sharded: Whether the model's weights are sharded over ranks, which must then run the same number of forwards:
+            each calls transformers' `generate` equally often, even without prompts, and `batch_size` has no effect.
 
-    Prompts share a batch only where that changes nothing. Recurrent models may read its padding, or mix its rows: that
-    is tested once, on the logits of a few tokens generated alone, beside another row, and behind padding of two
-    contents. Differences are compared with the rounding of rows without padding.
+    Prompts share a batch only if that changes nothing. Recurrent models may read padding or mix the prompts of a batch.
+    This is tested once, on the logits of a few tokens generated alone, beside another prompt, and behind padding with
+    two different ids. The tolerance is the rounding between batches without padding.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class HFRollouts(RolloutEngine):
         self._probed: tuple[Any, Sharing] | None = None
 
     def sync(self, model: nn.Module) -> None:
-        """Generate with `model` from now on; its weights are shared, so that nothing is copied."""
+        """Generate with `model` from now on; its weights are shared, not copied."""
         self._model = base_model(model)
         self._wrapped = model if self._is_sharded and model is not self._model else None
 
@@ -96,7 +95,7 @@ class HFRollouts(RolloutEngine):
         completions: dict[int, Completion] = {}
         with _ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
             for indices in self._batches(prompts, sampling):
-                if not indices:  # other ranks generate, and need this one's forwards
+                if not indices:  # other ranks generate, and need this rank's forwards
                     self._generate_batch([[self._pad_token_id]], sampling, [0])
                     continue
                 batch = self._generate_batch(
@@ -106,16 +105,16 @@ class HFRollouts(RolloutEngine):
         return [completions[index] for index in range(len(prompts))]
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Drop the reference to the model."""
         self._model = self._wrapped = self._probed = None
 
     def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """Return which prompts go into each call of transformers' `generate`; none where this rank only takes part."""
+        """Return the prompts of each call of transformers' `generate`; none for a call that only other ranks need."""
 
         def length(index: int) -> int:
             return len(prompts[index])
 
-        # By length: a batch is as wide as its longest prompt.
+        # Sorted by length: a batch is as wide as its longest prompt.
         order = sorted(range(len(prompts)), key=length)
         size = self._batch_size or max(1, len(prompts))
         if not self._is_sharded and (size == 1 or len(prompts) < 2):
@@ -135,7 +134,7 @@ class HFRollouts(RolloutEngine):
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
     def _sharing(self) -> Sharing:
-        """Return which prompts may share a batch of the model; tested once."""
+        """Return which prompts may share a batch; tested once per model."""
         if self._probed is None or self._probed[0] is not self._model:
             sharing = find_sharing(self._model, self._pad_token_id, self._is_sharded)
             if self._is_sharded:
@@ -153,7 +152,7 @@ class HFRollouts(RolloutEngine):
             mask_BL[row, length - len(prompt) :] = 1
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            # Sampling is a logits processor of ours that leaves one token: generate's own draws from the global RNG.
+            # Our logits processor samples, and leaves one token: generate's own sampling uses the global RNG.
             do_sample=False,
             num_beams=1,
             use_cache=True,
@@ -208,7 +207,7 @@ class _VocabularyLimit(LogitsProcessor):
 
 
 class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """transformers' penalty, but blind to the padding, which would penalise the pad token in shorter rows alone."""
+    """transformers' penalty without the padding, which would penalise the pad token for shorter prompts only."""
 
     def __init__(self, penalty: float, prompt_mask_BL: Tensor) -> None:
         super().__init__(penalty)
@@ -222,13 +221,13 @@ class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
 
 
 class _SeededChoice(LogitsProcessor):
-    """Inverse transform sampling with one uniform per row and step, drawn beforehand from the row's seed."""
+    """Inverse transform sampling with one uniform per prompt and step, drawn in advance from the prompt's seed."""
 
     def __init__(self, seeds: list[int], max_new_tokens: int, prompt_mask_BL: Tensor) -> None:
         uniforms_BT = np.stack([np.random.Generator(np.random.Philox(seed)).random(max_new_tokens) for seed in seeds])
         # float64 has no kernel on MPS.
         self._device = torch.device("cpu") if prompt_mask_BL.device.type == "mps" else prompt_mask_BL.device
-        # Kept below 1 by more than the rounding of a product, so that the last token is not passed.
+        # Below 1 by more than a product's rounding, so that the choice never passes the last token.
         self._uniforms_BT = torch.from_numpy(uniforms_BT * (1 - 2.0**-32)).to(self._device)
         self._prompt_length = prompt_mask_BL.shape[1]
 
@@ -238,13 +237,13 @@ class _SeededChoice(LogitsProcessor):
         threshold_B1 = self._uniforms_BT[:, step : step + 1] * cumulative_BV[:, -1:]
         # The first token whose cumulative probability exceeds the threshold: never one of probability zero.
         chosen_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).to(scores.device)
-        # Past the end where the logits hold NaN: any token will do, the loss on it says what is wrong.
+        # Past the end if the logits hold NaN: any token will do, since the loss reports the error.
         chosen_B1 %= scores.shape[1]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
 
 
 def _forget_last_call(model: Any, batch_size: int) -> None:
-    """Clear the state that RecurrentGemma keeps in its layers, from which a prompt of one token would go on."""
+    """Clear the state that RecurrentGemma keeps in its layers; a prompt of one token would continue from it."""
     set_up = getattr(model, "_setup_cache", None)
     if set_up is not None:
         set_up(model.config, batch_size, model.device, model.get_input_embeddings().weight.dtype)
@@ -261,14 +260,14 @@ def _of_all_ranks(value: T) -> list[T]:
 
 @contextmanager
 def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Eval mode, no gradient checkpointing, and a neutral generation config; all as before on leaving."""
+    """Set eval mode, no gradient checkpointing, and a neutral generation config; restore all on exit."""
     in_training = [module for module in model.modules() if module.training]
     checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     generation_config = model.generation_config
     model.eval()
     for module in checkpointing:
         module.gradient_checkpointing = False
-    # generate fills every field that is not set from the model's own config: its penalties and top-k would leak in.
+    # generate takes every unset field from the model's own config: its penalties and top-k would leak in.
     model.generation_config = GenerationConfig()
     try:
         yield
@@ -282,7 +281,7 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _calling(wrapped: nn.Module | None, model: Any) -> Iterator[None]:
-    """Have calls of `model` begin at what it is wrapped in, if that is given: its hooks gather sharded weights."""
+    """Route calls of `model` through its wrapper, if any, whose hooks gather sharded weights."""
     if wrapped is None:
         yield
         return

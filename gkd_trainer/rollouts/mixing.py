@@ -1,9 +1,9 @@
 """Which samples of an optimizer step are on-policy, and how their completions enter the batches.
 
-Shapes: B batch, L length, P length of a prompt of its own.
+Shapes: B batch, L length, P length of a sample's own prompt.
 
-All draws come from a counter-based generator keyed by (seed, optimizer step, position in the global batch): every
-rank agrees, a resumed run draws what the unbroken one would have drawn, and the global RNG is not touched.
+All draws come from a counter-based generator keyed by (seed, optimizer step, position in the global batch): all ranks
+agree, a resumed run draws the same as an uninterrupted one, and the global RNG is not touched.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from gkd_trainer.types import (
 
 _CHOICE, _SAMPLING = 0, 1
 
-# Added by TRL's DataCollatorForChatML, per token; nothing here reads it.
+# Per token, added by TRL's DataCollatorForChatML; nothing here reads it.
 _LEFT_OUT = frozenset({"byte_offsets"})
 
-# Where samples that are joined in one row start and end.
+# The boundaries of samples that are joined in one row.
 _JOINING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
 
@@ -47,7 +47,7 @@ def lmbda_at(step: int, max_steps: int, lmbda: float, lmbda_end: float | None, s
 def is_on_policy(lmbda: float, granularity: str, seed: int, step: int, position: int) -> bool:
     """Return whether the sample at `position` of the step's global batch is on-policy: u < λ with u in [0, 1).
 
-    With granularity "batch" the whole step shares one draw (Agarwal et al. 2023, algorithm 1).
+    With granularity "batch", all samples of the step share one draw (Agarwal et al. 2023, algorithm 1).
     """
     generator = _generator(seed, _CHOICE, step, position if granularity == "sample" else 0)
     return bool(generator.random() < lmbda)
@@ -73,7 +73,7 @@ def rows_of(inputs: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> list[list[int]]:
-    """Return the prompt of each sample: its own (see PROMPT_IDS), or all before its last trained run, or none."""
+    """Return the prompt of each sample: its own (see PROMPT_IDS), else all tokens before its last trained run."""
     before_last_run = [ids[: prompt_length(labels)] for ids, labels in rows_of(inputs)]
     own_BP = inputs.get(PROMPT_IDS)
     if own_BP is None:
@@ -83,32 +83,32 @@ def prompts_of(inputs: Mapping[str, Any]) -> list[list[int]]:
 
 
 def require_text(prompt: Sequence[int], media_ids: Collection[int]) -> None:
-    """Raise GKDDataError where a prompt holds a token of `media_ids`, which stands for an image, a video or sound."""
+    """Raise GKDDataError if a prompt holds a token of `media_ids`, which stands for an image, a video or sound."""
     media = next((token_id for token_id in prompt if token_id in media_ids), None)
     if media is not None:
         raise GKDDataError(
-            f"a prompt to be completed holds token {media}, which stands for an image, a video or sound, and rollout "
-            "engines are given token ids alone: they would complete it blindly. Generate nothing for such rows "
+            f"a prompt to be completed holds token {media}, which stands for an image, a video or sound, but rollout "
+            "engines only get token ids: they would complete it without seeing it. Generate nothing for such rows "
             "(lmbda=0, seq_kd=False, eval_on_policy=False)"
         )
 
 
 def require_extendable(inputs: Mapping[str, Any]) -> None:
-    """Raise GKDDataError where a batch holds what may have one value per token, and no rule extends it by a completion.
+    """Raise GKDDataError if a batch holds values that may be per token but that no rule extends by a completion.
 
-    Only names and dimensions matter, so the first batch of a collator decides for all.
+    Only names and numbers of dimensions matter, so a collator's first batch decides for all.
     """
     shape = inputs["input_ids"].shape
     for name, value in inputs.items():
         if name in _JOINING:
-            raise _not_extendable(name, value, "tells the samples apart that are joined in one row")
+            raise _not_extendable(name, value, "marks samples that are joined in one row")
         if not isinstance(value, Tensor):
             continue
         if name in _EXTENDED:
             if value.shape != shape:
                 raise _not_extendable(name, value, f"does not have one value per token of input_ids {list(shape)}")
         elif may_be_per_token(name, value):
-            raise _not_extendable(name, value, "may have a value per token, and it isn't known how that goes on")
+            raise _not_extendable(name, value, "may have one value per token, with no known rule to extend it")
 
 
 def with_completions(
@@ -116,15 +116,15 @@ def with_completions(
     generated: Mapping[int, Generated],
     pad_token_id: int,
 ) -> dict[str, Any]:
-    """Return a batch in which some rows hold what was generated: a prompt, and its completion.
+    """Return a batch in which some samples are replaced by a prompt and its generated completion.
 
-    Only the completion is trained on, and of that what its `is_trained` says. Padded on the right; says under
-    IS_ON_POLICY which rows the student generated. The other rows keep their values per token; those of what was
-    generated are extended by the rule of their name. What has a value per sample or image goes along, but for
-    SIDE_TENSORS that a completed row loses.
+    Only the completion is trained on, or the part that its `is_trained` marks. The batch is padded on the right, and
+    its IS_ON_POLICY marks the samples that the student generated. Generated samples get values per token by the rule
+    of each name; other samples keep theirs. Values per sample or image are kept, except SIDE_TENSORS that a completed
+    sample loses.
 
     Raises:
-        GKDDataError: the batch holds what can't be extended.
+        GKDDataError: the batch holds values that can't be extended.
 
     """
     ids_BL: Tensor = inputs["input_ids"]
@@ -159,7 +159,7 @@ def with_completions(
 
 
 def _side_completed(name: str, value: Any, completed: list[int]) -> Any:
-    """Return what a batch in which the rows `completed` get completions holds under a name that is not per token."""
+    """Return a batch's value that is not per token, after the samples `completed` got completions."""
     side = SIDE_TENSORS.get(name)
     if side is None or side.survives_completion or not completed:
         return value
@@ -170,7 +170,7 @@ def _side_completed(name: str, value: Any, completed: list[int]) -> Any:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A prompt and its completion, which of its tokens are trained on, and whether the row begins with the prompt."""
+    """A prompt, its completion, which tokens of that are trained on, and whether the row begins with the prompt."""
 
     prompt: Tensor
     completion: Tensor
@@ -179,7 +179,7 @@ class _Sample:
 
     @classmethod
     def of(cls, row_ids: Tensor, generated: Generated) -> _Sample:
-        """Return what was generated for a row with these tokens."""
+        """Build the sample generated for a row with the tokens `row_ids`."""
         prompt, completion = (
             torch.tensor(list(ids), dtype=torch.long) for ids in (generated.prompt, generated.completion.token_ids)
         )
@@ -191,7 +191,7 @@ class _Sample:
         return len(self.prompt) + len(self.completion)
 
     def labels(self) -> Tensor:
-        """Return the token ids that are trained on, with IGNORE_INDEX for all others."""
+        """Return the ids of the tokens trained on, with IGNORE_INDEX for all others."""
         trained = self.completion.masked_fill(~self.is_trained, IGNORE_INDEX)
         return torch.cat([torch.full_like(self.prompt, IGNORE_INDEX), trained])
 
@@ -203,15 +203,15 @@ class _Sample:
 def _restarted(positions: Tensor, sample: _Sample) -> Tensor:
     if len(positions) and not torch.equal(positions, positions[0] + torch.arange(len(positions))):
         raise GKDDataError(
-            "position_ids of a sample to be completed must count up by one, so that they can go on in a completion; "
-            f"got {_shown(positions)}: give each sample a row of its own, or leave position_ids out of what the data "
-            "collator returns (the model makes them)"
+            "position_ids of a sample to be completed must count up by one, so that a completion can continue them; "
+            f"got {_shown(positions)}: give each sample its own row, or make the data collator return no position_ids "
+            "(the model makes them)"
         )
     return torch.arange(len(sample))
 
 
 def _token_types(types: Tensor, sample: _Sample) -> Tensor:
-    # The type of a row's last token: an answer's where the row has one, else that of the text which ends the prompt.
+    # The type of the row's last token: that of an answer if it has one, else that of the text at the prompt's end.
     last = int(types[-1]) if len(types) else 0
     return torch.cat([_of_prompt("token_type_ids", types, sample), torch.full_like(sample.completion, last)])
 
@@ -220,8 +220,8 @@ def _modalities(types: Tensor, sample: _Sample) -> Tensor:
     of_prompt = _of_prompt("mm_token_type_ids", types, sample)
     if types[len(of_prompt) :].any():
         raise GKDDataError(
-            "mm_token_type_ids mark an image or a video behind the prompt, in what a completion replaces, so that its "
-            "pixels would be left over: put it before the last assistant turn"
+            "mm_token_type_ids mark an image or a video behind the prompt, in the tokens that a completion replaces, "
+            "so its pixels would be left over: put it before the last assistant turn"
         )
     return torch.cat([of_prompt, torch.zeros_like(sample.completion)])  # text
 
@@ -232,8 +232,8 @@ def _of_prompt(name: str, values: Tensor, sample: _Sample) -> Tensor:
     if len(values) and bool((values == values[0]).all()):
         return values[:1].expand(len(sample.prompt))
     raise GKDDataError(
-        f"{name} of a sample to be completed belong to tokens that are not its prompt's; got {_shown(values)}: leave "
-        f"{name} or {PROMPT_IDS} out of what the data collator returns"
+        f"{name} of a sample to be completed belong to other tokens than its prompt's; got {_shown(values)}: make the "
+        f"data collator return no {name} or no {PROMPT_IDS}"
     )
 
 
@@ -247,7 +247,7 @@ _EXTENDED: dict[str, Callable[[Tensor, _Sample], Tensor]] = {
     "token_type_ids": _token_types,
     "mm_token_type_ids": _modalities,
 }
-"""What extends one value per token [B, L] by a completion, by name: all of PER_TOKEN except _LEFT_OUT."""
+"""The rules that extend values per token [B, L] by a completion, by name: all of PER_TOKEN except _LEFT_OUT."""
 
 
 def _between_padding(is_real_L: Tensor) -> slice:
@@ -258,8 +258,8 @@ def _between_padding(is_real_L: Tensor) -> slice:
 def _not_extendable(name: str, value: Any, why: str) -> GKDDataError:
     shape = f" {list(value.shape)}" if isinstance(value, Tensor) else ""
     return GKDDataError(
-        f"a sample can't be given a completion of another length: the data collator returned {name}{shape}, which "
-        f"{why}. Leave {name} out of what it returns, or generate nothing (lmbda=0, seq_kd=False, eval_on_policy=False)"
+        f"a sample can't get a completion of another length: the data collator returned {name}{shape}, which {why}. "
+        f"Make it return no {name}, or generate nothing (lmbda=0, seq_kd=False, eval_on_policy=False)"
     )
 
 
@@ -269,5 +269,5 @@ def _shown(values: Tensor) -> str:
 
 
 def _generator(seed: int, stream: int, step: int, position: int) -> np.random.Generator:
-    # The low words of the counter are left to the draws themselves.
+    # The counter's low words are left for the draws.
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, position, step]))

@@ -1,4 +1,4 @@
-"""Folders through which weights pass to an engine, removed however the process ends."""
+"""Folders for passing weights to an engine, removed however the process ends."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ logger = logging.getLogger(__name__)
 _PREFIX = "gkd-trainer-"
 
 _LOCK = ".lock"
-"""The file in a folder on which its owner holds a lock while it lives, and which names the owner's machine."""
+"""The file that a folder's living owner holds a lock on, and that names the owner's machine."""
 
 _REMOVER = 'read -r _; exec rm -rf -- "$1"'
-"""Waits for a line, or the end of its input, which comes with the end of the process that holds the pipe."""
+"""Waits for a line, or for the end of its input, when the process that holds the pipe ends."""
 
 
 class PrivateFolder:
     """A new folder with an unpredictable name that only this user can enter.
 
-    It is removed by `close`, with this object, and when this process ends, in whatever way: a small shell process waits
-    for that. No signal handler is involved, so that those of the user and of frameworks stay as they are. Where the
-    shell was killed too, as with a whole container, the next folder that is made beside it on this machine removes it.
+    It is removed by `close`, with this object, and when this process ends in any way: a small shell process waits for
+    that. There is no signal handler, so those of the user and of frameworks stay in place. If the shell was killed too,
+    as when a container is, the folder is removed when the next one is made in the same parent on this machine.
 
     Args:
-        parent: The folder to make it in; None for the system's folder of temporary files.
+        parent: The folder to make it in; None for the system's temporary folder.
     """
 
     def __init__(self, parent: str | None = None) -> None:
@@ -54,19 +54,18 @@ class PrivateFolder:
 
 
 def remove_dead(parent: Path) -> None:
-    """Remove the folders in `parent` whose owners have ended: this user's, made on this machine since it started.
+    """Remove this user's folders in `parent`, made on this machine since it booted, whose owners have ended.
 
-    A folder on a file system that several machines share says which made it, since not all such file systems show a
-    lock to other machines.
+    A folder names its machine, since not all file systems that machines share show a lock to other machines.
     """
     if fcntl is None:
         return
     for folder in parent.glob(f"{_PREFIX}*"):
-        # It may vanish meanwhile, or not be ours.
+        # The folder may vanish meanwhile, or not be ours.
         with contextlib.suppress(OSError), _dead(folder) as is_dead:
             if is_dead:
                 logger.info("Removing %s, whose owner has ended.", folder)
-                # The lock last, so that what a second failure leaves is found again.
+                # The lock last, so that the next call finds what is left after a failure here.
                 for path in folder.iterdir():
                     if path.name != _LOCK:
                         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -75,7 +74,7 @@ def remove_dead(parent: Path) -> None:
 
 @contextlib.contextmanager
 def _dead(folder: Path) -> Iterator[bool]:
-    """Yield whether nobody holds the lock of a folder of this user and machine, and hold it meanwhile."""
+    """Yield whether the owner of a folder of this user and machine has ended; hold the folder's lock meanwhile."""
     status = folder.lstat()
     machine = _machine()
     if machine is None or folder.is_symlink() or status.st_uid != os.geteuid():
@@ -97,7 +96,7 @@ def _locked(folder: Path) -> BinaryIO | None:
     machine = _machine()
     if fcntl is None or machine is None:
         return None
-    # Under another name until it is locked: without a lock, the folder would seem dead for a moment.
+    # Under another name until locked: otherwise the folder would seem dead for a moment.
     new = folder / f"{_LOCK}.new"
     lock = new.open("w+b")
     try:
@@ -114,7 +113,7 @@ def _locked(folder: Path) -> BinaryIO | None:
 
 
 def _machine() -> bytes | None:
-    """Return an id that all processes on this machine share, in containers too, until it restarts."""
+    """Return an id that all processes on this machine share, also in containers, until it reboots."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
@@ -124,7 +123,7 @@ def _machine() -> bytes | None:
 def _start_remover(folder: Path) -> subprocess.Popen[bytes] | None:
     if fcntl is None:
         return None
-    # Signals blocked here stay blocked in the new process: those that end all processes of a job must not end it.
+    # Signals blocked here stay blocked in the new process: a signal to all processes of a job must not end it.
     numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -137,19 +136,19 @@ def _start_remover(folder: Path) -> subprocess.Popen[bytes] | None:
             start_new_session=True,
         )
     except OSError as error:
-        logger.debug("Nothing waits to remove %s: %s", folder, error)
+        logger.debug("No process waits to remove %s: %s", folder, error)
         return None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _remove(folder: Path, lock: BinaryIO | None, remover: subprocess.Popen[bytes] | None, owner: int) -> None:
-    if os.getpid() != owner:  # a fork, which ends before its parent
+    if os.getpid() != owner:  # a fork, whose parent still uses the folder
         return
     shutil.rmtree(folder, ignore_errors=True)
     if lock is not None:
         lock.close()
     if remover is not None:
-        # A line: forks, such as a data loader's workers, may hold the pipe open for longer.
+        # A line, not only the end of input: forks, such as a data loader's workers, may hold the pipe open for longer.
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             remover.communicate(b"\n", timeout=10)

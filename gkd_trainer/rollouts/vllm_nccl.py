@@ -32,9 +32,9 @@ class NCCLSync(WeightSync):
     """All weights, broadcast from rank 0 into the memory of each server's GPUs.
 
     The servers need VLLM_SERVER_DEV_MODE=1 and `--weight-transfer-config '{"backend": "nccl"}'`, and GPUs that rank 0
-    can reach over NCCL. A server that was restarted in the middle of a window can't be given the weights of its start
-    again: that ends the run, with a checkpoint. (vLLM's transfer by CUDA IPC pickles memory handles into its requests;
-    it is not offered for that reason.)
+    can reach over NCCL. If a server restarts in the middle of a window, it can't get that window's weights again: the
+    run ends, with a checkpoint. (vLLM's transfer by CUDA IPC is not offered, since it pickles memory handles into its
+    requests.)
     """
 
     def __init__(self, servers: Sequence[VLLMServer]) -> None:
@@ -54,47 +54,47 @@ class NCCLSync(WeightSync):
     def _broadcast(self, server: VLLMServer, engine: Any, version: str) -> None:
         name_version(server, loading_version(version))
         if torch.cuda.is_available():
-            # vLLM reads the weights on streams of its own, which don't wait for the step that wrote them.
+            # vLLM reads the weights on its own streams, which don't wait for the step that wrote them.
             torch.cuda.synchronize()
         try:
             engine.send_weights()
         except GKDError:
             raise
-        except Exception as error:  # of vLLM, NCCL or CUDA
+        except Exception as error:  # from vLLM, NCCL or CUDA
             raise GKDServerError(
                 f"sending weights to the vLLM server at {server.base_url} over NCCL failed with "
-                f"{type(error).__name__}: {error}. Look at its log, and restart it; "
+                f"{type(error).__name__}: {error}. Look at the server's log, and restart it; "
                 "vllm_weight_sync='full' needs no NCCL"
             ) from error
         forget_cache(server)
         if not rename_version(server, loading_version(version), version):
             raise GKDServerError(
-                f"the vLLM server at {server.base_url} was restarted while it took weights, or somebody else sends it "
-                "some: start all servers again, and resume"
+                f"the vLLM server at {server.base_url} restarted while it loaded weights, or another run also sends "
+                "it weights: restart all servers, and resume"
             )
 
     def _gather(self, model: nn.Module) -> None:
         for _ in range(2 * len(self._servers)):  # the metadata, and the tensors
             gather_weights(model)
 
-    def _expect_news(self) -> None:
+    def _forget_version(self) -> None:
         self._version = None
 
     def close(self) -> None:
-        """Nothing: vLLM's transfer has no end of its own."""
+        """Do nothing: vLLM's transfer can't be closed."""
 
     def confirmed_version(self, server: VLLMServer) -> str | None:
-        """Return the number of the last broadcast, where the server holds its weights."""
+        """Return the number of the last broadcast if the server holds its weights, else None."""
         version = weight_version(server)
-        if self._version is None and version != "default" and not is_loading(version):  # this rank did not send them
+        if self._version is None and version != "default" and not is_loading(version):  # sent by another rank
             self._version = version
         return version if version == self._version else None
 
     def restore(self, server: VLLMServer) -> None:
-        """Raise: the weights of the last sync are no longer at hand."""
+        """Raise GKDServerError: the weights of the last sync are no longer available."""
         raise GKDServerError(
-            f"the vLLM server at {server.base_url} no longer holds the student's weights; it seems to have been "
-            "restarted. vllm_weight_sync='full' survives that, 'nccl' does not: start all servers again, and resume"
+            f"the vLLM server at {server.base_url} no longer holds the student's weights; it seems to have "
+            "restarted. vllm_weight_sync='full' survives that, 'nccl' does not: restart all servers, and resume"
         )
 
     def _connected(self, server: VLLMServer) -> Any:
@@ -108,8 +108,8 @@ class NCCLSync(WeightSync):
                 f"importing it failed with: {error}"
             ) from error
         if not torch.cuda.is_available():
-            raise GKDConfigError('vllm_weight_sync="nccl" sends from a CUDA device, and none is here: use "full"')
-        # vLLM would wait long for a server that refuses.
+            raise GKDConfigError('vllm_weight_sync="nccl" needs a CUDA device to send from; there is none: use "full"')
+        # vLLM would wait a long time for a server that refuses.
         if _transfer_backend(server) != "nccl":
             raise GKDConfigError(
                 f"the vLLM server at {server.base_url} takes no weights over NCCL: start it with "
@@ -130,7 +130,7 @@ def _transfer_backend(server: VLLMServer) -> str | None:
 
 
 class _Client:
-    """What vLLM's trainer side drives a server by: the four calls of its VLLMWeightSyncClient, through our client.
+    """The four calls of vLLM's VLLMWeightSyncClient, by which its trainer side drives a server, through our client.
 
     Each is sent once: a second /update_weights would wait for a second broadcast.
     """
@@ -152,7 +152,7 @@ class _Client:
 
 
 class _Source:
-    """The student's weights as vLLM's WeightSource: what it will send, and then the tensors, in the same order."""
+    """The student's weights as vLLM's WeightSource: the metadata, then the tensors, in the same order."""
 
     model: nn.Module
 

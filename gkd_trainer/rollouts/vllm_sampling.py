@@ -1,4 +1,4 @@
-"""The request of both vLLM engines: every sampling field, so that no default of a model or a server applies."""
+"""The request of both vLLM engines: it sets every sampling field, so no default of a model or server applies."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.types import Completion, Sampling
 
 _NEVER = -100.0
-"""The logit bias of tokens that may not be sampled: as low as vLLM takes it, e⁻¹⁰⁰ of a probability."""
+"""The logit bias of tokens that must not be sampled: vLLM's lowest, which scales their probability by e⁻¹⁰⁰."""
 
 
 def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: range) -> dict[str, Any]:
-    """Return the fields of vLLM's SamplingParams, which its completions endpoint takes under the same names.
+    """Return the fields of vLLM's SamplingParams; its completions endpoint takes them under the same names.
 
     Args:
         sampling: How tokens are drawn; `extra` holds further fields of SamplingParams.
         stop_ids: A completion ends with the first of these tokens, which it includes.
-        padding_ids: Rows of the head that are no tokens.
+        padding_ids: Ids that only pad the head.
     """
     fields: dict[str, Any] = {
         "n": 1,
@@ -32,7 +32,7 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: ra
         "frequency_penalty": 0.0,
         "min_tokens": 0,
         "stop_token_ids": list(stop_ids),
-        # Its own end of sequence would stop it too; all stop ids are listed above.
+        # vLLM's own end of sequence would also stop it; all stop ids are listed above.
         "ignore_eos": True,
         **sampling.extra,
     }
@@ -45,7 +45,7 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: ra
 def transformers_options(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields of vLLM's SamplingParams under their names in transformers.GenerationConfig.
 
-    Only `min_tokens` and `logit_bias` have one.
+    Only `min_tokens` and `logit_bias` have such a name.
     """
     options: dict[str, Any] = {}
     if extra.get("min_tokens"):
@@ -58,9 +58,9 @@ def transformers_options(extra: Mapping[str, Any]) -> dict[str, Any]:
 def parse_completion(
     token_ids: Sequence[int], finish_reason: str | None, sampling: Sampling, stop_ids: Sequence[int], vocab_size: int
 ) -> Completion:
-    """Return what vLLM generated as a Completion.
+    """Return vLLM's output as a Completion.
 
-    Raises ValueError where it is not one: too long or too short, cut off for another reason, or of unknown tokens.
+    Raises ValueError if it is too long or too short, cut off for another reason, or has unknown tokens.
     """
     ids = [int(token_id) for token_id in token_ids]
     is_finished = finish_reason == "stop"
@@ -76,11 +76,11 @@ def parse_completion(
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_length: int) -> None:
-    """Raise GKDConfigError where a prompt and its completion would not fit the engine."""
+    """Raise GKDConfigError if a prompt and its completion would not fit the engine."""
     longest = max(map(len, prompts), default=0)
     if longest + sampling.max_new_tokens > max_model_length:
         raise GKDConfigError(
-            f"the engine holds sequences of up to {max_model_length} tokens, but a prompt of {longest} and "
+            f"the engine takes at most {max_model_length} tokens, but a prompt of {longest} and "
             f"max_new_tokens={sampling.max_new_tokens} make {longest + sampling.max_new_tokens}: raise "
             "vllm_max_model_length (--max-model-len of a server), or lower max_length"
         )

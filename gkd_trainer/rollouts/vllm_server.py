@@ -1,4 +1,4 @@
-"""Rollouts by vLLM servers, which get the student's weights before they generate."""
+"""Rollouts by vLLM servers, which get the student's weights before generating."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ logger = logging.getLogger(__name__)
 class VLLMServerRollouts(RolloutEngine):
     """Completions by vLLM's OpenAI-compatible servers, which share the prompts.
 
-    Weights pass through a folder that both sides see, and are read by each server whole ("full", which needs
-    VLLM_SERVER_DEV_MODE=1 there) or as a LoRA adapter ("adapter", which needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
-    `--enable-lora`), or from GPU to GPU ("nccl": see rollouts/vllm_nccl.py). Each server says before and after it
-    generates which weights it holds: one that was restarted gets them again, and generates again what it was asked for.
+    Weights pass through a folder that both sides see, from which each server loads all of them ("full", needs
+    VLLM_SERVER_DEV_MODE=1 there) or a LoRA adapter ("adapter", needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
+    `--enable-lora`), or from GPU to GPU ("nccl": see rollouts/vllm_nccl.py). Before and after generating, each server
+    is asked for the version of its weights: one that restarted gets them again, and generates its completions again.
 
     Args:
-        base_url: Where the servers listen.
+        base_url: URLs of the servers.
         stop_ids: A completion ends with the first of these tokens.
-        vocab_size: Tokens from this id on are never sampled (padding rows of the head).
+        vocab_size: Ids of this value or above, which only pad the head, are never sampled.
         api_token: The key that they were started with, if any.
-        server_timeout: Seconds for which a server that can't be reached is tried again.
+        server_timeout: Seconds to keep trying to reach a server.
         request_timeout: Seconds within which a request must be answered.
         weight_sync: "full", "adapter" or "nccl"; "auto" is "full".
-        sync_dir: The folder that both sides see; None for one in memory where all servers are on this machine.
-        max_length: The longest prompt with its completion that is to come, in tokens; None is unknown.
-        rank: Which of several ranks this is. Each talks to the servers by itself; rank 0 hands out the weights.
+        sync_dir: The folder that both sides see; None for one in memory, if all servers are on this machine.
+        max_length: The longest prompt with its completion to expect, in tokens; None if unknown.
+        rank: The rank of this process. Each rank talks to the servers itself; rank 0 sends the weights.
 
     Raises:
-        GKDConfigError: An argument that has no meaning, or a server that was not started for this.
+        GKDConfigError: A meaningless argument, or a server that was not started for this.
         GKDServerError: A server that can't be reached.
     """
 
@@ -67,7 +67,7 @@ class VLLMServerRollouts(RolloutEngine):
         self._vocab_size = vocab_size
         self._rank = rank
         shown = [server.base_url for server in self._servers]
-        # Before the first contact, which may take long.
+        # Checked before the first contact, which may take long.
         folder = shared_folder(sync_dir, shown) if rank == 0 and weight_sync != "nccl" else None
         served = call_each(self._servers, self._servers, lambda server, _: server.get("/v1/models", _served_model))
         self._model_name = served[0][0]
@@ -89,7 +89,7 @@ class VLLMServerRollouts(RolloutEngine):
             self._sync = (AdapterSync if weight_sync == "adapter" else FullSync)(self._servers, folder)
 
     def sync(self, model: nn.Module) -> None:
-        """Hand the servers the student's current weights; all ranks have to call it."""
+        """Send the servers the student's current weights; all ranks must call it."""
         if self._rank == 0:
             self._sync.send(model)
         else:
@@ -100,7 +100,7 @@ class VLLMServerRollouts(RolloutEngine):
         check_lengths(prompts, sampling, self._max_model_length)
         if not prompts:
             return []
-        # Rows of the head beyond the tokens: the server does not say how many it has, and ignores what it lacks.
+        # Ids that pad the student's head: the server does not say how many it has, and ignores those it lacks.
         fields = sampling_fields(sampling, self._stop_ids, self._sync.padding_ids(self._vocab_size))
         fields |= {"return_token_ids": True, "add_special_tokens": False, "stream": False}
 
@@ -120,13 +120,13 @@ class VLLMServerRollouts(RolloutEngine):
             logger.warning("%s lost the student's weights; %s", lost, again)
         raise GKDServerError(
             f"the vLLM servers {lost} lost the student's weights {TRIES} times while they generated one window: they "
-            "restart, or somebody else sends them weights. Look at their logs"
+            "restarted, or another run also sends them weights. Look at their logs"
         )
 
     def _complete(
         self, bodies: Sequence[dict[str, Any]], parse: Callable[[object], Completion]
     ) -> tuple[list[Completion | None], str]:
-        """Return completions of the weights sent last, None for those of servers that lost them, and these' URLs."""
+        """Return completions by the current weights, None where a server lost them, and the URLs of such servers."""
         versions = {server: self._restored_version(server) for server in self._servers}
 
         def complete(server: VLLMServer, body: dict[str, Any]) -> tuple[VLLMServer, Completion | None]:
@@ -134,21 +134,21 @@ class VLLMServerRollouts(RolloutEngine):
             try:
                 return server, server.post("/v1/completions", body, parse)
             except RequestRefusedError:
-                # As by a server that lost the adapter, whose name it does not know.
+                # A server that lost the adapter does not know its name.
                 if self._sync.confirmed_version(server) != versions[server]:
                     return server, None
-                # Another rank may have given it back meanwhile: then it is not refused again.
+                # Another rank may have restored it meanwhile: then the request is accepted now.
                 return server, server.post("/v1/completions", body, parse)
 
         answers = call_each(self._servers, bodies, complete, first=self._rank)
-        # The same version as before proves that the server had the weights all the time, whatever connections failed.
+        # An unchanged version proves that the server had the weights all the time, even if connections failed.
         changed = {server for server in self._servers if self._sync.confirmed_version(server) != versions[server]}
         made = [None if server in changed else completion for server, completion in answers]
         lost = [server for server in self._servers if server in changed or (server, None) in answers]
         return made, ", ".join(server.base_url for server in lost)
 
     def close(self) -> None:
-        """Remove the folder of weights, and close the connections to the servers."""
+        """Remove the weights' folder, and close the connections to the servers."""
         self._sync.close()
         for server in self._servers:
             server.close()
@@ -161,7 +161,7 @@ class VLLMServerRollouts(RolloutEngine):
             self._sync.restore(server)
         raise GKDServerError(
             f"the vLLM server at {server.base_url} lost the student's weights {TRIES} times before it generated: it "
-            "restarts, or somebody else sends it weights. Look at its log"
+            "restarted, or another run also sends it weights. Look at its log"
         )
 
 

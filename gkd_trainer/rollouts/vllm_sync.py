@@ -1,9 +1,9 @@
-"""How vLLM servers get the student's weights, and how they prove that they still hold them.
+"""How vLLM servers get the student's weights, and prove that they still hold them.
 
-A server holds a version, a string that it is given and forgets when it restarts. While weights are handed to it that is
-"loading" with a random number; it gets its final name once it still answers that after all is loaded. So a server
-that restarted in between does not get the name, and the same name before and after some requests proves that the same
-weights answered all of them.
+A server holds a version: a string that we set and that it forgets when it restarts. While it loads weights, the version
+is "loading" with a random number. It becomes the final name if it is still unchanged after loading, so a server that
+restarted in between does not get the name. The same name before and after some requests proves that the same weights
+answered all of them.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from gkd_trainer.vllm_answers import Models, RPCResults, ServerInfo, Success, We
 from gkd_trainer.vllm_client import VLLMServer, call_each
 
 TRIES = 3
-"""How often, at most, work is done that was lost with a server's weights."""
+"""How often work is attempted, at most, if a server loses the weights."""
 
 FASTEST_RESTART = 3.0
-"""Seconds that a vLLM server needs at least to restart: one that answered twice within them is the same process."""
+"""Minimum seconds that a vLLM server needs to restart: if it answers twice within them, it has not restarted."""
 
 _ADAPTER = "gkd-student-"
-"""How the names of our adapters begin."""
+"""The prefix of our adapters' names."""
 
 _LOADING = "loading:"
-"""How the version of a server begins while weights are handed to it."""
+"""The prefix of a server's version while it loads weights."""
 
 
 class WeightSync(ABC):
-    """How servers get the student's weights, and how one proves that it still holds them."""
+    """A way to send servers the student's weights and to check that they still hold them."""
 
     model_name: str | None = None
-    """The name under which to ask for the student, if that is not the served model's."""
+    """The model name to request, if that is not the served model's."""
 
     def __init__(self, servers: Sequence[VLLMServer]) -> None:
         self._servers = servers
@@ -60,48 +60,48 @@ class WeightSync(ABC):
 
     @final
     def send(self, model: nn.Module) -> None:
-        """Hand out the weights, from the rank that does so."""
+        """Send the weights to all servers; for rank 0."""
         self._note_padded_size(model)
         self._send(model)
 
     @final
     def assist(self, model: nn.Module) -> None:
-        """Take part in `send` on the other ranks; the next `confirmed_version` learns what the servers hold."""
+        """Take part in `send` on the other ranks; the next `confirmed_version` asks the servers for the new version."""
         self._note_padded_size(model)
         self._gather(model)
-        self._expect_news()
+        self._forget_version()
 
     @abstractmethod
     def confirmed_version(self, server: VLLMServer) -> str | None:
-        """Return the version of a server that holds the weights that were sent last; None for one that does not.
+        """Return the version of a server that holds the current weights; None for one that does not.
 
-        It changes when the server loses the weights and is given them again.
+        It changes when the server loses the weights and gets them again.
         """
 
     @abstractmethod
     def restore(self, server: VLLMServer) -> None:
-        """Hand a server the weights that were sent last again."""
+        """Send a server the current weights again."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what was used to hand out weights."""
+        """Free the resources for sending weights."""
 
     @final
     def padding_ids(self, vocab_size: int) -> range:
-        """Return the rows of the head that are no tokens, once weights were sent."""
+        """Return the ids that only pad the head; known after the first `send` or `assist`."""
         return range(vocab_size, max(vocab_size, self._padded_size))
 
     @abstractmethod
     def _send(self, model: nn.Module) -> None:
-        """Hand out the weights."""
+        """Send the weights."""
 
     @abstractmethod
     def _gather(self, model: nn.Module) -> None:
-        """Take part in gathering what `_send` sends, where the weights are sharded over ranks."""
+        """Take part in gathering the weights for `_send`, if they are sharded over ranks."""
 
     @abstractmethod
-    def _expect_news(self) -> None:
-        """Forget which weights the servers hold: another rank gave them others."""
+    def _forget_version(self) -> None:
+        """Forget the servers' version: another rank sent new weights."""
 
     @final
     def _note_padded_size(self, model: nn.Module) -> None:
@@ -110,7 +110,7 @@ class WeightSync(ABC):
 
 
 class FolderSync(WeightSync):
-    """Through a folder that both sides see, under a name that is new each time: what a server holds is that name."""
+    """Weights pass through a folder that both sides see; each state has a new folder name, which is its version."""
 
     def __init__(self, servers: Sequence[VLLMServer], folder: PrivateFolder | None) -> None:
         super().__init__(servers)
@@ -135,7 +135,7 @@ class FolderSync(WeightSync):
                 shutil.rmtree(previous, ignore_errors=True)
 
     @final
-    def _expect_news(self) -> None:
+    def _forget_version(self) -> None:
         self._current = None
 
     @final
@@ -146,7 +146,7 @@ class FolderSync(WeightSync):
 
 
 class FullSync(FolderSync):
-    """All weights, which a server loads in place of its own."""
+    """Sends all weights, which replace a server's own."""
 
     def __init__(self, servers: Sequence[VLLMServer], folder: PrivateFolder | None) -> None:
         super().__init__(servers, folder)
@@ -157,7 +157,7 @@ class FullSync(FolderSync):
             except GKDServerError as error:
                 raise GKDConfigError(
                     f"the vLLM server at {server.base_url} takes no weights: start it with the environment variable "
-                    f"VLLM_SERVER_DEV_MODE=1 (on a CPU also VLLM_CPU_KVCACHE_SPACE=1, the GiB of its KV cache), on an "
+                    f"VLLM_SERVER_DEV_MODE=1 (on a CPU also VLLM_CPU_KVCACHE_SPACE=1, its KV cache in GiB), on an "
                     f"address that only you can reach ({error})"
                 ) from error
 
@@ -170,9 +170,9 @@ class FullSync(FolderSync):
         gather_weights(model)
 
     def confirmed_version(self, server: VLLMServer) -> str | None:
-        """Return the folder that the server loaded last, and the number of that load."""
+        """Return the folder that the server loaded last, and the number of that load; None if it is not current."""
         version = weight_version(server)
-        if self._current is None:  # this rank did not send them
+        if self._current is None:  # sent by another rank
             self._current = next(filter(None, (_folder_of(version) for version in self._versions(version))), None)
         return version if self._is_current(version) else None
 
@@ -185,22 +185,22 @@ class FullSync(FolderSync):
             yield weight_version(server)
 
     def restore(self, server: VLLMServer) -> None:
-        """Have a server load the folder; another rank may do so at the same time."""
+        """Make a server load the folder; another rank may do so at the same time."""
         if self._current is None:
             raise GKDServerError(f"the vLLM server at {server.base_url} has no weights of the student: call sync first")
         for _ in range(TRIES):
-            if self._hand_over(server, self._current):
+            if self._load(server, self._current):
                 return
         raise GKDServerError(
-            f"the vLLM server at {server.base_url} lost the student's weights {TRIES} times while it took them: it "
-            "restarts, or somebody else sends it weights. Look at its log"
+            f"the vLLM server at {server.base_url} lost the student's weights {TRIES} times while it loaded them: it "
+            "restarted, or another run also sends it weights. Look at its log"
         )
 
-    def _hand_over(self, server: VLLMServer, folder: Path) -> bool:
+    def _load(self, server: VLLMServer, folder: Path) -> bool:
         loading = weight_version(server)
         if self._is_current(loading):  # another rank was faster
             return True
-        # What another rank called it stays: each would else wait for a name that the other took away.
+        # Keep the name that another rank gave it: otherwise each would wait for a name that the other replaced.
         if not (is_loading(loading) and _folder_of(loading) == folder):
             loading = loading_version(f"{folder}#{secrets.token_hex(8)}")
             name_version(server, loading)
@@ -209,7 +209,7 @@ class FullSync(FolderSync):
         try:
             forget_cache(server)
         except GKDServerError:
-            # Another rank, which was faster, may generate already.
+            # Another rank was faster and may already be generating.
             if self.confirmed_version(server) is None:
                 raise
         if self.confirmed_version(server) is not None:
@@ -227,27 +227,27 @@ class FullSync(FolderSync):
         ties = student.config.get_text_config().tie_word_embeddings and not is_untied
         if ties and (is_on_cpu or not has_tied_head(model)):
             reason = (
-                "vLLM's CPU backend keeps a packed copy of a tied head, which new embeddings do not reach"
+                "vLLM's CPU backend keeps a packed copy of a tied head, which new embeddings do not update"
                 if is_on_cpu
-                else "the adapter changes the embeddings or the head alone"
+                else "the adapter changes only the embeddings or only the head"
             )
             raise GKDConfigError(
                 f"the vLLM server at {server.base_url} ties the head to the embeddings, but {reason}: start it with "
                 "--hf-overrides '{\"tie_word_embeddings\": false}' (on a CPU also with VLLM_CPU_KVCACHE_SPACE=1, "
-                "the GiB of its KV cache)"
+                "its KV cache in GiB)"
             )
         self._checked.add(server.base_url)
 
 
 class AdapterSync(FolderSync):
-    """A LoRA adapter alone, which a server loads beside the base model that it was started with."""
+    """Sends only a LoRA adapter, which a server loads beside its base model."""
 
     def _gather(self, model: nn.Module) -> None:
-        """Nothing: an adapter that is sharded is refused."""
+        """Do nothing: a sharded adapter is refused."""
 
     def _write(self, model: nn.Module, folder: Path) -> None:
         if is_sharded(model):
-            raise GKDConfigError("vllm_weight_sync='adapter' can't gather an adapter that is sharded: use 'full'")
+            raise GKDConfigError("vllm_weight_sync='adapter' can't gather a sharded adapter: use 'full'")
         if not is_plain_lora(model):
             raise GKDConfigError(
                 "vllm_weight_sync='adapter' needs a student with one plain LoRA adapter on its linear layers (no DoRA, "
@@ -256,9 +256,9 @@ class AdapterSync(FolderSync):
         write_adapter(model, folder)
 
     def confirmed_version(self, server: VLLMServer) -> str | None:
-        """Return the adapter's name: what is asked for under it is never answered by other weights."""
+        """Return the adapter's name, which no other weights ever have; None if the server does not hold it."""
         names = {model.id: model.root for model in server.get("/v1/models", Models.parse).data}
-        if self._current is None:  # this rank did not send it
+        if self._current is None:  # sent by another rank
             ours = sorted(name for name, root in names.items() if name.startswith(_ADAPTER) and root)
             if not ours:
                 return None
@@ -270,22 +270,22 @@ class AdapterSync(FolderSync):
         return name
 
     def restore(self, server: VLLMServer) -> None:
-        """Have a server load the adapter, and let go of older ones."""
+        """Make a server load the adapter, and unload older ones."""
         if self._current is None:
             raise GKDServerError(f"the vLLM server at {server.base_url} has no adapter of the student: call sync first")
         name = self._name_of(self._current)
-        # In place: asking again after an answer that was lost is no mistake.
+        # In place, so that a request may be repeated if its answer was lost.
         load = {"lora_name": name, "lora_path": str(self._current), "load_inplace": True}
         for old in [model.id for model in server.get("/v1/models", Models.parse).data]:
             if old.startswith(_ADAPTER) and old != name:
-                with contextlib.suppress(GKDServerError):  # it is gone already
+                with contextlib.suppress(GKDServerError):  # already unloaded
                     server.post_unread("/v1/unload_lora_adapter", {"lora_name": old})
         try:
             server.post_unread("/v1/load_lora_adapter", load)
         except GKDServerError as error:
             raise GKDServerError(
-                f"{error}. An adapter is taken by a server that was started with --enable-lora and the environment "
-                "variable VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and that sees its folder"
+                f"{error}. Start the server with --enable-lora and the environment variable "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a machine that sees the adapter's folder"
             ) from error
         self.model_name = name
 
@@ -295,52 +295,52 @@ class AdapterSync(FolderSync):
 
 
 def gather_weights(model: nn.Module) -> None:
-    """Take part in gathering weights that are sharded, for the rank that sends them."""
+    """Take part in gathering sharded weights, for the rank that sends them."""
     if is_sharded(model):
         for _ in checkpoint_weights(model):
             pass
 
 
 def weight_version(server: VLLMServer) -> str:
-    """Return what a server says its weights are; "default" after its start."""
+    """Return a server's version of its weights; "default" after it starts."""
     return server.get("/weight_info", WeightInfo.parse).weight_version
 
 
 def name_version(server: VLLMServer, version: str) -> None:
-    """Have a server call its weights by this name."""
+    """Set a server's version of its weights."""
     server.post("/update_weight_version", {"new_version": version}, _require_success)
 
 
 def rename_version(server: VLLMServer, old: str, new: str) -> bool:
-    """Give a server's weights a new name where they have the old one and still do; return whether that is so."""
+    """Change a server's version from `old` to `new` if it has not restarted since it got `old`; return whether so."""
     asked = time.monotonic()
     if weight_version(server) != old:
         return False
     name_version(server, new)
     if time.monotonic() - asked < FASTEST_RESTART:
         return True
-    # It may have restarted between the two answers: nobody must trust the name.
+    # It may have restarted between the two answers: take the name back.
     name_version(server, old)
     return False
 
 
 def forget_cache(server: VLLMServer) -> None:
-    """Have a server forget what it computed with older weights."""
+    """Make a server drop its prefix cache of older weights."""
     server.post("/reset_prefix_cache", {}, _require_success)
 
 
 def _require_success(answer: Any) -> None:
     if answer is not None and not Success.parse(answer).success:
-        raise ValueError("it did not succeed: requests of somebody else are under way")
+        raise ValueError("it did not succeed, since other requests are running")
 
 
 def loading_version(version: str) -> str:
-    """Return what to call a server's weights before they get a final name."""
+    """Return the version of a server's weights while they are being loaded."""
     return _LOADING + version
 
 
 def is_loading(version: str) -> bool:
-    """Return whether weights are being handed to a server that calls its weights so."""
+    """Return whether a server with this version is loading weights."""
     return version.startswith(_LOADING)
 
 
@@ -350,21 +350,21 @@ def _folder_of(version: str) -> Path | None:
 
 
 def shared_folder(sync_dir: str | None, urls: Sequence[str]) -> PrivateFolder:
-    """Return a new folder that this process and the servers see."""
+    """Return a new folder that this process and the servers can see."""
     parent = sync_dir
     if parent is None:
         far = [url for url in urls if not _is_on_this_machine(url)]
         if far:
             raise GKDConfigError(
-                f"{', '.join(far)} may be on another machine, which does not see this one's memory: set vllm_sync_dir "
-                "to a folder that both see, such as one on a network file system"
+                f"{', '.join(far)} may be on another machine, which can't see this machine's /dev/shm: set "
+                "vllm_sync_dir to a folder that both can see, such as one on a network file system"
             )
         parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
         return PrivateFolder(parent)
     except OSError as error:
         raise GKDConfigError(
-            f"vllm_sync_dir must be a folder to write to, which the servers see too; got {sync_dir!r}: {error}"
+            f"vllm_sync_dir must be a writable folder that the servers can see too; got {sync_dir!r}: {error}"
         ) from error
 
 

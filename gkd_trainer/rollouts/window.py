@@ -1,4 +1,4 @@
-"""The rollouts of windows: all micro-batches of an optimizer step on one rank, of one step or several in one call."""
+"""The rollouts of windows. A window is all micro-batches of an optimizer step on one rank; one call may do several."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from gkd_trainer.rollouts import mixing
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.types import IGNORE_INDEX, Completion, Generated, Sampling
 
-# Where the positions start of rows beyond the batch size; each micro-batch of each rank has as many as fit in 32 bits.
+# The first position of samples beyond the batch size; each micro-batch of each rank has 32 bits for them.
 _BEYOND_BATCH = 1 << 62
 _BEYOND_BITS = 32
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What decides which samples of an optimizer step are on-policy, and with which seeds they are completed.
+    """The draw of the on-policy samples of an optimizer step, and of the seeds of their completions.
 
     `lmbda` is the share λ at this step, `granularity` "sample" or "batch"; (`seed`, `step`, position) key the
-    generator. `batch_size` is how many samples a micro-batch of a rank is configured to have.
+    generator. `batch_size` is the configured number of samples of a rank's micro-batch.
     """
 
     lmbda: float
@@ -32,11 +32,11 @@ class Draw:
     batch_size: int
 
     def position(self, micro_batch: int, row: int) -> int:
-        """Return the place of a sample in the step, which no other sample of any rank has.
+        """Return a sample's position in the step, unique over all ranks.
 
-        That is its place in the global batch, (micro-batch · world_size + rank) · batch_size + row, the same on any
-        layout. Rows beyond `batch_size`, which a user's data loader or a balancing sampler may give, have places of
-        their own behind all of those.
+        That is its place in the global batch, (micro-batch · world_size + rank) · batch_size + row, the same for any
+        layout of ranks. Samples beyond `batch_size`, from a user's data loader or a balancing sampler, have unique
+        positions behind all of these.
         """
         batch = micro_batch * self.world_size + self.rank
         if row < self.batch_size:
@@ -64,9 +64,9 @@ class Job:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """A window before its rollouts: its batches, and what each model completes in them.
+    """A window before its rollouts: its batches, and the completions that each model must generate.
 
-    `without_prompt` samples should be generated but have no prompt; they stay as the data has them.
+    `without_prompt` samples should be generated but have no prompt; they stay as in the data.
     """
 
     step: int
@@ -96,7 +96,7 @@ class WindowPlan:
 
 @dataclass(frozen=True)
 class WindowRollout:
-    """A window after its rollouts: the batches to train on, what was generated, and the counts of its plan."""
+    """A window after its rollouts: the batches to train on, the generated samples, and the counts of its plan."""
 
     batches: list[dict[str, Any]]
     generated: list[Generated]
@@ -112,16 +112,16 @@ class WindowRollout:
 def plan_window(
     batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_generates: bool, media_ids: Collection[int] = ()
 ) -> WindowPlan:
-    """Return what is to be generated in a window.
+    """Return the plan of a window: which completions to generate.
 
     Args:
         batches: Collated batches with `input_ids` and `labels` [B, L].
         draw: Which samples are on-policy, and their seeds.
-        teacher_generates: Whether the teacher completes all others (`seq_kd`), or they stay as the data has them.
-        media_ids: Tokens that stand for an image, a video or sound, which no engine is given.
+        teacher_generates: Whether the teacher completes all others (`seq_kd`), or they stay as in the data.
+        media_ids: Tokens that stand for an image, a video or sound, which no engine gets.
 
     Raises:
-        GKDDataError: a batch holds what can't be extended by completions, whether or not any of its samples gets one,
+        GKDDataError: a batch holds values that completions can't extend, whether or not any of its samples gets one,
             or a prompt to be completed holds one of `media_ids`.
 
     """
@@ -148,15 +148,15 @@ def generate_jobs(
 ) -> list[list[Completion]]:
     """Return the completions of several windows' jobs, generated in one call.
 
-    The engine is called even without a job: where the weights are sharded, it generates on all ranks or on none.
+    The engine is called even without jobs: with sharded weights, all ranks must generate together.
     """
     jobs = [job for window in windows for job in window]
     completions = iter(engine.generate([job.prompt for job in jobs], sampling, [job.seed for job in jobs]))
     return [[next(completions) for _ in window] for window in windows]
 
 
-def has_prompts_alone(inputs: Mapping[str, Any]) -> bool:
-    """Return whether any row of a batch has nothing to be scored on."""
+def has_bare_prompts(inputs: Mapping[str, Any]) -> bool:
+    """Return whether any sample of a batch has no completion to score."""
     return bool((inputs["labels"] == IGNORE_INDEX).all(dim=1).any())
 
 
@@ -168,16 +168,14 @@ def complete_greedily(
     only_prompts: bool,
     media_ids: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Return a batch whose rows hold the engine's greedy completion of their prompt.
+    """Return a batch whose samples hold the engine's greedy completions of their prompts.
 
-    With `only_prompts` only rows without a completion get one; else all rows do, and rows without a prompt are not
+    With `only_prompts`, only samples without a completion get one; else all do, and samples without a prompt are not
     scored.
     """
     prompts = mixing.prompts_of(inputs)
-    is_prompt_alone = (inputs["labels"] == IGNORE_INDEX).all(dim=1).tolist()
-    chosen = {
-        row: prompt for row, prompt in enumerate(prompts) if prompt and (not only_prompts or is_prompt_alone[row])
-    }
+    is_bare_prompt = (inputs["labels"] == IGNORE_INDEX).all(dim=1).tolist()
+    chosen = {row: prompt for row, prompt in enumerate(prompts) if prompt and (not only_prompts or is_bare_prompt[row])}
     for prompt in chosen.values():
         mixing.require_text(prompt, media_ids)
     completions = engine.generate(list(chosen.values()), engine.greedy_sampling(max_new_tokens), [0] * len(chosen))

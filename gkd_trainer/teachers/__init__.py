@@ -1,4 +1,4 @@
-"""Teachers: what a frozen model says of the tokens trained on."""
+"""Teachers: a frozen model's predictions for the tokens trained on."""
 
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.build import build_teacher

@@ -17,40 +17,40 @@ class Teacher(ABC):
 
     @abstractmethod
     def score(self, batch: TokenBatch) -> Signal:
-        """Return the predictions for the positions where the batch is scored, in its order, without gradients."""
+        """Return the predictions at the batch's scored positions, in order, without gradients."""
 
     @property
     @abstractmethod
     def vocab_size(self) -> int | None:
-        """How many tokens the teacher predicts over, padding rows included; None where it is unknown."""
+        """How many tokens the teacher predicts over, including those that pad its head; None if unknown."""
 
     @property
     @abstractmethod
     def top_k(self) -> int | None:
-        """How many tokens of each distribution it gives, at temperature 1; None for whole distributions."""
+        """How many tokens of each distribution it gives, at temperature 1; None for full distributions."""
 
     @property
     @abstractmethod
     def vocabulary(self) -> Mapping[str, int] | None:
-        """The id of each token of the teacher's tokenizer; None where its tokenizer is not known."""
+        """The id of each token of the teacher's tokenizer; None if its tokenizer is unknown."""
 
     @property
     @abstractmethod
     def model(self) -> PreTrainedModel | None:
-        """The teacher's model if it lives in this process, else None."""
+        """The teacher's model if it is in this process, else None; `seq_kd` generates with it."""
 
     @property
     @abstractmethod
     def is_local(self) -> bool:
-        """Whether it computes in this process; one elsewhere may fail for one rank alone."""
+        """Whether it computes in this process; a remote teacher may fail for only one rank."""
 
     @property
     @abstractmethod
     def can_generate(self) -> bool:
-        """Whether its `model` can complete prompts, as `seq_kd` needs, by transformers' `generate`."""
+        """Whether its `model` can complete prompts with transformers' `generate`, as `seq_kd` needs."""
 
     shares_weights: ClassVar[bool] = False
-    """Whether its weights are the student's own, so that freezing them would freeze the student."""
+    """Whether it uses the student's own weights, so that freezing them would freeze the student."""
 
     @abstractmethod
     def prepare(
@@ -59,11 +59,11 @@ class Teacher(ABC):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Make ready to score batches that lie on `device`; called once, before training.
+        """Get ready to score batches on `device`; called once, before training.
 
         Args:
-            device: Where the batches lie.
-            tokenizer: The student's: a teacher that can't be asked for its own is checked against it.
-            max_length: The longest sequence to come, in tokens, which a teacher with a shorter limit refuses here; None
-                where it is unknown.
+            device: The device of the batches.
+            tokenizer: The student's, to check a teacher whose tokenizer is not in this process.
+            max_length: The longest sequence to expect, in tokens; a teacher with a shorter limit must refuse it here.
+                None if unknown.
         """

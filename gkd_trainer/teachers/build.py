@@ -28,11 +28,11 @@ def build_teacher(
     teacher_model: TeacherModel | None = None,
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """Return the one teacher that was given.
+    """Return the teacher that the arguments give.
 
     Args:
         args: The options, which may name a model or servers.
-        teacher: A teacher, which is returned as it is.
+        teacher: A teacher, returned unchanged.
         teacher_model: A model, or its name or path.
         trust_remote_code: Whether Python code that comes with a model or its tokenizer may run.
 
@@ -43,23 +43,23 @@ def build_teacher(
     _require_one(teacher, teacher_model, name, urls)
     source = teacher_model if teacher_model is not None else name
     if teacher is None and isinstance(source, str | os.PathLike):
-        init_kwargs = cast("dict[str, Any] | None", args.teacher_model_init_kwargs)  # parsed, where it was JSON
+        init_kwargs = cast("dict[str, Any] | None", args.teacher_model_init_kwargs)  # JSON is parsed already
         options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
         return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
     if args.teacher_model_init_kwargs is not None:
         raise GKDTeacherError(
-            "teacher_model_init_kwargs load a teacher by name, but the teacher given is loaded already: drop them, or "
-            "pass the teacher's name"
+            "teacher_model_init_kwargs is for loading a teacher by name, but the given one is already loaded: leave it "
+            "out, or pass the teacher's name"
         )
     if teacher is not None:
         if top_k is not None:
             raise GKDTeacherError(
-                "teacher_top_k is set for a teacher that is given as an object: pass it top_k instead"
+                "teacher_top_k has no effect on a teacher passed as an object: pass top_k to that teacher instead"
             )
         return teacher
     if teacher_model is not None and not isinstance(teacher_model, str | os.PathLike):
         return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
-    assert urls is not None  # the one that is left
+    assert urls is not None  # the only case left
     own_default: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     return VLLMServerTeacher(
         urls,
@@ -86,8 +86,7 @@ def _require_one(
     given = teacher_model if teacher_model is not None else teacher
     if given is not None and name is not None and not _is_named(given, name):
         raise GKDTeacherError(
-            f"got a teacher and args.teacher_model_name_or_path={name!r}, which the teacher was not loaded from: keep "
-            "the one that is to teach"
+            f"got a teacher that was not loaded from args.teacher_model_name_or_path={name!r}: keep only one of them"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is said of a teacher in the model card of its student."""
+"""The description of a teacher for its student's model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 
 @dataclass(frozen=True)
 class TeacherDescription:
-    """A teacher's name or folder, where its servers listen, if any, and how many top tokens it gives (None: all)."""
+    """A teacher's name or folder, the URLs of its servers, if any, and how many top tokens it gives (None: all)."""
 
     name: str
     base_urls: Sequence[str]
@@ -22,7 +22,7 @@ class TeacherDescription:
 
 @singledispatch
 def describe(teacher: Teacher) -> TeacherDescription:
-    """Return what is known of a teacher: register a function for a class that knows more than its model's name."""
+    """Return a teacher's description; register a function for a class that has more than its model's name."""
     return TeacherDescription(name_of(teacher.model) or type(teacher.model or teacher).__name__, (), teacher.top_k)
 
 

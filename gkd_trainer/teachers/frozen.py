@@ -35,28 +35,28 @@ from gkd_trainer.types import LogitsSignal, Signal, StudentSignal, TokenBatch, T
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_ELEMENTS = 2**24
-"""Size of the logits that the top tokens are taken from at once: 64 MiB in float32."""
+_CHUNK_ELEMENTS = 2**24
+"""Number of logits to take top tokens from at once: 64 MiB in float32."""
 
 
 class FrozenTeacher(Teacher):
     """A causal LM in eval mode, without gradients, of any dtype, quantised or not.
 
-    It answers with final hidden states and its head, so that its logits come to exist only for the tokens
-    trained on; where the head can't be taken apart safely, with logits, which it says once in the log.
+    It returns final hidden states and its head, so that logits are computed only for the tokens trained on; if the head
+    can't be split off safely, it returns logits, and logs that once.
 
     Args:
-        model: The teacher: a causal LM of transformers, or one in a PEFT model, whose active adapter then takes part.
-            Its parameters stop requiring gradients. One from `torch.compile` runs uncompiled.
-        tokenizer: Its tokenizer; by default the one in the place that the model was loaded from, if any.
+        model: The teacher: a causal LM of transformers, or a PEFT model around one, with its active adapter. Its
+            parameters stop requiring gradients. A model from `torch.compile` runs uncompiled.
+        tokenizer: Its tokenizer; by default the one stored with the model, if any.
         trust_remote_code: Whether that tokenizer may run Python code that comes with it.
-        top_k: Answer with this many top tokens of each position and their log-probs over all rows of the head, as
-            a remote teacher would. What the student's vocabulary lacks of these then counts as the teacher's mass
-            elsewhere (see `TopKSignal.sliced`), while whole distributions are normalised without it. None answers
-            with whole distributions.
+        top_k: Return this many top tokens per position, with their log-probs over the teacher's whole vocabulary, as a
+            remote teacher would. The mass of those that the student's vocabulary lacks then counts as outside the top
+            tokens (see `TopKSignal.sliced`), whereas full distributions are normalised without it. None returns full
+            distributions.
 
     Raises:
-        GKDTeacherError: `model` is no such model, or `top_k` is not in [1, vocab_size].
+        GKDTeacherError: `model` is not such a model, or `top_k` is not in [1, vocab_size].
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class FrozenTeacher(Teacher):
         self._model: Any = model.eval().requires_grad_(False)
         parameters = inspect.signature(model.forward).parameters.values()
         takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        # One forward of whole sequences has no use for keys and values, nor the teacher for a balanced router.
+        # A single forward needs no cache, and a teacher no router loss.
         self._forward_kwargs = {**({"use_cache": False} if takes_cache else {}), **without_router_logits(model)}
         self._tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
         if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise GKDTeacherError(
-                f"top_k must be in [1, {self.vocab_size}], the rows of the teacher's head; got {top_k}: for whole "
+                f"top_k must be in [1, {self.vocab_size}], the size of the teacher's head; got {top_k}: for full "
                 "distributions leave it None"
             )
         self._top_k = top_k
@@ -92,11 +92,11 @@ class FrozenTeacher(Teacher):
     ) -> FrozenTeacher:
         """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained.
 
-        Raises GKDTeacherError where that fails.
+        Raises GKDTeacherError if that fails.
         """
         name_or_path = os.fspath(name_or_path)
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
-        with _whole_on_every_rank():
+        with _loading_unsharded():
             try:
                 model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
             except Exception as error:
@@ -106,7 +106,7 @@ class FrozenTeacher(Teacher):
         return cls(model, tokenizer, top_k=top_k)
 
     def score(self, batch: TokenBatch) -> Signal:
-        """Return final hidden states with the head, or logits where the head is inseparable; or the top tokens."""
+        """Return final hidden states with the head, or logits if the head is inseparable; or the top tokens."""
         if self._head is None:
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
         self._model.eval()
@@ -116,22 +116,22 @@ class FrozenTeacher(Teacher):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the teacher's head."""
+        """Number of tokens that the teacher predicts over, including those that pad its head."""
         return vocabulary_size(self._model)
 
     @property
     def top_k(self) -> int | None:
-        """How many tokens of each distribution it gives; None for whole ones."""
+        """How many tokens of each distribution it gives; None for full distributions."""
         return self._top_k
 
     @property
     def vocabulary(self) -> Mapping[str, int] | None:
-        """The id of each token of the teacher's tokenizer, where it has one."""
+        """The id of each token of the teacher's tokenizer, if it has one."""
         return None if self._tokenizer is None else self._tokenizer.get_vocab()
 
     @property
     def model(self) -> PreTrainedModel:
-        """The teacher's model, inside its PEFT model where it has one."""
+        """The teacher's model, in its PEFT wrapper if it has one."""
         model: PreTrainedModel = self._model
         return model
 
@@ -151,22 +151,22 @@ class FrozenTeacher(Teacher):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Move the model to `device`, unless it was placed when loaded, and take its head apart."""
-        # Never by accelerator.prepare_model: Trainer.evaluate skips preparing the student once any model is registered.
+        """Move the model to `device`, unless it was placed when loaded, and split off its head."""
+        # Not accelerator.prepare_model: Trainer.evaluate skips preparing the student once any model is registered.
         if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
             self._model.to(device)
         self._head = find_head(self._model)
         if isinstance(self._head, InseparableHead):
             logger.warning(
-                "The teacher (%s) is asked for its logits, which takes more memory: %s.",
+                "The teacher (%s) computes full logits, which takes more memory: %s.",
                 type(self._model).__name__,
                 self._head.reason,
             )
 
 
 @contextmanager
-def _whole_on_every_rank() -> Iterator[None]:
-    """Load models whole, where a student's weights would come to one rank alone (FSDP) or in parts (ZeRO-3)."""
+def _loading_unsharded() -> Iterator[None]:
+    """Load all of a model on each rank, even if a student is loaded on one rank (FSDP) or sharded (ZeRO-3)."""
     reference = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -197,21 +197,21 @@ def _top_tokens(signal: StudentSignal, k: int) -> TopKSignal:
     device = signal.logits_NV.device if isinstance(signal, LogitsSignal) else signal.hidden_NH.device
     # Autocast would round the projection to bfloat16.
     with torch.autocast(device.type, enabled=False):
-        for logits_NV in _logits_in_blocks(signal):
+        for logits_NV in _logits_in_chunks(signal):
             top = logits_NV.float().log_softmax(dim=1).topk(k, dim=1)
             ids.append(top.indices)
             log_p.append(top.values)
     return TopKSignal(torch.cat(ids), torch.cat(log_p), signal.vocab_size)
 
 
-def _logits_in_blocks(signal: StudentSignal) -> Iterator[Tensor]:
-    block_size = max(1, _BLOCK_ELEMENTS // signal.vocab_size)
+def _logits_in_chunks(signal: StudentSignal) -> Iterator[Tensor]:
+    chunk_size = max(1, _CHUNK_ELEMENTS // signal.vocab_size)
     if isinstance(signal, LogitsSignal):
-        yield from signal.logits_NV.split(block_size)
+        yield from signal.logits_NV.split(chunk_size)
         return
     head = signal.head.cut()
-    # Upcast once and not once a block.
+    # Upcast once, not once per chunk.
     dtype = torch.promote_types(torch.promote_types(signal.hidden_NH.dtype, head.weight_VH.dtype), torch.float32)
     head = replace(head, weight_VH=head.weight_VH.to(dtype))
-    for hidden_NH in signal.hidden_NH.split(block_size):
+    for hidden_NH in signal.hidden_NH.split(chunk_size):
         yield head.logits(hidden_NH)

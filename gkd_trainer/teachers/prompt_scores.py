@@ -1,6 +1,6 @@
-"""The scores that vLLM gives a prompt's tokens (`prompt_logprobs`): what to ask, how to read and compare answers.
+"""vLLM's scores of a prompt's tokens (`prompt_logprobs`): the sequences to ask for, and reading and comparing answers.
 
-Shapes: B batch, L length, K top tokens, C candidates of an answer, P positions scored of one sequence.
+Shapes: B batch, L length, K top tokens, C candidates of an answer, P scored positions of one sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gkd_trainer.types import MEDIA_INPUTS, TokenBatch
 from gkd_trainer.vllm_answers import ScoreAnswer
 
 _MINUS_INFINITY = -9999.0
-"""What vLLM writes for a log-prob of -inf, for which JSON has no number."""
+"""vLLM's number for a log-prob of -inf, which JSON can't hold."""
 
 _EXCESS = 1e-3
 """How far rounding may raise a log-prob above 0, or the mass of the top tokens above 1."""
@@ -29,7 +29,7 @@ _Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids up to the last one that is scored, and the indices of those that are scored."""
+    """Token ids up to the last scored one, and the indices of the scored ones."""
 
     token_ids: list[int]
     targets_P: _Ints
@@ -37,7 +37,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TopScores:
-    """The top tokens of the distribution at each scored token, the most probable first."""
+    """The top tokens of the distribution at each scored token, most probable first."""
 
     ids_PK: _Ints
     log_p_PK: _Floats
@@ -53,13 +53,13 @@ def fully_scored(token_ids: list[int]) -> TokenSequence:
 
 
 def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
-    """Return the sequences of a batch that have tokens to score, in its order.
+    """Return the sequences of a batch that have tokens to score, in order.
 
-    Raises GKDDataError where the batch holds more than token ids, or scores a token for which there is no distribution.
+    Raises GKDDataError if the batch holds more than token ids, or trains on a token without a distribution.
     """
     if media := sorted(MEDIA_INPUTS & batch.model_inputs.keys()):
         raise GKDDataError(
-            f"a teacher behind a server is given token ids alone, but this batch also holds {', '.join(media)}: it "
+            f"a teacher behind a server gets only token ids, but this batch also holds {', '.join(media)}: it "
             "would score the text without them. Use a teacher in this process"
         )
     ids_BL = batch.model_inputs["input_ids"].cpu().numpy()
@@ -69,7 +69,7 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
     position_ids_BL = batch.model_inputs.get("position_ids")
     is_start_BL = np.zeros_like(is_target_BL) if position_ids_BL is None else position_ids_BL.cpu().numpy() == 0
     if (is_target_BL & ~is_real_BL).any():
-        raise GKDDataError("tokens are trained on that the attention mask hides: set their labels to -100")
+        raise GKDDataError("the attention mask hides tokens that are trained on: set their labels to -100")
     sequences = []
     for row in np.flatnonzero(is_target_BL.any(axis=1)):
         real_indices = np.flatnonzero(is_real_BL[row])
@@ -79,7 +79,7 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
                 continue
             if targets_P[0] == 0:
                 raise GKDDataError(
-                    f"row {row} of a batch trains on the first token of a sequence, for which the "
+                    f"sample {row} of a batch trains on the first token of a sequence, for which the "
                     "teacher has no distribution: set its label to -100, or begin with a bos token"
                 )
             sequences.append(TokenSequence(ids_BL[row, indices[: targets_P[-1] + 1]].tolist(), targets_P))
@@ -87,10 +87,11 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
 
 
 def parse_scores(answer: Any, asked: Sequence[TokenSequence], top_k: int) -> list[TopScores]:
+    """Return the scores of the sequences `asked`, in order; raise ValueError if the answer is invalid."""
     choices = sorted(ScoreAnswer.parse(answer).choices, key=lambda choice: choice.index)
     indices = [choice.index for choice in choices]
     if indices != list(range(len(asked))):
-        raise ValueError(f"{len(asked)} prompts were sent, and the choices that came are {indices}")
+        raise ValueError(f"{len(asked)} prompts were sent, but the answer has the choices {indices}")
     return [
         _parse_sequence(choice.prompt_logprobs, sequence, top_k)
         for choice, sequence in zip(choices, asked, strict=True)
@@ -100,16 +101,16 @@ def parse_scores(answer: Any, asked: Sequence[TokenSequence], top_k: int) -> lis
 def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: int) -> TopScores:
     """Return the scores in `prompt_logprobs`, whose entry i holds {id: {"logprob": ...}} for the prompt's token i."""
     if len(positions) != len(sequence.token_ids):
-        raise ValueError(f"{len(sequence.token_ids)} positions were sent, and scores of {len(positions)} came")
+        raise ValueError(f"{len(sequence.token_ids)} positions were sent, but the answer has {len(positions)}")
     if positions[0] is not None:
         raise ValueError("the first token of a prompt has scores, although nothing precedes it")
     scored = [positions[target] for target in sequence.targets_P]
     counts_P = np.array([len(entries) for entries in scored])
     if counts_P.min() < top_k or counts_P.max() > top_k + 1:
         raise ValueError(
-            f"{top_k} or {top_k + 1} tokens per position expected, got {counts_P.min()} to {counts_P.max()}"
+            f"expected {top_k} or {top_k + 1} tokens per position; got {counts_P.min()} to {counts_P.max()}"
         )
-    # vLLM also gives the prompt's own token: a position has one more entry where that is not in the top k.
+    # vLLM also gives the prompt's own token: a position has one more entry if that is not in the top k.
     is_entry_PC = np.arange(top_k + 1) < counts_P[:, None]
     ids_PC = np.full(is_entry_PC.shape, -1, dtype=np.int64)
     ids_PC[is_entry_PC] = np.fromiter(map(int, chain.from_iterable(scored)), np.int64)
@@ -140,12 +141,12 @@ def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: in
 
 
 def total_variation(one: TopScores, other: TopScores) -> float:
-    """Return the least total variation that two distributions with these tops can have, as a mean over positions."""
+    """Return the smallest total variation of two distributions with these top tokens, averaged over positions."""
     return max(_excess(one, other), _excess(other, one))
 
 
 def _excess(one: TopScores, other: TopScores) -> float:
-    """Return the mean mass that `one` puts on its top tokens beyond the most that `other` may put there."""
+    """Return the mean mass that `one` puts on its top tokens in excess of the most that `other` may put there."""
     is_same_PKK = one.ids_PK[:, :, None] == other.ids_PK[:, None, :]
     p_PK, others_p_PK = np.exp(one.log_p_PK), np.exp(other.log_p_PK)
     # A token outside the top k has at most the smallest probability inside it.

@@ -1,6 +1,6 @@
 """A teacher behind one or more vLLM servers.
 
-Shapes: B batch, L length, N tokens trained on, V vocabulary, K top tokens, P positions scored of one sequence.
+Shapes: B batch, L length, N tokens trained on, V vocabulary, K top tokens, P scored positions of one sequence.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from gkd_trainer.vllm_client import VLLMServer, call_each
 logger = logging.getLogger(__name__)
 
 _SEQUENCES_AT_ONCE = 4
-"""Sequences in one request: few enough to be answered soon, enough that the witness costs little."""
+"""Sequences in one request: few enough for a quick answer, enough for the witness to cost little."""
 
 _WITNESS_TOKENS = 16
-"""How many tokens of the probe go with every request."""
+"""Number of the probe's tokens that go with every request."""
 
 _NOISE = 0.1
-"""The largest mean total variation between two scores of one text that is taken for rounding.
+"""The largest mean total variation between two scores of one text that counts as rounding.
 
 For SmolLM2-135M and K = 20, bf16 is 0.02 away from float32, and weights rounded to 4 bits 0.4.
 """
@@ -52,7 +52,7 @@ _PROBE = (
     "你好，世界 · Привет 😀 <p>{}</p>"
 )
 
-# A field left out is filled from the served model's generation_config.
+# A missing field would be filled from the served model's generation_config.
 _NEUTRAL_GREEDY = {
     "max_tokens": 1,
     "temperature": 0,
@@ -66,28 +66,28 @@ _NEUTRAL_GREEDY = {
 
 
 class VLLMServerTeacher(Teacher):
-    """A model that vLLM serves, asked for its top tokens at temperature 1, whatever its sampling defaults.
+    """A model served by vLLM; it gives its top tokens at temperature 1, whatever its sampling defaults.
 
     Its tokenizer must be the student's. A server is recognised by its scores of a fixed text, which goes with every
-    request: a server that comes back with another model is noticed at its first answer.
+    request: a server that returns with another model is noticed at its first answer.
 
     Args:
-        base_url: Where the server listens, such as "http://127.0.0.1:8000"; several
-            servers must serve the same model, and each scores its share of a batch.
+        base_url: The URL of a server, such as "http://127.0.0.1:8000", or of several; all must serve the same model,
+            and each scores its share of a batch.
         top_k: How many tokens of each distribution to ask for. vLLM gives up to 20 unless it was started with a
             larger `--max-logprobs`.
         model: The name under which the model is served; by default the first that the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
-        server_timeout: Seconds for which to retry a server that can't be reached.
+        server_timeout: Seconds to keep trying to reach a server.
         request_timeout: Seconds within which one request must be answered in full.
-        checks: Whether `prepare` compares the server's tokenizer with the student's, its greedy token with its
-            scores, its scores with those of a second request, and with `local_copy`'s.
-        local_copy: The teacher's model in this process, of the dtype that the server runs in, with which
-            `prepare` compares the server, and which it then lets go. The mean total variation of their distributions
-            may be 0.01 in float32 and 0.1 in other dtypes.
+        checks: Whether `prepare` compares the server's tokenizer with the student's, its greedy token with its scores,
+            and its scores with those of a second request and with `local_copy`'s.
+        local_copy: The teacher's model in this process, in the server's dtype; `prepare` compares the server with it,
+            then drops it. The mean total variation of their distributions may be 0.01 in float32 and 0.1 in other
+            dtypes.
 
-    vLLM decodes the candidates to text, which is not read here: a server started with `--skip-tokenizer-init` does not,
-    but then has no tokenizer to compare.
+    vLLM decodes the candidates to text, which is not used here. A server started with `--skip-tokenizer-init` skips
+    that, but then has no tokenizer to compare.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class VLLMServerTeacher(Teacher):
         if not urls:
             raise GKDConfigError("a VLLMServerTeacher needs the base URL of at least one server; got none")
         if local_copy is not None and not checks:
-            raise GKDConfigError("local_copy is compared in the start-up checks, which checks=False switches off")
+            raise GKDConfigError("local_copy needs the start-up checks, which checks=False disables: leave one out")
         self._servers = [
             VLLMServer(url, api_token=api_token, server_timeout=server_timeout, request_timeout=request_timeout)
             for url in urls
@@ -121,14 +121,14 @@ class VLLMServerTeacher(Teacher):
         self._turn = 0
 
     def score(self, batch: TokenBatch) -> TopKSignal:
-        """Return the top tokens for the positions where the batch is scored, the most probable first.
+        """Return the top tokens at the batch's scored positions, most probable first.
 
         Packed sequences, whose `position_ids` start again, are scored one by one.
 
         Raises:
-            GKDServerError: A server gave no valid answer after all retries, or serves another model than before.
+            GKDServerError: A server gave no valid answer after all retries, or now serves another model.
             GKDTeacherError: A sequence is longer than a server takes.
-            GKDDataError: A token is trained on that has no distribution: padding, or the first of a sequence.
+            GKDDataError: A token trained on has no distribution: padding, or the first of a sequence.
         """
         sequences = sequences_of(batch)
         self._refuse_longer(max((len(sequence.token_ids) for sequence in sequences), default=0))
@@ -151,31 +151,31 @@ class VLLMServerTeacher(Teacher):
 
     @property
     def base_urls(self) -> list[str]:
-        """Where its servers listen."""
+        """The URLs of its servers."""
         return [server.base_url for server in self._servers]
 
     @property
     def model_name(self) -> str | None:
-        """The name under which the model is served; None where `prepare` has not asked for it yet."""
+        """The name under which the model is served; None if not given and before `prepare`."""
         return self._model_name or next((served.name for served in self._served.values()), None)
 
     @property
     def vocab_size(self) -> None:
-        """None: a server does not say how many rows its head has."""
+        """None: a server does not report the size of its head."""
 
     @property
     def top_k(self) -> int:
-        """How many tokens of each distribution are asked for."""
+        """How many tokens of each distribution to ask for."""
         return self._top_k
 
     @property
     def vocabulary(self) -> Mapping[str, int] | None:
-        """The id of each token of the tokenizer that `prepare` was given; None before."""
+        """The id of each token of the tokenizer passed to `prepare`; None before."""
         return self._vocabulary
 
     @property
     def model(self) -> None:
-        """None: the teacher lives in another process."""
+        """None: the teacher is in another process."""
 
     @property
     def is_local(self) -> bool:
@@ -193,16 +193,15 @@ class VLLMServerTeacher(Teacher):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Find out what the servers serve, check it, and record how they score a fixed text.
+        """Find and check the model that the servers serve, and record its scores of a fixed text.
 
         Raises:
             GKDServerError: A server can't be reached, or gives no valid answer after all retries.
-            GKDTeacherError: A check failed, `top_k` or `max_length` is more than a server gives or takes, or there is
-                no tokenizer.
+            GKDTeacherError: A check failed, a server does not allow `top_k` or `max_length`, or there is no tokenizer.
         """
         if tokenizer is None:
             raise GKDTeacherError(
-                "a teacher behind a server must have the student's tokenizer, and none is known: pass "
+                "a teacher behind a server must have the student's tokenizer, which is unknown: pass "
                 "processing_class to the trainer"
             )
         self._vocabulary = tokenizer.get_vocab()
@@ -229,14 +228,14 @@ class VLLMServerTeacher(Teacher):
                 )
         self._local_copy = None
 
-    def _of(self, server: VLLMServer) -> _Served:
+    def _served_by(self, server: VLLMServer) -> _Served:
         if server not in self._served:
             raise RuntimeError("VLLMServerTeacher.score was called before prepare(device, tokenizer)")
         return self._served[server]
 
     def _refuse_longer(self, length: int) -> None:
         for server in self._servers:
-            limit = self._of(server).max_model_len
+            limit = self._served_by(server).max_model_len
             if length >= limit:
                 raise GKDTeacherError(
                     f"the vLLM server at {server.base_url} takes at most {limit - 1} tokens and generates one more, "
@@ -249,14 +248,14 @@ class VLLMServerTeacher(Teacher):
         name = self._model_name or next(iter(models))
         if name not in models:
             raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} serves {', '.join(map(repr, models))}, but the teacher is to "
-                f"be {name!r}: name one of those, or start the server with --served-model-name {name}"
+                f"the vLLM server at {server.base_url} serves {', '.join(map(repr, models))}, but the teacher is "
+                f"{name!r}: pass one of those as model, or start the server with --served-model-name {name}"
             )
         return _Served(name, models[name])
 
     def _body(self, server: VLLMServer, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         return {
-            "model": self._of(server).name,
+            "model": self._served_by(server).name,
             "prompt": [sequence.token_ids for sequence in sequences],
             "prompt_logprobs": self._top_k,
             **_NEUTRAL_GREEDY,
@@ -280,8 +279,8 @@ class VLLMServerTeacher(Teacher):
             # Not a ValueError: a retry would only hide that earlier answers came from another model.
             raise GKDServerError(
                 f"the vLLM server at {server.base_url} serves another model than at the start: its scores of a fixed "
-                f"text moved by {distance:.2f} (mean total variation; rounding explains at most {_NOISE}). Start it "
-                f"with {self._of(server).name!r} as it was, and resume from the last checkpoint"
+                f"text changed by {distance:.2f} (mean total variation; rounding explains at most {_NOISE}). Restart "
+                f"it with the original {self._served_by(server).name!r}, and resume from the last checkpoint"
             )
 
     def _first_scores(self, server: VLLMServer, probe: TokenSequence) -> tuple[TopScores, int]:
@@ -297,35 +296,35 @@ class VLLMServerTeacher(Teacher):
         except GKDServerError as error:
             if "status 400" in str(error) and "logprobs" in str(error):
                 raise GKDTeacherError(
-                    f"the teacher is to give its {self._top_k} most probable tokens, and the vLLM server at "
-                    f"{server.base_url} allows fewer: start it with --max-logprobs {self._top_k}, or choose a smaller "
-                    f"top_k ({error})"
+                    f"the teacher must give its {self._top_k} most probable tokens, but the vLLM server at "
+                    f"{server.base_url} allows fewer: start it with --max-logprobs {self._top_k}, or lower top_k "
+                    f"({error})"
                 ) from error
             raise
 
     def _check_tokenizer(self, server: VLLMServer, text: str, ids: Sequence[int]) -> None:
-        body = {"model": self._of(server).name, "prompt": text, "add_special_tokens": False}
+        body = {"model": self._served_by(server).name, "prompt": text, "add_special_tokens": False}
         try:
             served_ids = server.post("/tokenize", body, Tokens.parse).tokens
         except GKDServerError as error:
             if "skip_tokenizer_init" not in str(error):
                 raise
             logger.warning(
-                "The vLLM server at %s runs without a tokenizer: that its model uses the student's token ids can't be "
-                "checked.",
+                "The vLLM server at %s runs without a tokenizer: can't check that its model uses the student's token "
+                "ids.",
                 server.base_url,
             )
             return
         if served_ids != ids:
             index = next(i for i in range(len(ids) + 1) if served_ids[i : i + 1] != list(ids[i : i + 1]))
             raise GKDTeacherError(
-                f"the tokenizer of the vLLM server at {server.base_url} is not the student's: of the text {text!r} it "
-                f"makes {len(served_ids)} tokens and the student's {len(ids)}, which differ from token {index} on "
+                f"the tokenizer of the vLLM server at {server.base_url} is not the student's: the text {text!r} "
+                f"becomes {len(served_ids)} tokens there and {len(ids)} here, which differ from token {index} on "
                 f"({_some(served_ids, index)} and {_some(ids, index)}). Serve a teacher with the student's tokenizer"
             )
 
     def _check_scores(self, server: VLLMServer, probe: TokenSequence) -> TopScores:
-        """Return the scores of the probe, compared with a second request, the greedy token and the local copy."""
+        """Return the scores of the probe, after comparing a second request, the greedy token and the local copy."""
         first, token = self._first_scores(server, probe)
         longer = fully_scored([*probe.token_ids, token])
         parse = partial(parse_scores, asked=[longer], top_k=self._top_k)
@@ -333,19 +332,19 @@ class VLLMServerTeacher(Teacher):
         distance = total_variation(first, second.first(len(first.ids_PK)))
         if distance > _NOISE:
             raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} scored one text twice and differently: mean total variation "
-                f"{distance:.2f}, where rounding explains at most {_NOISE}. Look for an option of the server that "
-                "makes it depend on chance or on other requests"
+                f"the vLLM server at {server.base_url} scored one text differently the second time: mean total "
+                f"variation {distance:.2f}, of which rounding explains at most {_NOISE}. Look for an option of the "
+                "server that makes its scores random or dependent on other requests"
             )
         best, p_K = int(second.ids_PK[-1, 0]), np.exp(second.log_p_PK[-1])
         p_token = p_K[second.ids_PK[-1] == token].sum() or p_K[-1]
         if p_K[0] - p_token > _NOISE:
             raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} does not generate what it scores highest: after a text its "
-                f"greedy token is {token} ({p_token:.2f} at most), but its most probable one is {best} ({p_K[0]:.2f}). "
+                f"the vLLM server at {server.base_url} does not generate the token that it scores highest: its greedy "
+                f"token is {token} ({p_token:.2f} at most), but its most probable one is {best} ({p_K[0]:.2f}). "
                 "Start it without options that change the distribution, such as --logits-processors"
             )
-        logger.info("The vLLM server at %s scores one text twice within %.1e.", server.base_url, distance)
+        logger.info("The vLLM server at %s scores a text the same twice, within %.1e.", server.base_url, distance)
         if self._local_copy is not None:
             self._compare_with_local_copy(server, probe, first, self._local_copy)
         return first
@@ -361,14 +360,14 @@ class VLLMServerTeacher(Teacher):
         if not distance <= tolerance:
             raise GKDTeacherError(
                 f"the vLLM server at {server.base_url} and the local copy of the teacher disagree about one text: mean "
-                f"total variation {distance:.3f}, at most {tolerance} expected in {model.dtype}. Serve the same "
-                "weights, revision and dtype as the local copy's"
+                f"total variation {distance:.3f}, at most {tolerance} expected in {model.dtype}. Serve the local "
+                "copy's weights, revision and dtype"
             )
 
 
 @dataclass(frozen=True)
 class _Served:
-    """A model as a server lists it."""
+    """A model in a server's list."""
 
     name: str
     max_model_len: int

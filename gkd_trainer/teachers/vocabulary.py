@@ -1,4 +1,4 @@
-"""Whether student and teacher speak of the same tokens, and over how many of them they are compared."""
+"""Check that student and teacher use the same tokens, and find over how many to compare them."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ _NAMED = 5
 
 
 def shared_vocabulary_size(
-    student_rows: int,
-    teacher_rows: int | None,
+    student_size: int,
+    teacher_size: int | None,
     student_vocabulary: Mapping[str, int] | None,
     teacher_vocabulary: Mapping[str, int] | None,
 ) -> int:
-    """Return over how many tokens two models are compared.
+    """Return the number of tokens over which two models are compared.
 
-    Heads of equal size are compared whole. Heads padded to different sizes are cut to the ids that the shared
+    Heads of equal size are compared in full. Heads padded to different sizes are cut to the ids that the shared
     tokenizer uses.
 
     Args:
-        student_rows: Rows of the student's head, padding included.
-        teacher_rows: Rows of the teacher's head; None where that is not known, which counts as the student's.
-        student_vocabulary: The id of each token of the student's tokenizer; None where it is not known.
-        teacher_vocabulary: The same of the teacher's.
+        student_size: Size of the student's head, including padding.
+        teacher_size: Size of the teacher's head; None if unknown, which counts as the student's.
+        student_vocabulary: The id of each token of the student's tokenizer; None if unknown.
+        teacher_vocabulary: The same for the teacher.
 
     Raises:
-        GKDTeacherError: The tokenizers differ, or their sizes do where a tokenizer is not known.
+        GKDTeacherError: The tokenizers differ, or a tokenizer is unknown and the sizes differ.
     """
-    if teacher_rows is None:
-        teacher_rows = student_rows
+    if teacher_size is None:
+        teacher_size = student_size
     if student_vocabulary is None or teacher_vocabulary is None:
         missing = "student" if student_vocabulary is None else "teacher"
-        if student_rows != teacher_rows:
+        if student_size != teacher_size:
             raise GKDTeacherError(
-                f"the student predicts over {student_rows} tokens and the teacher over {teacher_rows}, and the "
+                f"the student predicts over {student_size} tokens and the teacher over {teacher_size}, and the "
                 f"{missing}'s tokenizer is unknown, so the shared tokens are too: pass "
                 "processing_class to the trainer, and teacher=FrozenTeacher(model, tokenizer=...)"
             )
         logger.warning(
-            "No tokenizer of the %s was found: that both models use the same ids for the same tokens rests on their "
-            "equal vocabulary sizes (%d) alone.",
+            "No tokenizer of the %s was found: only the equal vocabulary sizes (%d) suggest that both models use the "
+            "same token ids.",
             missing,
-            student_rows,
+            student_size,
         )
-        return student_rows
+        return student_size
     if student_vocabulary != teacher_vocabulary:
         raise GKDTeacherError(
-            "the teacher's tokenizer is not the student's, so that their distributions are over different tokens: "
+            "the teacher's tokenizer is not the student's, so their distributions are over different tokens: "
             f"{_difference(student_vocabulary, teacher_vocabulary)}. Use a teacher with the student's tokenizer"
         )
-    if student_rows == teacher_rows:
-        return student_rows
-    return min(student_rows, teacher_rows, max(student_vocabulary.values()) + 1)
+    if student_size == teacher_size:
+        return student_size
+    return min(student_size, teacher_size, max(student_vocabulary.values()) + 1)
 
 
 def _difference(student: Mapping[str, int], teacher: Mapping[str, int]) -> str:
@@ -64,12 +64,12 @@ def _difference(student: Mapping[str, int], teacher: Mapping[str, int]) -> str:
     parts = []
     if moved:
         examples = ", ".join(f"{token!r} ({student[token]} and {teacher[token]})" for token in moved[:_NAMED])
-        parts.append(f"{len(moved)} tokens have other ids in the student and the teacher, such as {examples}")
+        parts.append(f"{len(moved)} tokens have different ids in student and teacher, such as {examples}")
     for owner, extra in (
         ("student", student.keys() - teacher.keys()),
         ("teacher", teacher.keys() - student.keys()),
     ):
         if extra:
             examples = ", ".join(map(repr, sorted(extra)[:_NAMED]))
-            parts.append(f"{len(extra)} tokens are the {owner}'s alone, such as {examples}")
+            parts.append(f"{len(extra)} tokens are only the {owner}'s, such as {examples}")
     return "; ".join(parts)

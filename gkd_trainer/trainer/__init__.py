@@ -1,4 +1,4 @@
-"""The trainer: `trainer.py` composes the stages on Trainer's hooks, and the other files are its parts."""
+"""The trainer: `trainer.py` connects the stages to Trainer's hooks; the other files are its parts."""
 
 from gkd_trainer.trainer.trainer import GKDMixin, GKDTrainer
 

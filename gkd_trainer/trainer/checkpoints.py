@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole: a process that is killed while it saves leaves one that is not."""
+"""Find the complete checkpoints of a run: a process that is killed while saving leaves an incomplete one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
-# What Trainer and the rollouts write, and how it tells that it was cut off; of files of others nothing is known.
+# Files that Trainer and the rollouts write, by the check that shows truncation; other files are not checked.
 _SAFETENSORS = ("model*.safetensors", "adapter_model*.safetensors")
 _JSON = (TRAINER_STATE_NAME, "rollouts-rank*.json")
 _ARCHIVES = (
@@ -34,9 +34,9 @@ _ARCHIVES = (
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return what a checkpoint lacks or which of its files was cut off; None where it is whole.
+    """Return what a checkpoint lacks, or which file is truncated; None if it is complete.
 
-    Trainer's state is written last, once all ranks have written what is theirs (see `GKDMixin._save_rng_state`). No
+    Trainer's state is written last, after all ranks have written their files (see `GKDMixin._save_rng_state`). No
     weights are loaded.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
@@ -48,8 +48,8 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def find_last_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint of a run that is whole, or None, and what each newer one lacks."""
+def find_last_complete(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Return the newest complete checkpoint of a run, or None, and what each newer one lacks."""
     damaged: list[str] = []
     for checkpoint in _checkpoints_in(Path(output_dir)):
         problem = damage(checkpoint)
@@ -59,32 +59,32 @@ def find_last_whole(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> Path:
-    """Return the newest checkpoint of a run that is whole; log a warning for newer ones that are not.
+def last_complete_checkpoint(output_dir: str | Path) -> Path:
+    """Return the newest complete checkpoint of a run; warn of newer incomplete ones.
 
     Raises:
         GKDConfigError: There is none.
     """
-    checkpoint, damaged = find_last_whole(output_dir)
+    checkpoint, damaged = find_last_complete(output_dir)
     listed = "; ".join(damaged)
     if checkpoint is None:
         found = listed or f"no folder of the form checkpoint-STEP in {output_dir}"
         raise GKDConfigError(
-            f"resume_from_checkpoint=True needs a whole checkpoint in output_dir; found {found}. Leave "
+            f"resume_from_checkpoint=True needs a complete checkpoint in output_dir; found {found}. Leave "
             "resume_from_checkpoint out to start from the beginning, or set output_dir to that of the run to resume"
         )
     if damaged:
         logger.warning(
-            "Resuming from %s, the last whole checkpoint. The run ended while it saved %s", checkpoint, listed
+            "Resuming from %s, the last complete checkpoint. The run ended while saving %s", checkpoint, listed
         )
     return checkpoint
 
 
-def required_whole(checkpoint: str | Path) -> Path:
-    """Return a checkpoint that was named.
+def required_complete(checkpoint: str | Path) -> Path:
+    """Return the path of a checkpoint given by name.
 
     Raises:
-        GKDConfigError: It is not there, or not whole.
+        GKDConfigError: It does not exist, or is incomplete.
     """
     path = Path(checkpoint)
     problem = damage(path) if path.is_dir() else "there is no such folder"
@@ -96,32 +96,32 @@ def required_whole(checkpoint: str | Path) -> Path:
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | Path | bool | None, output_dir: str | Path) -> str | None:
-    """Return the checkpoint that Trainer is to resume from: a whole one; None for none.
+    """Return the complete checkpoint from which Trainer must resume; None for none.
 
     Args:
-        resume_from_checkpoint: True for the last whole one in `output_dir`, a folder, or None or False for none.
+        resume_from_checkpoint: True for the last complete one in `output_dir`, a folder, or None or False for none.
         output_dir: Where the run saves its checkpoints.
 
     Raises:
-        GKDConfigError: There is none, or the one that was named is not whole.
+        GKDConfigError: There is none, or the given one is incomplete.
     """
     if resume_from_checkpoint is True:
-        return str(last_whole_checkpoint(output_dir))
-    return str(required_whole(resume_from_checkpoint)) if resume_from_checkpoint else None
+        return str(last_complete_checkpoint(output_dir))
+    return str(required_complete(resume_from_checkpoint)) if resume_from_checkpoint else None
 
 
 def save_rollouts(checkpoint: str | Path, rank: int, states: list[dict[str, Any]]) -> None:
-    """Keep in a checkpoint the completions of a rank that are not trained on yet."""
+    """Save in a checkpoint a rank's completions that are not trained on yet."""
     file = _rollouts_file(checkpoint, rank)
     if states:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(states))
-    else:  # that of an older run in the same folder
+    else:  # it may be there from an older run in the same folder
         file.unlink(missing_ok=True)
 
 
 def load_rollouts(checkpoint: str | Path | None, rank: int) -> list[dict[str, Any]]:
-    """Return what `save_rollouts` kept, if there is a checkpoint and it kept anything."""
+    """Return the completions from `save_rollouts`; empty without a checkpoint or without completions in it."""
     file = None if checkpoint is None else _rollouts_file(checkpoint, rank)
     states: list[dict[str, Any]] = json.loads(file.read_text()) if file is not None and file.exists() else []
     return states
@@ -132,7 +132,7 @@ def _rollouts_file(checkpoint: str | Path, rank: int) -> Path:
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest first."""
+    """Return the checkpoints in a folder, newest first."""
     if not folder.is_dir():
         return []
     steps = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
@@ -147,11 +147,11 @@ def _damage_of(file: Path) -> str | None:
         if file.name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
             shards = set(json.loads(file.read_bytes())["weight_map"].values())
             missing = sorted(shard for shard in shards if not (file.parent / shard).is_file())
-            return f"names {', '.join(missing)}, which is not there" if missing else None
+            return f"names {', '.join(missing)}, which is missing" if missing else None
         if any(file.match(pattern) for pattern in _JSON):
             json.loads(file.read_bytes())
         if any(file.match(pattern) for pattern in _ARCHIVES) and not zipfile.is_zipfile(file):
-            return "is not whole"
+            return "is truncated"
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"can't be read ({error})"
     return None

@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Construction:
-    """What a trainer is made from.
+    """What a trainer is built from.
 
-    `base_arguments` are those of the trainer that is extended. `adapter` is what every student is wrapped in here, if
-    the base does not do that. `prepares_rows` says whether rows are turned into tokens here. `run` decides which
-    options have an effect.
+    `base_arguments` are for the extended trainer's `__init__`. `adapter` is the adapter to wrap each student in, if the
+    extended trainer does not. `prepares_rows` says whether we turn rows into tokens. `run` decides which options have
+    an effect.
     """
 
     base_arguments: dict[str, Any]
@@ -66,11 +66,11 @@ def construct(
     peft_config: PeftConfig | None,
     builds_rollouts: bool,
 ) -> Construction:
-    """Complete and check the arguments of a trainer, and load what is given by name.
+    """Complete and check the arguments of a trainer, and load models given by name.
 
     Args:
-        arguments: The arguments that Trainer has too, by name.
-        base_parameters: What the `__init__` of the trainer that is extended takes.
+        arguments: The arguments shared with Trainer, by name.
+        base_parameters: The parameters of the extended trainer's `__init__`.
         name: The trainer's class, for errors.
         teacher: See GKDMixin.
         teacher_model: See GKDMixin.
@@ -78,22 +78,22 @@ def construct(
         builds_rollouts: Whether no engine was passed.
 
     Raises:
-        GKDConfigError: Arguments that have no meaning here, or none together.
-        GKDTeacherError: No teacher, or one that can't do what is asked of it.
+        GKDConfigError: Arguments that have no meaning here, or not together.
+        GKDTeacherError: No teacher, or one that can't do what the options ask.
     """
     refuse_trls_order(arguments["args"], arguments["data_collator"], name)
-    # A base that takes adapters (TRL's trainers) also loads a student by name; the plain Trainer does neither.
+    # Trainers that take adapters (TRL's) also load a student by name; the plain Trainer does neither.
     is_plain_trainer = "peft_config" not in base_parameters
     config = completed_args(arguments["args"], is_plain_trainer)
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
-    # TRL's DataCollatorForChatML tokenises by itself, from columns that no model's forward takes.
+    # TRL's DataCollatorForChatML tokenises columns that no model's forward takes.
     reads_messages = hasattr(arguments["data_collator"], "messages_key")
     dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
     prepares_rows = not (reads_messages or dataset_kwargs.get("skip_prepare_dataset", False))
     if reads_messages:
         config = _changed(config, remove_unused_columns=False)
     if not is_plain_trainer:
-        # The rows are prepared here: SFTTrainer would train on the system's and the user's tokens too.
+        # We prepare the rows: SFTTrainer would also train on the system's and user's tokens.
         config = _changed(config, dataset_kwargs={**dataset_kwargs, "skip_prepare_dataset": True})
     model = _given_student(arguments["model"], arguments["model_init"])
     trusts = getattr(config, "trust_remote_code", False)
@@ -110,9 +110,9 @@ def construct(
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
         processing_class = find_tokenizer(source, trusts, getattr(config, "model_init_kwargs", None))
-    if not torch.accelerator.is_available():  # or each loader warns that it pins no memory
+    if not torch.accelerator.is_available():  # else each loader warns that it pins no memory
         config.dataloader_pin_memory = False
-    set_seed(config.seed)  # adapters start at random
+    set_seed(config.seed)  # adapters are initialised at random
     adapter = peft_config if is_plain_trainer else None
     own = {"model": model, "args": config, "processing_class": processing_class}
     if is_plain_trainer:
@@ -130,18 +130,18 @@ def construct(
 
 
 def adapted(model: nn.Module, adapter: PeftConfig | None, checkpoints_gradients: bool) -> nn.Module:
-    """Return a student in its adapter, if it is to have one; ready for gradient checkpointing where that is on."""
+    """Return a student in its adapter, if any, and ready for gradient checkpointing if that is on."""
     if adapter is not None:
         model = wrap_in_adapter(model, adapter)
     if isinstance(model, PeftModel) and checkpoints_gradients:
-        # Without it no gradient passes a checkpointed layer whose own inputs need none (transformers#42489).
+        # Without this, no gradient passes a checkpointed layer whose inputs need none (transformers#42489).
         model.enable_input_require_grads()
     return model
 
 
 def uncompiled_student(model: nn.Module) -> nn.Module:
     """Return a student without `torch.compile`."""
-    return uncompiled(model, "student", " (torch_compile=True compiles it nevertheless)")
+    return uncompiled(model, "student", " (torch_compile=True compiles it anyway)")
 
 
 def _changed(config: Any, **values: object) -> Any:
@@ -152,7 +152,7 @@ def _changed(config: Any, **values: object) -> Any:
 
 
 def _given_student(model: Any, model_init: object) -> Any:
-    """Return the student, or its name; None where `model_init` makes it."""
+    """Return the student, or its name; None if `model_init` makes it."""
     if (model is None) == (model_init is None):
         raise GKDConfigError("expected one student: pass model (a model, a name or a path) or model_init")
     if isinstance(model, os.PathLike):
@@ -162,11 +162,14 @@ def _given_student(model: Any, model_init: object) -> Any:
 
 def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
     if teacher.is_local and teacher.model is model and not teacher.shares_weights:
-        raise GKDTeacherError("teacher and student are the same object: freezing the one would freeze the other")
+        raise GKDTeacherError(
+            "teacher and student are the same object, so freezing one would freeze the other: load the teacher "
+            "separately"
+        )
     if config.seq_kd and not teacher.can_generate:
         raise GKDTeacherError(
-            "seq_kd=True has the teacher generate, which this teacher can't: pass a causal LM that lives in this "
-            "process as teacher_model, or set seq_kd=False"
+            "seq_kd=True makes the teacher generate, but this teacher can't: pass a causal LM in this process as "
+            "teacher_model, or set seq_kd=False"
         )
 
 
@@ -179,15 +182,15 @@ def refuse_trls_order(args: object, data_collator: object, name: str) -> None:
         if not is_valid:
             expected = "a GKDConfig or TrainingArguments" if argument is args else "a data collator"
             raise GKDConfigError(
-                f"{position} must be {expected}; got {type(argument).__name__}. The order is Trainer's, and the "
-                f"teacher goes by keyword: {name}(student, teacher_model=teacher, args=config, ...)"
+                f"{position} must be {expected}; got {type(argument).__name__}. The order is Trainer's; pass the "
+                f"teacher by keyword: {name}(student, teacher_model=teacher, args=config, ...)"
             )
 
 
 def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> Any:
-    """Return a configuration with GKDArguments; for the plain Trainer, made from TrainingArguments or from nothing.
+    """Return a configuration with GKDArguments; for the plain Trainer, made from TrainingArguments or None.
 
-    Raises GKDConfigError where another trainer is extended and its configuration has no GKDArguments.
+    Raises GKDConfigError if another trainer is extended and its configuration has no GKDArguments.
     """
     if isinstance(args, GKDArguments):
         return args
@@ -213,13 +216,14 @@ def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> An
     if foreign:
         raise GKDConfigError(
             f"{', '.join(foreign)}: options of {type(args).__name__} that GKDConfig does not have. Derive "
-            f"`class MyConfig(GKDArguments, {type(args).__name__})` for a trainer that has them, with GKDMixin in front"
+            f"`class MyConfig(GKDArguments, {type(args).__name__})`, and put GKDMixin in front of a trainer that has "
+            "them"
         )
-    # At the default of trl's GKDConfig it was not chosen, and may be fitted to max_length.
+    # At the default of trl's GKDConfig the user did not set it, and it may be fitted to max_length.
     if given.get("max_new_tokens") == defaults.get("max_new_tokens"):
         given.pop("max_new_tokens", None)
     if args.logging_steps == type(args).logging_steps == TrainingArguments.logging_steps:
-        del given["logging_steps"]  # which can't be told from unset
+        del given["logging_steps"]  # may be unset
     return GKDConfig(**{name: value for name, value in given.items() if name in known})
 
 
@@ -228,7 +232,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def init_parameters(classes: Sequence[type]) -> dict[str, Parameter]:
-    """Return what the first class takes at construction, and through its `**kwargs` the ones behind it."""
+    """Return the parameters of the first class's `__init__`, and of the next classes' through its `**kwargs`."""
     parameters: dict[str, Parameter] = {}
     for cls in classes:
         own = [p for p in signature(cls.__init__).parameters.values() if "__init__" in vars(cls)]  # type: ignore[misc]
@@ -241,9 +245,9 @@ def init_parameters(classes: Sequence[type]) -> dict[str, Parameter]:
 
 
 def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the arguments that a trainer's `__init__` takes; those it doesn't take are left out where unused.
+    """Return the arguments that a trainer's `__init__` takes; others are dropped if they were not set.
 
-    Raises TypeError for one that was given and that the trainer does not take.
+    Raises TypeError for one that was set but that the trainer does not take.
     """
     accepted = {}
     for key, value in arguments.items():
@@ -255,53 +259,53 @@ def accepted_by(parameters: Mapping[str, Parameter], arguments: Mapping[str, Any
 
 
 def warn_of_unused(options: Sequence[tuple[str, str]], args: Any) -> None:
-    """Log the options that were set and have no effect, each with what it needs."""
+    """Warn of the options that were set but have no effect, each with what it needs."""
     if options:
         listed = "; ".join(f"{name}={redacted(getattr(args, name), name)!r} needs {need}" for name, need in options)
         logger.warning("These options have no effect in this run: %s.", listed)
 
 
 def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftConfig | None) -> None:
-    """Raise GKDConfigError for what Trainer takes but distillation would have to ignore."""
+    """Raise GKDConfigError for arguments of Trainer that distillation would have to ignore."""
     if compute_loss_func is not None:
         raise GKDConfigError(
             "compute_loss_func would replace the divergence: override compute_loss in a subclass instead"
         )
     if args.label_smoothing_factor != 0:
         raise GKDConfigError(
-            f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, and the targets here are the "
+            f"label_smoothing_factor={args.label_smoothing_factor} smooths labels, but the targets here are the "
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
     refuse_prompt_learning(peft_config)
 
 
 def refuse_data_parallel(args: Any) -> None:
-    """Raise GKDConfigError where Trainer would copy the model to several GPUs inside one process."""
+    """Raise GKDConfigError if Trainer would copy the model to several GPUs in one process."""
     if args.n_gpu > 1:
         raise GKDConfigError(
-            f"{args.n_gpu} GPUs are visible to this one process, which Trainer would drive with nn.DataParallel: "
+            f"{args.n_gpu} GPUs are visible to this process, and Trainer would use nn.DataParallel: "
             "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
 
 
 def refuse_dropped_deepspeed(args: Any, is_deepspeed_enabled: bool) -> None:
-    """Raise GKDConfigError where DeepSpeed was asked for and Accelerate goes on without it: under DDP, or alone."""
+    """Raise GKDConfigError if DeepSpeed was requested but Accelerate runs without it."""
     if args.deepspeed is not None and not is_deepspeed_enabled:
         raise GKDConfigError(
             "deepspeed is set, but Accelerate does not run it (use_cpu="
             f"{args.use_cpu}, ACCELERATE_USE_CPU={os.environ.get('ACCELERATE_USE_CPU')}): unset ACCELERATE_USE_CPU, "
-            "which switches it off, or leave deepspeed out. On a CPU it runs with use_cpu=True; if not so here, set "
+            "which disables it, or leave deepspeed out. On a CPU it runs with use_cpu=True; if not here, set "
             "ACCELERATE_TORCH_DEVICE=cpu and ACCELERATE_USE_DEEPSPEED=true, make a PartialState(backend='gloo') first, "
             "and set accelerator_config={'use_configured_state': True}"
         )
 
 
 def refuse_split_sequences(context_parallel: int, sequence_parallel: int) -> None:
-    """Raise GKDConfigError where ranks share a sequence."""
+    """Raise GKDConfigError if ranks share a sequence."""
     if context_parallel > 1 or sequence_parallel > 1:
         raise GKDConfigError(
-            "context and sequence parallelism split a sequence over ranks, across which the divergence can't look "
-            "for the next token: set cp_size and sp_size to 1"
+            "context and sequence parallelism split a sequence over ranks, but the divergence can't find the next "
+            "token on another rank: set cp_size and sp_size to 1"
         )
 
 
@@ -311,18 +315,18 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
     Args:
         model: The student as Trainer has it.
         teacher: Its teacher.
-        is_trained: Whether there is something to train on.
+        is_trained: Whether there is a training set.
 
     Raises:
-        GKDConfigError: It is an encoder-decoder, its adapter adds virtual tokens, or it is trained and all frozen.
+        GKDConfigError: It is an encoder-decoder, its adapter adds virtual tokens, or it must be trained but is frozen.
         GKDTeacherError: It shares weights with the teacher.
     """
     refuse_encoder_decoder(model)
     refuse_prompt_learning(model)
     if not teacher.shares_weights and _have_weights_in_common(teacher.model, model):
         raise GKDTeacherError(
-            "the teacher shares weights with the student, which freezing the teacher froze too: load the teacher "
-            "separately"
+            "the teacher shares weights with the student, so freezing the teacher froze the student too: load the "
+            "teacher separately"
         )
     if is_trained:
         refuse_frozen(model)

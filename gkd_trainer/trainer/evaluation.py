@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: each token has the same weight, whatever batch or rank it lies in.
+"""The metrics of an evaluation: each token has the same weight, whatever its batch or rank.
 
 Shapes: B batch, K summed quantities.
 """
@@ -16,7 +16,7 @@ class Evaluation:
     """The sums of one evaluation: over the data, and over the student's own completions.
 
     Args:
-        gather: Collects rows over ranks, without those that only fill up the last batch.
+        gather: Collects samples over ranks, without those that only pad the last batch.
     """
 
     def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
@@ -25,13 +25,13 @@ class Evaluation:
         self._sums_BK: Tensor | None = None
 
     def see(self, sums_BK: Tensor) -> None:
-        """Take what `sums_by_row` gave for the batch whose loss is being computed."""
+        """Take the `sums_by_sample` of the batch whose loss is being computed."""
         self._sums_BK = sums_BK
 
     def count(self, loss: Tensor, *, is_on_policy: bool = False) -> None:
-        """Add the batch that was seen last, with its loss.
+        """Add the batch last seen, with its loss.
 
-        Nothing is added where none was seen: a subclass may compute a loss of its own, and Trainer's mean of it stands.
+        If none was seen, nothing is added: a subclass may compute its own loss, for which Trainer's mean is kept.
         """
         sums_BK, self._sums_BK = self._sums_BK, None
         if sums_BK is not None:

@@ -1,4 +1,4 @@
-"""The check that logits and divergences are finite: flagged on the device, read once a window.
+"""The check that logits and divergences are finite: flagged on the device, read once per window.
 
 Shapes: B batch, N tokens trained on.
 """
@@ -14,7 +14,7 @@ from gkd_trainer.errors import GKDNumericsError
 
 
 class FiniteCheck:
-    """Collects, over the micro-batches of a window, which samples had values that are not finite."""
+    """Collects which samples of a window's micro-batches had non-finite values."""
 
     def __init__(self) -> None:
         self._bad_B2: list[Tensor] = []
@@ -29,14 +29,14 @@ class FiniteCheck:
         self._bad_B2 = []
 
     def raise_if_not(self, step: int, rank: int, reduce: Callable[[Tensor], Tensor] = lambda flag: flag) -> None:
-        """Read the flags and raise GKDNumericsError for the first sample that has one.
+        """Read the flags and raise GKDNumericsError for the first flagged sample.
 
-        All ranks raise where one of them has to: the others would wait for it in their next exchange.
+        If one rank must raise, all raise: otherwise the others would wait for it in their next exchange.
 
         Args:
-            step: The optimizer step that would be taken next, from 1, for the message.
-            rank: The rank that this runs on, for the message.
-            reduce: Adds a tensor up over ranks.
+            step: The next optimizer step, from 1, for the message.
+            rank: This rank, for the message.
+            reduce: Sums a tensor over ranks.
         """
         if not self._bad_B2 or not reduce(torch.cat(self._bad_B2).any().long()):
             return
@@ -45,19 +45,17 @@ class FiniteCheck:
                 if teacher_tokens or tokens:
                     raise GKDNumericsError(
                         f"step {step}, rank {rank}, micro-batch {micro_batch}, sample {sample}: "
-                        f"{_cause(teacher_tokens, tokens)}. The optimizer has not taken this step, and what was saved "
-                        "before it stands. Look at that sample, the dtype of both models and the learning rate"
+                        f"{_cause(teacher_tokens, tokens)}. The optimizer has not taken this step, and earlier "
+                        "checkpoints are valid. Look at that sample, the dtype of both models and the learning rate"
                     )
-        raise GKDNumericsError(f"step {step}, rank {rank}: stopped, since another rank met values that are not finite")
+        raise GKDNumericsError(f"step {step}, rank {rank}: stopped, since another rank found non-finite values")
 
 
 def _cause(teacher_tokens: int, tokens: int) -> str:
     if teacher_tokens:
-        return (
-            f"the teacher's logits hold NaN or +inf at {teacher_tokens} of its tokens, or its top tokens no probability"
-        )
+        return f"the teacher's logits hold NaN or +inf at {teacher_tokens} of its tokens, or its top tokens are invalid"
     return (
         f"the loss is not finite at {tokens} of its tokens: the student's logits hold NaN or +inf, one model gives a "
-        "token probability 0 (a logit of -inf) where the divergence is then infinite, or a label is no token of the "
-        "shared vocabulary"
+        "token probability 0 (a logit of -inf), which makes the divergence infinite, or a label is not in the shared "
+        "vocabulary"
     )

@@ -28,11 +28,11 @@ from gkd_trainer.types import Signal, StudentSignal, TokenBatch
 
 @dataclass(frozen=True)
 class Comparison:
-    """The divergence of a student from what a teacher said of a batch, as the options define it.
+    """The divergence of a student from a teacher's predictions for a batch, as the options define it.
 
-    With `is_training` the cross-entropy of the data's tokens takes its share (`ce_weight`): the student's own samples
-    take the divergence alone, since their tokens are no targets to reach. Both are compared over the first `vocab_size`
-    tokens, which are all that `teacher` predicts over. `product_dtype` is what matrix products round to.
+    With `is_training`, the loss mixes in the cross-entropy of the data's tokens (`ce_weight`), but not of on-policy
+    samples, whose tokens are not targets. The models are compared over the first `vocab_size` tokens, the only ones
+    that `teacher` predicts over. `product_dtype` is the dtype to which matrix products round.
     """
 
     args: GKDArguments
@@ -53,7 +53,7 @@ class Comparison:
             self.teacher,
             beta=args.beta,
             divergence=args.divergence,
-            divergence_options=cast("dict[str, float] | None", args.divergence_options),  # parsed, where it was JSON
+            divergence_options=cast("dict[str, float] | None", args.divergence_options),  # JSON is parsed already
             temperature=args.loss_temperature,
             scale=args.divergence_scale,
             tail=args.teacher_tail,
@@ -66,10 +66,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """A student's forward: the divergence of each token, the sum to be minimised, and the rest of what it returned.
+    """The result of a student's forward: the divergence of each token, the sum to minimise, and the model's outputs.
 
-    `router_loss` is that of a mixture of experts which trains on it, else None; `outputs` what the model returned, with
-    full logits [B, L, V] where they were asked for.
+    `router_loss` is set for a mixture of experts that trains on it, else None; `outputs` are the model's, with full
+    logits [B, L, V] if requested.
     """
 
     tokens: TokenDivergence
@@ -80,13 +80,13 @@ class StudentOutput:
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The load-balancing loss of a micro-batch, a mean over its tokens, and what it is multiplied by."""
+    """The load-balancing loss of a micro-batch, a mean over its tokens, and its coefficient."""
 
     value: Tensor
     coefficient: float
 
     def weighted(self, device: torch.device) -> Tensor:
-        """Return the product, where the rest of the loss lies."""
+        """Return the product, on the device of the rest of the loss."""
         return self.coefficient * self.value.to(device)
 
 
@@ -99,15 +99,15 @@ def run_student(
     *,
     keeps_logits: bool = False,
 ) -> StudentOutput:
-    """Run a student's forward and compare it with its teacher inside of it.
+    """Run a student's forward, and compare it with its teacher inside the forward.
 
     Args:
         model: The student, wrapped for distribution or not.
-        student: The causal LM inside of it.
-        batch: The micro-batch that the comparison is of.
+        student: The causal LM inside it.
+        batch: The micro-batch to compare on.
         head: The student's head.
-        comparison: What is made of its predictions.
-        keeps_logits: Whether `outputs` are to hold full logits.
+        comparison: The comparison to make with its predictions.
+        keeps_logits: Whether `outputs` must hold full logits.
     """
     if keeps_logits and isinstance(head, SeparableHead):
         head = InseparableHead("the caller wants logits")
@@ -115,7 +115,7 @@ def run_student(
     forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
     tokens, outputs = compare(model, batch, head, comparison, **forward_kwargs)
     loss_sum = (tokens.values_N if tokens.loss_N is None else tokens.loss_N).sum()
-    # Nothing to train on leaves the sum empty: it stays connected to the head too, for DDP.
+    # Without tokens to train on the sum is empty, but DDP needs it connected to the head.
     if batch.n_scored == 0 or (isinstance(head, SeparableHead) and head.is_sharded):
         loss_sum = loss_sum + connection(outputs)
     router_loss = router_loss_of(outputs) if coefficient else None
@@ -125,16 +125,16 @@ def run_student(
 
 
 def divided(loss_sum: Tensor, divisor: Tensor | int, averaging_ranks: int = 1) -> Tensor:
-    """Return a sum divided by a number of tokens, or by 1 where that is 0.
+    """Return a sum divided by a number of tokens, or by 1 if that is 0.
 
-    `averaging_ranks` is how many ranks a gradient is averaged over whose divisor is already that of all of them.
+    `averaging_ranks` is the number of ranks over which the gradient is averaged although the divisor counts all ranks.
     """
     loss = loss_sum / torch.as_tensor(divisor, device=loss_sum.device).clamp_min(1)
     return loss if averaging_ranks == 1 else loss * averaging_ranks
 
 
 def product_dtype(args: Any, mixed_precision: str) -> torch.dtype | None:
-    """Return what the divergence's products round to: autocast, which covers the model's forward alone, tells none."""
+    """Return the dtype to which the divergence's products round; not asked of autocast, which only covers the model."""
     name: str = args.loss_product_dtype
     if name == "auto":
         if args.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""How a student is compared with its teacher: over which tokens, by which head, and within which context."""
+"""How a student is compared with its teacher: over which tokens, with which head, and in which context."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 Args = TypeVar("Args", bound=GKDArguments)
 
 _TEACHER_TOLERANCE = 1e-3
-"""How much the magnitude of a teacher's weight may differ between ranks, by the order of summing on their devices."""
+"""How much the magnitude of a teacher's weight may differ between ranks, whose devices sum in different orders."""
 
 
 @dataclass(frozen=True)
 class Pairing:
     """How a student is compared with its teacher.
 
-    `vocab_size` is how many of the first tokens both predict over; `head` how the student's hidden states become
-    logits, found in `head_module`. `is_compiled` says that the student's forward is compiled as a whole.
+    Both predict over the first `vocab_size` tokens. `head` turns the student's hidden states into logits; it was found
+    in `head_module`. `is_compiled` says that the student's forward is compiled.
     """
 
     vocab_size: int
@@ -48,9 +48,9 @@ class Pairing:
     is_compiled: bool
 
     def with_student(self, model: nn.Module, ranks: Ranks) -> Pairing:
-        """Return the pairing of the same teacher with this student; itself, where its head is known already.
+        """Return the pairing of the same teacher with this student; itself if the head is already known.
 
-        FSDP leaves the modules as they are, so that nothing has to be found again after it.
+        FSDP keeps the modules, so the head need not be found again after it.
         """
         module = output_embeddings(base_model(model))
         if module is self.head_module:
@@ -60,7 +60,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class OwnedContext:
-    """The shorter of the contexts of student and teacher, and whose it is: "student" or "teacher"."""
+    """The shorter of the student's and teacher's contexts, and its owner: "student" or "teacher"."""
 
     owner: str
     context: Context
@@ -74,17 +74,17 @@ def pair(
     *,
     is_compiled: bool = False,
 ) -> Pairing:
-    """Fit a student and a teacher that is prepared together.
+    """Pair a student with a teacher that is already prepared.
 
     Args:
-        model: The student as Trainer's `model` is.
+        model: The student, Trainer's `model`.
         teacher: The teacher.
         tokenizer: The student's tokenizer, if any.
-        ranks: The ranks that train together; all of them call this.
+        ranks: The ranks that train together; all must call this.
         is_compiled: Whether `torch_compile` will hide the student's head.
 
     Raises:
-        GKDTeacherError: Their vocabularies differ, or the teacher isn't the same on every rank.
+        GKDTeacherError: Their vocabularies differ, or the teacher differs between ranks.
     """
     _require_equal_teachers(teacher, ranks)
     vocab_size = shared_vocabulary_size(
@@ -93,13 +93,13 @@ def pair(
         None if tokenizer is None else tokenizer.get_vocab(),
         teacher.vocabulary,
     )
-    # At construction, and not in the first step, the log says where full logits are needed.
+    # Now, not in the first step, so that the log says at construction if full logits are needed.
     head = _find_head(model, ranks, is_compiled)
     return Pairing(vocab_size, head, output_embeddings(base_model(model)), is_compiled)
 
 
 def shorter_context(model: nn.Module, teacher: Teacher) -> OwnedContext | None:
-    """Return the shorter context of student and teacher; None where neither states one."""
+    """Return the shorter context of student and teacher; None if neither states one."""
     models = {"student": base_model(model), "teacher": teacher.model}
     contexts = {name: find_context(model) for name, model in models.items() if model is not None}
     known = [OwnedContext(name, context) for name, context in contexts.items() if context is not None]
@@ -107,12 +107,12 @@ def shorter_context(model: nn.Module, teacher: Teacher) -> OwnedContext | None:
 
 
 def fitted_into(shorter: OwnedContext | None, args: Args) -> Args:
-    """Return options whose max_length a context holds: shortened where that was left at its default.
+    """Return options with a max_length that fits a context: a default that does not is shortened.
 
-    The caller's stay as they are, since they may go to a trainer of other models.
+    The caller's options are not changed, since they may be used for a trainer of other models.
 
     Raises:
-        GKDConfigError: Another max_length than the default is too long.
+        GKDConfigError: A max_length other than the default is too long.
     """
     if shorter is None or args.max_length is None or args.max_length <= shorter.context.limit:
         return args
@@ -121,7 +121,7 @@ def fitted_into(shorter: OwnedContext | None, args: Args) -> Args:
         raise GKDConfigError(
             f"max_length={args.max_length} is more than the {owner}'s context, {limit} tokens: {shorter.context.remedy}"
         )
-    logger.warning("max_length is %d, the %s's context, in place of its default of %d.", limit, owner, args.max_length)
+    logger.warning("max_length is %d, the %s's context, instead of its default of %d.", limit, owner, args.max_length)
     fitted = copy.copy(args)
     fitted.shorten(limit)
     return fitted
@@ -130,7 +130,7 @@ def fitted_into(shorter: OwnedContext | None, args: Args) -> Args:
 def _find_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableHead | InseparableHead:
     head = _found_head(model, ranks, is_compiled)
     if isinstance(head, InseparableHead):
-        logger.warning("The student's full logits are built, which takes more memory: %s.", head.reason)
+        logger.warning("The student computes full logits, which takes more memory: %s.", head.reason)
     return head
 
 
@@ -140,9 +140,9 @@ def _found_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableH
     if is_compiled:
         return InseparableHead("its forward is compiled as a whole")
     head = find_head(base_model(model), is_sharded=ranks.sharding is not None)
-    # Under FSDP the first rank alone may have loaded the weights, and the others zeros, which any head explains.
+    # Under FSDP only the first rank may have loaded weights; on the others they are zero, for which any head fits.
     if ranks.any(isinstance(head, InseparableHead)) and isinstance(head, SeparableHead):
-        return InseparableHead("that of another rank can't be taken apart")
+        return InseparableHead("another rank's head can't be split off")
     return head
 
 
@@ -151,8 +151,8 @@ def _require_equal_teachers(teacher: Teacher, ranks: Ranks) -> None:
         return
     if any(hasattr(weight, "ds_id") for weight in teacher.model.parameters()):
         raise GKDTeacherError(
-            "the teacher's weights must be whole on every rank; from_pretrained cut them into parts, as it does "
-            "while DeepSpeed ZeRO-3 is on: pass the teacher by its name, which loads it whole"
+            "every rank must have all of the teacher's weights, but from_pretrained sharded them, as it does under "
+            "DeepSpeed ZeRO-3: pass the teacher by name, which loads all of it on every rank"
         )
     if ranks.size == 1:
         return
@@ -161,7 +161,7 @@ def _require_equal_teachers(teacher: Teacher, ranks: Ranks) -> None:
     sizes = ranks.gather(weight.detach().float().abs().sum().to(ranks.accelerator.device))
     if (sizes - sizes[0]).abs().max() > _TEACHER_TOLERANCE * sizes[0]:
         raise GKDTeacherError(
-            "the teacher's weights must be the same on every rank; the magnitudes of the first one's differ: "
-            f"{sizes.tolist()}. Under FSDP with cpu_ram_efficient_loading, from_pretrained gives them to the first "
-            "rank alone: pass the teacher by its name, which loads it on every rank"
+            "the teacher's weights must be the same on every rank, but the magnitudes of its first weight differ: "
+            f"{sizes.tolist()}. Under FSDP with cpu_ram_efficient_loading, from_pretrained only loads them on the "
+            "first rank: pass the teacher by name, which loads it on every rank"
         )

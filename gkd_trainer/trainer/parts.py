@@ -30,7 +30,7 @@ from gkd_trainer.trainer.windows import WindowLoader
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer owns; `args` are its options, with a max_length that both models take."""
+    """The parts of a trainer; `args` are its options, with a max_length that fits both models."""
 
     args: Any
     ranks: Ranks
@@ -51,15 +51,15 @@ def build_parts(
     rollouts: RolloutEngine | None,
     formatting_func: Callable[[Any], Any] | None,
 ) -> Parts:
-    """Prepare the teacher, pair it with the student, and build what generates.
+    """Prepare the teacher, pair it with the student, and build the engines that generate.
 
     Args:
-        args: A TrainingArguments with GKDArguments; it is copied where it changes.
-        model: The student as Trainer's `model` is.
+        args: TrainingArguments with GKDArguments; copied if they change.
+        model: The student, Trainer's `model`.
         teacher: The teacher, not prepared yet.
         accelerator: Trainer's.
-        processing_class: The student's tokenizer, or a processor that holds one; None where there is none.
-        rollouts: The student's engine; None to build the one that the options say.
+        processing_class: The student's tokenizer, or a processor that holds one; None if there is none.
+        rollouts: The student's engine; None to build one from the options.
         formatting_func: Turns a row into one of a known format, if given.
 
     Raises:
@@ -84,7 +84,7 @@ def build_parts(
             rank=ranks.index,
             is_sharded=ranks.sharding is not None,
             fsdp_version={"fsdp1": 1, "fsdp2": 2}.get(ranks.sharding or ""),
-            # The numerics that the loss sees.
+            # The same numerics as in the loss.
             dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
             trust_remote_code=getattr(args, "trust_remote_code", False),
             **ids,
@@ -99,13 +99,13 @@ def build_parts(
         pad_token_id=pad_id,
         media_ids=media_token_ids(student),
     )
-    rows = vocabulary_size(student)
+    student_size = vocabulary_size(student)
     preparation = Preparation(
         args,
         tokenizer,
         stop_ids=frozenset(stop_ids),
-        # Cross-entropy needs its labels among the tokens that are compared.
-        vocab_size=pairing.vocab_size if args.ce_weight > 0 else min(rows, teacher.vocab_size or rows),
+        # Cross-entropy needs its labels among the tokens compared.
+        vocab_size=pairing.vocab_size if args.ce_weight > 0 else min(student_size, teacher.vocab_size or student_size),
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,

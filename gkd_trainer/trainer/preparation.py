@@ -1,4 +1,4 @@
-"""Data sets turned into token ids and labels, and what collated batches must hold."""
+"""Turn data sets into token ids and labels, and check collated batches."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 class Preparation:
     """How the rows of a trainer's data sets become tokens.
 
-    `stop_ids` end a completion. `vocab_size` is how many of the first tokens a label may be of. `tokenizer` is None
-    where there is none: rows then hold tokens. `formatting_func` turns a row into one of a known format. `shorter` is
-    the context that no row may exceed. `has_ranks` says that several ranks evaluate together.
+    `stop_ids` end a completion. Token ids must be below `vocab_size`. Without a `tokenizer` (None), rows must hold
+    tokens. `formatting_func` turns a row into one of a known format. `shorter` is the context that no row may exceed.
+    `has_ranks` says that several ranks evaluate together.
     """
 
     args: GKDArguments
@@ -43,11 +43,11 @@ class Preparation:
 
         Args:
             dataset: Rows of a format that GKDMixin lists.
-            name: What errors and the log call the set.
-            is_training: Whether it is trained on: then a row needs what the options train on.
+            name: The data set's name in errors and the log.
+            is_training: Whether to train on it: then a row needs the parts that the options train on.
 
         Raises:
-            GKDDataError: No row of it can be used.
+            GKDDataError: None of its rows can be used.
             GKDConfigError: A row is longer than the context of student or teacher.
         """
         rules = self._rules(is_training)
@@ -63,7 +63,7 @@ class Preparation:
             longest = longest_row(dataset, self.args.max_new_tokens, is_generating=rules.is_generating)
             longest.refuse_beyond(self.shorter, name)
         if not is_training and self.has_ranks and not hasattr(dataset, "__len__"):
-            # Without a length, ranks fill up their last batch with samples that would be counted twice.
+            # Without a length, ranks pad their last batch with samples that would be counted twice.
             dataset = list(dataset)
         return self._packed(dataset, name, is_training)
 
@@ -88,7 +88,7 @@ class Preparation:
             packs = args.eval_packing
         if not packs:
             return dataset
-        if isinstance(dataset, list):  # a stream that was read
+        if isinstance(dataset, list):  # a stream, read into memory
             dataset = datasets.Dataset.from_list(dataset)
         if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
             raise GKDConfigError(
@@ -96,11 +96,9 @@ class Preparation:
                 f"{type(dataset).__name__}: convert it with datasets.Dataset.from_list(list(rows)), or set "
                 "packing=False"
             )
-        lost = sorted(set(dataset.column_names or ()) & {side.name for side in SIDE_TENSORS.values() if side.is_column})
-        if lost:
-            logger.warning(
-                "%s: packing joins rows, so that no row has its %s any more: dropped", name, " and ".join(lost)
-            )
+        for side in SIDE_TENSORS.values():
+            if side.is_column and side.name in (dataset.column_names or ()):
+                logger.warning("%s: packing joins rows, so the column %s is dropped", name, side.name)
         return pack_dataset(dataset.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
 
 
@@ -112,20 +110,20 @@ class LongestRow:
     completed: int
 
     def refuse_beyond(self, shorter: OwnedContext, name: str) -> None:
-        """Raise GKDConfigError where a data set of that name holds more than a context."""
+        """Raise GKDConfigError if the longest row of the data set `name` exceeds a context."""
         needed, context = max(self.tokens, self.completed), shorter.context
         if needed > context.limit:
             completed = " with max_new_tokens" if self.completed > self.tokens else ""
             raise GKDConfigError(
-                f"{name}: max_length=None takes rows as they are, and the longest needs {needed} tokens{completed}, "
-                f"more than the {shorter.owner}'s context, {context.limit} tokens: {context.remedy}"
+                f"{name}: max_length=None does not cut rows, but the longest needs {needed} tokens{completed}, more "
+                f"than the {shorter.owner}'s context, {context.limit} tokens: {context.remedy}"
             )
 
 
 def longest_row(dataset: datasets.Dataset, max_new_tokens: int, *, is_generating: bool) -> LongestRow:
-    """Return how long the rows of a prepared data set are.
+    """Return the longest row of a prepared data set.
 
-    With `is_generating` each prompt gets a completion of `max_new_tokens`; without, the rows that are prompts alone,
+    With `is_generating`, each prompt gets a completion of `max_new_tokens`; without, only rows that are bare prompts,
     which an evaluation completes.
     """
     tokens = completed = 0
@@ -141,32 +139,32 @@ def longest_row(dataset: datasets.Dataset, max_new_tokens: int, *, is_generating
 
 
 def is_stream(dataset: Any) -> bool:
-    """Return whether the rows of a data set are read as they come."""
+    """Return whether the rows of a data set are streamed."""
     return isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
 
 
 def keeping_columns(collator: Any) -> Any:
-    """Return a collator that keeps the labels of rows and their side tensors, whatever it does itself."""
+    """Return a collator wrapped to keep the rows' labels and side tensors."""
     collator = keeping_labels(collator)
     return collator if isinstance(collator, KeepSideTensors) else KeepSideTensors(collator)
 
 
 def require_labels(inputs: Mapping[str, Any]) -> None:
-    """Raise GKDDataError where a collated batch has no labels."""
+    """Raise GKDDataError if a collated batch has no labels."""
     if "labels" not in inputs or inputs["labels"] is None:
         raise GKDDataError(
-            f"the data collator gave no labels, only {', '.join(sorted(inputs))}: return labels [B, L] with the token "
-            "ids and -100 where a token is not trained on, or leave data_collator out"
+            f"the data collator returned no labels, only {', '.join(sorted(inputs))}: return labels [B, L] with the "
+            "token ids, and -100 for tokens that are not trained on, or leave data_collator out"
         )
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """Return a tokenizer, or the one that a processor of several modalities holds; None where there is none."""
+    """Return a tokenizer, or the one in a processor of several modalities; None if there is none."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 
 def pad_token_id(processing_class: Any) -> int:
-    """Return the id that fills batches: the pad token, or eos, or 0. It is masked wherever it stands."""
+    """Return the id that pads batches: the pad token, or eos, or 0. It is always masked."""
     tokenizer = tokenizer_of(processing_class)
     for name in ("pad_token_id", "eos_token_id"):
         token_id = getattr(tokenizer, name, None)

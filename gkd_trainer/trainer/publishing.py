@@ -1,4 +1,4 @@
-"""The model card beside the student's weights: written for others to read, never over one that somebody wrote."""
+"""The model card beside the student's weights; it never replaces one that the user wrote."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ logger = logging.getLogger(__name__)
 
 
 def card_tags(path: Path, tags: str | Iterable[str] | None, own_tags: Iterable[str] = ()) -> list[str] | None:
-    """Return the tags of a card that is to be written: those given, those that it has, a trainer's own, and ours.
+    """Return the tags of a card to write: those given, those it already has, a trainer's own, and ours.
 
-    None, with a warning, where somebody wrote that card, or it can't be read: it is not to be replaced.
+    Returns None, with a warning, if the user wrote that card or it can't be read: it must not be replaced.
     """
     earlier = _generated_tags(path)
     if earlier is None:
-        logger.warning("%s is not replaced by a model card: somebody wrote it, or it can't be read", path)
+        logger.warning("Keeping %s, not replaced by a model card: you wrote it, or it can't be read", path)
         return None
-    earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # which PEFT gives again
+    earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # PEFT adds them again
     given = [tags] if isinstance(tags, str) else list(tags or [])
     return list(dict.fromkeys([*given, *earlier, *own_tags, *CARD_TAGS]))
 
 
 def tags_of_datasets(names: str | Iterable[str] | None) -> list[str]:
-    """Return the names of data sets that lie on the hub.
+    """Return the names of data sets that are on the hub.
 
-    Trainer would take the name of what built the data set: none for one that was made in memory.
+    Trainer would take the name of the data set's builder, which one made in memory lacks.
     """
     listed = [names] if isinstance(names, str) else list(names or [])
     return [name for name in listed if "/" in name and is_on_hub(name)]
 
 
 def source_on_hub(model: nn.Module) -> str:
-    """Return the name on the hub that a student was loaded from; empty for any other."""
+    """Return the hub name from which a student was loaded; empty if it was not."""
     name = name_of(base_model(model))
     return name if is_on_hub(name) else ""
 
@@ -58,11 +58,11 @@ def write_card(
 
     Args:
         path: The file, in the folder of the student's weights.
-        summary: What transformers knows of the run.
+        summary: transformers' summary of the run.
         args: The run's options.
-        model: The student, wrapped by PEFT where it has an adapter.
-        teacher: What it was distilled from.
-        dataset: What it was trained on, if anything.
+        model: The student, wrapped by PEFT if it has an adapter.
+        teacher: Its teacher.
+        dataset: The training set, if any.
     """
     described = describe(teacher)
     card = distillation_card(
@@ -82,7 +82,7 @@ def write_card(
 
 @contextmanager
 def keeping_own(path: Path) -> Iterator[None]:
-    """Have a model card that somebody wrote lie aside in the block: PEFT would rewrite it, or fail to read it."""
+    """Move a model card that the user wrote aside during the block: PEFT would rewrite it, or fail to read it."""
     if _generated_tags(path) is not None:
         yield
         return
@@ -95,12 +95,12 @@ def keeping_own(path: Path) -> Iterator[None]:
 
 
 def _generated_tags(path: Path) -> list[str] | None:
-    """Return the tags of a model card that a trainer or PEFT wrote, none where there is no card; None of any other."""
+    """Return the tags of a model card by a trainer or PEFT, or none if there is no card; None for any other card."""
     if not path.exists():
         return []
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception:  # what broken front matter makes YAML raise, and other bytes than text
+    except Exception:  # broken front matter or bytes that are not text may raise anything
         return None
     tags = data.tags or []
     is_generated = data.get("library_name") == "peft" or "generated_from_trainer" in tags

@@ -1,4 +1,4 @@
-"""The processes that train together: what they agree on, and how the student's weights are spread over them."""
+"""The processes that train together: their exchanges, and how the student's weights are sharded over them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.models import unwrap_model_for_generation
 
 
 class Ranks:
-    """All ranks of a run, as seen from one of them; what exchanges has to be called on all of them."""
+    """All ranks of a run, as seen from one of them; all must call a method that exchanges values."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -57,7 +57,7 @@ class Ranks:
 
     @property
     def sharding(self) -> Literal["fsdp1", "fsdp2", "zero3"] | None:
-        """How the student's weights are cut into parts that lie on different ranks; None where each has them all."""
+        """How the student's weights are sharded over ranks; None if each rank has all of them."""
         state = self.accelerator.state
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return "zero3" if state.deepspeed_plugin.zero_stage == 3 else None
@@ -68,11 +68,11 @@ class Ranks:
 
     @contextmanager
     def gathered(self, model: nn.Module, wrapped: nn.Module) -> Iterator[nn.Module]:
-        """Give the student to generate with, or to take weights from; under ZeRO-3 it is whole in the block.
+        """Yield the student to generate with or to take weights from; under ZeRO-3 it is gathered in the block.
 
         Args:
-            model: The student as Trainer's `model` is.
-            wrapped: The same as Trainer's `model_wrapped` is.
+            model: The student, Trainer's `model`.
+            wrapped: The same as Trainer's `model_wrapped`.
         """
         if self.sharding == "zero3":
             with unwrap_model_for_generation(wrapped, self.accelerator) as student:

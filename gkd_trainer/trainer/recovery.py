@@ -1,4 +1,4 @@
-"""Nothing is lost when rollouts, a sync or a teacher fail: the ranks stop together, and save a checkpoint before."""
+"""If rollouts, a sync or a teacher fail, the ranks save a checkpoint and stop together, so nothing is lost."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _KINDS: tuple[type[GKDError], ...] = (
     GKDTeacherError,
     GKDServerError,
 )
-"""What a rank raises where another failed; of several, the last that any of them had."""
+"""What a rank raises if another failed; if several failed, the last of their kinds in this order."""
 
 
 class Recovery:
-    """Turns whatever fails in rollouts, a sync or a teacher into a checkpoint and one error on every rank.
+    """Turns a failure in rollouts, a sync or a teacher into a checkpoint and one error on every rank.
 
     Args:
         ranks: The ranks that fail together.
-        restarts_without_memory: Whether Trainer starts again where memory ran out (`auto_find_batch_size`): such an
-            error passes as it is.
-        saves_only_model: Whether checkpoints hold the weights alone (`save_only_model`), which the error says.
+        restarts_without_memory: Whether Trainer restarts if memory runs out (`auto_find_batch_size`): such an error is
+            passed on unchanged.
+        saves_only_model: Whether checkpoints hold only weights (`save_only_model`), which the error mentions.
 
     Attributes:
         last_checkpoint: The folder of the last checkpoint that this run saved or resumed from.
@@ -58,22 +58,22 @@ class Recovery:
         self._random_states: _RandomStates | None = None
 
     def note_random_states(self) -> None:
-        """Remember the random states of a step's end: a run that resumes there has to find them."""
+        """Remember the random states at the end of a step, for a checkpoint of that step."""
         self._random_states = _RandomStates.current()
 
     @contextmanager
     def saving_before_it_fails(self, step: int | None, save: Callable[[], None]) -> Iterator[None]:
-        """Save a checkpoint of the last complete step where what all ranks raise together ends the block, and name it.
+        """If all ranks raise together in the block, save a checkpoint of the last complete step, and name it.
 
         Args:
-            step: That step; None or 0 where there is nothing to save.
+            step: That step; None or 0 if there is nothing to save.
             save: Saves the checkpoint of that step, on all ranks, and sets `last_checkpoint`.
         """
         try:
             yield
         except GKDError as error:
             is_common, self._common_failure = error is self._common_failure, None
-            # Saving takes all ranks: what one rank raises by itself is passed on as it is.
+            # Saving takes all ranks: an error on only one is passed on unchanged.
             if not is_common or not step:
                 raise
             kind = next(kind for kind in reversed(_KINDS) if isinstance(error, kind))
@@ -82,12 +82,12 @@ class Recovery:
 
     @contextmanager
     def failing_together(self, kind: type[GKDError], what: str, *, exchanges: bool = True) -> Iterator[None]:
-        """Raise what fails in the block on every rank, as a GKDError.
+        """Raise a failure in the block on every rank, as a GKDError.
 
         Args:
-            kind: The error that stands in for one that is not a GKDError.
-            what: The part of the run that failed, as that error begins.
-            exchanges: Whether the ranks tell one another of failures, for which all have to enter the block.
+            kind: The type for a failure that is not a GKDError.
+            what: The part of the run that failed, for the start of its message.
+            exchanges: Whether the ranks tell each other of failures; then all must enter the block.
         """
         failed: Exception | None = None
         try:
@@ -99,9 +99,9 @@ class Recovery:
     def raise_together(
         self, failure: BaseException | None, kind: type[GKDError], what: str, *, exchanges: bool = True
     ) -> None:
-        """Raise what failed on this rank, and on all others too: they would wait for it in their next exchange.
+        """Raise a failure of one rank on all ranks: otherwise the others would wait for it in their next exchange.
 
-        The arguments are those of `failing_together`; `failure` is None where nothing failed on this rank.
+        The arguments are those of `failing_together`; `failure` is None if nothing failed on this rank.
         """
         if self._restarts_without_memory:
             is_out_of_memory = failure is not None and should_reduce_batch_size(failure)
@@ -112,26 +112,26 @@ class Recovery:
             code = 0 if error is None else 1 + max(i for i, each in enumerate(_KINDS) if isinstance(error, each))
             worst = self._ranks.largest(code)
             if error is None and worst > 0:
-                error = _KINDS[worst - 1]("stopped, since another rank failed, whose error says more")
+                error = _KINDS[worst - 1]("stopped, since another rank failed: see its error")
         if error is not None:
             self._common_failure = error if exchanges or self._ranks.size == 1 else None
             raise error
 
     def _saved(self, step: int, save: Callable[[], None], when: str) -> str:
-        """Save a checkpoint of the last complete step, unless there is one, and say where it is."""
+        """Save a checkpoint of the last complete step, unless there is one; return where it is."""
         if self.last_checkpoint is None or self.last_checkpoint.name != f"checkpoint-{step}":
             if self._random_states is not None:
                 self._random_states.restore()
             before = self.last_checkpoint
             try:
                 save()
-            except Exception as failure:  # a full disk must not hide what ended the run
+            except Exception as failure:  # a full disk must not hide the original error
                 return (
                     f"The run up to step {step} could not be saved ({type(failure).__name__}: {failure}); the last "
                     f"checkpoint is {before or 'none'}"
                 )
         return (
-            f"The {self._saved_part} up to step {step} is saved in {self.last_checkpoint}: {when}, go on with "
+            f"The {self._saved_part} up to step {step} is saved in {self.last_checkpoint}: {when}, resume with "
             "train(resume_from_checkpoint=True)"
         )
 

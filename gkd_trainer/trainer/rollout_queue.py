@@ -1,4 +1,4 @@
-"""The rollouts of the windows to come: generated a block at a time, by current weights, and kept by checkpoints."""
+"""The rollouts of coming windows: generated block by block with the current weights, and saved with checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gkd_trainer.rollouts import (
     complete_greedily,
     completed_future,
     generate_jobs,
-    has_prompts_alone,
+    has_bare_prompts,
     lmbda_at,
     plan_window,
     transformers_options,
@@ -46,7 +46,7 @@ class Timer(Protocol):
 
 @dataclass(frozen=True)
 class CurrentStudent:
-    """The student as it is now: Trainer's `model` and `model_wrapped`, and the optimizer steps that it took."""
+    """The student's current state: Trainer's `model` and `model_wrapped`, and the number of optimizer steps so far."""
 
     model: nn.Module
     wrapped: nn.Module
@@ -54,17 +54,17 @@ class CurrentStudent:
 
 
 class RolloutQueue:
-    """Holds the blocks of windows that are generated, or under way, and hands out one window for each optimizer step.
+    """Holds the blocks of windows that are generated or being generated, and returns one window per optimizer step.
 
     Args:
-        engine: The student's engine, which is given the current weights before it generates.
+        engine: The student's engine, which gets the current weights before it generates.
         teacher_engine: Under `seq_kd`, the engine of the teacher.
         args: The options of sampling and of λ.
-        seed: What keys all draws.
+        seed: The key of all draws.
         ranks: The ranks that train together.
-        recovery: What makes them fail together.
-        pad_token_id: What fills the batches up.
-        media_ids: Tokens that stand for an image, a video or sound, which no engine is given.
+        recovery: Makes them fail together.
+        pad_token_id: Pads the batches.
+        media_ids: Tokens that stand for an image, a video or sound, which no engine gets.
     """
 
     def __init__(
@@ -91,17 +91,15 @@ class RolloutQueue:
         self._saved: list[dict[str, Any]] = []
 
     def next_window(self, epoch: Epoch, student: CurrentStudent, timer: Timer) -> tuple[WindowRollout, int] | None:
-        """Return the window of the step that the student takes next, and by how many steps its weights are older.
+        """Return the window of the student's next step, and how many steps older the weights are that generated it.
 
-        At the end of the epoch that is None.
-
-        All ranks call it together.
+        Returns None at the end of the epoch. All ranks must call it together.
 
         Raises:
-            GKDError: What planning, generation or a sync failed with, on every rank.
+            GKDError: Planning, generation or a sync failed; on every rank.
         """
         step = student.step
-        if epoch.batches is not self._epoch:  # what is left of an epoch that was stopped is dropped
+        if epoch.batches is not self._epoch:  # drop the rest of an epoch that was stopped
             self._epoch = epoch.batches
             self.drop()
             self._restore(epoch, student, timer)
@@ -120,24 +118,24 @@ class RolloutQueue:
             window = block.window(step, self._pad_token_id)
             if window.without_prompt and self._args.is_always_on_policy and epoch.is_first:
                 raise GKDDataError(
-                    f"lmbda=1 trains on completions alone, but {window.without_prompt} of the first {window.samples} "
-                    "samples have no prompt to complete (their first token is already trained on): give the prompt "
-                    "labels of -100, or lower lmbda"
+                    f"lmbda=1 trains only on completions, but {window.without_prompt} of the first {window.samples} "
+                    "samples have no prompt to complete (their first token is already trained on): label prompts with "
+                    "-100, or lower lmbda"
                 )
         return window, step - block.weights_step
 
     @contextmanager
     def synced(self, student: CurrentStudent, timer: Timer | None = None) -> Iterator[RolloutEngine]:
-        """Give the engine with the student's current weights, for one call of `generate`; on all ranks together."""
+        """Yield the engine with the student's current weights, for one call of `generate`; on all ranks together."""
         self.wait()
-        # Completions come from the numerics that the loss sees: under autocast, the same rounding.
+        # Generate with the same numerics as the loss: under autocast, the same rounding.
         with self._ranks.gathered(student.model, student.wrapped) as gathered, self._ranks.accelerator.autocast():
             version = student.step, id(gathered), sum(weight._version for weight in gathered.parameters())
             if version != self._synced_version:
                 with (
                     nullcontext() if timer is None else timer.measure("sync"),
                     self._recovery.failing_together(
-                        GKDRolloutError, "handing the student's weights to the rollout engine"
+                        GKDRolloutError, "sending the student's weights to the rollout engine"
                     ),
                 ):
                     self.engine.sync(gathered)
@@ -146,12 +144,12 @@ class RolloutQueue:
                 yield self.engine
 
     def completed(self, inputs: dict[str, Any], student: CurrentStudent) -> dict[str, Any]:
-        """Return a batch with the student's greedy completions, all that is scored in it; on all ranks together."""
+        """Return a batch with the student's greedy completions, the only tokens scored; on all ranks together."""
         return self._completed(inputs, student, only_prompts=False)
 
     def completed_prompts(self, inputs: dict[str, Any], student: CurrentStudent) -> dict[str, Any]:
-        """Return a batch whose rows that are prompts alone got a greedy completion; on all ranks together."""
-        if not self._ranks.any(has_prompts_alone(inputs)):
+        """Return a batch with greedy completions for samples that are bare prompts; on all ranks together."""
+        if not self._ranks.any(has_bare_prompts(inputs)):
             return inputs
         return self._completed(inputs, student, only_prompts=True)
 
@@ -162,31 +160,31 @@ class RolloutQueue:
             )
 
     def wait(self) -> None:
-        """Wait until no rollouts are under way: weights must not change below them."""
+        """Wait until no rollouts are running: the weights must not change under them."""
         self._raise_failure(next(filter(None, [block.student_completions.exception() for block in self._blocks]), None))
 
     def drop(self) -> None:
-        """Forget all blocks, once none is under way, and what the engine was given."""
+        """Wait for all blocks and forget them, and forget which weights the engine has."""
         for block in self._blocks:
             block.student_completions.exception()  # waits
         self._block = self._ahead = None
         self._synced_version = None
 
     def state(self, step: int) -> list[dict[str, Any]]:
-        """Return what a checkpoint of that step has to keep: completions that are not trained on yet."""
+        """Return the state for a checkpoint of that step: completions that are not trained on yet."""
         failed = any(block.student_completions.exception() is not None for block in self._blocks)
-        if self._ranks.any(failed):  # they are generated again after resuming
+        if self._ranks.any(failed):  # then generate them again after resuming
             return []
         states = [block.state(step) for block in self._blocks]
         return [state for state in states if state["windows"]]
 
     def load(self, states: list[dict[str, Any]]) -> None:
-        """Take what `state` gave: the next epoch begins with it, if it is of the same prompts."""
+        """Take a `state`: the next epoch begins with it, if its prompts are the same."""
         self._saved = states
 
     def _raise_failure(self, error: BaseException | None) -> None:
         if self._ranks.any(error is not None):
-            self.drop()  # a trainer that goes on afterwards generates again
+            self.drop()  # a trainer that continues generates again
         self._recovery.raise_together(error, GKDRolloutError, "generating completions")
 
     @property
@@ -213,7 +211,7 @@ class RolloutQueue:
                 for batch in batches:
                     require_labels(batch)
                 plans.append(plan_window(batches, draw, self._teacher_engine is not None, self._media_ids))
-            # The last window of an epoch is smaller only where the iterator ends.
+            # The last window of an epoch is smaller only if the iterator ends.
             num_batches = epoch.later().num_batches
         return plans
 
@@ -224,7 +222,7 @@ class RolloutQueue:
         timer: Timer,
         background: ThreadPoolExecutor | None = None,
     ) -> Block | None:
-        """Return windows with their completions, by the current weights: generated at once, or in the background."""
+        """Return windows with completions by the current weights, generated now or in the background."""
         if not plans:
             return None
         sampling = sampling_of(self._args)
@@ -236,7 +234,7 @@ class RolloutQueue:
                 student_completions = completed_future(generate_jobs(student_jobs, sampling, engine))
             teacher_completions: Completions = [[] for _ in plans]
             if self._teacher_engine is not None:
-                # It generates by transformers, also where vLLM does for the student.
+                # The teacher generates with transformers even if the student generates with vLLM.
                 extra = transformers_options(sampling.extra) if self._args.use_vllm else sampling.extra
                 teacher_jobs = [plan.teacher_jobs for plan in plans]
                 teacher_completions = generate_jobs(teacher_jobs, replace(sampling, extra=extra), self._teacher_engine)
@@ -254,15 +252,16 @@ class RolloutQueue:
             step, epoch = step + len(plans), epoch.later()
             if self._ranks.any(blocks[-1] is None):
                 logger.warning(
-                    "The checkpoint holds completions of other prompts or steps than this run has: they are generated "
-                    "again. A run resumes exactly with the data, seed, batch sizes and steps of the one that saved it."
+                    "The checkpoint's completions are for other prompts or steps than this run's: generating them "
+                    "again. A run resumes exactly only with the data, seed, batch sizes and steps of the run that "
+                    "saved it."
                 )
                 blocks[-1] = self._generated(plans, student, timer)
         self._block, self._ahead = blocks[0], blocks[1] if len(blocks) > 1 else None
 
 
 def sampling_of(args: GKDArguments) -> Sampling:
-    """Return how the student's completions are drawn."""
+    """Return the sampling of the student's completions."""
     extra = args.generation_kwargs or {}
     assert isinstance(extra, Mapping)  # parsed
     return Sampling(
@@ -277,7 +276,7 @@ def sampling_of(args: GKDArguments) -> Sampling:
 
 
 def sample_counts(window: WindowRollout, staleness: int) -> dict[str, float]:
-    """Return the SAMPLE_SUMS of a window whose weights are `staleness` steps older than the current ones."""
+    """Return the SAMPLE_SUMS of a window generated by weights `staleness` steps older than the current ones."""
     completions = [item.completion for item in window.generated]
     return {
         "samples": window.samples,

@@ -1,4 +1,4 @@
-"""GKDTrainer: the parts put on the hooks of the Hugging Face Trainer, and the only file that overrides one.
+"""GKDTrainer: connects the parts to the hooks of the Hugging Face Trainer; the only file that overrides any.
 
 Shapes: B batch, L length, N tokens trained on, V vocabulary.
 """
@@ -37,7 +37,7 @@ from gkd_trainer.models.loading import (
 from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.interval import tenth_of
-from gkd_trainer.report.metrics import TrainingMeter, sums_by_row
+from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher
@@ -74,7 +74,7 @@ from gkd_trainer.types import SIDE_TENSORS, Generated, TokenBatch, in_columns_of
 if TYPE_CHECKING:
 
     class AnyTrainer(Trainer):
-        """Any trainer that derives from Trainer, with the options of distillation in `args`."""
+        """Any subclass of Trainer, with the options of distillation in `args`."""
 
         args: Any
         model: Any
@@ -89,32 +89,32 @@ class GKDMixin(AnyTrainer):
     """Generalised knowledge distillation for a trainer of the Hugging Face family.
 
     Put it in front of the trainer that you extend: `class MySFT(GKDMixin, trl.SFTTrainer)`, with
-    `class MyConfig(GKDArguments, trl.SFTConfig)`. For the plain Trainer that is `GKDTrainer`.
+    `class MyConfig(GKDArguments, trl.SFTConfig)`. For the plain Trainer, use `GKDTrainer`.
 
-    It takes the arguments of `transformers.Trainer`, of which these mean more than there, and some of its own:
+    It takes the arguments of `transformers.Trainer`, some of which take more values here, and some of its own:
 
     Args:
         model: The student: a model, a PEFT model, or a name or path, which is loaded with `args.model_init_kwargs`
-            and in float32 unless they give a dtype. One from `torch.compile` runs uncompiled unless
+            and in float32 unless they give a dtype. A model from `torch.compile` runs uncompiled unless
             `args.torch_compile` is set.
         args: A configuration with GKDArguments; plain TrainingArguments get the defaults of GKDConfig.
         train_dataset: Rows of `messages`, `prompt` and `completion`, `prompt`, `text`, or `input_ids` and `labels`.
         eval_dataset: The same, or a dictionary of them.
-        processing_class: The tokenizer; by default the one beside the student's weights.
+        processing_class: The tokenizer; by default the one stored with the student's weights.
         teacher_model: The teacher: a model, a PEFT model, a name or a path; or set `args.teacher_model_name_or_path`.
-        peft_config: The adapter that the student is wrapped in.
-        formatting_func: Turns a row into text, a list of messages, or a row of a format above.
-        teacher: A Teacher, in place of `teacher_model`.
+        peft_config: The adapter to wrap the student in.
+        formatting_func: Turns a row into text, a list of messages, or a row in a format above.
+        teacher: A Teacher, instead of `teacher_model`.
         rollouts: The engine that generates the student's completions; by default HFRollouts.
-        base_kwargs: Further arguments of the trainer that is extended.
+        base_kwargs: Further arguments of the extended trainer.
 
     Raises:
-        GKDConfigError: Arguments that have no meaning here, or none together.
+        GKDConfigError: Arguments that have no meaning here, or not together.
         GKDTeacherError: No teacher, or one that does not fit the student.
         GKDDataError: A data set that can't be used.
     """
 
-    # The loss is divided by the tokens of the whole window; Trainer must not divide it again by its micro-batches.
+    # The loss is divided by all tokens of the window; Trainer must not also divide it by the number of micro-batches.
     loss_is_scaled_for_ga: bool | None = True
 
     _data_collator: Any = None
@@ -159,7 +159,7 @@ class GKDMixin(AnyTrainer):
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
             **base_kwargs,
         }
-        made = construct(
+        construction = construct(
             arguments,
             init_parameters(family[family.index(GKDMixin) + 1 :]),
             type(self).__name__,
@@ -169,16 +169,16 @@ class GKDMixin(AnyTrainer):
             builds_rollouts=rollouts is None,
         )
         # Read by hooks that the base's __init__ calls.
-        self._adapter, self._prepares_rows = made.adapter, made.prepares_rows
+        self._adapter, self._prepares_rows = construction.adapter, construction.prepares_rows
         base_init: Callable[..., None] = super().__init__
-        base_init(**made.base_arguments)
+        base_init(**construction.base_arguments)
         if model_init is not None and self.processing_class is None:
             self._find_tokenizer()
-        self._refuse_unusable(made)
+        self._refuse_unusable(construction)
         self._make_trainable(self.model)
         if is_in_notebook():
             self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
-        self._build_parts(made.teacher, rollouts, formatting_func)
+        self._build_parts(construction.teacher, rollouts, formatting_func)
         if self.train_dataset is not None:
             self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
         if isinstance(self.eval_dataset, dict):
@@ -205,24 +205,24 @@ class GKDMixin(AnyTrainer):
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
         self._generated: list[Generated] = []
         self._has_trained = False
-        # Read by subclasses that were written for TRL's trainer; the rollouts here sample by args.
+        # For subclasses written for TRL's trainer; the rollouts here use args.
         self.generation_config = trl_generation_config(self.args, self.model, pad_token_id(self.processing_class))
 
     def _find_tokenizer(self) -> None:
-        """Take the tokenizer beside the weights that `model_init` loaded."""
+        """Take the tokenizer stored with the weights that `model_init` loaded."""
         self.processing_class = find_tokenizer(name_of(self.model), getattr(self.args, "trust_remote_code", False))
         self.callback_handler.processing_class = self.processing_class
         collator = unwrapped(self.data_collator)
         if type(collator) is DataCollatorForLanguageModeling:  # made before there was a tokenizer
             collator.pad_token_id = pad_token_id(self.processing_class)
 
-    def _refuse_unusable(self, made: Construction) -> None:
+    def _refuse_unusable(self, construction: Construction) -> None:
         refuse_data_parallel(self.args)
         refuse_dropped_deepspeed(self.args, self.is_deepspeed_enabled)
         if self.is_world_process_zero():
-            warn_of_unused(unused_options(made.run), self.args)
+            warn_of_unused(unused_options(construction.run), self.args)
         refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
-        refuse_student(self.model, made.teacher, is_trained=self.train_dataset is not None)
+        refuse_student(self.model, construction.teacher, is_trained=self.train_dataset is not None)
 
     def _make_trainable(self, model: nn.Module) -> None:
         if getattr(self, "processing_class", None) is not None:  # Trainer calls model_init before it sets that
@@ -244,7 +244,7 @@ class GKDMixin(AnyTrainer):
 
     @property
     def teacher_model(self) -> PreTrainedModel | None:
-        """The teacher's model, where it lives in this process."""
+        """The teacher's model, if it is in this process."""
         return self.teacher.model
 
     @property
@@ -264,7 +264,7 @@ class GKDMixin(AnyTrainer):
 
     @property
     def data_collator(self) -> Any:
-        """The collator, which keeps labels and side tensors whatever it does itself; also one that is set later."""
+        """The collator, wrapped to keep labels and side tensors, also if it is set later."""
         return self._data_collator
 
     @data_collator.setter
@@ -279,7 +279,7 @@ class GKDMixin(AnyTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # Kept whatever the student's forward is called with: without labels a collator would take all tokens for them.
+        # Keep these whatever the student's forward takes: without labels, a collator would label all tokens.
         columns = self._signature_columns or []
         own = ["input_ids", "labels"]
         if self._prepares_rows:
@@ -287,8 +287,8 @@ class GKDMixin(AnyTrainer):
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the loader of an evaluation set, whose rows are prepared if it is given here."""
-        # Trainer passes its own set here too, or its name in a dictionary of them: those are prepared.
+        """Return the loader of an evaluation set; the rows of a set passed here are prepared."""
+        # Trainer also passes its own set, or a key of its dictionary of sets: those are already prepared.
         is_given = eval_dataset is not None and eval_dataset is not self.eval_dataset
         if is_given and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared(eval_dataset, "eval")
@@ -306,34 +306,34 @@ class GKDMixin(AnyTrainer):
         return model
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+        """Train as Trainer does; `resume_from_checkpoint=True` takes the last complete checkpoint.
 
-        Raises GKDConfigError where there is none, or where the one that was named is not whole.
+        Raises GKDConfigError if there is none, or if the given one is incomplete.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        # What is left of another run, after its last log entry or where it was broken off, is not this run's.
+        # Drop sums left over from an earlier run, after its last log entry or its interruption.
         self._meter.clear()
-        mark_loss_as_scaled(self)  # at every run: a search over options makes an accelerator of its own for each
+        mark_loss_as_scaled(self)  # for every run: a hyper-parameter search makes a new accelerator for each
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *sizes: Any) -> tuple[Any, ...]:
-        """Return the lengths of the run, and log at every tenth of it where the configuration leaves that open."""
+        """Return the lengths of the run, and log every tenth of it by default."""
         lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader, *sizes)
-        if isinstance(args.logging_steps, Unset):  # also that of a run before
+        if isinstance(args.logging_steps, Unset):  # also if an earlier run set it
             args.logging_steps = Unset(tenth_of(lengths[-1]))
         return lengths
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Return the window's batches after their rollouts, and how many tokens are trained on in them.
+        """Return the window's batches after their rollouts, and the number of tokens trained on in them.
 
-        The count is over all ranks where `average_tokens_across_devices` is set. It is taken after the rollouts, which
-        replace the completions that the data set gave.
+        With `average_tokens_across_devices`, the count is over all ranks. Tokens are counted after the rollouts, which
+        replace completions from the data set.
         """
         self._recovery.note_random_states()
         epoch = Epoch(
@@ -376,7 +376,7 @@ class GKDMixin(AnyTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward of a micro-batch; at the window's last one, refuse logits that aren't finite."""
+        """Run forward and backward of a micro-batch; at the window's last, raise if any values were not finite."""
         with self._meter.measure("step"), self._saving_before_it_fails():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -392,15 +392,15 @@ class GKDMixin(AnyTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Return the divergence of the student from the teacher, summed over the tokens trained on and divided.
 
-        In training, a mixture of experts adds its load-balancing loss, as its own loss does: a mean over the
+        In training, a mixture of experts adds its load-balancing loss, as its own loss does, averaged over the
         micro-batches of the window.
 
         Args:
             model: The student, wrapped for distribution or not.
-            inputs: `input_ids` and `labels` [B, L], and whatever else the forward takes.
-            return_outputs: Whether to return the forward's output too, with logits [B, L, V] in the columns of
+            inputs: `input_ids` and `labels` [B, L], and further arguments of the forward.
+            return_outputs: Whether to also return the forward's output, with logits [B, L, V] in the columns of
                 `inputs`.
-            num_items_in_batch: The divisor: the tokens of the window; by default those of this batch.
+            num_items_in_batch: The divisor: the number of tokens in the window; by default in this batch.
         """
         require_labels(inputs)
         batch = TokenBatch.from_inputs(inputs)
@@ -410,7 +410,7 @@ class GKDMixin(AnyTrainer):
             self._recovery.failing_together(
                 GKDTeacherError,
                 "the teacher's scoring of a batch",
-                # A teacher elsewhere may fail one rank alone; one that lives here would make each micro-batch wait.
+                # A remote teacher may fail for only one rank; for a local one, an exchange would slow each micro-batch.
                 exchanges=not self.teacher.is_local,
             ),
         ):
@@ -424,7 +424,7 @@ class GKDMixin(AnyTrainer):
         if num_items_in_batch is None:
             loss = divided(student.loss_sum, batch.n_scored)
         else:
-            # DDP averages gradients over ranks, and with this option the divisor is of all ranks already.
+            # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
             averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
             loss = divided(student.loss_sum, num_items_in_batch, averaged)
         if student.router_loss is not None:
@@ -437,7 +437,7 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        sums_BK = sums_by_row(batch.rows_N, batch.is_on_policy_B, result)
+        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result)
         if not is_training:
             self._evaluation.see(sums_BK)
             return
@@ -448,8 +448,8 @@ class GKDMixin(AnyTrainer):
         self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does; entries of training get the metrics since the last one."""
-        # Trainer calls this on every rank; `learning_rate` tells its own entries from those of a user's callback.
+        """Log as Trainer does; training entries get the metrics since the last one."""
+        # Trainer calls this on every rank; `learning_rate` distinguishes its own entries from a user's callback's.
         if "loss" in logs and "learning_rate" in logs:
             logs.update(self._meter.read(self._ranks.sum))
             if self.args.log_completions and self._generated and self.is_world_process_zero():
@@ -468,8 +468,8 @@ class GKDMixin(AnyTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """Return the loss of a batch and, unless only that is wanted, full logits [B, L, V] and labels [B, L].
 
-        Both are in the collator's columns, as the inputs are that Trainer may hand to `compute_metrics` beside them.
-        Rows without a completion are measured on a greedy one of the student.
+        Both are in the collator's columns, like the inputs that Trainer may pass to `compute_metrics` with them.
+        Samples without a completion are measured on the student's greedy one.
         """
         inputs = self._prepare_inputs(inputs)
         require_labels(inputs)
@@ -503,7 +503,7 @@ class GKDMixin(AnyTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         if not self.is_in_train and self._ranks.size > 1 and self.model_wrapped is self.model:
-            # Evaluation marks the model as prepared, and training would then leave it without DDP: ranks drift apart.
+            # Evaluation marks the model as prepared, so training would not wrap it in DDP, and ranks would drift apart.
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         (output.metrics or {}).update(self._evaluation.metrics(metric_key_prefix))
         return output
@@ -516,7 +516,7 @@ class GKDMixin(AnyTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            # Of an older run in the same folder: it would make a half-written checkpoint seem whole.
+            # Left by an older run in the same folder, it would make a half-written checkpoint seem complete.
             (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         self._recovery.last_checkpoint = checkpoint
@@ -524,7 +524,7 @@ class GKDMixin(AnyTrainer):
     def _save_rng_state(self, output_dir: str) -> None:
         save_rollouts(output_dir, self._ranks.index, self._queue.state(self.state.global_step))
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # the first rank writes Trainer's state next, and it stands for all ranks
+        self.accelerator.wait_for_everyone()  # next, the first rank writes Trainer's state, which vouches for all ranks
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -554,10 +554,10 @@ class GKDMixin(AnyTrainer):
         *,
         dataset_name: str | list[str] | None = None,
     ) -> None:
-        """Write README.md: what the student was distilled from, on what, and how; one that somebody wrote stays.
+        """Write README.md: the student's teacher, data and procedure; one that the user wrote is kept.
 
-        The arguments are Trainer's; `dataset_name` is what TRL calls `dataset`. Paths of this machine are told by their
-        last part alone.
+        The arguments are Trainer's; `dataset_name` is TRL's name for `dataset`. Local paths are shortened to their last
+        part.
         """
         path = Path(self.args.output_dir) / "README.md"
         if not self.is_world_process_zero():

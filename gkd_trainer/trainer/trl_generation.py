@@ -19,14 +19,15 @@ from gkd_trainer.types import IGNORE_INDEX
 def generate_on_policy_outputs(
     model: Any, inputs: Mapping[str, Tensor], generation_config: GenerationConfig, pad_token_id: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids, attention mask and labels [B, L] of prompts with completions that `model.generate` makes.
+    """Return token ids, attention mask and labels [B, L] of prompts with completions by `model.generate`.
 
-    Prompts are masked in the labels, and so is what follows a completion's first stop token. For subclasses of
-    `trl.experimental.gkd.GKDTrainer`: the trainer here generates by its `rollouts`, with seeds of their own.
+    Labels mask the prompts and everything after a completion's first stop token. For subclasses of
+    `trl.experimental.gkd.GKDTrainer`: the trainer here generates with its `rollouts`, with their own seeds.
 
     Args:
         model: A causal LM of transformers.
-        inputs: `prompts` [B, P], padded on the left, and `prompt_attention_mask` [B, P]; without that, none is padding.
+        inputs: `prompts` [B, P], padded on the left, and `prompt_attention_mask` [B, P], without which there is no
+            padding.
         generation_config: How to generate, and the ids to stop at.
         pad_token_id: Not needed; earlier versions of TRL passed it.
     """
@@ -40,7 +41,7 @@ def generate_on_policy_outputs(
     completions = ids_BL[:, prompts_BP.shape[1] :]
     stop_ids = generation_config.eos_token_id
     is_stop = torch.isin(completions, torch.as_tensor([] if stop_ids is None else stop_ids, device=ids_BL.device))
-    # The first stop token belongs to the completion, what comes after it doesn't.
+    # The first stop token belongs to the completion; everything after it does not.
     is_kept = is_stop.cumsum(dim=1) - is_stop.long() == 0
     mask_BL = torch.cat([prompt_mask_BP, is_kept], dim=1).long()
     labels_BL = torch.cat([torch.full_like(prompts_BP, IGNORE_INDEX), completions.where(is_kept, IGNORE_INDEX)], dim=1)

@@ -1,4 +1,4 @@
-"""The micro-batches of an optimizer step, taken from the epoch together; on all ranks, or on none."""
+"""Take all micro-batches of an optimizer step from the epoch at once; on all ranks, or on none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class WindowLoader:
-    """Takes windows from epochs; every rank ends an epoch after the same one."""
+    """Takes windows from epochs; all ranks end an epoch after the same window."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -23,26 +23,26 @@ class WindowLoader:
         self._has_warned = False
 
     def has_ended(self, epoch: Iterator[Any]) -> bool:
-        """Return whether the last window of an epoch was taken: Trainer asks again for each step that is left."""
+        """Return whether an epoch's last window was taken: Trainer still asks for each step left in the run."""
         return epoch is self._ended_epoch
 
     def take(
         self, epoch: Iterator[Any], num_batches: int, *, has_length: bool, is_first: bool = False
     ) -> list[dict[str, Any]]:
-        """Return the next batches of an epoch; none at its end, which comes on all ranks at once.
+        """Return the next batches of an epoch; none at its end, which all ranks reach together.
 
-        Streams have no length, so that ranks may run out of data at different steps, and wait for one another for ever.
-        Their epoch ends with the first window that any rank can't fill: Trainer takes no optimizer step for a smaller
-        one, since it does not know that it is the last.
+        Streams have no length: ranks could run out of data at different steps, and wait for each other forever. So a
+        stream's epoch ends at the first window that any rank can't fill. Trainer takes no optimizer step for a smaller
+        window, since it does not know that it is the last.
 
         Args:
             epoch: The iterator of the epoch's batches.
-            num_batches: How many micro-batches a full window has.
-            has_length: Whether the epoch's length is known: then Trainer has seen to it that the ranks agree.
+            num_batches: The number of micro-batches in a full window.
+            has_length: Whether the epoch's length is known: then Trainer makes the ranks agree.
             is_first: Whether nothing was trained on yet.
 
         Raises:
-            GKDDataError: Nothing was trained on yet, and nothing will be.
+            GKDDataError: The first window is missing or incomplete.
         """
         if self.has_ended(epoch):
             return []
@@ -57,32 +57,31 @@ class WindowLoader:
         if lacking < self._ranks.size and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "The ranks' shards of the training stream differ in length: an epoch ends with the shortest, and what "
-                "is left of the others is not trained on in it."
+                "The ranks' shards of the training stream differ in length: an epoch ends with the shortest, and the "
+                "rest of the others is not trained on."
             )
         return []
 
     def _too_few(self, lacking: int, num_batches: int) -> GKDDataError:
         if lacking:
             return GKDDataError(
-                f"the training set gave less than one step: {lacking} of {self._ranks.size} ranks had fewer than "
-                f"{num_batches} batches (gradient_accumulation_steps). Give it more rows, or use fewer ranks or "
-                "smaller batches; the log counts the rows that were dropped, by reason"
+                f"the training set is too small for one step: {lacking} of {self._ranks.size} ranks had fewer than "
+                f"{num_batches} batches (gradient_accumulation_steps). Add rows, or use fewer ranks or smaller "
+                "batches; the log counts the dropped rows by reason"
             )
         return GKDDataError(
-            "the training set gave no batch: no row of it can be used; the log counts the rows that were dropped, by "
+            "the training set gave no batch, since none of its rows can be used; the log counts the dropped rows by "
             "reason"
         )
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch that is being trained on, before its next window.
+    """The current epoch, before its next window.
 
-    `batches` are what is left of it, and `has_length` says whether its length is known. `num_batches` is how many
-    micro-batches the next window has, and `accumulation` how many a window behind it has; `batch_size` how many samples
-    a rank's micro-batch is configured to have. `max_steps` is the length of the run. `is_first` says that nothing was
-    trained on yet.
+    `batches` are its remaining batches; `has_length` says whether its length is known. `num_batches` is the number of
+    micro-batches in the next window, `accumulation` in later windows; `batch_size` is the configured number of samples
+    in a rank's micro-batch. `max_steps` is the length of the run. `is_first` says that nothing was trained on yet.
     """
 
     loader: WindowLoader
@@ -99,5 +98,5 @@ class Epoch:
         return self.loader.take(self.batches, num_batches, has_length=self.has_length, is_first=is_first)
 
     def later(self) -> Epoch:
-        """Return the epoch before a window behind the next one."""
+        """Return the epoch as it will be before a later window."""
         return replace(self, num_batches=self.accumulation, is_first=False)

@@ -64,7 +64,7 @@ def test_a_signal_ends_a_run_with_one_line_that_says_how_to_resume_it(number, st
     assert last.startswith(
         f"gkd-trainer train: {'interrupted' if status == 130 else 'terminated'}: {output}/checkpoint-"
     )
-    assert last.endswith(" is saved: to go on from it, add --resume_from_checkpoint true")
+    assert last.endswith(" is saved: to resume from it, add --resume_from_checkpoint true")
 
 
 def test_a_signal_before_the_first_checkpoint_says_that_none_was_saved(pair, data, tmp_path):

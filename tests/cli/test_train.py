@@ -62,7 +62,7 @@ def test_a_readme_that_somebody_wrote_is_kept(pair, data, tmp_path, caplog):
     (tmp_path / "output" / "README.md").write_text("Mine.\n")
     main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
     assert (tmp_path / "output" / "README.md").read_text() == "Mine.\n"
-    assert "README.md is not replaced by a model card" in caplog.text
+    assert "README.md, not replaced by a model card" in caplog.text
     (tmp_path / "output" / "README.md").unlink()
     main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
     main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1", "--beta", "0.125"])
@@ -192,7 +192,7 @@ def test_an_error_in_the_middle_of_a_run_exits_1_and_says_how_to_go_on(pair, dat
     last = error.splitlines()[-1]
     assert last.startswith("gkd-trainer train: error: ")
     assert "the teacher's logits hold NaN" in last
-    assert last.endswith("is saved: to go on from it, add --resume_from_checkpoint true")
+    assert last.endswith("is saved: to resume from it, add --resume_from_checkpoint true")
 
 
 def test_a_run_on_a_cpu_writes_nothing_to_stderr_but_its_progress(pair, data, tmp_path):

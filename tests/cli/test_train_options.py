@@ -50,7 +50,7 @@ def test_evaluation_on_the_training_file_is_refused_unless_it_is_a_part_of_it(pa
     code, error = exit_of(["train", *pair, *data, "--eval_split", "test"], capsys)
     assert code == 1
     assert "--eval_split: " in error
-    assert "is one file, which has no split 'test': name another file with --eval_dataset" in error
+    assert "is one file, which has no split 'test': give another file with --eval_dataset" in error
 
 
 def test_two_parts_of_one_file_are_trained_and_evaluated_on(given_to_trainer, pair, data, caplog):

@@ -321,7 +321,7 @@ def test_an_empty_completion_is_dropped(byte_level, rules, row):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": None}, "nothing in any of the columns that are read"),
+        ({"messages": None}, "nothing in any column that is read"),
         ({"messages": []}, "no messages"),
         ({"messages": "hello"}, "messages are not a list of role and content"),
         ({"messages": ["hello"]}, "messages are not a list of role and content"),

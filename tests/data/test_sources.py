@@ -62,7 +62,7 @@ def test_a_folder_with_brackets_that_declares_its_splits_is_refused_not_read_oth
     write(tmp_path / "a[1]" / "train.jsonl")
     card = "---\nconfigs:\n- config_name: main\n  data_files: other.jsonl\n---\n"
     (tmp_path / "a[1]" / "README.md").write_text(card)
-    with pytest.raises(GKDDataError, match=r"declares its splits itself.*rename it"):
+    with pytest.raises(GKDDataError, match=r"declares its own splits.*rename it"):
         source(tmp_path / "a[1]").load()
 
 

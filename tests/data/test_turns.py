@@ -243,7 +243,7 @@ def test_white_space_of_the_content_stays_where_no_special_token_ends_a_turn(byt
     tokenizer = byte_level(template)
     row = RowPreparer.create(tokenizer, rules(), None).prepare({"messages": CONVERSATION})
     assert trained_runs(tokenizer, row.labels) == ["hello, how are you?\n", "Paris.\n"]
-    assert row.unended.startswith("'\\n', which is no special token, while generation ends at '<|im_end|>'")
+    assert row.unended.startswith("'\\n', which is not a special token, but generation ends at '<|im_end|>'")
 
 
 def test_white_space_in_front_of_the_end_of_a_turn_is_trained_on(byte_level, rules):

@@ -655,7 +655,7 @@ def test_nothing_as_large_as_the_logits_is_made_but_the_gradient():
         (
             {"log_p_NK": torch.zeros(N, K).bfloat16()},
             {},
-            r"log-probs must be a float32 .*got torch.bfloat16.*lost in rounding",
+            r"log-probs must be a float32 .*got torch.bfloat16.*rounding loses the mass",
         ),
         ({"vocab_size": V + 1}, {}, r"got 131 tokens for the student and 132 for the teacher"),
     ],

@@ -100,7 +100,7 @@ def test_a_pad_token_that_a_model_has_stays(tiny_model):
 def test_a_second_adapter_is_refused(tiny_model):
     config = LoraConfig(target_modules=["q_proj"])
     student = wrap_in_adapter(tiny_model(), config)
-    with pytest.raises(GKDConfigError, match=r"already carries an adapter.*merge_and_unload"):
+    with pytest.raises(GKDConfigError, match=r"already has an adapter.*merge_and_unload"):
         wrap_in_adapter(student, config)
 
 

@@ -271,7 +271,7 @@ def test_a_quantised_model_is_refused(student, tmp_path):
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantisation)
     for refused in (model, get_peft_model(model, lora())):
-        with pytest.raises(GKDConfigError, match=r"quantised \(model\.layers\.0\..*vLLM can't be given"):
+        with pytest.raises(GKDConfigError, match=r"quantised \(model\.layers\.0\..*vLLM can't take those"):
             list(checkpoint_weights(refused))
 
 

@@ -13,7 +13,7 @@ from gkd_trainer.report.metrics import (
     Stopwatch,
     TrainingMeter,
     sample_metrics,
-    sums_by_row,
+    sums_by_sample,
     token_metrics,
 )
 
@@ -44,7 +44,7 @@ def sums_of(batch):
         is_finite_N=is_finite_N,
         **{name: batch.get(name) for name in ("student_entropy_N", "teacher_entropy_N", "agrees_N", *MASSES)},
     )
-    return sums_by_row(batch["rows_N"], batch["is_on_policy_B"], result)
+    return sums_by_sample(batch["rows_N"], batch["is_on_policy_B"], result)
 
 
 def row_of(**values):
@@ -53,7 +53,7 @@ def row_of(**values):
 
 @pytest.mark.parametrize(("count", "batch_size"), [(37, 5), (1, 3), (0, 2)])
 @pytest.mark.parametrize("has_top_k", [True, False])
-def test_sums_by_row_are_those_of_a_plain_loop(count, batch_size, has_top_k):
+def test_sums_by_sample_are_those_of_a_plain_loop(count, batch_size, has_top_k):
     batch = tokens(count, batch_size, has_top_k=has_top_k)
     expected = [dict.fromkeys(TOKEN_SUMS, 0.0) for _ in range(batch_size)]
     for token, row in enumerate(batch["rows_N"].tolist()):
@@ -75,7 +75,7 @@ def test_sums_by_row_are_those_of_a_plain_loop(count, batch_size, has_top_k):
     torch.testing.assert_close(sums_BK, torch.tensor([list(sums.values()) for sums in expected], dtype=torch.float64))
 
 
-def test_sums_by_row_are_cut_from_the_graph():
+def test_sums_by_sample_are_cut_from_the_graph():
     batch = tokens(7, 2)
     batch["divergence_N"].requires_grad_()
     assert not sums_of(batch).requires_grad

@@ -46,7 +46,7 @@ def test_a_card_names_method_models_data_and_options():
     assert cell(text, "student").endswith("(https://huggingface.co/org/student), all weights")
     assert cell(text, "data") == "[org/data](https://huggingface.co/datasets/org/data), 12 rows"
     assert cell(text, "β").startswith("0.25 (0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher)")
-    assert cell(text, "λ").startswith("0.75 (share of the samples that the student generates itself")
+    assert cell(text, "λ").startswith("0.75 (share of samples that the student generates")
     assert cell(text, "loss temperature") == "2.0"
     assert cell(text, "completions") == "by transformers, at most 99 tokens, top_p 0.9"
     assert "- learning_rate: 0.001" in str(text)

@@ -83,7 +83,7 @@ def test_without_vllm_transformers_generates_with_these_limits(tiny_model):
 )
 def test_a_student_that_can_not_generate_is_refused_where_it_has_to(options, named):
     student = torch.nn.Linear(2, 2)
-    with pytest.raises(GKDConfigError, match=f"{named}.* has the student generate, which Linear can't"):
+    with pytest.raises(GKDConfigError, match=f"{named}.* makes the student generate, but Linear can't"):
         build_student_engine(GKDArguments(**options), student, **TOKENS)
     assert build_student_engine(GKDArguments(lmbda=0.0), student, **TOKENS)
 
@@ -92,7 +92,7 @@ def test_a_student_that_can_not_generate_is_refused_where_it_has_to(options, nam
 def test_vllm_under_the_first_version_of_fsdp_is_refused(recorded, mode):
     args = GKDArguments(use_vllm=True, vllm_mode=mode, vllm_server_base_url=URL if mode == "server" else None)
     student = torch.nn.Linear(2, 2)
-    with pytest.raises(GKDConfigError, match="which FSDP version 1 keeps in flat blocks: set fsdp_version: 2"):
+    with pytest.raises(GKDConfigError, match="but FSDP 1 stores them flattened together: set fsdp_version: 2"):
         build_student_engine(args, student, **TOKENS, fsdp_version=1, is_sharded=True)
     assert build_student_engine(args, student, **TOKENS, fsdp_version=2, is_sharded=True)
 

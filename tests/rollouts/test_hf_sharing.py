@@ -48,7 +48,7 @@ BY_LENGTH = [(1, 1), (1, 2), (2, 3), (1, 5), (1, 7)]
         ("mamba", [(6, 7)], None),
         ("recurrent_gemma", BY_LENGTH, "RecurrentGemmaForCausalLM reads the padding"),
         ("minimax", BY_LENGTH, "MiniMaxForCausalLM reads the padding"),
-        ("rwkv", ONE_BY_ONE, "RwkvForCausalLM mixes the rows"),
+        ("rwkv", ONE_BY_ONE, "RwkvForCausalLM mixes the prompts"),
     ],
 )
 def test_prompts_share_a_batch_where_that_changes_nothing_and_else_it_is_said_once(
@@ -141,7 +141,7 @@ def test_logits_of_nan_beside_another_row_are_a_difference(model, calls, monkeyp
     change_logits(model, monkeypatch, change)
     engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
     assert [call[:2] for call in calls[len(PROBES) :]] == ONE_BY_ONE
-    assert "LlamaForCausalLM mixes the rows" in caplog.text
+    assert "LlamaForCausalLM mixes the prompts" in caplog.text
 
 
 @pytest.mark.parametrize("masked", [-torch.inf, torch.finfo(torch.float32).min])

@@ -300,12 +300,12 @@ def test_what_has_a_value_per_sample_or_image_goes_along():
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("token_embeddings", torch.zeros(2, 5, 3), r"token_embeddings \[2, 5, 3\], which may have a value per token"),
-        ("special_mask", torch.zeros(2, 5), r"special_mask \[2, 5\], which may have a value per token"),
-        ("attention_bias", torch.zeros(2, 1, 5, 5), r"attention_bias \[2, 1, 5, 5\], which may have a value per token"),
-        ("mrope_position_ids", torch.zeros(3, 2, 5), r"mrope_position_ids \[3, 2, 5\], which may have a value per"),
+        ("token_embeddings", torch.zeros(2, 5, 3), r"token_embeddings \[2, 5, 3\], which may have one value per token"),
+        ("special_mask", torch.zeros(2, 5), r"special_mask \[2, 5\], which may have one value per token"),
+        ("attention_bias", torch.zeros(2, 1, 5, 5), r"attention_bias \[2, 1, 5, 5\], which may have one value"),
+        ("mrope_position_ids", torch.zeros(3, 2, 5), r"mrope_position_ids \[3, 2, 5\], which may have one value per"),
         # Refused before a batch comes whose length is 3.
-        ("sample_features", torch.zeros(2, 3), r"sample_features \[2, 3\], which may have a value per token"),
+        ("sample_features", torch.zeros(2, 3), r"sample_features \[2, 3\], which may have one value per token"),
         ("position_ids", torch.zeros(3, 2, 5), r"position_ids \[3, 2, 5\].*one value per token of input_ids \[2, 5\]"),
         ("attention_mask", torch.ones(2, 1, 5, 5), r"attention_mask \[2, 1, 5, 5\].*one value per token"),
         ("cu_seq_lens_q", torch.tensor([0, 5]), r"cu_seq_lens_q \[2\].*joined in one row"),
@@ -313,7 +313,7 @@ def test_what_has_a_value_per_sample_or_image_goes_along():
     ],
 )
 def test_what_can_not_be_extended_is_refused_by_name(name, value, reason):
-    with pytest.raises(GKDDataError, match=rf"{reason}.*Leave {name} out of what it returns, or generate nothing"):
+    with pytest.raises(GKDDataError, match=rf"{reason}.*Make it return no {name}, or generate nothing"):
         require_extendable({**RIGHT, name: value})
     require_extendable(RIGHT)
 
@@ -329,7 +329,7 @@ def test_the_byte_offsets_of_trls_collator_are_left_out_where_tokens_change():
 
 def test_positions_of_packed_samples_are_refused_where_one_is_to_be_completed():
     inputs = {**RIGHT, "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])}
-    with pytest.raises(GKDDataError, match=r"position_ids.*count up by one.*\[0, 1, 2, 0, 1\].*a row of its own"):
+    with pytest.raises(GKDDataError, match=r"position_ids.*count up by one.*\[0, 1, 2, 0, 1\].*its own row"):
         with_completions(inputs, generated(0, [11, 12], [9]), PAD)
     mixed = with_completions(inputs, generated(1, [21], [9]), PAD)
     assert mixed["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
@@ -343,7 +343,7 @@ def test_an_image_behind_the_prompt_is_refused():
 
 def test_types_of_other_tokens_than_the_prompts_are_refused():
     inputs = {**RIGHT, "mm_token_type_ids": torch.tensor([[1, 0, 0, 0, 0], [0] * 5])}
-    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*not its prompt's; got \[1, 0, 0, 0, 0\]"):
+    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*other tokens than its prompt's; got \[1, 0, 0, 0, 0\]"):
         with_completions(inputs, generated(0, [98, 99], [9]), PAD)
 
 

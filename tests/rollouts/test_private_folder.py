@@ -69,7 +69,7 @@ def remover_of(path):
                 continue
             if arguments[:1] == [b"/bin/sh"] and str(path).encode() in arguments:
                 return int(entry.name)
-    raise AssertionError(f"nothing waits to remove {path}")
+    raise AssertionError(f"no process waits to remove {path}")
 
 
 def has_ended(pid):

@@ -81,7 +81,7 @@ def test_a_model_that_can_not_be_probed_shares_nothing_and_says_why(tiny_model, 
     model = changed(tiny_model().eval(), monkeypatch, change)
     assert find_sharing(model, PAD, is_sharded=False) is Sharing.NONE
     [warning] = warnings_of()
-    assert "LlamaForCausalLM can be batched can't be found out (RuntimeError: no batches here)" in warning
+    assert "LlamaForCausalLM can generate in batches (RuntimeError: no batches here)" in warning
 
 
 def test_of_several_ranks_verdicts_the_largest_is_the_strictest():

@@ -421,7 +421,7 @@ def test_a_prompt_too_long_for_the_engine_is_refused_with_the_numbers(engine):
 
 
 def test_an_option_that_vllm_does_not_know_is_refused(engine):
-    with pytest.raises(GKDConfigError, match=r"vLLM does not take these sampling options: .*min_tokns"):
+    with pytest.raises(GKDConfigError, match=r"vLLM refuses these sampling options: .*min_tokns"):
         engine.generate(PROMPTS, Sampling(5, extra={"min_tokns": 3}), SEEDS)
 
 
@@ -443,7 +443,7 @@ def test_adapter_sync_of_a_student_without_plain_lora_is_refused(model):
 
 def test_a_lora_rank_that_vllm_does_not_take_is_refused(model):
     student = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=600, target_modules=["q_proj"]))
-    with pytest.raises(GKDConfigError, match=r"ranks up to 512; got 600: set vllm_weight_sync='full'"):
+    with pytest.raises(GKDConfigError, match=r"rank up to 512; got 600: set vllm_weight_sync='full'"):
         refused(student, weight_sync="adapter")
 
 

@@ -132,7 +132,7 @@ def test_a_server_that_was_restarted_while_it_took_weights_gets_no_name(sync, fa
     fake._rules.clear()
     fake.next(restarted, path="/broadcast")
     fake.next(fake.rule, times=None)
-    with pytest.raises(GKDServerError, match=f"{fake.base_url} was restarted while it took weights"):
+    with pytest.raises(GKDServerError, match=f"{fake.base_url} restarted while it loaded weights"):
         sync.send(tiny_model())
     assert fake.held["weight_version"] == "default"
 
@@ -199,7 +199,7 @@ def test_padding_rows_are_known_after_the_weights_were_sent(sync, tiny_model):
 
 def test_a_server_that_was_not_started_for_it_is_refused_with_the_remedy(vllm_server, served_model, monkeypatch):
     engine = VLLMServerRollouts(vllm_server.base_url, [2], 368, server_timeout=5, weight_sync="nccl")
-    with pytest.raises(GKDConfigError, match='"nccl" sends from a CUDA device, and none is here: use "full"'):
+    with pytest.raises(GKDConfigError, match='"nccl" needs a CUDA device to send from; there is none: use "full"'):
         engine.sync(served_model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     remedy = (

@@ -335,7 +335,7 @@ def test_closing_removes_the_folder_and_may_be_repeated(make, model, tmp_path):
 
 
 def test_a_folder_that_can_not_be_made_is_refused_with_the_option(make, tmp_path):
-    with pytest.raises(GKDConfigError, match=rf"vllm_sync_dir must be a folder to write to.*got '{tmp_path}/none'"):
+    with pytest.raises(GKDConfigError, match=rf"vllm_sync_dir must be a writable folder.*got '{tmp_path}/none'"):
         make(sync_dir=f"{tmp_path}/none")
 
 
@@ -645,7 +645,7 @@ def test_a_tied_student_is_taken_by_servers_that_keep_its_head_right(make, stude
     proxy.next(served_with({}, device="cuda"), path="/server_info")
     make().sync(tied)
     proxy.next(served_with({}, device="cuda"), path="/server_info")
-    with pytest.raises(GKDConfigError, match="the adapter changes the embeddings or the head alone"):
+    with pytest.raises(GKDConfigError, match="the adapter changes only the embeddings or only the head"):
         make().sync(untying)
     proxy.next(served_with(UNTIED, device="cuda"), path="/server_info")
     engine = make()

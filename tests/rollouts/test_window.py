@@ -111,7 +111,7 @@ def test_the_teacher_generates_the_rest_and_its_samples_are_not_on_policy():
 
 
 def test_what_can_not_be_extended_is_refused_before_any_sample_is_drawn():
-    with pytest.raises(GKDDataError, match=r"returned weights \[2, 3\], which may have a value per token"):
+    with pytest.raises(GKDDataError, match=r"returned weights \[2, 3\], which may have one value per token"):
         plan_window([{**micro_batch(10, 11), "weights": torch.ones(2, 3)}], draw_of(0.0), teacher_generates=False)
 
 

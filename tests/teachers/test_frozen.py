@@ -222,11 +222,11 @@ def test_tokenizer_comes_from_the_place_that_the_init_kwargs_name(tiny_model, by
 
 
 @pytest.mark.parametrize("is_separable", [True, False])
-@pytest.mark.parametrize("block_elements", [1, 3 * 368, 2**24])
+@pytest.mark.parametrize("chunk_elements", [1, 3 * 368, 2**24])
 def test_top_tokens_are_those_of_the_models_log_probs_in_blocks_of_any_size(
-    tiny_model, monkeypatch, is_separable, block_elements
+    tiny_model, monkeypatch, is_separable, chunk_elements
 ):
-    monkeypatch.setattr("gkd_trainer.teachers.frozen._BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr("gkd_trainer.teachers.frozen._CHUNK_ELEMENTS", chunk_elements)
     model, batch = tiny_model() if is_separable else adapted_head(tiny_model()), batch_of_two()
     signal = prepared(model, top_k=5).score(batch)
     assert isinstance(signal, TopKSignal)
@@ -250,7 +250,7 @@ def test_top_tokens_of_a_bfloat16_teacher_are_projected_and_normalised_in_float3
 
 
 def test_the_logits_for_top_tokens_exist_for_one_block_at_a_time(tiny_model, monkeypatch):
-    monkeypatch.setattr("gkd_trainer.teachers.frozen._BLOCK_ELEMENTS", 2 * 368)
+    monkeypatch.setattr("gkd_trainer.teachers.frozen._CHUNK_ELEMENTS", 2 * 368)
     teacher, batch = prepared(tiny_model(), top_k=5), batch_of_two()
     sizes, logits = [], Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
@@ -290,7 +290,7 @@ def test_top_tokens_beyond_the_shared_vocabulary_count_as_mass_elsewhere(tiny_mo
 
 @pytest.mark.parametrize("top_k", [0, -1, 369])
 def test_a_top_k_that_the_head_does_not_have_is_refused(tiny_model, top_k):
-    with pytest.raises(GKDTeacherError, match=rf"top_k must be in \[1, 368\].*got {top_k}: for whole .* leave it None"):
+    with pytest.raises(GKDTeacherError, match=rf"top_k must be in \[1, 368\].*got {top_k}: for full .* leave it None"):
         FrozenTeacher(tiny_model(), top_k=top_k)
 
 
@@ -326,7 +326,7 @@ def test_a_compiled_model_teaches_uncompiled_and_says_so(tiny_model, caplog):
     teacher = prepared(torch.compile(model, backend="eager"))
     assert teacher.model is model
     assert isinstance(teacher.score(batch), HiddenSignal)
-    assert "The teacher came compiled, and runs uncompiled" in caplog.text
+    assert "The teacher was compiled, but runs uncompiled" in caplog.text
 
 
 def test_a_model_compiled_in_place_gives_its_logits(tiny_model):

@@ -224,14 +224,14 @@ def test_the_vocabulary_is_that_of_the_tokenizer_and_padding_rows_are_left_to_sl
 def test_the_first_token_of_a_packed_sequence_can_not_be_trained_on(make):
     flat = batch_of(token_rows([10]), [[3, 6]])
     flat.model_inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
-    with pytest.raises(GKDDataError, match="row 0 of a batch trains on the first token of a sequence"):
+    with pytest.raises(GKDDataError, match="sample 0 of a batch trains on the first token of a sequence"):
         make().score(flat)
 
 
 def test_labels_on_padding_are_refused(make):
     batch = batch_of_six()
     batch.model_inputs["attention_mask"][0, 7] = 0
-    with pytest.raises(GKDDataError, match="that the attention mask hides"):
+    with pytest.raises(GKDDataError, match="the attention mask hides"):
         make().score(batch)
 
 
@@ -306,13 +306,16 @@ WRONG = {
     "a string": (with_log_probs(str), "a log-prob is not a number"),
     "positive": (with_log_probs(lambda value: 0.01), "or above 0"),
     "too much mass": (with_log_probs(lambda value: -0.5), "have a mass of 3.033, more than 1"),
-    "a position too few": (changed(drop_position), "12 positions were sent, and scores of 11 came"),
-    "a position too many": (changed(add_position), "12 positions were sent, and scores of 13 came"),
-    "a choice too few": (changed(drop_choice), r"5 prompts were sent, and the choices that came are \[0, 1, 2, 3\]"),
-    "a choice twice": (changed(repeat_choice), r"5 prompts were sent, and the choices that came are \[0, 0, 1, 2, 3\]"),
-    "another's scores": (changed(exchange_choices), "12 positions were sent, and scores of 15 came"),
+    "a position too few": (changed(drop_position), "12 positions were sent, but the answer has 11"),
+    "a position too many": (changed(add_position), "12 positions were sent, but the answer has 13"),
+    "a choice too few": (changed(drop_choice), r"5 prompts were sent, but the answer has the choices \[0, 1, 2, 3\]"),
+    "a choice twice": (
+        changed(repeat_choice),
+        r"5 prompts were sent, but the answer has the choices \[0, 0, 1, 2, 3\]",
+    ),
+    "another's scores": (changed(exchange_choices), "12 positions were sent, but the answer has 15"),
     "a scored first token": (changed(score_the_first_token), "the first token of a prompt has scores"),
-    "candidates too few": (changed(drop_candidates), "5 or 6 tokens per position expected, got [23] to"),
+    "candidates too few": (changed(drop_candidates), "expected 5 or 6 tokens per position; got [23] to"),
     "an empty position": (changed(null_position), "TypeError"),
     "no scores": (changed(drop_scores), "prompt_logprobs: Input should be a valid list"),
     "a negative id": (changed(negative_id), "a token id is negative: -7"),
@@ -399,7 +402,9 @@ def test_a_server_that_comes_back_is_waited_for(make, proxy, served_model):
 def test_a_server_that_came_back_with_another_model_is_noticed_with_its_first_answer(make, proxy, tiny_model):
     teacher, batch = make(), batch_of_six()
     proxy.next(as_scored_by(tiny_model(hidden=128, seed=1)), times=None, path=SCORES)
-    message = f"{proxy.base_url} serves another model than at the start.*moved by 0.*Start it with '/.*' as it was"
+    message = (
+        f"{proxy.base_url} serves another model than at the start.*changed by 0.*Restart it with the original '/.*'"
+    )
     with pytest.raises(GKDServerError, match=message):
         teacher.score(batch_of(token_rows([8]), [[5]]))
     assert len(proxy.requests) == 1
@@ -455,7 +460,7 @@ def test_a_teacher_needs_the_students_tokenizer(proxy):
 
 
 def test_a_model_that_is_not_served_is_refused_with_those_that_are(make, served_dir):
-    with pytest.raises(GKDTeacherError, match=f"serves '{served_dir}', but the teacher is to be 'Qwen'.*name one"):
+    with pytest.raises(GKDTeacherError, match=f"serves '{served_dir}', but the teacher is 'Qwen'.*pass one"):
         make(model="Qwen")
 
 
@@ -471,9 +476,7 @@ def test_another_tokenizer_is_refused(proxy, tokenizer, added):
         tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|endoftext|>", "<tool>"]})
     else:
         tokenizer.add_tokens(["world"])
-    message = (
-        r"is not the student's: of the text .* makes \d+ tokens and the student's \d+, which differ from token \d+"
-    )
+    message = r"is not the student's: the text .* becomes \d+ tokens there and \d+ here, which differ from token \d+"
     with pytest.raises(GKDTeacherError, match=message):
         VLLMServerTeacher(proxy.base_url, top_k=K).prepare(CPU, tokenizer)
 
@@ -508,18 +511,20 @@ def test_a_local_copy_in_bfloat16_may_differ_by_its_rounding(make, served_model)
 def test_scores_that_differ_from_one_request_to_the_next_are_refused(proxy, tokenizer, tiny_model):
     proxy.next(lambda request, forward: forward(), path=SCORES)
     proxy.next(as_scored_by(tiny_model(hidden=128, seed=1)), path=SCORES)
-    with pytest.raises(GKDTeacherError, match="scored one text twice and differently: mean total variation 0"):
+    with pytest.raises(GKDTeacherError, match="scored one text differently the second time: mean total variation 0"):
         VLLMServerTeacher(proxy.base_url, top_k=K).prepare(CPU, tokenizer)
 
 
 def test_a_greedy_token_that_is_not_the_most_probable_is_refused(proxy, tokenizer):
     proxy.next(changed(lambda answer: answer["choices"][0].update(token_ids=[17])), path=SCORES)
-    with pytest.raises(GKDTeacherError, match=r"does not generate what it scores highest.* greedy token is 17 "):
+    with pytest.raises(
+        GKDTeacherError, match=r"does not generate the token that it scores highest.* greedy token is 17 "
+    ):
         VLLMServerTeacher(proxy.base_url, top_k=K).prepare(CPU, tokenizer)
 
 
 def test_more_tokens_than_the_server_gives_are_refused_with_the_option_that_allows_them(make, proxy):
-    with pytest.raises(GKDTeacherError, match="start it with --max-logprobs 65, or choose a smaller top_k"):
+    with pytest.raises(GKDTeacherError, match="start it with --max-logprobs 65, or lower top_k"):
         make(top_k=65)
 
 
@@ -542,7 +547,7 @@ def test_a_teacher_that_was_not_prepared_says_so():
         ({"top_k": 0}, "top_k must be at least 1; got 0"),
         ({"base_url": []}, "at least one server; got none"),
         ({"base_url": "localhost"}, "must be a URL that starts with http"),
-        ({"checks": False, "local_copy": torch.nn.Identity()}, "checks=False switches off"),
+        ({"checks": False, "local_copy": torch.nn.Identity()}, "checks=False disables"),
     ],
 )
 def test_arguments_without_a_meaning_are_refused(options, message):

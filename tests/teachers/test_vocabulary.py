@@ -16,7 +16,7 @@ def test_equal_heads_are_compared_whole(caplog):
 
 
 @pytest.mark.parametrize(
-    ("student_rows", "teacher_rows", "size"),
+    ("student_size", "teacher_size", "size"),
     [
         (12, 16, 10),  # the ids that the tokenizer uses end at 9
         (16, 12, 10),
@@ -25,15 +25,15 @@ def test_equal_heads_are_compared_whole(caplog):
         (8, 16, 8),
     ],
 )
-def test_heads_padded_to_different_sizes_are_cut_to_what_both_use(student_rows, teacher_rows, size):
-    assert shared_vocabulary_size(student_rows, teacher_rows, VOCABULARY, dict(VOCABULARY)) == size
+def test_heads_padded_to_different_sizes_are_cut_to_what_both_use(student_size, teacher_size, size):
+    assert shared_vocabulary_size(student_size, teacher_size, VOCABULARY, dict(VOCABULARY)) == size
 
 
 def test_equal_sizes_do_not_hide_tokens_with_other_ids():
     with pytest.raises(GKDTeacherError) as raised:
         shared_vocabulary_size(12, 12, VOCABULARY, {**VOCABULARY, "a": 1, "b": 0})
     message = str(raised.value)
-    assert "2 tokens have other ids in the student and the teacher, such as 'a' (0 and 1), 'b' (1 and 0)" in message
+    assert "2 tokens have different ids in student and teacher, such as 'a' (0 and 1), 'b' (1 and 0)" in message
     assert "alone" not in message
     assert "Use a teacher with the student's tokenizer" in message
     assert isinstance(raised.value, ValueError)
@@ -44,8 +44,8 @@ def test_tokens_of_one_side_alone_are_named_with_their_owner():
     with pytest.raises(GKDTeacherError) as raised:
         shared_vocabulary_size(12, 12, student, teacher)
     message = str(raised.value)
-    assert "1 tokens are the student's alone, such as 'mine'" in message
-    assert "2 tokens are the teacher's alone, such as 'thine', 'too'" in message
+    assert "1 tokens are only the student's, such as 'mine'" in message
+    assert "2 tokens are only the teacher's, such as 'thine', 'too'" in message
     assert "other ids" not in message
 
 
@@ -54,7 +54,7 @@ def test_a_long_difference_is_shortened_to_five_examples():
     with pytest.raises(GKDTeacherError) as raised:
         shared_vocabulary_size(100, 100, student, {f"t{i}": i for i in range(100)})
     message = str(raised.value)
-    assert "100 tokens are the student's alone, such as 's0', 's1', 's10', 's11', 's12'; 100 tokens" in message
+    assert "100 tokens are only the student's, such as 's0', 's1', 's10', 's11', 's12'; 100 tokens" in message
 
 
 @pytest.mark.parametrize("missing", ["student", "teacher"])

@@ -54,7 +54,7 @@ def test_teacher_beside_the_name_of_another(make_trainer, tiny_model, tmp_path):
     for name in ("one", "two"):
         tiny_model(seed=1).save_pretrained(tmp_path / name)
     name = str(tmp_path / "one")
-    message = "got a teacher and args.teacher_model_name_or_path="
+    message = "got a teacher that was not loaded from args.teacher_model_name_or_path="
     for given in (
         {"teacher_model": tiny_model(seed=1)},
         {"teacher_model": tmp_path / "two"},
@@ -125,14 +125,14 @@ def test_teacher_that_is_the_student(make_trainer, tiny_model):
 
 
 def test_teacher_options_for_a_loaded_teacher(make_trainer):
-    with pytest.raises(GKDTeacherError, match="teacher_model_init_kwargs load a teacher by name"):
+    with pytest.raises(GKDTeacherError, match="teacher_model_init_kwargs is for loading a teacher by name"):
         make_trainer(teacher_model_init_kwargs={"dtype": "bfloat16"})
 
 
 def test_tokenizers_that_differ_are_named(make_trainer, tiny_model, byte_level):
     other = byte_level()
     other.add_tokens(["<|extra|>"])
-    with pytest.raises(GKDTeacherError, match=r"1 tokens are the teacher's alone, such as '<\|extra\|>'"):
+    with pytest.raises(GKDTeacherError, match=r"1 tokens are only the teacher's, such as '<\|extra\|>'"):
         make_trainer(trainer_args={"teacher": FrozenTeacher(tiny_model(), tokenizer=other)})
 
 
@@ -152,7 +152,7 @@ def test_teacher_that_cannot_generate_under_seq_kd(make_trainer):
         def prepare(self, device, tokenizer=None, max_length=None):
             raise AssertionError
 
-    with pytest.raises(GKDTeacherError, match="seq_kd=True has the teacher generate"):
+    with pytest.raises(GKDTeacherError, match="seq_kd=True makes the teacher generate"):
         make_trainer(trainer_args={"teacher": Remote()}, seq_kd=True)
 
 
@@ -185,7 +185,7 @@ def test_collator_without_labels(make_trainer):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     trainer = make_trainer(trainer_args={"data_collator": without_labels})
-    with pytest.raises(GKDDataError, match="gave no labels, only attention_mask, input_ids"):
+    with pytest.raises(GKDDataError, match="returned no labels, only attention_mask, input_ids"):
         trainer.train()
 
 
@@ -243,7 +243,7 @@ def test_student_that_cannot_generate_under_lmbda(make_trainer, tiny_model):
             return self.inner(input_ids=input_ids, attention_mask=attention_mask)
 
     make_trainer(trainer_args={"model": Student(), "processing_class": None}).train()
-    with pytest.raises(GKDConfigError, match="has the student generate, which Student can't"):
+    with pytest.raises(GKDConfigError, match="makes the student generate, but Student can't"):
         make_trainer(trainer_args={"model": Student(), "processing_class": None}, lmbda=0.5)
 
 
@@ -267,7 +267,7 @@ def test_token_ids_that_the_models_do_not_have(make_trainer):
 def test_iterable_without_usable_row_is_refused_in_the_first_step(make_trainer):
     rows = Dataset.from_list([{"prompt": "hello", "completion": ""}] * 4).to_iterable_dataset()
     trainer = make_trainer(trainer_args={"train_dataset": rows})
-    with pytest.raises(GKDDataError, match="gave less than one step: 1 of 1 ranks"):
+    with pytest.raises(GKDDataError, match="is too small for one step: 1 of 1 ranks"):
         trainer.train()
 
 
@@ -383,5 +383,5 @@ def test_student_that_cannot_generate_under_eval_on_policy(make_trainer, tiny_mo
     plain = torch.nn.Module()
     plain.inner, plain.config = student, student.config
     plain.forward = lambda input_ids, attention_mask=None, labels=None: student(input_ids, attention_mask)
-    with pytest.raises(GKDConfigError, match="eval_on_policy=True has the student generate"):
+    with pytest.raises(GKDConfigError, match="eval_on_policy=True makes the student generate"):
         make_trainer(trainer_args={"model": plain, "processing_class": None}, eval_on_policy=True)

@@ -11,9 +11,9 @@ from gkd_trainer import GKDConfigError
 from gkd_trainer.trainer.checkpoints import (
     checkpoint_to_resume,
     damage,
-    last_whole_checkpoint,
+    last_complete_checkpoint,
     load_rollouts,
-    required_whole,
+    required_complete,
     save_rollouts,
 )
 
@@ -67,19 +67,19 @@ def test_a_file_that_is_missing_is_named(tmp_path, name):
     assert name in damage(checkpoint)
 
 
-def test_the_last_whole_checkpoint_is_taken_by_its_step_and_the_damage_of_newer_ones_logged(tmp_path, caplog):
+def test_the_last_complete_checkpoint_is_taken_by_its_step_and_the_damage_of_newer_ones_logged(tmp_path, caplog):
     for step in (9, 10, 11):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-12-copy").mkdir()
     (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
     with caplog.at_level(logging.WARNING):
-        assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+        assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert "checkpoint-11: it has no trainer_state.json" in caplog.text
 
 
 def test_without_damage_nothing_is_logged(tmp_path, caplog):
     write_checkpoint(tmp_path / "checkpoint-3")
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"
     assert not caplog.records
 
 
@@ -89,21 +89,21 @@ def test_no_whole_checkpoint_is_an_error_that_says_what_was_found(tmp_path, is_t
         cut(write_checkpoint(tmp_path / "run" / "checkpoint-3") / "trainer_state.json")
     match = "checkpoint-3: trainer_state.json" if is_there else "no folder of the form"
     with pytest.raises(GKDConfigError, match=match):
-        last_whole_checkpoint(tmp_path / "run")
+        last_complete_checkpoint(tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_one_to_take(tmp_path):
     write_checkpoint(tmp_path / "checkpoint-2")
     damaged = write_checkpoint(tmp_path / "checkpoint-3")
     cut(damaged / "optimizer.pt")
-    with pytest.raises(GKDConfigError, match=r"optimizer\.pt is not whole.*checkpoint-2"):
-        required_whole(damaged)
-    assert required_whole(tmp_path / "checkpoint-2") == tmp_path / "checkpoint-2"
+    with pytest.raises(GKDConfigError, match=r"optimizer\.pt is truncated.*checkpoint-2"):
+        required_complete(damaged)
+    assert required_complete(tmp_path / "checkpoint-2") == tmp_path / "checkpoint-2"
     with pytest.raises(GKDConfigError, match="there is no such folder"):
-        required_whole(tmp_path / "checkpoint-4")
+        required_complete(tmp_path / "checkpoint-4")
 
 
-def test_what_to_resume_from_is_the_last_whole_checkpoint_the_one_named_or_none(tmp_path):
+def test_what_to_resume_from_is_the_last_complete_checkpoint_the_one_named_or_none(tmp_path):
     for step in (2, 3):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     assert checkpoint_to_resume(True, tmp_path) == str(tmp_path / "checkpoint-3")

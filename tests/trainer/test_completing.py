@@ -52,7 +52,7 @@ def test_weights_that_could_not_be_handed_over_are_handed_over_again(make_queue,
     queue, student = make_queue(engine), Student().at(3)
     engine.failure = OSError("no space left")
     for _ in range(2):
-        with pytest.raises(GKDRolloutError, match=r"handing the student's weights .* failed with OSError"):
+        with pytest.raises(GKDRolloutError, match=r"sending the student's weights .* failed with OSError"):
             queue.synced(student).__enter__()
     engine.failure = None
     with queue.synced(student):

@@ -133,7 +133,7 @@ def test_a_compiled_student_is_taken_as_the_model_inside(built, tiny_model, capl
     model = tiny_model()
     made = built(arguments={"model": torch.compile(model, backend="eager")})
     assert made.base_arguments["model"] is model
-    assert "The student came compiled" in caplog.text
+    assert "The student was compiled" in caplog.text
 
 
 def test_the_tokenizer_is_the_one_given_or_that_beside_the_student(built, tiny_model, byte_level, tmp_path):
@@ -208,7 +208,7 @@ def test_a_teacher_that_can_not_generate_has_no_part_in_seq_kd(built, tiny_model
     class Mute(FrozenTeacher):
         can_generate = False
 
-    with pytest.raises(GKDTeacherError, match="seq_kd=True has the teacher generate, which this teacher can't"):
+    with pytest.raises(GKDTeacherError, match="seq_kd=True makes the teacher generate, but this teacher can't"):
         built(teacher=Mute(tiny_model()), seq_kd=True)
     built(teacher=Mute(tiny_model()))
 

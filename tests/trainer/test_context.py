@@ -57,7 +57,7 @@ def test_the_default_of_max_length_gives_way_to_a_shorter_context(make_trainer, 
     assert trainer.args.max_length == LIMIT
     assert {len(row["input_ids"]) for row in trainer.train_dataset} == {LIMIT}
     messages = [record.message for record in caplog.records if "max_length is" in record.message]
-    assert messages == [f"max_length is {LIMIT}, the student's context, in place of its default of {DEFAULT}."]
+    assert messages == [f"max_length is {LIMIT}, the student's context, instead of its default of {DEFAULT}."]
     trainer.train()
 
 

@@ -79,4 +79,4 @@ def test_a_teacher_that_was_cut_into_parts_is_refused(full_run, tmp_path):
         **OPTIONS,
     )
     assert two is None
-    assert "pass the teacher by its name, which loads it whole" in process.stderr
+    assert "pass the teacher by name, which loads all of it" in process.stderr

@@ -113,14 +113,14 @@ def test_a_row_that_one_rank_can_not_complete_stops_both_after_a_checkpoint(full
     assert result is None
     assert "position_ids of a sample to be completed must count up by one" in process.stderr
     assert "stopped, since another rank failed" in process.stderr
-    assert process.stderr.count("go on with train(resume_from_checkpoint=True)") >= 2
+    assert process.stderr.count("resume with train(resume_from_checkpoint=True)") >= 2
     assert (tmp_path / "run" / "run" / "checkpoint-2" / "trainer_state.json").exists()
 
 
 def test_a_rank_without_data_stops_all_with_an_error(full_run, tmp_path):
     result, _, process = full_run(tmp_path / "run", ranks=2, **STREAM, lmbda=0.5, shards=[0, 12])
     assert result is None
-    assert process.stderr.count("less than one step: 1 of 2 ranks had fewer than 1 batches") == 2, process.stderr
+    assert process.stderr.count("too small for one step: 1 of 2 ranks had fewer than 1 batches") == 2, process.stderr
 
 
 def test_a_teacher_whose_weights_only_the_first_rank_has_is_refused(full_run, tmp_path):

@@ -233,7 +233,7 @@ def test_packing_drops_the_keys_of_rows_and_says_so(tiny_model, byte_level, conf
     rows = [{"messages": messages, ROW_KEY: key} for key, messages in enumerate(MESSAGES)]
     trainer = sft_trainer(config, tiny_model, byte_level, rows, packing=True, max_length=128, lmbda=0.0)
     assert ROW_KEY not in trainer.train_dataset.column_names
-    assert "train: packing joins rows, so that no row has its row_key any more: dropped" in caplog.messages
+    assert "train: packing joins rows, so the column row_key is dropped" in caplog.messages
 
 
 def test_sfttrainer_with_a_configuration_that_has_no_distillation_options_is_refused(

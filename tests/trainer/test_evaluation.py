@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.divergence import TokenDivergence
-from gkd_trainer.report.metrics import sums_by_row
+from gkd_trainer.report.metrics import sums_by_sample
 from gkd_trainer.trainer.evaluation import Evaluation
 
 
@@ -14,7 +14,7 @@ def sums_of(*rows):
     rows_N = torch.tensor([number for number, row in enumerate(rows) for _ in row], dtype=torch.long)
     all_N = torch.ones(len(rows_N), dtype=torch.bool)
     result = TokenDivergence(divergence_N, None, rows_N.double(), 2 * rows_N.double(), divergence_N < 1, all_N, all_N)
-    return sums_by_row(rows_N, torch.zeros(len(rows), dtype=torch.bool), result)
+    return sums_by_sample(rows_N, torch.zeros(len(rows), dtype=torch.bool), result)
 
 
 def mean_of(*rows):

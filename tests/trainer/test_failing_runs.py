@@ -154,7 +154,7 @@ def test_a_model_that_runs_out_of_memory_still_gets_smaller_batches(make_trainer
 
 
 @pytest.mark.parametrize("missing", ["trainer_state.json", "optimizer.pt"])
-def test_resuming_takes_the_last_whole_checkpoint(run, tmp_path, missing, caplog):
+def test_resuming_takes_the_last_complete_checkpoint(run, tmp_path, missing, caplog):
     expected = run(folder="expected", save_strategy="steps", save_steps=1)
     run(save_strategy="steps", save_steps=1)
     for checkpoint, name in (("checkpoint-4", "trainer_state.json"), ("checkpoint-3", missing)):
@@ -164,7 +164,7 @@ def test_resuming_takes_the_last_whole_checkpoint(run, tmp_path, missing, caplog
         run(resume=str(tmp_path / "run" / "checkpoint-3"))
     resumed = run(resume=True)
     assert "Resuming from" in caplog.text
-    assert "checkpoint-2, the last whole checkpoint" in caplog.text
+    assert "checkpoint-2, the last complete checkpoint" in caplog.text
     assert losses(resumed) == losses(expected)
     weights = load_file(tmp_path / "expected" / "checkpoint-4" / "model.safetensors")
     for key, tensor in weights.items():
@@ -195,7 +195,7 @@ def test_completions_that_are_missing_in_a_checkpoint_are_generated_again(run, t
     file.write_text(json.dumps(states))
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     resumed = run(resume=True, **options)
-    assert "completions of other prompts or steps" in caplog.text
+    assert "completions are for other prompts or steps" in caplog.text
     assert resumed.state.global_step == expected.state.global_step
 
 

@@ -66,7 +66,7 @@ def test_a_compiled_student_is_inseparable_and_so_is_the_next_one(tiny_model, by
     pairing = pair(tiny_model(), make_teacher(), byte_level(), ranks, is_compiled=True)
     other = pairing.with_student(tiny_model(seed=2), ranks)
     assert pairing.head == other.head == InseparableHead("its forward is compiled as a whole")
-    assert caplog.text.count("The student's full logits are built") == 2
+    assert caplog.text.count("The student computes full logits") == 2
     assert "compiled as a whole" in caplog.text
 
 
@@ -121,7 +121,7 @@ def test_weights_without_a_magnitude_are_passed_over_between_ranks(tiny_model, b
 def test_a_teacher_that_zero3_cut_into_parts_is_refused(tiny_model, byte_level, make_teacher, ranks):
     teacher = make_teacher()
     list(teacher.model.parameters())[-1].ds_id = 0
-    with pytest.raises(GKDTeacherError, match=r"must be whole on every rank.*pass the teacher by its name"):
+    with pytest.raises(GKDTeacherError, match=r"must have all of the teacher's weights.*pass the teacher by name"):
         pair(tiny_model(), teacher, byte_level(), ranks)
 
 
@@ -162,7 +162,7 @@ def test_the_default_of_max_length_gives_way_in_a_copy_with_a_warning(caplog):
     assert args == before
     assert args.max_length == GKDArguments.max_length
     assert [(record.levelno, record.message) for record in caplog.records] == [
-        (logging.WARNING, "max_length is 64, the teacher's context, in place of its default of 1024.")
+        (logging.WARNING, "max_length is 64, the teacher's context, instead of its default of 1024.")
     ]
 
 

@@ -228,7 +228,7 @@ def test_the_keys_of_rows_that_are_packed_are_dropped_with_a_warning(caplog):
     for packing, warnings in ((False, 0), (True, 1)):
         made = preparation(packing=packing, packing_strategy="bfd").prepared(rows, "train", is_training=True)
         assert (ROW_KEY in made.column_names) is not packing
-        assert caplog.text.count(f"train: packing joins rows, so that no row has its {ROW_KEY}") == warnings
+        assert caplog.text.count(f"train: packing joins rows, so the column {ROW_KEY}") == warnings
 
 
 @pytest.mark.parametrize("has_ranks", [False, True])
@@ -253,7 +253,7 @@ def test_rows_that_can_not_be_packed_are_refused():
 def test_a_batch_without_labels_is_refused_with_what_it_holds():
     require_labels({"labels": torch.zeros(1, 2)})
     for inputs in ({"input_ids": 1, "attention_mask": 2}, {"input_ids": 1, "attention_mask": 2, "labels": None}):
-        with pytest.raises(GKDDataError, match="gave no labels, only attention_mask, input_ids"):
+        with pytest.raises(GKDDataError, match="returned no labels, only attention_mask, input_ids"):
             require_labels(inputs)
 
 

@@ -127,7 +127,7 @@ def test_a_failure_names_the_checkpoint_of_the_last_step_and_keeps_its_kind(rank
     assert error.__cause__ is original
     when = "once the server is back" if kind is GKDServerError else "once it is fixed"
     assert str(error) == (
-        f"gone. The run up to step 3 is saved in {tmp_path / 'checkpoint-3'}: {when}, go on with "
+        f"gone. The run up to step 3 is saved in {tmp_path / 'checkpoint-3'}: {when}, resume with "
         "train(resume_from_checkpoint=True)"
     )
 

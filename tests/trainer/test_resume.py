@@ -58,7 +58,7 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_from_the_checkpoint_before
     assert result is None
     assert (tmp_path / "killed" / "run" / "checkpoint-7").is_dir()
     _, weights, _ = full_run(tmp_path / "killed", resume=True, **OPTIONS)
-    assert "checkpoint-6, the last whole checkpoint" in caplog.text
+    assert "checkpoint-6, the last complete checkpoint" in caplog.text
     for name, tensor in unbroken[1].items():
         assert torch.equal(weights[name], tensor), name
 

@@ -295,7 +295,7 @@ def test_completions_of_other_prompts_are_generated_again_with_a_warning(make_qu
     windows = resumed(make_queue(rollout_steps=3), states, epoch_of(batches_of(2, first=60)), [1, 2])
     assert [[ids[1] for ids in completions(window)] for window in windows] == [[60, 61], [70, 71]]
     assert weights_of(windows) == [{1}, {1}]
-    assert caplog.text.count("completions of other prompts or steps") == 1
+    assert caplog.text.count("completions are for other prompts or steps") == 1
 
 
 def test_what_was_loaded_counts_only_at_its_step_and_only_once(make_queue, caplog, epoch_of):
@@ -332,7 +332,7 @@ def test_a_first_window_with_samples_that_have_no_prompt_is_refused_where_all_ar
     queue = make_queue(**options)
     epoch = epoch_of(iter([batch]), is_first=is_first)
     if is_refused:
-        with pytest.raises(GKDDataError, match="lmbda=1 trains on completions alone, but 1 of the first 2 samples"):
+        with pytest.raises(GKDDataError, match="lmbda=1 trains only on completions, but 1 of the first 2 samples"):
             train(queue, epoch, [0])
     else:
         ((window, _),) = train(queue, epoch, [0])
@@ -343,7 +343,7 @@ def test_a_batch_without_labels_is_refused(make_queue, epoch_of):
     batch = micro_batch(10)
     del batch["labels"]
     queue = make_queue()
-    with pytest.raises(GKDDataError, match="the data collator gave no labels"):
+    with pytest.raises(GKDDataError, match="the data collator returned no labels"):
         train(queue, epoch_of(iter([batch])), [0])
 
 

@@ -44,8 +44,8 @@ def test_a_stream_ends_with_the_shortest_shard_and_says_so_once(two_ranks, caplo
         assert loader.take(epoch, 2, has_length=False) == []
         assert loader.has_ended(epoch)
     assert [record.message for record in caplog.records if "differ in length" in record.message] == [
-        "The ranks' shards of the training stream differ in length: an epoch ends with the shortest, and what is left "
-        "of the others is not trained on in it."
+        "The ranks' shards of the training stream differ in length: an epoch ends with the shortest, and the "
+        "rest of the others is not trained on."
     ]
 
 
@@ -73,7 +73,7 @@ def test_a_stream_without_a_first_window_is_an_error_that_counts_the_ranks(two_r
 
 def test_a_set_of_known_length_without_any_batch_is_an_error(ranks):
     loader = WindowLoader(ranks)
-    with pytest.raises(GKDDataError, match="the training set gave no batch: no row of it can be used"):
+    with pytest.raises(GKDDataError, match="the training set gave no batch, since none of its rows can be used"):
         loader.take(batches(0), 2, has_length=True, is_first=True)
     assert numbers(loader.take(batches(1), 2, has_length=True, is_first=True)) == [0]
 
