@@ -10,6 +10,9 @@ NEWEST := .venv-newest
 # Threads that wait for a busy core are slower than one thread; `make demo OMP_NUM_THREADS=2` on a quiet machine.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
+# One process per core; a file's tests stay together, since they share fixtures that are slow to set up.
+WORKERS ?= 2
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 export VLLM_NO_USAGE_STATS = 1
 
 .PHONY: help install demo test test-oldest test-newest test-servers bench lint types format build clean
@@ -52,7 +55,7 @@ demo: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Distil a real mod
 	$(BIN)/python examples/demo.py --pair $(SMOLLM2) $(ARGS)
 
 test: $(VENV)/installed $(SMOLLM2)/student/config.json $(DEEPSPEED)/installed lint types ## Run all checks and tests (ARGS="-k name" picks some).
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 # The oldest and the newest of everything that setup.cfg takes, each in an environment of its own; torch is TORCH in both.
 $(OLDEST)/installed: setup.cfg constraints-oldest.txt
@@ -76,10 +79,10 @@ SHORT := $(addprefix tests/, test_api.py test_compat.py test_config.py test_conf
     trainer/test_resume.py trainer/test_trainer.py trainer/test_drop_in.py)
 
 test-oldest: $(OLDEST)/installed ## Run what needs no vLLM with the oldest versions (ARGS='$$(SHORT)' the short form).
-	$(OLDEST)/bin/pytest -m "not vllm and not servers" $(ARGS)
+	$(OLDEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers" $(ARGS)
 
 test-newest: $(NEWEST)/installed ## The same with the newest versions.
-	$(NEWEST)/bin/pytest -m "not vllm and not servers" $(ARGS)
+	$(NEWEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers" $(ARGS)
 
 bench: $(VENV)/installed ## Measure the divergence's time and memory beside its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from gkd_trainer.divergence import reference_jsd, token_divergence
 from gkd_trainer.divergence.linear import planned_tile
-from gkd_trainer.types import Head, HiddenSignal
+from gkd_trainer.signals import Head, HiddenSignal
 
 BETA = 0.5
 SHAPES = ("49152,576,576", "151936,896,1536")

@@ -17,7 +17,7 @@ STAGES = {"data", "rollouts", "teachers", "divergence"}
 LAYERS = [
     {"redaction", "config_effects", "quiet", "compat"},
     {"errors"},
-    {"types", "urls", "vllm_answers"},
+    {"signals", "types", "urls", "vllm_answers"},
     {"divergence"},
     {"config_checks"},
     {"config"},
@@ -103,14 +103,14 @@ def test_the_stages_do_not_know_one_another(path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "divergence"], ids=name_in_package)
 def test_the_divergence_stands_on_torch_alone(path):
-    assert parts_imported_by(path) <= {"divergence", "errors", "types"}
+    assert parts_imported_by(path) <= {"divergence", "errors", "signals", "types"}
     others = {name.split(".")[0] for name in imported_by(path)} - {"gkd_trainer", "torch"}
     if path.name == "triton.py":  # which is imported where there is a GPU to run it on
         others -= {"triton"}
     assert others <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", ["types.py", "errors.py"])
+@pytest.mark.parametrize("name", ["types.py", "signals.py", "errors.py"])
 def test_what_the_divergence_stands_on_needs_torch_alone_too(name):
     others = {imported.split(".")[0] for imported in imported_by(PACKAGE / name)} - {"gkd_trainer", "torch"}
     assert others <= set(sys.stdlib_module_names)

@@ -12,9 +12,6 @@ from gkd_trainer.types import (
     ROW_KEY,
     SIDE_TENSORS,
     Completion,
-    Head,
-    HiddenSignal,
-    LogitsSignal,
     TokenBatch,
     in_columns_of,
     may_be_per_token,
@@ -226,50 +223,3 @@ def test_no_padding_position_is_scored_for_the_first_token():
 def test_without_a_mark_no_sample_is_on_policy():
     batch = TokenBatch.from_inputs({"input_ids": torch.ones(2, 3), "labels": torch.full((2, 3), X)})
     assert batch.is_on_policy_B.tolist() == [False, False]
-
-
-def test_a_head_scales_and_then_caps_its_logits():
-    generator = torch.Generator().manual_seed(0)
-    hidden_NH, weight_VH, bias_V = (torch.randn(*shape, generator=generator) for shape in [(5, 4), (7, 4), (7,)])
-    expected_NV = 3.0 * torch.tanh(0.25 * (hidden_NH @ weight_VH.T + bias_V) / 3.0)
-    logits_NV = Head(weight_VH, bias_V, scale=0.25, softcap=3.0).logits(hidden_NH)
-    torch.testing.assert_close(logits_NV, expected_NV)
-
-
-@pytest.mark.parametrize(
-    ("hidden_dtype", "weight_dtype", "logits_dtype"),
-    [
-        (torch.bfloat16, torch.bfloat16, torch.float32),
-        (torch.float32, torch.bfloat16, torch.float32),
-        (torch.float64, torch.float64, torch.float64),
-    ],
-)
-def test_logits_are_never_rounded_below_float32(hidden_dtype, weight_dtype, logits_dtype):
-    generator = torch.Generator().manual_seed(0)
-    hidden_NH = torch.randn(5, 16, generator=generator).to(hidden_dtype)
-    weight_VH = torch.randn(7, 16, generator=generator).to(weight_dtype)
-    logits_NV = Head(weight_VH).logits(hidden_NH)
-    assert logits_NV.dtype == logits_dtype
-    expected_NV = hidden_NH.double() @ weight_VH.double().T
-    torch.testing.assert_close(logits_NV.double(), expected_NV, atol=1e-5, rtol=1e-5)
-
-
-def test_slicing_a_head_slices_its_bias_and_keeps_scale_and_softcap():
-    generator = torch.Generator().manual_seed(0)
-    hidden_NH = torch.randn(5, 4, generator=generator)
-    head = Head(torch.randn(7, 4, generator=generator), torch.randn(7, generator=generator), 0.5, 2.0)
-    signal = HiddenSignal(hidden_NH, head)
-    assert signal.vocab_size == 7
-    sliced = signal.sliced(6)
-    assert sliced.vocab_size == 6
-    torch.testing.assert_close(sliced.head.logits(hidden_NH), head.logits(hidden_NH)[:, :6])
-    assert sliced.head.cut().weight_VH.shape == (6, 4)
-    assert sliced.head.cut().weight_VH.data_ptr() == head.weight_VH.data_ptr()
-    assert sliced.sliced(3).head.logits(hidden_NH).shape == (5, 3)
-
-
-def test_slicing_logits_keeps_the_first_tokens():
-    logits_NV = torch.arange(12.0).reshape(2, 6)
-    signal = LogitsSignal(logits_NV)
-    assert signal.vocab_size == 6
-    assert signal.sliced(4).logits_NV.tolist() == logits_NV[:, :4].tolist()

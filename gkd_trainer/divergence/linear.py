@@ -20,7 +20,7 @@ from gkd_trainer.divergence.projection import HALVES, HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss
 from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, tiles
 from gkd_trainer.divergence.topk import TopKComparison
-from gkd_trainer.types import Head, HiddenSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, TopKSignal
 
 CPU_WORKSPACE_MB = 256
 """The default budget on the CPU. With less, at large vocabularies, moving weights takes longer than multiplying."""

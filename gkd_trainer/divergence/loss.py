@@ -24,7 +24,7 @@ from gkd_trainer.divergence.options import (
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.topk import topk_divergence
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 
 
 def token_divergence(

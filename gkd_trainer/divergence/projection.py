@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gkd_trainer.types import Head, HiddenSignal
+from gkd_trainer.signals import Head, HiddenSignal
 
 HALVES = (torch.bfloat16, torch.float16)
 """The dtypes to which products may round their inputs."""

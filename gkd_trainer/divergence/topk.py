@@ -30,7 +30,8 @@ from gkd_trainer.divergence.rows import (
     tile_size,
     tiles,
 )
-from gkd_trainer.types import IGNORE_INDEX, TopKSignal
+from gkd_trainer.signals import TopKSignal
+from gkd_trainer.types import IGNORE_INDEX
 
 _EXCESS_MASS = 1e-3
 """How far rounding may raise the mass of a teacher's top k above one; more is not a distribution."""

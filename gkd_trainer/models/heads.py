@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, StudentSignal, TokenBatch
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, StudentSignal
+from gkd_trainer.types import TokenBatch
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gkd_trainer.types import Signal, TokenBatch
+from gkd_trainer.signals import Signal
+from gkd_trainer.types import TokenBatch
 
 
 class Teacher(ABC):

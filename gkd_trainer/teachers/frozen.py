@@ -30,8 +30,9 @@ from gkd_trainer.models.heads import (
     without_router_logits,
 )
 from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, refuse_prompt_learning, uncompiled
+from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
-from gkd_trainer.types import LogitsSignal, Signal, StudentSignal, TokenBatch, TopKSignal
+from gkd_trainer.types import TokenBatch
 
 logger = logging.getLogger(__name__)
 

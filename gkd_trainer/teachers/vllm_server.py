@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
+from gkd_trainer.signals import TopKSignal
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.prompt_scores import (
     TokenSequence,
@@ -26,7 +27,7 @@ from gkd_trainer.teachers.prompt_scores import (
     sequences_of,
     total_variation,
 )
-from gkd_trainer.types import TokenBatch, TopKSignal
+from gkd_trainer.types import TokenBatch
 from gkd_trainer.vllm_answers import CompletionAnswer, Models, Tokens
 from gkd_trainer.vllm_client import VLLMServer, call_each
 

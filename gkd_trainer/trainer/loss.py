@@ -23,7 +23,8 @@ from gkd_trainer.models.heads import (
     router_loss_of,
     without_router_logits,
 )
-from gkd_trainer.types import Signal, StudentSignal, TokenBatch
+from gkd_trainer.signals import Signal, StudentSignal
+from gkd_trainer.types import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gkd_trainer.divergence import reference_jsd, reference_topk_jsd, rows, token_divergence, topk
 from gkd_trainer.divergence.projection import Projection
-from gkd_trainer.types import Head, HiddenSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, TopKSignal
 from tests.memory import NewStorages
 
 N, V, H, G, K = 11, 67, 8, 13, 5

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gkd_trainer.divergence import reference_divergence, reference_jsd, reference_topk_jsd, rows, token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES
-from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, TopKSignal
 
 N, V, H, G, K = 6, 37, 5, 7, 4
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from gkd_trainer.divergence import linear, reference_jsd, token_divergence
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.objective import Objective
-from gkd_trainer.types import Head, HiddenSignal
+from gkd_trainer.signals import Head, HiddenSignal
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)
 N, V, H, G = 11, 67, 8, 13

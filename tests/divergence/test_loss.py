@@ -17,7 +17,7 @@ from gkd_trainer.divergence import (
     token_divergence,
 )
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.types import Head, HiddenSignal, LogitsSignal
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal
 
 N, V, H, G = 6, 23, 4, 5
 

@@ -11,7 +11,7 @@ import torch
 from gkd_trainer.divergence import formulas, reference_divergence, reference_jsd, rows, token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES, TERMS
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, TopKSignal
 
 N, V = 6, 97
 

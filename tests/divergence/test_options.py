@@ -13,7 +13,7 @@ from gkd_trainer.divergence import reference_divergence, token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.options import SCALES, TAILS, check_top_k_temperature, checked_objective
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.types import LogitsSignal, TopKSignal
+from gkd_trainer.signals import LogitsSignal, TopKSignal
 
 N, V = 3, 7
 

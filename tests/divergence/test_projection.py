@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.divergence import reference_jsd, token_divergence
-from gkd_trainer.types import Head, HiddenSignal
+from gkd_trainer.signals import Head, HiddenSignal
 from tests.divergence.test_engine import NEEDS_CUDA, assert_close_in_norm, leaves, logits, signal, teacher
 
 

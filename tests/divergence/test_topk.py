@@ -19,7 +19,7 @@ from gkd_trainer.divergence import (
 from gkd_trainer.divergence.linear import linear_divergence
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.types import Head, HiddenSignal, LogitsSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, TopKSignal
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)
 TAILS = ("bucket", "renormalize")

@@ -37,8 +37,9 @@ from gkd_trainer.models.heads import (
     predict,
     vocabulary_size,
 )
+from gkd_trainer.signals import HiddenSignal, LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher
-from gkd_trainer.types import IGNORE_INDEX, HiddenSignal, LogitsSignal, TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"]
 

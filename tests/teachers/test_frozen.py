@@ -11,8 +11,9 @@ from torch.ao.quantization import quantize_dynamic
 
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, TopKSignal
 from gkd_trainer.teachers import FrozenTeacher, Teacher
-from gkd_trainer.types import IGNORE_INDEX, Head, HiddenSignal, LogitsSignal, TokenBatch, TopKSignal
+from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.models.heads import compare, connection, find_head
 from gkd_trainer.rollouts import HFRollouts
-from gkd_trainer.types import Head, HiddenSignal, Sampling, TokenBatch
+from gkd_trainer.signals import Head, HiddenSignal
+from gkd_trainer.types import Sampling, TokenBatch
 
 VOCABULARY, WIDTH, LENGTH, ROWS = 368, 32, 9, 2
 

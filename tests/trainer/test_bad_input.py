@@ -9,8 +9,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_p
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gkd_trainer import GKDConfigError, GKDDataError, GKDNumericsError, GKDTeacherError, GKDTrainer
+from gkd_trainer.signals import LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher, Teacher
-from gkd_trainer.types import LogitsSignal, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 
 class FaultyTeacher(FrozenTeacher):

@@ -10,8 +10,9 @@ from torch import nn
 from gkd_trainer import FrozenTeacher, GKDArguments
 from gkd_trainer.divergence import reference_jsd, token_divergence
 from gkd_trainer.models.heads import InseparableHead, SeparableHead, find_head
+from gkd_trainer.signals import LogitsSignal
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
-from gkd_trainer.types import LogitsSignal, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 X = -100
 TWO_ROWS = {

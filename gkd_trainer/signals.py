@@ -1,0 +1,113 @@
+"""A model's predictions at the positions trained on: hidden states with a head, logits, or the top tokens.
+
+Shapes: N tokens trained on, V vocabulary, H hidden width, K top tokens of a teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """How final hidden states become logits: softcap·tanh(scale·(h·Wᵀ + b) / softcap).
+
+    `weight_VH` and `bias_V` are float tensors; `scale` multiplies the logits; `softcap` None leaves them unbounded.
+    Predictions are over the first `vocab_size` tokens, or all if None (see `sliced`).
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+    def sliced(self, vocab_size: int) -> Head:
+        """Return the head of the first `vocab_size` tokens.
+
+        The weight itself is not cut: autograd would then allocate a second gradient of full size.
+        """
+        used = len(self.weight_VH) if self.vocab_size is None else self.vocab_size
+        return replace(self, vocab_size=min(vocab_size, used))
+
+    def cut(self) -> Head:
+        """Return the head with its weight cut to the tokens predicted over, sharing memory with this one."""
+        if self.vocab_size is None:
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V[: self.vocab_size]
+        return Head(self.weight_VH[: self.vocab_size], bias_V, self.scale, self.softcap)
+
+    def logits(self, hidden_H: Tensor) -> Tensor:
+        """Return the logits [..., V] of hidden states [..., H], in float32 (float64 if either is float64).
+
+        Inputs are upcast before the product: logits rounded to bf16 give a wrong gradient.
+        """
+        dtype = torch.promote_types(torch.promote_types(hidden_H.dtype, self.weight_VH.dtype), torch.float32)
+        head = self.cut()
+        bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
+        logits_V = torch.nn.functional.linear(hidden_H.to(dtype), head.weight_VH.to(dtype), bias_V)
+        if self.scale != 1.0:
+            logits_V = logits_V * self.scale
+        return logits_V if self.softcap is None else self.softcap * torch.tanh(logits_V / self.softcap)
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """A model's predictions as final hidden states [N, H] with the head that turns them into logits."""
+
+    hidden_NH: Tensor
+    head: Head
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that are predicted over."""
+        return self.head.weight_VH.shape[0] if self.head.vocab_size is None else self.head.vocab_size
+
+    def sliced(self, vocab_size: int) -> HiddenSignal:
+        """Return the same predictions over the first `vocab_size` tokens."""
+        return HiddenSignal(self.hidden_NH, self.head.sliced(vocab_size))
+
+
+@dataclass(frozen=True)
+class LogitsSignal:
+    """A model's predictions as logits [N, V]."""
+
+    logits_NV: Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that are predicted over."""
+        return self.logits_NV.shape[1]
+
+    def sliced(self, vocab_size: int) -> LogitsSignal:
+        """Return the same predictions over the first `vocab_size` tokens."""
+        return LogitsSignal(self.logits_NV[:, :vocab_size])
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """A teacher's most probable tokens, with their log-probs over its whole vocabulary.
+
+    `ids_NK` are int64 and distinct at each position; `log_p_NK` are at temperature 1 and not normalised over the K:
+    their probabilities and the teacher's mass on all other tokens sum to one. An entry of -inf is absent, and its id is
+    meaningless. `vocab_size` is the number of tokens that the teacher predicts over.
+    """
+
+    ids_NK: Tensor
+    log_p_NK: Tensor
+    vocab_size: int
+
+    def sliced(self, vocab_size: int) -> TopKSignal:
+        """Return the same predictions over the first `vocab_size` tokens: entries beyond them become absent."""
+        log_p_NK = self.log_p_NK.masked_fill(self.ids_NK >= vocab_size, -torch.inf)
+        return TopKSignal(self.ids_NK, log_p_NK, vocab_size)
+
+
+StudentSignal = HiddenSignal | LogitsSignal
+"""A student's predictions at the positions trained on: always the whole distribution."""
+
+Signal = StudentSignal | TopKSignal
+"""A teacher's predictions at the positions trained on."""
