@@ -107,7 +107,7 @@ class Replaces(Keeps):
     name = "another"
 
 
-def test_what_is_replaced_and_what_is_left_open_is_found():
+def test_replaced_and_abstract_methods_are_found():
     ours = (Contract, Keeps, Replaces)
     assert replaced(Keeps, ours.__contains__) == []
     assert replaced(Replaces, ours.__contains__) == [f"{full_name(Keeps)}.answer", f"{full_name(Contract)}.name"]

@@ -106,7 +106,7 @@ def test_numbers_that_would_make_nan_of_the_loss_are_refused_in_a_configuration(
 @pytest.mark.parametrize("end", ["lowest", "highest"])
 @pytest.mark.parametrize("temperature", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_extremes_that_are_allowed_give_numbers(divergence, end, temperature):
+def test_allowed_extremes_give_finite_numbers(divergence, end, temperature):
     eps = torch.finfo(torch.float32).eps
     share, size = (eps, 1e-12) if end == "lowest" else (1 - eps, 1e12)
     student_logits_NV = (30 * signal().logits_NV).requires_grad_()

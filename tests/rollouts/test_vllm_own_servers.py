@@ -56,7 +56,7 @@ def greedy_of_transformers(model):
     return greedy(engine)
 
 
-def test_an_adapter_alone_gives_the_adapted_model_after_every_sync_and_a_restart(adapter_server, student):
+def test_sending_only_an_adapter_gives_the_adapted_model_after_every_sync_and_a_restart(adapter_server, student):
     engine = VLLMServerRollouts(adapter_server.base_url, [STOP], VOCABULARY, weight_sync="adapter")
     other = VLLMServerRollouts(adapter_server.base_url, [STOP], VOCABULARY, weight_sync="adapter", rank=1)
     seen = []

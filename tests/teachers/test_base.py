@@ -30,7 +30,7 @@ def test_a_teacher_in_this_process_is_local_and_can_generate(tiny_model):
         assert teacher.can_generate
 
 
-def test_a_teacher_elsewhere_is_not_local_and_can_not_generate():
+def test_a_remote_teacher_is_not_local_and_can_not_generate():
     for teacher in (Remote(), VLLMServerTeacher("http://127.0.0.1:9")):
         assert not teacher.is_local
         assert not teacher.can_generate
@@ -43,7 +43,7 @@ def test_a_model_that_can_not_generate_makes_a_teacher_that_can_not(tiny_model, 
     assert not Local(torch.nn.Linear(2, 2)).can_generate
 
 
-def test_a_teacher_has_weights_of_its_own_unless_its_class_says_otherwise(tiny_model):
+def test_a_teacher_shares_no_weights_by_default(tiny_model):
     class AdapterOff(Local):
         shares_weights = True
 

@@ -112,7 +112,7 @@ def test_a_smaller_window_is_followed_by_windows_of_the_usual_size(make_queue, e
     assert [len(window.batches) for window, _ in windows] == [1, 2]
 
 
-def test_a_run_without_a_first_window_is_an_error_and_one_with_too_few_behind_it_is_none(make_queue, epoch_of):
+def test_a_run_without_a_first_window_is_an_error_but_a_short_last_window_is_not(make_queue, epoch_of):
     for has_length in (True, False):
         queue = make_queue(rollout_steps=3)
         with pytest.raises(GKDDataError, match="the training set gave"):
@@ -121,7 +121,7 @@ def test_a_run_without_a_first_window_is_an_error_and_one_with_too_few_behind_it
         assert len(window[0].batches) == 1
 
 
-def test_a_new_epoch_drops_what_is_left_of_the_last_one(make_queue, epoch_of):
+def test_a_new_epoch_drops_the_rest_of_the_last_one(make_queue, epoch_of):
     engine, student = Spy(), Student()
     queue = make_queue(engine, rollout_steps=3)
     train(queue, epoch_of(batches_of(3)), [0], student)
@@ -174,7 +174,7 @@ def test_overlapping_rollouts_are_one_call_older(make_queue, epoch_of):
     assert windows[4] is None
 
 
-def test_the_next_rollouts_are_under_way_until_somebody_waits_for_them(make_queue, tiny_model, epoch_of):
+def test_the_next_rollouts_run_until_they_are_waited_for(make_queue, tiny_model, epoch_of):
     may_go_on, calls = threading.Event(), []
 
     class Slow(HFRollouts):
@@ -206,7 +206,7 @@ def use_for_an_evaluation(queue):
 
 
 @pytest.mark.parametrize("wait", [RolloutQueue.wait, RolloutQueue.drop, use_for_an_evaluation])
-def test_weights_do_not_change_below_rollouts_that_are_under_way(make_queue, epoch_of, wait):
+def test_weights_do_not_change_while_rollouts_run(make_queue, epoch_of, wait):
     engine, may_go_on = Spy(), threading.Event()
     generate = engine.generate
     engine.generate = lambda *args: (engine.calls and may_go_on.wait(30), generate(*args))[1]
@@ -228,7 +228,7 @@ def test_a_failure_of_an_epochs_last_rollouts_is_one_of_generation_too(make_queu
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_failure_in_the_background_is_raised_when_it_is_met_and_its_rollouts_are_dropped(make_queue, waits, epoch_of):
+def test_a_failure_in_the_background_is_raised_when_needed_and_its_rollouts_are_dropped(make_queue, waits, epoch_of):
     engine, student = Spy(), Student()
     queue = make_queue(engine, **OVERLAP)
     epoch = epoch_of(batches_of(5))
@@ -261,7 +261,7 @@ def resumed(queue, states, epoch, steps):
     ("step", "options", "blocks"),
     [(2, {"rollout_steps": 3}, 1), (2, OVERLAP, 1), (3, {"rollout_steps": 2, **OVERLAP}, 2)],
 )
-def test_a_resumed_run_has_the_windows_of_the_unbroken_one_with_their_age(
+def test_a_resumed_run_has_the_windows_of_an_uninterrupted_one_with_their_age(
     make_queue, epoch_of, caplog, step, options, blocks
 ):
     queue, student = make_queue(**options), Student()
@@ -281,7 +281,7 @@ def test_a_resumed_run_has_the_windows_of_the_unbroken_one_with_their_age(
     assert not caplog.records
 
 
-def test_what_was_trained_on_is_not_kept(make_queue, epoch_of):
+def test_windows_trained_on_are_not_kept(make_queue, epoch_of):
     queue = make_queue(rollout_steps=2)
     train(queue, epoch_of(batches_of(2)), range(2))
     assert [window["step"] for window in queue.state(1)[0]["windows"]] == [1]
@@ -298,7 +298,7 @@ def test_completions_of_other_prompts_are_generated_again_with_a_warning(make_qu
     assert caplog.text.count("completions are for other prompts or steps") == 1
 
 
-def test_what_was_loaded_counts_only_at_its_step_and_only_once(make_queue, caplog, epoch_of):
+def test_loaded_rollouts_count_only_at_their_step_and_only_once(make_queue, caplog, epoch_of):
     queue = make_queue(rollout_steps=3)
     train(queue, epoch_of(batches_of(3)), [0])
     states = queue.state(1)
@@ -310,7 +310,7 @@ def test_what_was_loaded_counts_only_at_its_step_and_only_once(make_queue, caplo
     assert not caplog.records
 
 
-def test_a_rank_without_completions_has_all_ranks_generate_again(make_queue, two_ranks, epoch_of):
+def test_a_rank_without_completions_makes_all_ranks_generate_again(make_queue, two_ranks, epoch_of):
     queue = make_queue(rollout_steps=3)
     train(queue, epoch_of(batches_of(3)), [0])
     states = queue.state(1)
@@ -324,7 +324,7 @@ def test_a_rank_without_completions_has_all_ranks_generate_again(make_queue, two
     ("options", "is_first", "is_refused"),
     [({}, True, True), ({}, False, False), ({"lmbda": 0.99}, True, False)],
 )
-def test_a_first_window_with_samples_that_have_no_prompt_is_refused_where_all_are_generated(
+def test_a_first_window_with_samples_without_prompt_is_refused_if_all_are_generated(
     make_queue, options, is_first, is_refused, epoch_of
 ):
     batch = micro_batch(10)
