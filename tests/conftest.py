@@ -1,4 +1,4 @@
-"""What the tests share: a quiet and offline environment, small tokenizers and models, and the real pair."""
+"""Shared by all tests: a quiet and offline environment, small tokenizers and models, and the real pair."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""The options as one configuration: parsed, completed, printed, stored, and beside those of other trainers."""
+"""The options as one configuration: parsed, completed, printed, stored, and combined with other trainers'."""
 
 import copy
 import dataclasses

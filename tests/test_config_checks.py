@@ -1,4 +1,4 @@
-"""What an option may hold, by itself and beside others: everything else is refused, with what to do instead."""
+"""Valid options, alone and in combination: all others are refused, with what to do instead."""
 
 import dataclasses
 
@@ -214,7 +214,7 @@ def test_options_that_need_data_are_refused_if_every_sample_is_on_policy(option,
 @pytest.mark.parametrize(
     ("divergence", "options", "message"),
     [
-        ("jsd", {"alpha": 0.1}, r"options of the divergence 'jsd' are \[\]; got \['alpha'\]"),
+        ("jsd", {"alpha": 0.1}, r"the divergence 'jsd' has the options \[\]; got \['alpha'\]"),
         ("skew_kl", {"beta": 0.1}, r"'skew_kl' are \['alpha'\]; got \['beta'\]"),
         ("skew_kl", {"alpha": 1.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\)"),
         ("adaptive_kl", '{"mu": "0.5"}', "'mu' of the divergence 'adaptive_kl' must be a number; got '0.5'"),

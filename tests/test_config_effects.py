@@ -1,4 +1,4 @@
-"""Options that have no effect in a run are known, each with what it needs."""
+"""Options without effect in a run are found, each with what it needs."""
 
 import dataclasses
 

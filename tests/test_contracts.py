@@ -1,4 +1,4 @@
-"""Methods are abstract or final: what a class of the package inherits from another one, it does not replace."""
+"""Methods are abstract or final: no class replaces a concrete method that it inherits in the package."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""The documentation names what there is, and its Python runs as it stands there."""
+"""The documentation matches the code, and its Python runs as written."""
 
 import ast
 import dataclasses

@@ -1,4 +1,4 @@
-"""The direction of imports, read from the source: data flows one way, and so do these."""
+"""The direction of imports, read from the source: they go one way, like the data."""
 
 import ast
 import sys

@@ -1,4 +1,4 @@
-"""What is taken for a secret, and what is left of it."""
+"""What counts as a secret, and what replaces it."""
 
 import pickle
 from dataclasses import dataclass

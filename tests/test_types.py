@@ -1,4 +1,4 @@
-"""The values that cross the stages: which positions are scored, what a head makes of hidden states."""
+"""The values passed between stages: which positions are scored, and a head's logits of hidden states."""
 
 from dataclasses import replace
 

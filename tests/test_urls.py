@@ -1,4 +1,4 @@
-"""URLs of servers: what no request can be sent to is refused at once, and credentials are never shown."""
+"""URLs of servers: invalid ones are refused at once, and credentials are never shown."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Odd answers of servers: whatever comes, it is asked for again and then an error of ours, or it is taken as it is."""
+"""Odd answers of servers: each is accepted, or requested again and then an error of ours."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The client of vLLM servers, before one that answers wrongly, late or not at all."""
+"""The client of vLLM servers, with servers that answer wrongly, late or not at all."""
 
 import logging
 import socket

@@ -1,4 +1,4 @@
-"""`gkd-trainer train` as a user calls it: runs on tiny models, resumed runs, bad input."""
+"""`gkd-trainer train` as users call it: runs on tiny models, resumed runs, bad input."""
 
 import json
 import re

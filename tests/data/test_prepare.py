@@ -1,4 +1,4 @@
-"""Datasets: every kind comes back as ids and labels, with the rows left out counted."""
+"""Datasets: every kind becomes ids and labels, and dropped rows are counted."""
 
 import logging
 

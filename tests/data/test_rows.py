@@ -1,4 +1,4 @@
-"""Rows: each format, and each reason for which a row can't be used."""
+"""Rows: each format, and each reason why a row can't be used."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Conversations under the chat templates of many models: what is trained on, and what a completion is sampled for."""
+"""Conversations under the chat templates of many models: the tokens trained on, and the prompts of completions."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The tokens that a row holds itself."""
+"""Rows that are already tokenised."""
 
 import pickle
 

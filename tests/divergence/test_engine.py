@@ -1,4 +1,4 @@
-"""How the path from hidden states works: what is projected how often, in which memory, by which implementation.
+"""The path from hidden states: how often it projects, in how much memory, and with which implementation.
 
 Shapes: N tokens, V vocabulary, H, G hidden widths, K top tokens of a teacher.
 """

@@ -1,4 +1,4 @@
-"""A causal LM taken apart: the head found is the model's, or the model is asked for its logits."""
+"""Splitting a causal LM: the head found is the model's, or the model computes full logits."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The student before training: its dtype, its tokenizer, its adapter, and no dropout."""
+"""The student before training: dtype, tokenizer, adapter, and no dropout."""
 
 import pytest
 import torch

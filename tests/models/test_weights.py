@@ -1,4 +1,4 @@
-"""The weights of a student as its checkpoint would hold them, adapters merged into copies."""
+"""The student's weights in the form of a checkpoint, with adapters merged into copies."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A block: its windows come out in order, and through a checkpoint only where the data is still the same."""
+"""A block: its windows are returned in order, and restored from a checkpoint only if the data is the same."""
 
 import json
 from concurrent.futures import Future

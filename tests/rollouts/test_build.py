@@ -1,4 +1,4 @@
-"""Options become the engine that they ask for, or an error that says what stands in the way."""
+"""Options become the right engine, or an error that says why not."""
 
 from types import SimpleNamespace
 

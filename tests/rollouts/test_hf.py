@@ -1,4 +1,4 @@
-"""Completions by transformers.generate: exactly the model's distribution, and from the seeds alone."""
+"""Completions by transformers.generate: exactly the model's distribution, and dependent only on the seeds."""
 
 import random
 from types import SimpleNamespace

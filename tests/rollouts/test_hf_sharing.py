@@ -1,4 +1,4 @@
-"""Prompts share a batch where that changes nothing, and else they do not."""
+"""Prompts share a batch only if that changes nothing."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The λ draw, the sampling seeds, and completions in place of what the data had."""
+"""The λ draw, the sampling seeds, and completions in place of the data's."""
 
 import random
 

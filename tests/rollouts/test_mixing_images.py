@@ -1,4 +1,4 @@
-"""Completions in batches with images: real models place every token as they do without the others."""
+"""Completions in batches with images: real models place each sample's tokens as they do without the other samples."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Private folders: removed when they are closed, when their process ends in whatever way, or by the next one."""
+"""Private folders: removed when closed, when their process ends in any way, or by the next one."""
 
 import fcntl
 import os

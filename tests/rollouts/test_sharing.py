@@ -1,4 +1,4 @@
-"""Which prompts may share a batch of a model, as its logits show."""
+"""Which prompts may share a batch of a model, by its logits."""
 
 import pytest
 import torch

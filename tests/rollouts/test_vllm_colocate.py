@@ -1,4 +1,4 @@
-"""Completions by a vLLM engine in this process: those of the weights it was given last, and from the seeds alone."""
+"""Completions by a vLLM engine in this process: from the latest weights, and dependent only on the seeds."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Weights from GPU to GPU, as far as a CPU allows: what would be sent, and what the servers are asked."""
+"""Weights from GPU to GPU, as far as a CPU allows: the weights to send, and the requests to the servers."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What takes a vLLM server of its own, or a restart: run by `make test-servers`."""
+"""Tests that start their own vLLM servers, or restart one: run by `make test-servers`."""
 
 import pytest
 import torch

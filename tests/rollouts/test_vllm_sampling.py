@@ -1,4 +1,4 @@
-"""The request of both vLLM engines, and what counts as a completion."""
+"""The request of both vLLM engines, and valid completions."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Completions by vLLM servers: those of the weights that were sent last, or an error says why there are none."""
+"""Completions by vLLM servers: from the latest weights, or an error that says why there are none."""
 
 import copy
 import gc

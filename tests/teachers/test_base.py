@@ -1,4 +1,4 @@
-"""What a teacher says of itself, also one that was written with the abstract methods alone."""
+"""The properties of a teacher, also of one that implements only the abstract methods."""
 
 import torch
 

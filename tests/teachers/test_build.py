@@ -1,4 +1,4 @@
-"""Options and arguments become the one teacher that they name, or an error says what to keep."""
+"""Options and arguments become one teacher, or an error that says which to keep."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the model card says of a teacher."""
+"""The description of a teacher in the model card."""
 
 from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
 

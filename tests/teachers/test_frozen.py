@@ -1,4 +1,4 @@
-"""A teacher in this process: frozen, scored only where the batch is, in any dtype."""
+"""A teacher in this process: frozen, scoring only the batch's scored positions, in any dtype."""
 
 import logging
 import warnings

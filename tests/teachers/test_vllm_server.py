@@ -1,4 +1,4 @@
-"""A teacher behind vLLM: its scores are those of the model, position by position, or an error says why not."""
+"""A teacher behind vLLM: its scores are the model's, position by position, or an error says why not."""
 
 import json
 import logging

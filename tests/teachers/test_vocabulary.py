@@ -1,4 +1,4 @@
-"""Whether two models speak of the same tokens, and over how many they are compared."""
+"""Whether two models use the same tokens, and over how many they are compared."""
 
 import logging
 

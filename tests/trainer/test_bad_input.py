@@ -1,4 +1,4 @@
-"""What can't be trained on is refused early, with what was expected, what came, and what to do."""
+"""Bad input is refused early, with what was expected, what came, and what to do."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A checkpoint is resumed from only where it is whole."""
+"""A run resumes only from a complete checkpoint."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Trainings that older or newer versions of transformers and TRL would run otherwise."""
+"""Training runs that older or newer versions of transformers and TRL would change."""
 
 import warnings
 

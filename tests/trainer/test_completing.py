@@ -1,4 +1,4 @@
-"""The engine completes with the student's current weights, and what evaluations have completed is greedy."""
+"""The engine completes with the student's current weights, and completions for evaluations are greedy."""
 
 from dataclasses import replace
 

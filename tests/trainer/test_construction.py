@@ -1,4 +1,4 @@
-"""What a trainer is made from: arguments completed, checked, and left for the trainer that is extended."""
+"""The arguments of a trainer: completed, checked, and passed on to the extended trainer."""
 
 import logging
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Sequences that are longer than a model's context are refused at construction, or never made."""
+"""Sequences longer than a model's context are refused at construction, or never made."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed, on a CPU over gloo, do what one does without it."""
+"""Two ranks under DeepSpeed, on a CPU over gloo, do the same as one without it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Two processes over gloo do what one does."""
+"""Two processes over gloo do the same as one."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""GKDTrainer in the place of Trainer, of TRL's GKDTrainer, and in front of other trainers."""
+"""GKDTrainer in place of Trainer and of TRL's GKDTrainer, and in front of other trainers."""
 
 import inspect
 from dataclasses import dataclass, field

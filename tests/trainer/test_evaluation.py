@@ -1,4 +1,4 @@
-"""An evaluation gives each token the same weight, whatever batch, rank or kind of sample it lies in."""
+"""An evaluation gives each token the same weight, whatever its batch, rank or kind of sample."""
 
 import pytest
 import torch

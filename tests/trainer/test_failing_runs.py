@@ -1,4 +1,4 @@
-"""Whatever fails in rollouts, a sync or a teacher ends in one typed error, after a checkpoint that resumes."""
+"""A failure in rollouts, a sync or a teacher ends in one typed error, after a checkpoint that resumes."""
 
 import json
 import shutil

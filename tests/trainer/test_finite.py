@@ -1,4 +1,4 @@
-"""The check of finite values: it names where and why, and is silent otherwise."""
+"""The check of finite values: it raises with place and cause, or does nothing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""When a run is logged where nothing was set."""
+"""How often a run is logged by default."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What the trainer generates, when, and what of it is trained on."""
+"""What the trainer generates and when, and which tokens of that it trains on."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A student and a teacher are paired over the tokens and within the context that both have, alike on all ranks."""
+"""Student and teacher are paired over the tokens and within the context of both, alike on all ranks."""
 
 import copy
 import logging

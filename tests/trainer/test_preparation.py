@@ -1,4 +1,4 @@
-"""Rows become tokens by the rules of the options, and batches hold what the trainer needs of them."""
+"""Rows become tokens by the rules of the options, and batches are checked."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The prompts of on-policy samples on their way through the trainer: those that the model is given at inference."""
+"""The prompts of on-policy samples on their way through the trainer: the same as at inference."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The card that a trainer writes: Trainer's metadata, PEFT's where there is an adapter, and its place in SFTTrainer."""
+"""The card that a trainer writes: Trainer's metadata, PEFT's for an adapter, and its place in SFTTrainer."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What ranks say to one another, and how the student's weights are spread over them."""
+"""The ranks' exchanges, and how the student's weights are sharded over them."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A failure becomes one typed error on every rank, behind a checkpoint of the last complete step."""
+"""A failure becomes one typed error on every rank, after a checkpoint of the last complete step."""
 
 import random
 

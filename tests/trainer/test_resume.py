@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if it had not been."""
+"""A killed run resumes as if it had not been interrupted."""
 
 import signal
 

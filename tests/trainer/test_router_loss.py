@@ -1,4 +1,4 @@
-"""A mixture of experts trains on its load-balancing loss too, as its own loss has it."""
+"""A mixture of experts also trains on its load-balancing loss, as in its own loss."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The trainer on the hooks of Trainer: what a user of Trainer does keeps working."""
+"""The trainer on Trainer's hooks: Trainer's features keep working."""
 
 import inspect
 import logging

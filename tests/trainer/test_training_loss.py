@@ -1,4 +1,4 @@
-"""What the trainer's loss is: the divergence over the window's trained tokens, on every path to it."""
+"""The trainer's loss: the divergence over the window's trained tokens, on every path."""
 
 import math
 
