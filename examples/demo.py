@@ -217,9 +217,9 @@ def print_comparison(
 ) -> None:
     """Print the first held-out prompts, each with the completions by the teacher and by the student at every stage."""
     for index in range(options.shown):
-        of_teacher = {"teacher (greedy)": (held_out[index]["completion"][0]["content"], True)}
-        of_student = {f"student, {stage}": texts[index] for stage, texts in samples.items()}
-        print_samples(held_out[index]["prompt"][0]["content"], of_teacher | of_student, console)
+        teacher_sample = {"teacher (greedy)": (held_out[index]["completion"][0]["content"], True)}
+        student_samples = {f"student, {stage}": texts[index] for stage, texts in samples.items()}
+        print_samples(held_out[index]["prompt"][0]["content"], teacher_sample | student_samples, console)
     console.rule()
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: a quiet and offline environment, small tokenizers and models, and the real pair."""
+"""Shared by all tests: a quiet and offline environment, small tokenizers and models, and the real pair."""
 
 import copy
 import importlib
@@ -192,10 +192,10 @@ def tiny_model():
     Its families: llama, qwen2, gemma2 (soft-cap), phi (head with bias), cohere (logit scale), granite (logits scaling),
     gpt2 (learned positions), rwkv and recurrent_gemma (read padding), minimax (does once it decodes), mamba (does not),
     mixtral and qwen3_moe (mixtures of experts).
-    The default vocabulary fits the byte_level tokenizer. `spread` enlarges the head, so that distributions differ.
+    The default vocabulary fits the byte_level tokenizer. `head_scale` enlarges the head, so that distributions differ.
     """
 
-    def make(family="llama", *, hidden=32, layers=2, vocab=368, seed=0, spread=20.0, eos=2, **config):
+    def make(family="llama", *, hidden=32, layers=2, vocab=368, seed=0, head_scale=20.0, eos=2, **config):
         config_class, model_class, extra = _FAMILIES[family]
         set_seed(seed)
         model = model_class(
@@ -212,7 +212,7 @@ def tiny_model():
             )
         )
         with torch.no_grad():
-            model.get_output_embeddings().weight.mul_(spread)
+            model.get_output_embeddings().weight.mul_(head_scale)
         return model.eval()
 
     return make

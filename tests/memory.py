@@ -1,4 +1,4 @@
-"""What memory torch takes."""
+"""The memory that torch allocates."""
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef

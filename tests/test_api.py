@@ -1,4 +1,4 @@
-"""What users build upon: names, options and defaults change only on purpose, with a line in the changelog."""
+"""The public interface: names, options and defaults change only on purpose, with a line in the changelog."""
 
 import dataclasses
 import subprocess

@@ -16,7 +16,7 @@ PACKAGE = Path(gkd_trainer.__file__).parent
 @pytest.mark.parametrize(
     ("is_read", "is_scaled", "marked"), [(False, True, True), (False, None, False), (True, True, False)]
 )
-def test_a_trainer_that_does_not_ask_whether_the_loss_is_scaled_is_told(monkeypatch, is_read, is_scaled, marked):
+def test_a_trainer_that_ignores_the_mark_is_kept_from_dividing_the_loss(monkeypatch, is_read, is_scaled, marked):
     monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga", raising=False)
     if is_read:
         monkeypatch.setattr(Trainer, "loss_is_scaled_for_ga", None, raising=False)

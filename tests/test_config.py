@@ -1,4 +1,4 @@
-"""The options as one configuration: parsed, completed, printed, stored, and beside those of other trainers."""
+"""The options as one configuration: parsed, completed, printed, stored, and combined with other trainers'."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ class MyConfig(GKDArguments, trl.SFTConfig):
 @pytest.mark.parametrize(
     ("max_length", "expected"), [(1024, 128), (129, 128), (128, 64), (65, 32), (64, 32), (2, 1), (None, 128)]
 )
-def test_max_new_tokens_that_nobody_chose_leaves_room_for_a_prompt(max_length, expected, caplog):
+def test_unset_max_new_tokens_leaves_room_for_a_prompt(max_length, expected, caplog):
     for options in ({}, {"lmbda": 0.0, "seq_kd": True}, {"lmbda": 0.0, "eval_on_policy": True}):
         caplog.clear()
         args = GKDArguments(max_length=max_length, **options)
@@ -122,7 +122,7 @@ def test_an_option_of_sft_config_names_the_class_that_has_it(config_of, name):
     assert "class MyConfig(GKDArguments, trl.SFTConfig)" in message
 
 
-def test_an_option_of_nobody_is_refused_by_python(config_of):
+def test_an_unknown_option_is_refused_by_python(config_of):
     with pytest.raises(TypeError, match="unexpected keyword argument 'lambda_'"):
         config_of(lambda_=1)
 
@@ -177,7 +177,7 @@ def test_secrets_are_in_no_printed_form_of_a_configuration(config_of):
         assert args.vllm_server_base_url[0].credentials == ("user", CANARY)
 
 
-def test_secrets_go_along_where_a_configuration_is_copied_or_pickled(config_of):
+def test_secrets_are_kept_when_a_configuration_is_copied_or_pickled(config_of):
     args = config_of(**SECRETS)
     for copied in (copy.copy(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args)), dataclasses.replace(args)):
         assert copied.teacher_model_init_kwargs["token"] == copied.hub_token == CANARY
@@ -348,7 +348,7 @@ def test_a_configuration_can_be_copied_and_pickled(config_of):
     assert dataclasses.replace(args, lmbda=0.1).lmbda == 0.1
 
 
-def test_a_fitted_max_new_tokens_is_fitted_again_where_a_configuration_is_changed(config_of):
+def test_a_fitted_max_new_tokens_is_fitted_again_if_a_configuration_changes(config_of):
     off_policy = config_of(lmbda=0.0, max_length=64)
     assert off_policy.max_new_tokens == 128
     assert dataclasses.replace(off_policy, lmbda=0.5).max_new_tokens == 32
@@ -374,6 +374,6 @@ def test_completions_may_be_generated_in_training_or_for_an_evaluation(options, 
     ("options", "expected"),
     [({"use_vllm": True}, False), ({"vllm_mode": "server"}, False), ({"use_vllm": True, "vllm_mode": "server"}, True)],
 )
-def test_vllm_servers_are_used_where_both_options_say_so(options, expected):
+def test_vllm_servers_are_used_if_both_options_are_set(options, expected):
     urls = {"vllm_server_base_url": "http://a:1"} if expected else {}
     assert GKDArguments(**options, **urls).uses_vllm_server == expected

@@ -1,4 +1,4 @@
-"""What an option may hold, by itself and beside others: everything else is refused, with what to do instead."""
+"""Valid options, alone and in combination: all others are refused, with what to do instead."""
 
 import dataclasses
 
@@ -190,7 +190,7 @@ def test_an_end_without_a_schedule_is_refused_rather_than_ignored():
         {"lmbda": 0.0, "eval_on_policy": True},
     ],
 )
-def test_where_completions_are_generated_a_prompt_must_fit_beside_them(options):
+def test_prompts_must_leave_room_for_generated_completions(options):
     with pytest.raises(GKDConfigError, match=r"max_length \(128\) must exceed max_new_tokens \(128\)"):
         GKDArguments(max_length=128, max_new_tokens=128, **options)
     GKDArguments(max_length=129, max_new_tokens=128, **options)
@@ -202,7 +202,7 @@ def test_without_generation_max_length_may_be_short():
 
 @pytest.mark.parametrize("lmbda", [{"lmbda": 1.0}, {"lmbda": 1.0, "lmbda_end": 1.0, "lmbda_schedule": "linear"}])
 @pytest.mark.parametrize("option", [{"ce_weight": 0.5}, {"seq_kd": True}])
-def test_what_needs_data_is_refused_where_every_sample_is_on_policy(option, lmbda):
+def test_options_that_need_data_are_refused_if_every_sample_is_on_policy(option, lmbda):
     [(name, value)] = option.items()
     with pytest.raises(
         GKDConfigError, match=rf"^{name}={value} has no effect, since it needs off-policy samples.*leave {name} out$"
@@ -214,7 +214,7 @@ def test_what_needs_data_is_refused_where_every_sample_is_on_policy(option, lmbd
 @pytest.mark.parametrize(
     ("divergence", "options", "message"),
     [
-        ("jsd", {"alpha": 0.1}, r"options of the divergence 'jsd' are \[\]; got \['alpha'\]"),
+        ("jsd", {"alpha": 0.1}, r"the divergence 'jsd' has the options \[\]; got \['alpha'\]"),
         ("skew_kl", {"beta": 0.1}, r"'skew_kl' are \['alpha'\]; got \['beta'\]"),
         ("skew_kl", {"alpha": 1.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\)"),
         ("adaptive_kl", '{"mu": "0.5"}', "'mu' of the divergence 'adaptive_kl' must be a number; got '0.5'"),
@@ -236,7 +236,7 @@ def test_json_fields_are_parsed(name):
 
 @pytest.mark.parametrize("value", ["{not json", "[1, 2]", "3", [1, 2]])
 @pytest.mark.parametrize("name", ["generation_kwargs", "teacher_model_init_kwargs"])
-def test_what_is_no_json_object_is_refused_by_name(name, value):
+def test_anything_but_a_json_object_is_refused_by_name(name, value):
     with pytest.raises(GKDConfigError) as raised:
         GKDArguments(**{name: value})
     assert str(raised.value).startswith(f"{name} must be a dictionary or a JSON object; got {value!r}")
@@ -302,7 +302,7 @@ def test_sampling_options_of_vllm_are_taken_where_vllm_samples():
 
 
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
-def test_penalties_that_vllm_alone_has_are_refused_where_the_teacher_generates(name):
+def test_penalties_that_only_vllm_has_are_refused_if_the_teacher_generates(name):
     with pytest.raises(GKDConfigError, match=f"'{name}', which only vLLM has.*set repetition_penalty"):
         GKDArguments(use_vllm=True, seq_kd=True, generation_kwargs={name: 0.5})
     shared = {name: 0.0, "min_tokens": 2, "logit_bias": {"7": -1.5}}
@@ -319,7 +319,7 @@ def test_biases_that_are_not_of_token_ids_are_refused(biases):
 @pytest.mark.parametrize(
     "options", [{"lmbda": 0.1}, {"lmbda": 0.0, "seq_kd": True}, {"lmbda": 0.0, "eval_on_policy": True}]
 )
-def test_sequences_that_hold_several_samples_are_refused_where_completions_are_generated(config_of, name, options):
+def test_sequences_of_several_samples_are_refused_if_completions_are_generated(config_of, name, options):
     with pytest.raises(
         GKDConfigError, match=f"{name}=True joins samples.*set {name}=False, or lmbda=0, seq_kd=False and eval_on"
     ):

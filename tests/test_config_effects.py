@@ -1,4 +1,4 @@
-"""Options that have no effect in a run are known, each with what it needs."""
+"""Options without effect in a run are found, each with what it needs."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def test_the_table_has_every_option_that_some_runs_do_not_use():
         ({"rollout_overlap": True}, {**SERVER, "lmbda": 0.0}),
     ],
 )
-def test_an_option_without_effect_is_told_with_what_it_needs(unused, options):
+def test_an_option_without_effect_is_listed_with_what_it_needs(unused, options):
     told = unused_options(Run(GKDArguments(**unused, **options)))
     assert {name for name, _ in told} == unused.keys()
     assert all(needs for _, needs in told)
@@ -86,7 +86,7 @@ def test_an_option_with_an_effect_is_not(options):
         ("builds_rollouts", {"rollout_batch_size": 2}, {"rollout_batch_size"}),
     ],
 )
-def test_what_the_trainer_alone_knows_counts_once_it_does(tmp_path, fact, options, unused):
+def test_facts_that_only_the_trainer_knows_count_once_known(tmp_path, fact, options, unused):
     args = GKDConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
     assert unused_options(Run(args)) == []
     assert {name for name, _ in unused_options(Run(args, **{fact: False}))} == unused

@@ -1,4 +1,4 @@
-"""Methods are abstract or final: what a class of the package inherits from another one, it does not replace."""
+"""Methods are abstract or final: no class replaces a concrete method that it inherits in the package."""
 
 import importlib
 import inspect
@@ -107,7 +107,7 @@ class Replaces(Keeps):
     name = "another"
 
 
-def test_what_is_replaced_and_what_is_left_open_is_found():
+def test_replaced_and_abstract_methods_are_found():
     ours = (Contract, Keeps, Replaces)
     assert replaced(Keeps, ours.__contains__) == []
     assert replaced(Replaces, ours.__contains__) == [f"{full_name(Keeps)}.answer", f"{full_name(Contract)}.name"]

@@ -1,4 +1,4 @@
-"""The documentation names what there is, and its Python runs as it stands there."""
+"""The documentation matches the code, and its Python runs as written."""
 
 import ast
 import dataclasses
@@ -57,7 +57,7 @@ def default_of(function, name):
     return inspect.signature(function).parameters[name].default
 
 
-def test_options_page_says_of_an_option_what_its_help_says():
+def test_options_page_repeats_the_help_of_each_option():
     rows = re.findall(r"^\| `(\w+)` \| `.*?` \| (.*) \|$", (ROOT / "docs" / "options.md").read_text(), re.MULTILINE)
     expected = {}
     for option in OWN_OPTIONS:

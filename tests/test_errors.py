@@ -26,7 +26,7 @@ def test_a_message_shows_no_secret(kind):
     assert str(error) == "no answer from https://<CREDENTIALS>@host/v1?token=<SECRET> in 5 s"
 
 
-def test_what_is_no_text_stays_as_it_is():
+def test_anything_but_a_text_stays_as_it_is():
     assert GKDConfigError("at step", 3).args == ("at step", 3)
 
 

@@ -94,7 +94,7 @@ def test_server_teacher_example_prints_the_probability_of_the_top_tokens(run, ca
     assert all(0 < float(teacher) < 1 and 0 < float(student) < 1 for _, teacher, student in masses)
 
 
-def test_lora_example_saves_the_adapter_alone_and_generates_with_it(run, capsys):
+def test_lora_example_saves_only_the_adapter_and_generates_with_it(run, capsys):
     output_dir = run("lora_student", "--max_new_tokens", 8, "--rank", 4)
     assert (output_dir / "adapter_model.safetensors").exists()
     assert not (output_dir / "model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""The direction of imports, read from the source: data flows one way, and so do these."""
+"""The direction of imports, read from the source: they go one way, like the data."""
 
 import ast
 import sys
@@ -63,7 +63,7 @@ def name_in_package(path):
     return str(path.relative_to(PACKAGE))
 
 
-def test_imports_are_found_wherever_they_stand(tmp_path):
+def test_imports_are_found_anywhere_in_a_module(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
         "import torch.nn as nn\n"
@@ -76,7 +76,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["import gkd_trainer", "from . import models", "from ..types import Head"])
-def test_imports_that_hide_where_a_module_stands_are_refused(tmp_path, line):
+def test_imports_that_hide_a_modules_layer_are_refused(tmp_path, line):
     file = tmp_path / "module.py"
     file.write_text(line)
     with pytest.raises(AssertionError, match=r"hides? w"):
@@ -102,7 +102,7 @@ def test_the_stages_do_not_know_one_another(path):
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "divergence"], ids=name_in_package)
-def test_the_divergence_stands_on_torch_alone(path):
+def test_the_divergence_depends_only_on_torch(path):
     assert parts_imported_by(path) <= {"divergence", "errors", "signals", "types"}
     others = {name.split(".")[0] for name in imported_by(path)} - {"gkd_trainer", "torch"}
     if path.name == "triton.py":  # which is imported where there is a GPU to run it on
@@ -111,7 +111,7 @@ def test_the_divergence_stands_on_torch_alone(path):
 
 
 @pytest.mark.parametrize("name", ["types.py", "signals.py", "errors.py"])
-def test_what_the_divergence_stands_on_needs_torch_alone_too(name):
+def test_the_divergences_dependencies_need_only_torch_too(name):
     others = {imported.split(".")[0] for imported in imported_by(PACKAGE / name)} - {"gkd_trainer", "torch"}
     assert others <= set(sys.stdlib_module_names)
 
@@ -144,7 +144,7 @@ def names_imported_by(path):
     }
 
 
-def test_hooks_of_the_trainer_are_overridden_in_one_file_alone():
+def test_hooks_of_the_trainer_are_overridden_in_only_one_file():
     """Of all classes that stand before Trainer in GKDTrainer, or derive from it anywhere in the package."""
     own = [cls for cls in gkd_trainer.GKDTrainer.__mro__ if cls.__module__.startswith("gkd_trainer")]
     assert [cls.__name__ for cls in own] == ["GKDTrainer", "GKDMixin"]

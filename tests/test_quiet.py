@@ -1,4 +1,4 @@
-"""One hint of another library is left out while it is imported; all else is heard."""
+"""One hint of another library is silenced while it is imported, and nothing else."""
 
 import importlib
 import logging

@@ -1,4 +1,4 @@
-"""What is taken for a secret, and what is left of it."""
+"""What counts as a secret, and what replaces it."""
 
 import pickle
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ OTHER_NAMES = (
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES.split())
-def test_a_name_that_says_so_holds_a_secret(name):
+def test_names_of_secrets_are_recognised(name):
     assert is_secret(name)
     assert redacted({"deep": [{name: SECRET}]}) == {"deep": [{name: f"<{name.upper()}>"}]}
     assert without_secrets({"deep": [{name: SECRET}]}) == {"deep": [{name: None}]}
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES.split())
-def test_other_names_hold_none(name):
+def test_other_names_are_not_secrets(name):
     assert not is_secret(name)
     assert redacted({name: "plain"}) == {name: "plain"}
 
 
 @pytest.mark.parametrize("value", [None, True, False])
-def test_a_switch_under_such_a_name_is_no_secret(value):
+def test_a_switch_with_such_a_name_is_not_a_secret(value):
     assert redacted({"token": value}) == {"token": value}
 
 
@@ -113,7 +113,7 @@ def test_a_dataclass_that_hides_secrets_is_printed_without_them_and_keeps_them(k
     assert login.api_key == pickle.loads(pickle.dumps(login)).api_key == SECRET
 
 
-def test_a_dataclass_that_hides_secrets_is_pickled_without_them_inside_the_block_alone():
+def test_a_dataclass_that_hides_secrets_is_pickled_without_them_only_inside_the_block():
     with dropping_secrets():
         stored = pickle.dumps(NamedLogin())
     assert SECRET.encode() not in stored

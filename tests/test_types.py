@@ -1,4 +1,4 @@
-"""The values that cross the stages: which positions are scored, what a head makes of hidden states."""
+"""The values passed between stages: which positions are scored, and a head's logits of hidden states."""
 
 from dataclasses import replace
 
@@ -122,7 +122,7 @@ def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
 
 
 @pytest.mark.parametrize("is_trained", [[], [True], [True, False, True]])
-def test_a_completion_says_of_all_its_tokens_or_of_none_whether_they_are_trained_on(is_trained):
+def test_is_trained_has_a_value_for_every_token_or_is_none(is_trained):
     Completion([5, 6], is_finished=True)
     Completion([5, 6], is_finished=True, is_trained=[False, True])
     with pytest.raises(ValueError, match=rf"each of the completion's 2 tokens .* got {len(is_trained)} values"):
@@ -177,7 +177,7 @@ def test_padding_moves_behind_the_tokens_with_all_that_is_known_to_be_per_token(
 
 
 @pytest.mark.parametrize("name", [PROMPT_IDS, "prompts", "prompt_attention_mask", "pixel_values"])
-def test_what_is_per_sample_stays_where_its_shape_is_that_of_the_tokens(name):
+def test_per_sample_values_stay_even_if_shaped_like_tokens(name):
     value = torch.arange(16).view(4, 4)
     moved = right_padded(padded_anywhere(**{name: value}))
     assert torch.equal(moved["input_ids"], COLUMNS_MOVED_BL)

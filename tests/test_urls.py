@@ -1,4 +1,4 @@
-"""URLs of servers: what no request can be sent to is refused at once, and credentials are never shown."""
+"""URLs of servers: invalid ones are refused at once, and credentials are never shown."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def test_a_url_that_nothing_can_be_sent_to_is_refused_with_option_example_and_pr
     assert message.endswith(f"got {text!r}")
 
 
-def test_what_stands_for_a_port_and_is_none_is_not_shown():
+def test_an_invalid_port_is_not_shown():
     with pytest.raises(GKDConfigError, match=r"ports are 1 to 65535\); got 'http://a:<PORT>/v1'"):
         ServerURL("http://a:port/v1")
 

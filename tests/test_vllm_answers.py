@@ -1,4 +1,4 @@
-"""Odd answers of servers: whatever comes, it is asked for again and then an error of ours, or it is taken as it is."""
+"""Odd answers of servers: each is accepted, or requested again and then an error of ours."""
 
 import copy
 import json
@@ -167,7 +167,7 @@ def test_the_right_answers_are_taken(fake, model, path, use):
 
 @pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK.keys())
 @pytest.mark.parametrize(("path", "use"), CASES)
-def test_what_is_no_answer_is_asked_for_again_and_then_an_error_of_ours(fake, model, path, use, junk, caplog):
+def test_an_invalid_answer_is_requested_again_and_then_an_error_of_ours(fake, model, path, use, junk, caplog):
     fake.path, fake.odd = path, junk
     if use is send_over_nccl:  # asks only whether the server can do it
         assert _transfer_backend(VLLMServer(fake.base_url, **OPTIONS)) is None
@@ -255,7 +255,7 @@ def test_adapters_are_as_long_as_the_model_they_belong_to():
         Models.parse({"data": [{"id": "base"}]}).lengths()
 
 
-def test_what_is_not_read_is_not_checked():
+def test_unread_fields_are_not_checked():
     assert WeightInfo.parse({"weight_version": "a", "more": [1]}).weight_version == "a"
     info = {"vllm_config": {"device_config": {"device": None}, "model_config": {"hf_overrides": "x"}, "other": 1}}
     assert ServerInfo.parse(info).vllm_config.weight_transfer is None

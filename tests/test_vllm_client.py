@@ -1,4 +1,4 @@
-"""The client of vLLM servers, before one that answers wrongly, late or not at all."""
+"""The client of vLLM servers, with servers that answer wrongly, late or not at all."""
 
 import logging
 import socket
@@ -186,7 +186,7 @@ def test_the_scheme_may_be_in_capitals(faulty):
 
 
 @pytest.mark.parametrize("host", ["a" * 60, "[::1]", "bücher.example"])
-def test_the_port_is_no_part_of_the_host_name(host):
+def test_the_port_is_not_part_of_the_host_name(host):
     headers = dict(VLLMServer(f"http://{host}:8000")._headers)
     assert headers["Host"] == f"{host.encode('idna').decode()}:8000"
 
@@ -263,7 +263,7 @@ def test_an_answer_in_many_pieces_is_put_together(faulty):
     assert client(faulty).get("/slow", value) == 7
 
 
-def test_the_time_of_a_request_is_no_limit_for_the_ones_after_it(faulty):
+def test_the_deadline_of_a_request_does_not_limit_later_ones(faulty):
     faulty.next(delayed(2))
     assert client(faulty, request_timeout=0.3).get("/slow", value) == 7
 
@@ -275,13 +275,13 @@ def test_items_go_to_the_servers_in_turn_and_come_back_in_order():
     assert call_each(servers, [], lambda server, item: 1 / 0) == []
 
 
-def test_all_items_are_under_way_at_once():
+def test_all_items_run_at_once():
     barrier = threading.Barrier(20, timeout=5)
     call_each([VLLMServer(NEVER)], range(20), lambda server, item: barrier.wait())
     assert not barrier.broken
 
 
-def test_one_failure_ends_what_has_not_started(monkeypatch):
+def test_one_failure_cancels_calls_that_have_not_started(monkeypatch):
     monkeypatch.setattr(vllm_client, "_CALLS_AT_ONCE", 1)
     done = []
 
@@ -298,7 +298,7 @@ ONCE = {name: FAULTS[name] for name in ("status 500", "status 503", "half an ans
 
 
 @pytest.mark.parametrize("fault", ONCE.values(), ids=ONCE.keys())
-def test_what_can_not_be_repeated_is_sent_once(faulty, fault):
+def test_unrepeatable_requests_are_sent_once(faulty, fault):
     faulty.next(fault, times=None)
     with pytest.raises(GKDServerError, match=f"{faulty.base_url} did not complete POST /call, which can't be sent"):
         client(faulty).post_unread("/call", {}, is_repeatable=False)

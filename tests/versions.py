@@ -1,4 +1,4 @@
-"""What the installed versions of transformers and TRL have, for tests that run on all of them."""
+"""Features of the installed versions of transformers and TRL, for tests that run on all of them."""
 
 from dataclasses import fields
 

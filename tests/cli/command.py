@@ -1,4 +1,4 @@
-"""What the tests of the command share: rows, files, and the command's exit."""
+"""Shared by the tests of the command: rows, files, and the command's exit."""
 
 import pytest
 import yaml

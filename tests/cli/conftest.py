@@ -1,4 +1,4 @@
-"""A student, a teacher and rows as the command's options name them."""
+"""A student, a teacher and rows, as given in the command's options."""
 
 import datasets
 import pytest

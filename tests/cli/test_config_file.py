@@ -1,4 +1,4 @@
-"""Options in YAML mean what they mean on the command line, and give way to it."""
+"""Options in YAML mean the same as on the command line, which overrides them."""
 
 from pathlib import Path
 

@@ -67,14 +67,14 @@ def test_a_signal_ends_a_run_with_one_line_that_says_how_to_resume_it(number, st
     assert last.endswith(" is saved: to resume from it, add --resume_from_checkpoint true")
 
 
-def test_a_signal_before_the_first_checkpoint_says_that_none_was_saved(pair, data, tmp_path):
+def test_a_signal_before_the_first_checkpoint_reports_that_none_was_saved(pair, data, tmp_path):
     own = [*pair, *data, "--max_steps", "100000", "--save_strategy", "no", "--report_to", "tensorboard"]
     code, error = run_until(own, lambda: (tmp_path / "output" / "runs").exists(), signal.SIGINT)
     assert code == 130
     assert "no checkpoint was saved in" in error.splitlines()[-1]
 
 
-def test_a_mistake_prints_no_traceback(pair, data):
+def test_a_user_error_prints_no_traceback(pair, data):
     command = [Path(sys.executable).with_name("gkd-trainer"), "train", *pair, *data, "--temperature", "0"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
@@ -95,13 +95,13 @@ class Scripted:
         raise self.error
 
 
-def test_an_error_of_any_command_is_told_with_its_notes_under_the_commands_name(monkeypatch, capsys):
+def test_an_error_of_any_command_is_printed_with_its_notes_and_the_commands_name(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "fail", Scripted(GKDConfigError("beta is wrong")))
     assert exit_of(["fail"], capsys) == (1, "gkd-trainer fail: error: beta is wrong. rank 0 said so\n")
 
 
 @pytest.mark.parametrize(("rank", "told"), [("0", "\ngkd-trainer fail: interrupted: rank 0 said so\n"), ("1", "")])
-def test_an_interrupt_is_told_by_the_first_rank_alone(rank, told, monkeypatch, capsys):
+def test_only_the_first_rank_reports_an_interrupt(rank, told, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setitem(COMMANDS, "fail", Scripted(KeyboardInterrupt()))
     assert exit_of(["fail"], capsys) == (130, told)

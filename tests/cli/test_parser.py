@@ -40,7 +40,7 @@ def parser():
         (["x"], "unrecognized arguments: x\n"),
     ],
 )
-def test_a_misspelt_option_is_told_with_the_one_that_is_meant(argv, suggestion, capsys):
+def test_a_misspelt_option_is_named_with_the_one_probably_meant(argv, suggestion, capsys):
     code, error = exit_of(["train", *argv], capsys)
     assert code == 2
     assert suggestion in error

@@ -1,4 +1,4 @@
-"""`gkd-trainer train` as a user calls it: runs on tiny models, resumed runs, bad input."""
+"""`gkd-trainer train` as users call it: runs on tiny models, resumed runs, bad input."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def weights_of(folder):
 
 
 @pytest.mark.parametrize("options", [["--eval_split", "train[:1]"], ["--eval_dataset", "rows.jsonl"]])
-def test_evaluation_rows_that_are_trained_on_are_warned_of(options, given_to_trainer, pair, data, tmp_path, caplog):
+def test_training_on_evaluation_rows_gives_a_warning(options, given_to_trainer, pair, data, tmp_path, caplog):
     own = [str(tmp_path / option) if option == "rows.jsonl" else option for option in options]
     given_to_trainer(*pair, *data, *own)
     assert "overlap: some rows are both trained on and evaluated on" in caplog.text
@@ -57,7 +57,7 @@ def test_a_run_trains_evaluates_and_saves_a_student_that_loads(pair, data, rows_
     assert str(tmp_path) not in card
 
 
-def test_a_readme_that_somebody_wrote_is_kept(pair, data, tmp_path, caplog):
+def test_a_readme_by_the_user_is_kept(pair, data, tmp_path, caplog):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "README.md").write_text("Mine.\n")
     main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
@@ -123,7 +123,7 @@ def test_a_served_teacher_that_cannot_be_used_exits_1_with_one_message(options, 
 
 
 @pytest.mark.parametrize("source", ["true", "folder"])
-def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(source, pair, data, tmp_path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(source, pair, data, tmp_path):
     options = [*pair, *data, "--save_steps", "1", "--learning_rate", "1e-2", "--per_device_train_batch_size", "2"]
     main(["train", *options])
     unbroken = weights_of(tmp_path / "output")
@@ -179,7 +179,7 @@ def test_bad_input_exits_1_with_one_message(options, message, pair, data, capsys
     assert message in told
 
 
-def test_an_error_in_the_middle_of_a_run_exits_1_and_says_how_to_go_on(pair, data, tmp_path, capsys):
+def test_an_error_during_a_run_exits_1_and_says_how_to_resume(pair, data, tmp_path, capsys):
     teacher, tokenizer = (kind.from_pretrained(tmp_path / "teacher") for kind in (AutoModelForCausalLM, AutoTokenizer))
     tokens = [set(tokenizer(row["prompt"])["input_ids"]) for row in ROWS]
     of_one_row = tokens[3] - tokens[0] - tokens[1] - tokens[2]

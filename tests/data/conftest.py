@@ -1,4 +1,4 @@
-"""Small tokenizers and the rules that most tests start from."""
+"""Small tokenizers, and the default rules of most tests."""
 
 import dataclasses
 

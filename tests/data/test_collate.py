@@ -19,7 +19,7 @@ ROWS = [
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", [DataCollatorWithPadding, DataCollatorForLanguageModeling])
-def test_labels_stand_where_their_tokens_do(byte_level, kind, side):
+def test_labels_are_aligned_with_their_tokens(byte_level, kind, side):
     tokenizer = byte_level()
     tokenizer.padding_side = side
     options = {"mlm": False} if kind is DataCollatorForLanguageModeling else {}
@@ -54,7 +54,7 @@ def test_prompts_go_around_any_collator(byte_level, kind, side):
     assert all(torch.equal(batch[key], plain[key]) for key in plain)
 
 
-def test_rows_without_prompts_of_their_own_give_a_batch_without_them():
+def test_rows_without_their_own_prompts_give_a_batch_without_prompts():
     assert PROMPT_IDS not in KeepSideTensors(TRLCollator(pad_token_id=0))(with_prompts([], []))
     assert PROMPT_IDS not in KeepSideTensors(TRLCollator(pad_token_id=0))(ROWS)
 
@@ -119,7 +119,7 @@ def test_keys_and_prompts_go_together_and_rows_without_either_are_filled_up():
     assert batch[ROW_KEY].tolist() == [-1, 3]
 
 
-def test_a_key_that_is_no_integer_is_refused_by_its_row():
+def test_a_key_that_is_not_an_integer_is_refused_by_its_row():
     with pytest.raises(GKDDataError, match=r"row 1 of a batch: expected an integer of 64 bits as row_key; got 1\.5"):
         KeepSideTensors(TRLCollator(pad_token_id=0))(with_keys(1, 1.5))
 

@@ -17,14 +17,14 @@ def test_roles_get_their_usual_names_in_a_copy():
 
 
 @pytest.mark.parametrize("name", ["tool_calls", "reasoning_content", "thinking"])
-def test_a_message_that_says_something_else_needs_no_content(name):
+def test_a_message_with_other_parts_needs_no_content(name):
     assert messages_of([{"role": "assistant", name: "any"}]) == [{"role": "assistant", name: "any", "content": ""}]
     with pytest.raises(RowDropped, match="a message without content"):
         messages_of([{"role": "assistant", "name": "any"}])
 
 
 @pytest.mark.parametrize("encode", [lambda tools: tools, json.dumps, lambda tools: [*map(json.dumps, tools)]])
-def test_tools_may_be_json_as_a_whole_or_one_by_one(encode):
+def test_tools_may_be_json_all_at_once_or_one_by_one(encode):
     assert tools_of({"tools": encode(TOOLS)}) == TOOLS
 
 

@@ -1,4 +1,4 @@
-"""Datasets: every kind comes back as ids and labels, with the rows left out counted."""
+"""Datasets: every kind becomes ids and labels, and dropped rows are counted."""
 
 import logging
 
@@ -76,13 +76,13 @@ def test_a_set_of_rows_whose_turns_are_not_found_is_refused_with_the_remedy(chat
         prepare_dataset([TWO_ANSWERS] * 2, chat_tokenizer(CHATS["olmo2"]), rules())
 
 
-def test_nothing_is_logged_where_nothing_is_dropped(byte_level, mixing, caplog):
+def test_nothing_is_logged_if_nothing_is_dropped(byte_level, mixing, caplog):
     prepare_dataset(ROWS[:2], byte_level(), mixing)
     assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, iterable], ids=["map-style", "iterable"])
-def test_turns_that_end_with_no_stop_token_are_told_once_with_the_remedy(byte_level, rules, kind, caplog):
+def test_turns_without_a_stop_token_are_logged_once_with_the_remedy(byte_level, rules, kind, caplog):
     tokenizer = byte_level()
     tokenizer.eos_token = "<|endoftext|>"
     rows = [conversation("Paris."), conversation("two"), conversation("three")]
@@ -99,7 +99,7 @@ def test_turns_that_end_with_no_stop_token_are_told_once_with_the_remedy(byte_le
     assert warnings_of(caplog) == []
 
 
-def test_other_columns_are_kept_and_the_prompts_alone_are_added(byte_level, rules, mixing):
+def test_other_columns_are_kept_and_only_prompts_are_added(byte_level, rules, mixing):
     rows = [{**row, "id": i} for i, row in enumerate(ROWS)]
     prepared = prepare_dataset(Dataset.from_list(rows), byte_level(), mixing)
     assert sorted(prepared.column_names) == ["id", "input_ids", "labels", "messages", PROMPT_IDS]
@@ -141,7 +141,7 @@ def test_keys_of_any_width_become_int64(byte_level, rules):
 
 @pytest.mark.parametrize("value", ["b", None])
 @pytest.mark.parametrize("kind", [list, iterable])
-def test_a_key_that_is_no_integer_is_refused_with_its_row_also_in_a_stream(byte_level, rules, kind, value):
+def test_a_key_that_is_not_an_integer_is_refused_with_its_row_also_in_a_stream(byte_level, rules, kind, value):
     rows = [*keyed(10, 11), {**ROWS[4], ROW_KEY: value}]
     with pytest.raises(GKDDataError, match="eval: row 2: expected an integer of 64 bits as row_key"):
         list(prepare_dataset(kind(rows), byte_level(), rules(), name="eval"))
@@ -161,7 +161,7 @@ def test_no_row_left_is_an_error_that_says_what_would_help(byte_level, rules):
     assert len(prepare_dataset(ROWS[2:4], tokenizer, long_enough)) == 1
 
 
-def test_the_length_that_is_asked_for_suffices_where_nothing_is_generated(rules):
+def test_the_suggested_length_suffices_if_nothing_is_generated(rules):
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}]
     with pytest.raises(GKDDataError, match=r"no trained token within max_length \(2\). Set max_length to 3"):
         prepare_dataset(rows, None, rules(max_length=2))
@@ -208,7 +208,7 @@ def test_an_iterable_dataset_raises_nothing_in_the_middle_of_a_run(byte_level, o
     assert "expected a prompt in each row" in warnings_of(caplog)[0]
 
 
-def test_rows_without_a_prompt_are_counted_where_some_are_generated(byte_level, rules, caplog):
+def test_rows_without_a_prompt_are_counted_if_some_are_generated(byte_level, rules, caplog):
     rows = [{"text": "hello"}, {"text": "one two"}]
     assert len(prepare_dataset(rows, byte_level(), rules())) == 2
     assert warnings_of(caplog) == []

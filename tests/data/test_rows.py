@@ -1,4 +1,4 @@
-"""Rows: each format, and each reason for which a row can't be used."""
+"""Rows: each format, and each reason why a row can't be used."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_a_text_completion_gets_the_eos_that_it_lacks(byte_level, rules):
         assert trained(tokenizer, row.labels) == " Paris<|im_end|>"
 
 
-def test_the_eos_is_trained_on_where_it_is_the_padding_too(byte_level, rules):
+def test_the_eos_is_trained_on_even_if_it_is_also_the_padding(byte_level, rules):
     tokenizer = byte_level()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     rows = [
@@ -101,12 +101,12 @@ def test_a_text_row_is_trained_from_its_first_token(byte_level, rules):
     assert row.n_prompt == 0
 
 
-def test_a_text_row_of_several_documents_is_trained_whole(byte_level, rules):
+def test_a_text_row_of_several_documents_is_all_trained_on(byte_level, rules):
     row = prepare({"text": "one<|im_end|>two<|im_end|>"}, byte_level(), rules())
     assert row.labels == row.input_ids
 
 
-def test_a_text_row_is_refused_where_each_row_needs_a_prompt(byte_level, on_policy):
+def test_a_text_row_is_refused_if_each_row_needs_a_prompt(byte_level, on_policy):
     with pytest.raises(GKDDataError, match=r"expected a prompt in each row.*lmbda=1\.0"):
         prepare({"text": "one two"}, byte_level(), on_policy())
 
@@ -116,7 +116,7 @@ def test_the_column_of_text_can_be_named(byte_level, rules):
     assert row.input_ids == row.labels
 
 
-def test_a_prompt_alone_is_a_row_without_trained_tokens(byte_level, on_policy):
+def test_a_bare_prompt_is_a_row_without_trained_tokens(byte_level, on_policy):
     tokenizer = byte_level()
     for prompt in ("hello", [QUESTION]):
         row = prepare({"prompt": prompt}, tokenizer, on_policy())
@@ -137,7 +137,7 @@ def test_a_prompt_that_ends_with_an_assistant_message_is_continued(byte_level, o
     assert tokenizer.decode(row.input_ids).endswith("<|im_start|>assistant\nIt is")
 
 
-def test_a_prompt_alone_is_refused_where_completions_come_from_the_data(byte_level, rules):
+def test_a_bare_prompt_is_refused_if_completions_come_from_the_data(byte_level, rules):
     for prompt in ("hello", [QUESTION]):
         with pytest.raises(GKDDataError, match=r"lmbda=1\.0 .* or seq_kd=True"):
             prepare({"prompt": prompt}, byte_level(), rules())
@@ -210,7 +210,7 @@ def test_tokenised_rows_with_labels_are_kept_as_they_are(rules):
     assert (row.input_ids, row.labels, row.n_prompt) == ([1, 2, 3, 4], [-100, 2, -100, 4], 3)
 
 
-def test_tokenised_rows_without_labels_are_trained_whole(rules):
+def test_tokenised_rows_without_labels_are_all_trained_on(rules):
     row = prepare({"input_ids": [1, 2, 3], "labels": None}, None, rules())
     assert row.labels == [1, 2, 3]
 
@@ -285,7 +285,7 @@ def test_long_completions_are_cut_at_the_end(byte_level, rules):
     assert cut.n_prompt == whole.n_prompt
 
 
-def test_a_row_whose_completion_is_cut_off_whole_is_dropped(rules):
+def test_a_row_whose_completion_is_entirely_cut_off_is_dropped(rules):
     row = {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}
     assert prepare(row, None, rules(max_length=3)).labels == [-100, -100, 3]
     assert reason(row, None, rules(max_length=2)) == "no trained token within max_length (2)"
@@ -300,7 +300,7 @@ def test_a_prompt_that_leaves_no_room_for_a_completion_is_dropped(rules):
     )
 
 
-def test_a_prompt_may_fill_the_length_where_nothing_is_generated(rules):
+def test_a_prompt_may_fill_the_length_if_nothing_is_generated(rules):
     row = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]}
     assert prepare(row, None, rules(max_length=4, max_new_tokens=8)).n_prompt == 3
 

@@ -33,7 +33,7 @@ def prompts(rows):
 
 @STREAMED
 @pytest.mark.parametrize("name", ["x?.jsonl", "data[1].jsonl", "a[1]/rows.jsonl", "s*r/**/rows.jsonl", ".h/rows.jsonl"])
-def test_a_file_that_exists_is_read_alone_whatever_its_path_would_match(name, is_streaming, tmp_path):
+def test_only_the_file_that_exists_is_read_whatever_its_path_would_match(name, is_streaming, tmp_path):
     for other in ("x1.jsonl", "data1.jsonl", "a1/rows.jsonl", "sr/sub/rows.jsonl"):
         write(tmp_path / other, [{"prompt": "of another file"}])
     file = write(tmp_path / name, ROWS[:1])
@@ -172,7 +172,7 @@ def test_errors_that_no_broken_line_explains_stay_what_they_are(tmp_path):
         raise ValueError("of somebody else")
 
 
-def test_a_csv_file_that_cannot_be_read_is_told_with_the_cause(tmp_path):
+def test_a_csv_file_that_cannot_be_read_is_an_error_with_the_cause(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt\na\nb,c\n")
     with pytest.raises(GKDDataError, match=r"could not load.*Expected 1 fields in line 3, saw 2"):
         source(tmp_path / "rows.csv").load()

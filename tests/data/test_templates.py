@@ -1,4 +1,4 @@
-"""Conversations under the chat templates of many models: what is trained on, and what a completion is sampled for."""
+"""Conversations under the chat templates of many models: the tokens trained on, and the prompts of completions."""
 
 import pytest
 
@@ -67,11 +67,11 @@ def test_each_answer_is_trained_on_with_its_stop_token_and_nothing_else(chat, pr
     ]
 
 
-def test_a_model_that_stops_where_its_template_ends_turns_is_not_warned_about(chat, prepare):
+def test_a_model_that_stops_at_its_templates_end_of_turn_is_not_warned_about(chat, prepare):
     assert prepare(chat, {"messages": conversation(chat)})[0].unended == ""
 
 
-def test_what_stands_before_the_last_trained_run_lacks_the_answer(chat, prepare):
+def test_the_tokens_before_the_last_trained_run_lack_the_answer(chat, prepare):
     row, tokenizer = prepare(chat, {"messages": conversation(chat)})
     prompt = tokenizer.decode(row.input_ids[: prompt_length(row.labels)])
     assert prompt.endswith(chat.header)
@@ -79,7 +79,7 @@ def test_what_stands_before_the_last_trained_run_lacks_the_answer(chat, prepare)
     assert "Paris" not in prompt
 
 
-def test_the_last_turn_alone_is_one_run(chat, prepare):
+def test_only_the_last_turn_is_one_run(chat, prepare):
     row, tokenizer = prepare(chat, {"messages": conversation(chat)}, train_on="last_turn")
     assert trained_runs(tokenizer, row.labels) == [chat.last_turn.replace(ANSWER, "Paris.")]
 
@@ -143,7 +143,7 @@ def test_the_header_is_not_trained_on_where_later_turns_rewrite_a_tool_call(prep
     assert trained_runs(tokenizer, row.labels) == [call, answer]
 
 
-def test_the_prompt_is_what_the_model_is_given_at_inference_in_any_format(chat, prepare):
+def test_the_prompt_is_the_one_at_inference_in_any_format(chat, prepare):
     messages = conversation(chat)
     row, tokenizer = prepare(chat, {"messages": messages}, is_generating=True)
     expected = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
@@ -247,7 +247,7 @@ CALL_WITH_TEXT = [USER, {**WITH_TOOL[1], "content": "five"}, *WITH_TOOL[2:]]
     ],
     ids=["opened by an answer", "two answers in a row", "a tool call with text"],
 )
-def test_a_conversation_that_loses_its_turns_is_dropped_where_ordinary_ones_keep_them(prepare, name, row):
+def test_a_conversation_whose_turns_are_not_found_is_dropped_if_ordinary_ones_are_found(prepare, name, row):
     with pytest.raises(RowDropped, match=r"can't be found without {% generation %} markers"):
         prepare(CHATS[name], row)
 

@@ -1,4 +1,4 @@
-"""The tokens that a row holds itself."""
+"""Rows that are already tokenised."""
 
 import pickle
 
@@ -17,7 +17,7 @@ def test_a_row_keeps_the_prompt_that_an_earlier_preparation_gave_it():
     assert held_tokens({**row, PROMPT_IDS: None}).prompt_ids == []
 
 
-def test_padding_goes_from_all_that_is_per_token():
+def test_padding_is_removed_from_all_per_token_values():
     row = {"input_ids": [0, 1, 2], "labels": [X, X, 2], "attention_mask": [0, 1, 1], "position_ids": [0, 0, 1]}
     assert held_tokens(row) == RowTokens([1, 2], [X, 2], [], {"attention_mask": [1, 1], "position_ids": [0, 1]})
 
@@ -36,7 +36,7 @@ def test_arrays_become_lists_of_plain_integers():
 
 @pytest.mark.parametrize("name", ["input_ids", "labels", PROMPT_IDS])
 @pytest.mark.parametrize("value", [["a"], [1.0], 3])
-def test_what_is_no_list_of_token_ids_is_dropped_by_its_column(name, value):
+def test_anything_but_a_list_of_token_ids_is_dropped_by_its_column(name, value):
     with pytest.raises(RowDropped) as dropped:
         held_tokens({"input_ids": [1], "labels": [1], name: value})
     assert dropped.value.reason == f"{name} is not a list of token ids"

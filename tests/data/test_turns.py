@@ -89,12 +89,12 @@ def test_the_newline_after_the_stop_token_is_not_trained_on(tokenizer, rules):
     assert labels[-2:] == [tokenizer.eos_token_id, IGNORE_INDEX]
 
 
-def test_last_turn_trains_on_the_last_assistant_turn_alone(tokenizer, rules):
+def test_last_turn_trains_only_on_the_last_assistant_turn(tokenizer, rules):
     _, labels = prepare_one({"messages": CONVERSATION}, tokenizer, rules(train_on="last_turn"))
     assert trained_runs(tokenizer, labels) == ["Paris.<|im_end|>"]
 
 
-def test_the_prompt_is_what_the_model_sees_when_it_is_asked_for_the_last_turn(tokenizer, rules):
+def test_the_prompt_is_the_one_at_inference_for_the_last_turn(tokenizer, rules):
     ids, labels = prepare_one({"messages": CONVERSATION}, tokenizer, rules())
     prompt = tokenizer.apply_chat_template(CONVERSATION[:-1], add_generation_prompt=True)["input_ids"]
     assert ids[: prompt_length(labels)] == prompt
@@ -111,7 +111,7 @@ def test_content_that_starts_with_newlines_does_not_leak_into_the_prompt(tokeniz
     assert whole[: len(prompt)] != prompt
 
 
-def test_a_user_turn_at_the_end_is_context_alone(tokenizer, rules):
+def test_a_user_turn_at_the_end_is_only_context(tokenizer, rules):
     messages = [*CONVERSATION, {"role": "user", "content": "thank you"}]
     ids, labels = prepare_one({"messages": messages}, tokenizer, rules())
     assert trained_runs(tokenizer, labels) == ["hello, how are you?<|im_end|>", "Paris.<|im_end|>"]
@@ -193,7 +193,7 @@ def test_a_template_that_rewrites_earlier_turns_suffices_for_the_last_turn(byte_
     assert "..." in tokenizer.decode(ids)
 
 
-def test_last_turn_is_not_offered_where_it_would_not_suffice(byte_level, rules):
+def test_last_turn_is_not_suggested_if_it_would_not_suffice(byte_level, rules):
     for train_on in ("all_turns", "last_turn"):
         with pytest.raises(GKDDataError, match="preserves prefixes") as refusal:
             prepare_dataset([{"messages": CONVERSATION}], byte_level(UNFAITHFUL_PROMPT), rules(train_on=train_on))
@@ -235,7 +235,7 @@ def test_a_turn_without_a_stop_token_is_trained_on_up_to_its_end_of_turn(byte_le
     ) == dataclasses.replace(row, unended="")
 
 
-def test_white_space_of_the_content_stays_where_no_special_token_ends_a_turn(byte_level, rules):
+def test_white_space_of_the_content_stays_if_no_special_token_ends_a_turn(byte_level, rules):
     template = (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

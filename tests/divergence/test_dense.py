@@ -175,7 +175,7 @@ def test_a_teacher_without_probability_makes_the_reverse_kl_infinite_with_a_grad
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("vocab_chunk", [7, None])
-def test_flags_tell_rows_that_are_not_finite_and_leave_the_others_alone(beta, vocab_chunk):
+def test_flags_mark_only_rows_that_are_not_finite(beta, vocab_chunk):
     student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair())
     clean = dense_divergence(*pair(), beta=beta, vocab_chunk=vocab_chunk)
     teacher_logits_NV[0, 250] = math.nan
@@ -278,7 +278,7 @@ def test_labels_outside_the_vocabulary_or_masked_have_infinite_cross_entropy_and
     assert (gradient_NV[3:] != 0).all()
 
 
-def test_an_infinite_divergence_leaves_the_cross_entropy_of_its_row_alone():
+def test_an_infinite_divergence_does_not_change_its_rows_cross_entropy():
     student_logits_NV, teacher_logits_NV = pair()
     teacher_logits_NV[0, 3] = math.nan
     labels_N = torch.tensor([0, 300, 7, 6, 12])

@@ -1,4 +1,4 @@
-"""How the path from hidden states works: what is projected how often, in which memory, by which implementation.
+"""The path from hidden states: how often it projects, in how much memory, and with which implementation.
 
 Shapes: N tokens, V vocabulary, H, G hidden widths, K top tokens of a teacher.
 """
@@ -145,7 +145,7 @@ def test_a_mix_known_beforehand_is_one_pass_with_the_gradient_of_the_mix(project
 
 
 @pytest.mark.parametrize("make", [teacher, top_teacher])
-def test_what_has_weight_zero_in_the_mix_may_be_infinite(make):
+def test_a_term_with_weight_zero_in_the_mix_may_be_infinite(make):
     student = signal()
     labels_N, weight_N = torch.full((N,), V), torch.zeros(N)
     result = token_divergence(student, make(), beta=0.5, labels_N=labels_N, label_weight_N=weight_N)
@@ -188,7 +188,7 @@ def test_a_padded_vocabulary_is_cut_without_a_copy(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [teacher, top_teacher])
-def test_a_padded_vocabulary_has_one_gradient_of_the_whole_weight_and_bias(make):
+def test_a_padded_vocabulary_has_one_gradient_of_the_full_weight_and_bias(make):
     whole, other = signal(V=4096, width=64), make(V=4000)
     bias_V = torch.linspace(-1, 1, 4096).requires_grad_()
     student = replace(whole, head=replace(whole.head, bias_V=bias_V)).sliced(4000)

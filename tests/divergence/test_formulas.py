@@ -1,4 +1,4 @@
-"""The oracles give what is computed by hand from the papers' formulas."""
+"""The oracles agree with values computed by hand from the papers' formulas."""
 
 from math import log
 

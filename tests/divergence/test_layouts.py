@@ -38,16 +38,16 @@ def transposed(tensor):
 
 def strided(tensor):
     """Every other element of a larger tensor, whose remaining ones would spoil whatever they enter."""
-    spread = tensor.new_full((*tensor.shape, 2), -7 if tensor.dtype == torch.long else float("nan"))
-    spread[..., 0] = tensor
-    return spread[..., 0]
+    wider = tensor.new_full((*tensor.shape, 2), -7 if tensor.dtype == torch.long else float("nan"))
+    wider[..., 0] = tensor
+    return wider[..., 0]
 
 
 def padded(tensor):
     """The first columns of a wider tensor, whose remaining ones would spoil whatever they enter."""
-    spread = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), -7 if tensor.dtype == torch.long else 1e9)
-    spread[..., : tensor.shape[-1]] = tensor
-    return spread[..., : tensor.shape[-1]]
+    wider = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), -7 if tensor.dtype == torch.long else 1e9)
+    wider[..., : tensor.shape[-1]] = tensor
+    return wider[..., : tensor.shape[-1]]
 
 
 def repeated(tensor):

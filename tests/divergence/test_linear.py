@@ -190,7 +190,7 @@ def test_without_grad_the_values_are_the_same_and_have_no_graph():
     assert torch.equal(actual_N, expected_N)
 
 
-def test_between_the_passes_nothing_of_the_size_of_a_blocks_logits_is_kept():
+def test_between_the_passes_nothing_as_large_as_a_tiles_logits_is_kept():
     student, teacher = student_and_teacher()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda shape: None):

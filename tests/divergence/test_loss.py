@@ -241,7 +241,7 @@ def test_shapes_that_do_not_fit_are_refused(student, teacher, message):
         token_divergence(student, teacher, beta=0.5)
 
 
-def test_importing_needs_torch_alone():
+def test_importing_needs_only_torch():
     code = (
         "import sys, gkd_trainer.divergence\n"
         "print([name for name in ('transformers', 'trl', 'datasets', 'accelerate') if name in sys.modules])"

@@ -72,7 +72,7 @@ def test_the_same_model_gives_no_loss_and_no_gradient(divergence):
 
 
 @pytest.mark.parametrize("divergence", NAMES)
-def test_tokens_that_neither_side_can_give_are_as_if_absent(divergence):
+def test_tokens_impossible_on_both_sides_are_as_if_absent(divergence):
     student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair())
     without_NV = student_logits_NV[:, 5:].clone().requires_grad_()
     expected_N = value(without_NV, teacher_logits_NV[:, 5:].clone(), divergence)
@@ -87,7 +87,7 @@ def test_tokens_that_neither_side_can_give_are_as_if_absent(divergence):
 
 @pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_token_that_one_side_alone_can_give_leaves_these_finite(divergence, side):
+def test_a_token_possible_on_only_one_side_leaves_these_finite(divergence, side):
     student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair())
     (student_logits_NV if side == "student" else teacher_logits_NV)[:, 3] = -math.inf
     student_logits_NV.requires_grad_()

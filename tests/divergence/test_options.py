@@ -1,4 +1,4 @@
-"""What the loss can't be asked for, by a call or by a configuration. Shapes: N tokens, V vocabulary."""
+"""Options that the loss refuses, in a call and in a configuration. Shapes: N tokens, V vocabulary."""
 
 import math
 import re
@@ -39,7 +39,7 @@ def by_the_reference(divergence, options):
     ("divergence", "options", "message"),
     [
         ("kl", None, r"divergence must be one of 'jsd', 'skew_kl'.*got '?kl"),
-        ("jsd", {"alpha": 0.1}, r"options of the divergence 'jsd' are \[\]; got \['alpha'\]"),
+        ("jsd", {"alpha": 0.1}, r"the divergence 'jsd' has the options \[\]; got \['alpha'\]"),
         ("skew_kl", {"alpha": 0.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\).*got 0.0"),
         ("adaptive_kl", {"mu": 1.5}, r"'mu' of the divergence 'adaptive_kl' must be in \(0, 1\).*got 1.5"),
         ("alpha_beta", {"beta": -0.5}, r"'beta' of the divergence 'alpha_beta' must be in \(0, inf\).*got -0.5"),
@@ -63,7 +63,7 @@ def test_what_a_divergence_does_not_take_is_refused(ask, divergence, options, me
 @pytest.mark.parametrize("ask", [by_call, by_configuration])
 @pytest.mark.parametrize("options", [{1: 0.5}, {None: 0.5}, {("alpha",): 0.5}])
 def test_a_name_that_is_no_string_is_refused(ask, options):
-    with pytest.raises(GKDConfigError, match=re.escape(f"are ['alpha']; got {list(options)}")):
+    with pytest.raises(GKDConfigError, match=re.escape(f"has the options ['alpha']; got {list(options)}")):
         ask("skew_kl", options)
 
 
@@ -106,7 +106,7 @@ def test_numbers_that_would_make_nan_of_the_loss_are_refused_in_a_configuration(
 @pytest.mark.parametrize("end", ["lowest", "highest"])
 @pytest.mark.parametrize("temperature", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_extremes_that_are_allowed_give_numbers(divergence, end, temperature):
+def test_allowed_extremes_give_finite_numbers(divergence, end, temperature):
     eps = torch.finfo(torch.float32).eps
     share, size = (eps, 1e-12) if end == "lowest" else (1 - eps, 1e12)
     student_logits_NV = (30 * signal().logits_NV).requires_grad_()

@@ -1,4 +1,4 @@
-"""The products with a head: what they round, and what they never do."""
+"""The products with a head: what they round, and what they never round."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The oracle itself, against the definition in other words. Shapes: N tokens, V vocabulary."""
+"""The oracle against another form of the definition. Shapes: N tokens, V vocabulary."""
 
 import math
 

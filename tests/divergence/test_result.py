@@ -1,4 +1,4 @@
-"""The fields of a comparison, put together from those of its tiles."""
+"""The fields of a comparison, joined from those of its tiles."""
 
 import pytest
 import torch

@@ -53,7 +53,7 @@ def test_no_tile_is_a_single_row_unless_all_are(largest, sizes, monkeypatch):
     assert seen == sizes
 
 
-def test_without_a_compiler_the_same_is_computed_and_said_once(monkeypatch, caplog):
+def test_without_a_compiler_the_same_is_computed_with_one_warning(monkeypatch, caplog):
     def compile_nothing(*args, **options):
         def fail(*inputs, **options):
             raise RuntimeError("no C++ compiler")

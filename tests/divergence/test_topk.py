@@ -192,7 +192,7 @@ def test_the_example_of_the_documentation_has_these_figures():
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_the_student_is_pulled_back_from_outside_the_top_k_by_the_bucket_alone(beta):
+def test_only_the_bucket_pulls_the_student_back_from_outside_the_top_k(beta):
     student_logits_NV, teacher_logits_NV = pair()
     ids_NK, log_p_NK = top(teacher_logits_NV)
     leaking_NV = student_logits_NV.detach().clone()
@@ -230,7 +230,7 @@ def test_no_entries_are_ignored_whatever_their_ids(beta, tail):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_what_a_slice_takes_from_the_teacher_goes_to_the_tail(beta):
+def test_the_mass_that_a_slice_removes_from_the_teacher_goes_to_the_tail(beta):
     student_logits_NV, teacher_logits_NV = pair()
     shared = 100
     sliced = signal(teacher_logits_NV, 20).sliced(shared)
@@ -341,7 +341,7 @@ def test_the_same_model_gives_no_loss_and_no_gradient(beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tail", TAILS)
-def test_flags_tell_rows_that_are_not_finite_and_leave_the_others_alone(beta, tail):
+def test_flags_mark_only_rows_that_are_not_finite(beta, tail):
     student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair(N=9))
     ids_NK, log_p_NK = top(teacher_logits_NV)
     clean_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail)
@@ -398,7 +398,7 @@ def test_entropies_masses_and_agreement_equal_plain_torch(tail):
     assert 0 < expected_N.sum() < 64
 
 
-def test_a_teacher_of_whole_distributions_has_no_masses():
+def test_a_teacher_with_full_distributions_has_no_masses():
     student_logits_NV, teacher_logits_NV = pair()
     result = token_divergence(LogitsSignal(student_logits_NV), LogitsSignal(teacher_logits_NV), beta=0.5)
     assert result.teacher_mass_N is None
@@ -454,7 +454,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("token_block", [1, 3, 256, None])
-def test_hidden_states_equal_the_oracle_in_blocks_of_any_size(beta, tail, token_block):
+def test_hidden_states_equal_the_oracle_in_tiles_of_any_size(beta, tail, token_block):
     student = hidden_signal(scale=0.7, softcap=5.0)
     ids_NK, log_p_NK = top(pair()[1])
     actual_N = linear_topk_generalized_jsd(
@@ -554,7 +554,7 @@ def test_no_tokens_give_a_zero_that_is_connected_to_the_graph(beta, tail):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_from_hidden_states_nothing_larger_than_what_came_in_is_kept_between_the_passes(tail):
+def test_from_hidden_states_nothing_larger_than_the_inputs_is_kept_between_the_passes(tail):
     student, teacher = hidden_signal(N=64), signal(pair(N=64)[1])
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(

@@ -1,4 +1,4 @@
-"""Triton's kernels: in its interpreter everywhere, on a GPU where there is one, and compiled for one that is not."""
+"""Triton's kernels: always in its interpreter, on a GPU if there is one, and compiled for a GPU that is not there."""
 
 import os
 import subprocess

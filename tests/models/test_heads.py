@@ -1,4 +1,4 @@
-"""A causal LM taken apart: the head found is the model's, or the model is asked for its logits."""
+"""Splitting a causal LM: the head found is the model's, or the model computes full logits."""
 
 import random
 from dataclasses import replace
@@ -144,16 +144,16 @@ def test_a_bf16_model_is_separable_and_gives_its_logits_up_to_their_rounding(tin
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_model_with_tiny_logits_is_separable(tiny_model, family):
-    assert isinstance(find_head(tiny_model(family, spread=1e-3)), SeparableHead)
+    assert isinstance(find_head(tiny_model(family, head_scale=1e-3)), SeparableHead)
 
 
-@pytest.mark.parametrize("spread", [1.0, 20.0])
+@pytest.mark.parametrize("head_scale", [1.0, 20.0])
 @pytest.mark.parametrize("model_class", [UnknownScale, UnknownSoftcap, UnknownOffset, MaskedTokens, TwoForwards])
-def test_an_unknown_step_between_head_and_logits_is_answered_with_logits(tiny_model, model_class, spread):
+def test_an_unknown_step_between_head_and_logits_is_answered_with_logits(tiny_model, model_class, head_scale):
     model = model_class(tiny_model().config).eval()
     model.config.unheard_of_scale = 0.5
     with torch.no_grad():
-        model.lm_head.weight.mul_(spread)
+        model.lm_head.weight.mul_(head_scale)
     batch = padded_batch()
     head = find_head(model)
     assert isinstance(head, InseparableHead)
@@ -228,7 +228,7 @@ def test_a_model_without_output_embeddings_is_inseparable():
     assert "no output embeddings" in find_head(nn.Linear(2, 2)).reason
 
 
-def test_finding_the_head_leaves_training_flags_and_random_states_alone(tiny_model):
+def test_finding_the_head_restores_training_flags_and_random_states(tiny_model):
     model = tiny_model(attention_dropout=0.5).train()
     model.model.layers[0].eval()
     flags = [module.training for module in model.modules()]
@@ -276,7 +276,7 @@ def test_gradients_through_hidden_states_are_those_through_full_logits(tiny_mode
     batch = padded_batch()
 
     def gradients(uses_hidden):
-        model = tiny_model(family, spread=1.0, tie_word_embeddings=tied)
+        model = tiny_model(family, head_scale=1.0, tie_word_embeddings=tied)
         if uses_hidden:
             signal, output = predict(model, batch, find_head(model))
             logits_NV = signal.head.logits(signal.hidden_NH)

@@ -1,4 +1,4 @@
-"""The student before training: its dtype, its tokenizer, its adapter, and no dropout."""
+"""The student before training: dtype, tokenizer, adapter, and no dropout."""
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def test_a_number_named_as_a_dropout_probability_becomes_zero(name):
 
 
 @pytest.mark.parametrize(("name", "value"), [("token_dropout", True), ("dropout_rng", "key"), ("layerdrop", 0.1)])
-def test_what_is_no_dropout_probability_stays(name, value):
+def test_anything_but_a_dropout_probability_stays(name, value):
     module = Named(name, value)
     disable_dropout(module)
     assert getattr(module, name) is value

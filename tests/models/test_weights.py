@@ -1,4 +1,4 @@
-"""The weights of a student as its checkpoint would hold them, adapters merged into copies."""
+"""The student's weights in the form of a checkpoint, with adapters merged into copies."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ def student(tiny_model):
     """Make a small model of two layers."""
 
     def make(family="llama", **config):
-        return tiny_model(family, spread=3.0, **config)
+        return tiny_model(family, head_scale=3.0, **config)
 
     return make
 
@@ -337,7 +337,7 @@ def test_lora_beside_other_trained_weights_is_not_plain(student):
     assert not is_plain_lora(model)
 
 
-def test_lora_is_not_plain_where_two_adapters_are_active(student):
+def test_lora_is_not_plain_if_two_adapters_are_active(student):
     model = get_peft_model(student(), lora())
     model.add_adapter("second", lora())
     assert is_plain_lora(model)
@@ -417,7 +417,7 @@ def test_a_write_that_fails_leaves_no_folder_and_can_be_repeated(student, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["default", "student"])
-def test_the_active_adapter_is_written_alone_and_can_be_loaded(student, tmp_path, name):
+def test_only_the_active_adapter_is_written_and_it_can_be_loaded(student, tmp_path, name):
     model = get_peft_model(student(), lora(init_lora_weights=False), adapter_name=name)
     model.add_adapter("other", lora(target_modules=["v_proj"], init_lora_weights=False))
     write_adapter(model, tmp_path / "adapter")

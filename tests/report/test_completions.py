@@ -1,4 +1,4 @@
-"""Completions for people to read: printed as they are, and sent to the active trackers."""
+"""Completions to read: printed as they are, and sent to the active trackers."""
 
 import io
 import sys

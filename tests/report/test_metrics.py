@@ -112,7 +112,7 @@ def test_masses_in_the_top_k_are_means_over_the_tokens_of_top_k_teachers():
 
 
 @pytest.mark.parametrize("has_top_k", [True, False])
-def test_both_meters_show_the_masses_where_the_teacher_gives_its_top_k_alone(has_top_k):
+def test_both_meters_show_the_masses_for_a_top_k_teacher(has_top_k):
     batches = [tokens(5, 2, seed=1, has_top_k=has_top_k), tokens(40, 3, seed=2, has_top_k=has_top_k)]
     training, evaluation = TrainingMeter(CPU), EvaluationMeter()
     for batch in batches:
@@ -303,7 +303,7 @@ def test_a_subclass_that_changes_the_loss_changes_its_evaluation_too():
     assert meter.read()["loss"] == pytest.approx((3 * losses[0] + 50 * losses[1]).item() / 53, rel=1e-6)
 
 
-def test_samples_that_only_fill_up_the_last_batch_are_not_counted():
+def test_samples_that_only_pad_the_last_batch_are_not_counted():
     meter = EvaluationMeter()
     batch = tokens(40, 4, seed=2)
     assert batch["rows_N"].unique().tolist() == [0, 1, 2, 3]

@@ -75,7 +75,7 @@ def test_an_evaluation_before_training_shows_its_own_table(shown):
     assert table(shown.states[0])[0]["Validation Loss"] == "0.750000"
 
 
-def test_the_table_is_left_alone_where_its_callback_was_removed(shown):
+def test_the_table_is_not_changed_if_its_callback_was_removed(shown):
     args, state, control = TrainingArguments(output_dir="unused", use_cpu=True), TrainerState(), TrainerControl()
     handler = CallbackHandler([shown.callback()], None, None, None, None)
     handler.add_callback(NotebookMetrics(handler.callbacks))

@@ -38,7 +38,7 @@ def test_the_table_has_each_measure_of_each_stage_and_its_caption_below():
     assert [float(cell) for cell in agreement.replace("│", " ").split()[1:]] == [0.03, 0.46, 0.5]
 
 
-def test_samples_stand_at_full_width_below_their_prompt_which_is_printed_once():
+def test_samples_are_printed_at_full_width_below_their_prompt():
     console = recording(width=80)
     long = "word " * 14 + "end"  # 73 characters: with the margin of 4, exactly what fits
     samples = {"teacher": (long, True), "student, before": ("It is [bold]1[/bold],\n \n\nor [/red] so", False)}
@@ -84,7 +84,7 @@ def test_the_plot_draws_each_measure_of_all_runs_on_one_axis(tmp_path, figures):
     assert legend == ["off-policy: 1.67", "mixed: 1.91"]
 
 
-def test_a_run_without_a_measurement_leaves_the_plot_whole(tmp_path, figures):
+def test_a_run_without_a_measurement_does_not_break_the_plot(tmp_path, figures):
     path = tmp_path / "stages.svg"
     plot_curves({"too short": [], "mixed": CURVES["mixed"]}, path)
     assert [len(line.get_xdata()) for line in figures[0].axes[0].lines] == [0, 3]

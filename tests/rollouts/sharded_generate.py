@@ -1,4 +1,4 @@
-"""A rank of the test of sharded generation: makes calls that need the other rank, and writes down which."""
+"""One rank of the test of sharded generation: makes calls that need the other rank, and records them."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What every rollout engine has in common."""
+"""The contract of every rollout engine."""
 
 import pytest
 

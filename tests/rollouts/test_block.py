@@ -1,4 +1,4 @@
-"""A block: its windows come out in order, and through a checkpoint only where the data is still the same."""
+"""A block: its windows are returned in order, and restored from a checkpoint only if the data is the same."""
 
 import json
 from concurrent.futures import Future
@@ -105,7 +105,7 @@ def test_a_checkpoint_keeps_which_tokens_of_a_completion_are_trained_on():
     ]
 
 
-def test_what_was_trained_on_is_not_saved_and_the_rest_is():
+def test_windows_trained_on_are_not_saved_and_the_others_are():
     block = block_of(plans_of(*WINDOWS))
     state = json.loads(json.dumps(block.state(6)))
     assert [window["step"] for window in state["windows"]] == [6, 7]

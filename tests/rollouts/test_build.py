@@ -1,4 +1,4 @@
-"""Options become the engine that they ask for, or an error that says what stands in the way."""
+"""Options become the right engine, or an error that says why not."""
 
 from types import SimpleNamespace
 
@@ -52,7 +52,7 @@ def test_a_model_without_a_generation_config_and_tokenizer_has_no_stop_ids():
     ("shared_size", "vocabulary", "expected"),
     [(368, {"a": 0, "b": 364}, 365), (300, {"a": 0, "b": 364}, 300), (368, None, 368)],
 )
-def test_nothing_beyond_the_tokens_and_what_is_compared_is_sampled(shared_size, vocabulary, expected):
+def test_only_tokens_that_exist_and_are_compared_are_sampled(shared_size, vocabulary, expected):
     assert sampled_vocabulary_size(shared_size, vocabulary) == expected
 
 
@@ -81,7 +81,7 @@ def test_without_vllm_transformers_generates_with_these_limits(tiny_model):
 @pytest.mark.parametrize(
     ("options", "named"), [({"lmbda": 0.5}, r"lmbda=0\.5"), ({"lmbda": 0.0, "eval_on_policy": True}, "eval_on_policy")]
 )
-def test_a_student_that_can_not_generate_is_refused_where_it_has_to(options, named):
+def test_a_student_that_can_not_generate_is_refused_if_it_must(options, named):
     student = torch.nn.Linear(2, 2)
     with pytest.raises(GKDConfigError, match=f"{named}.* makes the student generate, but Linear can't"):
         build_student_engine(GKDArguments(**options), student, **TOKENS)

@@ -1,4 +1,4 @@
-"""Completions by transformers.generate: exactly the model's distribution, and from the seeds alone."""
+"""Completions by transformers.generate: exactly the model's distribution, and dependent only on the seeds."""
 
 import random
 from types import SimpleNamespace
@@ -107,7 +107,7 @@ def test_tokens_come_as_often_as_the_model_says(dice, temperature):
             assert distance(frequencies, (next_token_logits(dice) / other).softmax(-1)) > 0.04
 
 
-def test_later_tokens_follow_the_earlier_ones(dice):
+def test_later_tokens_depend_on_earlier_ones(dice):
     engine = engine_of(dice, stop_ids=(), pad_token_id=0)
     completions = token_ids(engine.generate([[3, 4]] * DRAWS, Sampling(2), list(range(DRAWS))))
     pairs = np.zeros((12, 12))
@@ -231,7 +231,7 @@ def test_a_completion_ends_at_any_of_the_stop_ids_and_keeps_it(model):
         assert completion.is_finished
 
 
-def test_a_completion_cut_off_is_whole_and_not_finished(model):
+def test_a_completion_cut_off_keeps_all_tokens_and_is_not_finished(model):
     tokens = path(model, PROMPTS[0], 5)
     engine = engine_of(model, stop_ids=[300])
     assert 300 not in tokens
@@ -316,7 +316,7 @@ def test_a_batch_holds_at_most_batch_size_prompts(model, calls):
     assert [call[:2] for call in calls[len(PROBES) :]] == [(4, 3), (2, 7)]
 
 
-def test_generating_before_a_sync_says_so():
+def test_generating_before_a_sync_raises():
     with pytest.raises(RuntimeError, match=r"before sync\(model\)"):
         HFRollouts([2]).generate([[3]], Sampling(2), [0])
 

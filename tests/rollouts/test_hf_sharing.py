@@ -1,4 +1,4 @@
-"""Prompts share a batch where that changes nothing, and else they do not."""
+"""Prompts share a batch only if that changes nothing."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ BY_LENGTH = [(1, 1), (1, 2), (2, 3), (1, 5), (1, 7)]
         ("rwkv", ONE_BY_ONE, "RwkvForCausalLM mixes the prompts"),
     ],
 )
-def test_prompts_share_a_batch_where_that_changes_nothing_and_else_it_is_said_once(
+def test_prompts_share_a_batch_if_that_changes_nothing_else_a_warning_is_logged_once(
     tiny_model, monkeypatch, caplog, family, shapes, message, dtype
 ):
     model = tiny_model(family, layers=2 if family == "minimax" else 3).to(dtype)
@@ -112,7 +112,7 @@ def test_padding_whose_content_counts_less_than_rounding_is_found(model, calls, 
     assert "LlamaForCausalLM reads the padding" in caplog.text
 
 
-def test_rounding_behind_padding_is_told_by_that_beside_another_row(model, calls, monkeypatch):
+def test_rounding_behind_padding_is_judged_by_that_beside_another_row(model, calls, monkeypatch):
     def change(logits_BLV, _, is_padded_B):
         if len(is_padded_B) > 1:
             logits_BLV *= (1.01 + 0.01 * is_padded_B)[:, None, None]
@@ -160,7 +160,7 @@ def test_prompts_that_share_no_batch_need_no_probe(model, calls):
     assert [call[:2] for call in calls] == [(1, 5), (1, 2), (1, 5)]
 
 
-def test_the_probe_leaves_training_flags_and_random_states_alone(tiny_model):
+def test_the_probe_restores_training_flags_and_random_states(tiny_model):
     model = tiny_model("recurrent_gemma", layers=3).train()
     model.model.layers[0].eval()
     flags = [module.training for module in model.modules()]

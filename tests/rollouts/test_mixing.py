@@ -1,4 +1,4 @@
-"""The λ draw, the sampling seeds, and completions in place of what the data had."""
+"""The λ draw, the sampling seeds, and completions in place of the data's."""
 
 import random
 
@@ -57,7 +57,7 @@ def test_granularity_sample_draws_each_position_by_itself():
     assert all(len(set(draws(0.5, range(64), step=step))) == 2 for step in range(20))
 
 
-def test_the_draw_depends_on_seed_step_and_position_alone():
+def test_the_draw_depends_only_on_seed_step_and_position():
     first = draws(0.5, range(64), seed=1, step=3)
     torch.manual_seed(7)
     np.random.seed(7)
@@ -143,7 +143,7 @@ def test_rows_come_without_their_padding(inputs):
     ]
 
 
-def test_rows_without_a_mask_are_whole():
+def test_rows_without_a_mask_have_no_padding():
     inputs = {key: RIGHT[key] for key in ("input_ids", "labels")}
     assert rows_of(inputs)[1] == ([21, 22, 23, PAD, PAD], [X, 22, 23, X, X])
 
@@ -163,7 +163,7 @@ def test_the_prompt_of_a_sample_is_all_before_its_last_trained_run(labels, promp
 
 
 @pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
-def test_a_sample_with_a_prompt_of_its_own_is_completed_from_that(inputs):
+def test_a_sample_with_its_own_prompt_is_completed_from_that(inputs):
     inputs = {**inputs, PROMPT_IDS: torch.tensor([[X, X, X], [21, 99, X]])}
     assert prompts_of(inputs) == [[11, 12], [21, 99]]
     first = generated(0, prompt=[11, 12], ids=[9])
@@ -199,7 +199,7 @@ def test_a_sample_that_is_left_as_it_is_keeps_its_mark(is_on_policy):
 
 
 @pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
-def test_of_a_completion_those_tokens_are_trained_on_that_it_says(inputs):
+def test_only_the_tokens_that_a_completion_marks_are_trained_on(inputs):
     masks = {"completion_mask": inputs["attention_mask"].clone(), "assistant_masks": inputs["attention_mask"].clone()}
     completion = generated(1, [21], [91, 92, 93, 2], is_trained=[True, False, False, True])
     mixed = with_completions({**inputs, **masks}, completion, PAD)
@@ -211,7 +211,7 @@ def test_of_a_completion_those_tokens_are_trained_on_that_it_says(inputs):
 
 
 @pytest.mark.parametrize("is_trained", [None, [True, True]])
-def test_a_completion_that_says_nothing_is_trained_on_as_a_whole(is_trained):
+def test_a_completion_without_is_trained_is_all_trained_on(is_trained):
     mixed = with_completions(RIGHT, generated(0, [11], [8, 9], is_trained=is_trained), PAD)
     assert mixed["labels"][0].tolist() == [X, 8, 9]
 
@@ -233,7 +233,7 @@ def test_only_the_completion_is_trained_on_where_earlier_turns_were():
     assert mixed["labels"].tolist() == [[X, X, X, X, 8, 9]]
 
 
-def test_a_trained_end_of_sequence_survives_where_it_is_also_the_pad_token():
+def test_a_trained_end_of_sequence_survives_even_if_it_is_the_pad_token():
     mixed = with_completions(RIGHT, generated(1, [21], [91, 2]), pad_token_id=2)
     assert mixed["labels"][1].tolist() == [X, 91, 2, X, X]
     assert mixed["attention_mask"][1].tolist() == [1, 1, 1, 0, 0]
@@ -257,7 +257,9 @@ def test_a_shorter_completion_shortens_the_batch():
         ("assistant_masks", [1, 0, 1, 0, 1], [0], [1] * 6),
     ],
 )
-def test_values_per_token_stay_with_their_rows_and_go_on_in_completions(inputs, name, values, of_prompt, of_completion):
+def test_values_per_token_stay_with_their_rows_and_are_extended_in_completions(
+    inputs, name, values, of_prompt, of_completion
+):
     values_BL = torch.zeros(2, 5, dtype=torch.long)
     for row, own in enumerate([[5, 4, 3, 2, 1], values[:3]]):  # of the second row, padded, only three are real
         values_BL[row][inputs["attention_mask"][row].bool()] = torch.tensor(own)
@@ -281,7 +283,7 @@ def test_a_mask_keeps_its_type_and_what_it_hides_inside_of_a_row():
     assert mixed["labels"][0].tolist() == RIGHT["labels"][0].tolist()
 
 
-def test_what_has_a_value_per_sample_or_image_goes_along():
+def test_values_per_sample_or_image_are_kept():
     inputs = {
         **RIGHT,
         "row_weight": torch.tensor([0.5, 1.5]),
@@ -312,7 +314,7 @@ def test_what_has_a_value_per_sample_or_image_goes_along():
         ("max_length_k", 5, r"max_length_k, which.*joined in one row"),
     ],
 )
-def test_what_can_not_be_extended_is_refused_by_name(name, value, reason):
+def test_values_that_can_not_be_extended_are_refused_by_name(name, value, reason):
     with pytest.raises(GKDDataError, match=rf"{reason}.*Make it return no {name}, or generate nothing"):
         require_extendable({**RIGHT, name: value})
     require_extendable(RIGHT)
@@ -322,12 +324,12 @@ def test_all_that_is_known_to_be_per_token_is_extended_or_left_out():
     assert _EXTENDED.keys() | _LEFT_OUT == PER_TOKEN
 
 
-def test_the_byte_offsets_of_trls_collator_are_left_out_where_tokens_change():
+def test_the_byte_offsets_of_trls_collator_are_left_out_if_tokens_change():
     inputs = {**RIGHT, "byte_offsets": torch.zeros(2, 5, 2)}
     assert with_completions(inputs, generated(1, [21], [9]), PAD).keys() == {*RIGHT, IS_ON_POLICY}
 
 
-def test_positions_of_packed_samples_are_refused_where_one_is_to_be_completed():
+def test_positions_of_packed_samples_are_refused_if_one_must_be_completed():
     inputs = {**RIGHT, "position_ids": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])}
     with pytest.raises(GKDDataError, match=r"position_ids.*count up by one.*\[0, 1, 2, 0, 1\].*its own row"):
         with_completions(inputs, generated(0, [11, 12], [9]), PAD)

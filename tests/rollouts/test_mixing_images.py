@@ -1,4 +1,4 @@
-"""Completions in batches with images: real models place every token as they do without the others."""
+"""Completions in batches with images: real models place each sample's tokens as they do without the other samples."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def logits_of_samples(model, inputs):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_each_sample_of_a_mixed_batch_has_the_logits_that_it_has_by_itself(model, pixels, side):
+def test_each_sample_of_a_mixed_batch_has_the_logits_it_has_alone(model, pixels, side):
     prompt, completion = SECOND[:-N_TRAINED], [12, 13, 14, 15, 16, 17, 18, 2]
     mixed = with_completions(
         batch_of([FIRST, SECOND], pixels, side), {1: Generated(prompt, Completion(completion, True), True)}, PAD

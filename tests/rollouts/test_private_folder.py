@@ -1,4 +1,4 @@
-"""Private folders: removed when they are closed, when their process ends in whatever way, or by the next one."""
+"""Private folders: removed when closed, when their process ends in any way, or by the next one."""
 
 import fcntl
 import os
@@ -133,7 +133,7 @@ def test_an_ignored_signal_is_still_ignored(owner):
     assert (path / "weights" / "model.safetensors").exists()
 
 
-def test_a_folder_is_for_this_user_alone_and_gone_after_it_was_closed(tmp_path):
+def test_a_folder_is_private_to_the_user_and_removed_when_closed(tmp_path):
     folder = PrivateFolder(str(tmp_path))
     assert folder.path.parent == tmp_path
     assert folder.path.stat().st_mode & 0o777 == 0o700
@@ -191,14 +191,14 @@ def left(owner):
     return path
 
 
-def test_a_folder_whose_owner_was_killed_with_its_remover_goes_with_the_next_one(left, tmp_path):
+def test_a_folder_whose_owner_and_remover_were_killed_is_removed_with_the_next_one(left, tmp_path):
     folder = PrivateFolder(str(tmp_path))
     assert not left.exists()
     assert list(tmp_path.iterdir()) == [folder.path]
     folder.close()
 
 
-def test_a_folder_whose_owner_lives_stays(owner, tmp_path):
+def test_a_folder_of_a_living_owner_stays(owner, tmp_path):
     _, path = owner()
     with closing(PrivateFolder(str(tmp_path))):
         assert (path / "weights" / "model.safetensors").exists()

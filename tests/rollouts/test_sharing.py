@@ -1,4 +1,4 @@
-"""Which prompts may share a batch of a model, as its logits show."""
+"""Which prompts may share a batch of a model, by its logits."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_what_counts_as_rounding_depends_on_the_weights_dtype(tiny_model, monkey
     assert find_sharing(model, PAD, is_sharded=False) is sharing
 
 
-def test_a_model_that_can_not_be_probed_shares_nothing_and_says_why(tiny_model, monkeypatch, warnings_of):
+def test_a_model_that_can_not_be_probed_shares_no_batch_and_logs_why(tiny_model, monkeypatch, warnings_of):
     def change(logits_BLV, is_padded_B):
         raise RuntimeError("no batches here")
 
@@ -84,7 +84,7 @@ def test_a_model_that_can_not_be_probed_shares_nothing_and_says_why(tiny_model, 
     assert "LlamaForCausalLM can generate in batches (RuntimeError: no batches here)" in warning
 
 
-def test_of_several_ranks_verdicts_the_largest_is_the_strictest():
+def test_the_strictest_of_several_ranks_verdicts_is_the_largest():
     assert max(Sharing.ANY, Sharing.EQUAL_LENGTH) is Sharing.EQUAL_LENGTH
     assert max(Sharing.EQUAL_LENGTH, Sharing.NONE) is Sharing.NONE
 

@@ -1,4 +1,4 @@
-"""Completions by a vLLM engine in this process: those of the weights it was given last, and from the seeds alone."""
+"""Completions by a vLLM engine in this process: from the latest weights, and dependent only on the seeds."""
 
 import gc
 import os
@@ -134,7 +134,7 @@ def test_a_sync_and_rollouts_leave_the_random_states_as_they_were(built, model):
     assert_undisturbed(before)
 
 
-def test_autocast_around_it_does_not_reach_the_engine(built, model):
+def test_the_trainers_autocast_does_not_reach_the_engine(built, model):
     built.engine.sync(model)
     expected = greedy(built.engine)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -221,7 +221,7 @@ def test_the_engine_of_a_bfloat16_student_is_one_and_repeats_a_call(built, make)
     assert engine.generate(PROMPTS, Sampling(12), SEEDS) == first
 
 
-def test_a_lora_adapter_alone_can_be_sent(built, make):
+def test_only_a_lora_adapter_can_be_sent(built, make):
     model = adapted(make(), lora("q_proj", "down_proj"))
     engine = VLLMColocateRollouts(
         model, [STOP], VOCABULARY, max_model_length=64, weight_sync="adapter", engine_kwargs=ENGINE
@@ -370,7 +370,7 @@ def test_a_completion_ends_with_the_stop_token_or_is_cut_off(built, make):
     assert min(len(completion.token_ids) for completion in long_enough) >= 6
 
 
-def test_the_end_of_sequence_of_the_config_alone_does_not_stop_it(make, built, monkeypatch):
+def test_an_end_of_sequence_only_in_the_config_does_not_stop_it(make, built, monkeypatch):
     """The engine's config says that eos is 2."""
     model = make()
     with torch.no_grad():
@@ -495,13 +495,13 @@ def test_an_engine_that_sleeps_is_woken_up_for_each_sync_and_each_rollout(engine
 # Engines that fail
 
 
-def test_a_completion_that_is_none_is_an_error_of_ours(engine):
+def test_an_invalid_completion_is_an_error_of_ours(engine):
     with pytest.raises(GKDRolloutError, match=r"engine in this process did not generate: ValueError: expected a compl"):
         engine.generate(PROMPTS, Sampling(5, extra={"max_tokens": 3}), SEEDS)
     assert engine.generate(PROMPTS, Sampling(2), SEEDS)
 
 
-def test_what_vllm_refuses_is_an_error_of_ours(engine):
+def test_a_refusal_by_vllm_is_an_error_of_ours(engine):
     with pytest.raises(GKDRolloutError, match=r"engine in this process did not generate: \w+: .*empty"):
         engine.generate([[]], Sampling(2), [0])
     assert engine.generate(PROMPTS, Sampling(2), SEEDS)

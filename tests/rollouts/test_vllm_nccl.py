@@ -1,4 +1,4 @@
-"""Weights from GPU to GPU, as far as a CPU allows: what would be sent, and what the servers are asked."""
+"""Weights from GPU to GPU, as far as a CPU allows: the weights to send, and the requests to the servers."""
 
 import json
 from types import SimpleNamespace
@@ -116,7 +116,7 @@ def test_weights_get_their_name_after_they_were_sent_and_a_new_one_each_time(syn
     assert sync.confirmed_version(sync._servers[0]) is None
 
 
-def test_the_device_is_done_with_the_weights_before_they_are_sent(sync, fake, tiny_model, monkeypatch):
+def test_the_device_has_finished_the_weights_before_they_are_sent(sync, fake, tiny_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: sync._servers[0].post_unread("/synchronize", None))
     sync.send(tiny_model())
@@ -151,7 +151,7 @@ class _Broadcasting:
 
 
 @pytest.mark.parametrize("failing", ["/start_weight_update", "/update_weights", "/finish_weight_update"])
-def test_a_step_of_a_transfer_that_fails_is_not_sent_again(fake, tiny_model, monkeypatch, failing):
+def test_a_failed_step_of_a_transfer_is_not_sent_again(fake, tiny_model, monkeypatch, failing):
     sync = NCCLSync([client(fake)])
     monkeypatch.setattr(sync, "_connected", lambda server: _Broadcasting(server, sync._source))
     sync.send(tiny_model())
@@ -167,7 +167,7 @@ def test_a_step_of_a_transfer_that_fails_is_not_sent_again(fake, tiny_model, mon
     assert sync.confirmed_version(sync._servers[0]) is None
 
 
-def test_what_the_transfer_itself_fails_with_is_an_error_of_ours(sync, fake, tiny_model, monkeypatch):
+def test_a_failure_of_the_transfer_is_an_error_of_ours(sync, fake, tiny_model, monkeypatch):
     def fail():
         raise RuntimeError("NCCL error: unhandled system error")
 

@@ -1,4 +1,4 @@
-"""What takes a vLLM server of its own, or a restart: run by `make test-servers`."""
+"""Tests that start their own vLLM servers, or restart one: run by `make test-servers`."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def greedy_of_transformers(model):
     return greedy(engine)
 
 
-def test_an_adapter_alone_gives_the_adapted_model_after_every_sync_and_a_restart(adapter_server, student):
+def test_sending_only_an_adapter_gives_the_adapted_model_after_every_sync_and_a_restart(adapter_server, student):
     engine = VLLMServerRollouts(adapter_server.base_url, [STOP], VOCABULARY, weight_sync="adapter")
     other = VLLMServerRollouts(adapter_server.base_url, [STOP], VOCABULARY, weight_sync="adapter", rank=1)
     seen = []

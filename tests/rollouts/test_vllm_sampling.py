@@ -1,4 +1,4 @@
-"""The request of both vLLM engines, and what counts as a completion."""
+"""The request of both vLLM engines, and valid completions."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_a_completion_ends_with_a_stop_id_or_at_its_longest(ids, reason, expecte
     [([], "stop"), ([7, 8], "stop"), ([7], "length"), ([7, 10], "stop"), ([-1, 2], "stop"), ([7, 2], "abort")],
     ids=["empty", "no stop id", "too short", "unknown token", "negative token", "another reason"],
 )
-def test_anything_else_is_no_completion(ids, reason):
+def test_anything_else_is_not_a_completion(ids, reason):
     with pytest.raises(ValueError, match=r"expected (token ids|a completion)"):
         parse_completion(ids, reason, SAMPLING, STOP_IDS, 10)
 

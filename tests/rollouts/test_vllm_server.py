@@ -1,4 +1,4 @@
-"""Completions by vLLM servers: those of the weights that were sent last, or an error says why there are none."""
+"""Completions by vLLM servers: from the latest weights, or an error that says why there are none."""
 
 import copy
 import gc
@@ -76,8 +76,8 @@ def make(proxy):
 def student(tiny_model):
     """Make a student of the served model's shape, with other weights than it."""
 
-    def make(seed=1, spread=12.0, **config):
-        return tiny_model(hidden=128, vocab=ROWS, seed=seed, spread=spread, **config)
+    def make(seed=1, head_scale=12.0, **config):
+        return tiny_model(hidden=128, vocab=ROWS, seed=seed, head_scale=head_scale, **config)
 
     return make
 
@@ -217,7 +217,7 @@ def test_completions_do_not_depend_on_order_or_grouping(engine):
 # What is asked
 
 
-def test_a_request_says_everything_that_a_server_would_else_fill_in(engine, proxy, vllm_server):
+def test_a_request_sets_every_option_with_a_server_default(engine, proxy, vllm_server):
     sampling = Sampling(7, temperature=0.8, top_p=0.9, top_k=11, min_p=0.05, repetition_penalty=1.1)
     engine.generate(PROMPTS[:1], sampling, SEEDS[:1])
     [request] = [request for request in proxy.requests if request.path == COMPLETIONS]
@@ -244,7 +244,7 @@ def test_a_request_says_everything_that_a_server_would_else_fill_in(engine, prox
     }
 
 
-def test_sampling_that_restricts_nothing_is_said_too(engine, proxy):
+def test_unrestricted_sampling_is_named_too(engine, proxy):
     engine.generate(PROMPTS[:1], Sampling(1), SEEDS[:1])
     [request] = [request for request in proxy.requests if request.path == COMPLETIONS]
     restricting = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -306,7 +306,7 @@ def test_a_prompt_too_long_for_the_server_is_refused_with_the_numbers(engine, pr
 # Where weights pass
 
 
-def test_weights_lie_in_a_folder_of_this_user_alone_and_old_ones_are_removed(make, proxy, student):
+def test_weights_are_in_a_private_folder_and_old_ones_are_removed(make, proxy, student):
     engine, folders = make(), []
     for seed in (1, 2):
         engine.sync(student(seed=seed))
@@ -368,9 +368,7 @@ def loses_weights(server, folder):
     return rule
 
 
-def test_a_window_in_whose_middle_the_weights_were_lost_is_generated_again(
-    engine, proxy, vllm_server, served_dir, caplog
-):
+def test_a_window_during_which_the_weights_were_lost_is_generated_again(engine, proxy, vllm_server, served_dir, caplog):
     expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
     proxy.requests.clear()
     proxy.next(loses_weights(vllm_server, served_dir), path=COMPLETIONS)
@@ -383,9 +381,7 @@ def test_a_window_in_whose_middle_the_weights_were_lost_is_generated_again(
     assert record.message == lost
 
 
-def test_of_two_servers_only_what_was_asked_of_the_one_that_lost_the_weights_is_asked_again(
-    engine, make, model, proxy, vllm_server
-):
+def test_only_the_requests_of_the_server_that_lost_the_weights_are_repeated(engine, make, model, proxy, vllm_server):
     expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
     with FaultyProxy(vllm_server.base_url) as second:
         both = make([proxy.base_url, second.base_url])
@@ -396,7 +392,7 @@ def test_of_two_servers_only_what_was_asked_of_the_one_that_lost_the_weights_is_
         # As by a restart.
         second.next(lambda request, forward: (second.held.clear(), forward())[1], path=COMPLETIONS)
         assert both.generate(PROMPTS, Sampling(8), SEEDS) == expected
-        # The three of the second are spread over both again.
+        # The three of the second are head_scale over both again.
         assert [each.paths().count(COMPLETIONS) for each in (proxy, second)] == [3 + 2, 3 + 1]
 
 
@@ -412,7 +408,7 @@ def test_a_name_that_took_long_to_give_is_not_trusted(make, model, proxy, monkey
 
 
 @pytest.mark.parametrize("fault", [status(502), status(503), hang_up, cut_in_half, status(500)])
-def test_a_connection_that_fails_in_the_middle_of_a_window_repeats_that_request_alone(engine, proxy, fault):
+def test_a_connection_that_fails_during_a_window_repeats_only_that_request(engine, proxy, fault):
     expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
     proxy.requests.clear()
     proxy.next(fault, path=COMPLETIONS)
@@ -430,14 +426,14 @@ def test_ten_failed_connections_in_a_row_do_not_stop_a_run(engine, model, proxy)
     assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
 
 
-def test_four_windows_with_a_failed_connection_each_are_no_error(engine, proxy):
+def test_four_windows_with_one_failed_connection_each_are_not_an_error(engine, proxy):
     expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
     for _ in range(4):
         proxy.next(hang_up, path=COMPLETIONS)
         assert engine.generate(PROMPTS, Sampling(8), SEEDS) == expected
 
 
-def test_weights_that_another_rank_gave_back_meanwhile_do_not_hide_that_they_were_lost(
+def test_weights_restored_by_another_rank_do_not_hide_that_they_were_lost(
     engine, make, model, proxy, vllm_server, served_dir
 ):
     """The server restarts, answers with the weights of its start, and has the right ones again before it is asked."""
@@ -556,7 +552,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "cause"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_wrong_answer_is_asked_for_again_and_then_one_error(engine, proxy, fault, cause):
+def test_a_wrong_answer_is_requested_again_and_then_one_error(engine, proxy, fault, cause):
     expected = engine.generate(PROMPTS[:2], Sampling(4), SEEDS[:2])
     proxy.next(fault, path=COMPLETIONS, times=3)
     assert engine.generate(PROMPTS[:2], Sampling(4), SEEDS[:2]) == expected
@@ -636,7 +632,7 @@ def test_a_server_on_cpus_that_ties_the_head_is_refused_with_the_remedy(make, st
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_a_tied_student_is_taken_by_servers_that_keep_its_head_right(make, student, proxy):
-    tied = student(spread=2.0, tie_word_embeddings=True)
+    tied = student(head_scale=2.0, tie_word_embeddings=True)
     untying = adapted(student(tie_word_embeddings=True), copy.deepcopy(ADAPTERS["LoRA on the head"]))
     proxy.next(served_with(UNTIED), path="/server_info")
     engine = make()
@@ -679,7 +675,7 @@ def adapter_server():
         yield server
 
 
-def test_an_adapter_alone_takes_the_place_of_the_one_before(make, student, adapter_server):
+def test_an_adapter_replaces_the_previous_one(make, student, adapter_server):
     model = adapted(student(), copy.deepcopy(ADAPTERS["LoRA"]))
     engine = make(adapter_server.base_url, weight_sync="adapter")
     names = []

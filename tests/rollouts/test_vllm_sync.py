@@ -1,4 +1,4 @@
-"""Where weights lie for servers, and the names that servers get for them."""
+"""The folder of weights for servers, and the servers' versions of them."""
 
 import re
 from pathlib import Path

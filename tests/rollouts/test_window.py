@@ -55,7 +55,7 @@ def roll_out(batches, draw, student=None, teacher=None):
     return plan.rolled_out(student_completions, teacher_completions, PAD)
 
 
-def test_the_student_generates_once_for_the_whole_window():
+def test_the_student_generates_once_per_window():
     student = SpyEngine(77)
     window = roll_out(WINDOW, draw_of(1.0), student)
     assert student.calls == [(PROMPTS, SAMPLING, [sampling_seed(42, 5, position) for position in range(6)])]
@@ -110,7 +110,7 @@ def test_the_teacher_generates_the_rest_and_its_samples_are_not_on_policy():
     assert sorted(item.is_on_policy for item in window.generated) == sorted(drawn)
 
 
-def test_what_can_not_be_extended_is_refused_before_any_sample_is_drawn():
+def test_values_that_can_not_be_extended_are_refused_before_any_sample_is_drawn():
     with pytest.raises(GKDDataError, match=r"returned weights \[2, 3\], which may have one value per token"):
         plan_window([{**micro_batch(10, 11), "weights": torch.ones(2, 3)}], draw_of(0.0), teacher_generates=False)
 
@@ -130,13 +130,13 @@ def test_a_sample_without_prompt_stays_as_it_is_and_is_counted():
     assert batch[IS_ON_POLICY].tolist() == [False, True]
 
 
-def test_a_sample_without_prompt_is_not_counted_where_it_was_not_to_be_generated():
+def test_a_sample_without_prompt_is_not_counted_if_it_need_not_be_generated():
     text = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
     assert roll_out([text], draw_of(0.0)).without_prompt == 0
     assert roll_out([text], draw_of(0.0), teacher=SpyEngine(88)).without_prompt == 1
 
 
-def test_a_prompt_alone_is_completed_as_a_whole():
+def test_all_of_a_bare_prompt_is_completed():
     prompt = {
         "input_ids": torch.tensor([[PAD, 5, 6], [7, 8, 9]]),
         "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
@@ -191,7 +191,7 @@ def test_granularity_batch_takes_all_samples_of_all_ranks_or_none():
         assert shares in ({0}, {6})
 
 
-def test_evaluation_completes_prompts_alone_greedily_and_keeps_the_others():
+def test_evaluation_completes_bare_prompts_greedily_and_keeps_other_rows():
     inputs = {
         "input_ids": torch.tensor([[10, 1, 2], [20, 3, 4]]),
         "attention_mask": torch.ones(2, 3, dtype=torch.long),
@@ -207,7 +207,7 @@ def test_evaluation_completes_prompts_alone_greedily_and_keeps_the_others():
     assert completed[IS_ON_POLICY].tolist() == [True, False]
 
 
-def test_fresh_evaluation_completes_every_row_and_leaves_those_without_prompt_unscored():
+def test_evaluation_on_fresh_completions_leaves_rows_without_prompt_unscored():
     inputs = {
         "input_ids": torch.tensor([[10, 1, 2], [20, 3, 4], [5, 6, 7]]),
         "attention_mask": torch.ones(3, 3, dtype=torch.long),

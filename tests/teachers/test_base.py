@@ -1,4 +1,4 @@
-"""What a teacher says of itself, also one that was written with the abstract members alone."""
+"""The properties of a teacher, also of one that implements only the abstract members."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_a_teacher_has_to_say_what_it_can_do(name):
         silent()
 
 
-def test_a_teacher_has_weights_of_its_own_unless_its_class_says_otherwise(tiny_model):
+def test_a_teacher_shares_no_weights_by_default(tiny_model):
     class AdapterOff(Remote):
         shares_weights = True
 

@@ -1,4 +1,4 @@
-"""Options and arguments become the one teacher that they name, or an error says what to keep."""
+"""Options and arguments become one teacher, or an error that says which to keep."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_options_that_do_not_apply_to_a_loaded_teacher_are_refused(tiny_model):
         build_teacher(GKDArguments(teacher_top_k=5), teacher=FrozenTeacher(tiny_model()))
 
 
-def test_what_is_no_model_is_refused(tiny_model):
+def test_anything_but_a_model_is_refused(tiny_model):
     with pytest.raises(GKDTeacherError, match="teacher_model is a FrozenTeacher: pass a Teacher as teacher"):
         build_teacher(GKDArguments(), teacher_model=FrozenTeacher(tiny_model()))
     with pytest.raises(GKDTeacherError, match="expected a causal LM as the teacher; got int"):

@@ -1,4 +1,4 @@
-"""What the model card says of a teacher."""
+"""The description of a teacher in the model card."""
 
 from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
 
@@ -16,7 +16,7 @@ class Unknown(Teacher):
         raise AssertionError
 
 
-def test_a_local_teacher_is_described_by_where_it_was_loaded_from_else_by_its_models_class(tiny_model, tmp_path):
+def test_a_local_teacher_is_described_by_its_source_or_its_models_class(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     loaded = FrozenTeacher.from_pretrained(tmp_path, top_k=5)
     assert describe(loaded) == TeacherDescription(str(tmp_path), (), 5)

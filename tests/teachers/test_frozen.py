@@ -1,4 +1,4 @@
-"""A teacher in this process: frozen, scored only where the batch is, in any dtype."""
+"""A teacher in this process: frozen, scoring only the batch's scored positions, in any dtype."""
 
 import logging
 import warnings
@@ -92,7 +92,7 @@ def test_no_cache_of_keys_and_values_is_built(tiny_model):
     assert outputs == [None]
 
 
-def test_an_inseparable_head_is_said_once_and_scored_by_logits(tiny_model, caplog):
+def test_an_inseparable_head_is_logged_once_and_scored_by_logits(tiny_model, caplog):
     model, batch = adapted_head(tiny_model()), batch_of_two()
     with caplog.at_level(logging.WARNING):
         teacher = prepared(model)
@@ -104,12 +104,12 @@ def test_an_inseparable_head_is_said_once_and_scored_by_logits(tiny_model, caplo
     torch.testing.assert_close(signals[0].logits_NV, model(**batch.model_inputs).logits[batch.is_scored_BL])
 
 
-def test_a_separable_head_says_nothing(tiny_model, caplog):
+def test_a_separable_head_logs_nothing(tiny_model, caplog):
     prepared(tiny_model())
     assert not [record for record in caplog.records if record.name.startswith("gkd_trainer")]
 
 
-def test_scoring_before_prepare_says_so(tiny_model):
+def test_scoring_before_prepare_raises(tiny_model):
     with pytest.raises(RuntimeError, match=r"before prepare\(device\)"):
         FrozenTeacher(tiny_model()).score(batch_of_two())
 
@@ -183,7 +183,7 @@ def test_it_loads_with_the_checkpoints_dtype_unless_told(tiny_model, tmp_path):
     assert FrozenTeacher.from_pretrained(str(tmp_path), dtype=torch.float16).model.dtype == torch.float16
 
 
-def test_remote_code_is_trusted_only_where_asked(monkeypatch, tiny_model):
+def test_remote_code_is_trusted_only_on_request(monkeypatch, tiny_model):
     loaded = []
 
     def load(name, **options):
@@ -224,7 +224,7 @@ def test_tokenizer_comes_from_the_place_that_the_init_kwargs_name(tiny_model, by
 
 @pytest.mark.parametrize("is_separable", [True, False])
 @pytest.mark.parametrize("chunk_elements", [1, 3 * 368, 2**24])
-def test_top_tokens_are_those_of_the_models_log_probs_in_blocks_of_any_size(
+def test_top_tokens_are_those_of_the_models_log_probs_in_chunks_of_any_size(
     tiny_model, monkeypatch, is_separable, chunk_elements
 ):
     monkeypatch.setattr("gkd_trainer.teachers.frozen._CHUNK_ELEMENTS", chunk_elements)
@@ -250,7 +250,7 @@ def test_top_tokens_of_a_bfloat16_teacher_are_projected_and_normalised_in_float3
     torch.testing.assert_close(top.log_p_NK, expected_NV.gather(1, top.ids_NK), atol=1e-6, rtol=1e-6)
 
 
-def test_the_logits_for_top_tokens_exist_for_one_block_at_a_time(tiny_model, monkeypatch):
+def test_the_logits_for_top_tokens_exist_for_one_chunk_at_a_time(tiny_model, monkeypatch):
     monkeypatch.setattr("gkd_trainer.teachers.frozen._CHUNK_ELEMENTS", 2 * 368)
     teacher, batch = prepared(tiny_model(), top_k=5), batch_of_two()
     sizes, logits = [], Head.logits
@@ -267,7 +267,7 @@ def test_a_batch_without_trained_tokens_has_no_top_tokens(tiny_model):
 
 
 @pytest.mark.parametrize("shared", [368, 350])
-def test_all_tokens_as_top_tokens_give_the_divergence_of_whole_distributions(tiny_model, shared):
+def test_all_tokens_as_top_tokens_give_the_full_divergence(tiny_model, shared):
     """Also where the teacher's head has more rows than the vocabulary that is compared."""
     batch = batch_of_two()
     student = prepared(tiny_model(seed=1)).score(batch).sliced(shared)
@@ -353,7 +353,7 @@ def test_a_teacher_is_loaded_from_a_path(tiny_model, tmp_path):
         (torch.nn.Linear(2, 2), "with a config as the teacher; got Linear"),
     ],
 )
-def test_what_is_no_causal_lm_is_refused(model, message):
+def test_anything_but_a_causal_lm_is_refused(model, message):
     with pytest.raises(GKDTeacherError, match=message):
         FrozenTeacher(model)
 

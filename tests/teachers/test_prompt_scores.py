@@ -1,4 +1,4 @@
-"""Which token sequences a server is asked to score."""
+"""The token sequences that a server must score."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A teacher behind vLLM: its scores are those of the model, position by position, or an error says why not."""
+"""A teacher behind vLLM: its scores are the model's, position by position, or an error says why not."""
 
 import json
 import logging
@@ -129,7 +129,7 @@ def test_scores_do_not_depend_on_the_padding_side_or_the_mask(make):
         torch.testing.assert_close(signal.log_p_NK, expected.log_p_NK, atol=1e-4, rtol=0)
 
 
-def test_packed_sequences_are_scored_each_for_itself(make, served_model):
+def test_packed_sequences_are_scored_one_by_one(make, served_model):
     rows = token_rows([9, 6, 12])
     trained = [range(3, 9), [2, 5], range(7, 12)]
     apart = torch.cat([expected_log_p_NV(served_model, batch_of([r], [t])) for r, t in zip(rows, trained, strict=True)])
@@ -323,7 +323,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("fault", "cause"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_answers_are_asked_for_again_and_end_in_an_error_that_says_what_was_wrong(
+def test_wrong_answers_are_requested_again_and_end_in_an_error_that_says_what_was_wrong(
     make, proxy, served_model, fault, cause
 ):
     rows = token_rows([12, 15, 9, 6])
@@ -535,7 +535,7 @@ def test_servers_of_different_models_are_refused(make, vllm_server, tiny_model):
             make([one.base_url, other.base_url])
 
 
-def test_a_teacher_that_was_not_prepared_says_so():
+def test_an_unprepared_teacher_raises():
     teacher = VLLMServerTeacher("http://127.0.0.1:9")
     with pytest.raises(RuntimeError, match="before prepare"):
         teacher.score(batch_of_six())

@@ -1,4 +1,4 @@
-"""Whether two models speak of the same tokens, and over how many they are compared."""
+"""Whether two models use the same tokens, and over how many they are compared."""
 
 import logging
 
@@ -10,7 +10,7 @@ from gkd_trainer.teachers import shared_vocabulary_size
 VOCABULARY = {"a": 0, "b": 1, "c": 2, "d": 3, "<end>": 9}
 
 
-def test_equal_heads_are_compared_whole(caplog):
+def test_equal_heads_are_compared_in_full(caplog):
     assert shared_vocabulary_size(12, 12, VOCABULARY, dict(VOCABULARY)) == 12
     assert not caplog.records
 
@@ -25,7 +25,7 @@ def test_equal_heads_are_compared_whole(caplog):
         (8, 16, 8),
     ],
 )
-def test_heads_padded_to_different_sizes_are_cut_to_what_both_use(student_size, teacher_size, size):
+def test_heads_padded_to_different_sizes_are_cut_to_the_tokens_both_use(student_size, teacher_size, size):
     assert shared_vocabulary_size(student_size, teacher_size, VOCABULARY, dict(VOCABULARY)) == size
 
 
@@ -39,7 +39,7 @@ def test_equal_sizes_do_not_hide_tokens_with_other_ids():
     assert isinstance(raised.value, ValueError)
 
 
-def test_tokens_of_one_side_alone_are_named_with_their_owner():
+def test_tokens_of_only_one_side_are_named_with_their_owner():
     student, teacher = {**VOCABULARY, "mine": 10}, {**VOCABULARY, "thine": 10, "too": 11}
     with pytest.raises(GKDTeacherError) as raised:
         shared_vocabulary_size(12, 12, student, teacher)

@@ -1,4 +1,4 @@
-"""FSDP version 1, which Accelerate runs on GPUs alone, around a student: run under torchrun by test_distributed.py."""
+"""FSDP version 1, which Accelerate runs only on GPUs, around a student: run under torchrun by test_distributed.py."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""A queue with an engine that tells by which weights it completes, a student that counts its steps, and batches."""
+"""A queue with an engine whose completions reveal its weights, a student that counts its steps, and batches."""
 
 import threading
 

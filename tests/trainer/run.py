@@ -1,4 +1,4 @@
-"""One training run in a process of its own, for what needs several processes or one that dies.
+"""One training run in its own process, for tests that need several processes or one that dies.
 
     python run.py FOLDER
 

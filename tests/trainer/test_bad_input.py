@@ -1,4 +1,4 @@
-"""What can't be trained on is refused early, with what was expected, what came, and what to do."""
+"""Bad input is refused early, with what was expected, what came, and what to do."""
 
 import logging
 
@@ -158,7 +158,7 @@ def test_teacher_that_cannot_generate_under_seq_kd(make_trainer):
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5])
-def test_prompts_alone_need_generated_completions(make_trainer, lmbda):
+def test_bare_prompts_need_generated_completions(make_trainer, lmbda):
     rows = Dataset.from_list([{"prompt": "hello"}] * 8)
     with pytest.raises(GKDDataError, match=r"lmbda=1.*seq_kd"):
         make_trainer(trainer_args={"train_dataset": rows}, lmbda=lmbda)
@@ -272,7 +272,7 @@ def test_iterable_without_usable_row_is_refused_in_the_first_step(make_trainer):
         trainer.train()
 
 
-def test_some_unusable_rows_are_counted_and_the_run_goes_on(make_trainer, caplog):
+def test_some_unusable_rows_are_counted_and_the_run_continues(make_trainer, caplog):
     rows = [{"prompt": "hello", "completion": "one two"}] * 6 + [{"prompt": "hello", "completion": ""}] * 2
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(trainer_args={"train_dataset": Dataset.from_list(rows)}, lmbda=0.5)
@@ -311,7 +311,7 @@ def test_teacher_logits_that_are_not_finite_stop_the_run_before_the_step(make_tr
     assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
 
 
-def test_a_teacher_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(make_trainer, tiny_model, tmp_path):
+def test_a_teacher_that_fails_during_a_run_leaves_a_checkpoint_to_resume_from(make_trainer, tiny_model, tmp_path):
     class Failing(FrozenTeacher):
         fails_at = 2
 
@@ -330,13 +330,13 @@ def test_a_teacher_that_fails_in_the_middle_leaves_a_checkpoint_to_go_on_from(ma
     assert teacher.calls == 3
 
 
-def test_minus_infinity_is_probability_zero_where_the_divergence_stays_finite(make_trainer, tiny_model):
+def test_minus_infinity_is_probability_zero_if_the_divergence_stays_finite(make_trainer, tiny_model):
     trainer = faulty_run(make_trainer, tiny_model, -float("inf"), beta=0.5)
     trainer.train()
     assert trainer.state.global_step == 4
 
 
-def test_minus_infinity_is_refused_where_the_divergence_is_infinite(make_trainer, tiny_model):
+def test_minus_infinity_is_refused_if_the_divergence_is_infinite(make_trainer, tiny_model):
     trainer = faulty_run(make_trainer, tiny_model, -float("inf"), beta=1.0)
     with pytest.raises(GKDNumericsError, match="the loss is not finite"):
         trainer.train()
@@ -367,7 +367,7 @@ def test_student_without_a_parameter_to_train(make_trainer, tiny_model, tmp_path
     make_trainer(trainer_args={"model": trainable}).train()
 
 
-def test_labels_beyond_the_shared_vocabulary_are_dropped_where_cross_entropy_needs_them(
+def test_labels_beyond_the_shared_vocabulary_are_dropped_if_cross_entropy_needs_them(
     make_trainer, tiny_model, byte_level, caplog
 ):
     rows = [{"input_ids": [5, 6, label], "labels": [-100, -100, label]} for label in (7, 370, 8, 9, 10, 11, 12, 13)]

@@ -1,4 +1,4 @@
-"""A checkpoint is resumed from only where it is whole."""
+"""A run resumes only from a complete checkpoint."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def cut(file):
     file.write_bytes(content[: len(content) // 2])
 
 
-def test_a_whole_checkpoint_has_no_damage_whatever_others_keep_in_it(tmp_path):
+def test_a_complete_checkpoint_has_no_damage_whatever_other_files_it_has(tmp_path):
     assert damage(write_checkpoint(tmp_path / "checkpoint-3")) is None
 
 
@@ -84,7 +84,7 @@ def test_without_damage_nothing_is_logged(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_no_whole_checkpoint_is_an_error_that_says_what_was_found(tmp_path, is_there):
+def test_no_complete_checkpoint_is_an_error_that_says_what_was_found(tmp_path, is_there):
     if is_there:
         cut(write_checkpoint(tmp_path / "run" / "checkpoint-3") / "trainer_state.json")
     match = "checkpoint-3: trainer_state.json" if is_there else "no folder of the form"
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_with_the_one_to_take(tmp_
         required_complete(tmp_path / "checkpoint-4")
 
 
-def test_what_to_resume_from_is_the_last_complete_checkpoint_the_one_named_or_none(tmp_path):
+def test_a_run_resumes_from_the_last_complete_checkpoint_the_given_one_or_none(tmp_path):
     for step in (2, 3):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     assert checkpoint_to_resume(True, tmp_path) == str(tmp_path / "checkpoint-3")

@@ -1,4 +1,4 @@
-"""Trainings that older or newer versions of transformers and TRL would run otherwise."""
+"""Training runs that older or newer versions of transformers and TRL would change."""
 
 import warnings
 
@@ -8,7 +8,7 @@ from gkd_trainer import GKDTrainer
 from tests.versions import CHECKPOINTING
 
 
-def test_a_loss_is_not_divided_by_micro_batches_where_the_trainer_does_not_ask(make_trainer, monkeypatch):
+def test_a_loss_is_left_to_trainer_if_it_is_not_marked_as_scaled(make_trainer, monkeypatch):
     """As transformers before 5.19 has it, whose condition this is."""
     seen = []
 

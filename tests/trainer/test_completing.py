@@ -1,4 +1,4 @@
-"""The engine completes with the student's current weights, and what evaluations have completed is greedy."""
+"""The engine completes with the student's current weights, and completions for evaluations are greedy."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def engine():
     return Spy()
 
 
-def test_an_engine_is_given_weights_only_where_they_changed(make_queue, engine):
+def test_an_engine_gets_weights_only_if_they_changed(make_queue, engine):
     queue, student, other = make_queue(engine), Student(), Student()
     current = student.at(3)
 
@@ -48,7 +48,7 @@ def test_an_engine_is_given_weights_only_where_they_changed(make_queue, engine):
     assert syncs(current) == 1
 
 
-def test_weights_that_could_not_be_handed_over_are_handed_over_again(make_queue, engine):
+def test_weights_that_could_not_be_sent_are_sent_again(make_queue, engine):
     queue, student = make_queue(engine), Student().at(3)
     engine.failure = OSError("no space left")
     for _ in range(2):
@@ -59,7 +59,7 @@ def test_weights_that_could_not_be_handed_over_are_handed_over_again(make_queue,
         assert engine.synced == [3]
 
 
-def test_what_fails_with_the_engine_in_hand_is_a_failure_to_generate(make_queue):
+def test_a_failure_while_the_engine_is_synced_is_a_failure_to_generate(make_queue):
     with (
         pytest.raises(GKDRolloutError, match="generating completions failed with LookupError"),
         make_queue().synced(Student().at(0)),
@@ -67,7 +67,7 @@ def test_what_fails_with_the_engine_in_hand_is_a_failure_to_generate(make_queue)
         raise LookupError
 
 
-def test_the_time_of_a_sync_is_told_where_it_is_asked_for(make_queue):
+def test_the_time_of_a_sync_is_measured_on_request(make_queue):
     queue, timer = make_queue(), Stopwatch(torch.device("cpu"))
     with queue.synced(Student().at(0)):
         assert timer.read() == {}
@@ -101,14 +101,14 @@ def test_a_prompt_with_an_image_is_not_completed(make_queue):
             complete(micro_batch(10), Student().at(3))
 
 
-def test_prompts_alone_are_completed_and_other_rows_stay(make_queue, engine):
+def test_bare_prompts_are_completed_and_other_rows_stay(make_queue, engine):
     completed = make_queue(engine).completed_prompts(micro_batch(10), Student().at(3))
     assert completed["labels"].tolist() == [[X, X, 2, X], [X, X, 103, 11]]
     assert [call[0] for call in engine.calls] == [[[11, 3]]]
 
 
 @pytest.mark.parametrize("other_has_prompts", [False, True])
-def test_without_prompts_alone_the_engine_is_asked_only_where_another_rank_has_some(
+def test_without_bare_prompts_the_engine_is_called_only_if_another_rank_has_some(
     make_queue, engine, two_ranks, other_has_prompts
 ):
     ranks = two_ranks(other_has_prompts, *[0] * 4)

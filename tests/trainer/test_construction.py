@@ -1,4 +1,4 @@
-"""What a trainer is made from: arguments completed, checked, and left for the trainer that is extended."""
+"""The arguments of a trainer: completed, checked, and passed on to the extended trainer."""
 
 import logging
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def test_a_student_is_loaded_by_name_in_float32(built, tiny_model, tmp_path):
     assert made.run.loads_student
 
 
-def test_the_adapter_is_put_on_here_for_the_plain_trainer_and_left_to_one_that_does_it(built, built_for_sft):
+def test_the_plain_trainers_student_is_wrapped_here_and_others_wrap_their_own(built, built_for_sft):
     made = built(peft_config=ADAPTER)
     assert isinstance(made.base_arguments["model"], PeftModel)
     assert made.adapter is ADAPTER
@@ -97,7 +97,7 @@ def test_the_adapter_is_put_on_here_for_the_plain_trainer_and_left_to_one_that_d
     assert left.adapter is None
 
 
-def test_a_trainer_that_loads_and_collates_by_itself_is_left_to_do_so_but_not_to_prepare_rows(built_for_sft, tmp_path):
+def test_a_trainer_that_loads_and_collates_does_so_but_does_not_prepare_rows(built_for_sft, tmp_path):
     made = built_for_sft(arguments={"model": tmp_path}, dataset_kwargs={"add_special_tokens": False})
     assert made.base_arguments["model"] == str(tmp_path)
     assert made.base_arguments["data_collator"] is None
@@ -161,7 +161,7 @@ def test_a_collator_that_is_given_stays(built):
 
 
 @pytest.mark.parametrize("builds_rollouts", [True, False])
-def test_what_decides_over_the_effect_of_options_is_told(built, tiny_model, builds_rollouts):
+def test_construction_returns_the_run_that_decides_which_options_have_an_effect(built, tiny_model, builds_rollouts):
     for top_k in (None, 3):
         made = built(teacher=FrozenTeacher(tiny_model(seed=1), top_k=top_k), builds_rollouts=builds_rollouts)
         assert (made.run.builds_rollouts, made.run.has_top_tokens) == (builds_rollouts, top_k is not None)
@@ -204,7 +204,7 @@ def test_a_top_k_teacher_is_compared_at_temperature_1(built, tiny_model):
         built(teacher=FrozenTeacher(tiny_model(), top_k=3), loss_temperature=2.0)
 
 
-def test_a_teacher_that_can_not_generate_has_no_part_in_seq_kd(built, tiny_model):
+def test_a_teacher_that_can_not_generate_gets_no_engine_under_seq_kd(built, tiny_model):
     class Mute(FrozenTeacher):
         can_generate = False
 
@@ -238,7 +238,7 @@ def test_the_student_itself_may_be_the_teacher_where_the_teacher_says_that_it_sh
     assert built(teacher=Sharing(student), arguments={"model": student}).base_arguments["model"] is student
 
 
-def test_rows_that_are_to_be_left_as_they_are_are_not_prepared(built):
+def test_rows_are_not_prepared_on_request(built):
     assert not built(dataset_kwargs={"skip_prepare_dataset": True}).prepares_rows
     assert built(dataset_kwargs={"skip_prepare_dataset": False}).prepares_rows
 
@@ -294,7 +294,7 @@ def test_the_parameters_of_an_init_that_passes_its_arguments_on_are_those_behind
     assert "peft_config" in init_parameters(SFTTrainer.__mro__)
 
 
-def test_of_two_parameters_of_a_name_the_first_counts_and_a_class_without_an_init_is_passed_over():
+def test_the_first_of_two_parameters_of_a_name_counts_and_classes_without_init_are_skipped():
     class Own(Trainer):
         def __init__(self, model="mine", **kwargs):
             raise AssertionError
@@ -313,7 +313,7 @@ def test_of_two_parameters_of_a_name_the_first_counts_and_a_class_without_an_ini
     assert init_parameters([Closed, Trainer]).keys() == {"self", "model"}
 
 
-def test_what_a_trainer_does_not_take_is_left_out_where_unused_and_unexpected_where_given():
+def test_arguments_that_a_trainer_does_not_take_are_dropped_if_unset_and_unexpected_if_set():
     parameters = init_parameters([Trainer])
     unused = {"other": None, "others": (None, None)}
     assert accepted_by(parameters, {"model": 1, **unused}, "MyTrainer") == {"model": 1}
@@ -328,7 +328,7 @@ def test_split_sequences_are_refused(sizes):
     refuse_split_sequences(1, 1)
 
 
-def test_a_frozen_student_is_refused_only_where_it_is_to_be_trained(tiny_model):
+def test_a_frozen_student_is_refused_only_for_training(tiny_model):
     teacher, student = FrozenTeacher(tiny_model(seed=1)), tiny_model().requires_grad_(False)
     refuse_student(student, teacher, is_trained=False)
     with pytest.raises(GKDConfigError, match="no parameter of the student requires a gradient"):

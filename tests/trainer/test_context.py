@@ -1,4 +1,4 @@
-"""Sequences that are longer than a model's context are refused at construction, or never made."""
+"""Sequences longer than a model's context are refused at construction, or never made."""
 
 import logging
 
@@ -67,7 +67,7 @@ def test_the_configuration_that_was_passed_keeps_its_lengths(config, make_traine
     assert args.max_length == DEFAULT
 
 
-def test_the_default_stands_where_both_contexts_hold_it(make_trainer, models):
+def test_the_default_is_kept_if_it_fits_both_contexts(make_trainer, models):
     assert make_trainer(trainer_args=models(), max_length=DEFAULT).args.max_length == DEFAULT
 
 

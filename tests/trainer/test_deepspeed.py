@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed, on a CPU over gloo, do what one does without it."""
+"""Two ranks under DeepSpeed, on a CPU over gloo, do the same as one without it."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_two_ranks_with_a_teacher_by_name_train_like_one(full_run, tiny_model, t
             assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
 
 
-def test_a_teacher_that_was_cut_into_parts_is_refused(full_run, tmp_path):
+def test_a_sharded_teacher_is_refused(full_run, tmp_path):
     two, _, process = full_run(
         tmp_path / "two",
         ranks=2,

@@ -1,4 +1,4 @@
-"""Two processes over gloo do what one does."""
+"""Two processes over gloo do the same as one."""
 
 import subprocess
 import sys
@@ -129,7 +129,7 @@ def test_a_teacher_whose_weights_only_the_first_rank_has_is_refused(full_run, tm
     assert "the teacher's weights must be the same on every rank" in process.stderr
 
 
-def test_fsdp_version_1_gives_the_gradients_and_completions_of_a_whole_student():
+def test_fsdp_version_1_gives_the_gradients_and_completions_of_an_unsharded_student():
     script = Path(__file__).with_name("fsdp1.py")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""GKDTrainer in the place of Trainer, of TRL's GKDTrainer, and in front of other trainers."""
+"""GKDTrainer in place of Trainer and of TRL's GKDTrainer, and in front of other trainers."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -157,9 +157,7 @@ def test_configuration_of_trl_with_a_short_max_length_is_taken(tiny_model, byte_
     assert (trainer.args.max_length, trainer.args.max_new_tokens) == (64, 32)
 
 
-def test_arguments_of_a_subclass_with_options_of_its_own_are_taken_where_those_are_at_their_defaults(
-    tiny_model, token_rows, tmp_path
-):
+def test_arguments_of_a_subclass_are_taken_if_its_own_options_are_at_their_defaults(tiny_model, token_rows, tmp_path):
     @dataclass
     class TheirArguments(TrainingArguments):
         tags: list[str] = field(default_factory=lambda: ["a"])
@@ -229,7 +227,7 @@ def test_packed_rows_have_the_loss_of_single_rows(tiny_model, byte_level, config
     assert packed.state.log_history[0]["loss"] == pytest.approx(single.state.log_history[0]["loss"], rel=1e-4)
 
 
-def test_packing_drops_the_keys_of_rows_and_says_so(tiny_model, byte_level, config, caplog):
+def test_packing_drops_the_keys_of_rows_with_a_warning(tiny_model, byte_level, config, caplog):
     rows = [{"messages": messages, ROW_KEY: key} for key, messages in enumerate(MESSAGES)]
     trainer = sft_trainer(config, tiny_model, byte_level, rows, packing=True, max_length=128, lmbda=0.0)
     assert ROW_KEY not in trainer.train_dataset.column_names
@@ -261,7 +259,7 @@ def test_configuration_of_trl_itself_is_taken_over(tiny_model, byte_level, tmp_p
         GKDTrainer(model=tiny_model(), args=args, **common)
 
 
-def test_trainer_whose_init_passes_its_arguments_on_is_known_for_what_stands_behind_it(
+def test_a_trainer_whose_init_passes_arguments_on_is_recognised_by_the_next_class(
     tiny_model, byte_level, config, tmp_path
 ):
     class CompanySFT(SFTTrainer):
@@ -304,7 +302,7 @@ def test_collators_of_transformers_train_on_the_rows_labels(make_trainer, byte_l
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
-def test_options_stand_where_subclasses_of_trls_trainer_look_for_them(make_trainer):
+def test_options_are_attributes_as_in_trls_trainer(make_trainer):
     trainer = make_trainer(lmbda=0.25, beta=0.75, temperature=0.5)
     assert (trainer.lmbda, trainer.beta, trainer.temperature, trainer.seq_kd) == (0.25, 0.75, 0.5, False)
     trainer.beta = 0.0  # takes effect

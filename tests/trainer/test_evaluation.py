@@ -1,4 +1,4 @@
-"""An evaluation gives each token the same weight, whatever batch, rank or kind of sample it lies in."""
+"""An evaluation gives each token the same weight, whatever its batch, rank or kind of sample."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_a_batch_is_counted_once_and_with_the_last_sums_that_were_seen(evaluatio
     assert evaluation.metrics("eval")["eval_loss"] == 1.0
 
 
-def test_nothing_is_added_where_no_batch_was_seen(evaluation):
+def test_nothing_is_added_if_no_batch_was_seen(evaluation):
     evaluation.count(torch.tensor(7.0))
     evaluation.count(torch.tensor(7.0), is_on_policy=True)
     assert evaluation.metrics("eval") == {}
@@ -71,14 +71,14 @@ def test_a_batch_without_tokens_changes_nothing(evaluation):
     assert evaluation.metrics("eval")["eval_loss"] == 2.0
 
 
-def test_what_a_subclass_adds_to_the_loss_enters_by_the_tokens_of_its_batch(evaluation):
+def test_a_subclasss_change_of_the_loss_is_weighted_by_its_batchs_tokens(evaluation):
     add(evaluation, [1.0, 3.0, 2.0])
     evaluation.see(sums_of([1.0]))
     evaluation.count(torch.tensor(1.5))
     assert evaluation.metrics("eval")["eval_loss"] == pytest.approx((6 + 1.5) / 4)
 
 
-def test_samples_that_only_fill_up_a_batch_are_left_out_by_what_gathers():
+def test_samples_that_only_pad_a_batch_are_left_out_when_gathering():
     evaluation = Evaluation(lambda rows: rows[:2])
     add(evaluation, [1.0], [2.0, 3.0], [50.0])
     assert evaluation.metrics("eval")["eval_loss"] == pytest.approx(2.0)

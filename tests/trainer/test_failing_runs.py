@@ -1,4 +1,4 @@
-"""Whatever fails in rollouts, a sync or a teacher ends in one typed error, after a checkpoint that resumes."""
+"""A failure in rollouts, a sync or a teacher ends in one typed error, after a checkpoint that resumes."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_our_own_errors_keep_their_type(run, tmp_path, error):
 @pytest.mark.parametrize(
     ("part", "name"), [("rollouts", "generate"), ("rollouts", "sync"), ("teacher", "score")], ids=lambda part: part
 )
-def test_the_checkpoint_resumes_to_what_the_unbroken_run_gives(run, tmp_path, part, name):
+def test_the_checkpoint_resumes_to_the_result_of_an_uninterrupted_run(run, tmp_path, part, name):
     expected = run(folder="expected")
     with pytest.raises(GKDError):
         run(part, name, ValueError("once"))
@@ -171,7 +171,7 @@ def test_resuming_takes_the_last_complete_checkpoint(run, tmp_path, missing, cap
         assert torch.equal(resumed.model.state_dict()[key], tensor), key
 
 
-def test_a_save_that_is_broken_off_in_an_older_checkpoint_does_not_leave_a_whole_one(run, tmp_path, monkeypatch):
+def test_a_save_interrupted_in_an_older_checkpoint_leaves_it_incomplete(run, tmp_path, monkeypatch):
     run(save_strategy="steps", save_steps=4)
     checkpoint = tmp_path / "run" / "checkpoint-4"
     assert damage(checkpoint) is None

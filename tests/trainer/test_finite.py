@@ -1,4 +1,4 @@
-"""The check of finite values: it names where and why, and is silent otherwise."""
+"""The check of finite values: it raises with place and cause, or does nothing."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_a_cleared_window_is_forgotten():
     check.raise_if_not(step=1, rank=0)
 
 
-def test_every_rank_raises_where_one_has_to():
+def test_every_rank_raises_if_one_must():
     check = FiniteCheck()
     add(check, teacher=[True, True, True, True], value=[True, True, True, True])
     with pytest.raises(GKDNumericsError, match="step 4, rank 1: stopped, since another rank"):

@@ -1,4 +1,4 @@
-"""What is logged of a run is of that run's training alone."""
+"""A run's log covers only the training of that run."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""When a run is logged where nothing was set."""
+"""How often a run is logged by default."""
 
 import logging
 import re
@@ -44,7 +44,7 @@ def test_callbacks_see_the_interval_of_each_run(make_trainer):
     assert noting.seen == [(3, 3), (1, 1)]
 
 
-def test_a_resumed_run_is_logged_where_the_unbroken_one_is_without_a_warning(make_trainer, caplog, monkeypatch):
+def test_a_resumed_run_logs_at_the_steps_of_an_uninterrupted_one_without_a_warning(make_trainer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     options = {"logging_steps": None, "max_steps": 20, "save_strategy": "steps", "save_steps": 5}
     make_trainer(**options).train()

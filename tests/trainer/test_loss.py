@@ -92,7 +92,7 @@ def test_the_loss_is_the_same_however_the_head_is_found(run, tiny_model, family)
 
 
 @pytest.mark.parametrize(("keeps_logits", "columns"), [(True, 368), (False, 1)])
-def test_full_logits_are_returned_only_where_they_are_wanted(run, tiny_model, keeps_logits, columns):
+def test_full_logits_are_returned_only_on_request(run, tiny_model, keeps_logits, columns):
     output, _ = run(tiny_model(), keeps_logits=keeps_logits)
     assert output.outputs.logits.shape == (2, 5, columns)
 
@@ -115,7 +115,7 @@ def test_the_backward_pass_of_a_sharded_head_or_of_no_token_starts_at_the_forwar
     assert torch.autograd.grad(output.loss_sum, output.outputs.logits)[0].shape[:2] == (2, 5)
 
 
-def test_cross_entropy_is_of_the_data_and_of_training_alone(run, tiny_model):
+def test_cross_entropy_is_only_for_training_on_the_data(run, tiny_model):
     student, args = tiny_model(), {"ce_weight": 0.25}
     output, _ = run(student, args=args)
     divergence_N, loss_N = output.tokens.values_N, output.tokens.loss_N
@@ -162,7 +162,7 @@ def test_rows_of_the_head_beyond_the_shared_vocabulary_take_no_part(run, tiny_mo
     assert not actual["lm_head.weight"][300:].any()
 
 
-def test_a_mixture_of_experts_has_its_router_loss_in_training_where_its_config_asks_for_it(run, tiny_model):
+def test_a_mixture_of_experts_has_its_router_loss_in_training_if_its_config_sets_it(run, tiny_model):
     student = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=0.7)
     output, _ = run(student)
     expected = student(TWO_ROWS["input_ids"], TWO_ROWS["attention_mask"], output_router_logits=True).aux_loss

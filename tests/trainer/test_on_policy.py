@@ -1,4 +1,4 @@
-"""What the trainer generates, when, and what of it is trained on."""
+"""What the trainer generates and when, and which tokens of that it trains on."""
 
 import pytest
 import torch
@@ -102,14 +102,14 @@ def test_samples_keep_their_position_ids_beside_completed_ones(make_trainer, tok
             assert positions[mask].tolist() == list(range(int(mask.sum())))
 
 
-def test_truncated_completion_is_trained_on_whole_and_counted(make_trainer):
+def test_all_of_a_truncated_completion_is_trained_on_and_counted(make_trainer):
     trainer = run(make_trainer, Scripted(token_ids=(7, 8, 9), is_finished=False), lmbda=1.0)
     assert all(trained == [7, 8, 9] for _, trained, _ in trained_rows(trainer))
     assert trainer.state.log_history[0]["truncated_share"] == 1
     assert trainer.state.log_history[0]["completion_length"] == 3
 
 
-def test_a_window_is_one_call_and_its_prompts_are_what_stands_before_the_completion(make_trainer):
+def test_a_window_is_one_call_with_the_tokens_before_the_completions(make_trainer):
     engine = Scripted()
     trainer = run(make_trainer, engine, lmbda=1.0, gradient_accumulation_steps=2, per_device_train_batch_size=4)
     assert [len(prompts) for prompts, _, _ in engine.calls] == [8, 8]
@@ -123,7 +123,7 @@ def test_a_window_is_one_call_and_its_prompts_are_what_stands_before_the_complet
     assert len(set(seeds)) == 16
 
 
-def test_every_sample_of_larger_batches_has_a_seed_of_its_own(make_trainer):
+def test_every_sample_of_larger_batches_has_its_own_seed(make_trainer):
     class OwnLoader(Recording):
         def get_train_dataloader(self):
             return DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
@@ -232,14 +232,14 @@ def test_rows_of_text_stay_off_policy_and_are_counted(make_trainer):
     assert trainer.state.log_history[0]["samples_without_prompt"] == 4
 
 
-def test_prompts_alone_train_under_lmbda_one(make_trainer):
+def test_bare_prompts_train_under_lmbda_one(make_trainer):
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "hello"}]}] * 8)
     trainer = run(make_trainer, Scripted(), trainer_args={"train_dataset": rows}, lmbda=1.0)
     decoded = {trainer.processing_class.decode(ids[:-3]) for ids, *_ in trained_rows(trainer)}
     assert decoded == {"<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"}
 
 
-def test_on_policy_completions_are_those_of_the_student_as_it_is_now(make_trainer):
+def test_on_policy_completions_come_from_the_current_student(make_trainer):
     trainer = run(make_trainer, lmbda=1.0, top_k=1, learning_rate=1.0, max_steps=3)
     engine = HFRollouts(stop_ids=[2], vocab_size=368)
     engine.sync(trainer.model)
@@ -293,7 +293,7 @@ def test_evaluation_is_weighted_by_tokens(make_trainer, token_rows):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_prompts_alone_are_evaluated_on_greedy_completions(make_trainer, token_rows):
+def test_bare_prompts_are_evaluated_on_greedy_completions(make_trainer, token_rows):
     rows = [
         {"input_ids": [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]}
         for row in token_rows(5)
@@ -362,7 +362,7 @@ def test_padding_rows_of_equal_heads_are_never_sampled(make_trainer, tiny_model)
     assert max(sampled) < 365
 
 
-def test_prompts_alone_that_are_too_long_to_complete_are_dropped_from_an_evaluation_set(make_trainer, caplog):
+def test_bare_prompts_too_long_to_complete_are_dropped_from_an_evaluation_set(make_trainer, caplog):
     prompts = Dataset.from_list(
         [{"messages": [{"role": "user", "content": text}]} for text in ("hello", "hello there " * 30)]
     )
@@ -371,7 +371,7 @@ def test_prompts_alone_that_are_too_long_to_complete_are_dropped_from_an_evaluat
     assert any("prompt longer than max_length" in record.message for record in caplog.records)
 
 
-def test_eval_on_policy_leaves_the_training_rows_alone(make_trainer, token_rows):
+def test_eval_on_policy_does_not_change_the_training_rows(make_trainer, token_rows):
     long = {"input_ids": [5] * 61 + [6, 2], "labels": [-100] * 61 + [6, 2]}
     rows = Dataset.from_list([*token_rows(8), long])
     trainer = make_trainer(trainer_args={"train_dataset": rows, "eval_dataset": rows}, lmbda=0.0, eval_on_policy=True)

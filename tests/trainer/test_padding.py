@@ -70,7 +70,7 @@ def left_padded(rows):
     }
 
 
-def test_predictions_labels_and_inputs_of_an_evaluation_stand_in_the_collators_columns(make_trainer, tiny_model):
+def test_predictions_labels_and_inputs_of_an_evaluation_are_in_the_collators_columns(make_trainer, tiny_model):
     seen = {}
 
     def compute_metrics(prediction):

@@ -1,4 +1,4 @@
-"""A student and a teacher are paired over the tokens and within the context that both have, alike on all ranks."""
+"""Student and teacher are paired over the tokens and within the context of both, alike on all ranks."""
 
 import copy
 import logging
@@ -26,7 +26,7 @@ def sharded(ranks, name):
     return type("Sharded", (Ranks,), {"sharding": name})(ranks.accelerator)
 
 
-def test_heads_of_equal_size_are_compared_whole_and_others_over_the_tokenizers_tokens(
+def test_heads_of_equal_size_are_compared_in_full_and_others_over_the_tokenizers_tokens(
     tiny_model, byte_level, make_teacher, ranks
 ):
     student, tokenizer = tiny_model(vocab=384), byte_level()
@@ -37,7 +37,7 @@ def test_heads_of_equal_size_are_compared_whole_and_others_over_the_tokenizers_t
         pair(student, make_teacher(vocab=400), None, ranks)
 
 
-def test_a_plain_head_is_taken_apart_and_nothing_is_logged(tiny_model, byte_level, make_teacher, ranks, caplog):
+def test_a_plain_head_is_split_off_and_nothing_is_logged(tiny_model, byte_level, make_teacher, ranks, caplog):
     student = tiny_model("gemma2")
     pairing = pair(student, make_teacher(), byte_level(), ranks)
     assert pairing.head == SeparableHead(student.lm_head, 1.0, 3.0, is_sharded=False)
@@ -80,7 +80,7 @@ def test_a_student_cut_by_zero3_is_inseparable_and_one_of_fsdp_marked_as_sharded
 
 
 @pytest.mark.parametrize("other", [0, 1])
-def test_a_head_is_taken_apart_only_where_every_rank_can(tiny_model, byte_level, make_teacher, two_ranks, other):
+def test_a_head_is_split_off_only_if_every_rank_can(tiny_model, byte_level, make_teacher, two_ranks, other):
     teacher = make_teacher()
     ranks = two_ranks(magnitude(teacher), other)
     head = pair(tiny_model(), teacher, byte_level(), ranks).head
@@ -118,7 +118,7 @@ def test_weights_without_a_magnitude_are_passed_over_between_ranks(tiny_model, b
     assert ranks.said[0] == second.abs().sum()
 
 
-def test_a_teacher_that_zero3_cut_into_parts_is_refused(tiny_model, byte_level, make_teacher, ranks):
+def test_a_teacher_sharded_by_zero3_is_refused(tiny_model, byte_level, make_teacher, ranks):
     teacher = make_teacher()
     list(teacher.model.parameters())[-1].ds_id = 0
     with pytest.raises(GKDTeacherError, match=r"must have all of the teacher's weights.*pass the teacher by name"):
@@ -146,7 +146,7 @@ def test_a_teacher_that_shares_weights_may_be_in_parts_as_its_student_is(tiny_mo
         ("rwkv", "mamba", None),
     ],
 )
-def test_the_shorter_context_is_told_with_its_owner(tiny_model, make_teacher, student, teacher, expected):
+def test_the_shorter_context_is_returned_with_its_owner(tiny_model, make_teacher, student, teacher, expected):
     shorter = shorter_context(tiny_model(student), make_teacher(teacher))
     assert (shorter and (shorter.owner, shorter.context.limit)) == expected
 

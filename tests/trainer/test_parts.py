@@ -77,13 +77,13 @@ def test_rows_become_windows_with_completions_and_a_loss_whose_gradient_reaches_
     )
 
 
-def test_an_engine_that_is_passed_is_the_engine(parts, tiny_model):
+def test_a_passed_engine_is_used(parts, tiny_model):
     engine = HFRollouts([2], 0, 365)
     assert parts(tiny_model(), rollouts=engine).queue.engine is engine
     assert isinstance(parts(tiny_model()).queue.engine, HFRollouts)
 
 
-def test_the_callers_options_stay_where_the_context_shortens_them(parts, tiny_model, config, byte_level):
+def test_the_callers_options_are_not_changed_when_the_context_shortens_them(parts, tiny_model, config, byte_level):
     args = config(max_length=1024, max_new_tokens=6)
     student = tiny_model()
     student.config.max_position_embeddings = 32
@@ -164,7 +164,7 @@ def test_batches_are_filled_with_the_pad_token_of_the_tokenizer(parts, tiny_mode
 
 
 @pytest.mark.parametrize("seq_kd", [True, False])
-def test_the_teacher_generates_under_seq_kd_alone(parts, tiny_model, seq_kd):
+def test_the_teacher_generates_only_under_seq_kd(parts, tiny_model, seq_kd):
     student, seen = tiny_model(), 0
     for seed in range(3):
         made = parts(student, lmbda=0.5, seq_kd=seq_kd, seed=seed)
@@ -209,7 +209,7 @@ def test_recovery_knows_how_the_run_restarts_and_what_it_saves(parts, tiny_model
     ("student", "teacher", "ce_weight", "vocab_size"),
     [(384, 400, 0.0, 384), (400, 384, 0.0, 384), (384, 400, 0.5, 365), (384, 384, 0.5, 384)],
 )
-def test_labels_may_be_of_what_both_models_have_and_of_what_is_compared_where_they_are_targets(
+def test_labels_are_within_both_models_and_as_targets_within_the_compared_tokens(
     parts, tiny_model, byte_level, student, teacher, ce_weight, vocab_size
 ):
     frozen = FrozenTeacher(tiny_model(vocab=teacher, seed=1), tokenizer=byte_level())

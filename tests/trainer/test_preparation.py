@@ -1,4 +1,4 @@
-"""Rows become tokens by the rules of the options, and batches hold what the trainer needs of them."""
+"""Rows become tokens by the rules of the options, and batches are checked."""
 
 from types import SimpleNamespace
 
@@ -51,7 +51,7 @@ def prepared(rows, is_training=False, **options):
     return ids_of(preparation(**options).prepared(Dataset.from_list(rows), "set", is_training=is_training))
 
 
-def test_a_conversation_becomes_tokens_whose_answer_alone_is_trained_on(byte_level):
+def test_only_the_answer_of_a_conversation_is_trained_on(byte_level):
     tokenizer = byte_level()
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine"}]
     (row,) = preparation(tokenizer, frozenset({tokenizer.eos_token_id})).prepared(
@@ -84,17 +84,17 @@ def test_a_completion_that_ends_with_a_stop_token_of_the_model_gets_no_second_on
 
 
 @pytest.mark.parametrize("options", [{"lmbda": 1.0}, {"lmbda": 0.5, "seq_kd": True}, {"lmbda": 0.0, "seq_kd": True}])
-def test_prompts_alone_are_trained_on_where_every_sample_is_generated(options):
+def test_bare_prompts_are_trained_on_if_every_sample_is_generated(options):
     assert prepared([PROMPT_ALONE], is_training=True, **options) == [[5, 6]]
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5])
-def test_prompts_alone_are_not_trained_on_where_the_data_is_but_they_are_evaluated(lmbda):
+def test_bare_prompts_are_evaluated_but_not_trained_on_off_policy(lmbda):
     assert prepared([PROMPT_ALONE, BOTH], is_training=True, lmbda=lmbda) == [BOTH["input_ids"]]
     assert prepared([PROMPT_ALONE, BOTH], lmbda=lmbda) == [[5, 6], BOTH["input_ids"]]
 
 
-def test_a_row_without_a_prompt_is_refused_only_where_all_that_is_trained_on_is_generated():
+def test_a_row_without_a_prompt_is_refused_only_if_all_completions_are_generated():
     with pytest.raises(GKDDataError, match=r"expected a prompt in each row, since lmbda=1\.0"):
         prepared([WITHOUT_PROMPT], is_training=True, lmbda=1.0)
     for is_training, lmbda in ((True, 0.5), (True, 0.0), (False, 1.0)):
@@ -112,7 +112,7 @@ def test_a_row_without_a_prompt_is_refused_only_where_all_that_is_trained_on_is_
         ({"lmbda": 0.0, "eval_on_policy": True}, False, True),
     ],
 )
-def test_a_prompt_leaves_room_for_a_completion_where_one_is_generated(options, is_training, leaves_room):
+def test_a_prompt_leaves_room_for_a_generated_completion(options, is_training, leaves_room):
     rows = [prompt_of_length(12), prompt_of_length(13)]
     assert len(prepared(rows, is_training, **options)) == (1 if leaves_room else 2)
 
@@ -133,7 +133,7 @@ def test_without_max_length_a_row_beyond_the_shorter_context_is_refused():
     assert len(prepared(rows[:1], max_length=16, shorter=OwnedContext("student", Context(3, has_rope=False)))) == 1
 
 
-def test_without_max_length_completions_count_where_they_are_generated():
+def test_without_max_length_generated_completions_count():
     rows = [prompt_of_length(13)]
     assert len(prepared(rows, is_training=True, max_length=None, shorter=SHORTER)) == 1
     with pytest.raises(GKDConfigError, match="needs 17 tokens with max_new_tokens"):
@@ -184,13 +184,13 @@ def test_the_longest_row_counts_its_tokens_and_the_prompts_that_are_completed():
     assert longest_row(rows.select([]), 20, is_generating=True) == LongestRow(0, 0)
 
 
-def test_a_prompt_of_its_own_counts_in_place_of_what_stands_before_the_answer():
+def test_a_samples_own_prompt_replaces_the_tokens_before_the_answer():
     rows = Dataset.from_list([{**BOTH, PROMPT_IDS: [5, 6, 8, 9, 10]}, {**BOTH, PROMPT_IDS: []}])
     assert longest_row(rows, 20, is_generating=True) == LongestRow(4, 25)
     assert longest_row(rows.select([1]), 20, is_generating=True) == LongestRow(4, 22)
 
 
-def test_rows_without_labels_are_trained_on_as_a_whole_and_have_no_prompt():
+def test_rows_without_labels_are_all_trained_on_and_have_no_prompt():
     rows = Dataset.from_list([{"input_ids": [5, 6, 7]}])
     assert longest_row(rows, 20, is_generating=False) == LongestRow(3, 0)
 
@@ -204,7 +204,7 @@ def test_rows_without_labels_are_trained_on_as_a_whole_and_have_no_prompt():
         (LongestRow(16, 16), None),
     ],
 )
-def test_what_exceeds_a_context_is_refused_by_what_needs_the_most(longest, said):
+def test_rows_beyond_a_context_are_refused_by_the_longest(longest, said):
     if said is None:
         longest.refuse_beyond(SHORTER, "train")
         return
@@ -279,7 +279,7 @@ def test_batches_are_filled_with_the_pad_token_or_eos_or_zero(processing_class, 
     assert pad_token_id(processing_class) == expected
 
 
-def test_a_stream_is_what_is_read_as_it_comes():
+def test_iterable_datasets_are_streams():
     class Rows(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter([BOTH])

@@ -1,4 +1,4 @@
-"""The prompts of on-policy samples on their way through the trainer: those that the model is given at inference."""
+"""The prompts of on-policy samples on their way through the trainer: the same as at inference."""
 
 import dataclasses
 
@@ -144,7 +144,7 @@ def test_prompts_pass_through_trls_trainer(train, config):
     assert trainer.rollouts.prompts == expected_prompts(tokenizer, chat)
 
 
-def test_a_collator_that_makes_its_own_batch_falls_back_to_what_stands_before_the_answer(train):
+def test_prompts_are_the_tokens_before_the_answer_if_a_collator_makes_its_own_batch(train):
     chat = CHATS[THINKS]
 
     def own(rows):
@@ -158,7 +158,7 @@ def test_a_collator_that_makes_its_own_batch_falls_back_to_what_stands_before_th
     assert trainer.rollouts.prompts == [[5, 6]] * 4
 
 
-def test_off_policy_rows_keep_what_they_are_trained_on(train):
+def test_off_policy_rows_keep_their_labels(train):
     trainer, _ = train(CHATS[THINKS], lmbda=0.5)
     trainer.train()
     [batch] = trainer.batches
@@ -200,7 +200,7 @@ def test_evaluation_completes_the_inference_prompts(train):
     assert trainer.rollouts.prompts == [third, fourth, first, second, third, fourth]
 
 
-def test_completions_that_wait_in_a_checkpoint_are_found_again(train, tmp_path):
+def test_completions_saved_in_a_checkpoint_are_found_again(train, tmp_path):
     def run(folder, *, resumes=False):
         options = {"output_dir": str(tmp_path / folder), "rollout_steps": 2, "max_steps": 4, "logging_steps": 1}
         saving = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
@@ -216,7 +216,7 @@ def test_completions_that_wait_in_a_checkpoint_are_found_again(train, tmp_path):
     assert [batch["input_ids"].tolist() for batch in resumed.batches] == expected
 
 
-def test_a_student_that_does_not_stop_where_its_template_ends_turns_is_told_about(train, caplog):
+def test_a_student_that_does_not_stop_at_its_templates_end_of_turn_is_warned_about(train, caplog):
     chat = dataclasses.replace(CHATS["gemma3"], stops=())
     _, tokenizer = train(chat)
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
@@ -228,7 +228,7 @@ def test_a_student_that_does_not_stop_where_its_template_ends_turns_is_told_abou
     )
 
 
-def test_unprepared_rows_and_their_collator_are_left_alone(train):
+def test_unprepared_rows_and_their_collator_are_not_changed(train):
     rows = Dataset.from_list([{"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2]}] * 4)
     collator = DataCollatorForLanguageModeling(pad_token_id=0)
     trainer, _ = train(

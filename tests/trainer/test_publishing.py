@@ -1,4 +1,4 @@
-"""The card that a trainer writes: Trainer's metadata, PEFT's where there is an adapter, and its place in SFTTrainer."""
+"""The card that a trainer writes: Trainer's metadata, PEFT's for an adapter, and its place in SFTTrainer."""
 
 import json
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def test_a_pushed_student_has_its_card(make_trainer, readme, monkeypatch):
 
 @pytest.mark.parametrize("is_lora", [False, True])
 @pytest.mark.parametrize("content", [b"# My own words", b"---\na: [\n---\nbroken", b"---\n- a\n---\n", b"\xff\xfe"])
-def test_a_readme_that_somebody_wrote_or_that_can_not_be_read_stays(make_trainer, tmp_path, content, is_lora, caplog):
+def test_a_readme_that_is_the_users_or_unreadable_stays(make_trainer, tmp_path, content, is_lora, caplog):
     path = tmp_path / "run" / "README.md"
     path.parent.mkdir()
     path.write_bytes(content)
@@ -133,7 +133,7 @@ def test_tags_are_those_given_those_of_the_last_card_the_trainers_and_ours_each_
     assert publishing.card_tags(path, tags, ["trl"]) == expected
 
 
-def test_a_card_that_somebody_wrote_has_no_tags_to_write(tmp_path, caplog):
+def test_a_card_by_the_user_has_no_tags_to_write(tmp_path, caplog):
     path = tmp_path / "README.md"
     path.write_text(OWN)
     assert publishing.card_tags(path, "mine") is None
@@ -146,7 +146,7 @@ def overwrite(path):
 
 
 @pytest.mark.parametrize(("card", "left"), [(OWN, OWN), (OURS, "# Of PEFT\n"), (None, "# Of PEFT\n")])
-def test_a_card_that_somebody_wrote_lies_aside_while_others_write(tmp_path, card, left):
+def test_a_card_by_the_user_is_moved_aside_while_others_write(tmp_path, card, left):
     path = tmp_path / "README.md"
     if card is not None:
         path.write_text(card)
@@ -156,7 +156,7 @@ def test_a_card_that_somebody_wrote_lies_aside_while_others_write(tmp_path, card
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
 
 
-def test_a_card_that_somebody_wrote_is_there_again_after_a_failure(tmp_path):
+def test_a_card_by_the_user_is_restored_after_a_failure(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(OWN)
     with pytest.raises(OSError, match="full"), publishing.keeping_own(path):
@@ -170,7 +170,7 @@ def test_data_sets_are_tagged_only_by_names_on_the_hub(tmp_path):
     assert publishing.tags_of_datasets(None) == []
 
 
-def test_a_student_has_a_source_where_it_was_loaded_from_the_hub_also_in_an_adapter(tiny_model, tmp_path):
+def test_a_student_from_the_hub_has_a_source_even_in_an_adapter(tiny_model, tmp_path):
     student = tiny_model()
     assert publishing.source_on_hub(student) == ""
     student.config._name_or_path = str(tmp_path)

@@ -1,4 +1,4 @@
-"""What ranks say to one another, and how the student's weights are spread over them."""
+"""The ranks' exchanges, and how the student's weights are sharded over them."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from gkd_trainer.trainer.ranks import Ranks
 
 
-def test_one_rank_hears_itself_alone(ranks):
+def test_one_rank_exchanges_only_with_itself(ranks):
     assert (ranks.size, ranks.index) == (1, 0)
     assert [ranks.count(flag) for flag in (True, False)] == [1, 0]
     assert [ranks.any(flag) for flag in (True, False)] == [True, False]
@@ -34,7 +34,7 @@ def test_the_largest_number_is_that_of_any_rank(two_ranks, own, other, largest):
     assert two_ranks(other).largest(own) == largest
 
 
-def spread(distributed_type, **plugins):
+def ranks_of(distributed_type, **plugins):
     return Ranks(SimpleNamespace(distributed_type=distributed_type, state=SimpleNamespace(**plugins)))
 
 
@@ -50,21 +50,21 @@ def spread(distributed_type, **plugins):
     ],
 )
 def test_the_sharding_is_named(distributed_type, plugins, sharding):
-    assert spread(distributed_type, **plugins).sharding == sharding
+    assert ranks_of(distributed_type, **plugins).sharding == sharding
 
 
 def test_a_real_accelerator_shards_nothing(ranks):
     assert ranks.sharding is None
 
 
-def test_but_for_zero3_the_model_is_given_as_it_is(ranks):
+def test_except_under_zero3_the_model_is_yielded_as_it_is(ranks):
     model, wrapped = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    for each in (ranks, spread(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=2))):
+    for each in (ranks, ranks_of(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=2))):
         with each.gathered(model, wrapped) as student:
             assert student is model
 
 
-def test_under_zero3_the_model_is_made_whole_from_the_wrapped_one(monkeypatch):
+def test_under_zero3_the_model_is_gathered_from_the_wrapped_one(monkeypatch):
     model, wrapped, whole, calls = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), []
 
     @contextmanager
@@ -74,7 +74,7 @@ def test_under_zero3_the_model_is_made_whole_from_the_wrapped_one(monkeypatch):
         calls.append("left")
 
     monkeypatch.setattr("gkd_trainer.trainer.ranks.unwrap_model_for_generation", unwrap)
-    ranks = spread(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    ranks = ranks_of(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3))
     with ranks.gathered(model, wrapped) as student:
         assert student is whole
         assert calls == [(wrapped, ranks.accelerator)]

@@ -1,4 +1,4 @@
-"""A failure becomes one typed error on every rank, behind a checkpoint of the last complete step."""
+"""A failure becomes one typed error on every rank, after a checkpoint of the last complete step."""
 
 import random
 
@@ -25,7 +25,7 @@ def test_the_part_and_the_cause_of_a_failure_are_named(ranks):
     assert raised.value.__cause__ is cause
 
 
-def test_our_own_errors_pass_as_they_are_and_so_does_what_is_no_failure(ranks):
+def test_our_own_errors_pass_unchanged_and_so_does_no_failure(ranks):
     error = GKDServerError("gone")
     with pytest.raises(GKDServerError) as raised, Recovery(ranks).failing_together(GKDTeacherError, "scoring"):
         raise error
@@ -34,7 +34,7 @@ def test_our_own_errors_pass_as_they_are_and_so_does_what_is_no_failure(ranks):
         raise KeyboardInterrupt
 
 
-def test_an_iterator_that_ends_where_it_must_not_is_a_failure_too(ranks):
+def test_an_iterator_that_ends_too_early_is_a_failure_too(ranks):
     recovery = Recovery(ranks)
     with (
         pytest.raises(GKDRolloutError, match="failed with StopIteration") as raised,
@@ -48,7 +48,7 @@ KINDS = [GKDError, *GKDError.__subclasses__()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_one_rank_raises_the_others_raise_in_its_kind(two_ranks, kind):
+def test_the_others_raise_the_kind_of_error_that_one_rank_raised(two_ranks, kind):
     failing = two_ranks(0)
     with pytest.raises(kind, match="on this rank"):
         Recovery(failing).raise_together(kind("on this rank"), GKDRolloutError, "generating")
@@ -59,7 +59,7 @@ def test_what_one_rank_raises_the_others_raise_in_its_kind(two_ranks, kind):
     assert hearing.said == [[0]]
 
 
-def test_of_two_ranks_that_fail_each_raises_its_own(two_ranks):
+def test_if_two_ranks_fail_each_raises_its_own_error(two_ranks):
     failing = two_ranks(0)
     with pytest.raises(GKDServerError):
         Recovery(failing).raise_together(GKDServerError("gone"), GKDRolloutError, "generating")
@@ -67,7 +67,7 @@ def test_of_two_ranks_that_fail_each_raises_its_own(two_ranks):
         Recovery(two_ranks(*failing.said[0])).raise_together(GKDDataError("a row"), GKDRolloutError, "generating")
 
 
-def test_ranks_exchange_failures_only_where_all_of_them_enter_the_block(two_ranks):
+def test_ranks_exchange_failures_only_if_all_enter_the_block(two_ranks):
     together, alone = two_ranks(0), two_ranks()
     with Recovery(together).failing_together(GKDRolloutError, "generating"):
         pass
@@ -82,7 +82,7 @@ def test_ranks_exchange_failures_only_where_all_of_them_enter_the_block(two_rank
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
-def test_out_of_memory_passes_as_it_is_where_trainer_restarts_and_is_typed_elsewhere(ranks):
+def test_out_of_memory_passes_unchanged_if_trainer_restarts_and_is_typed_otherwise(ranks):
     with pytest.raises(torch.OutOfMemoryError) as raised:
         Recovery(ranks, restarts_without_memory=True).raise_together(OUT_OF_MEMORY, GKDRolloutError, "generating")
     assert raised.value is OUT_OF_MEMORY
@@ -93,7 +93,7 @@ def test_out_of_memory_passes_as_it_is_where_trainer_restarts_and_is_typed_elsew
 
 
 @pytest.mark.parametrize("own", [None, ValueError("another failure")])
-def test_trainer_restarts_on_all_ranks_where_one_ran_out_of_memory(two_ranks, own):
+def test_trainer_restarts_on_all_ranks_if_one_runs_out_of_memory(two_ranks, own):
     recovery = Recovery(two_ranks(1), restarts_without_memory=True)
     with pytest.raises(RuntimeError) as raised:
         recovery.raise_together(own, GKDRolloutError, "generating")
@@ -132,7 +132,7 @@ def test_a_failure_names_the_checkpoint_of_the_last_step_and_keeps_its_kind(rank
     )
 
 
-def test_weights_that_are_saved_alone_are_not_called_the_run(ranks, fail_at):
+def test_a_checkpoint_of_only_weights_is_not_called_the_run(ranks, fail_at):
     error, _ = fail_at(Recovery(ranks, saves_only_model=True), 3)
     assert "The weights, without what save_only_model leaves out, up to step 3 is saved in" in str(error)
 
@@ -166,7 +166,7 @@ def test_before_the_first_step_there_is_nothing_to_save(ranks, fail_at, step):
     assert saved == []
 
 
-def test_what_one_rank_raises_alone_saves_nothing_since_saving_takes_all(two_ranks, ranks, fail_at):
+def test_an_error_on_one_rank_saves_nothing_since_saving_takes_all(two_ranks, ranks, fail_at):
     original = GKDTeacherError("gone")
     error, saved = fail_at(Recovery(two_ranks()), 3, original, exchanges=False)
     assert error is original

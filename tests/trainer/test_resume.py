@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if it had not been."""
+"""A killed run resumes as if it had not been interrupted."""
 
 import signal
 
@@ -33,7 +33,7 @@ def unbroken(full_run, tiny_model, tmp_path_factory):
 
 # 20 rows in windows of 4 make 5 steps an epoch: in the middle of the first, at its end, in the middle of the second.
 @pytest.mark.parametrize("die_at", [2, 5, 7])
-def test_resumed_run_ends_with_the_weights_of_the_unbroken_one(unbroken, full_run, tiny_model, tmp_path, die_at):
+def test_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(unbroken, full_run, tiny_model, tmp_path, die_at):
     expected_result, expected = unbroken
     shares = {entry["on_policy_share"] for entry in expected_result["log"] if "on_policy_share" in entry}
     assert len(shares) > 1  # on- and off-policy samples are mixed
@@ -49,7 +49,7 @@ def test_resumed_run_ends_with_the_weights_of_the_unbroken_one(unbroken, full_ru
     assert result["evaluation"]["eval_loss"] == expected_result["evaluation"]["eval_loss"]
 
 
-def test_a_run_that_was_killed_while_it_saved_goes_on_from_the_checkpoint_before(
+def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(
     unbroken, full_run, tiny_model, tmp_path, caplog
 ):
     student = tiny_model(attention_dropout=0.2)

@@ -1,4 +1,4 @@
-"""A mixture of experts trains on its load-balancing loss too, as its own loss has it."""
+"""A mixture of experts also trains on its load-balancing loss, as in its own loss."""
 
 from dataclasses import dataclass
 
@@ -127,7 +127,7 @@ def test_without_router_logits_or_coefficient_the_loss_is_the_divergence(make_mo
     assert "aux_loss" not in trainer.state.log_history[0]
 
 
-def test_evaluation_measures_the_divergence_alone(make_moe_trainer, token_rows):
+def test_evaluation_measures_only_the_divergence(make_moe_trainer, token_rows):
     trainer = make_moe_trainer(trainer_args={"eval_dataset": token_rows(4)})
     trainer.model.eval()
     divergence_N, _ = expected(trainer, batch_of(trainer))
@@ -148,7 +148,7 @@ def test_a_lora_student_trains_on_the_balancing_loss(make_moe_trainer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_teachers_router_is_left_alone(make_trainer, tiny_model, family):
+def test_the_teachers_router_logits_are_not_computed(make_trainer, tiny_model, family):
     teacher = tiny_model(family, seed=1, **router_options())
     trainer = make_trainer(trainer_args={"teacher_model": teacher}, lmbda=0.0, seq_kd=True)
     outputs = []

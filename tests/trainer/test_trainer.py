@@ -1,4 +1,4 @@
-"""The trainer on the hooks of Trainer: what a user of Trainer does keeps working."""
+"""The trainer on Trainer's hooks: Trainer's features keep working."""
 
 import inspect
 import logging
@@ -134,7 +134,7 @@ def test_subclass_can_change_the_loss_the_teacher_and_the_collator(make_trainer,
     assert collated == [4, 1]
 
 
-def test_rollouts_passed_are_the_rollouts_used(make_trainer):
+def test_passed_rollouts_are_used(make_trainer):
     class Spy(HFRollouts):
         calls = 0
 
@@ -298,7 +298,7 @@ def test_teacher_quantised_by_its_init_kwargs_teaches(make_trainer, tiny_model, 
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
 
 
-def test_teacher_whose_forward_takes_ids_and_mask_alone_teaches(make_trainer, tiny_model):
+def test_teacher_whose_forward_takes_only_ids_and_mask_teaches(make_trainer, tiny_model):
     class Plain(type(tiny_model())):
         def forward(self, input_ids, attention_mask=None):
             return super().forward(input_ids=input_ids, attention_mask=attention_mask)

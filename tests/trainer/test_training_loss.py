@@ -1,4 +1,4 @@
-"""What the trainer's loss is: the divergence over the window's trained tokens, on every path to it."""
+"""The trainer's loss: the divergence over the window's trained tokens, on every path."""
 
 import math
 
@@ -148,7 +148,7 @@ def test_divisor_is_counted_after_the_rollouts(make_trainer):
         assert {divisor for divisor, _ in window} == {sum(trained for _, trained in window)}
 
 
-def test_cross_entropy_is_mixed_into_dataset_samples_alone(make_trainer):
+def test_cross_entropy_is_mixed_only_into_dataset_samples(make_trainer):
     trainer = make_trainer(ce_weight=0.25)
     trainer.model.train()
     inputs = batch_of(trainer)
@@ -190,7 +190,7 @@ def test_lora_student_gets_the_gradients_of_its_full_logits(make_trainer, tiny_m
     assert_same_gradients(gradients(trainer.model), expected, 1e-4)
 
 
-def test_lora_on_the_head_goes_through_logits_and_says_so_once(make_trainer, caplog):
+def test_lora_on_the_head_goes_through_logits_and_is_logged_once(make_trainer, caplog):
     lora = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     trainer = make_trainer(trainer_args={"peft_config": lora})
     trainer.train()

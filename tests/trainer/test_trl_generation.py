@@ -29,7 +29,7 @@ def generated(trainer_class, model, inputs, *rest, **options):
 )
 def test_ids_mask_and_labels_are_trls(tiny_model, options):
     # Hidden states that say little leave the sampled completions of unequal length.
-    model = tiny_model(spread=2.0)
+    model = tiny_model(head_scale=2.0)
     model.generation_config.eos_token_id = None
     inputs = {"prompts": PROMPTS, "prompt_attention_mask": MASK}
     ours = generated(GKDTrainer, model, inputs, max_new_tokens=8, **options)
@@ -50,7 +50,7 @@ def test_the_pad_token_of_earlier_versions_is_taken_and_the_mask_may_be_missing(
     assert torch.equal(labels[:, 4:], ids[:, 4:])
 
 
-def test_an_output_as_a_dictionary_is_taken_and_the_mask_holds_whole_numbers(tiny_model):
+def test_an_output_may_be_a_dictionary_and_the_mask_holds_integers(tiny_model):
     inputs = {"prompts": torch.tensor([[5, 6, 7]]), "prompt_attention_mask": torch.tensor([[True, True, True]])}
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
     plain, as_dictionary = (
@@ -63,7 +63,7 @@ def test_an_output_as_a_dictionary_is_taken_and_the_mask_holds_whole_numbers(tin
     assert plain[1].dtype == torch.int64
 
 
-def test_the_sampling_of_the_options_is_told_as_transformers_has_it(tiny_model, config):
+def test_the_sampling_options_become_a_generation_config(tiny_model, config):
     sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
     model = tiny_model(eos=[2, 7])
     made = trl_generation_config(config(**sampling, generation_kwargs={"min_new_tokens": 2}), model, 9)
@@ -74,7 +74,7 @@ def test_the_sampling_of_the_options_is_told_as_transformers_has_it(tiny_model, 
     assert not trl_generation_config(config(**{CHECKPOINTING: True}), model, 9).use_cache
 
 
-def test_options_of_vllm_are_not_told_to_transformers_and_a_model_may_have_no_generation_config(config):
+def test_options_of_vllm_do_not_reach_transformers_and_a_model_may_have_no_generation_config(config):
     args = config(use_vllm=True, generation_kwargs={"min_tokens": 2}, lmbda=0.5)
     made = trl_generation_config(args, torch.nn.Linear(1, 1), 9)
     assert not hasattr(made, "min_tokens")

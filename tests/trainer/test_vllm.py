@@ -145,7 +145,7 @@ def test_a_block_of_steps_makes_one_call(run, vllm_server):
 
 # 16 rows in windows of 4 make 4 steps an epoch: in the middle of the first, at its end, in the middle of the second.
 @pytest.mark.parametrize("options", [{"rollout_overlap": True}, {"rollout_steps": 3}], ids=["overlap", "steps"])
-def test_a_resumed_run_trains_on_the_completions_that_were_under_way(run, server_options, tmp_path, options):
+def test_a_resumed_run_trains_on_the_completions_that_were_running(run, server_options, tmp_path, options):
     options = {**server_options, **options, "max_steps": 7, "lmbda": 0.7}
     unbroken = run(save_strategy="steps", save_steps=1, output_dir=str(tmp_path / "unbroken"), **options)
     for step in (2, 4, 5):
@@ -257,7 +257,7 @@ def test_a_served_teacher_trains_as_the_same_one_in_this_process(run, make_train
         assert all(0 < mass < 1 for mass in logged(served, name))
 
 
-def test_the_whole_vocabulary_as_top_k_is_the_whole_divergence(run, make_trainer, teacher_model):
+def test_the_full_vocabulary_as_top_k_is_the_full_divergence(run, make_trainer, teacher_model):
     options = {**RUN, "lmbda": 0.0, "beta": 0.5}
     whole = make_trainer(trainer_args={"teacher_model": teacher_model}, **options)
     whole.train()
@@ -284,7 +284,7 @@ def test_a_server_that_is_killed_and_comes_back_disturbs_nothing(run, server_opt
 
 
 @pytest.mark.parametrize("options", [{}, {"rollout_overlap": True}], ids=["now", "overlap"])
-def test_a_rollout_server_that_stays_away_leaves_a_checkpoint_that_resumes(run, vllm_server, tmp_path, options):
+def test_a_rollout_server_that_does_not_return_leaves_a_checkpoint_that_resumes(run, vllm_server, tmp_path, options):
     with FaultyProxy(vllm_server.base_url) as proxy:
         options = {
             **options,
@@ -314,7 +314,7 @@ def test_a_rollout_server_that_stays_away_leaves_a_checkpoint_that_resumes(run, 
 
 
 @pytest.mark.parametrize("rollout_steps", [1, 2])
-def test_a_teacher_server_that_stays_away_in_the_middle_of_a_window_leaves_one_too(
+def test_a_teacher_server_that_does_not_return_during_a_window_leaves_one_too(
     make_trainer, tiny_model, teacher_model, vllm_server, tmp_path, rollout_steps
 ):
     # Dropout draws from the global random state, which the first micro-batch of the lost step has moved already.
@@ -351,7 +351,7 @@ def test_a_teacher_server_that_stays_away_in_the_middle_of_a_window_leaves_one_t
     assert_same_weights(resumed, expected)
 
 
-def test_a_trainer_that_failed_goes_on_when_its_server_is_back(run, vllm_server, tmp_path):
+def test_a_trainer_that_failed_continues_when_its_server_is_back(run, vllm_server, tmp_path):
     with FaultyProxy(vllm_server.base_url) as proxy:
         options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url, **TIMEOUTS}
         trainer = run(max_steps=1, rollout_overlap=True, output_dir=str(tmp_path / "run"), **options)
