@@ -28,6 +28,15 @@ In a row, a list of token ids, empty if there is none; in a batch, a tensor [B, 
 ROW_KEY = "row_key"
 """The key of the integer that identifies a row of a data set; in a batch, an int64 tensor [B]."""
 
+TEACHER_INDEX = "teacher_index"
+"""The key of a sample's teacher: its index among several, in a batch of tensors int64 [B]; -1 means the first."""
+
+TEACHER_PROMPT_IDS = "teacher_prompt_ids"
+"""The key of the prompt that the teacher reads in place of the sample's own, in the teacher's token ids.
+
+In a row it is a list, empty where there is none; in a batch of tensors [B, P], padded with IGNORE_INDEX.
+"""
+
 
 @dataclass(frozen=True)
 class SideTensor:
@@ -52,6 +61,8 @@ SIDE_TENSORS: Mapping[str, SideTensor] = {
         # A generated completion stands right after its prompt.
         SideTensor(PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=False),
         SideTensor(ROW_KEY, filling=-1, is_column=True, is_list=False, survives_completion=True),
+        SideTensor(TEACHER_INDEX, filling=-1, is_column=True, is_list=False, survives_completion=True),
+        SideTensor(TEACHER_PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=True),
     )
 }
 """All side tensors, by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -68,3 +68,20 @@ class Teacher(ABC):
             max_length: The longest sequence to expect, in tokens; a teacher with a shorter limit must refuse it here.
                 None if unknown.
         """
+
+
+class CompositeTeacher(Teacher):
+    """A teacher that asks other teachers."""
+
+    @property
+    @abstractmethod
+    def teachers(self) -> Sequence[Teacher]:
+        """The teachers that it asks, in their order."""
+
+
+def all_teachers(teacher: Teacher) -> Iterator[Teacher]:
+    """Yield a teacher and all those inside it."""
+    yield teacher
+    if isinstance(teacher, CompositeTeacher):
+        for inner in teacher.teachers:
+            yield from all_teachers(inner)
