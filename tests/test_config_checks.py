@@ -215,7 +215,7 @@ def test_options_that_need_data_are_refused_if_every_sample_is_on_policy(option,
     ("divergence", "options", "message"),
     [
         ("jsd", {"alpha": 0.1}, r"the divergence 'jsd' has the options \[\]; got \['alpha'\]"),
-        ("skew_kl", {"beta": 0.1}, r"'skew_kl' are \['alpha'\]; got \['beta'\]"),
+        ("skew_kl", {"beta": 0.1}, r"'skew_kl' has the options \['alpha'\]; got \['beta'\]"),
         ("skew_kl", {"alpha": 1.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\)"),
         ("adaptive_kl", '{"mu": "0.5"}', "'mu' of the divergence 'adaptive_kl' must be a number; got '0.5'"),
         ("alpha_beta", {"alpha": None}, "'alpha' of the divergence 'alpha_beta' must be a number; got None"),

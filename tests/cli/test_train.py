@@ -107,7 +107,7 @@ def test_a_run_from_a_served_teacher_names_no_teacher_model(vllm_server, served_
         (["--teacher_server_base_url", "http://127.0.0.1:1"], "the vLLM server at http://127.0.0.1:1 did not complete"),
         (
             ["--teacher_server_base_url", "http://127.0.0.1:1", "--teacher_model_init_kwargs", "{}"],
-            "teacher_model_init_kwargs load a teacher by name",
+            "teacher_model_init_kwargs is for loading a teacher by name",
         ),
         (
             ["--teacher_server_base_url", "http://127.0.0.1:1", "--teacher", "nowhere"],
