@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,23 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
-from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
+from gkd_trainer.types import MEDIA_INPUTS, MediaTokens
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +48,7 @@ PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal LM, in float32 unless `init_kwargs` give a dtype.
+    """Load a causal LM or a vision-language model, in float32 unless `init_kwargs` give a dtype.
 
     By default `from_pretrained` takes the checkpoint's dtype, and a student in pure bf16 loses small updates.
     """
@@ -41,10 +56,31 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
     if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:  # torch_dtype is the older name
         kwargs["dtype"] = torch.float32
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        model: PreTrainedModel = auto_class(name_or_path, kwargs).from_pretrained(name_or_path, **kwargs)
     except Exception as error:  # from_pretrained and the libraries below it may raise anything
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
     return model
+
+
+def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that loads a model: for causal LMs, or for images and text.
+
+    `init_kwargs` are those for `from_pretrained`.
+    """
+    config = init_kwargs.get("config")
+    if config is None:
+        reading = {key: init_kwargs[key] for key in (*PLACE, "trust_remote_code", "gguf_file") if key in init_kwargs}
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, **reading)
+        except Exception:  # loading the model raises the same, or reads the config from an adapter's base
+            return AutoModelForCausalLM
+    kind = type(config)
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    # Some configs fit a class for text too; the checkpoint names its own.
+    own: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
+    is_named = getattr(own, "__name__", None) in (getattr(config, "architectures", None) or ())
+    return AutoModelForImageTextToText if is_named or kind not in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForCausalLM
 
 
 def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
@@ -88,6 +124,31 @@ def find_tokenizer(
     return tokenizer if has_words else None
 
 
+def find_processing_class(
+    name_or_path: str, trust_remote_code: bool, init_kwargs: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase | ProcessorMixin | None:
+    """Return the processor stored with a vision-language model's weights, or the tokenizer of any other model.
+
+    See `find_tokenizer`. A processor that can't be loaded is replaced by its tokenizer, with a warning.
+    """
+    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    if name_or_path and auto_class(name_or_path, kwargs) is AutoModelForImageTextToText:
+        place = {key: value for key, value in kwargs.items() if key in (*PLACE, "trust_remote_code")}
+        try:
+            processor = AutoProcessor.from_pretrained(name_or_path, **place)
+        except Exception as error:  # of any type, also if a package that it needs is missing
+            logger.warning(
+                "The processor of %r can't be loaded (%s: %s), so rows can't have images: only its tokenizer is used.",
+                name_or_path,
+                type(error).__name__,
+                error,
+            )
+        else:
+            if isinstance(processor, ProcessorMixin):
+                return processor
+    return find_tokenizer(name_or_path, trust_remote_code, init_kwargs)
+
+
 def _tokenizer_files(name_or_path: str, place: Mapping[str, Any]) -> list[str]:
     """Return the vocabulary files of a folder, or those already downloaded for a name on the hub."""
     folder = Path(name_or_path, place.get("subfolder") or "")
@@ -116,12 +177,32 @@ def name_of(model: nn.Module | None) -> str:
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
-def media_token_ids(model: nn.Module) -> frozenset[int]:
-    """Return the tokens that stand for an image, a video or sound in a model's input, from its config."""
+def media_tokens(model: nn.Module) -> MediaTokens:
+    """Return the tokens that stand for images and other media in a model's input, from its config."""
     config = getattr(model, "config", None)
-    names = (f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index"))
-    ids = (getattr(config, name, None) for name in names)
-    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+
+    def token(kind: str) -> int | None:
+        ids = (getattr(config, f"{kind}_token_{suffix}", None) for suffix in ("id", "index"))
+        return next((token_id for token_id in ids if isinstance(token_id, int)), None)
+
+    return MediaTokens(token("image"), token("video"), token("audio"))
+
+
+def refuse_unread_media(model: nn.Module, model_inputs: Mapping[str, Any], role: str) -> None:
+    """Raise GKDDataError for a batch with images or other media that a model's forward does not take.
+
+    Forwards ignore arguments that they don't know: the model would read the placeholders alone.
+    """
+    media = MEDIA_INPUTS & model_inputs.keys()
+    if not media:
+        return
+    inner = base_model(model)
+    parameters = inspect.signature(inner.forward).parameters
+    if "input_ids" in parameters and (unread := sorted(media - parameters.keys())):
+        raise GKDDataError(
+            f"this batch holds {', '.join(unread)}, which the {role} ({type(inner).__name__}) does not take: it would "
+            f"read the text without them. Use a {role} that takes the same inputs, or rows without images"
+        )
 
 
 def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:

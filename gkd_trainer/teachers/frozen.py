@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import patch_environment
 from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
 from gkd_trainer.errors import GKDTeacherError
@@ -29,7 +29,15 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
     without_router_logits,
 )
-from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, refuse_prompt_learning, uncompiled
+from gkd_trainer.models.loading import (
+    auto_class,
+    find_tokenizer,
+    loading_failure,
+    name_of,
+    refuse_prompt_learning,
+    refuse_unread_media,
+    uncompiled,
+)
 from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.types import TokenBatch
@@ -91,7 +99,9 @@ class FrozenTeacher(Teacher):
         top_k: int | None = None,
         **init_kwargs: Any,
     ) -> FrozenTeacher:
-        """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained.
+        """Load a teacher from the hub or a folder; `init_kwargs` go to `from_pretrained` of its auto class.
+
+        That is AutoModelForCausalLM, or AutoModelForImageTextToText for a vision-language model.
 
         Raises GKDTeacherError if that fails.
         """
@@ -99,7 +109,7 @@ class FrozenTeacher(Teacher):
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
         with _loading_unsharded():
             try:
-                model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+                model = auto_class(name_or_path, init_kwargs).from_pretrained(name_or_path, **init_kwargs)
             except Exception as error:
                 message = loading_failure("teacher", name_or_path, "teacher_model_init_kwargs", error)
                 raise GKDTeacherError(message) from error
@@ -110,6 +120,7 @@ class FrozenTeacher(Teacher):
         """Return final hidden states with the head, or logits if the head is inseparable; or the top tokens."""
         if self._head is None:
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
+        refuse_unread_media(self._model, batch.model_inputs, "teacher")
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)

@@ -23,7 +23,7 @@ from gkd_trainer.config_checks import check_loss_temperature
 from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import (
-    find_tokenizer,
+    find_processing_class,
     load_student,
     name_of,
     refuse_frozen,
@@ -109,7 +109,7 @@ def construct(
     processing_class = arguments["processing_class"]
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
-        processing_class = find_tokenizer(source, trusts, getattr(config, "model_init_kwargs", None))
+        processing_class = find_processing_class(source, trusts, getattr(config, "model_init_kwargs", None))
     if not torch.accelerator.is_available():  # else each loader warns that it pins no memory
         config.dataloader_pin_memory = False
     set_seed(config.seed)  # adapters are initialised at random

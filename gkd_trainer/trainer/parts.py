@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from gkd_trainer.models.heads import vocabulary_size
-from gkd_trainer.models.loading import base_model, media_token_ids
+from gkd_trainer.models.loading import base_model, media_tokens
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.rollouts.build import (
     build_student_engine,
@@ -72,10 +72,12 @@ def build_parts(
     pairing = pair(model, teacher, tokenizer, ranks, is_compiled=args.torch_compile)
     recovery = Recovery(ranks, restarts_without_memory=args.auto_find_batch_size, saves_only_model=args.save_only_model)
     stop_ids, pad_id = find_stop_ids(student, tokenizer), pad_token_id(processing_class)
+    media = media_tokens(student)
     ids: dict[str, Any] = {
         "stop_ids": stop_ids,
         "pad_token_id": pad_id,
         "vocab_size": sampled_vocabulary_size(pairing.vocab_size, None if tokenizer is None else tokenizer.get_vocab()),
+        "never_sampled": media.ids,
     }
     if rollouts is None:
         rollouts = build_student_engine(
@@ -97,7 +99,7 @@ def build_parts(
         ranks=ranks,
         recovery=recovery,
         pad_token_id=pad_id,
-        media_ids=media_token_ids(student),
+        media_tokens=media,
     )
     student_size = vocabulary_size(student)
     preparation = Preparation(
