@@ -1,7 +1,17 @@
 """Rows in any of the usual formats, turned into token ids and labels."""
 
 from gkd_trainer.data.collate import KeepSideTensors, keeping_labels, unwrapped
+from gkd_trainer.data.images import IMAGE_COLUMNS, ImageProcessing, WithImages
 from gkd_trainer.data.prepare import prepare_dataset
 from gkd_trainer.data.rows import RowRules
 
-__all__ = ["KeepSideTensors", "RowRules", "keeping_labels", "prepare_dataset", "unwrapped"]
+__all__ = [
+    "IMAGE_COLUMNS",
+    "ImageProcessing",
+    "KeepSideTensors",
+    "RowRules",
+    "WithImages",
+    "keeping_labels",
+    "prepare_dataset",
+    "unwrapped",
+]

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
+from gkd_trainer.data.images import ImageProcessing, images_of, with_image_parts
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
@@ -81,14 +82,21 @@ class RowPreparer:
     patched_template: str | None
     leading_ids: tuple[int, ...]
     added_ids: frozenset[int]
+    images: ImageProcessing | None = None
 
     @classmethod
-    def create(cls, tokenizer: Any, rules: RowRules, formatting_func: Callable[[Any], Any] | None) -> RowPreparer:
-        """Build a preparer; `tokenizer` None suffices for tokenised rows."""
+    def create(
+        cls,
+        tokenizer: Any,
+        rules: RowRules,
+        formatting_func: Callable[[Any], Any] | None,
+        images: ImageProcessing | None = None,
+    ) -> RowPreparer:
+        """Build a preparer; `tokenizer` None suffices for tokenised rows, `images` None for rows without images."""
         if tokenizer is None:
             return cls(None, rules, formatting_func, None, (), frozenset())
-        added_ids = frozenset(tokenizer.added_tokens_decoder)
-        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer), added_ids)
+        template, added_ids = marked_template(tokenizer), frozenset(tokenizer.added_tokens_decoder)
+        return cls(tokenizer, rules, formatting_func, template, _leading_ids(tokenizer), added_ids, images)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -98,9 +106,18 @@ class RowPreparer:
             GKDDataError: no row like this one can be used with these rules or this tokenizer.
 
         """
+        images = images_of(row)
         if self.formatting_func is not None:
             row = self._formatted(row)
-        return self._fitted(self._tokens(row))
+        if images and self.images is None:
+            raise GKDDataError(
+                "the rows have images, which only a processor of images and text can prepare: pass the processor of a "
+                "vision-language model as processing_class, or remove the columns `image` and `images`"
+            )
+        tokens = self._tokens(row, len(images))
+        if self.images is not None:
+            tokens = self.images.expanded(tokens, images, is_generating=self.rules.is_generating)
+        return self._fitted(tokens)
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row
@@ -117,7 +134,7 @@ class RowPreparer:
             f"messages, prompt and completion, text, or input_ids); it returned {type(result).__name__}"
         )
 
-    def _tokens(self, row: Mapping[str, Any]) -> RowTokens:
+    def _tokens(self, row: Mapping[str, Any], n_images: int) -> RowTokens:
         if row.get("input_ids") is not None:
             return held_tokens(row)
         text_field = self.rules.text_field
@@ -149,19 +166,19 @@ class RowPreparer:
                 "expected tokenised rows (`input_ids`), since there is no tokenizer; got the columns "
                 f"{sorted(filled)}: pass the tokenizer as processing_class"
             )
-        return read(filled, has_completion_column="completion" in row)
+        return read(filled, n_images, has_completion_column="completion" in row)
 
-    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _conversation(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         if "messages" in row:
             row.pop("conversations", None)
-        messages = messages_of(maybe_convert_to_chatml(row)["messages"])
+        messages = self._messages(maybe_convert_to_chatml(row)["messages"], n_images)
         if not any(message["role"] == "assistant" for message in messages):
             if self.rules.needs_completion:
                 raise RowDropped("no assistant turn")
             return self._chat_prompt(messages, row)
         return self._chat(messages, row, n_context=0)
 
-    def _prompt_and_completion(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _prompt_and_completion(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         prompt, completion = row["prompt"], row.get("completion")
         if completion is None and self.rules.needs_completion:
             if has_completion_column:
@@ -175,15 +192,19 @@ class RowPreparer:
                 raise RowDropped("prompt is a text but completion is not")
             return self._completed_text(prompt, completion)
         row = maybe_convert_to_chatml(row)
-        prompt = messages_of(row["prompt"])
+        prompt = self._messages(row["prompt"], n_images)
         if completion is None:
             return self._chat_prompt(prompt, row)
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        completion = messages_of(completion)
+        completion = self._messages(completion, 0)
         if not any(message["role"] == "assistant" for message in completion):
             raise RowDropped("no assistant turn")
         return self._chat(prompt + completion, row, n_context=len(prompt))
+
+    def _messages(self, value: Any, n_images: int) -> list[dict[str, Any]]:
+        messages = messages_of(value)
+        return messages if self.images is None else with_image_parts(messages, n_images)
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> RowTokens:
         self._require_chat_template()
@@ -242,7 +263,7 @@ class RowPreparer:
         ranges = [(start + n_leading, len(ids))] if start < end else []
         return RowTokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
 
-    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _text(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         text = row[self.rules.text_field]
         if not isinstance(text, str):
             raise RowDropped(f"{self.rules.text_field} is not a text")
@@ -311,6 +332,8 @@ class RowPreparer:
             if first_trained is not None and first_trained >= rules.max_length:
                 reason = f"no trained token within max_length ({rules.max_length})"
                 raise RowDropped(reason, first_trained + 1)
+        if self.images is not None:
+            self.images.require_whole(ids, rules.max_length)
         cut = slice(rules.max_length)
         per_token = {column: values[cut] for column, values in tokens.per_token.items()}
         return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended)

@@ -15,12 +15,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import TrainingArguments, set_seed
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.config_checks import check_loss_temperature
 from gkd_trainer.config_effects import Run
+from gkd_trainer.data import ImageProcessing
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import (
     find_processing_class,
@@ -45,14 +46,15 @@ class Construction:
     """What a trainer is built from.
 
     `base_arguments` are for the extended trainer's `__init__`. `adapter` is the adapter to wrap each student in, if the
-    extended trainer does not. `prepares_rows` says whether we turn rows into tokens. `run` decides which options have
-    an effect.
+    extended trainer does not. `prepares_rows` says whether we turn rows into tokens, and `images` how those of their
+    images, if the student takes any. `run` decides which options have an effect.
     """
 
     base_arguments: dict[str, Any]
     teacher: Teacher
     adapter: PeftConfig | None
     prepares_rows: bool
+    images: ImageProcessing | None
     run: Run
 
 
@@ -86,8 +88,9 @@ def construct(
     is_plain_trainer = "peft_config" not in base_parameters
     config = completed_args(arguments["args"], is_plain_trainer)
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
-    # TRL's DataCollatorForChatML tokenises columns that no model's forward takes.
-    reads_messages = hasattr(arguments["data_collator"], "messages_key")
+    # These collators of TRL tokenise columns that no model's forward takes.
+    collator = arguments["data_collator"]
+    reads_messages = hasattr(collator, "messages_key") or isinstance(collator, DataCollatorForVisionLanguageModeling)
     dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
     prepares_rows = not (reads_messages or dataset_kwargs.get("skip_prepare_dataset", False))
     if reads_messages:
@@ -126,7 +129,8 @@ def construct(
         own["peft_config"] = peft_config
     base_arguments = {**arguments, **own}
     del base_arguments["compute_loss_func"]
-    return Construction(accepted_by(base_parameters, base_arguments, name), teacher, adapter, prepares_rows, run)
+    accepted = accepted_by(base_parameters, base_arguments, name)
+    return Construction(accepted, teacher, adapter, prepares_rows, ImageProcessing.of(processing_class), run)
 
 
 def adapted(model: nn.Module, adapter: PeftConfig | None, checkpoints_gradients: bool) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from gkd_trainer.data import ImageProcessing
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_tokens
 from gkd_trainer.rollouts import RolloutEngine
@@ -111,5 +112,6 @@ def build_parts(
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,
+        images=ImageProcessing.of(processing_class),
     )
     return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation)

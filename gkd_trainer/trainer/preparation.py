@@ -13,7 +13,7 @@ import torch
 from trl import pack_dataset
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.data import KeepSideTensors, RowRules, keeping_labels, prepare_dataset
+from gkd_trainer.data import ImageProcessing, KeepSideTensors, RowRules, WithImages, keeping_labels, prepare_dataset
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.pairing import OwnedContext
 from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, prompt_length
@@ -27,7 +27,7 @@ class Preparation:
 
     `stop_ids` end a completion. Token ids must be below `vocab_size`. Without a `tokenizer` (None), rows must hold
     tokens. `formatting_func` turns a row into one of a known format. `shorter` is the context that no row may exceed.
-    `has_ranks` says that several ranks evaluate together.
+    `has_ranks` says that several ranks evaluate together. `images` turns the rows' images into tokens.
     """
 
     args: GKDArguments
@@ -37,6 +37,7 @@ class Preparation:
     formatting_func: Callable[[Any], Any] | None = None
     shorter: OwnedContext | None = None
     has_ranks: bool = False
+    images: ImageProcessing | None = None
 
     def prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
         """Return a data set of token ids and labels.
@@ -53,9 +54,10 @@ class Preparation:
         rules = self._rules(is_training)
         dataset = prepare_dataset(
             dataset,
-            self.tokenizer,
+            self.tokenizer if self.images is None else self.images.tokenizer,
             rules,
             formatting_func=self.formatting_func,
+            images=self.images,
             num_proc=getattr(self.args, "dataset_num_proc", None),
             name=name,
         )
@@ -143,10 +145,12 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
 
 
-def keeping_columns(collator: Any) -> Any:
-    """Return a collator wrapped to keep the rows' labels and side tensors."""
-    collator = keeping_labels(collator)
-    return collator if isinstance(collator, KeepSideTensors) else KeepSideTensors(collator)
+def keeping_columns(collator: Any, images: ImageProcessing | None = None) -> Any:
+    """Return a collator wrapped to keep the rows' labels and side tensors, and with `images`, their images."""
+    if isinstance(collator, KeepSideTensors | WithImages):
+        return collator
+    collator = KeepSideTensors(keeping_labels(collator))
+    return collator if images is None else WithImages(collator, images)
 
 
 def require_labels(inputs: Mapping[str, Any]) -> None:
