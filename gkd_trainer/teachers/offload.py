@@ -56,7 +56,7 @@ class WaitingWeights:
     def at_work(self) -> Iterator[None]:
         """Keep the weights on their device during the block."""
         for weight, copy in self._weights:
-            weight.data = copy.to(self._device, non_blocking=True)
+            weight.data = _on_device(copy, self._device)
         try:
             yield
         finally:
@@ -82,6 +82,10 @@ class WaitingWeights:
 def _on_cpu(tensor: Tensor, *, is_pinned: bool) -> Tensor:
     copy = tensor.to("cpu")
     return copy.pin_memory() if is_pinned else copy
+
+
+def _on_device(copy: Tensor, device: torch.device) -> Tensor:
+    return copy.to(device, non_blocking=True)
 
 
 def _reason_to_stay(model: nn.Module) -> str | None:

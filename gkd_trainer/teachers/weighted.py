@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 
+from gkd_trainer.config_checks import check_teacher_weights
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import Signal, SummedSignal
 from gkd_trainer.teachers.base import Teacher, all_teachers
@@ -26,7 +26,8 @@ class WeightedTeachers(SeveralTeachers):
         offload: See SeveralTeachers.
 
     Raises:
-        GKDTeacherError: See SeveralTeachers; or the weights are not such, or a teacher contains several itself.
+        GKDTeacherError: See SeveralTeachers; or a teacher contains several itself.
+        GKDConfigError: The weights are not such.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class WeightedTeachers(SeveralTeachers):
                     "(RoutedTeachers may contain WeightedTeachers)"
                 )
         weights = dict.fromkeys(teachers, 1.0) if weights is None else weights
-        check_weights(weights, teachers, "weights")
+        check_teacher_weights(weights, list(teachers), "weights")
         total = math.fsum(weights.values())
         self._weights = {name: float(weights[name]) / total for name in teachers}
 
@@ -58,17 +59,3 @@ class WeightedTeachers(SeveralTeachers):
         """Return the predictions of all teachers, to be compared with each and summed."""
         terms = tuple(self._score_by(name, batch) for name in self.names)
         return SummedSignal(terms, tuple(self._weights.values()))
-
-
-def check_weights(weights: Mapping[str, float], names: Mapping[str, object], option: str) -> None:
-    """Raise GKDTeacherError unless each of the teachers `names`, and nobody else, has a positive and finite weight."""
-    if weights.keys() != names.keys():
-        raise GKDTeacherError(
-            f"{option} must have a weight for each of the teachers {', '.join(names)}; got {', '.join(weights)}"
-        )
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
-            raise GKDTeacherError(
-                f"{option} must be positive and finite; got {weight!r} for {name!r}: leave that teacher out to give it "
-                "no weight"
-            )

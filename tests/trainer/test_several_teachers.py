@@ -1,5 +1,7 @@
 """Training and evaluating with several teachers: each sample has its own, or all of them, by objects and by options."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -92,18 +94,14 @@ def test_evaluation_s_metric_of_a_teacher_is_that_of_its_rows_alone(make_trainer
     metrics = routed.evaluate()
     for name in ("math", "code"):
         own = Dataset.from_list([row for row in rows if row["teacher"] == name])
-        alone = make_trainer(
-            trainer_args={"eval_dataset": own, "train_dataset": None, "teacher": teachers(name)[name]}
-        )
+        alone = make_trainer(trainer_args={"eval_dataset": own, "train_dataset": None, "teacher": teachers(name)[name]})
         assert metrics[f"eval_divergence_teacher_{name}"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_teacher_without_rows_in_a_batch_changes_nothing(make_trainer, teachers, offload):
     rows = Dataset.from_list(rows_with(("code",)))
-    routed = make_trainer(
-        trainer_args={"train_dataset": rows, "teacher": RoutedTeachers(teachers(), offload=offload)}
-    )
+    routed = make_trainer(trainer_args={"train_dataset": rows, "teacher": RoutedTeachers(teachers(), offload=offload)})
     alone = make_trainer(trainer_args={"train_dataset": rows, "teacher": teachers("code")["code"]})
     expected = weights_after(alone)
     for name, weight in weights_after(routed).items():
@@ -146,8 +144,8 @@ def test_a_row_without_a_known_teacher_is_refused(make_trainer, teachers, name, 
 def test_rows_without_the_column_are_refused_with_what_to_do(make_trainer, teachers, token_rows):
     with pytest.raises(GKDDataError, match=r"expected a column 'domain' .* 'math', 'code'; got the columns"):
         make_trainer(trainer_args={"teacher": RoutedTeachers(teachers("math", "code"), column="domain")})
+    rows = torch.utils.data.Subset(make_rows(4), range(4))
     with pytest.raises(GKDDataError, match="a Subset is used as it is, so its rows must have a teacher_index"):
-        rows = torch.utils.data.Subset(make_rows(4), range(4))
         make_trainer(trainer_args={"train_dataset": rows, "teacher": RoutedTeachers(teachers("math", "code"))})
 
 
@@ -196,3 +194,49 @@ def test_a_student_among_its_teachers_is_refused(make_trainer, teachers, tiny_mo
 def test_seq_kd_needs_one_teacher(make_trainer, teachers):
     with pytest.raises(GKDTeacherError, match="seq_kd=True makes the teacher generate"):
         make_trainer(trainer_args={"teacher": WeightedTeachers(teachers("math", "code"))}, seq_kd=True)
+
+
+@pytest.fixture
+def folders(tiny_model, byte_level, tmp_path):
+    """Make the folders of named teachers, as the option `teachers` takes them."""
+
+    def make(*names):
+        paths = {}
+        for name in names:
+            paths[name] = str(tmp_path / name)
+            tiny_model(hidden=WIDTHS[name], seed=NAMES.index(name) + 1).save_pretrained(paths[name])
+            byte_level().save_pretrained(paths[name])
+        return paths
+
+    return make
+
+
+def test_teachers_by_options_train_like_teachers_by_objects(make_trainer, teachers, folders):
+    rows = Dataset.from_list([{**row, "domain": row["teacher"]} for row in rows_with(("math", "code"))])
+    rows = rows.remove_columns("teacher")
+    paths = folders("math", "code")
+    given = {"train_dataset": rows, "teacher_model": None}
+    for options, teacher in (
+        ({"teacher_column": "domain"}, RoutedTeachers(teachers("math", "code"), column="domain")),
+        (
+            {"teacher_weights": '{"code": 3, "math": 1}'},
+            WeightedTeachers(teachers("math", "code"), {"math": 1, "code": 3}),
+        ),
+    ):
+        by_options = make_trainer(trainer_args=given, teachers=json.dumps(paths), teacher_offload=True, **options)
+        expected = weights_after(make_trainer(trainer_args={**given, "teacher": teacher}))
+        for name, weight in weights_after(by_options).items():
+            assert torch.equal(weight, expected[name]), name
+
+
+def test_the_model_card_names_every_teacher(make_trainer, folders, tmp_path):
+    given = {"teacher_model": None, "train_dataset": Dataset.from_list(rows_with(("math", "code")))}
+    make_trainer(trainer_args=given, teachers=folders("math", "code")).create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "distilled from math: `math`; code: `code` by generalised" in " ".join(card.split())
+    weighted = make_trainer(
+        trainer_args=given, teachers=folders("math", "code"), teacher_weights={"math": 1, "code": 3}
+    )
+    weighted.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "math (weight 0.25): `math`; code (weight 0.75): `code`" in card
