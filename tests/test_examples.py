@@ -102,6 +102,15 @@ def test_lora_example_saves_only_the_adapter_and_generates_with_it(run, capsys):
     assert answer.strip()
 
 
+def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, smollm2_dir):
+    teachers = ("--math_teacher", smollm2_dir, "--chat_teacher", smollm2_dir)
+    options = ["--learning_rate", 5e-4, "--max_length", 64, "--num_eval", 1]
+    run("several_teachers", *options, teacher=teachers)
+    printed = re.findall(r"the (\w+) teacher: (\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out)
+    assert [name for name, _, _ in printed] == ["math", "chat"]
+    assert all(float(after) < float(before) for _, before, after in printed)
+
+
 def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_pair, tmp_path):
     places = ["--pair", smollm2_pair[0].parent, "--output", tmp_path]
     # The first step of each run has a learning rate of zero.
