@@ -73,8 +73,8 @@ def lora(*target_modules, **options):
 def make(tiny_model):
     """Make a student whose greedy completions are not of one token repeated, also where its head is tied."""
 
-    def make(seed=0, spread=12.0, tied=False, **config):
-        model = tiny_model(hidden=128, vocab=ROWS, seed=seed, spread=spread, tie_word_embeddings=tied, **config)
+    def make(seed=0, head_scale=12.0, tied=False, **config):
+        model = tiny_model(hidden=128, vocab=ROWS, seed=seed, head_scale=head_scale, tie_word_embeddings=tied, **config)
         with torch.no_grad():
             for parameter in model.model.layers.parameters():
                 if parameter.dim() > 1:
@@ -423,7 +423,7 @@ def test_no_prompts_give_no_completions(engine):
 
 def test_a_prompt_too_long_for_the_engine_is_refused_with_the_numbers(engine):
     with pytest.raises(
-        GKDConfigError, match=r"up to 64 tokens, but a prompt of 60 and max_new_tokens=5 make 65: raise vllm_max_model"
+        GKDConfigError, match=r"at most 64 tokens, but a prompt of 60 and max_new_tokens=5 make 65: raise vllm_max_model"
     ):
         engine.generate([PROMPTS[0], [5] * 60], Sampling(5), [0, 1])
     [completion] = engine.generate([[5] * 60], Sampling(4), [0])
