@@ -52,9 +52,10 @@ def main() -> None:
     options = parse_options()
     pin(options)
     announce(options)
+    student = load(options.pair / "student", "float32")
     teachers = {name: load(options.pair / "teacher", "float32") for name in NAMES}
-    calls = {"one": turns_of(options, "one", teachers)}
-    calls |= {PARTS[part]: turns_of(options, part, teachers) for part in options.parts}
+    calls = {"one": turns_of(options, "one", student, teachers)}
+    calls |= {PARTS[part]: turns_of(options, part, student, teachers) for part in options.parts}
     turns = in_turns(calls, options.repeats)
     rows = []
     for name, of_name in turns.items():
@@ -69,14 +70,15 @@ def main() -> None:
     table(f"Steps of {options.batch_size} sequences", [*header, "tokens trained"], rows)
 
 
-def turns_of(options: argparse.Namespace, part: str, models: dict[str, Any]) -> Callable[[], Turn]:
-    """Return a function that takes a turn with a trainer of its own; the teachers' models are shared."""
+def turns_of(options: argparse.Namespace, part: str, student: Any, models: dict[str, Any]) -> Callable[[], Turn]:
+    """Return a function that takes a turn with a trainer of its own; all trainers share the models."""
     from transformers import PrinterCallback
 
     from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer, RoutedTeachers, WeightedTeachers
 
     teachers = {name: FrozenTeacher(model, tokenizer_of(options)) for name, model in models.items()}
     arguments: dict[str, Any] = {"lmbda": 0.0, "max_length": 512, "max_new_tokens": 128, "max_steps": options.steps}
+    arguments["optim"] = "sgd"  # has no state, which would take the memory of three students
     rows = fitting_conversations(options, arguments)
     rows = rows.add_column("teacher", [NAMES[index % 3] for index in range(len(rows))])
     if part == "one":
@@ -84,7 +86,7 @@ def turns_of(options: argparse.Namespace, part: str, models: dict[str, Any]) -> 
     else:
         teacher = RoutedTeachers(teachers) if part == "routed" else WeightedTeachers(teachers)
     trainer = GKDTrainer(
-        model=load(options.pair / "student", "float32"),
+        model=student,
         teacher=teacher,
         args=GKDConfig(**common_arguments(), **arguments, per_device_train_batch_size=options.batch_size),
         train_dataset=rows,

@@ -113,15 +113,18 @@ def build_parts(
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,
-        route=_route(teacher, args),
+        route=teacher_route(teacher, args),
     )
     several = several_in(teacher)
     teacher_sums = ONE_TEACHER if several is None else TeacherSums(several.names, several.is_routed)
     return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, teacher_sums)
 
 
-def _route(teacher: Teacher, args: Any) -> TeacherRoute | None:
-    """Return how each row gets one of several teachers; None if all rows have the same."""
+def teacher_route(teacher: Teacher, args: Any) -> TeacherRoute | None:
+    """Return how each row gets one of several teachers; None if all rows have the same.
+
+    Raises GKDConfigError if the options join rows in one sequence.
+    """
     routed = next((each for each in all_teachers(teacher) if isinstance(each, RoutedTeachers)), None)
     if routed is None:
         return None

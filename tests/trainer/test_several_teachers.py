@@ -1,13 +1,16 @@
 """Training and evaluating with several teachers: each sample has its own, or all of them, by objects and by options."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from trl import SFTConfig
 
-from gkd_trainer import FrozenTeacher, RoutedTeachers, WeightedTeachers
+from gkd_trainer import FrozenTeacher, GKDArguments, RoutedTeachers, WeightedTeachers
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
+from gkd_trainer.trainer.parts import teacher_route
 from tests.trainer.conftest import make_rows
 
 NAMES = ("math", "code", "chat")
@@ -240,3 +243,16 @@ def test_the_model_card_names_every_teacher(make_trainer, folders, tmp_path):
     weighted.create_model_card()
     card = (tmp_path / "run" / "README.md").read_text()
     assert "math (weight 0.25): `math`; code (weight 0.75): `code`" in card
+
+
+@dataclass
+class MyConfig(GKDArguments, SFTConfig):
+    """Options for SFTTrainer."""
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free", "eval_packing"])
+def test_joined_samples_are_refused_if_each_has_its_own_teacher(config, teachers, name):
+    args = config(MyConfig, **{name: True})
+    with pytest.raises(GKDConfigError, match=f"{name}=True joins samples into one sequence, but each sample has a t"):
+        teacher_route(RoutedTeachers(teachers("math", "code")), args)
+    assert teacher_route(WeightedTeachers(teachers("math", "code")), args) is None
