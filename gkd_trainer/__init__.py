@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+    from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, Teacher, VLLMServerTeacher
     from gkd_trainer.trainer import GKDMixin, GKDTrainer
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ _MODULES = {
     "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
+    "CachedTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "RolloutEngine": "rollouts",
@@ -49,6 +50,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "CachedTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",

@@ -159,6 +159,7 @@ def check_combinations(run: Run) -> None:
         _check_generation_config(args.generation_kwargs or {})
     _check_servers(args)
     check_loss_temperature(run)
+    check_cache(run)
     _check_sft_options(args)
 
 
@@ -180,6 +181,27 @@ def check_loss_temperature(run: Run) -> None:
     has_top_tokens = run.has_top_tokens or args.teacher_server_base_url or args.teacher_top_k is not None
     if has_top_tokens:
         check_top_k_temperature(args.loss_temperature, "loss_temperature")
+
+
+def check_cache(run: Run) -> None:
+    """Raise GKDConfigError for completions that are generated for a teacher that has only the predictions of a cache.
+
+    A configuration shows such a teacher by teacher_cache_dir; the trainer knows of others.
+    """
+    args = run.args
+    is_alone = args.teacher_cache_dir is not None and args.teacher_cache_miss == "error"
+    if is_alone and (args.teacher_model_name_or_path is not None or args.teacher_server_base_url is not None):
+        raise GKDConfigError(
+            "teacher_cache_dir replaces the teacher: leave teacher_model_name_or_path and teacher_server_base_url out, "
+            "or set teacher_cache_miss='teacher' to have it score the rows that the cache lacks"
+        )
+    if (is_alone or run.has_only_cache) and args.generates_anywhere:
+        option = "eval_on_policy=True" if not args.generates else "seq_kd=True" if args.seq_kd else "lmbda above 0"
+        raise GKDConfigError(
+            f"{option} generates completions, for which a cached teacher has no predictions: set lmbda=0, seq_kd=False "
+            "and eval_on_policy=False, or have a teacher score them (teacher_cache_miss='teacher', CachedTeacher's "
+            "fallback)"
+        )
 
 
 def _check_schedule(args: Any) -> None:

@@ -8,6 +8,7 @@ from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 
 
@@ -29,3 +30,8 @@ def describe(teacher: Teacher) -> TeacherDescription:
 @describe.register
 def _(teacher: VLLMServerTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.model_name or type(teacher).__name__, teacher.base_urls, teacher.top_k)
+
+
+@describe.register
+def _(teacher: CachedTeacher) -> TeacherDescription:
+    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
