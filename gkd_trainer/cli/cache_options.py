@@ -55,7 +55,8 @@ class CacheOptions:
     )
     compression: str = _option(
         "auto",
-        "Whether to compress rows without loss; auto does so for kind hidden, if zstandard is installed.",
+        "Whether to compress rows without loss; auto does so for hidden states in bfloat16 and float16, if "
+        "zstandard is installed.",
         ["auto", "none", "zstd"],
     )
     shard_mb: float = _option(256.0, "Size of a file in MiB, before compression.")

@@ -29,7 +29,7 @@ PARTIAL = ".partial"
 """The ending of a file that is being written."""
 
 Kind = Literal["hidden", "hidden_int8", "topk"]
-"""What is stored at a position: the final hidden state, the same in 8 bits, or the top tokens."""
+"""What is stored at a position: the final hidden state in 16 bits or in 8, or the top tokens."""
 
 
 class _Fields(BaseModel):

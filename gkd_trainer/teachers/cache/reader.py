@@ -17,14 +17,14 @@ from gkd_trainer.signals import Head
 from gkd_trainer.teachers.cache import compression
 from gkd_trainer.teachers.cache.format import HEAD, VOCABULARY, Manifest, damaged, file_digest
 from gkd_trainer.teachers.cache.index import RowIndex
-from gkd_trainer.teachers.cache.kinds import Hidden, HiddenInt8, RowCodec, TopK, Values
+from gkd_trainer.teachers.cache.kinds import HalfHidden, IntegerHidden, RowCodec, TopK, Values, is_half
 from gkd_trainer.teachers.cache.shards import Ints, Shard
 from gkd_trainer.teachers.prompt_scores import TokenSequence
 
 
 @dataclass(frozen=True)
 class SharedTensors:
-    """What all rows of a cache share: the head, and the channels' mean and standard deviation [H] for hidden_int8."""
+    """What all rows of a cache share: the head, and the channels' mean and standard deviation [H] for integers."""
 
     head: Head | None
     mean_H: torch.Tensor | None = None
@@ -127,8 +127,8 @@ def codec_of(manifest: Manifest, shared: SharedTensors) -> RowCodec:
     if manifest.kind == "topk":
         return TopK(manifest.width, has_wide_ids=(manifest.source.vocab_size or 2**32) > 2**16)
     dtype = getattr(torch, manifest.dtype)
-    if manifest.kind == "hidden":
-        return Hidden(dtype, manifest.width)
+    if manifest.kind == "hidden" and is_half(manifest.dtype):
+        return HalfHidden(dtype, manifest.width)
     assert shared.mean_H is not None
     assert shared.std_H is not None
-    return HiddenInt8(dtype, shared.mean_H, shared.std_H)
+    return IntegerHidden(dtype, shared.mean_H, shared.std_H, item_size=1 if manifest.kind == "hidden_int8" else 2)

@@ -32,7 +32,7 @@ from gkd_trainer.teachers.cache.format import (
     write_aside,
     write_manifest,
 )
-from gkd_trainer.teachers.cache.kinds import RowCodec, Values, channel_statistics, dtype_of, values_of
+from gkd_trainer.teachers.cache.kinds import RowCodec, Values, channel_statistics, dtype_of, is_half, values_of
 from gkd_trainer.teachers.cache.reader import SharedTensors, check_files, codec_of, load_shared
 from gkd_trainer.teachers.cache.shards import Row, Shard, write_shard
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
@@ -60,11 +60,11 @@ class CacheWriter:
     Args:
         folder: The cache; made if it does not exist.
         source: What the cache is made from. A cache of anything else is refused.
-        kind: "hidden" stores bfloat16 and float16 states unchanged and rounds float32 ones to float16; "hidden_int8"
+        kind: "hidden" stores bfloat16 and float16 states unchanged, and float32 ones as 16-bit integers; "hidden_int8"
             takes half of that; "topk" stores the ids and log-probs of a teacher that gives its top tokens.
         vocabulary: The id of each token of the tokenizer; None if unknown.
-        compress: "zstd" compresses rows without loss; "auto" does so for `kind="hidden"`, which shrinks by 28 % in
-            bfloat16 and by 12 % in float16, if the package zstandard is installed. For the other kinds it saves little.
+        compress: "zstd" compresses rows without loss; "auto" does so for hidden states in bfloat16 and float16, which
+            saves 28 % and 12 %, if the package zstandard is installed. Integers and top tokens shrink little.
         shard_mb: Size of a shard in MiB before compression (> 0). As much is held in memory.
 
     Raises:
@@ -86,12 +86,9 @@ class CacheWriter:
             raise GKDConfigError(f"shard_mb must be above 0; got {shard_mb}")
         self._folder, self._source, self._kind = Path(folder), source, kind
         self._vocabulary, self._shard_bytes = vocabulary, shard_mb * _MIB
-        has_zstd = compress != "none" and compression.is_available()
-        if compress == "zstd" and not has_zstd:
-            compression.compress(b"", 1, "zstd")  # says what to install
-        self._compression: compression.Compression = (
-            "zstd" if has_zstd and (compress == "zstd" or kind == "hidden") else "none"
-        )
+        self._compress = compress
+        if compress == "zstd":
+            compression.require()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self._folder)
         self._waiting: list[tuple[TokenSequence, Values]] = []
@@ -167,7 +164,6 @@ class CacheWriter:
                 if name != "teacher":  # its name; its weights count
                     _require_same(self._folder, name, getattr(manifest.source, name), getattr(self._source, name))
             check_files(self._folder, manifest)
-            self._compression = manifest.compression
             self._shared = load_shared(self._folder, manifest)
             intact = tuple(entry for entry in manifest.shards if self._is_intact(entry))
             if len(intact) < len(manifest.shards):
@@ -223,7 +219,12 @@ class CacheWriter:
             text = json.dumps(dict(self._vocabulary))
             write_aside(self._folder / VOCABULARY, lambda path: path.write_text(text, encoding="utf-8"))
             files[VOCABULARY] = file_digest(self._folder / VOCABULARY)
-        mean_H, std_H = channel_statistics(rows) if self._kind == "hidden_int8" else (None, None)
+        dtype = dtype_of(rows[0], self._kind)
+        is_half_hidden = self._kind == "hidden" and is_half(dtype)
+        mean_H, std_H = (None, None) if self._kind == "topk" or is_half_hidden else channel_statistics(rows)
+        has_zstd = self._compress == "zstd" or (
+            self._compress == "auto" and is_half_hidden and compression.is_available()
+        )
         if head is not None:
             tensors = {
                 name: tensor.detach().cpu().contiguous()
@@ -241,9 +242,9 @@ class CacheWriter:
         return Manifest(
             source=self._source,
             kind=self._kind,
-            dtype=dtype_of(rows[0], self._kind),
+            dtype=dtype,
             width=rows[0][0].shape[1],
-            compression=self._compression,
+            compression="zstd" if has_zstd else "none",
             head_scale=1.0 if head is None else head.scale,
             head_softcap=None if head is None else head.softcap,
             files=files,
@@ -263,8 +264,8 @@ def _encoded(sequence: TokenSequence, values: Values, codec: RowCodec, method: c
         content = codec.encode(values)
     except ValueError as error:
         raise GKDTeacherError(
-            f"a row of {len(sequence.token_ids)} tokens, {sequence.token_ids[:8]}…, can't be cached: its {error}. Load "
-            "the teacher in bfloat16, or leave the row out"
+            f"a row of {len(sequence.token_ids)} tokens, {sequence.token_ids[:8]}…, can't be cached: its {error}. "
+            "Leave the row out, or correct the teacher"
         ) from error
     return _row(sequence, compression.compress(content, codec.item_size, method))
 

@@ -1,0 +1,49 @@
+"""Writes two caches in processes that are killed, ten times each, and prints how each ended and the rows then listed."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from gkd_trainer.teachers.cache import read_manifest
+from tests.teachers.cache.rows import make_rows, write
+
+
+def write_and_die(folder, at):
+    """Write a shard per row; die before operation number `at`, counting each sync to disk and each rename."""
+    count = 0
+
+    def counted(operation):
+        def run(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args, **kwargs)
+
+        return run
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    write(folder, make_rows(40), shard_mb=1e-6, batch_size=1)
+
+
+def death(folder, at):
+    """Return the signal that ended such a process, and how many rows its manifest lists."""
+    child = os.fork()
+    if child == 0:
+        write_and_die(folder, at)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    has_manifest = (folder / "manifest.json").exists()
+    return os.WTERMSIG(status), len(read_manifest(folder).shards) if has_manifest else 0
+
+
+def main(parent):
+    """Kill at the operations 1 to 10 of a run, and 11 to 20."""
+    places = [*((parent / "first", at) for at in range(1, 11)), *((parent / "second", at) for at in range(11, 21))]
+    print(json.dumps([death(folder, at) for folder, at in places]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
