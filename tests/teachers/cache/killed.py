@@ -1,4 +1,4 @@
-"""Writes two caches in processes that are killed, ten times each, and prints how each ended and the rows then listed."""
+"""Writes two caches in processes that are killed, ten times each; prints how each ended, and the rows then listed."""
 
 import json
 import os

@@ -91,7 +91,7 @@ def test_top_tokens_are_those_of_the_teacher(tmp_path):
         expected = top_signal(batch_of([row]))
         assert ids_PK.shape[1] == K
         assert torch.equal(ids_PK, expected.ids_NK)
-        assert torch.allclose(log_p_PK, expected.log_p_NK, rtol=1e-6)  # scored in another batch
+        assert torch.allclose(log_p_PK, expected.log_p_NK, rtol=1e-5)  # scored in another batch
 
 
 def test_the_head_and_the_vocabulary_are_the_teachers(tmp_path):

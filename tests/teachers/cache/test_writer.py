@@ -46,7 +46,7 @@ def test_a_run_killed_at_any_of_its_file_operations_goes_on_without_a_row_wrong_
     assert len({n_rows for _, n_rows in deaths}) > 5
     for folder in (tmp_path / "first", tmp_path / "second"):
         rows = make_rows(40)
-        write(folder, rows, shard_mb=1e-6, batch_size=1)
+        write(folder, rows)
         assert_complete(folder, rows)
         assert not list(folder.glob("*.partial"))
 
