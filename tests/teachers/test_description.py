@@ -1,6 +1,7 @@
 """The description of a teacher in the model card."""
 
-from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
+from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
+from tests.teachers.cache.rows import K, make_rows, write
 
 
 class Unknown(Teacher):
@@ -30,3 +31,8 @@ def test_a_teacher_without_a_model_is_described_by_its_class():
 def test_a_teacher_behind_servers_is_described_by_the_served_name_and_where_they_listen():
     urls = ["http://127.0.0.1:9", "http://127.0.0.1:8"]
     assert describe(VLLMServerTeacher(urls, model="big")) == TeacherDescription("big", urls, 20)
+
+
+def test_a_cached_teacher_is_described_by_the_name_of_the_one_that_was_cached(tmp_path):
+    write(tmp_path, make_rows(3), kind="topk")
+    assert describe(CachedTeacher(tmp_path)) == TeacherDescription("oracle", (), K)

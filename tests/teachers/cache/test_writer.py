@@ -1,10 +1,6 @@
 """A cache is written once, by one process, whatever happens to it on the way."""
 
-import json
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from signal import SIGKILL
 
 import pytest
@@ -13,9 +9,9 @@ import torch
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.teachers.cache import CacheReader, CacheWriter, read_manifest
 from gkd_trainer.teachers.cache.shards import Shard
+from tests.teachers.cache.killed import death
 from tests.teachers.cache.rows import batch_of, hidden_signal, make_rows, sequence_of, source, states_of, write
 
-ROOT = Path(__file__).parents[3]
 ROWS = make_rows(12)
 
 
@@ -37,14 +33,11 @@ def assert_complete(folder, rows, dtype=torch.bfloat16):
 
 
 def test_a_run_killed_at_any_of_its_file_operations_goes_on_without_a_row_wrong_doubled_or_lost(tmp_path):
-    # A process of its own, since a fork of this one would have its threads' locks but not its threads.
-    command = [sys.executable, "-m", "tests.teachers.cache.killed", str(tmp_path)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    deaths = json.loads(finished.stdout)
+    folders = (tmp_path / "first", tmp_path / "second")
+    deaths = [death(folders[at > 10], at) for at in range(1, 21)]
     assert [signal for signal, _ in deaths] == [SIGKILL] * 20
     assert len({n_rows for _, n_rows in deaths}) > 5
-    for folder in (tmp_path / "first", tmp_path / "second"):
+    for folder in folders:
         rows = make_rows(40)
         write(folder, rows)
         assert_complete(folder, rows)
