@@ -18,7 +18,14 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, Teacher, VLLMServerTeacher, WeightedTeachers
+    from gkd_trainer.teachers import (
+        CachedTeacher,
+        FrozenTeacher,
+        RoutedTeachers,
+        Teacher,
+        VLLMServerTeacher,
+        WeightedTeachers,
+    )
     from gkd_trainer.trainer import GKDMixin, GKDTrainer
 
 __version__ = "0.1.0"
@@ -36,6 +43,7 @@ _MODULES = {
     "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
+    "CachedTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "RolloutEngine": "rollouts",
@@ -51,6 +59,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "CachedTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,14 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 
@@ -44,6 +52,24 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     except Exception as error:  # from_pretrained and the libraries below it may raise anything
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
+    return model
+
+
+def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a causal LM without its weights: they are on the meta device. Its configs are those that are stored.
+
+    Raises GKDConfigError if that fails.
+    """
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
+    kwargs = {"trust_remote_code": trust_remote_code, **place}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a malformed config fails in any way
+        raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
+    with contextlib.suppress(OSError):  # else transformers made it from the config
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **place)
     return model
 
 

@@ -15,6 +15,7 @@ from gkd_trainer.models.loading import (
     load_student,
     media_token_ids,
     name_of,
+    outline,
     refuse_prompt_learning,
     wrap_in_adapter,
 )
@@ -201,3 +202,17 @@ def test_tokens_of_other_media_are_those_that_the_config_names(tiny_model):
     assert media_token_ids(model) == frozenset()
     model.config.image_token_id, model.config.audio_token_index, model.config.video_token_id = 5, 6, None
     assert media_token_ids(model) == {5, 6}
+
+
+def test_the_outline_of_a_model_has_its_configs_and_no_weights(tiny_model, tmp_path):
+    model = tiny_model("qwen2", hidden=48)
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path)
+    empty = outline(str(tmp_path), {"dtype": "bfloat16"}, trust_remote_code=False)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    assert empty.generation_config.eos_token_id == [2, 7]
+    assert empty.config.hidden_size == 48
+    (tmp_path / "generation_config.json").unlink()
+    assert outline(str(tmp_path), None, trust_remote_code=False).generation_config.eos_token_id == 2
+    with pytest.raises(GKDConfigError, match="could not load the student from 'nowhere'"):
+        outline("nowhere", None, trust_remote_code=False)
