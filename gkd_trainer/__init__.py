@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
     from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, Teacher, VLLMServerTeacher
-    from gkd_trainer.trainer import GKDMixin, GKDTrainer
+    from gkd_trainer.trainer import GKDMixin, GKDTrainer, cache_predictions
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ _MODULES = {
     "VLLMColocateRollouts": "rollouts",
     "VLLMServerRollouts": "rollouts",
     "VLLMServerTeacher": "teachers",
+    "cache_predictions": "trainer",
     "generalized_jsd": "divergence",
     "linear_generalized_jsd": "divergence",
     "topk_generalized_jsd": "divergence",
@@ -69,6 +70,7 @@ __all__ = [
     "VLLMColocateRollouts",
     "VLLMServerRollouts",
     "VLLMServerTeacher",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",

@@ -28,6 +28,7 @@ NAMES = [
     "VLLMColocateRollouts",
     "VLLMServerRollouts",
     "VLLMServerTeacher",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",
