@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         VLLMServerTeacher,
         WeightedTeachers,
     )
-    from gkd_trainer.trainer import GKDMixin, GKDTrainer
+    from gkd_trainer.trainer import GKDMixin, GKDTrainer, cache_predictions
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ _MODULES = {
     "VLLMServerRollouts": "rollouts",
     "VLLMServerTeacher": "teachers",
     "WeightedTeachers": "teachers",
+    "cache_predictions": "trainer",
     "generalized_jsd": "divergence",
     "linear_generalized_jsd": "divergence",
     "topk_generalized_jsd": "divergence",
@@ -80,6 +81,7 @@ __all__ = [
     "VLLMServerRollouts",
     "VLLMServerTeacher",
     "WeightedTeachers",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",

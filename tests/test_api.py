@@ -30,6 +30,7 @@ NAMES = [
     "VLLMServerRollouts",
     "VLLMServerTeacher",
     "WeightedTeachers",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",

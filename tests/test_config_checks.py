@@ -446,3 +446,9 @@ def test_a_teacher_that_a_cache_replaces_is_refused(teacher):
     with pytest.raises(GKDConfigError, match="teacher_cache_dir replaces the teacher: leave teacher_model_name"):
         GKDArguments(**options)
     GKDArguments(**options, teacher_cache_miss="teacher")
+
+
+def test_a_cache_beside_several_teachers_is_refused():
+    for miss in ("error", "teacher"):
+        with pytest.raises(GKDConfigError, match="teacher_cache_dir holds the predictions of one teacher"):
+            GKDArguments(teacher_cache_dir="cache", teacher_cache_miss=miss, teachers={"math": "a/b"}, lmbda=0.0)

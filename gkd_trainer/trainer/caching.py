@@ -17,7 +17,7 @@ from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.build import find_stop_ids
 from gkd_trainer.teachers import CachedTeacher, Teacher, describe, shared_vocabulary_size
-from gkd_trainer.teachers.base import all_teachers
+from gkd_trainer.teachers.base import CompositeTeacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, Manifest, source_of
 from gkd_trainer.teachers.cache.format import Kind
 from gkd_trainer.teachers.prompt_scores import TokenSequence
@@ -74,6 +74,11 @@ def cache_predictions(
         raise GKDConfigError("only the data can be cached, not completions to come: set lmbda=0 and seq_kd=False")
     if any(isinstance(each, CachedTeacher) for each in all_teachers(teacher)):
         raise GKDTeacherError("the teacher to cache is a cache already: pass the teacher itself")
+    if isinstance(teacher, CompositeTeacher):
+        raise GKDTeacherError(
+            f"a cache holds the predictions of one teacher; got {type(teacher).__name__}: cache each of its teachers, "
+            "and combine the CachedTeachers"
+        )
     model = student if student is not None else teacher.model
     if model is None:
         raise GKDConfigError("a teacher behind a server needs the student, for which the rows are prepared: pass it")
@@ -93,7 +98,7 @@ def cache_predictions(
         shorter=shorter,
     ).prepared(dataset, "train", is_training=True)
     source = source_of(
-        teacher, tokenizer, name=describe(teacher).name, max_length=args.max_length, train_on=args.train_on
+        teacher, tokenizer, name=str(describe(teacher).name), max_length=args.max_length, train_on=args.train_on
     )
     kind = kind or ("hidden" if teacher.top_k is None else "topk")
     writer = CacheWriter(

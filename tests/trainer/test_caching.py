@@ -162,6 +162,8 @@ def test_what_can_not_be_cached_is_refused(cached, tiny_model, token_rows, tmp_p
         cached(batch_size=0)
     with pytest.raises(GKDTeacherError, match="is a cache already"):
         cached(CachedTeacher(cached()), name="other")
+    with pytest.raises(GKDTeacherError, match="predictions of one teacher; got RoutedTeachers"):
+        cached(RoutedTeachers({"own": FrozenTeacher(tiny_model(seed=1))}), name="other")
     with pytest.raises(GKDTeacherError, match="'topk' stores its top tokens"):
         cached(kind="topk", name="other")
     with pytest.raises(GKDDataError, match="none of the 2 rows can be used"):
