@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig
+from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig, RoutedTeachers
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.teachers.cache import read_manifest
 from gkd_trainer.trainer.caching import cache_predictions
