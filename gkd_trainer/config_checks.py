@@ -210,8 +210,8 @@ def check_cache(run: Run) -> None:
         )
     if args.teacher_cache_dir is not None and args.teachers is not None:
         raise GKDConfigError(
-            "teacher_cache_dir holds the predictions of one teacher, but teachers names several: set one of them, or pass "
-            "teacher=RoutedTeachers({name: CachedTeacher(folder), ...})"
+            "teacher_cache_dir holds the predictions of one teacher, but teachers names several: set one of them, or "
+            "pass teacher=RoutedTeachers({name: CachedTeacher(folder), ...})"
         )
     if (is_alone or run.has_only_cache) and args.generates_anywhere:
         option = "eval_on_policy=True" if not args.generates else "seq_kd=True" if args.seq_kd else "lmbda above 0"
