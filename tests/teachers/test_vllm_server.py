@@ -485,7 +485,7 @@ def test_a_server_without_a_tokenizer_is_taken_with_a_warning(make, proxy, caplo
     """What --skip-tokenizer-init answers; it makes a server several times faster."""
     body = b'{"error": {"message": "Tokenizer not available when `skip_tokenizer_init=True`", "code": 400}}'
     proxy.next(status(400, body), path="/tokenize")
-    with caplog.at_level(logging.WARNING, logger="gkd_trainer.teachers.vllm_server"):
+    with caplog.at_level(logging.WARNING, logger="gkd_trainer.teachers.served"):
         make(checks=True)
     [record] = caplog.records
     assert f"{proxy.base_url} runs without a tokenizer" in record.message
