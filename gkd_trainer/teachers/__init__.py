@@ -4,11 +4,13 @@ from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
 
 __all__ = [
     "FrozenTeacher",
+    "HiddenStateServerTeacher",
     "Teacher",
     "TeacherDescription",
     "VLLMServerTeacher",

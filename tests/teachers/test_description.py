@@ -1,6 +1,13 @@
 """The description of a teacher in the model card."""
 
-from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
+from gkd_trainer.teachers import (
+    FrozenTeacher,
+    HiddenStateServerTeacher,
+    Teacher,
+    TeacherDescription,
+    VLLMServerTeacher,
+    describe,
+)
 
 
 class Unknown(Teacher):
@@ -30,3 +37,9 @@ def test_a_teacher_without_a_model_is_described_by_its_class():
 def test_a_teacher_behind_servers_is_described_by_the_served_name_and_where_they_listen():
     urls = ["http://127.0.0.1:9", "http://127.0.0.1:8"]
     assert describe(VLLMServerTeacher(urls, model="big")) == TeacherDescription("big", urls, 20)
+
+
+def test_a_teacher_of_hidden_states_is_described_by_its_checkpoint(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    url = "http://127.0.0.1:9"
+    assert describe(HiddenStateServerTeacher(url, tmp_path)) == TeacherDescription(str(tmp_path), [url], None)
