@@ -15,6 +15,7 @@ from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 
 TeacherModel = PreTrainedModel | PeftModel | PeftMixedModel | nn.Module | str | os.PathLike[str]
@@ -41,6 +42,8 @@ def build_teacher(
     """
     name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
     _require_one(teacher, teacher_model, name, urls)
+    if urls is not None and args.teacher_server_signal == "hidden_states":
+        return _hidden_state_teacher(args, urls, trust_remote_code)
     source = teacher_model if teacher_model is not None else name
     if teacher is None and isinstance(source, str | os.PathLike):
         init_kwargs = cast("dict[str, Any] | None", args.teacher_model_init_kwargs)  # JSON is parsed already
@@ -68,6 +71,22 @@ def build_teacher(
         server_timeout=args.vllm_server_timeout,
         request_timeout=args.vllm_request_timeout,
         checks=args.teacher_server_checks,
+    )
+
+
+def _hidden_state_teacher(args: GKDArguments, urls: str | list[str], trust_remote_code: bool) -> Teacher:
+    init_kwargs = dict(cast("dict[str, Any] | None", args.teacher_model_init_kwargs) or {})  # JSON is parsed already
+    assert args.teacher_model_name_or_path is not None  # the configuration has checked it
+    return HiddenStateServerTeacher(
+        urls,
+        args.teacher_model_name_or_path,
+        dtype=args.teacher_server_dtype,
+        api_token=args.teacher_server_api_token,
+        server_timeout=args.vllm_server_timeout,
+        request_timeout=args.vllm_request_timeout,
+        checks=args.teacher_server_checks,
+        trust_remote_code=init_kwargs.pop("trust_remote_code", trust_remote_code),
+        init_kwargs=init_kwargs,
     )
 
 
