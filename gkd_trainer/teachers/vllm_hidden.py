@@ -267,8 +267,13 @@ class HiddenStateServerTeacher(Teacher):
         narrowest = exact.pop() if len(exact) == 1 else "float32"
         if self._requested_dtype == "auto":
             return narrowest
-        dtype = STATE_DTYPES[self._requested_dtype]
-        if any(not torch.equal(states_PH.to(dtype).float(), states_PH) for states_PH in states):
+        rounded = [states_PH.to(STATE_DTYPES[self._requested_dtype]).float() for states_PH in states]
+        if not all(torch.isfinite(each_PH).all() for each_PH in rounded):
+            raise GKDTeacherError(
+                f"the teacher's hidden states are too large for {self._requested_dtype}: send them in bfloat16 or "
+                "float32 (dtype, or teacher_server_dtype)"
+            )
+        if not all(map(torch.equal, rounded, states)):
             logger.warning(
                 "The teacher's hidden states are %s, and are rounded to %s on the way: a student close to its teacher "
                 "then gets a less exact gradient.",

@@ -249,6 +249,13 @@ def test_fp8_is_sent_where_it_is_asked_for(make, hidden_proxy, served_model, dty
     assert (signal.hidden_NH.float() - expected_NH).norm() < tolerance * expected_NH.norm()
 
 
+def test_a_dtype_that_can_not_hold_the_states_is_refused(make, hidden_proxy):
+    hidden_proxy.next(with_states(lambda states: 1e6 * states), times=None, path=STATES)
+    with pytest.raises(GKDTeacherError, match="hidden states are too large for float16: send them in bfloat16"):
+        make(dtype="float16")
+    assert make(dtype="bfloat16").dtype == "bfloat16"
+
+
 # What can't be scored.
 
 
