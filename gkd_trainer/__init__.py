@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gkd_trainer.teachers import (
         CachedTeacher,
         FrozenTeacher,
+        HiddenStateServerTeacher,
         RoutedTeachers,
         Teacher,
         VLLMServerTeacher,
@@ -46,6 +47,7 @@ _MODULES = {
     "CachedTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
+    "HiddenStateServerTeacher": "teachers",
     "RolloutEngine": "rollouts",
     "RoutedTeachers": "teachers",
     "Teacher": "teachers",
@@ -74,6 +76,7 @@ __all__ = [
     "GKDTeacherError",
     "GKDTrainer",
     "HFRollouts",
+    "HiddenStateServerTeacher",
     "RolloutEngine",
     "RoutedTeachers",
     "Teacher",

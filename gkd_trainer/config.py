@@ -211,7 +211,7 @@ class GKDArguments(HidesSecrets):
     teacher_top_k: int | None = _option(
         None,
         "Compare over this many of the teacher's most probable tokens, and one bucket for all others. By default "
-        "over the whole vocabulary, and over 20 tokens for a teacher behind a server.",
+        "over the whole vocabulary, and over 20 tokens for servers that send top tokens.",
     )
     teacher_tail: str = _option(
         "bucket",
@@ -237,6 +237,18 @@ class GKDArguments(HidesSecrets):
         None,
         "URLs of ordinary vLLM servers of the teacher, such as http://127.0.0.1:8001, as a list or separated by "
         "commas. They replace a teacher model.",
+    )
+    teacher_server_signal: str = _option(
+        "top_k",
+        "What the teacher's servers send: 'top_k' is the log-probs of its most probable tokens; 'hidden_states' is its "
+        "final hidden states, which give the whole distribution with the head of teacher_model_name_or_path, the "
+        "checkpoint that is served.",
+        ["top_k", "hidden_states"],
+    )
+    teacher_server_dtype: str = _option(
+        "auto",
+        "The dtype in which hidden states are sent; 'auto' is the narrowest that holds them exactly.",
+        ["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"],
     )
     teacher_server_api_token: str | None = _option(None, "API key that the teacher's servers were started with.")
     teacher_server_checks: bool = _option(

@@ -179,7 +179,8 @@ def check_loss_temperature(run: Run) -> None:
     A configuration shows such a teacher by its servers or by teacher_top_k; the trainer knows of others.
     """
     args = run.args
-    has_top_tokens = run.has_top_tokens or args.teacher_server_base_url or args.teacher_top_k is not None
+    sends_top_tokens = args.teacher_server_base_url and args.teacher_server_signal == "top_k"
+    has_top_tokens = run.has_top_tokens or sends_top_tokens or args.teacher_top_k is not None
     if has_top_tokens:
         check_top_k_temperature(args.loss_temperature, "loss_temperature")
 
@@ -255,8 +256,30 @@ def _check_servers(args: Any) -> None:
         )
     if args.vllm_weight_sync == "nccl" and not args.uses_vllm_server:
         raise GKDConfigError("vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'")
-    if args.teacher_server_base_url and args.teacher_model_name_or_path is not None:
-        raise GKDConfigError("got both teacher_server_base_url and teacher_model_name_or_path: set one of them")
+    _check_teacher_servers(args)
+
+
+def _check_teacher_servers(args: Any) -> None:
+    if args.teacher_server_signal == "top_k":
+        if args.teacher_server_base_url and args.teacher_model_name_or_path is not None:
+            raise GKDConfigError(
+                "got both teacher_server_base_url and teacher_model_name_or_path: set one of them, or "
+                "teacher_server_signal='hidden_states', which needs both"
+            )
+        return
+    missing = [
+        name for name in ("teacher_server_base_url", "teacher_model_name_or_path") if getattr(args, name) is None
+    ]
+    if missing:
+        raise GKDConfigError(
+            "teacher_server_signal='hidden_states' needs the teacher's servers and the checkpoint that they serve, "
+            f"whose head is read here: set {' and '.join(missing)}"
+        )
+    if args.teacher_top_k is not None:
+        raise GKDConfigError(
+            f"teacher_top_k={args.teacher_top_k} has no effect under teacher_server_signal='hidden_states', which "
+            "gives the whole distribution: leave it out, or set teacher_server_signal='top_k'"
+        )
 
 
 def _check_several_teachers(args: Any) -> None:

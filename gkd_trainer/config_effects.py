@@ -98,6 +98,11 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
     ),
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
     ("teacher_cache_miss", "teacher_cache_dir", lambda run: run.args.teacher_cache_dir is not None),
+    (
+        "teacher_server_dtype",
+        "teacher_server_signal='hidden_states'",
+        lambda run: run.args.teacher_server_signal == "hidden_states",
+    ),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
     (

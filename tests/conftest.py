@@ -55,7 +55,7 @@ from transformers import (
     set_seed,
 )
 
-from tests.serving import FaultyProxy, VLLMProcess
+from tests.serving import HIDDEN_STATES, FaultyProxy, VLLMProcess
 
 # Shells make background processes ignore the first two, and nohup the third; what tests start would inherit that.
 for _number, _handler in (
@@ -123,7 +123,7 @@ _VLLM_FILES = {"test_vllm_colocate.py", "test_vllm_nccl.py", "test_vllm_own_serv
 def pytest_collection_modifyitems(items):
     """Mark what needs vLLM: the tests of its engines, and those that take its server."""
     for item in items:
-        takes_server = "vllm_server" in getattr(item, "fixturenames", ())
+        takes_server = {"vllm_server", "hidden_server"} & {*getattr(item, "fixturenames", ())}
         if takes_server or item.path.name in _VLLM_FILES:
             item.add_marker(pytest.mark.vllm)
 
@@ -265,6 +265,22 @@ def vllm_server(served_dir, tmp_path_factory):
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def hidden_server(served_dir, tmp_path_factory):
+    """A vLLM server that returns the hidden states of `served_dir` in float32, one for the whole run."""
+    server = VLLMProcess(served_dir, tmp_path_factory.mktemp("vllm-hidden") / "server.log", *HIDDEN_STATES)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def hidden_proxy(hidden_server):
+    """A proxy before `hidden_server` that can be told to answer wrongly."""
+    with FaultyProxy(hidden_server.base_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture

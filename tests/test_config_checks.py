@@ -61,6 +61,12 @@ OUT_OF_RANGE = [
     ("teacher_top_k", [0], "at least 1"),
     ("teacher_tail", ["drop"], "one of 'bucket', 'renormalize'"),
     ("teacher_cache_miss", ["live", "Teacher"], "one of 'error', 'teacher'"),
+    ("teacher_server_signal", ["logits"], "one of 'top_k', 'hidden_states'"),
+    (
+        "teacher_server_dtype",
+        ["int8"],
+        "one of 'auto', 'float32', 'bfloat16', 'float16', 'fp8_e4m3', 'fp8_e5m2'",
+    ),
 ]
 
 
@@ -353,6 +359,11 @@ def test_another_loss_of_sft_is_refused(config_of, loss_type):
     config_of(MyConfig, loss_type="nll")
 
 
+HIDDEN_STATES = {
+    "teacher_server_base_url": "http://a:1",
+    "teacher_server_signal": "hidden_states",
+    "teacher_model_name_or_path": "a/teacher",
+}
 SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:8000"}
 
 
@@ -366,8 +377,21 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
         ({"vllm_weight_sync": "nccl"}, "'nccl' sends weights to a server"),
         (
             {"teacher_server_base_url": "http://a:1", "teacher_model_name_or_path": "a/teacher"},
-            "got both teacher_server_base_url and teacher_model_name_or_path",
+            "got both teacher_server_base_url and teacher_model_name_or_path.*or teacher_server_signal='hidden_states'",
         ),
+        (
+            {"teacher_server_signal": "hidden_states"},
+            "'hidden_states' needs .*: set teacher_server_base_url and teacher_model_name_or_path$",
+        ),
+        (
+            {"teacher_server_signal": "hidden_states", "teacher_model_name_or_path": "a/teacher"},
+            "set teacher_server_base_url$",
+        ),
+        (
+            {"teacher_server_signal": "hidden_states", "teacher_server_base_url": "http://a:1"},
+            "set teacher_model_name_or_path$",
+        ),
+        ({**HIDDEN_STATES, "teacher_top_k": 5}, "teacher_top_k=5 has no effect under teacher_server_signal='hidden_st"),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
         ({"vllm_max_model_length": 512}, r"vllm_max_model_length \(512\) must be at least max_length \(1024\)"),
@@ -385,6 +409,12 @@ def test_urls_come_as_a_list_or_separated_by_commas():
     urls = ["http://a:1", "https://b"]
     assert GKDArguments(**{**SERVER, "vllm_server_base_url": urls}).vllm_server_base_url == urls
     assert GKDArguments(**{**SERVER, "vllm_server_base_url": "http://a:1,https://b"}).vllm_server_base_url == urls
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_hidden_states_of_servers_take_any_loss_temperature(temperature):
+    args = GKDArguments(**HIDDEN_STATES, loss_temperature=temperature)
+    check_loss_temperature(Run(args, has_top_tokens=False))
 
 
 @pytest.mark.parametrize("options", [{}, {"lmbda": 0.0, "eval_on_policy": True}])

@@ -103,6 +103,25 @@ def test_cached_example_prints_the_size_of_the_cache_and_trains_from_it(run, cap
     assert (output_dir / "model.safetensors").exists()
 
 
+def test_hidden_server_teacher_example_prints_the_divergence_over_all_tokens(run, capsys, hidden_server, served_dir):
+    teacher = ("--teacher", served_dir, "--teacher_url", hidden_server.base_url)
+    run(
+        "hidden_server_teacher",
+        "--student",
+        served_dir,
+        "--max_new_tokens",
+        8,
+        "--learning_rate",
+        1e-3,
+        teacher=teacher,
+    )
+    printed = capsys.readouterr().out
+    assert "The server sent float32 hidden states for 368 tokens" in printed
+    divergences = [float(value) for value in re.findall(r"step \d: (-?\d\.\d+)", printed)]
+    assert divergences[0] == 0.0  # student and teacher are one model before the first update
+    assert len(divergences) == 2
+
+
 def test_lora_example_saves_only_the_adapter_and_generates_with_it(run, capsys):
     output_dir = run("lora_student", "--max_new_tokens", 8, "--rank", 4)
     assert (output_dir / "adapter_model.safetensors").exists()

@@ -7,6 +7,7 @@ from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.frozen import FrozenTeacher
 from gkd_trainer.teachers.router import RoutedTeachers
 from gkd_trainer.teachers.several import SeveralTeachers, several_in
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
 from gkd_trainer.teachers.weighted import WeightedTeachers
@@ -14,6 +15,7 @@ from gkd_trainer.teachers.weighted import WeightedTeachers
 __all__ = [
     "CachedTeacher",
     "FrozenTeacher",
+    "HiddenStateServerTeacher",
     "RoutedTeachers",
     "SeveralTeachers",
     "Teacher",

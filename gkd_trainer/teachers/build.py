@@ -17,6 +17,7 @@ from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
 from gkd_trainer.teachers.router import RoutedTeachers
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.weighted import WeightedTeachers
 
@@ -67,6 +68,8 @@ def _live_teacher(
     _require_one(teacher, teacher_model, name, urls, paths)
     if paths is not None:
         return _several(args, paths, trust_remote_code)
+    if urls is not None and args.teacher_server_signal == "hidden_states":
+        return _hidden_state_teacher(args, urls, trust_remote_code)
     source = teacher_model if teacher_model is not None else name
     if teacher is None and isinstance(source, str | os.PathLike):
         init_kwargs = cast("dict[str, Any] | None", args.teacher_model_init_kwargs)  # JSON is parsed already
@@ -107,6 +110,22 @@ def _several(args: GKDArguments, paths: dict[str, str], trust_remote_code: bool)
     if weights is not None:
         return WeightedTeachers(teachers, weights, offload=args.teacher_offload)
     return RoutedTeachers(teachers, column=args.teacher_column, offload=args.teacher_offload)
+
+
+def _hidden_state_teacher(args: GKDArguments, urls: str | list[str], trust_remote_code: bool) -> Teacher:
+    init_kwargs = dict(cast("dict[str, Any] | None", args.teacher_model_init_kwargs) or {})  # JSON is parsed already
+    assert args.teacher_model_name_or_path is not None  # the configuration has checked it
+    return HiddenStateServerTeacher(
+        urls,
+        args.teacher_model_name_or_path,
+        dtype=args.teacher_server_dtype,
+        api_token=args.teacher_server_api_token,
+        server_timeout=args.vllm_server_timeout,
+        request_timeout=args.vllm_request_timeout,
+        checks=args.teacher_server_checks,
+        trust_remote_code=init_kwargs.pop("trust_remote_code", trust_remote_code),
+        init_kwargs=init_kwargs,
+    )
 
 
 def _require_one(

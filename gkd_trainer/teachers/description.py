@@ -10,6 +10,7 @@ from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.weighted import WeightedTeachers
 
@@ -30,6 +31,11 @@ class TeacherDescription:
 def describe(teacher: Teacher) -> TeacherDescription:
     """Return a teacher's description; register a function for a class that has more than its model's name."""
     return TeacherDescription(name_of(teacher.model) or type(teacher.model or teacher).__name__, (), teacher.top_k)
+
+
+@describe.register
+def _(teacher: HiddenStateServerTeacher) -> TeacherDescription:
+    return TeacherDescription(teacher.checkpoint, teacher.base_urls, teacher.top_k)
 
 
 @describe.register

@@ -8,6 +8,7 @@ from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.teachers import (
     CachedTeacher,
     FrozenTeacher,
+    HiddenStateServerTeacher,
     RoutedTeachers,
     VLLMServerTeacher,
     WeightedTeachers,
@@ -73,6 +74,23 @@ def test_names_by_name_become_several_teachers_with_the_options(folder):
     weighted = build_teacher(GKDArguments(teachers=paths, teacher_weights={"code": 1, "math": 3}))
     assert isinstance(weighted, WeightedTeachers)
     assert weighted.weights == {"math": 0.75, "code": 0.25}
+
+
+def test_servers_of_hidden_states_become_a_teacher_with_the_head_of_the_named_checkpoint(folder, tiny_model):
+    options = {
+        "teacher_server_base_url": [URL, "http://127.0.0.1:8"],
+        "teacher_server_signal": "hidden_states",
+        "teacher_model_name_or_path": str(folder),
+    }
+    teacher = build_teacher(GKDArguments(**options, teacher_model_init_kwargs={"local_files_only": True}))
+    assert isinstance(teacher, HiddenStateServerTeacher)
+    assert teacher.base_urls == options["teacher_server_base_url"]
+    assert (teacher.checkpoint, teacher.top_k) == (str(folder), None)
+    assert teacher.vocab_size == len(tiny_model().lm_head.weight)
+    with pytest.raises(GKDTeacherError, match=r"can only say where it is stored .*; got dtype: give the others"):
+        build_teacher(GKDArguments(**options, teacher_model_init_kwargs={"dtype": "bfloat16"}))
+    with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
+        build_teacher(GKDArguments(**options), teacher_model=tiny_model())
 
 
 def test_no_teacher_is_refused():

@@ -3,6 +3,7 @@
 from gkd_trainer.teachers import (
     CachedTeacher,
     FrozenTeacher,
+    HiddenStateServerTeacher,
     RoutedTeachers,
     Teacher,
     TeacherDescription,
@@ -55,3 +56,9 @@ def test_several_teachers_are_described_by_their_names_and_weights():
 def test_a_cached_teacher_is_described_by_the_name_of_the_one_that_was_cached(tmp_path):
     write(tmp_path, make_rows(3), kind="topk")
     assert describe(CachedTeacher(tmp_path)) == TeacherDescription("oracle", (), K)
+
+
+def test_a_teacher_of_hidden_states_is_described_by_its_checkpoint(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    url = "http://127.0.0.1:9"
+    assert describe(HiddenStateServerTeacher(url, tmp_path)) == TeacherDescription(str(tmp_path), [url], None)
