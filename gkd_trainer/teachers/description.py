@@ -57,5 +57,6 @@ def _(teacher: SeveralTeachers) -> TeacherDescription:
     return TeacherDescription(names, urls, teacher.top_k)
 
 
+@describe.register
 def _(teacher: CachedTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)

@@ -130,6 +130,7 @@ def devices(model):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_only_one_teacher_is_there_at_a_time_and_scores_do_not_change(tiny_model):
     cuda = torch.device("cuda")
     batch = {"input_ids": torch.arange(12, device=cuda).reshape(2, 6)}

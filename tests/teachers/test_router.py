@@ -7,7 +7,7 @@ from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import GroupedSignal, HiddenSignal, TopKSignal, scored_positions
 from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, Teacher, VLLMServerTeacher, WeightedTeachers
-from gkd_trainer.teachers.vllm_server import _Served
+from gkd_trainer.teachers.served import _Served
 from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 
 CPU = torch.device("cpu")
