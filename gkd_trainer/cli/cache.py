@@ -10,7 +10,7 @@ from gkd_trainer.cli.cache_options import parse
 from gkd_trainer.cli.train_options import refusing_as_configuration
 from gkd_trainer.quiet import quiet_imports
 
-SUMMARY = "write a teacher's predictions for a data set to disk, to train from"
+SUMMARY = "write a teacher's predictions to disk, to train from"
 
 
 def run(arguments: Sequence[str]) -> None:
