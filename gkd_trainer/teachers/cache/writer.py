@@ -29,6 +29,7 @@ from gkd_trainer.teachers.cache.format import (
     ShardEntry,
     file_digest,
     read_manifest,
+    tensor_digest,
     write_aside,
     write_manifest,
 )
@@ -97,6 +98,7 @@ class CacheWriter:
         self._manifest: Manifest | None = None
         self._shared: SharedTensors | None = None
         self._head: Head | None = None
+        self._is_head_checked = False
         try:
             self._resume()
         except BaseException:
@@ -187,7 +189,7 @@ class CacheWriter:
 
     def _finish(self) -> None:
         self._flush()
-        if self._manifest is None:
+        if self._manifest is None or not self._manifest.shards:
             raise GKDDataError("expected at least one row with tokens to train on; there was none, so no cache is made")
         if not self._manifest.is_complete:
             self._manifest = self._manifest.model_copy(update={"is_complete": True})
@@ -200,6 +202,8 @@ class CacheWriter:
             self._manifest = self._begin()
         manifest, shared = self._manifest, self._shared
         assert shared is not None
+        if not self._is_head_checked:
+            self._check_head(shared)
         first = self._waiting[0][1]
         _require_same(self._folder, "dtype", manifest.dtype, dtype_of(first, self._kind))
         _require_same(self._folder, "top_k" if self._kind == "topk" else "width", manifest.width, first[0].shape[1])
@@ -210,6 +214,15 @@ class CacheWriter:
         self._manifest = manifest.model_copy(update={"shards": (*manifest.shards, entry), "is_complete": False})
         write_manifest(self._folder, self._manifest)
         self._waiting, self._waiting_bytes = [], 0
+
+    def _check_head(self, shared: SharedTensors) -> None:
+        """Raise GKDTeacherError if a continued cache has another head: a server's weights have no digest."""
+        if shared.head is not None and self._head is not None:
+            given, cached = (each.weight_VH.detach().cpu() for each in (self._head, shared.head))
+            _require_same(
+                self._folder, "head", (*cached.shape, tensor_digest(cached)), (*given.shape, tensor_digest(given))
+            )
+        self._is_head_checked = True
 
     def _begin(self) -> Manifest:
         """Write the files that all rows share, and return a manifest without rows."""
