@@ -176,6 +176,6 @@ def test_a_default_max_length_gives_way_to_the_shorter_context(cached, tiny_mode
 
 @pytest.mark.parametrize("column", ["teacher_index", "pixel_values"])
 def test_rows_whose_predictions_depend_on_more_than_their_tokens_are_refused(cached, token_rows, column):
-    rows = token_rows(4).add_column(column, [None, 1, 1, 1])
+    rows = token_rows(4).add_column(column, [0, 1, 1, 1])
     with pytest.raises(GKDDataError, match=f"rows of the data to cache have {column}, but a cache holds one teacher"):
         cached(rows=rows)

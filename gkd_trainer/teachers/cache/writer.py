@@ -202,11 +202,11 @@ class CacheWriter:
             self._manifest = self._begin()
         manifest, shared = self._manifest, self._shared
         assert shared is not None
-        if not self._is_head_checked:
-            self._check_head(shared)
         first = self._waiting[0][1]
         _require_same(self._folder, "dtype", manifest.dtype, dtype_of(first, self._kind))
         _require_same(self._folder, "top_k" if self._kind == "topk" else "width", manifest.width, first[0].shape[1])
+        if not self._is_head_checked:
+            self._check_head(shared)
         codec = codec_of(manifest, shared)
         rows = [_encoded(sequence, values, codec, manifest.compression) for sequence, values in self._waiting]
         number = max((int(entry.file[5:10]) for entry in manifest.shards), default=-1) + 1
