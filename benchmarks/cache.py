@@ -27,7 +27,7 @@ from typing import Any
 
 from pair import announce, fitting_conversations, in_turns, load, our_trainer, parser, pin, ratio, table, tokenizer_of
 
-ARGUMENTS = {"per_device_train_batch_size": 4, "max_length": 512, "max_new_tokens": 8, "lmbda": 0.0}
+ARGUMENTS: dict[str, Any] = {"per_device_train_batch_size": 4, "max_length": 512, "max_new_tokens": 8, "lmbda": 0.0}
 TOKENS_FOR_ERRORS = 128
 DIVERGENCE = 0.02
 
@@ -103,7 +103,7 @@ def print_kinds(options: Any, made: Mapping[str, Cached]) -> None:
 
 def scoring(teacher: Any, batches: Sequence[Any]) -> Callable[[], float]:
     """Return a function that scores the batches, and returns the seconds."""
-    teacher.prepare(batches[0].labels_BL.device)
+    teacher.prepare(batches[0].labels_BL.device, max_length=ARGUMENTS["max_length"])
 
     def score() -> float:
         began = time.process_time()
