@@ -12,7 +12,7 @@ from torch import nn
 from transformers.utils.logging import tqdm
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.build import find_stop_ids
@@ -23,12 +23,16 @@ from gkd_trainer.teachers.cache.format import Kind
 from gkd_trainer.teachers.prompt_scores import TokenSequence
 from gkd_trainer.trainer.pairing import fitted_into, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, MEDIA_INPUTS, TEACHER_INDEX, TEACHER_PROMPT_IDS, TokenBatch
 
 logger = logging.getLogger(__name__)
 
 _SORTED_BATCHES = 16
 """Batches whose rows are sorted by length together, so that a batch has little padding."""
+
+
+_MORE_THAN_TOKENS = MEDIA_INPUTS | {"image", "images", "videos", TEACHER_INDEX, TEACHER_PROMPT_IDS}
+"""Columns on which a teacher's predictions may depend beside the tokens."""
 
 
 def cache_predictions(
@@ -125,6 +129,12 @@ def _new_rows(rows: Any, writer: CacheWriter, *, is_quiet: bool) -> Iterator[dic
     """Yield token ids and labels of the rows that the cache lacks."""
     total = len(rows) if hasattr(rows, "__len__") else None
     for row in tqdm(rows, desc="Caching", total=total, disable=is_quiet):
+        if unread := sorted(name for name in _MORE_THAN_TOKENS & row.keys() if row[name] is not None):
+            raise GKDDataError(
+                f"rows of the data to cache have {', '.join(unread)}, but a cache holds one teacher's predictions for "
+                "the row's own tokens alone: remove the column and cache each teacher by itself, or train with the "
+                "teacher in this process"
+            )
         ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
         sequence = _sequence(ids, labels)
         if sequence is not None and not writer.has(sequence):

@@ -174,3 +174,10 @@ def test_a_default_max_length_gives_way_to_the_shorter_context(cached, tiny_mode
     model = tiny_model(hidden=48, seed=1, max_position_embeddings=32)
     cached(FrozenTeacher(model), max_length=GKDConfig.max_length)
     assert read_manifest(tmp_path / "cache").source.max_length == 32
+
+
+@pytest.mark.parametrize("column", ["teacher_index", "pixel_values"])
+def test_rows_whose_predictions_depend_on_more_than_their_tokens_are_refused(cached, token_rows, column):
+    rows = token_rows(4).add_column(column, [0, 1, 1, 1])
+    with pytest.raises(GKDDataError, match=f"rows of the data to cache have {column}, but a cache holds one teacher"):
+        cached(rows=rows)

@@ -210,6 +210,11 @@ def weights_digest(model: nn.Module) -> str | None:
     return found.hexdigest()
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """Return a digest of the values and the dtype of a tensor."""
+    return digest(dtype_name(tensor.dtype).encode() + tensor_bytes(tensor))
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor, in its dtype."""
     flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

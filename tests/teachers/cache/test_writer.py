@@ -114,6 +114,16 @@ def test_another_kind_dtype_or_number_of_top_tokens_is_refused(tmp_path):
     assert_complete(tmp_path / "hidden", ROWS[:3])
 
 
+def test_another_head_is_refused(tmp_path):
+    write(tmp_path, ROWS[:3])
+    batch = batch_of(ROWS[3:])
+    signal = hidden_signal(batch, torch.bfloat16)
+    signal.head.weight_VH[5, 5] += 1
+    with pytest.raises(GKDTeacherError, match="another head"), CacheWriter(tmp_path, source()) as writer:
+        writer.add(batch, signal)
+    assert_complete(tmp_path, ROWS[:3])
+
+
 def test_damaged_shards_are_scored_again(tmp_path, caplog):
     write(tmp_path, ROWS, shard_mb=1e-6)
     manifest = read_manifest(tmp_path)
