@@ -35,6 +35,13 @@ def start_token_id(model: nn.Module) -> int:
     return int(first[0, 0])
 
 
+def has_fixed_start(model: nn.Module) -> bool:
+    """Return whether an encoder-decoder puts the same token before all labels; mBART puts the last label there."""
+    known = (_stand_in(model), getattr(model.config, "pad_token_id", None))
+    other = next(token_id for token_id in range(3) if token_id not in known)
+    return int(_shifted(model, torch.tensor([[other]]))[0, 0]) == start_token_id(model)
+
+
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return a collated batch with the decoder inputs that an encoder-decoder makes from labels; else as it is.
 

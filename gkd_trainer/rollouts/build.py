@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.models.decoders import is_encoder_decoder, start_token_id
+from gkd_trainer.models.decoders import has_fixed_start, is_encoder_decoder, start_token_id
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.hf import HFRollouts
@@ -62,8 +62,15 @@ def refuse_engine(engine: RolloutEngine | None, args: GKDArguments, student: nn.
             "encoder by itself, whose weights would not be gathered. Generate nothing (lmbda=0, seq_kd=False, "
             "eval_on_policy=False), or use DDP"
         )
+    if not args.generates_anywhere:
+        return
+    if not has_fixed_start(student):
+        raise GKDConfigError(
+            f"{name} puts the last label of a sample before the first, so the start token of a completion is unknown "
+            "until it is generated: generate nothing (lmbda=0, seq_kd=False, eval_on_policy=False)"
+        )
     own_start = getattr(getattr(student, "generation_config", None), "decoder_start_token_id", None)
-    if args.generates_anywhere and own_start is not None and own_start != start_token_id(student):
+    if own_start is not None and own_start != start_token_id(student):
         raise GKDConfigError(
             f"{name} starts to generate with token {own_start} (decoder_start_token_id in its generation_config), but "
             f"trains its labels behind token {start_token_id(student)}: set decoder_start_token_id to the same in its "

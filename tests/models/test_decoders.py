@@ -11,7 +11,13 @@ from transformers import (
 )
 
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.models.decoders import in_label_columns, is_encoder_decoder, start_token_id, with_decoder_inputs
+from gkd_trainer.models.decoders import (
+    has_fixed_start,
+    in_label_columns,
+    is_encoder_decoder,
+    start_token_id,
+    with_decoder_inputs,
+)
 from gkd_trainer.types import IGNORE_INDEX
 
 X = IGNORE_INDEX
@@ -56,6 +62,12 @@ def test_the_start_token_is_that_of_the_models_own_shift(tiny_encoder_decoder, m
     assert [start_token_id(tiny_encoder_decoder(family)) for family in FAMILIES] == [0, 0, 0, 2]
     assert start_token_id(mbart) == 2  # the label that it is given
     assert start_token_id(m2m100) == 2
+
+
+def test_a_start_token_is_fixed_unless_it_is_the_last_label(tiny_encoder_decoder, mbart, m2m100):
+    assert all(has_fixed_start(tiny_encoder_decoder(family)) for family in FAMILIES)
+    assert has_fixed_start(m2m100)
+    assert not has_fixed_start(mbart)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import MBartConfig, MBartForConditionalGeneration
 
 from gkd_trainer import GKDArguments
 from gkd_trainer.errors import GKDConfigError
@@ -67,6 +68,11 @@ def test_an_encoder_decoder_generates_with_transformers_unsharded(tiny_encoder_d
     server = VLLMServerRollouts.__new__(VLLMServerRollouts)
     with pytest.raises(GKDConfigError, match="vLLM only generates with causal LMs here: set use_vllm=False"):
         refuse_engine(server, on_policy, model, is_sharded=False)
+    sizes = {"d_model": 8, "vocab_size": 9, "encoder_layers": 1, "decoder_layers": 1}
+    mbart = MBartForConditionalGeneration(MBartConfig(**sizes, encoder_attention_heads=1, decoder_attention_heads=1))
+    refuse_engine(None, GKDArguments(lmbda=0.0), mbart, is_sharded=False)
+    with pytest.raises(GKDConfigError, match=r"puts the last label of a sample before the first.*generate nothing"):
+        refuse_engine(None, on_policy, mbart, is_sharded=False)
     with pytest.raises(GKDConfigError, match=r"whose weights are sharded .*Generate nothing \(lmbda=0"):
         refuse_engine(None, on_policy, model, is_sharded=True)
 
