@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+    from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, Teacher, VLLMServerTeacher, WeightedTeachers
     from gkd_trainer.trainer import GKDMixin, GKDTrainer
 
 __version__ = "0.1.0"
@@ -39,10 +39,12 @@ _MODULES = {
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "RolloutEngine": "rollouts",
+    "RoutedTeachers": "teachers",
     "Teacher": "teachers",
     "VLLMColocateRollouts": "rollouts",
     "VLLMServerRollouts": "rollouts",
     "VLLMServerTeacher": "teachers",
+    "WeightedTeachers": "teachers",
     "generalized_jsd": "divergence",
     "linear_generalized_jsd": "divergence",
     "topk_generalized_jsd": "divergence",
@@ -63,10 +65,12 @@ __all__ = [
     "GKDTrainer",
     "HFRollouts",
     "RolloutEngine",
+    "RoutedTeachers",
     "Teacher",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",
     "VLLMServerTeacher",
+    "WeightedTeachers",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",

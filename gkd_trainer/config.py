@@ -219,6 +219,20 @@ class GKDArguments(HidesSecrets):
         "leaves them out on both sides.",
         list(TAILS),
     )
+    teachers: dict[str, Any] | str | None = _option(
+        None,
+        "Several teachers: the name on the hub or the folder of each by a name of your own, such as "
+        '{"math": "my/math", "code": "my/code"}, as a dictionary or JSON. They replace a single teacher.',
+    )
+    teacher_column: str = _option("teacher", "The column that holds the name of each row's teacher, one of teachers.")
+    teacher_weights: dict[str, Any] | str | None = _option(
+        None,
+        'Weights (> 0) of teachers by name, such as {"math": 2, "code": 1}, as a dictionary or JSON: all teachers '
+        "score every sample, and their divergences are averaged by weight, instead of one teacher per row.",
+    )
+    teacher_offload: bool = _option(
+        False, "Whether the weights of each of several teachers wait in the CPU's memory while the others work."
+    )
     teacher_server_base_url: list[str] | str | None = _option(
         None,
         "URLs of ordinary vLLM servers of the teacher, such as http://127.0.0.1:8001, as a list or separated by "
@@ -322,7 +336,14 @@ class GKDArguments(HidesSecrets):
 
     @classmethod
     def _json_fields(cls) -> tuple[str, ...]:
-        return ("divergence_options", "generation_kwargs", "vllm_engine_kwargs", "teacher_model_init_kwargs")
+        return (
+            "divergence_options",
+            "generation_kwargs",
+            "vllm_engine_kwargs",
+            "teacher_model_init_kwargs",
+            "teachers",
+            "teacher_weights",
+        )
 
     @staticmethod
     def _url_fields() -> tuple[str, ...]:

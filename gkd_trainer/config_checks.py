@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from math import inf
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -159,6 +159,7 @@ def check_combinations(run: Run) -> None:
     else:
         _check_generation_config(args.generation_kwargs or {})
     _check_servers(args)
+    _check_several_teachers(args)
     check_loss_temperature(run)
     _check_sft_options(args)
 
@@ -181,6 +182,18 @@ def check_loss_temperature(run: Run) -> None:
     has_top_tokens = run.has_top_tokens or args.teacher_server_base_url or args.teacher_top_k is not None
     if has_top_tokens:
         check_top_k_temperature(args.loss_temperature, "loss_temperature")
+
+
+def check_teacher_weights(weights: Mapping[str, Any], names: Collection[str], option: str) -> None:
+    """Raise GKDConfigError unless each teacher of `names`, and no other, has a positive and finite weight."""
+    if set(weights) != set(names):
+        raise GKDConfigError(
+            f"{option} must have a weight for each of the teachers {', '.join(names)}; got {', '.join(weights)}"
+        )
+    for name, weight in weights.items():
+        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+        expected = "positive and finite (leave a teacher out to give it no weight)"
+        _check(f"{option} of {name}", repr(weight), is_number and 0 < weight < inf, expected)
 
 
 def _check_schedule(args: Any) -> None:
@@ -218,6 +231,19 @@ def _check_servers(args: Any) -> None:
         raise GKDConfigError("vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'")
     if args.teacher_server_base_url and args.teacher_model_name_or_path is not None:
         raise GKDConfigError("got both teacher_server_base_url and teacher_model_name_or_path: set one of them")
+
+
+def _check_several_teachers(args: Any) -> None:
+    if args.teachers is None:
+        return
+    is_valid = bool(args.teachers) and all(isinstance(path, str) and path for path in args.teachers.values())
+    expected = "names of models or folders by a name of your own, at least one; pass other teachers as an object"
+    _check("teachers", repr(redacted(args.teachers)), is_valid and all(args.teachers), expected)
+    for name in ("teacher_model_name_or_path", "teacher_server_base_url"):
+        if getattr(args, name) is not None:
+            raise GKDConfigError(f"got both teachers and {name}: set one of them")
+    if args.teacher_weights is not None:
+        check_teacher_weights(args.teacher_weights, args.teachers, "teacher_weights")
 
 
 def _check_vllm_sampling(args: Any) -> None:

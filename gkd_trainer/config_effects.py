@@ -88,6 +88,12 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         "a teacher that gives only its top tokens (teacher_top_k)",
         lambda run: run.has_top_tokens is not False,
     ),
+    ("teacher_weights teacher_offload", "teachers", lambda run: run.args.teachers is not None),
+    (
+        "teacher_column",
+        "one of several teachers for each row (teachers without teacher_weights)",
+        lambda run: run.args.teachers is not None and run.args.teacher_weights is None,
+    ),
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),

@@ -6,7 +6,7 @@ Shapes: B batch, L length, N tokens trained on, P length of a sample's own promp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ ROW_KEY = "row_key"
 """The key of the integer that identifies a row of a data set; in a batch, an int64 tensor [B]."""
 
 TEACHER_INDEX = "teacher_index"
-"""The key of a sample's teacher: its index among several, in a batch of tensors int64 [B]; -1 means the first."""
+"""The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
 
 TEACHER_PROMPT_IDS = "teacher_prompt_ids"
 """The key of the prompt that the teacher reads in place of the sample's own, in the teacher's token ids.
@@ -248,6 +248,32 @@ class TokenBatch:
     def n_scored(self) -> int:
         """How many positions are scored: N."""
         return len(self._positions_N2)
+
+    def of_samples(self, rows: Sequence[int]) -> TokenBatch:
+        """Return the batch of some samples, given in ascending order: the scored positions are theirs, in order.
+
+        Columns stay, padding included. If the forward takes tensors whose samples are unknown, such as images, all
+        samples stay in the batch, and the other samples' labels are masked; but no samples are always an empty batch.
+        """
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.labels_BL.device)
+        is_tensor = {name: isinstance(value, Tensor) for name, value in self.model_inputs.items()}
+        is_known = {name: name in PER_TOKEN | PER_LABEL or not is_tensor[name] for name in self.model_inputs}
+        if not rows or all(is_known.values()):
+            inputs = {
+                name: _of_rows(name, value, chosen) if is_tensor[name] else value
+                for name, value in self.model_inputs.items()
+                if is_known[name]
+            }
+            labels_BL, is_on_policy_B = self.labels_BL[chosen], self.is_on_policy_B[chosen]
+            side = {name: value[chosen] for name, value in self.side.items()}
+            return TokenBatch(inputs, labels_BL, is_on_policy_B, self.label_offset, side)
+        is_chosen_B1 = torch.zeros_like(self.labels_BL[:, :1], dtype=torch.bool).index_fill(0, chosen, True)
+        return replace(self, labels_BL=self.labels_BL.masked_fill(~is_chosen_B1, IGNORE_INDEX))
+
+
+def _of_rows(name: str, values: Tensor, rows: Tensor) -> Tensor:
+    """Return the values per token of some rows; those of `position_ids` may be [..., B, L]."""
+    return values.index_select(values.dim() - 2 if name == "position_ids" else 0, rows)
 
 
 def has_decoder_inputs(inputs: Mapping[str, Any]) -> bool:

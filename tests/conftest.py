@@ -63,8 +63,12 @@ from transformers import (
 
 from tests.serving import FaultyProxy, VLLMProcess
 
-# A shell has what it starts in the background ignore these, and so would the processes that tests start and interrupt.
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+# Shells make background processes ignore the first two, and nohup the third; what tests start would inherit that.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
 

@@ -281,6 +281,9 @@ def command_line_value(name, default):
         "vllm_engine_kwargs": ('{"enforce_eager": true}', {"enforce_eager": True}),
         "teacher_top_k": ("64", 64),
         "teacher_tail": ("renormalize", "renormalize"),
+        "teachers": ('{"math": "my/math"}', {"math": "my/math"}),
+        "teacher_column": ("domain", "domain"),
+        "teacher_weights": ('{"math": 2}', {"math": 2}),
     }
     if name in special:
         return special[name]

@@ -109,6 +109,7 @@ def test_every_option_with_a_range_is_among_those_tested():
     free = {"seq_kd", "disable_dropout", "eval_on_policy", "log_completions"}
     free |= {"generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
+    free |= {"teachers", "teacher_column", "teacher_weights", "teacher_offload"}
     free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
     assert ranged | free == {option.name for option in dataclasses.fields(GKDArguments)}
 
@@ -215,7 +216,7 @@ def test_options_that_need_data_are_refused_if_every_sample_is_on_policy(option,
     ("divergence", "options", "message"),
     [
         ("jsd", {"alpha": 0.1}, r"the divergence 'jsd' has the options \[\]; got \['alpha'\]"),
-        ("skew_kl", {"beta": 0.1}, r"'skew_kl' are \['alpha'\]; got \['beta'\]"),
+        ("skew_kl", {"beta": 0.1}, r"'skew_kl' has the options \['alpha'\]; got \['beta'\]"),
         ("skew_kl", {"alpha": 1.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\)"),
         ("adaptive_kl", '{"mu": "0.5"}', "'mu' of the divergence 'adaptive_kl' must be a number; got '0.5'"),
         ("alpha_beta", {"alpha": None}, "'alpha' of the divergence 'alpha_beta' must be a number; got None"),
@@ -387,3 +388,25 @@ def test_a_top_k_that_only_the_trainer_knows_of_is_checked_like_one_of_the_confi
         with pytest.raises(GKDConfigError, match=r"loss_temperature=2\.0 can't be applied to a teacher's top tokens"):
             check(Run(args, has_top_tokens=True))
     check_loss_temperature(Run(GKDArguments(**options), has_top_tokens=True))
+
+
+@pytest.mark.parametrize("teachers", [{}, {"math": 3}, {"math": ""}, {"": "a/b"}, {"math": None}])
+def test_teachers_that_are_not_names_or_folders_by_name_are_refused(teachers):
+    with pytest.raises(GKDConfigError, match="teachers must be names of models or folders by a name of your own"):
+        GKDArguments(teachers=teachers)
+
+
+@pytest.mark.parametrize("other", ["teacher_model_name_or_path", "teacher_server_base_url"])
+def test_several_teachers_beside_another_source_are_refused(other):
+    with pytest.raises(GKDConfigError, match=f"got both teachers and {other}: set one of them"):
+        GKDArguments(teachers={"math": "a/b"}, **{other: "http://127.0.0.1:9"})
+
+
+def test_weights_of_teachers_must_be_positive_and_for_each_of_them():
+    teachers = {"math": "a/b", "code": "c/d"}
+    assert GKDArguments(teachers=teachers, teacher_weights='{"code": 1, "math": 0.5}').teacher_weights["math"] == 0.5
+    for weight in (0, -1, INF, NAN, "1", True):
+        with pytest.raises(GKDConfigError, match="teacher_weights of code must be positive and finite"):
+            GKDArguments(teachers=teachers, teacher_weights={"math": 1, "code": weight})
+    with pytest.raises(GKDConfigError, match="a weight for each of the teachers math, code; got math, chat"):
+        GKDArguments(teachers=teachers, teacher_weights={"math": 1, "chat": 1})

@@ -14,7 +14,7 @@ IN_EVERY_RUN = {
     *("disable_dropout", "eval_on_policy"),
     # Refused without what they need: by the configuration, or, for the teacher's, by the trainer.
     *("lmbda_end", "lmbda_schedule", "divergence_options", "vllm_server_base_url", "teacher_server_base_url"),
-    *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_top_k"),
+    *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_top_k", "teachers"),
     # Evaluation completes rows that are prompts alone.
     "max_new_tokens",
 }
@@ -42,6 +42,8 @@ def test_the_table_has_every_option_that_some_runs_do_not_use():
         ({"beta": 0.1, "divergence_scale": "continuous"}, {"divergence": "skew_kl"}),
         ({"divergence_scale": "continuous"}, {"beta": 0.0}),
         ({"teacher_server_api_token": "key", "teacher_server_checks": False}, {}),
+        ({"teacher_weights": {"a": 1}, "teacher_offload": True, "teacher_column": "domain"}, {}),
+        ({"teacher_column": "domain"}, {"teachers": {"a": "b"}, "teacher_weights": {"a": 1}}),
         ({"vllm_mode": "server", "vllm_weight_sync": "full", "vllm_gpu_memory_utilization": 0.5}, {}),
         ({"vllm_server_timeout": 5.0, "vllm_request_timeout": 5.0, "vllm_sync_dir": "/a"}, {"use_vllm": True}),
         ({"vllm_server_api_token": "key"}, {"use_vllm": True}),

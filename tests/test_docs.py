@@ -16,8 +16,8 @@ import torch
 
 from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
 from gkd_trainer.divergence import token_divergence
-from gkd_trainer.divergence.linear import CPU_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.divergence.objective import DIVERGENCES
+from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 

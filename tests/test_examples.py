@@ -118,6 +118,15 @@ def test_seq2seq_example_generates_answers_and_lowers_the_divergence(
     assert AutoModelForSeq2SeqLM.from_pretrained(output_dir).config.num_layers == 2
 
 
+def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, served_dir, tiny_teacher_dir):
+    teachers = ("--math_teacher", tiny_teacher_dir, "--chat_teacher", tiny_teacher_dir)
+    options = ["--student", served_dir, "--learning_rate", 3e-3, "--max_length", 64, "--num_eval", 2]
+    run("several_teachers", *options, teacher=teachers)
+    printed = re.findall(r"the (\w+) teacher: (\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out)
+    assert [name for name, _, _ in printed] == ["math", "chat"]
+    assert all(float(after) < float(before) for _, before, after in printed)
+
+
 def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_pair, tmp_path):
     places = ["--pair", smollm2_pair[0].parent, "--output", tmp_path]
     # The first step of each run has a learning rate of zero.

@@ -125,7 +125,7 @@ def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
 def test_is_trained_has_a_value_for_every_token_or_is_none(is_trained):
     Completion([5, 6], is_finished=True)
     Completion([5, 6], is_finished=True, is_trained=[False, True])
-    with pytest.raises(ValueError, match=rf"each of the completion's 2 tokens .* got {len(is_trained)} values"):
+    with pytest.raises(ValueError, match=rf"each of the completion's 2 tokens; got {len(is_trained)}"):
         Completion([5, 6], is_finished=True, is_trained=is_trained)
 
 
@@ -251,3 +251,35 @@ def test_no_padding_position_is_scored_for_the_first_token():
 def test_without_a_mark_no_sample_is_on_policy():
     batch = TokenBatch.from_inputs({"input_ids": torch.ones(2, 3), "labels": torch.full((2, 3), X)})
     assert batch.is_on_policy_B.tolist() == [False, False]
+
+
+def batch_of_three(**inputs):
+    ids_BL = torch.arange(12).reshape(3, 4)
+    labels_BL = ids_BL.masked_fill(torch.arange(4) < torch.tensor([[1], [3], [2]]), X)
+    return TokenBatch.from_inputs(
+        {"input_ids": ids_BL, "labels": labels_BL, ROW_KEY: torch.tensor([7, 8, 9]), **inputs}
+    )
+
+
+def test_some_samples_of_a_batch_keep_their_values_and_columns():
+    position_ids = torch.arange(24).reshape(2, 3, 4)  # several kinds of positions
+    batch = batch_of_three(position_ids=position_ids, use_cache=False)
+    part = batch.of_samples([0, 2])
+    assert torch.equal(part.model_inputs["input_ids"], batch.model_inputs["input_ids"][[0, 2]])
+    assert torch.equal(part.model_inputs["position_ids"], position_ids[:, [0, 2]])
+    assert part.model_inputs["use_cache"] is False
+    assert part.side[ROW_KEY].tolist() == [7, 9]
+    assert part.targets_N.tolist() == [1, 2, 3, 10, 11]
+    assert part.label_offset == batch.label_offset
+
+
+def test_samples_of_a_batch_with_values_of_unknown_samples_stay_beside_masked_ones():
+    batch = batch_of_three(pixel_values=torch.zeros(5, 2))
+    part = batch.of_samples([0, 2])
+    assert part.model_inputs is batch.model_inputs
+    assert part.labels_BL[1].tolist() == [X] * 4
+    assert part.targets_N.tolist() == [1, 2, 3, 10, 11]
+    none = batch.of_samples([])
+    assert list(none.model_inputs) == ["input_ids"]
+    assert none.labels_BL.shape == (0, 4)
+    assert none.n_scored == 0

@@ -18,7 +18,10 @@ class Teacher(ABC):
 
     @abstractmethod
     def score(self, batch: TokenBatch) -> Signal:
-        """Return the predictions at the batch's scored positions, in order, without gradients."""
+        """Return the predictions at the batch's scored positions, in order, without gradients.
+
+        There may be no positions, and among several teachers not even a sample: what ranks do together, all still do.
+        """
 
     @property
     @abstractmethod

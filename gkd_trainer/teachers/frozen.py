@@ -39,7 +39,7 @@ from gkd_trainer.models.loading import (
 )
 from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
-from gkd_trainer.types import TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,15 @@ class FrozenTeacher(Teacher):
         return cls(model, tokenizer, top_k=top_k)
 
     def score(self, batch: TokenBatch) -> Signal:
-        """Return final hidden states with the head, or logits if the head is inseparable; or the top tokens."""
+        """Return final hidden states with the head, or logits if the head is inseparable; or the top tokens.
+
+        A batch without samples is scored by a forward of one token that is not trained on.
+        """
         if self._head is None:
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
+        if len(batch.labels_BL) == 0:
+            # A forward all the same: it gives the signal its width, and other ranks may need this one's.
+            batch = _masked_token(batch)
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
@@ -184,6 +190,14 @@ def _loading_unsharded() -> Iterator[None]:
             yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def _masked_token(batch: TokenBatch) -> TokenBatch:
+    """Return a batch of one token to which nothing is compared, on the device of an empty batch."""
+    id_BL = batch.labels_BL.new_zeros(1, 1)
+    is_on_policy_B = batch.is_on_policy_B.new_zeros(1)
+    inputs = {"input_ids": id_BL, "attention_mask": torch.ones_like(id_BL)}
+    return TokenBatch(inputs, torch.full_like(id_BL, IGNORE_INDEX), is_on_policy_B, batch.label_offset)
 
 
 def _checked(model: object) -> nn.Module:

@@ -35,7 +35,7 @@ from gkd_trainer.models.loading import (
     wrap_in_adapter,
 )
 from gkd_trainer.redaction import redacted
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.trainer.preparation import pad_token_id
 
@@ -188,7 +188,7 @@ def _given_student(model: Any, model_init: object) -> Any:
 
 
 def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
-    if teacher.is_local and teacher.model is model and not teacher.shares_weights:
+    if any(each.is_local and each.model is model and not each.shares_weights for each in all_teachers(teacher)):
         raise GKDTeacherError(
             "teacher and student are the same object, so freezing one would freeze the other: load the teacher "
             "separately"
@@ -379,7 +379,7 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         GKDTeacherError: It shares weights with the teacher.
     """
     refuse_prompt_learning(model)
-    if not teacher.shares_weights and _have_weights_in_common(teacher.model, model):
+    if any(not each.shares_weights and _have_weights_in_common(each.model, model) for each in all_teachers(teacher)):
         raise GKDTeacherError(
             "the teacher shares weights with the student, so freezing the teacher froze the student too: load the "
             "teacher separately"

@@ -24,8 +24,8 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
 )
 from gkd_trainer.models.loading import base_model
-from gkd_trainer.teachers import Teacher, shared_vocabulary_size
-from gkd_trainer.teachers.base import CompositeTeacher, all_teachers
+from gkd_trainer.teachers import Teacher, all_teachers, shared_vocabulary_size
+from gkd_trainer.teachers.base import CompositeTeacher
 from gkd_trainer.trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def pair(
     Raises:
         GKDTeacherError: Their vocabularies differ, or the teacher differs between ranks.
     """
-    _require_equal_teachers(teacher, ranks)
+    for each in all_teachers(teacher):
+        _require_equal_teachers(each, ranks)
     vocab_size = shared_vocabulary_size(
         vocabulary_size(base_model(model)),
         teacher.vocab_size,
@@ -135,9 +136,9 @@ def require_same_kind(student: nn.Module, teacher: Teacher) -> None:
 
 def shorter_context(model: nn.Module, teacher: Teacher) -> OwnedContext | None:
     """Return the shorter context of student and teacher; None if neither states one."""
-    models = {"student": base_model(model), "teacher": teacher.model}
-    contexts = {name: find_context(model) for name, model in models.items() if model is not None}
-    known = [OwnedContext(name, context) for name, context in contexts.items() if context is not None]
+    models = [("student", base_model(model)), *(("teacher", each.model) for each in all_teachers(teacher))]
+    contexts = [(name, find_context(model)) for name, model in models if model is not None]
+    known = [OwnedContext(name, context) for name, context in contexts if context is not None]
     return min(known, key=lambda each: each.context.limit, default=None)
 
 

@@ -10,9 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from gkd_trainer.data import TeacherRoute
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_token_ids
+from gkd_trainer.report.metrics import ONE_TEACHER, TeacherSums
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.rollouts.build import (
     build_student_engine,
@@ -21,7 +24,7 @@ from gkd_trainer.rollouts.build import (
     refuse_engine,
     sampled_vocabulary_size,
 )
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import RoutedTeachers, Teacher, all_teachers, several_in
 from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
@@ -41,6 +44,7 @@ class Parts:
     pairing: Pairing
     queue: RolloutQueue
     preparation: Preparation
+    teacher_sums: TeacherSums
 
 
 def build_parts(
@@ -114,5 +118,25 @@ def build_parts(
         shorter=shorter,
         has_ranks=ranks.size > 1,
         is_encoder_decoder=is_encoder_decoder(student),
+        route=teacher_route(teacher, args),
     )
-    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation)
+    several = several_in(teacher)
+    teacher_sums = ONE_TEACHER if several is None else TeacherSums(several.names, several.is_routed)
+    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, teacher_sums)
+
+
+def teacher_route(teacher: Teacher, args: Any) -> TeacherRoute | None:
+    """Return how each row gets one of several teachers; None if all rows have the same.
+
+    Raises GKDConfigError if the options join rows in one sequence.
+    """
+    routed = next((each for each in all_teachers(teacher) if isinstance(each, RoutedTeachers)), None)
+    if routed is None:
+        return None
+    for name in ("packing", "padding_free", "eval_packing"):
+        if getattr(args, name, False):
+            raise GKDConfigError(
+                f"{name}=True joins samples into one sequence, but each sample has a teacher of its own: set "
+                f"{name}=False"
+            )
+    return TeacherRoute(routed.names, routed.column, routed.route)

@@ -13,7 +13,7 @@ import torch
 from trl import pack_dataset
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.data import KeepSideTensors, RowRules, keeping_labels, prepare_dataset
+from gkd_trainer.data import KeepSideTensors, RowRules, TeacherRoute, keeping_labels, prepare_dataset
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.pairing import OwnedContext
 from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, prompt_length
@@ -27,7 +27,8 @@ class Preparation:
 
     `stop_ids` end a completion. Token ids must be below `vocab_size`. Without a `tokenizer` (None), rows must hold
     tokens. `formatting_func` turns a row into one of a known format. `shorter` is the context that no row may exceed.
-    `has_ranks` says that several ranks evaluate together, `is_encoder_decoder` that the student is one.
+    `has_ranks` says that several ranks evaluate together, `is_encoder_decoder` that the student is one. `route` gives
+    each row one of several teachers.
     """
 
     args: GKDArguments
@@ -38,6 +39,7 @@ class Preparation:
     shorter: OwnedContext | None = None
     has_ranks: bool = False
     is_encoder_decoder: bool = False
+    route: TeacherRoute | None = None
 
     def prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
         """Return a data set of token ids and labels.
@@ -59,6 +61,7 @@ class Preparation:
             formatting_func=self.formatting_func,
             num_proc=getattr(self.args, "dataset_num_proc", None),
             name=name,
+            route=self.route,
         )
         if self.args.max_length is None and self.shorter is not None and isinstance(dataset, datasets.Dataset):
             longest = longest_row(

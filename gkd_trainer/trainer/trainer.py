@@ -71,7 +71,15 @@ from gkd_trainer.trainer.preparation import (
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
-from gkd_trainer.types import PER_LABEL, SIDE_TENSORS, Generated, TokenBatch, has_decoder_inputs, in_columns_of
+from gkd_trainer.types import (
+    PER_LABEL,
+    SIDE_TENSORS,
+    TEACHER_INDEX,
+    Generated,
+    TokenBatch,
+    has_decoder_inputs,
+    in_columns_of,
+)
 
 if TYPE_CHECKING:
 
@@ -205,8 +213,9 @@ class GKDMixin(AnyTrainer):
         self.args, self.teacher = parts.args, teacher
         self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
         self._pairing, self._queue, self._preparation = parts.pairing, parts.queue, parts.preparation
-        self._meter, self._finite_check = TrainingMeter(self.args.device), FiniteCheck()
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
+        self._teacher_sums = parts.teacher_sums
+        self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
+        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
         self._generated: list[Generated] = []
         self._has_trained = False
         # For subclasses written for TRL's trainer; the rollouts here use args.
@@ -452,7 +461,8 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result)
+        index_B = batch.side.get(TEACHER_INDEX)
+        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result, self._teacher_sums, index_B)
         if not is_training:
             self._evaluation.see(sums_BK)
             return
@@ -522,7 +532,7 @@ class GKDMixin(AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
+        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
         self._recovery.note_random_states()
         with self._saving_before_it_fails():
             output: EvalLoopOutput = super().evaluation_loop(

@@ -33,7 +33,7 @@ def token_ids(completions):
 @pytest.fixture
 def dice(tiny_model):
     """A model over 12 tokens whose distribution is far from uniform but spreads over all of them."""
-    return tiny_model(vocab=12, spread=6.0)
+    return tiny_model(vocab=12, head_scale=6.0)
 
 
 def drawn_frequencies(model, sampling, prompt=(3, 4, 5, 4)):

@@ -5,7 +5,7 @@ import torch
 
 from gkd_trainer import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.teachers import FrozenTeacher, VLLMServerTeacher, build_teacher
+from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, VLLMServerTeacher, WeightedTeachers, build_teacher
 
 URL = "http://127.0.0.1:9"
 
@@ -53,6 +53,20 @@ def test_servers_become_a_teacher_with_the_options():
     assert build_teacher(GKDArguments(teacher_server_base_url=URL)).top_k == VLLMServerTeacher(URL).top_k
 
 
+def test_names_by_name_become_several_teachers_with_the_options(folder):
+    paths = {"math": str(folder), "code": str(folder)}
+    options = {"teacher_model_init_kwargs": {"dtype": "bfloat16"}, "teacher_top_k": 5}
+    routed = build_teacher(GKDArguments(teachers=paths, teacher_column="domain", **options))
+    assert isinstance(routed, RoutedTeachers)
+    assert routed.names == ("math", "code")
+    assert routed.column == "domain"
+    assert {each.model.dtype for each in routed.teachers} == {torch.bfloat16}
+    assert routed.top_k == 5
+    weighted = build_teacher(GKDArguments(teachers=paths, teacher_weights={"code": 1, "math": 3}))
+    assert isinstance(weighted, WeightedTeachers)
+    assert weighted.weights == {"math": 0.75, "code": 0.25}
+
+
 def test_no_teacher_is_refused():
     with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
         build_teacher(GKDArguments())
@@ -63,6 +77,7 @@ def test_more_than_one_teacher_is_refused(tiny_model):
         (GKDArguments(), {"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()}),
         (GKDArguments(teacher_server_base_url=URL), {"teacher_model": tiny_model()}),
         (GKDArguments(teacher_server_base_url=URL), {"teacher": FrozenTeacher(tiny_model())}),
+        (GKDArguments(teachers={"math": "a/b"}), {"teacher_model": tiny_model()}),
     ):
         with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
             build_teacher(args, **given)

@@ -1,6 +1,14 @@
 """The description of a teacher in the model card."""
 
-from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
+from gkd_trainer.teachers import (
+    FrozenTeacher,
+    RoutedTeachers,
+    Teacher,
+    TeacherDescription,
+    VLLMServerTeacher,
+    WeightedTeachers,
+    describe,
+)
 
 
 class Unknown(Teacher):
@@ -30,3 +38,13 @@ def test_a_teacher_without_a_model_is_described_by_its_class():
 def test_a_teacher_behind_servers_is_described_by_the_served_name_and_where_they_listen():
     urls = ["http://127.0.0.1:9", "http://127.0.0.1:8"]
     assert describe(VLLMServerTeacher(urls, model="big")) == TeacherDescription("big", urls, 20)
+
+
+def test_several_teachers_are_described_by_their_names_and_weights():
+    served = VLLMServerTeacher("http://127.0.0.1:9", model="big")
+    summed = WeightedTeachers({"math": served, "own": Unknown()}, {"math": 1, "own": 3})
+    expected = {"math (weight 0.25)": "big", "own (weight 0.75)": "Unknown"}
+    assert describe(summed) == TeacherDescription(expected, ["http://127.0.0.1:9"], 20)
+    routed = RoutedTeachers({"both": summed, "chat": Unknown()})
+    expected = {"both, math (weight 0.25)": "big", "both, own (weight 0.75)": "Unknown", "chat": "Unknown"}
+    assert describe(routed).name == expected

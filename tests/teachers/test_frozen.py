@@ -35,7 +35,7 @@ def prepared(model, **options):
 
 
 def adapted_head(model):
-    """A model whose head can't be taken apart."""
+    """A model whose head can't be split off."""
     return get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).get_base_model()
 
 

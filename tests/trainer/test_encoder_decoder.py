@@ -30,7 +30,7 @@ from gkd_trainer import (
 )
 from gkd_trainer.divergence import reference_jsd
 from gkd_trainer.models.heads import SeparableHead
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import RoutedTeachers, Teacher
 from gkd_trainer.trainer.pairing import require_same_kind
 from gkd_trainer.types import IS_ON_POLICY, ROW_KEY
 
@@ -376,6 +376,25 @@ def test_a_causal_lm_trains_under_a_seq2seq_trainer(make, tiny_model):
     trainer = make(trainer_args=arguments, lmbda=0.5)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_each_sample_is_compared_with_its_own_of_several_teachers(make, tiny_encoder_decoder):
+    models = {name: tiny_encoder_decoder("bart", hidden=48, seed=seed) for seed, name in enumerate("ab", start=1)}
+    teacher = RoutedTeachers({name: FrozenTeacher(model) for name, model in models.items()})
+    rows = Dataset.from_list([{**row, "teacher": "aab"[i % 3]} for i, row in enumerate(ROWS)])
+    trainer = make("bart", trainer_args={"teacher": teacher, "train_dataset": rows}, lmbda=0.5)
+    for count in (5, 2):  # the second teacher has none of the first two
+        inputs = batch_of(trainer, count)
+        values = []
+        for index, model in enumerate(models.values()):
+            chosen = inputs["teacher_index"] == index
+            of_teacher = {name: value[chosen] for name, value in inputs.items()}
+            logits = plain_logits(trainer.model, of_teacher), plain_logits(model, of_teacher)
+            values.append(reference_jsd(*logits, beta=0.5))
+        expected = torch.cat(values).mean().item()
+        assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_label_smoothing_is_refused(make):
