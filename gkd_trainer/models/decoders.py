@@ -99,9 +99,8 @@ def _shifted(model: Any, labels_BL: Tensor) -> Tensor:
         return shifted_BL
     config = model.config  # M2M100 only shifts inside its forward
     first_B1 = labels_BL.new_full((len(labels_BL), 1), config.decoder_start_token_id)
-    return torch.cat(
-        [first_B1, filled_BL[:, :-1].masked_fill(filled_BL[:, :-1] == IGNORE_INDEX, config.pad_token_id)], 1
-    )
+    filled_BL = filled_BL.masked_fill(filled_BL == IGNORE_INDEX, config.pad_token_id)
+    return torch.cat([first_B1, filled_BL[:, :-1]], dim=1)
 
 
 def _stand_in(model: Any) -> int:

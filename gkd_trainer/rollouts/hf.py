@@ -174,7 +174,7 @@ class HFRollouts(RolloutEngine):
         if sampling.repetition_penalty != 1 and batch.start_id is None:
             processors.append(_RepetitionPenalty(sampling.repetition_penalty, batch.mask_BL.bool()))
         elif sampling.repetition_penalty != 1:
-            # Not the start token: it is BART's eos, so completions would never end.
+            # Of the new tokens alone: the start token is BART's eos, which would be discouraged.
             processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, batch.n_given))
         if self._vocab_size is not None:
             processors.append(_VocabularyLimit(self._vocab_size))
