@@ -174,7 +174,7 @@ class HFRollouts(RolloutEngine):
         if sampling.repetition_penalty != 1 and batch.start_id is None:
             processors.append(_RepetitionPenalty(sampling.repetition_penalty, batch.mask_BL.bool()))
         elif sampling.repetition_penalty != 1:
-            # Of the new tokens alone: the start token is BART's eos, which would be discouraged.
+            # Only new tokens: the start token is BART's eos, which would be discouraged.
             processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, batch.n_given))
         if self._vocab_size is not None:
             processors.append(_VocabularyLimit(self._vocab_size))
