@@ -18,8 +18,15 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, Teacher, VLLMServerTeacher, WeightedTeachers
-    from gkd_trainer.trainer import GKDMixin, GKDTrainer
+    from gkd_trainer.teachers import (
+        CachedTeacher,
+        FrozenTeacher,
+        RoutedTeachers,
+        Teacher,
+        VLLMServerTeacher,
+        WeightedTeachers,
+    )
+    from gkd_trainer.trainer import GKDMixin, GKDTrainer, cache_predictions
 
 __version__ = "0.1.0"
 
@@ -36,6 +43,7 @@ _MODULES = {
     "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
+    "CachedTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "RolloutEngine": "rollouts",
@@ -45,12 +53,14 @@ _MODULES = {
     "VLLMServerRollouts": "rollouts",
     "VLLMServerTeacher": "teachers",
     "WeightedTeachers": "teachers",
+    "cache_predictions": "trainer",
     "generalized_jsd": "divergence",
     "linear_generalized_jsd": "divergence",
     "topk_generalized_jsd": "divergence",
 }
 
 __all__ = [
+    "CachedTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",
@@ -71,6 +81,7 @@ __all__ = [
     "VLLMServerRollouts",
     "VLLMServerTeacher",
     "WeightedTeachers",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",

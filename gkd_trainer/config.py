@@ -242,6 +242,17 @@ class GKDArguments(HidesSecrets):
     teacher_server_checks: bool = _option(
         True, "Whether to check the teacher's servers at first contact: tokenizer, scores, reproducibility."
     )
+    teacher_cache_dir: str | None = _option(
+        None,
+        "Folder of the teacher's predictions for the data, from `gkd-trainer cache`. They replace a teacher model; "
+        "needs lmbda=0 and seq_kd=False.",
+    )
+    teacher_cache_miss: str = _option(
+        "error",
+        "What happens to a row that teacher_cache_dir lacks: 'error' ends the run, 'teacher' has the teacher score it, "
+        "which must be given too.",
+        ["error", "teacher"],
+    )
     eval_on_policy: bool = _option(
         False, "Whether evaluation also measures the divergence on new greedy completions of the student."
     )
@@ -253,7 +264,7 @@ class GKDArguments(HidesSecrets):
 
     def __post_init__(self) -> None:
         """Parse the JSON and URL fields, check every value and combination, then run the base class's own checks."""
-        for name in ("teacher_model_name_or_path", "vllm_sync_dir"):
+        for name in ("teacher_model_name_or_path", "teacher_cache_dir", "vllm_sync_dir"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
         for name in self._json_fields():

@@ -161,6 +161,7 @@ def check_combinations(run: Run) -> None:
     _check_servers(args)
     _check_several_teachers(args)
     check_loss_temperature(run)
+    check_cache(run)
     _check_sft_options(args)
 
 
@@ -194,6 +195,32 @@ def check_teacher_weights(weights: Mapping[str, Any], names: Collection[str], op
         is_number = isinstance(weight, Real) and not isinstance(weight, bool)
         expected = "positive and finite (leave a teacher out to give it no weight)"
         _check(f"{option} of {name}", repr(weight), is_number and 0 < weight < inf, expected)
+
+
+def check_cache(run: Run) -> None:
+    """Raise GKDConfigError for completions that are generated for a teacher that has only the predictions of a cache.
+
+    A configuration shows such a teacher by teacher_cache_dir; the trainer knows of others.
+    """
+    args = run.args
+    is_alone = args.teacher_cache_dir is not None and args.teacher_cache_miss == "error"
+    if is_alone and (args.teacher_model_name_or_path is not None or args.teacher_server_base_url is not None):
+        raise GKDConfigError(
+            "teacher_cache_dir replaces the teacher: leave teacher_model_name_or_path and teacher_server_base_url out, "
+            "or set teacher_cache_miss='teacher' to have it score the rows that the cache lacks"
+        )
+    if args.teacher_cache_dir is not None and args.teachers is not None:
+        raise GKDConfigError(
+            "teacher_cache_dir holds the predictions of one teacher, but teachers names several: set one of them, or "
+            "pass teacher=RoutedTeachers({name: CachedTeacher(folder), ...})"
+        )
+    if (is_alone or run.has_only_cache) and args.generates_anywhere:
+        option = "eval_on_policy=True" if not args.generates else "seq_kd=True" if args.seq_kd else "lmbda above 0"
+        raise GKDConfigError(
+            f"{option} generates completions, for which a cached teacher has no predictions: set lmbda=0, seq_kd=False "
+            "and eval_on_policy=False, or have a teacher score them (teacher_cache_miss='teacher', CachedTeacher's "
+            "fallback)"
+        )
 
 
 def _check_schedule(args: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import gkd_trainer
 
 NAMES = [
+    "CachedTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",
@@ -29,6 +30,7 @@ NAMES = [
     "VLLMServerRollouts",
     "VLLMServerTeacher",
     "WeightedTeachers",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",
@@ -85,6 +87,8 @@ OPTIONS = {
     "teacher_server_base_url": None,
     "teacher_server_api_token": None,
     "teacher_server_checks": True,
+    "teacher_cache_dir": None,
+    "teacher_cache_miss": "error",
     "eval_on_policy": False,
     "log_completions": False,
     "num_completions_to_print": 4,

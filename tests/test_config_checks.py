@@ -8,7 +8,12 @@ from packaging.version import Version
 from transformers import GenerationConfig
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.config_checks import _REFUSED_GENERATION_KWARGS, check_combinations, check_loss_temperature
+from gkd_trainer.config_checks import (
+    _REFUSED_GENERATION_KWARGS,
+    check_cache,
+    check_combinations,
+    check_loss_temperature,
+)
 from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError
 from tests.test_config import MyConfig
@@ -55,6 +60,7 @@ OUT_OF_RANGE = [
     ("teacher_server_base_url", ["ftp://a"], "a URL that starts with http:// or https://"),
     ("teacher_top_k", [0], "at least 1"),
     ("teacher_tail", ["drop"], "one of 'bucket', 'renormalize'"),
+    ("teacher_cache_miss", ["live", "Teacher"], "one of 'error', 'teacher'"),
 ]
 
 
@@ -111,6 +117,7 @@ def test_every_option_with_a_range_is_among_those_tested():
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
     free |= {"teachers", "teacher_column", "teacher_weights", "teacher_offload"}
     free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
+    free |= {"teacher_cache_dir"}
     assert ranged | free == {option.name for option in dataclasses.fields(GKDArguments)}
 
 
@@ -410,3 +417,38 @@ def test_weights_of_teachers_must_be_positive_and_for_each_of_them():
             GKDArguments(teachers=teachers, teacher_weights={"math": 1, "code": weight})
     with pytest.raises(GKDConfigError, match="a weight for each of the teachers math, code; got math, chat"):
         GKDArguments(teachers=teachers, teacher_weights={"math": 1, "chat": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "generates"),
+    [
+        ({}, "lmbda above 0"),
+        ({"lmbda": 0.0, "lmbda_end": 0.5, "lmbda_schedule": "linear"}, "lmbda above 0"),
+        ({"lmbda": 0.0, "seq_kd": True}, "seq_kd=True"),
+        ({"lmbda": 0.0, "eval_on_policy": True}, "eval_on_policy=True"),
+    ],
+)
+def test_completions_for_a_teacher_that_is_only_a_cache_are_refused(options, generates):
+    problem = f"{generates} generates completions, for which a cached teacher has no predictions: set lmbda=0"
+    with pytest.raises(GKDConfigError, match=problem):
+        GKDArguments(teacher_cache_dir="cache", **options)
+    GKDArguments(teacher_cache_dir="cache", teacher_cache_miss="teacher", **options)
+    GKDArguments(teacher_cache_dir="cache", lmbda=0.0)
+    args = GKDArguments(**options)
+    check_cache(Run(args, has_only_cache=False))
+    with pytest.raises(GKDConfigError, match=problem):  # known only to the trainer
+        check_cache(Run(args, has_only_cache=True))
+
+
+@pytest.mark.parametrize("teacher", ["teacher_model_name_or_path", "teacher_server_base_url"])
+def test_a_teacher_that_a_cache_replaces_is_refused(teacher):
+    options = {"teacher_cache_dir": "cache", teacher: "http://a:1", "lmbda": 0.0}
+    with pytest.raises(GKDConfigError, match="teacher_cache_dir replaces the teacher: leave teacher_model_name"):
+        GKDArguments(**options)
+    GKDArguments(**options, teacher_cache_miss="teacher")
+
+
+def test_a_cache_beside_several_teachers_is_refused():
+    for miss in ("error", "teacher"):
+        with pytest.raises(GKDConfigError, match="teacher_cache_dir holds the predictions of one teacher"):
+            GKDArguments(teacher_cache_dir="cache", teacher_cache_miss=miss, teachers={"math": "a/b"}, lmbda=0.0)

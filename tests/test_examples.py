@@ -95,6 +95,15 @@ def test_server_teacher_example_prints_the_probability_of_the_top_tokens(run, ca
     assert all(0 < float(teacher) < 1 and 0 < float(student) < 1 for _, teacher, student in masses)
 
 
+def test_cached_example_prints_the_size_of_the_cache_and_trains_from_it(run, capsys):
+    output_dir = run("cached_teacher", "--learning_rate", 5e-4, "--max_length", 96, "--num_train", 3)
+    printed = capsys.readouterr().out
+    assert re.search(r"\d+ tokens in \d\.\d MB", printed)
+    assert re.search(r"Forward KL per token: \d+\.\d+ in the first step, \d+\.\d+ in the last", printed)
+    assert (output_dir / "cache" / "manifest.json").exists()
+    assert (output_dir / "model.safetensors").exists()
+
+
 def test_lora_example_saves_only_the_adapter_and_generates_with_it(run, capsys):
     output_dir = run("lora_student", "--max_new_tokens", 8, "--rank", 4)
     assert (output_dir / "adapter_model.safetensors").exists()

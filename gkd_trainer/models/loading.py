@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -73,6 +75,26 @@ def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
             return auto_class(base, {key: value for key, value in init_kwargs.items() if key not in PLACE})
         config = AutoConfig.from_pretrained(config or name_or_path, **read)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a causal LM without its weights: they are on the meta device. Its configs are those that are stored.
+
+    Raises GKDConfigError if that fails.
+    """
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
+    kwargs = {"trust_remote_code": trust_remote_code, **place}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and only causal LMs can be loaded without their weights")
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a malformed config fails in any way
+        raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
+    with contextlib.suppress(OSError):  # else transformers made it from the config
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **place)
+    return model
 
 
 def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
+from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.frozen import FrozenTeacher
 from gkd_trainer.teachers.router import RoutedTeachers
@@ -11,6 +12,7 @@ from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
 from gkd_trainer.teachers.weighted import WeightedTeachers
 
 __all__ = [
+    "CachedTeacher",
     "FrozenTeacher",
     "RoutedTeachers",
     "SeveralTeachers",

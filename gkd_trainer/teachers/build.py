@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.loading import name_of
-from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.base import Teacher, all_teachers
+from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
 from gkd_trainer.teachers.router import RoutedTeachers
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
@@ -33,7 +34,7 @@ def build_teacher(
     """Return the teacher that the arguments give.
 
     Args:
-        args: The options, which may name a model or servers.
+        args: The options, which may name a model, servers or a cache.
         teacher: A teacher, returned unchanged.
         teacher_model: A model, or its name or path.
         trust_remote_code: Whether Python code that comes with a model or its tokenizer may run.
@@ -41,6 +42,26 @@ def build_teacher(
     Raises:
         GKDTeacherError: There is no teacher, or more than one; options don't apply to it; or it can't be loaded.
     """
+    if args.teacher_cache_dir is None:
+        built = _live_teacher(args, teacher, teacher_model, trust_remote_code)
+    elif teacher is not None or (teacher_model is not None and args.teacher_cache_miss == "error"):
+        raise GKDTeacherError(
+            "got a teacher and args.teacher_cache_dir: keep one of them, or, for a teacher_model that scores the rows "
+            "that the cache lacks, set teacher_cache_miss='teacher'"
+        )
+    else:
+        scores_misses = args.teacher_cache_miss == "teacher"
+        fallback = _live_teacher(args, None, teacher_model, trust_remote_code) if scores_misses else None
+        built = CachedTeacher(args.teacher_cache_dir, fallback)
+    for each in all_teachers(built):
+        if isinstance(each, CachedTeacher):
+            each.check_options(args)
+    return built
+
+
+def _live_teacher(
+    args: GKDArguments, teacher: Teacher | None, teacher_model: TeacherModel | None, trust_remote_code: bool
+) -> Teacher:
     name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
     paths = cast("dict[str, str] | None", args.teachers)  # JSON is parsed already
     _require_one(teacher, teacher_model, name, urls, paths)
@@ -100,7 +121,7 @@ def _require_one(
     if all(each is None for each in (teacher, teacher_model, name, urls, paths)):
         raise GKDTeacherError(
             "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
-            "args.teacher_model_name_or_path, args.teachers or args.teacher_server_base_url"
+            "args.teacher_model_name_or_path, args.teachers, args.teacher_server_base_url or args.teacher_cache_dir"
         )
     if sum(each is not None for each in (teacher, teacher_model, urls, paths)) > 1:
         raise GKDTeacherError(

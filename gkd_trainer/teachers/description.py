@@ -8,6 +8,7 @@ from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.weighted import WeightedTeachers
@@ -48,3 +49,7 @@ def _(teacher: SeveralTeachers) -> TeacherDescription:
         names |= {", ".join(filter(None, (label, part))): path for part, path in inner.items()}
         urls += described.base_urls
     return TeacherDescription(names, urls, teacher.top_k)
+
+
+def _(teacher: CachedTeacher) -> TeacherDescription:
+    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)

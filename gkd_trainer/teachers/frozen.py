@@ -39,7 +39,7 @@ from gkd_trainer.models.loading import (
 )
 from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import DECODER_INPUT_IDS, IGNORE_INDEX, TokenBatch, has_decoder_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,8 @@ def _masked_token(batch: TokenBatch) -> TokenBatch:
     id_BL = batch.labels_BL.new_zeros(1, 1)
     is_on_policy_B = batch.is_on_policy_B.new_zeros(1)
     inputs = {"input_ids": id_BL, "attention_mask": torch.ones_like(id_BL)}
+    if has_decoder_inputs(batch.model_inputs):
+        inputs[DECODER_INPUT_IDS] = id_BL
     return TokenBatch(inputs, torch.full_like(id_BL, IGNORE_INDEX), is_on_policy_B, batch.label_offset)
 
 

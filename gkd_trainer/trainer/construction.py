@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.config_checks import check_loss_temperature
+from gkd_trainer.config_checks import check_cache, check_loss_temperature
 from gkd_trainer.config_effects import Run
 from gkd_trainer.data import EncoderDecoderCollator
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
@@ -35,7 +35,7 @@ from gkd_trainer.models.loading import (
     wrap_in_adapter,
 )
 from gkd_trainer.redaction import redacted
-from gkd_trainer.teachers import Teacher, all_teachers
+from gkd_trainer.teachers import CachedTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.trainer.preparation import pad_token_id
 
@@ -121,10 +121,12 @@ def construct(
     run = Run(
         config,
         has_top_tokens=teacher.top_k is not None,
+        has_only_cache=any(isinstance(each, CachedTeacher) and each.fallback is None for each in all_teachers(teacher)),
         loads_student=isinstance(model, str),
         builds_rollouts=builds_rollouts,
     )
     check_loss_temperature(run)
+    check_cache(run)
     processing_class = arguments["processing_class"]
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)

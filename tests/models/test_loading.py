@@ -22,6 +22,7 @@ from gkd_trainer.models.loading import (
     load_student,
     media_token_ids,
     name_of,
+    outline,
     refuse_prompt_learning,
     wrap_in_adapter,
 )
@@ -224,3 +225,23 @@ def test_the_auto_class_follows_the_config(tiny_model, tiny_encoder_decoder, tmp
     assert auto_class(str(tmp_path), {"subfolder": "pair"}) is AutoModelForSeq2SeqLM
     loaded = load_student(str(tmp_path / "adapter"), None, trust_remote_code=False)
     assert type(loaded) is BartForConditionalGeneration
+
+
+def test_the_outline_of_a_model_has_its_configs_and_no_weights(tiny_model, tmp_path):
+    model = tiny_model("qwen2", hidden=48)
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path)
+    empty = outline(str(tmp_path), {"dtype": "bfloat16"}, trust_remote_code=False)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    assert empty.generation_config.eos_token_id == [2, 7]
+    assert empty.config.hidden_size == 48
+    (tmp_path / "generation_config.json").unlink()
+    assert outline(str(tmp_path), None, trust_remote_code=False).generation_config.eos_token_id == 2
+    with pytest.raises(GKDConfigError, match="could not load the student from 'nowhere'"):
+        outline("nowhere", None, trust_remote_code=False)
+
+
+def test_an_encoder_decoder_has_no_outline(tiny_encoder_decoder, tmp_path):
+    tiny_encoder_decoder("bart").save_pretrained(tmp_path)
+    with pytest.raises(GKDConfigError, match="it is an encoder-decoder, and only causal LMs can be loaded without"):
+        outline(str(tmp_path), None, trust_remote_code=False)

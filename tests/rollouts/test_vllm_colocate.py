@@ -424,7 +424,7 @@ def test_no_prompts_give_no_completions(engine):
 def test_a_prompt_too_long_for_the_engine_is_refused_with_the_numbers(engine):
     with pytest.raises(
         GKDConfigError,
-        match=r"at most 64 tokens, but a prompt of 60 and max_new_tokens=5 make 65: raise vllm_max_model",
+        match=r"at most 64 tokens, but a prompt of 60 and max_new_tokens=5 make 65: raise vllm",
     ):
         engine.generate([PROMPTS[0], [5] * 60], Sampling(5), [0, 1])
     [completion] = engine.generate([[5] * 60], Sampling(4), [0])

@@ -5,7 +5,15 @@ import torch
 
 from gkd_trainer import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, VLLMServerTeacher, WeightedTeachers, build_teacher
+from gkd_trainer.teachers import (
+    CachedTeacher,
+    FrozenTeacher,
+    RoutedTeachers,
+    VLLMServerTeacher,
+    WeightedTeachers,
+    build_teacher,
+)
+from tests.teachers.cache.rows import make_rows, source, write
 
 URL = "http://127.0.0.1:9"
 
@@ -102,3 +110,34 @@ def test_anything_but_a_model_is_refused(tiny_model):
         build_teacher(GKDArguments(), teacher_model=FrozenTeacher(tiny_model()))
     with pytest.raises(GKDTeacherError, match="expected a causal LM as the teacher; got int"):
         build_teacher(GKDArguments(), teacher_model=7)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    write(tmp_path / "cache", make_rows(3), source=source(train_on="last_turn"))
+    return str(tmp_path / "cache")
+
+
+def test_a_cache_becomes_a_teacher_with_its_fallback(cache, tiny_model, folder):
+    last = {"teacher_cache_dir": cache, "lmbda": 0.0, "train_on": "last_turn"}
+    alone = build_teacher(GKDArguments(**last))
+    assert isinstance(alone, CachedTeacher)
+    assert (str(alone.folder), alone.fallback) == (cache, None)
+    last["teacher_cache_miss"] = "teacher"
+    named = build_teacher(GKDArguments(**last, teacher_model_name_or_path=str(folder)))
+    assert is_the_saved_one(named.fallback, tiny_model)
+    model = tiny_model()
+    assert build_teacher(GKDArguments(**last), teacher_model=model).fallback.model is model
+
+
+def test_a_cache_that_does_not_fit_the_options_or_the_other_arguments_is_refused(cache, tiny_model):
+    last = {"teacher_cache_dir": cache, "lmbda": 0.0, "train_on": "last_turn"}
+    with pytest.raises(GKDTeacherError, match="another train_on: 'last_turn' there, 'all_turns' in this run"):
+        build_teacher(GKDArguments(teacher_cache_dir=cache, lmbda=0.0))
+    with pytest.raises(GKDTeacherError, match="another train_on"):
+        build_teacher(GKDArguments(lmbda=0.0), teacher=CachedTeacher(cache))
+    with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
+        build_teacher(GKDArguments(**last, teacher_cache_miss="teacher"))
+    for given in ({"teacher_model": tiny_model()}, {"teacher": FrozenTeacher(tiny_model())}):
+        with pytest.raises(GKDTeacherError, match=r"got a teacher and args\.teacher_cache_dir: keep one"):
+            build_teacher(GKDArguments(**last), **given)

@@ -1,6 +1,7 @@
 """The description of a teacher in the model card."""
 
 from gkd_trainer.teachers import (
+    CachedTeacher,
     FrozenTeacher,
     RoutedTeachers,
     Teacher,
@@ -9,6 +10,7 @@ from gkd_trainer.teachers import (
     WeightedTeachers,
     describe,
 )
+from tests.teachers.cache.rows import K, make_rows, write
 
 
 class Unknown(Teacher):
@@ -48,3 +50,8 @@ def test_several_teachers_are_described_by_their_names_and_weights():
     routed = RoutedTeachers({"both": summed, "chat": Unknown()})
     expected = {"both, math (weight 0.25)": "big", "both, own (weight 0.75)": "Unknown", "chat": "Unknown"}
     assert describe(routed).name == expected
+
+
+def test_a_cached_teacher_is_described_by_the_name_of_the_one_that_was_cached(tmp_path):
+    write(tmp_path, make_rows(3), kind="topk")
+    assert describe(CachedTeacher(tmp_path)) == TeacherDescription("oracle", (), K)
