@@ -48,6 +48,7 @@ _REFUSED_GENERATION_KWARGS = {
         "set eos_token_id in the model's generation_config or the tokenizer instead: completions end at any of them",
     ),
     "pad_token_id": "set it in the tokenizer instead",
+    "decoder_start_token_id": "set it in the config of the encoder-decoder instead, which also shifts its labels by it",
     "token_healing": "leave it out: the prompt's tokens stay as they are",
     "use_cache": "leave it out: the cache is always on",
     **dict.fromkeys(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -43,12 +43,13 @@ def tiny_teacher_dir(tiny_model, byte_level, tmp_path):
 
 
 @pytest.fixture
-def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path):
+def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch):
     """Run an example's main for two steps; return the folder that it saved to. Later options win."""
 
     def run_example(name, *options, teacher=("--teacher", smollm2_dir)):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         example = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, example)  # where a class of it is pickled
         spec.loader.exec_module(example)
         places = ["--student", smollm2_student_dir, *teacher, "--data", gsm8k_dir]
         output_dir = tmp_path / "output"
@@ -128,6 +129,21 @@ def test_lora_example_saves_only_the_adapter_and_generates_with_it(run, capsys):
     assert not (output_dir / "model.safetensors").exists()
     answer = capsys.readouterr().out.partition("The student with its adapter:")[2]
     assert answer.strip()
+
+
+def test_seq2seq_example_generates_answers_and_lowers_the_divergence(
+    run, capsys, tiny_encoder_decoder, byte_level, tmp_path
+):
+    for name, hidden in (("small", 32), ("large", 48)):
+        tiny_encoder_decoder("t5_untied", hidden=hidden, seed=hidden).save_pretrained(tmp_path / name)
+        byte_level(None).save_pretrained(tmp_path / name)
+    options = ["--student", tmp_path / "small", "--learning_rate", 0.05, "--max_new_tokens", 8, "--num_eval", 2]
+    output_dir = run("seq2seq", *options, teacher=("--teacher", tmp_path / "large"))
+    printed = capsys.readouterr().out
+    before, after = re.search(r"eval_loss: (\d+\.\d+) before, (\d+\.\d+) after", printed).groups()
+    assert float(after) < float(before)
+    assert "eval_accuracy: 0.0000 before" in printed
+    assert AutoModelForSeq2SeqLM.from_pretrained(output_dir).config.num_layers == 2
 
 
 def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, served_dir, tiny_teacher_dir):

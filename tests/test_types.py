@@ -149,6 +149,34 @@ def test_only_what_a_forward_takes_is_model_input():
     assert batch.is_on_policy_B.tolist() == [True, False]
 
 
+def encoder_decoder_inputs():
+    """A batch padded on the left whose labels happen to be as long as what the encoder reads."""
+    return {
+        "input_ids": torch.tensor([[0, 0, 7, 8], [9, 7, 8, 9]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+        "labels": torch.tensor([[5, 6, 2, X], [5, X, 6, 2]]),
+        "decoder_input_ids": torch.tensor([[0, 5, 6, 2], [0, 5, 4, 6]]),
+    }
+
+
+def test_decoder_inputs_show_that_labels_are_not_shifted():
+    batch = TokenBatch.from_inputs(encoder_decoder_inputs())
+    assert batch.label_offset == 0
+    assert batch.targets_N.tolist() == [5, 6, 2, 5, 6, 2]
+    assert batch.columns_N.tolist() == [0, 1, 2, 0, 2, 3]
+    assert set(batch.model_inputs) == {"input_ids", "attention_mask", "decoder_input_ids"}
+
+
+def test_only_the_encoders_padding_moves_in_a_batch_with_decoder_inputs():
+    inputs = encoder_decoder_inputs()
+    moved = right_padded(inputs)
+    assert moved["input_ids"].tolist() == [[7, 8, 0, 0], [9, 7, 8, 9]]
+    assert moved["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert moved["labels"] is inputs["labels"]
+    assert moved["decoder_input_ids"] is inputs["decoder_input_ids"]
+    assert in_columns_of(inputs, inputs["labels"]) is inputs["labels"]
+
+
 MASK_BL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
 COLUMNS_BL = torch.arange(4).expand(4, 4)
 COLUMNS_MOVED_BL = torch.tensor([[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 0]])

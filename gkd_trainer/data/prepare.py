@@ -152,7 +152,7 @@ class _PrepareRow:
         }
 
     def _prompt(self, prompt_ids: list[int]) -> dict[str, list[int]]:
-        return {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
+        return {PROMPT_IDS: prompt_ids} if self.preparer.rules.keeps_prompts else {}
 
 
 @dataclass
@@ -231,7 +231,7 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
 
 
 def _features(dataset: Any, prepare: _PrepareRow) -> Features:
-    prompt = {PROMPT_IDS: List(Value("int32"))} if prepare.preparer.rules.is_generating else {}
+    prompt = {PROMPT_IDS: List(Value("int32"))} if prepare.preparer.rules.keeps_prompts else {}
     keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
     if prepare.route is not None:
         keys[TEACHER_INDEX] = Value("int64")
@@ -270,7 +270,7 @@ def _none_left(name: str, n_rows: int, counts: Counter[str], needed_lengths: lis
     needed = min((length for length in needed_lengths if length), default=None)
     if needed is None:
         return message
-    if rules.is_generating:
+    if rules.is_generating and not rules.is_encoder_decoder:
         shortest = needed - rules.max_new_tokens
         return f"{message}. The shortest prompt has {shortest} tokens: set max_length to {needed} or more"
     return f"{message}. Set max_length to {needed} or more for the first of them to fit"

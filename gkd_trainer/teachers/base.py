@@ -56,6 +56,9 @@ class Teacher(ABC):
     shares_weights: ClassVar[bool] = False
     """Whether it uses the student's own weights, so that freezing them would freeze the student."""
 
+    scores_encoder_decoders: ClassVar[bool] = False
+    """Whether it can score the batches of encoder-decoders, whose labels are not shifted (see TokenBatch)."""
+
     @abstractmethod
     def prepare(
         self,

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import patch_environment
 from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
 from gkd_trainer.errors import GKDTeacherError
@@ -29,10 +29,17 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
     without_router_logits,
 )
-from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, refuse_prompt_learning, uncompiled
+from gkd_trainer.models.loading import (
+    auto_class,
+    find_tokenizer,
+    loading_failure,
+    name_of,
+    refuse_prompt_learning,
+    uncompiled,
+)
 from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import DECODER_INPUT_IDS, IGNORE_INDEX, TokenBatch, has_decoder_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +48,13 @@ _CHUNK_ELEMENTS = 2**24
 
 
 class FrozenTeacher(Teacher):
-    """A causal LM in eval mode, without gradients, of any dtype, quantised or not.
+    """A causal LM or an encoder-decoder in eval mode, without gradients, of any dtype, quantised or not.
 
     It returns final hidden states and its head, so that logits are computed only for the tokens trained on; if the head
     can't be split off safely, it returns logits, and logs that once.
 
     Args:
-        model: The teacher: a causal LM of transformers, or a PEFT model around one, with its active adapter. Its
+        model: The teacher: a language model of transformers, or a PEFT model around one, with its active adapter. Its
             parameters stop requiring gradients. A model from `torch.compile` runs uncompiled.
         tokenizer: Its tokenizer; by default the one stored with the model, if any.
         trust_remote_code: Whether that tokenizer may run Python code that comes with it.
@@ -59,6 +66,8 @@ class FrozenTeacher(Teacher):
     Raises:
         GKDTeacherError: `model` is not such a model, or `top_k` is not in [1, vocab_size].
     """
+
+    scores_encoder_decoders = True
 
     def __init__(
         self,
@@ -91,7 +100,7 @@ class FrozenTeacher(Teacher):
         top_k: int | None = None,
         **init_kwargs: Any,
     ) -> FrozenTeacher:
-        """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained.
+        """Load a teacher from the hub or a folder; `init_kwargs` go to the auto class's from_pretrained.
 
         Raises GKDTeacherError if that fails.
         """
@@ -99,7 +108,7 @@ class FrozenTeacher(Teacher):
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
         with _loading_unsharded():
             try:
-                model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+                model = auto_class(name_or_path, init_kwargs).from_pretrained(name_or_path, **init_kwargs)
             except Exception as error:
                 message = loading_failure("teacher", name_or_path, "teacher_model_init_kwargs", error)
                 raise GKDTeacherError(message) from error
@@ -188,6 +197,8 @@ def _masked_token(batch: TokenBatch) -> TokenBatch:
     id_BL = batch.labels_BL.new_zeros(1, 1)
     is_on_policy_B = batch.is_on_policy_B.new_zeros(1)
     inputs = {"input_ids": id_BL, "attention_mask": torch.ones_like(id_BL)}
+    if has_decoder_inputs(batch.model_inputs):
+        inputs[DECODER_INPUT_IDS] = id_BL
     return TokenBatch(inputs, torch.full_like(id_BL, IGNORE_INDEX), is_on_policy_B, batch.label_offset)
 
 

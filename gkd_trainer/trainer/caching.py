@@ -13,6 +13,7 @@ from transformers.utils.logging import tqdm
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
+from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.build import find_stop_ids
@@ -86,6 +87,12 @@ def cache_predictions(
     model = student if student is not None else teacher.model
     if model is None:
         raise GKDConfigError("a teacher behind a server needs the student, for which the rows are prepared: pass it")
+    for each in (model, teacher.model):
+        if each is not None and is_encoder_decoder(base_model(each)):
+            raise GKDConfigError(
+                f"{type(base_model(each)).__name__} is an encoder-decoder, but a cache holds a causal LM's "
+                "predictions: train with the teacher itself"
+            )
     tokenizer = tokenizer_of(processing_class)
     vocabulary = None if tokenizer is None else tokenizer.get_vocab()
     shorter = shorter_context(model, teacher)

@@ -12,6 +12,7 @@ from torch import nn
 
 from gkd_trainer.data import TeacherRoute
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_token_ids
 from gkd_trainer.report.metrics import ONE_TEACHER, TeacherSums
@@ -20,10 +21,11 @@ from gkd_trainer.rollouts.build import (
     build_student_engine,
     build_teacher_engine,
     find_stop_ids,
+    refuse_engine,
     sampled_vocabulary_size,
 )
 from gkd_trainer.teachers import RoutedTeachers, Teacher, all_teachers, several_in
-from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, shorter_context
+from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
@@ -70,6 +72,8 @@ def build_parts(
         GKDError: The two don't fit, or a server can't be used.
     """
     ranks, student, tokenizer = Ranks(accelerator), base_model(model), tokenizer_of(processing_class)
+    require_same_kind(student, teacher)
+    refuse_engine(rollouts, args, student, is_sharded=ranks.sharding is not None)
     shorter = shorter_context(model, teacher)
     args = fitted_into(shorter, args)
     teacher.prepare(args.device, tokenizer, args.max_length)
@@ -113,6 +117,7 @@ def build_parts(
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,
+        is_encoder_decoder=is_encoder_decoder(student),
         route=teacher_route(teacher, args),
     )
     several = several_in(teacher)

@@ -181,3 +181,10 @@ def test_rows_whose_predictions_depend_on_more_than_their_tokens_are_refused(cac
     rows = token_rows(4).add_column(column, [0, 1, 1, 1])
     with pytest.raises(GKDDataError, match=f"rows of the data to cache have {column}, but a cache holds one teacher"):
         cached(rows=rows)
+
+
+def test_the_predictions_of_an_encoder_decoder_are_not_cached(cached, tiny_model, tiny_encoder_decoder):
+    with pytest.raises(GKDConfigError, match="T5ForConditionalGeneration is an encoder-decoder, but a cache holds"):
+        cached(FrozenTeacher(tiny_encoder_decoder()))
+    with pytest.raises(GKDConfigError, match="BartForConditionalGeneration is an encoder-decoder, but a cache holds"):
+        cached(student=tiny_encoder_decoder("bart"))
