@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -17,8 +18,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -27,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.types import MEDIA_INPUTS, MediaTokens
@@ -46,9 +51,11 @@ _TOKENIZER_FILES = (
 PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 """Options of from_pretrained that say where a model is stored."""
 
+_CONFIG_OPTIONS = ("trust_remote_code", "code_revision", "gguf_file")
+
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal LM or a vision-language model, in float32 unless `init_kwargs` give a dtype.
+    """Load a causal LM, a vision-language model or an encoder-decoder, in float32 unless `init_kwargs` give a dtype.
 
     By default `from_pretrained` takes the checkpoint's dtype, and a student in pure bf16 loses small updates.
     """
@@ -63,17 +70,24 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
 
 
 def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
-    """Return the class of transformers that loads a model: for causal LMs, or for images and text.
+    """Return the auto class that loads a model by name, by its config.
 
-    `init_kwargs` are those for `from_pretrained`.
+    It is AutoModelForSeq2SeqLM for an encoder-decoder, AutoModelForImageTextToText for a vision-language model, and
+    AutoModelForCausalLM for any other.
+
+    Raises what AutoConfig.from_pretrained raises if there is no config.
     """
     config = init_kwargs.get("config")
-    if config is None:
-        reading = {key: init_kwargs[key] for key in (*PLACE, "trust_remote_code", "gguf_file") if key in init_kwargs}
-        try:
-            config = AutoConfig.from_pretrained(name_or_path, **reading)
-        except Exception:  # loading the model raises the same, or reads the config from an adapter's base
-            return AutoModelForCausalLM
+    if not isinstance(config, PreTrainedConfig):
+        read = {key: value for key, value in init_kwargs.items() if key in (*PLACE, *_CONFIG_OPTIONS)}
+        place = {key: value for key, value in init_kwargs.items() if key in PLACE}
+        if find_adapter_config_file(name_or_path, **place) is not None:
+            # The auto classes also load an adapter's folder, which names the model that it belongs to.
+            base = PeftConfig.from_pretrained(name_or_path, **place).base_model_name_or_path
+            return auto_class(base, {key: value for key, value in init_kwargs.items() if key not in PLACE})
+        config = AutoConfig.from_pretrained(config or name_or_path, **read)
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
     kind = type(config)
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM
@@ -83,11 +97,33 @@ def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
     return AutoModelForImageTextToText if is_named or kind not in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForCausalLM
 
 
+def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a causal LM without its weights: they are on the meta device. Its configs are those that are stored.
+
+    Raises GKDConfigError if that fails.
+    """
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
+    kwargs = {"trust_remote_code": trust_remote_code, **place}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and only causal LMs can be loaded without their weights")
+        auto: Any = auto_class(name_or_path, {"config": config})
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a malformed config fails in any way
+        raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
+    with contextlib.suppress(OSError):  # else transformers made it from the config
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **place)
+    return model
+
+
 def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
     """Return the message for a model that could not be loaded by name."""
     return (
-        f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "
-        f"the hub, with the arguments to load it in {init_kwargs} ({type(error).__name__}: {error})"
+        f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM or an encoder-decoder, "
+        f"or the name of one on the hub, with the arguments to load it in {init_kwargs} "
+        f"({type(error).__name__}: {error})"
     )
 
 
@@ -132,7 +168,11 @@ def find_processing_class(
     See `find_tokenizer`. A processor that can't be loaded is replaced by its tokenizer, with a warning.
     """
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    if name_or_path and auto_class(name_or_path, kwargs) is AutoModelForImageTextToText:
+    kind: Any = None
+    if name_or_path:
+        with contextlib.suppress(Exception):  # without a config, loading the model says why
+            kind = auto_class(name_or_path, kwargs)
+    if kind is AutoModelForImageTextToText:
         place = {key: value for key, value in kwargs.items() if key in (*PLACE, "trust_remote_code")}
         try:
             processor = AutoProcessor.from_pretrained(name_or_path, **place)

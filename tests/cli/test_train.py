@@ -122,6 +122,13 @@ def test_a_served_teacher_that_cannot_be_used_exits_1_with_one_message(options, 
     assert message in error.partition("gkd-trainer train: error: ")[2]
 
 
+def test_a_teacher_among_several_that_does_not_exist_is_named(pair, data, capsys):
+    options = ["--teachers", json.dumps({"math": pair[3], "code": "nowhere"})]
+    code, error = exit_of(["train", *pair[:2], *pair[4:], *data, *options], capsys)
+    assert code == 1
+    assert "--teachers: expected a folder with a model, or the name of one on the hub; got 'nowhere'" in error
+
+
 @pytest.mark.parametrize("source", ["true", "folder"])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(source, pair, data, tmp_path):
     options = [*pair, *data, "--save_steps", "1", "--learning_rate", "1e-2", "--per_device_train_batch_size", "2"]
