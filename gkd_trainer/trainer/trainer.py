@@ -35,6 +35,7 @@ from gkd_trainer.models.loading import (
     give_pad_token,
     name_of,
 )
+from gkd_trainer.models.weights import load_converted
 from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.interval import tenth_of
@@ -561,6 +562,19 @@ class GKDMixin(AnyTrainer):
         save_rollouts(output_dir, self._ranks.index, self._queue.state(self.state.global_step))
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # next, the first rank writes Trainer's state, which vouches for all ranks
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._has_loaded(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._has_loaded(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _has_loaded(self, checkpoint: str | None, model: nn.Module) -> bool:
+        """Load a checkpoint that Trainer can't; return whether it was one."""
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return checkpoint is not None and not is_sharded and load_converted(model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
