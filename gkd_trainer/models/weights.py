@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -53,13 +53,22 @@ def load_converted(model: nn.Module, folder: str | Path) -> bool:
 
     Trainer loads a checkpoint's weights by the model's own names, and only warns of those that it does not find:
     vision-language models, and the experts of a mixture, would keep their initial weights.
+
+    Raises:
+        GKDConfigError: The checkpoint lacks some of the model's weights.
     """
     if not isinstance(model, PreTrainedModel):  # also an adapter's: its weights have their own names
         return False
     shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in _named(model, "", False)}
     if revert_weight_conversion(model, shapes).keys() == shapes.keys():
         return False
-    loaded = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    options: dict[str, Any] = {"config": model.config, "dtype": model.dtype, "output_loading_info": True}
+    loaded, found = cast(Any, type(model)).from_pretrained(folder, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise GKDConfigError(
+            f"the checkpoint {folder} lacks {len(missing)} weights of the {type(model).__name__}, such as "
+            f"{missing[0]}: resume from a checkpoint that was saved by training this model"
+        )
     model.load_state_dict(loaded.state_dict())
     return True
 

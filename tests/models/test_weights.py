@@ -172,6 +172,14 @@ def test_weights_in_another_form_are_loaded_from_a_checkpoint(mixture_of_experts
     torch.testing.assert_close(model.state_dict(), mixture_of_experts.state_dict(), rtol=0, atol=0)
 
 
+def test_a_checkpoint_that_lacks_weights_is_refused(mixture_of_experts, tmp_path):
+    shallow = copy.deepcopy(mixture_of_experts)
+    del shallow.model.layers[1:]
+    shallow.save_pretrained(tmp_path)
+    with pytest.raises(GKDConfigError, match=r"lacks \d+ weights of the MixtralForCausalLM, such as model.layers.1"):
+        load_converted(copy.deepcopy(mixture_of_experts), tmp_path)
+
+
 def test_weights_in_the_models_own_form_are_left_to_trainer(student, tmp_path):
     assert not load_converted(student(), tmp_path)
     assert not load_converted(torch.nn.Linear(2, 2), tmp_path)
