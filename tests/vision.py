@@ -27,9 +27,15 @@ from transformers import (
     SmolVLMVisionConfig,
     set_seed,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+try:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+except ImportError:  # names of earlier versions of transformers 5
+    from transformers.models.clip.image_processing_clip import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
+    from transformers.models.smolvlm.image_processing_smolvlm import SmolVLMImageProcessor as SmolVLMImageProcessorPil
 
 FAMILIES = ("llava", "smolvlm", "qwen2", "qwen2.5", "qwen3")
 EOS, IMAGE, VISION_START, VISION_END = "<|im_end|>", "<image>", "<|vision_start|>", "<|vision_end|>"

@@ -34,6 +34,20 @@ def images_of(row: Mapping[str, Any]) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
+def require_readable(images: Sequence[Any], processing: ImageProcessing | None, *, is_encoder_decoder: bool) -> None:
+    """Raise GKDDataError if a row has images that can't become tokens of a decoder."""
+    if images and is_encoder_decoder:
+        raise GKDDataError(
+            "the rows have images, which are only prepared for decoders that read them among their tokens, but the "
+            "student is an encoder-decoder: remove the columns `image` and `images`"
+        )
+    if images and processing is None:
+        raise GKDDataError(
+            "the rows have images, which only a processor of images and text can prepare: pass the processor of a "
+            "vision-language model as processing_class, or remove the columns `image` and `images`"
+        )
+
+
 @dataclass(frozen=True)
 class ImageProcessing:
     """Turns a row's images into tokens, and those of a batch into a model's inputs, by a processor of transformers.

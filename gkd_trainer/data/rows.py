@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
-from gkd_trainer.data.images import ImageProcessing, images_of, with_image_parts
+from gkd_trainer.data.images import ImageProcessing, images_of, require_readable, with_image_parts
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
@@ -117,25 +117,13 @@ class RowPreparer:
         images = images_of(row)
         if self.formatting_func is not None:
             row = self._formatted(row)
-        self._require_readable(images)
+        require_readable(images, self.images, is_encoder_decoder=self.rules.is_encoder_decoder)
         tokens = self._tokens(row, len(images))
         if self.rules.is_encoder_decoder:
             return self._fitted_pair(tokens)
         if self.images is not None:
             tokens = self.images.expanded(tokens, images, is_generating=self.rules.is_generating)
         return self._fitted(tokens)
-
-    def _require_readable(self, images: list[Any]) -> None:
-        if images and self.rules.is_encoder_decoder:
-            raise GKDDataError(
-                "the rows have images, which are only prepared for decoders that read them among their tokens, but the "
-                "student is an encoder-decoder: remove the columns `image` and `images`"
-            )
-        if images and self.images is None:
-            raise GKDDataError(
-                "the rows have images, which only a processor of images and text can prepare: pass the processor of a "
-                "vision-language model as processing_class, or remove the columns `image` and `images`"
-            )
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
-from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
+from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations, find_unused_parameters
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.config_checks import check_cache, check_loss_temperature
 from gkd_trainer.config_effects import Run
@@ -133,6 +133,9 @@ def construct(
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
         processing_class = find_processing_class(source, trusts, getattr(config, "model_init_kwargs", None))
+    images = ImageProcessing.of(processing_class)
+    if images is not None:
+        find_unused_parameters(config)
     if not torch.accelerator.is_available():  # else each loader warns that it pins no memory
         config.dataloader_pin_memory = False
     set_seed(config.seed)  # adapters are initialised at random
@@ -150,7 +153,6 @@ def construct(
     base_arguments = {**arguments, **own}
     del base_arguments["compute_loss_func"]
     accepted = accepted_by(init_parameters(base_classes), base_arguments, name)
-    images = ImageProcessing.of(processing_class)
     return Construction(accepted, teacher, adapter, prepares_rows, images, run, base)
 
 

@@ -206,3 +206,12 @@ def test_what_is_cached_leaves_the_pickle_as_it_was(qwen):
     assert images._tokens_by_size
     assert not vars(images.__class__(**images.__getstate__()))["_tokens_by_size"]
     assert pickle.loads(pickle.dumps(images)).token_id == images.token_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"), [({"is_encoder_decoder": True}, "is an encoder-decoder"), ({}, "a processor of images")]
+)
+def test_images_that_can_not_be_prepared_are_refused(qwen, changes, reason):
+    preparer = RowPreparer.create(qwen.tokenizer, rules_of(qwen, **changes), None)
+    with pytest.raises(GKDDataError, match=f"the rows have images, .*{reason}"):
+        preparer.prepare(TWO)
