@@ -14,6 +14,7 @@ from trl import pack_dataset
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.data import (
+    IMAGE_COLUMNS,
     ImageProcessing,
     KeepSideTensors,
     RowRules,
@@ -115,6 +116,11 @@ class Preparation:
                 f"{name}: packing joins the rows of a datasets.Dataset or IterableDataset; got "
                 f"{type(dataset).__name__}: convert it with datasets.Dataset.from_list(list(rows)), or set "
                 "packing=False"
+            )
+        if self.images is not None and not set(IMAGE_COLUMNS).isdisjoint(dataset.column_names or ()):
+            raise GKDConfigError(
+                f"{name}: packing joins token ids, and would leave out the images of the rows: set packing=False (and "
+                "eval_packing=False)"
             )
         for side in SIDE_TENSORS.values():
             if side.is_column and side.name in (dataset.column_names or ()):

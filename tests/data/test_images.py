@@ -194,8 +194,12 @@ def test_a_value_of_the_processor_without_a_rule_is_refused_by_name(qwen, monkey
 
 
 def test_a_processor_that_writes_text_around_images_is_refused(qwen, monkeypatch):
-    replaced = type(qwen).replace_image_token
-    monkeypatch.setattr(type(qwen), "replace_image_token", lambda *args, **kw: f"\n{replaced(*args, **kw)}\n")
+    made = type(qwen).__call__
+
+    def call(self, *, text, **kwargs):
+        return made(self, text=[each.replace(IMAGE, f"\n{IMAGE}\n") for each in text], **kwargs)
+
+    monkeypatch.setattr(type(qwen), "__call__", call)
     with pytest.raises(GKDDataError, match="writes text around an image"):
         preparer_of(qwen).prepare(TWO)
 

@@ -185,16 +185,19 @@ class SFTTrainerWithGKD(GKDMixin, SFTTrainer):
     """SFTTrainer that distils."""
 
 
-@pytest.mark.parametrize("option", ["packing", "padding_free"])
-def test_joining_rows_with_images_is_refused(config_of, option):
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({"packing": True}, "train_dataset"),
+        ({"padding_free": True}, "train_dataset"),
+        ({"eval_packing": True}, "eval_dataset"),
+    ],
+)
+def test_joining_rows_with_images_is_refused(config_of, options, given):
     pair = make_pair("qwen2")
-    rows = Dataset.from_list([{"images": [picture(1)], "messages": conversation("What?", "A cat.")}])
-    args = config_of(SFTConfigWithGKD, **{option: True}, max_length=160, lmbda=0.0)
-    with pytest.raises(ValueError, match=r"(?i)pack|padding"):
-        SFTTrainerWithGKD(
-            pair.student,
-            args,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=pair.processor,
-            teacher_model=pair.teacher,
-        )
+    texts = Dataset.from_list([{"messages": conversation("What?", "A cat.")}])
+    images = Dataset.from_list([{"images": [picture(1)], "messages": conversation("What?", "A cat.")}])
+    args = config_of(SFTConfigWithGKD, **options, max_length=160, lmbda=0.0)
+    models = {"processing_class": pair.processor, "teacher_model": pair.teacher}
+    with pytest.raises(ValueError, match=r"(?i)packing joins token ids|not supported for vision datasets"):
+        SFTTrainerWithGKD(pair.student, args, **{"train_dataset": texts, given: images}, **models)
