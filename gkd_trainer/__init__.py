@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+    from gkd_trainer.teachers import FrozenTeacher, SelfTeacher, Teacher, VLLMServerTeacher
     from gkd_trainer.trainer import GKDMixin, GKDTrainer
 
 __version__ = "0.1.0"
@@ -39,6 +39,7 @@ _MODULES = {
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "RolloutEngine": "rollouts",
+    "SelfTeacher": "teachers",
     "Teacher": "teachers",
     "VLLMColocateRollouts": "rollouts",
     "VLLMServerRollouts": "rollouts",
@@ -63,6 +64,7 @@ __all__ = [
     "GKDTrainer",
     "HFRollouts",
     "RolloutEngine",
+    "SelfTeacher",
     "Teacher",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",

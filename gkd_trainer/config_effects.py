@@ -89,6 +89,7 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         lambda run: run.has_top_tokens is not False,
     ),
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
+    ("self_teacher_ema_decay", "self_teacher='ema'", lambda run: run.args.self_teacher == "ema"),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
     (

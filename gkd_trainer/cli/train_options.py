@@ -154,7 +154,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
     hints = {**get_type_hints(StudentOptions), **get_type_hints(DataOptions), **get_type_hints(GKDConfig)}
     parser = _parser(hints)
     options = parse_with_config(parser, hints, arguments)
-    teachers = ("teacher_model_name_or_path", "teacher_server_base_url")
+    teachers = ("teacher_model_name_or_path", "teacher_server_base_url", "self_teacher")
     missing = [
         " or ".join(f"--{name}" for name in names)
         for names in (("model_name_or_path",), teachers, ("dataset",))

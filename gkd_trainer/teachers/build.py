@@ -15,6 +15,7 @@ from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 
 TeacherModel = PreTrainedModel | PeftModel | PeftMixedModel | nn.Module | str | os.PathLike[str]
@@ -31,7 +32,7 @@ def build_teacher(
     """Return the teacher that the arguments give.
 
     Args:
-        args: The options, which may name a model or servers.
+        args: The options, which may name a model, servers, or the student.
         teacher: A teacher, returned unchanged.
         teacher_model: A model, or its name or path.
         trust_remote_code: Whether Python code that comes with a model or its tokenizer may run.
@@ -40,7 +41,7 @@ def build_teacher(
         GKDTeacherError: There is no teacher, or more than one; options don't apply to it; or it can't be loaded.
     """
     name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
-    _require_one(teacher, teacher_model, name, urls)
+    _require_one(teacher, teacher_model, name, urls, args.self_teacher)
     source = teacher_model if teacher_model is not None else name
     if teacher is None and isinstance(source, str | os.PathLike):
         init_kwargs = cast("dict[str, Any] | None", args.teacher_model_init_kwargs)  # JSON is parsed already
@@ -59,6 +60,8 @@ def build_teacher(
         return teacher
     if teacher_model is not None and not isinstance(teacher_model, str | os.PathLike):
         return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
+    if args.self_teacher is not None:
+        return SelfTeacher(args.self_teacher, ema_decay=args.self_teacher_ema_decay)
     assert urls is not None  # the only case left
     own_default: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     return VLLMServerTeacher(
@@ -72,17 +75,23 @@ def build_teacher(
 
 
 def _require_one(
-    teacher: Teacher | None, teacher_model: TeacherModel | None, name: str | None, urls: str | list[str] | None
+    teacher: Teacher | None,
+    teacher_model: TeacherModel | None,
+    name: str | None,
+    urls: str | list[str] | None,
+    source: str | None,
 ) -> None:
     if isinstance(teacher_model, Teacher):
         raise GKDTeacherError(f"teacher_model is a {type(teacher_model).__name__}: pass a Teacher as teacher")
-    if teacher is None and teacher_model is None and name is None and urls is None:
+    if all(each is None for each in (teacher, teacher_model, name, urls, source)):
         raise GKDTeacherError(
             "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
-            "args.teacher_model_name_or_path or args.teacher_server_base_url"
+            "args.teacher_model_name_or_path, args.teacher_server_base_url or args.self_teacher"
         )
-    if (teacher is not None) + (teacher_model is not None) + (urls is not None) > 1:
-        raise GKDTeacherError("got more than one of teacher, teacher_model and args.teacher_server_base_url: keep one")
+    if sum(each is not None for each in (teacher, teacher_model, urls, source)) > 1:
+        raise GKDTeacherError(
+            "got more than one of teacher, teacher_model, args.teacher_server_base_url and args.self_teacher: keep one"
+        )
     given = teacher_model if teacher_model is not None else teacher
     if given is not None and name is not None and not _is_named(given, name):
         raise GKDTeacherError(

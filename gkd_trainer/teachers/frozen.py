@@ -69,11 +69,8 @@ class FrozenTeacher(Teacher):
     ) -> None:
         model = _checked(model)
         self._model: Any = model.eval().requires_grad_(False)
-        parameters = inspect.signature(model.forward).parameters.values()
-        takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        # A single forward needs no cache, and a teacher no router loss.
-        self._forward_kwargs = {**({"use_cache": False} if takes_cache else {}), **without_router_logits(model)}
-        self._tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
+        self._forward_kwargs = scoring_kwargs(model)
+        self.tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
         if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise GKDTeacherError(
@@ -128,7 +125,7 @@ class FrozenTeacher(Teacher):
     @property
     def vocabulary(self) -> Mapping[str, int] | None:
         """The id of each token of the teacher's tokenizer, if it has one."""
-        return None if self._tokenizer is None else self._tokenizer.get_vocab()
+        return None if self.tokenizer is None else self.tokenizer.get_vocab()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -163,6 +160,13 @@ class FrozenTeacher(Teacher):
                 type(self._model).__name__,
                 self._head.reason,
             )
+
+
+def scoring_kwargs(model: nn.Module) -> dict[str, Any]:
+    """Return forward arguments for scoring: a single forward needs no cache, and a teacher no router loss."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return {**({"use_cache": False} if takes_cache else {}), **without_router_logits(model)}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
 from gkd_trainer.trainer.rollout_queue import RolloutQueue
+from gkd_trainer.trainer.student_teachers import StudentTeachers
 from gkd_trainer.trainer.windows import WindowLoader
 
 
@@ -39,6 +40,7 @@ class Parts:
     pairing: Pairing
     queue: RolloutQueue
     preparation: Preparation
+    student_teachers: StudentTeachers
 
 
 def build_parts(
@@ -66,6 +68,8 @@ def build_parts(
         GKDError: The two don't fit, or a server can't be used.
     """
     ranks, student, tokenizer = Ranks(accelerator), base_model(model), tokenizer_of(processing_class)
+    student_teachers = StudentTeachers(teacher)
+    student_teachers.attach(model, ranks)
     shorter = shorter_context(model, teacher)
     args = fitted_into(shorter, args)
     teacher.prepare(args.device, tokenizer, args.max_length)
@@ -110,4 +114,4 @@ def build_parts(
         shorter=shorter,
         has_ranks=ranks.size > 1,
     )
-    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation)
+    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, student_teachers)

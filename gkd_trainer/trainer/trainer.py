@@ -201,6 +201,9 @@ class GKDMixin(AnyTrainer):
         self.args, self.teacher = parts.args, teacher
         self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
         self._pairing, self._queue, self._preparation = parts.pairing, parts.queue, parts.preparation
+        self._student_teachers = parts.student_teachers
+        if (updates := parts.student_teachers.callback()) is not None:
+            self.add_callback(updates)
         self._meter, self._finite_check = TrainingMeter(self.args.device), FiniteCheck()
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
         self._generated: list[Generated] = []
@@ -405,6 +408,7 @@ class GKDMixin(AnyTrainer):
         require_labels(inputs)
         batch = TokenBatch.from_inputs(inputs)
         self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
+        self._student_teachers.attach(self.model, self._ranks, pairing.head)
         with (
             self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
             self._recovery.failing_together(
@@ -523,6 +527,7 @@ class GKDMixin(AnyTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_rollouts(output_dir, self._ranks.index, self._queue.state(self.state.global_step))
+        self._student_teachers.save(output_dir, is_first_rank=self._ranks.index == 0)
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # next, the first rank writes Trainer's state, which vouches for all ranks
 
@@ -530,6 +535,7 @@ class GKDMixin(AnyTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         self._recovery.last_checkpoint = None if checkpoint is None else Path(checkpoint)
         self._queue.load(load_rollouts(checkpoint, self._ranks.index))
+        self._student_teachers.load(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         card = Path(output_dir or self.args.output_dir) / "README.md"

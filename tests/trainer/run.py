@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import IterableDataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -100,6 +100,15 @@ def cut(rows, lengths):
     return {"shards": shards, "names": list(range(len(lengths)))}
 
 
+def with_two_adapters(student):
+    """Wrap a student in an adapter to train and another one, "reference", neither of them zero."""
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    student = get_peft_model(student, adapter)
+    student.add_adapter("reference", adapter)
+    return student
+
+
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
@@ -142,9 +151,14 @@ def main(folder: Path) -> None:
         # Accelerate takes FSDP for GPUs alone; nothing after its decision asks for one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     teacher = str(folder / "teacher")
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype="float32")
+    if args.self_teacher is not None:
+        student, teacher = with_two_adapters(student), None
+    elif not names_teacher:
+        teacher = AutoModelForCausalLM.from_pretrained(teacher)
     trainer = DyingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype="float32"),
-        teacher_model=teacher if names_teacher else AutoModelForCausalLM.from_pretrained(teacher),
+        model=student,
+        teacher_model=teacher,
         args=args,
         train_dataset=rows if stream is None else stream,
         data_collator=None if odd_row is None else padded,
