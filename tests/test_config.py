@@ -281,6 +281,8 @@ def command_line_value(name, default):
         "vllm_engine_kwargs": ('{"enforce_eager": true}', {"enforce_eager": True}),
         "teacher_top_k": ("64", 64),
         "teacher_tail": ("renormalize", "renormalize"),
+        "self_teacher": ("ema", "ema"),
+        "self_teacher_ema_decay": ("0.9", 0.9),
     }
     if name in special:
         return special[name]

@@ -53,11 +53,8 @@ class AdapterAverage:
     def start(self) -> None:
         """Begin at the adapter's current product, unless it has begun; with sharded weights, all ranks call this."""
         if not self._products:
-            with torch.no_grad(), self._factors() as factors:
-                for name, (b_Or, a_rI) in factors.items():
-                    self._products[name] = new_product(b_Or, a_rI).averaged(
-                        b_Or, a_rI * self._layers[name].scaling, 0.0
-                    )
+            with self._factors() as factors:
+                self._products = {name: new_product(*pair).averaged(*pair, 0.0) for name, pair in factors.items()}
 
     def update(self) -> None:
         """Take in the adapter's current product; with sharded weights, all ranks call this."""

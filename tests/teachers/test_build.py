@@ -5,7 +5,7 @@ import torch
 
 from gkd_trainer import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.teachers import FrozenTeacher, VLLMServerTeacher, build_teacher
+from gkd_trainer.teachers import FrozenTeacher, SelfTeacher, VLLMServerTeacher, build_teacher
 
 URL = "http://127.0.0.1:9"
 
@@ -53,6 +53,13 @@ def test_servers_become_a_teacher_with_the_options():
     assert build_teacher(GKDArguments(teacher_server_base_url=URL)).top_k == VLLMServerTeacher(URL).top_k
 
 
+@pytest.mark.parametrize("source", ["base", "ema", "reference"])
+def test_the_student_becomes_its_own_teacher(source):
+    teacher = build_teacher(GKDArguments(self_teacher=source, self_teacher_ema_decay=0.5))
+    assert isinstance(teacher, SelfTeacher)
+    assert teacher.source == source
+
+
 def test_no_teacher_is_refused():
     with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
         build_teacher(GKDArguments())
@@ -63,8 +70,10 @@ def test_more_than_one_teacher_is_refused(tiny_model):
         (GKDArguments(), {"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()}),
         (GKDArguments(teacher_server_base_url=URL), {"teacher_model": tiny_model()}),
         (GKDArguments(teacher_server_base_url=URL), {"teacher": FrozenTeacher(tiny_model())}),
+        (GKDArguments(self_teacher="base"), {"teacher_model": tiny_model()}),
+        (GKDArguments(self_teacher="base"), {"teacher": FrozenTeacher(tiny_model())}),
     ):
-        with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
+        with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model,"):
             build_teacher(args, **given)
 
 
