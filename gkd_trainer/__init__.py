@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, SelfTeacher, Teacher, VLLMServerTeacher
+    from gkd_trainer.teachers import ContextTeacher, FrozenTeacher, SelfTeacher, Teacher, VLLMServerTeacher
     from gkd_trainer.trainer import GKDMixin, GKDTrainer
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ _MODULES = {
     "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
+    "ContextTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "RolloutEngine": "rollouts",
@@ -50,6 +51,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "ContextTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",

@@ -9,6 +9,7 @@ import pytest
 import gkd_trainer
 
 NAMES = [
+    "ContextTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",

@@ -12,9 +12,10 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 
 from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS
+from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def prepare_dataset(
     formatting_func: Callable[[Any], Any] | None = None,
     num_proc: int | None = None,
     name: str = "train",
+    teacher_prompts: TeacherPrompts | None = None,
 ) -> Any:
     """Turn rows of any of the usual formats into token ids and labels.
 
@@ -58,13 +60,15 @@ def prepare_dataset(
         formatting_func: turns a row into a text, a list of messages, or a row in one of the usual formats.
         num_proc: number of processes for a `Dataset`.
         name: the dataset's name in the log and on the progress bar.
+        teacher_prompts: how a column `teacher_prompt` becomes token ids; by default by the same tokenizer.
 
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
         beside its own. Labels are IGNORE_INDEX for tokens that are not trained on: all tokens of a row that is only a
         prompt. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion if it
-        differs from the tokens before the row's last trained run, else empty. Rows that can't be used are left out
-        and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
+        differs from the tokens before the row's last trained run, else empty. A row with a `teacher_prompt` gets
+        TEACHER_PROMPT_IDS, and is trained on only in its last run, since that prompt replaces all before it. Rows that
+        can't be used are left out and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
 
     Raises:
         GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, or a row's
@@ -74,10 +78,10 @@ def prepare_dataset(
     if isinstance(dataset, list):
         dataset = _from_list(dataset, name)
     if isinstance(dataset, Dataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_prompts)
         return _prepare_map_style(dataset, preparer, num_proc, name)
     if isinstance(dataset, IterableDataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_prompts)
         return _prepare_iterable(dataset, preparer, name)
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
         return dataset
@@ -95,6 +99,7 @@ class _PrepareRow:
     preparer: RowPreparer
     is_refusal_raised: bool
     name: str
+    has_teacher_prompts: bool
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
@@ -111,11 +116,13 @@ class _PrepareRow:
             if self.is_refusal_raised:
                 raise
             return self._dropped(str(refusal), 0)
+        if prepared.teacher_prompt_ids and not self.has_teacher_prompts:
+            return self._dropped(f"{TEACHER_PROMPT}, but the first row has none: give that one too, or None", 0)
         return {
             **prepared.per_token,
             "input_ids": prepared.input_ids,
             "labels": prepared.labels,
-            **self._prompt(prepared.prompt_ids),
+            **self._prompts(prepared.prompt_ids, prepared.teacher_prompt_ids),
             _PROBLEM: "",
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
@@ -126,15 +133,16 @@ class _PrepareRow:
         return {
             "input_ids": [],
             "labels": [],
-            **self._prompt([]),
+            **self._prompts([], []),
             _PROBLEM: reason,
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
             _UNENDED: "",
         }
 
-    def _prompt(self, prompt_ids: list[int]) -> dict[str, list[int]]:
-        return {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
+    def _prompts(self, prompt_ids: list[int], teacher_prompt_ids: list[int]) -> dict[str, list[int]]:
+        own = {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
+        return {**own, TEACHER_PROMPT_IDS: teacher_prompt_ids} if self.has_teacher_prompts else own
 
 
 @dataclass
@@ -167,10 +175,11 @@ class _KeepUsable:
 def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None, name: str) -> Any:
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
+    has_prompts = preparer.has_teacher_prompt(dataset[0])
     mapped = dataset.map(
-        _PrepareRow(preparer, is_refusal_raised=True, name=name),
+        _PrepareRow(preparer, True, name, has_prompts),
         with_indices=True,
-        features=_features(dataset, preparer.rules),
+        features=_features(dataset, preparer.rules, has_prompts),
         num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
         desc=f"Preparing {name}",
     )
@@ -203,18 +212,20 @@ def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    _PrepareRow(preparer, is_refusal_raised=True, name=name)(first, 0)
-    features = None if dataset.features is None else _features(dataset, preparer.rules)
-    prepare = _PrepareRow(preparer, is_refusal_raised=False, name=name)
+    has_prompts = preparer.has_teacher_prompt(first)
+    _PrepareRow(preparer, True, name, has_prompts)(first, 0)
+    features = None if dataset.features is None else _features(dataset, preparer.rules, has_prompts)
+    prepare = _PrepareRow(preparer, False, name, has_prompts)
     mapped = dataset.map(prepare, with_indices=True, features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
     return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
 
 
-def _features(dataset: Any, rules: RowRules) -> Features:
-    prompt = {PROMPT_IDS: List(Value("int32"))} if rules.is_generating else {}
+def _features(dataset: Any, rules: RowRules, has_teacher_prompts: bool) -> Features:
+    names = [PROMPT_IDS] * rules.is_generating + [TEACHER_PROMPT_IDS] * has_teacher_prompts
+    prompts = {name: List(Value("int32")) for name in names}
     keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
-    return Features({**dataset.features, **_NEW_FEATURES, **prompt, **keys})
+    return Features({**dataset.features, **_NEW_FEATURES, **prompts, **keys})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts, only_last_run
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
     Span,
@@ -23,7 +24,8 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, prompt_length
+from gkd_trainer.models.prompts import leading_ids
+from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, prompt_length
 
 NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "
@@ -60,7 +62,8 @@ class PreparedRow:
 
     `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or if empty, the tokens before the last trained
     run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` names the token
-    that ends its last turn in place of a stop token, or is empty.
+    that ends its last turn in place of a stop token, or is empty. `teacher_prompt_ids` is the teacher's own prompt,
+    or empty.
     """
 
     input_ids: list[int]
@@ -69,6 +72,7 @@ class PreparedRow:
     prompt_ids: list[int]
     per_token: dict[str, list[Any]]
     unended: str
+    teacher_prompt_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,26 @@ class RowPreparer:
     patched_template: str | None
     leading_ids: tuple[int, ...]
     added_ids: frozenset[int]
+    teacher_prompts: TeacherPrompts
 
     @classmethod
-    def create(cls, tokenizer: Any, rules: RowRules, formatting_func: Callable[[Any], Any] | None) -> RowPreparer:
-        """Build a preparer; `tokenizer` None suffices for tokenised rows."""
+    def create(
+        cls,
+        tokenizer: Any,
+        rules: RowRules,
+        formatting_func: Callable[[Any], Any] | None,
+        teacher_prompts: TeacherPrompts | None = None,
+    ) -> RowPreparer:
+        """Build a preparer; `tokenizer` None suffices for tokenised rows.
+
+        `teacher_prompts` is by default rendered by the same tokenizer, and of any length.
+        """
+        prompts = TeacherPrompts(tokenizer) if teacher_prompts is None else teacher_prompts
         if tokenizer is None:
-            return cls(None, rules, formatting_func, None, (), frozenset())
+            return cls(None, rules, formatting_func, None, (), frozenset(), prompts)
         added_ids = frozenset(tokenizer.added_tokens_decoder)
-        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer), added_ids)
+        template, leading = marked_template(tokenizer), leading_ids(tokenizer)
+        return cls(tokenizer, rules, formatting_func, template, leading, added_ids, prompts)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -98,9 +114,17 @@ class RowPreparer:
             GKDDataError: no row like this one can be used with these rules or this tokenizer.
 
         """
-        if self.formatting_func is not None:
-            row = self._formatted(row)
-        return self._fitted(self._tokens(row))
+        formatted = row if self.formatting_func is None else self._formatted(row)
+        teacher_ids = self.teacher_prompts.ids_of(_without_none({**_teachers_columns(row), **formatted}))
+        return self._fitted(self._tokens(formatted), teacher_ids)
+
+    def has_teacher_prompt(self, row: Mapping[str, Any]) -> bool:
+        """Return whether rows like this one may have prompts for the teacher; it may be None in this one."""
+        try:
+            formatted = {} if self.formatting_func is None else self._formatted(row)
+        except (RowDropped, GKDDataError):  # the row's own verdict, when it is prepared
+            formatted = {}
+        return has_teacher_prompts({*row, *formatted})
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row
@@ -286,11 +310,12 @@ class RowPreparer:
             raise RowDropped("empty completion")
         return labels
 
-    def _fitted(self, tokens: RowTokens) -> PreparedRow:
-        rules, ids, labels, prompt_ids = self.rules, tokens.ids, tokens.labels, tokens.prompt_ids
+    def _fitted(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
+        rules, ids, prompt_ids = self.rules, tokens.ids, tokens.prompt_ids
+        labels = only_last_run(tokens.labels) if teacher_ids else tokens.labels
         if not ids:
             raise RowDropped("no tokens")
-        if rules.vocab_size is not None and max(*ids, *labels, *prompt_ids) >= rules.vocab_size:
+        if rules.vocab_size is not None and max(*ids, *labels, *prompt_ids, *teacher_ids) >= rules.vocab_size:
             raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
         n_prompt = len(prompt_ids) or prompt_length(labels)
         first_trained = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
@@ -312,8 +337,12 @@ class RowPreparer:
                 reason = f"no trained token within max_length ({rules.max_length})"
                 raise RowDropped(reason, first_trained + 1)
         cut = slice(rules.max_length)
+        if teacher_ids:
+            is_completed = rules.is_generating or first_trained is None
+            n_completion = len(ids[cut]) - prompt_length(labels)
+            self.teacher_prompts.require_room(teacher_ids, max(n_completion, rules.max_new_tokens * is_completed))
         per_token = {column: values[cut] for column, values in tokens.per_token.items()}
-        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended)
+        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended, teacher_ids)
 
     @property
     def _stop_ids(self) -> frozenset[int]:
@@ -335,14 +364,9 @@ def _refused(error: Exception) -> RowDropped:
     return RowDropped(f"refused by the chat template ({str(error)[:100]})")
 
 
-def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the special tokens that the tokenizer puts before a text, such as bos."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    for n_leading in range(len(ids) - len(bare) + 1):
-        if ids[n_leading : n_leading + len(bare)] == bare:
-            return tuple(ids[:n_leading])
-    return ()
+def _teachers_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a formatting_func need not repeat."""
+    return {name: row[name] for name in (TEACHER_PROMPT, TEACHER_PROMPT_IDS) if name in row}
 
 
 def _without_none(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from gkd_trainer.teachers.base import CompositeTeacher, StudentTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
+from gkd_trainer.teachers.context import ContextTeacher
 from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.frozen import FrozenTeacher
 from gkd_trainer.teachers.shared import SelfTeacher
@@ -10,6 +11,7 @@ from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
 
 __all__ = [
     "CompositeTeacher",
+    "ContextTeacher",
     "FrozenTeacher",
     "SelfTeacher",
     "StudentTeacher",

@@ -8,6 +8,8 @@ from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.context import ContextTeacher
+from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 
 
@@ -29,3 +31,13 @@ def describe(teacher: Teacher) -> TeacherDescription:
 @describe.register
 def _(teacher: VLLMServerTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.model_name or type(teacher).__name__, teacher.base_urls, teacher.top_k)
+
+
+@describe.register
+def _(teacher: ContextTeacher) -> TeacherDescription:
+    return describe(*teacher.teachers)
+
+
+@describe.register
+def _(teacher: SelfTeacher) -> TeacherDescription:
+    return TeacherDescription(f"the student itself ({teacher.source})", (), None)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_token_ids
 from gkd_trainer.rollouts import RolloutEngine
@@ -20,6 +21,7 @@ from gkd_trainer.rollouts.build import (
     sampled_vocabulary_size,
 )
 from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers.context import longest_context, template_tokenizer
 from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
@@ -113,5 +115,8 @@ def build_parts(
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,
+        teacher_prompts=TeacherPrompts(
+            template_tokenizer(teacher, tokenizer), longest_context(teacher, args.max_length)
+        ),
     )
     return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, student_teachers)

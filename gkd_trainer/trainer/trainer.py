@@ -41,6 +41,7 @@ from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.trainer import publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
 from gkd_trainer.trainer.construction import (
@@ -418,7 +419,7 @@ class GKDMixin(AnyTrainer):
                 exchanges=not self.teacher.is_local,
             ),
         ):
-            teacher = self.teacher.score(batch).sliced(pairing.vocab_size)
+            teacher = self.teacher.score(with_teacher_prompts(batch)).sliced(pairing.vocab_size)
         products = product_dtype(self.args, self.accelerator.mixed_precision)
         comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products)
         student = run_student(

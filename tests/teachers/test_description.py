@@ -1,6 +1,6 @@
 """The description of a teacher in the model card."""
 
-from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
+from gkd_trainer.teachers import FrozenTeacher, SelfTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
 
 
 class Unknown(Teacher):
@@ -30,3 +30,7 @@ def test_a_teacher_without_a_model_is_described_by_its_class():
 def test_a_teacher_behind_servers_is_described_by_the_served_name_and_where_they_listen():
     urls = ["http://127.0.0.1:9", "http://127.0.0.1:8"]
     assert describe(VLLMServerTeacher(urls, model="big")) == TeacherDescription("big", urls, 20)
+
+
+def test_a_student_that_teaches_itself_is_described_by_its_source():
+    assert describe(SelfTeacher("ema")) == TeacherDescription("the student itself (ema)", (), None)
