@@ -179,8 +179,8 @@ def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:
     name, *adapter = fields(StudentOptions)
     return build_parser(
         prog="gkd-trainer train",
-        usage="gkd-trainer train --model STUDENT (--teacher TEACHER | --teacher_server_base_url URL) --dataset DATA "
-        "[--config FILE] [OPTION ...]",
+        usage="gkd-trainer train --model STUDENT (--teacher TEACHER | --teacher_server_base_url URL | --self_teacher "
+        "base) --dataset DATA [--config FILE] [OPTION ...]",
         description="Distil a teacher into a student, and save the student with its tokenizer in --output_dir.",
         groups=[
             OptionGroup("student", [name, *loading]),
