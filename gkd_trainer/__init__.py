@@ -18,8 +18,18 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import ContextTeacher, FrozenTeacher, SelfTeacher, Teacher, VLLMServerTeacher
-    from gkd_trainer.trainer import GKDMixin, GKDTrainer
+    from gkd_trainer.teachers import (
+        CachedTeacher,
+        ContextTeacher,
+        FrozenTeacher,
+        HiddenStateServerTeacher,
+        RoutedTeachers,
+        SelfTeacher,
+        Teacher,
+        VLLMServerTeacher,
+        WeightedTeachers,
+    )
+    from gkd_trainer.trainer import GKDMixin, GKDTrainer, cache_predictions
 
 __version__ = "0.1.0"
 
@@ -36,21 +46,27 @@ _MODULES = {
     "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
+    "CachedTeacher": "teachers",
     "ContextTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
+    "HiddenStateServerTeacher": "teachers",
     "RolloutEngine": "rollouts",
+    "RoutedTeachers": "teachers",
     "SelfTeacher": "teachers",
     "Teacher": "teachers",
     "VLLMColocateRollouts": "rollouts",
     "VLLMServerRollouts": "rollouts",
     "VLLMServerTeacher": "teachers",
+    "WeightedTeachers": "teachers",
+    "cache_predictions": "trainer",
     "generalized_jsd": "divergence",
     "linear_generalized_jsd": "divergence",
     "topk_generalized_jsd": "divergence",
 }
 
 __all__ = [
+    "CachedTeacher",
     "ContextTeacher",
     "FrozenTeacher",
     "GKDArguments",
@@ -65,12 +81,16 @@ __all__ = [
     "GKDTeacherError",
     "GKDTrainer",
     "HFRollouts",
+    "HiddenStateServerTeacher",
     "RolloutEngine",
+    "RoutedTeachers",
     "SelfTeacher",
     "Teacher",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",
     "VLLMServerTeacher",
+    "WeightedTeachers",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",

@@ -2,24 +2,35 @@
 
 from gkd_trainer.teachers.base import CompositeTeacher, StudentTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
+from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.context import ContextTeacher
 from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.router import RoutedTeachers
+from gkd_trainer.teachers.several import SeveralTeachers, several_in
 from gkd_trainer.teachers.shared import SelfTeacher
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
+from gkd_trainer.teachers.weighted import WeightedTeachers
 
 __all__ = [
+    "CachedTeacher",
     "CompositeTeacher",
     "ContextTeacher",
     "FrozenTeacher",
+    "HiddenStateServerTeacher",
+    "RoutedTeachers",
     "SelfTeacher",
+    "SeveralTeachers",
     "StudentTeacher",
     "Teacher",
     "TeacherDescription",
     "VLLMServerTeacher",
+    "WeightedTeachers",
     "all_teachers",
     "build_teacher",
     "describe",
+    "several_in",
     "shared_vocabulary_size",
 ]

@@ -20,7 +20,10 @@ class Teacher(ABC):
 
     @abstractmethod
     def score(self, batch: TokenBatch) -> Signal:
-        """Return the predictions at the batch's scored positions, in order, without gradients."""
+        """Return the predictions at the batch's scored positions, in order, without gradients.
+
+        There may be no positions, and among several teachers not even a sample: what ranks do together, all still do.
+        """
 
     @property
     @abstractmethod
@@ -57,6 +60,9 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase | None = None
     """Its tokenizer if that is in this process; its chat template renders the prompts of the teacher's own."""
+
+    scores_encoder_decoders: ClassVar[bool] = False
+    """Whether it can score the batches of encoder-decoders, whose labels are not shifted (see TokenBatch)."""
 
     @abstractmethod
     def prepare(

@@ -10,19 +10,24 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from gkd_trainer.data import TeacherRoute
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
+from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_token_ids
+from gkd_trainer.report.metrics import ONE_TEACHER, TeacherSums
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.rollouts.build import (
     build_student_engine,
     build_teacher_engine,
     find_stop_ids,
+    refuse_engine,
     sampled_vocabulary_size,
 )
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import RoutedTeachers, Teacher, all_teachers, several_in
 from gkd_trainer.teachers.context import longest_context, template_tokenizer
-from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, shorter_context
+from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
@@ -42,6 +47,7 @@ class Parts:
     pairing: Pairing
     queue: RolloutQueue
     preparation: Preparation
+    teacher_sums: TeacherSums
     student_teachers: StudentTeachers
 
 
@@ -72,6 +78,8 @@ def build_parts(
     ranks, student, tokenizer = Ranks(accelerator), base_model(model), tokenizer_of(processing_class)
     student_teachers = StudentTeachers(teacher)
     student_teachers.attach(model, ranks)
+    require_same_kind(student, teacher)
+    refuse_engine(rollouts, args, student, is_sharded=ranks.sharding is not None)
     shorter = shorter_context(model, teacher)
     args = fitted_into(shorter, args)
     teacher.prepare(args.device, tokenizer, args.max_length)
@@ -115,8 +123,30 @@ def build_parts(
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,
+        is_encoder_decoder=is_encoder_decoder(student),
+        route=teacher_route(teacher, args),
         teacher_prompts=TeacherPrompts(
             template_tokenizer(teacher, tokenizer), longest_context(teacher, args.max_length)
         ),
     )
-    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, student_teachers)
+    several = several_in(teacher)
+    teacher_sums = ONE_TEACHER if several is None else TeacherSums(several.names, several.is_routed)
+    windows = WindowLoader(ranks)
+    return Parts(args, ranks, recovery, windows, pairing, queue, preparation, teacher_sums, student_teachers)
+
+
+def teacher_route(teacher: Teacher, args: Any) -> TeacherRoute | None:
+    """Return how each row gets one of several teachers; None if all rows have the same.
+
+    Raises GKDConfigError if the options join rows in one sequence.
+    """
+    routed = next((each for each in all_teachers(teacher) if isinstance(each, RoutedTeachers)), None)
+    if routed is None:
+        return None
+    for name in ("packing", "padding_free", "eval_packing"):
+        if getattr(args, name, False):
+            raise GKDConfigError(
+                f"{name}=True joins samples into one sequence, but each sample has a teacher of its own: set "
+                f"{name}=False"
+            )
+    return TeacherRoute(routed.names, routed.column, routed.route)
