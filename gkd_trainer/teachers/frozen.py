@@ -121,7 +121,7 @@ class FrozenTeacher(Teacher):
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
         if len(batch.labels_BL) == 0:
             # A forward all the same: it gives the signal its width, and other ranks may need this one's.
-            batch = _masked_token(batch)
+            batch = masked_token(batch)
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
@@ -196,7 +196,7 @@ def _loading_unsharded() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def _masked_token(batch: TokenBatch) -> TokenBatch:
+def masked_token(batch: TokenBatch) -> TokenBatch:
     """Return a batch of one token to which nothing is compared, on the device of an empty batch."""
     id_BL = batch.labels_BL.new_zeros(1, 1)
     is_on_policy_B = batch.is_on_policy_B.new_zeros(1)

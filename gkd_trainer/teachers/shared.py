@@ -20,7 +20,7 @@ from gkd_trainer.models.loading import base_model
 from gkd_trainer.signals import HiddenSignal, LogitsSignal, StudentSignal
 from gkd_trainer.teachers.average import AdapterAverage
 from gkd_trainer.teachers.base import StudentTeacher
-from gkd_trainer.teachers.frozen import scoring_kwargs
+from gkd_trainer.teachers.frozen import masked_token, scoring_kwargs
 from gkd_trainer.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class SelfTeacher(StudentTeacher):
     Raises:
         GKDTeacherError: `ema_decay` is out of range.
     """
+
+    scores_encoder_decoders = True
 
     def __init__(self, source: str = BASE, *, ema_decay: float = 0.99) -> None:
         if not 0 <= ema_decay < 1:
@@ -86,10 +88,15 @@ class SelfTeacher(StudentTeacher):
         return self._average
 
     def score(self, batch: TokenBatch) -> StudentSignal:
-        """Return final hidden states with the student's head, or logits if the head is inseparable."""
+        """Return final hidden states with the student's head, or logits if the head is inseparable.
+
+        A batch without samples is scored by a forward of one token that is not trained on.
+        """
         head = self._head
         if head is None:
             raise RuntimeError("SelfTeacher.score was called before attach(student, head)")
+        if len(batch.labels_BL) == 0:
+            batch = masked_token(batch)  # other ranks need this one's forward
         with _frozen(self._student, self._other_adapters()):
             kwargs = scoring_kwargs(base_model(self._student))
             # The wrapper, so that FSDP and DeepSpeed gather the weights.

@@ -111,6 +111,15 @@ def test_ema_begins_at_the_adapter_and_follows_it_at_decay_zero(student, batch):
         teacher.update()
 
 
+def test_a_batch_without_samples_is_scored_by_a_forward(student, batch):
+    teacher = attached("base", student)
+    forwards = []
+    student.register_forward_hook(lambda *_: forwards.append(1))
+    signal = teacher.score(batch.of_samples([]))
+    assert signal.hidden_NH.shape == (0, student.config.hidden_size)
+    assert len(forwards) == 1
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_dropout_does_not_reach_it(student, batch, source):
     teacher = attached(source, student)

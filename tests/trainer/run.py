@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gkd_trainer import GKDConfig, GKDTrainer
+from gkd_trainer import GKDConfig, GKDTrainer, RoutedTeachers, SelfTeacher
 from gkd_trainer.vllm_client import VLLMServer
 
 FSDP = {
@@ -109,6 +109,15 @@ def with_two_adapters(student):
     return student
 
 
+def routed_between(sources):
+    """Teachers that all run the student: the first is that of one row in three, the second of the others."""
+    first, second = sources
+    return RoutedTeachers(
+        {source: SelfTeacher(source, ema_decay=0.5) for source in sources},
+        lambda row: second if sum(row["input_ids"]) % 3 else first,
+    )
+
+
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
@@ -118,6 +127,7 @@ def main(folder: Path) -> None:
     loses_server = options.pop("loses_server_on_rank", None)
     is_lora = options.pop("is_lora", False)
     names_teacher = options.pop("names_teacher", False)
+    self_teachers = options.pop("self_teachers", None)
     callbacks = [DieAfterSaving(die_at)] if die_at else []
     if loses_server is not None:
         callbacks.append(LoseServer(loses_server))
@@ -152,13 +162,14 @@ def main(folder: Path) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     teacher = str(folder / "teacher")
     student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype="float32")
-    if args.self_teacher is not None:
+    if args.self_teacher is not None or self_teachers is not None:
         student, teacher = with_two_adapters(student), None
     elif not names_teacher:
         teacher = AutoModelForCausalLM.from_pretrained(teacher)
     trainer = DyingTrainer(
         model=student,
         teacher_model=teacher,
+        teacher=None if self_teachers is None else routed_between(self_teachers),
         args=args,
         train_dataset=rows if stream is None else stream,
         data_collator=None if odd_row is None else padded,

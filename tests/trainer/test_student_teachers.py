@@ -1,15 +1,18 @@
 """Teachers that run the student, in training runs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from gkd_trainer import GKDTeacherError, GKDTrainer
+from gkd_trainer import FrozenTeacher, GKDTeacherError, GKDTrainer, RoutedTeachers, WeightedTeachers
 from gkd_trainer.teachers import SelfTeacher
 from gkd_trainer.trainer.student_teachers import StudentTeachers
+from gkd_trainer.types import TEACHER_PROMPT_IDS
+from tests.trainer.conftest import make_rows
 from tests.trainer.run import FSDP
 from tests.trainer.test_deepspeed import ENVIRONMENT, PACKAGE, zero
 from tests.versions import IN_ORDER
@@ -30,6 +33,13 @@ OPTIONS = {
 }
 
 
+SOURCES = {
+    **{source: {"self_teacher": source} for source in ("ema", "base", "reference")},
+    # A rank may have no sample of one of them.
+    "routed": {"self_teachers": ["ema", "reference"]},
+}
+
+
 @pytest.fixture(scope="module")
 def one_rank(full_run, tiny_model, tmp_path_factory):
     """The runs of one rank, by the teacher."""
@@ -37,29 +47,34 @@ def one_rank(full_run, tiny_model, tmp_path_factory):
 
     def run(source):
         if source not in runs:
-            folder = tmp_path_factory.mktemp("one") / source
+            folder = tmp_path_factory.mktemp("one") / "run"
             student = tiny_model(tie_word_embeddings=False)
-            runs[source] = full_run(
-                folder, student=student, per_device_train_batch_size=4, self_teacher=source, **OPTIONS
-            )[:2]
+            options = {**OPTIONS, **SOURCES[source]}
+            runs[source] = full_run(folder, student=student, per_device_train_batch_size=4, **options)[:2]
         return runs[source]
 
     return run
 
 
+slow = pytest.mark.servers
+
+ZERO_3 = {"deepspeed": zero(3)}
+
+
 @pytest.mark.parametrize(
     ("source", "sharding"),
     [
-        ("ema", {}),
-        ("ema", FSDP),
-        pytest.param("ema", {"deepspeed": zero(3)}, marks=needs_deepspeed),
-        # "ema" is "base" with the average on top, so these repeat most of the above.
-        pytest.param("base", FSDP, marks=pytest.mark.servers),
-        pytest.param("reference", FSDP, marks=pytest.mark.servers),
-        pytest.param("base", {"deepspeed": zero(3)}, marks=[needs_deepspeed, pytest.mark.servers]),
-        pytest.param("reference", {"deepspeed": zero(3)}, marks=[needs_deepspeed, pytest.mark.servers]),
+        pytest.param("routed", FSDP, id="routed-fsdp"),
+        pytest.param("ema", ZERO_3, marks=needs_deepspeed, id="ema-zero3"),
+        # These repeat most of the above.
+        pytest.param("ema", {}, marks=slow, id="ema-ddp"),
+        pytest.param("ema", FSDP, marks=slow, id="ema-fsdp"),
+        pytest.param("base", FSDP, marks=slow, id="base-fsdp"),
+        pytest.param("reference", FSDP, marks=slow, id="reference-fsdp"),
+        pytest.param("base", ZERO_3, marks=[needs_deepspeed, slow], id="base-zero3"),
+        pytest.param("reference", ZERO_3, marks=[needs_deepspeed, slow], id="reference-zero3"),
+        pytest.param("routed", ZERO_3, marks=[needs_deepspeed, slow], id="routed-zero3"),
     ],
-    ids=["ema-ddp", "ema-fsdp", "ema-zero3", "base-fsdp", "reference-fsdp", "base-zero3", "reference-zero3"],
 )
 def test_two_ranks_train_like_one(one_rank, full_run, tiny_model, tmp_path, source, sharding):
     expected_result, expected = one_rank(source)
@@ -69,8 +84,7 @@ def test_two_ranks_train_like_one(one_rank, full_run, tiny_model, tmp_path, sour
         student=tiny_model(tie_word_embeddings=False),
         environment=ENVIRONMENT if "deepspeed" in sharding else None,
         per_device_train_batch_size=2,
-        self_teacher=source,
-        **{**OPTIONS, **sharding},
+        **{**OPTIONS, **SOURCES[source], **sharding},
     )
     assert result is not None, process.stderr
     for name, tensor in expected.items():
@@ -78,6 +92,35 @@ def test_two_ranks_train_like_one(one_rank, full_run, tiny_model, tmp_path, sour
     for first, second in zip(expected_result["log"], result["log"], strict=True):
         for metric in {"loss", "eval_loss", "teacher_entropy"} & first.keys():
             assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
+
+
+@pytest.mark.parametrize("composite", [RoutedTeachers, WeightedTeachers])
+def test_several_teachers_may_be_the_student_each_with_its_prompts(make_trainer, tiny_model, composite):
+    """The loss is the mean over those of each teacher by itself, on its samples or on all."""
+    student = tiny_model()
+    model = get_peft_model(student, replace(LORA, init_lora_weights=False))
+    rows = [
+        {**row, "teacher": "ab"[i % 2], TEACHER_PROMPT_IDS: [5 + i, 6, 7] if i % 3 else []}
+        for i, row in enumerate(make_rows(6))
+    ]
+
+    def loss_of(teacher, rows):
+        trainer = make_trainer(
+            trainer_args={"model": model, "teacher": teacher, "teacher_model": None, "train_dataset": rows},
+            per_device_train_batch_size=len(rows),
+        )
+        inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(len(rows))]))
+        return trainer.compute_loss(trainer.model, inputs).item(), int((inputs["labels"] != -100).sum())
+
+    teachers = {"a": SelfTeacher("base"), "b": FrozenTeacher(tiny_model(hidden=48, seed=1))}
+    actual, _ = loss_of(composite(teachers), rows)
+    total = count = 0
+    for name, teacher in teachers.items():
+        own = [row for row in rows if composite is WeightedTeachers or row["teacher"] == name]
+        loss, n_tokens = loss_of(teacher, own)
+        total, count = total + loss * n_tokens, count + n_tokens
+    assert actual == pytest.approx(total / count, rel=1e-5)
+    assert actual > 1e-3
 
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.3)
