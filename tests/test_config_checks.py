@@ -400,6 +400,8 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
         ),
         ({"self_teacher": "ema", "teacher_server_base_url": "http://a:1"}, "so teacher_server_base_url has no meaning"),
         ({"self_teacher": "base", "teacher_top_k": 5}, "so teacher_top_k has no meaning"),
+        ({"self_teacher": "base", "teachers": {"a": "b"}}, "so teachers has no meaning"),
+        ({"self_teacher": "base", "teacher_cache_dir": "/a"}, "so teacher_cache_dir has no meaning"),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
         ({"vllm_max_model_length": 512}, r"vllm_max_model_length \(512\) must be at least max_length \(1024\)"),
