@@ -107,12 +107,13 @@ class RowPreparer:
 
         `teacher_prompts` is by default rendered by the same tokenizer, and of any length.
         """
-        prompts = TeacherPrompts(tokenizer) if teacher_prompts is None else teacher_prompts
+        if teacher_prompts is None:
+            teacher_prompts = TeacherPrompts(tokenizer, is_encoder_decoder=rules.is_encoder_decoder)
         if tokenizer is None:
-            return cls(None, rules, formatting_func, None, (), frozenset(), prompts)
+            return cls(None, rules, formatting_func, None, (), frozenset(), teacher_prompts)
         added_ids = frozenset(tokenizer.added_tokens_decoder)
         template, leading = marked_template(tokenizer), leading_ids(tokenizer)
-        return cls(tokenizer, rules, formatting_func, template, leading, added_ids, prompts)
+        return cls(tokenizer, rules, formatting_func, template, leading, added_ids, teacher_prompts)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -367,14 +368,16 @@ class RowPreparer:
         rules, ids, labels = self.rules, tokens.ids, tokens.labels
         if not ids:
             raise RowDropped("no tokens")
-        if rules.vocab_size is not None and max([*ids, *labels]) >= rules.vocab_size:
+        if rules.vocab_size is not None and max([*ids, *labels, *teacher_ids]) >= rules.vocab_size:
             raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
         if rules.max_length is not None and len(ids) > rules.max_length:
             raise RowDropped(f"prompt longer than max_length ({rules.max_length})", len(ids))
         cut = labels[: rules.max_length]
         if rules.needs_completion and all(label == IGNORE_INDEX for label in cut):
             raise RowDropped("no token is trained on")
-        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended)
+        if teacher_ids:
+            self.teacher_prompts.require_room(teacher_ids, len(cut))
+        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended, teacher_ids)
 
     @property
     def _stop_ids(self) -> frozenset[int]:

@@ -23,11 +23,13 @@ class TeacherPrompts:
     """How rows' prompts for the teacher become token ids.
 
     `tokenizer` is the teacher's, or the student's if the teacher's has no chat template; None suffices for rows that
-    hold token ids. The teacher takes `limit` tokens, prompt and completion together; None is unlimited.
+    hold token ids. The teacher takes `limit` tokens, prompt and completion together, or the prompt if
+    `is_encoder_decoder`, whose encoder reads it; None is unlimited.
     """
 
     tokenizer: Any = None
     limit: int | None = None
+    is_encoder_decoder: bool = False
 
     def ids_of(self, row: Mapping[str, Any]) -> list[int]:
         """Return the teacher's prompt of a row; empty if it has none.
@@ -53,7 +55,13 @@ class TeacherPrompts:
                     "teacher's nor the student's has one: render them to text, or set tokenizer.chat_template"
                 )
         try:
-            ids = prompt_ids(self.tokenizer, prompt, tools=tools_of(row), template_kwargs=template_kwargs_of(row))
+            ids = prompt_ids(
+                self.tokenizer,
+                prompt,
+                tools=tools_of(row),
+                template_kwargs=template_kwargs_of(row),
+                is_source=self.is_encoder_decoder,
+            )
         except RowDropped:
             raise
         except Exception as error:  # a template may raise anything
@@ -64,8 +72,10 @@ class TeacherPrompts:
 
     def require_room(self, prompt: Sequence[int], n_completion: int) -> None:
         """Raise RowDropped if the teacher can't take a prompt with a completion of `n_completion` tokens."""
-        if self.limit is not None and len(prompt) + n_completion > self.limit:
-            raise RowDropped(f"{TEACHER_PROMPT} with its completion longer than the teacher's {self.limit} tokens")
+        needed = len(prompt) + (0 if self.is_encoder_decoder else n_completion)
+        if self.limit is not None and needed > self.limit:
+            completed = "" if self.is_encoder_decoder else " with its completion"
+            raise RowDropped(f"{TEACHER_PROMPT}{completed} longer than the teacher's {self.limit} tokens")
 
 
 def has_teacher_prompts(columns: Collection[str]) -> bool:

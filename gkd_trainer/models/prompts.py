@@ -12,6 +12,7 @@ def prompt_ids(
     *,
     tools: list[Any] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    is_source: bool = False,
 ) -> list[int]:
     """Return the token ids of a prompt that a model is to continue.
 
@@ -21,7 +22,11 @@ def prompt_ids(
             the template renders with the header of the next turn.
         tools: The tools that the template describes, if any.
         template_kwargs: Further variables of the template.
+        is_source: Whether the encoder of an encoder-decoder reads it: a text then has all special tokens of the
+            tokenizer, such as the eos behind it.
     """
+    if isinstance(prompt, str) and is_source:
+        return list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
     if isinstance(prompt, str):
         ids = _encoded(tokenizer, prompt)
         leading = leading_ids(tokenizer)

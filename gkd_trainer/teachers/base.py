@@ -61,6 +61,9 @@ class Teacher(ABC):
     tokenizer: PreTrainedTokenizerBase | None = None
     """Its tokenizer if that is in this process; its chat template renders the prompts of the teacher's own."""
 
+    longest_sequence: int | None = None
+    """How many tokens of a sequence it scores, if its `model` does not say; known after `prepare`."""
+
     scores_encoder_decoders: ClassVar[bool] = False
     """Whether it can score the batches of encoder-decoders, whose labels are not shifted (see TokenBatch)."""
 

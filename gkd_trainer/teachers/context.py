@@ -21,7 +21,7 @@ from gkd_trainer.models.loading import base_model
 from gkd_trainer.models.prompts import prompt_ids
 from gkd_trainer.signals import Signal
 from gkd_trainer.teachers.base import CompositeTeacher, StudentTeacher, Teacher, all_teachers
-from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, PER_LABEL, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class ContextTeacher(CompositeTeacher):
         self._teacher, self._prompt, self._rows = teacher, prompt, rows
         self._position_by_key = _positions_by_key(rows)
         self.tokenizer = teacher.tokenizer
+        self.shares_weights = teacher.shares_weights  # type: ignore[misc]
         self._students_tokenizer: Any = None
         self._limit: int | None = None
         self._too_long = 0
@@ -137,16 +138,19 @@ class ContextTeacher(CompositeTeacher):
             given = [] if given_BP is None else [i for i in given_BP[row].tolist() if i != IGNORE_INDEX]
             if not given and start < end:
                 key = None if keys_B is None else int(keys_B[row])
-                ids = batch.model_inputs["input_ids"][row, start:end].tolist()
-                given = self._made_prompt(key, ids)
-                if given and self._limit is not None and len(given) + len(ids) > self._limit:
-                    self._count_too_long(key, len(given) + len(ids))
+                ids = _completion_ids(batch, row, start, end)
+                given = self._made_prompt(key, ids, is_source=batch.label_offset == 0)
+                needed = len(given) + len(ids) * batch.label_offset  # an encoder reads no completion
+                if given and self._limit is not None and needed > self._limit:
+                    self._count_too_long(key, needed)
                     given = []
             lists.append(torch.tensor(given, dtype=torch.long))
+        if not lists:  # one of several teachers, which has no sample in this batch
+            return batch
         prompts_BP = pad_sequence(lists, batch_first=True, padding_value=IGNORE_INDEX)
         return replace(batch, side={**batch.side, TEACHER_PROMPT_IDS: prompts_BP.to(batch.labels_BL.device)})
 
-    def _made_prompt(self, key: int | None, completion_ids: list[int]) -> list[int]:
+    def _made_prompt(self, key: int | None, completion_ids: list[int], *, is_source: bool) -> list[int]:
         position = None if key is None else self._position_by_key.get(key)
         if position is None:
             raise GKDDataError(
@@ -165,7 +169,8 @@ class ContextTeacher(CompositeTeacher):
                 f"prompt; for the row with {ROW_KEY} {key} it returned {prompt!r:.100}"
             )
         try:
-            return prompt_ids(template_tokenizer(self._teacher, self._students_tokenizer), prompt)
+            tokenizer = template_tokenizer(self._teacher, self._students_tokenizer)
+            return prompt_ids(tokenizer, prompt, is_source=is_source)
         except Exception as error:  # a template may raise anything
             raise GKDTeacherError(
                 f"the teacher's prompt for the row with {ROW_KEY} {key} was refused by the chat template "
@@ -176,8 +181,8 @@ class ContextTeacher(CompositeTeacher):
         self._too_long += 1
         if self._too_long == 10 ** (len(str(self._too_long)) - 1):  # the first, tenth, hundredth
             logger.warning(
-                "%d of the teacher's prompts were too long so far, and the samples' own were read instead: with the "
-                "completion, that of %s %s has %d tokens, and the teacher takes %d.",
+                "%d of the teacher's prompts were too long so far, and the samples' own were read instead: that of "
+                "%s %s needs %d tokens, and the teacher takes %d.",
                 self._too_long,
                 ROW_KEY,
                 key,
@@ -190,7 +195,8 @@ def with_teacher_prompts(batch: TokenBatch) -> TokenBatch:
     """Return the batch as its teacher reads it: TEACHER_PROMPT_IDS stand before the completions of the samples.
 
     A completion begins at the sample's first trained token. The scored tokens are the same, in the same order. Samples
-    without such a prompt stay as they are. The prompts stay in `side`, and putting them in again changes nothing.
+    without such a prompt stay as they are. The prompts stay in `side`, and putting them in again changes nothing. In an
+    encoder-decoder they take the place of what the encoder reads.
 
     Raises:
         GKDDataError: The batch holds more than token ids, which can't be moved to another prompt.
@@ -206,26 +212,33 @@ def with_teacher_prompts(batch: TokenBatch) -> TokenBatch:
     mask_BL = batch.model_inputs.get("attention_mask")
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
     rows: dict[str, list[Tensor]] = {"ids": [], "labels": [], "mask": []}
+    is_encoder = batch.label_offset == 0
     for row, (start, end) in enumerate(_completions(batch)):
-        own = slice(start, end) if sizes[row] else slice(None)
+        own = slice(None) if not sizes[row] else slice(0) if is_encoder else slice(start, end)
         prompt_P = prompts_BP[row, : sizes[row]]
         rows["ids"].append(torch.cat([prompt_P.to(ids_BL), ids_BL[row, own]]))
-        rows["labels"].append(torch.cat([torch.full_like(prompt_P, IGNORE_INDEX).to(labels_BL), labels_BL[row, own]]))
         rows["mask"].append(torch.cat([torch.ones_like(prompt_P).to(mask_BL), mask_BL[row, own]]))
+        rows["labels"].append(torch.cat([torch.full_like(prompt_P, IGNORE_INDEX).to(labels_BL), labels_BL[row, own]]))
     # What pads is hidden by the mask.
     model_inputs = {
+        **batch.model_inputs,
         "input_ids": pad_sequence(rows["ids"], batch_first=True),
         "attention_mask": pad_sequence(rows["mask"], batch_first=True),
     }
+    if is_encoder:
+        return replace(batch, model_inputs=model_inputs)
     labels_BL = pad_sequence(rows["labels"], batch_first=True, padding_value=IGNORE_INDEX)
     return replace(batch, model_inputs=model_inputs, labels_BL=labels_BL)
 
 
 def longest_context(teacher: Teacher, max_length: int | None) -> int | None:
-    """Return how many tokens a teacher takes: the shortest known context of its models, else `max_length`."""
-    models = [each.student if isinstance(each, StudentTeacher) else each.model for each in all_teachers(teacher)]
+    """Return how many tokens a prepared teacher takes: the least that its models and servers do, else `max_length`."""
+    each_in = list(all_teachers(teacher))
+    models = [each.student if isinstance(each, StudentTeacher) else each.model for each in each_in]
     contexts = [find_context(base_model(model)) for model in models if model is not None]
-    return min((context.limit for context in contexts if context is not None), default=max_length)
+    limits = [context.limit for context in contexts if context is not None]
+    limits += [each.longest_sequence for each in each_in if each.longest_sequence is not None]
+    return min(limits, default=max_length)
 
 
 def template_tokenizer(teacher: Teacher, tokenizer: Any) -> Any:
@@ -251,18 +264,20 @@ def _scored_labels(batch: TokenBatch) -> Tensor:
     return labels_BL
 
 
+def _completion_ids(batch: TokenBatch, row: int, start: int, end: int) -> list[int]:
+    """Return the tokens of a sample's completion, with those that a tool wrote; a decoder's labels lack those."""
+    values_BL = batch.model_inputs["input_ids"] if batch.label_offset else batch.labels_BL
+    return [token_id for token_id in values_BL[row, start:end].tolist() if token_id != IGNORE_INDEX]
+
+
 def _require_only_tokens(batch: TokenBatch) -> None:
-    others = sorted(batch.model_inputs.keys() - {"input_ids", "attention_mask"})
+    own = {"input_ids", "attention_mask"} | (set() if batch.label_offset else PER_LABEL)
+    others = sorted(batch.model_inputs.keys() - own)
     if others:
         raise GKDDataError(
             f"a teacher's own prompt takes the place of the sample's tokens, but this batch also holds "
             f"{', '.join(others)}, which belong to those: make the data collator leave them out, or give no "
             "teacher_prompt"
-        )
-    if batch.label_offset != 1:
-        raise GKDDataError(
-            "a teacher's own prompt stands before the completion, but an encoder-decoder reads it in its encoder: give "
-            "no teacher_prompt"
         )
 
 

@@ -126,7 +126,9 @@ def build_parts(
         is_encoder_decoder=is_encoder_decoder(student),
         route=teacher_route(teacher, args),
         teacher_prompts=TeacherPrompts(
-            template_tokenizer(teacher, tokenizer), longest_context(teacher, args.max_length)
+            template_tokenizer(teacher, tokenizer),
+            longest_context(teacher, args.max_length),
+            is_encoder_decoder(student),
         ),
     )
     several = several_in(teacher)

@@ -102,6 +102,17 @@ def test_a_prompt_too_long_for_the_teacher_drops_its_row(rules, limit, n_rows, c
     assert is_dropped == (n_rows == 1)
 
 
+@pytest.mark.parametrize(("limit", "n_rows"), [(5, 2), (4, 1)])
+def test_an_encoder_reads_the_prompt_without_the_completion(rules, limit, n_rows, caplog):
+    row = {"input_ids": [5, 6], "labels": [7, 8, 9]}
+    rows = [{**row, TEACHER_PROMPT_IDS: [9] * 5}, {**row, TEACHER_PROMPT_IDS: [9]}]
+    prompts = TeacherPrompts(None, limit, is_encoder_decoder=True)
+    prepared = prepare_dataset(rows, None, rules(is_encoder_decoder=True), teacher_prompts=prompts)
+    assert [len(row[TEACHER_PROMPT_IDS]) for row in prepared] == [5, 1][2 - n_rows :]
+    assert prepared[0]["labels"] == [7, 8, 9]
+    assert ("1 teacher_prompt longer than the teacher's 4 tokens" in caplog.text) == (n_rows == 1)
+
+
 @pytest.mark.parametrize(("limit", "n_rows"), [(9, 2), (8, 1)])
 def test_where_completions_are_generated_there_is_room_for_the_longest(on_policy, limit, n_rows):
     row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}  # max_new_tokens is 8

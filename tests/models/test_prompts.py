@@ -23,6 +23,12 @@ def test_messages_are_rendered_with_the_header_of_the_next_turn(byte_level):
     assert tokenizer.decode(prompt_ids(tokenizer, MESSAGES)) == text
 
 
+def test_a_text_for_an_encoder_has_the_special_tokens_of_its_tokenizer(byte_level):
+    tokenizer = byte_level(has_bos=True)
+    assert prompt_ids(tokenizer, "hello", is_source=True) == tokenizer("hello")["input_ids"]
+    assert prompt_ids(tokenizer, MESSAGES, is_source=True) == prompt_ids(tokenizer, MESSAGES)
+
+
 def test_templates_get_tools_and_variables(byte_level):
     tokenizer = byte_level("{{ tools[0]['name'] }} {{ mood }} {{ messages[0]['content'] }}")
     ids = prompt_ids(tokenizer, MESSAGES, tools=[{"name": "sum"}], template_kwargs={"mood": "calm"})

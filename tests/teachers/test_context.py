@@ -6,10 +6,19 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
+from gkd_trainer.models.decoders import with_decoder_inputs
 from gkd_trainer.models.heads import find_head
 from gkd_trainer.models.loading import base_model
-from gkd_trainer.teachers import ContextTeacher, FrozenTeacher, SelfTeacher, describe
+from gkd_trainer.teachers import (
+    ContextTeacher,
+    FrozenTeacher,
+    RoutedTeachers,
+    SelfTeacher,
+    VLLMServerTeacher,
+    describe,
+)
 from gkd_trainer.teachers.context import longest_context, with_teacher_prompts
+from gkd_trainer.teachers.prompt_scores import sequences_of
 from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
 
 CPU = torch.device("cpu")
@@ -124,11 +133,39 @@ def test_values_that_belong_to_the_samples_own_tokens_are_refused():
         with_teacher_prompts(batch)
 
 
-def test_an_encoder_decoder_is_refused():
-    inputs = {"input_ids": torch.tensor([[10, 11]]), "labels": torch.tensor([[20, 21]])}
-    batch = TokenBatch.from_inputs({**inputs, TEACHER_PROMPT_IDS: torch.tensor([[30]])}, label_offset=0)
-    with pytest.raises(GKDDataError, match="an encoder-decoder reads it in its encoder"):
-        with_teacher_prompts(batch)
+def decoded_batch(model, prompts):
+    """A batch of an encoder-decoder: two samples, the second one shorter."""
+    inputs = {
+        "input_ids": padded([[10, 11, 12], [13]], 2),
+        "attention_mask": padded([[1, 1, 1], [1]], 0),
+        "labels": padded([[20, 21, 2], [22, 2]], IGNORE_INDEX),
+        TEACHER_PROMPT_IDS: padded(prompts, IGNORE_INDEX),
+    }
+    return TokenBatch.from_inputs(with_decoder_inputs(model, inputs))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_reads_the_teachers_prompts(tiny_encoder_decoder, family):
+    model = tiny_encoder_decoder(family)
+    batch = decoded_batch(model, [[30, 31, 32, 33, 34], []])
+    read = with_teacher_prompts(batch)
+    assert torch.equal(read.targets_N, batch.targets_N)
+    with torch.no_grad():
+        expected_NV = torch.cat(
+            [
+                model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).logits[0]
+                for ids, labels in (([30, 31, 32, 33, 34], [20, 21, 2]), ([13], [22, 2]))
+            ]
+        )
+    actual_NV = logits_NV(frozen(model).score(read))
+    torch.testing.assert_close(actual_NV, expected_NV, atol=1e-4, rtol=1e-4)
+    assert (logits_NV(frozen(model).score(batch)) - expected_NV).abs().max() > 1e-3
+
+
+def test_a_batch_without_samples_stays_as_it_is(tiny_model, byte_level):
+    batch = batch_of(SAMPLES, [[30], [], []], KEYS).of_samples([])
+    assert with_teacher_prompts(batch) is batch
+    in_context(tiny_model(), lambda row, completion: "unseen", byte_level()).score(batch)
 
 
 ROWS = [{ROW_KEY: 7, "hint": "one"}, {ROW_KEY: 5, "hint": "two"}, {ROW_KEY: -3, "hint": "three"}]
@@ -201,7 +238,7 @@ def test_a_prompt_that_is_too_long_gives_way_to_the_samples_own(tiny_model, byte
     expected_NV = expected_logits_NV(model, [own, own, SAMPLES[2][0]])
     torch.testing.assert_close(actual_NV, expected_NV, atol=1e-4, rtol=1e-4)
     assert "1 of the teacher's prompts were too long so far" in caplog.text
-    assert "that of row_key 7 has 10 tokens, and the teacher takes 8" in caplog.text
+    assert "that of row_key 7 needs 10 tokens, and the teacher takes 8" in caplog.text
 
 
 def test_samples_without_a_known_key_are_refused(tiny_model, byte_level):
@@ -255,6 +292,29 @@ def test_its_contract_is_the_inner_teachers(tiny_model):
         assert getattr(teacher, name) == getattr(inner, name)
     assert teacher.teachers == (inner,)
     assert describe(teacher) == describe(inner)
+
+
+def test_servers_are_sent_the_teachers_prompts_and_the_same_completions():
+    read = with_teacher_prompts(batch_of(SAMPLES, [[30], [], [31, 32]]))
+    sent = [(each.token_ids, each.targets_P.tolist()) for each in sequences_of(read)]
+    assert sent == [
+        ([30, 20, 21, 2], [1, 2, 3]),
+        ([13, 22, 2], [1, 2]),
+        ([31, 32, 23, 24, 25, 26, 2], [2, 3, 4, 5, 6]),
+    ]
+
+
+def test_the_context_of_servers_is_what_they_state(tiny_model):
+    served = VLLMServerTeacher("http://127.0.0.1:9")
+    assert longest_context(served, 70) == 70
+    served.longest_sequence = 90
+    assert longest_context(ContextTeacher(served, lambda row, completion: None, ROWS), 70) == 90
+    assert longest_context(RoutedTeachers({"a": served, "b": frozen(tiny_model(max_position_embeddings=60))}), 70) == 60
+
+
+def test_it_shares_weights_with_the_student_if_the_inner_one_does(tiny_model):
+    for inner, shares in ((SelfTeacher(), True), (FrozenTeacher(tiny_model()), False)):
+        assert ContextTeacher(inner, lambda row, completion: None, ROWS).shares_weights is shares
 
 
 def test_the_context_is_the_shortest_of_all_models(tiny_model):
