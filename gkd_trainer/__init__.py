@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
     from gkd_trainer.teachers import (
         CachedTeacher,
+        ContextTeacher,
         FrozenTeacher,
         HiddenStateServerTeacher,
         RoutedTeachers,
+        SelfTeacher,
         Teacher,
         VLLMServerTeacher,
         WeightedTeachers,
@@ -45,11 +47,13 @@ _MODULES = {
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
     "CachedTeacher": "teachers",
+    "ContextTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "HiddenStateServerTeacher": "teachers",
     "RolloutEngine": "rollouts",
     "RoutedTeachers": "teachers",
+    "SelfTeacher": "teachers",
     "Teacher": "teachers",
     "VLLMColocateRollouts": "rollouts",
     "VLLMServerRollouts": "rollouts",
@@ -63,6 +67,7 @@ _MODULES = {
 
 __all__ = [
     "CachedTeacher",
+    "ContextTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",
@@ -79,6 +84,7 @@ __all__ = [
     "HiddenStateServerTeacher",
     "RolloutEngine",
     "RoutedTeachers",
+    "SelfTeacher",
     "Teacher",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",

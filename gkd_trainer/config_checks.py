@@ -107,6 +107,8 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
     if args.lmbda_end is not None:
         _check("lmbda_end", args.lmbda_end, 0 <= args.lmbda_end <= 1, in_unit)
     _check("ce_weight", args.ce_weight, 0 <= args.ce_weight <= 1, in_unit)
+    decay = args.self_teacher_ema_decay
+    _check("self_teacher_ema_decay", decay, 0 <= decay < 1, "in [0, 1) (0 is the student's last step)")
     finite = "above 0 and finite"
     _check("temperature", args.temperature, 0 < args.temperature < inf, f"{finite} (1 samples the student as it is)")
     _check("top_p", args.top_p, 0 < args.top_p <= 1, "in (0, 1] (1 keeps every token)")
@@ -160,6 +162,7 @@ def check_combinations(run: Run) -> None:
         _check_generation_config(args.generation_kwargs or {})
     _check_servers(args)
     _check_several_teachers(args)
+    _check_self_teacher(args)
     check_loss_temperature(run)
     check_cache(run)
     _check_sft_options(args)
@@ -294,6 +297,21 @@ def _check_several_teachers(args: Any) -> None:
             raise GKDConfigError(f"got both teachers and {name}: set one of them")
     if args.teacher_weights is not None:
         check_teacher_weights(args.teacher_weights, args.teachers, "teacher_weights")
+
+
+def _check_self_teacher(args: Any) -> None:
+    for name in (
+        "teacher_model_name_or_path",
+        "teacher_server_base_url",
+        "teachers",
+        "teacher_cache_dir",
+        "teacher_top_k",
+    ):
+        if args.self_teacher is not None and getattr(args, name) is not None:
+            raise GKDConfigError(
+                f"self_teacher={args.self_teacher!r} makes the student its own teacher, with full distributions, so "
+                f"{name} has no meaning: leave one of them out"
+            )
 
 
 def _check_vllm_sampling(args: Any) -> None:

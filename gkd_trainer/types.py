@@ -32,7 +32,7 @@ TEACHER_INDEX = "teacher_index"
 """The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
 
 TEACHER_PROMPT_IDS = "teacher_prompt_ids"
-"""The key of a prompt for a Teacher of your own that reads another one than the student.
+"""The key of a prompt that the teacher reads in place of the sample's own.
 
 In a row, a list of token ids, empty if there is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
 """

@@ -80,6 +80,11 @@ def cache_predictions(
         raise GKDConfigError("only the data can be cached, not completions to come: set lmbda=0 and seq_kd=False")
     if any(isinstance(each, CachedTeacher) for each in all_teachers(teacher)):
         raise GKDTeacherError("the teacher to cache is a cache already: pass the teacher itself")
+    if teacher.shares_weights:
+        raise GKDTeacherError(
+            f"a {type(teacher).__name__} is the student, which training changes: only a teacher of its own can be "
+            "cached"
+        )
     if isinstance(teacher, CompositeTeacher):
         raise GKDTeacherError(
             f"a cache holds the predictions of one teacher; got {type(teacher).__name__}: cache each of its teachers, "

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from gkd_trainer.data import ImageProcessing, TeacherRoute
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
@@ -25,11 +26,13 @@ from gkd_trainer.rollouts.build import (
     sampled_vocabulary_size,
 )
 from gkd_trainer.teachers import RoutedTeachers, Teacher, all_teachers, several_in
+from gkd_trainer.teachers.context import longest_context, template_tokenizer
 from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
 from gkd_trainer.trainer.rollout_queue import RolloutQueue
+from gkd_trainer.trainer.student_teachers import StudentTeachers
 from gkd_trainer.trainer.windows import WindowLoader
 
 
@@ -45,6 +48,7 @@ class Parts:
     queue: RolloutQueue
     preparation: Preparation
     teacher_sums: TeacherSums
+    student_teachers: StudentTeachers
 
 
 def build_parts(
@@ -72,6 +76,8 @@ def build_parts(
         GKDError: The two don't fit, or a server can't be used.
     """
     ranks, student, tokenizer = Ranks(accelerator), base_model(model), tokenizer_of(processing_class)
+    student_teachers = StudentTeachers(teacher)
+    student_teachers.attach(model, ranks)
     require_same_kind(student, teacher)
     refuse_engine(rollouts, args, student, is_sharded=ranks.sharding is not None)
     shorter = shorter_context(model, teacher)
@@ -122,10 +128,16 @@ def build_parts(
         is_encoder_decoder=is_encoder_decoder(student),
         images=None if is_encoder_decoder(student) else ImageProcessing.of(processing_class),
         route=teacher_route(teacher, args),
+        teacher_prompts=TeacherPrompts(
+            template_tokenizer(teacher, tokenizer),
+            longest_context(teacher, args.max_length),
+            is_encoder_decoder(student),
+        ),
     )
     several = several_in(teacher)
     teacher_sums = ONE_TEACHER if several is None else TeacherSums(several.names, several.is_routed)
-    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, teacher_sums)
+    windows = WindowLoader(ranks)
+    return Parts(args, ranks, recovery, windows, pairing, queue, preparation, teacher_sums, student_teachers)
 
 
 def teacher_route(teacher: Teacher, args: Any) -> TeacherRoute | None:

@@ -219,3 +219,8 @@ def test_images_that_can_not_be_prepared_are_refused(qwen, changes, reason):
     preparer = RowPreparer.create(qwen.tokenizer, rules_of(qwen, **changes), None)
     with pytest.raises(GKDDataError, match=f"the rows have images, .*{reason}"):
         preparer.prepare(TWO)
+
+
+def test_a_prompt_of_the_teachers_own_beside_images_is_refused(qwen):
+    with pytest.raises(GKDDataError, match="a row has images and a teacher_prompt"):
+        preparer_of(qwen).prepare({**TWO, "teacher_prompt": "Say yes."})
