@@ -151,6 +151,8 @@ def test_a_cache_serves_rows_of_text_and_refuses_images(trainer_of, config_of, t
             trainer_of(make_pair("qwen2"), teacher=cached, lmbda=0.0).train()
 
 
+# PEFT 0.20 looks for the config of a model without a name.
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_an_adapter_sees_images_and_resumes_to_the_bit(trainer_of, tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj", "qkv"], init_lora_weights=False)
 
@@ -199,5 +201,5 @@ def test_joining_rows_with_images_is_refused(config_of, options, given):
     images = Dataset.from_list([{"images": [picture(1)], "messages": conversation("What?", "A cat.")}])
     args = config_of(SFTConfigWithGKD, **options, max_length=160, lmbda=0.0)
     models = {"processing_class": pair.processor, "teacher_model": pair.teacher}
-    with pytest.raises(ValueError, match=r"(?i)packing joins token ids|not supported for vision datasets"):
+    with pytest.raises(ValueError, match=r"(?i)packing joins token ids|not supported for vision"):
         SFTTrainerWithGKD(pair.student, args, **{"train_dataset": texts, given: images}, **models)
