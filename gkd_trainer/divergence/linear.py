@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gkd_trainer.divergence.mapped import MappedComparison
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.projection import HALVES, HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss
 from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, tiles
 from gkd_trainer.divergence.topk import TopKComparison
-from gkd_trainer.signals import Head, HiddenSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, MappedSignal, TopKSignal, VocabularyMap
 
 CPU_WORKSPACE_MB = 256
 """The default budget on the CPU. With less, at large vocabularies, moving weights takes longer than multiplying."""
@@ -37,7 +38,7 @@ _TEMPORARIES = 16
 
 def linear_divergence(
     student: HiddenSignal,
-    teacher: HiddenSignal | TopKSignal,
+    teacher: HiddenSignal | TopKSignal | MappedSignal,
     *,
     objective: Objective,
     tail: str = "bucket",
@@ -49,12 +50,18 @@ def linear_divergence(
 ) -> TokenDivergence:
     """Compare a student with a teacher token by token from the student's final hidden states.
 
+    A `MappedSignal` must be one of hidden states.
+
     The arguments are those of `loss.token_divergence`, which checks them. Gradients reach the student's hidden
     states, weight and bias, each in its own dtype, if they require one. An upstream gradient that is the same for all
     tokens (of the loss if labels are weighted, of the values if there are no labels) scales the gradient that the
     forward pass prepared; any other recomputes the logits.
     """
     student = _gathered(student)
+    mapping = None
+    if isinstance(teacher, MappedSignal):
+        assert isinstance(teacher.signal, HiddenSignal)
+        mapping, teacher = teacher.mapping, teacher.signal
     student_tensors = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
     teacher_tensors: tuple[Tensor | None, ...]
     teacher_form = None
@@ -69,8 +76,9 @@ def linear_divergence(
         teacher_form=teacher_form,
         objective=objective,
         tail=tail,
-        plan=_plan(student, teacher, product_dtype, token_block, workspace_mb),
+        plan=_plan(student, teacher, mapping, product_dtype, token_block, workspace_mb),
         is_differentiable=torch.is_grad_enabled(),
+        mapping=mapping,
     )
     result: TokenDivergence
     loss_N, values_N, cross_entropy_N, result = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
@@ -167,7 +175,8 @@ class _Plan:
 class _Comparison:
     """How student and teacher are compared; their tensors are passed in, since autograd keeps them.
 
-    The forms are (scale, softcap, vocab_size) of each head; None for a top-k teacher, which has no head.
+    The forms are (scale, softcap, vocab_size) of each head; None for a top-k teacher, which has no head. `mapping` is
+    for a teacher with another vocabulary.
     """
 
     student_form: tuple[float, float | None, int | None]
@@ -176,6 +185,7 @@ class _Comparison:
     tail: str
     plan: _Plan
     is_differentiable: bool
+    mapping: VocabularyMap | None = None
 
     def signals(self, tensors: list[Any]) -> tuple[HiddenSignal, HiddenSignal | TopKSignal]:
         """Return student and teacher, given their tensors: hidden states, weight and bias, or ids and log-probs."""
@@ -218,8 +228,9 @@ class _Comparison:
             if isinstance(teacher, TopKSignal):
                 teacher_tensors: tuple[Tensor, ...] = (teacher.ids_NK[tile], teacher.log_p_NK[tile])
             else:
-                project_teacher[0].logits(teacher.hidden_NH[tile], scratch[:R])
-                teacher_tensors = (scratch[:R],)
+                teacher_RV = scratch.view(-1)[: R * teacher.vocab_size].view(R, teacher.vocab_size)
+                project_teacher[0].logits(teacher.hidden_NH[tile], teacher_RV)
+                teacher_tensors = (teacher_RV,)
             labels_R, value_weight_R, label_weight_R = (
                 None if tensor is None else tensor[tile] for tensor in (labels_N, value_weight_N, label_weight_N)
             )
@@ -239,6 +250,8 @@ class _Comparison:
     def _row_comparison(self, teacher: HiddenSignal | TopKSignal, softcap: float | None) -> RowComparison:
         if isinstance(teacher, TopKSignal):
             return TopKComparison(self.objective, self.tail, softcap, self.plan.temporary)
+        if self.mapping is not None:
+            return MappedComparison(self.objective, self.mapping, softcap, self.plan.temporary)
         return LogitsComparison(self.objective, softcap, self.plan.temporary)
 
 
@@ -251,6 +264,7 @@ def planned_tile(N: int, V: int, device: torch.device) -> int:
 def _plan(
     student: HiddenSignal,
     teacher: HiddenSignal | TopKSignal,
+    mapping: VocabularyMap | None,
     product_dtype: torch.dtype | None,
     token_block: int | None,
     workspace_mb: float | None,
@@ -265,7 +279,8 @@ def _plan(
     widest = max(1, *(signal.hidden_NH.shape[1] for signal in sides))
     halves = [_half(signal, product_dtype, dtype) for signal in sides]
     # For the teacher's logits, or the student's gradient rounded to a half.
-    scratch = V if len(sides) == 2 else 0 if halves[0] is None else -(-V // 2)
+    of_half = 0 if halves[0] is None else -(-V // 2)
+    scratch = of_half if isinstance(teacher, TopKSignal) else max(teacher.vocab_size, of_half)
     # Top tokens are compared for a whole tile at once.
     temporaries = _TEMPORARIES * teacher.ids_NK.shape[1] if isinstance(teacher, TopKSignal) else 0
     return _Plan(

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import linear_divergence
+from gkd_trainer.divergence.mapped import mapped_divergence
 from gkd_trainer.divergence.options import (
     PRODUCT_DTYPES,
     TAILS,
     check_choice,
+    check_mode,
     check_top_k_temperature,
     checked_objective,
 )
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
 from gkd_trainer.divergence.topk import topk_divergence
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
+from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, MappedSignal, Signal, StudentSignal, TopKSignal
 
 
 def token_divergence(
@@ -52,8 +54,9 @@ def token_divergence(
 
     Args:
         student: final hidden states with their head, or logits, of N positions; gradients reach it.
-        teacher: the same for the teacher, or its top tokens, over the same N positions and V tokens; no gradient
-            reaches it. A logit of -inf, on either side, is probability zero.
+        teacher: the same for the teacher, or its top tokens, over the same N positions and V tokens; or predictions
+            over other tokens, with a map (`MappedSignal`; its mode says what is compared: see `categories` and `uld`).
+            No gradient reaches it. A logit of -inf, on either side, is probability zero.
         beta: in [0, 1]; for "jsd" only.
         divergence: "jsd" for the formula above, or another key of `objective.DIVERGENCES`, which has the formulas.
         divergence_options: values of the options listed there, if not the defaults.
@@ -87,6 +90,8 @@ def token_divergence(
     _check_products(product_dtype, vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
     _check_signals(student, teacher, temperature)
     _check_pair(student, teacher, labels_N, label_weight_N)
+    if isinstance(teacher, MappedSignal):
+        check_mode(teacher.mapping.mode, divergence)
     objective = checked_objective(
         divergence,
         divergence_options,
@@ -97,7 +102,8 @@ def token_divergence(
     )
     # Autocast would round the projection to bfloat16, and the gradient at small gaps with it.
     with torch.autocast(_first_tensor(student).device.type, enabled=False):
-        if isinstance(student, HiddenSignal) and not isinstance(teacher, LogitsSignal):
+        if isinstance(student, HiddenSignal) and not isinstance(_unmapped(teacher), LogitsSignal):
+            assert not isinstance(teacher, LogitsSignal)
             return linear_divergence(
                 student,
                 teacher,
@@ -112,6 +118,17 @@ def token_divergence(
         if isinstance(teacher, TopKSignal):
             result = topk_divergence(
                 _logits(student), teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
+            )
+        elif isinstance(teacher, MappedSignal):
+            with torch.no_grad():
+                teacher_logits_NW = _logits(teacher.signal)
+            result = mapped_divergence(
+                _logits(student),
+                teacher_logits_NW,
+                teacher.mapping,
+                objective=objective,
+                labels_N=labels_N,
+                token_block=token_block,
             )
         else:
             with torch.no_grad():
@@ -238,13 +255,19 @@ def _logits(signal: StudentSignal) -> Tensor:
     return signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
 
 
+def _unmapped(signal: Signal) -> StudentSignal | TopKSignal:
+    return signal.signal if isinstance(signal, MappedSignal) else signal
+
+
 def _is_float64(signal: Signal) -> bool:
+    signal = _unmapped(signal)
     if isinstance(signal, HiddenSignal):
         return torch.float64 in (signal.hidden_NH.dtype, signal.head.weight_VH.dtype)
     return (signal.log_p_NK if isinstance(signal, TopKSignal) else signal.logits_NV).dtype == torch.float64
 
 
 def _first_tensor(signal: Signal) -> Tensor:
+    signal = _unmapped(signal)
     if isinstance(signal, TopKSignal):
         return signal.ids_NK
     return signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
@@ -265,6 +288,9 @@ def _check_signals(student: StudentSignal, teacher: Signal, temperature: float) 
     if isinstance(teacher, TopKSignal):
         _check_top_k(teacher)
         check_top_k_temperature(temperature)
+    elif isinstance(teacher, MappedSignal):
+        _check_signal("teacher", teacher.signal)
+        _check_map(teacher)
     else:
         _check_signal("teacher", teacher)
 
@@ -281,6 +307,17 @@ def _check_top_k(teacher: TopKSignal) -> None:
             f"the teacher's log-probs must be a float32 or float64 tensor {list(ids_NK.shape)}, one for each of its "
             f"top tokens; got {log_p_NK.dtype} {list(log_p_NK.shape)}: below float32, rounding loses the mass of the "
             "other tokens"
+        )
+
+
+def _check_map(teacher: MappedSignal) -> None:
+    mapping, W = teacher.mapping, teacher.signal.vocab_size
+    if len(mapping.teacher_group_W) != W or len(mapping.student_ids_M) != len(mapping.teacher_ids_M):
+        raise GKDConfigError(
+            f"a map must have one group for each of the {W} tokens that the teacher predicts over, and as many matched "
+            f"tokens of the student as of the teacher; got {len(mapping.teacher_group_W)} groups, and "
+            f"{len(mapping.student_ids_M)} and {len(mapping.teacher_ids_M)} tokens: slice the teacher's signal to the "
+            "tokens of its tokenizer"
         )
 
 

@@ -33,6 +33,10 @@ class TokenDivergence:
         is_finite_N: False where the value is not finite; its gradient is then zero.
         teacher_mass_N: the mass of p on a top-k teacher's entries; None for other teachers.
         student_mass_N: likewise for q.
+        teacher_matched_mass_N: for a teacher with another vocabulary, the mass of p on the tokens that both have; None
+            for other teachers.
+        student_matched_mass_N: likewise for q.
+        is_grouped_N: likewise, True where groups of tokens were compared instead.
         loss_N: the loss if labels are weighted, (1 - weight)·value + weight·cross entropy, else None.
     """
 
@@ -45,6 +49,9 @@ class TokenDivergence:
     is_finite_N: Tensor
     teacher_mass_N: Tensor | None = None
     student_mass_N: Tensor | None = None
+    teacher_matched_mass_N: Tensor | None = None
+    student_matched_mass_N: Tensor | None = None
+    is_grouped_N: Tensor | None = None
     loss_N: Tensor | None = None
 
     def new_empty(self, N: int) -> TokenDivergence:
