@@ -14,7 +14,7 @@ from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.rows import RowPreparer, RowRules
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS
+from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def prepare_dataset(
     formatting_func: Callable[[Any], Any] | None = None,
     num_proc: int | None = None,
     name: str = "train",
+    teacher_tokenizer: Any = None,
 ) -> Any:
     """Turn rows of any of the usual formats into token ids and labels.
 
@@ -58,6 +59,8 @@ def prepare_dataset(
         formatting_func: turns a row into a text, a list of messages, or a row in one of the usual formats.
         num_proc: number of processes for a `Dataset`.
         name: the dataset's name in the log and on the progress bar.
+        teacher_tokenizer: the teacher's, if it is another: rows of messages then get TEACHER_PROMPT_IDS, the prompt of
+            their last turn as its chat template renders it.
 
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
@@ -74,10 +77,10 @@ def prepare_dataset(
     if isinstance(dataset, list):
         dataset = _from_list(dataset, name)
     if isinstance(dataset, Dataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_tokenizer)
         return _prepare_map_style(dataset, preparer, num_proc, name)
     if isinstance(dataset, IterableDataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_tokenizer)
         return _prepare_iterable(dataset, preparer, name)
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
         return dataset
@@ -115,7 +118,7 @@ class _PrepareRow:
             **prepared.per_token,
             "input_ids": prepared.input_ids,
             "labels": prepared.labels,
-            **self._prompt(prepared.prompt_ids),
+            **self._prompts(prepared.prompt_ids, prepared.teacher_prompt_ids),
             _PROBLEM: "",
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
@@ -126,15 +129,16 @@ class _PrepareRow:
         return {
             "input_ids": [],
             "labels": [],
-            **self._prompt([]),
+            **self._prompts([], []),
             _PROBLEM: reason,
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
             _UNENDED: "",
         }
 
-    def _prompt(self, prompt_ids: list[int]) -> dict[str, list[int]]:
-        return {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
+    def _prompts(self, prompt_ids: list[int], teacher_prompt_ids: list[int]) -> dict[str, list[int]]:
+        own = {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
+        return own if self.preparer.teacher_prompts is None else {**own, TEACHER_PROMPT_IDS: teacher_prompt_ids}
 
 
 @dataclass
@@ -170,7 +174,7 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
     mapped = dataset.map(
         _PrepareRow(preparer, is_refusal_raised=True, name=name),
         with_indices=True,
-        features=_features(dataset, preparer.rules),
+        features=_features(dataset, preparer),
         num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
         desc=f"Preparing {name}",
     )
@@ -204,15 +208,17 @@ def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     _PrepareRow(preparer, is_refusal_raised=True, name=name)(first, 0)
-    features = None if dataset.features is None else _features(dataset, preparer.rules)
+    features = None if dataset.features is None else _features(dataset, preparer)
     prepare = _PrepareRow(preparer, is_refusal_raised=False, name=name)
     mapped = dataset.map(prepare, with_indices=True, features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
     return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
 
 
-def _features(dataset: Any, rules: RowRules) -> Features:
-    prompt = {PROMPT_IDS: List(Value("int32"))} if rules.is_generating else {}
+def _features(dataset: Any, preparer: RowPreparer) -> Features:
+    prompt = {PROMPT_IDS: List(Value("int32"))} if preparer.rules.is_generating else {}
+    if preparer.teacher_prompts is not None:
+        prompt[TEACHER_PROMPT_IDS] = List(Value("int32"))
     keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
     return Features({**dataset.features, **_NEW_FEATURES, **prompt, **keys})
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
     Span,
@@ -60,7 +61,8 @@ class PreparedRow:
 
     `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or if empty, the tokens before the last trained
     run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` names the token
-    that ends its last turn in place of a stop token, or is empty.
+    that ends its last turn in place of a stop token, or is empty. `teacher_prompt_ids` are what a teacher with another
+    tokenizer reads before the last turn; empty for other teachers.
     """
 
     input_ids: list[int]
@@ -69,6 +71,7 @@ class PreparedRow:
     prompt_ids: list[int]
     per_token: dict[str, list[Any]]
     unended: str
+    teacher_prompt_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,23 @@ class RowPreparer:
     patched_template: str | None
     leading_ids: tuple[int, ...]
     added_ids: frozenset[int]
+    teacher_prompts: TeacherPrompts | None = None
 
     @classmethod
-    def create(cls, tokenizer: Any, rules: RowRules, formatting_func: Callable[[Any], Any] | None) -> RowPreparer:
+    def create(
+        cls,
+        tokenizer: Any,
+        rules: RowRules,
+        formatting_func: Callable[[Any], Any] | None,
+        teacher_tokenizer: Any = None,
+    ) -> RowPreparer:
         """Build a preparer; `tokenizer` None suffices for tokenised rows."""
+        prompts = None if teacher_tokenizer is None else TeacherPrompts(teacher_tokenizer)
         if tokenizer is None:
-            return cls(None, rules, formatting_func, None, (), frozenset())
+            return cls(None, rules, formatting_func, None, (), frozenset(), prompts)
+        template, leading_ids = marked_template(tokenizer), _leading_ids(tokenizer)
         added_ids = frozenset(tokenizer.added_tokens_decoder)
-        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer), added_ids)
+        return cls(tokenizer, rules, formatting_func, template, leading_ids, added_ids, prompts)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -100,7 +112,10 @@ class RowPreparer:
         """
         if self.formatting_func is not None:
             row = self._formatted(row)
-        return self._fitted(self._tokens(row))
+        prepared = self._fitted(self._tokens(row))
+        if self.teacher_prompts is None:
+            return prepared
+        return replace(prepared, teacher_prompt_ids=self.teacher_prompts.of(row))
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row

@@ -1,0 +1,60 @@
+"""The prompt that a teacher with another tokenizer reads: rendered by its own chat template, in its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from trl.data_utils import maybe_convert_to_chatml
+
+from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.tokens import RowDropped
+from gkd_trainer.data.turns import render_prompt
+from gkd_trainer.types import TEACHER_PROMPT_IDS
+
+
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """Renders prompts with the template of `tokenizer`, the teacher's; can be pickled."""
+
+    tokenizer: Any
+
+    def of(self, row: Mapping[str, Any]) -> list[int]:
+        """Return the tokens before a row's last assistant turn; its own TEACHER_PROMPT_IDS if it has them.
+
+        Empty for a row without messages, and if there is no template: the teacher then reads the student's prompt.
+
+        Raises:
+            RowDropped: The template refuses the messages.
+        """
+        if row.get(TEACHER_PROMPT_IDS) is not None:
+            return [int(token_id) for token_id in row[TEACHER_PROMPT_IDS]]
+        messages = [] if self.tokenizer.chat_template is None else _before_last_turn(row)
+        if not messages:
+            return []
+        try:
+            text = render_prompt(self.tokenizer, messages, tools_of(row), template_kwargs_of(row))
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise RowDropped(f"refused by the teacher's chat template ({str(error)[:100]})") from error
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _before_last_turn(row: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    if row.get("input_ids") is not None:
+        return []
+    if row.get("messages") is not None or row.get("conversations") is not None:
+        held = {name: row[name] for name in ("messages", "conversations") if row.get(name) is not None}
+        messages = messages_of(maybe_convert_to_chatml(held)["messages"])
+    elif isinstance(row.get("prompt"), list):
+        converted = maybe_convert_to_chatml({"prompt": row["prompt"]})
+        messages = messages_of(converted["prompt"])
+        completion = row.get("completion")
+        messages += messages_of(completion) if isinstance(completion, list) else []
+    else:
+        return []
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    is_prompt = row.get("prompt") is not None and row.get("completion") is None and not row.get("messages")
+    return messages if is_prompt or not turns else messages[: turns[-1]]

@@ -1,0 +1,86 @@
+"""Prompts by the template of a teacher with another tokenizer."""
+
+import pytest
+from datasets import Dataset
+
+from gkd_trainer.data.prepare import prepare_dataset
+from gkd_trainer.data.rows import RowRules
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
+from gkd_trainer.data.tokens import RowDropped
+from gkd_trainer.types import TEACHER_PROMPT_IDS
+from tests.vocabularies import sentencepiece_backend, sentencepiece_like
+
+USER, TURN = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}
+RULES = RowRules(frozenset(), 256, 8, "all_turns", is_generating=False, needs_completion=False, needs_prompt=False)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return sentencepiece_like(sentencepiece_backend())
+
+
+def text_of(teacher, row):
+    return teacher.decode(TeacherPrompts(teacher).of(row))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, TURN]},
+        {"messages": [USER]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]},
+        {"prompt": [USER], "completion": [TURN]},
+        {"prompt": [USER], "completion": "Hello there"},
+        {"prompt": [USER]},
+        {"prompt": [USER], "completion": None, "messages": None},
+    ],
+)
+def test_the_teachers_template_renders_what_comes_before_the_last_turn(teacher, row):
+    expected = "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
+    assert text_of(teacher, row) == expected
+
+
+def test_earlier_turns_are_part_of_the_prompt(teacher):
+    text = text_of(teacher, {"messages": [USER, TURN, USER, TURN]})
+    assert text.count("Hello there") == 1
+    assert text.endswith("<start_of_turn>model\n")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "Hi"},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"input_ids": [5], "messages": [USER]},
+        {"messages": [TURN]},
+    ],
+)
+def test_rows_without_messages_before_a_turn_have_none(teacher, row):
+    assert TeacherPrompts(teacher).of(row) == []
+
+
+def test_a_teacher_without_a_template_has_none():
+    plain = sentencepiece_like(sentencepiece_backend(), chat_template=None)
+    assert TeacherPrompts(plain).of({"messages": [USER, TURN]}) == []
+
+
+def test_a_rows_own_prompt_is_kept(teacher):
+    assert TeacherPrompts(teacher).of({"messages": [USER, TURN], TEACHER_PROMPT_IDS: [7, 8]}) == [7, 8]
+
+
+def test_messages_that_the_template_refuses_drop_the_row():
+    strict = sentencepiece_like(sentencepiece_backend(), "{{ raise_exception('System role not supported') }}")
+    with pytest.raises(RowDropped, match=r"the teacher's chat template \(System role not supported\)"):
+        TeacherPrompts(strict).of({"messages": [USER, TURN]})
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_prepared_data_set_has_them_beside_its_tokens(teacher, byte_level, is_stream):
+    dataset = Dataset.from_list([{"messages": [USER, TURN]}, {"messages": [USER, TURN, USER, TURN]}])
+    dataset = dataset.to_iterable_dataset() if is_stream else dataset
+    rows = list(prepare_dataset(dataset, byte_level(), RULES, teacher_tokenizer=teacher))
+    assert [teacher.decode(row[TEACHER_PROMPT_IDS]).count("<end_of_turn>") for row in rows] == [1, 3]
+    [row] = prepare_dataset([{"text": "Hi"}], byte_level(), RULES, teacher_tokenizer=teacher)
+    assert row[TEACHER_PROMPT_IDS] == []
+    [row] = prepare_dataset([{"text": "Hi"}], byte_level(), RULES)
+    assert TEACHER_PROMPT_IDS not in row
