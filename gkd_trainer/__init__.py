@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, Teacher, VLLMServerTeacher
+    from gkd_trainer.teachers import FrozenTeacher, OtherTokenizerTeacher, Teacher, VLLMServerTeacher
     from gkd_trainer.trainer import GKDMixin, GKDTrainer
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ _MODULES = {
     "GKDTrainer": "trainer",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
+    "OtherTokenizerTeacher": "teachers",
     "RolloutEngine": "rollouts",
     "Teacher": "teachers",
     "VLLMColocateRollouts": "rollouts",
@@ -62,6 +63,7 @@ __all__ = [
     "GKDTeacherError",
     "GKDTrainer",
     "HFRollouts",
+    "OtherTokenizerTeacher",
     "RolloutEngine",
     "Teacher",
     "VLLMColocateRollouts",

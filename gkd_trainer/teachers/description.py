@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
-from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.base import AligningTeacher, Teacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 
 
@@ -24,6 +24,11 @@ class TeacherDescription:
 def describe(teacher: Teacher) -> TeacherDescription:
     """Return a teacher's description; register a function for a class that has more than its model's name."""
     return TeacherDescription(name_of(teacher.model) or type(teacher.model or teacher).__name__, (), teacher.top_k)
+
+
+@describe.register
+def _(teacher: AligningTeacher) -> TeacherDescription:
+    return describe(teacher.teachers[0])
 
 
 @describe.register

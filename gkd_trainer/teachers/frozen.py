@@ -131,6 +131,11 @@ class FrozenTeacher(Teacher):
         return None if self._tokenizer is None else self._tokenizer.get_vocab()
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The teacher's tokenizer, if it has one."""
+        return self._tokenizer
+
+    @property
     def model(self) -> PreTrainedModel:
         """The teacher's model, in its PEFT wrapper if it has one."""
         model: PreTrainedModel = self._model

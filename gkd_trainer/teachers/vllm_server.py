@@ -161,6 +161,11 @@ class VLLMServerTeacher(Teacher):
         return self._model_name or next((served.name for served in self._served.values()), None)
 
     @property
+    def max_length(self) -> int | None:
+        """The longest sequence that all servers take, in tokens; None before `prepare`."""
+        return min((served.max_model_len - 1 for served in self._served.values()), default=None)
+
+    @property
     def vocab_size(self) -> None:
         """None: a server does not report the size of its head."""
 

@@ -19,7 +19,7 @@ from gkd_trainer.rollouts.build import (
     find_stop_ids,
     sampled_vocabulary_size,
 )
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import AligningTeacher, Teacher
 from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
@@ -109,5 +109,6 @@ def build_parts(
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,
+        teacher_tokenizer=teacher.tokenizer if isinstance(teacher, AligningTeacher) else None,
     )
     return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation)

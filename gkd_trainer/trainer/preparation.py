@@ -27,7 +27,7 @@ class Preparation:
 
     `stop_ids` end a completion. Token ids must be below `vocab_size`. Without a `tokenizer` (None), rows must hold
     tokens. `formatting_func` turns a row into one of a known format. `shorter` is the context that no row may exceed.
-    `has_ranks` says that several ranks evaluate together.
+    `has_ranks` says that several ranks evaluate together. `teacher_tokenizer` is the teacher's, if it is another.
     """
 
     args: GKDArguments
@@ -37,6 +37,7 @@ class Preparation:
     formatting_func: Callable[[Any], Any] | None = None
     shorter: OwnedContext | None = None
     has_ranks: bool = False
+    teacher_tokenizer: Any = None
 
     def prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
         """Return a data set of token ids and labels.
@@ -58,6 +59,7 @@ class Preparation:
             formatting_func=self.formatting_func,
             num_proc=getattr(self.args, "dataset_num_proc", None),
             name=name,
+            teacher_tokenizer=self.teacher_tokenizer,
         )
         if self.args.max_length is None and self.shorter is not None and isinstance(dataset, datasets.Dataset):
             longest = longest_row(dataset, self.args.max_new_tokens, is_generating=rules.is_generating)

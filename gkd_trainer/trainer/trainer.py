@@ -40,7 +40,7 @@ from gkd_trainer.report.interval import tenth_of
 from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import Teacher, comparable
 from gkd_trainer.trainer import publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
 from gkd_trainer.trainer.construction import (
@@ -351,6 +351,7 @@ class GKDMixin(AnyTrainer):
             return batches, None
         for batch in batches:
             require_labels(batch)
+        batches = self._comparable(batches)
         self._has_trained = True
         self._finite_check.clear()
         return batches, self._count_trained_tokens(batches, device)
@@ -364,6 +365,16 @@ class GKDMixin(AnyTrainer):
         self._generated = window.generated
         self._meter.add_samples(**sample_counts(window, staleness))
         return window.batches
+
+    def _comparable(self, batches: list[Any]) -> list[Any]:
+        found = [comparable(self.teacher, batch) for batch in batches]
+        lost = sum(
+            int((before["labels"] != after["labels"]).sum())
+            for before, after in zip(batches, found, strict=True)
+            if after is not before
+        )
+        self._meter.add_samples(incomparable_tokens=lost)
+        return found
 
     def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
         count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)
@@ -403,7 +414,7 @@ class GKDMixin(AnyTrainer):
             num_items_in_batch: The divisor: the number of tokens in the window; by default in this batch.
         """
         require_labels(inputs)
-        batch = TokenBatch.from_inputs(inputs)
+        batch = TokenBatch.from_inputs(comparable(self.teacher, inputs))
         self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
         with (
             self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
