@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from gkd_trainer.compat import DEFAULT_LOSSES
 from gkd_trainer.config_effects import Run, unused_options
-from gkd_trainer.divergence.options import check_choice, check_top_k_temperature, checked_objective
+from gkd_trainer.divergence.options import check_choice, check_mode, check_top_k_temperature, checked_objective
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
 from gkd_trainer.types import Sampling
@@ -105,6 +105,7 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
     _check("lmbda", args.lmbda, 0 <= args.lmbda <= 1, f"{in_unit} (0 is all data, 1 is all student)")
     if args.lmbda_end is not None:
         _check("lmbda_end", args.lmbda_end, 0 <= args.lmbda_end <= 1, in_unit)
+    _check("teacher_min_matched_mass", args.teacher_min_matched_mass, 0 <= args.teacher_min_matched_mass <= 1, in_unit)
     _check("ce_weight", args.ce_weight, 0 <= args.ce_weight <= 1, in_unit)
     finite = "above 0 and finite"
     _check("temperature", args.temperature, 0 < args.temperature < inf, f"{finite} (1 samples the student as it is)")
@@ -159,6 +160,7 @@ def check_combinations(run: Run) -> None:
         _check_generation_config(args.generation_kwargs or {})
     _check_servers(args)
     check_loss_temperature(run)
+    _check_other_vocabulary(args)
     _check_sft_options(args)
 
 
@@ -217,6 +219,29 @@ def _check_servers(args: Any) -> None:
         raise GKDConfigError("vllm_weight_sync='nccl' sends weights to a server: set vllm_mode='server', or use 'full'")
     if args.teacher_server_base_url and args.teacher_model_name_or_path is not None:
         raise GKDConfigError("got both teacher_server_base_url and teacher_model_name_or_path: set one of them")
+
+
+def _check_other_vocabulary(args: Any) -> None:
+    mode = args.teacher_vocabulary_mode
+    if mode == "same":
+        return
+    check_mode(mode, args.divergence, "teacher_vocabulary_mode")
+    if args.seq_kd:
+        raise GKDConfigError(
+            f"teacher_vocabulary_mode={mode!r} is for a teacher that reads other token ids than the student's, so it "
+            "can't complete the student's prompts: set seq_kd=False"
+        )
+    if mode != "matched" and (args.teacher_server_base_url or args.teacher_top_k is not None):
+        raise GKDConfigError(
+            f"teacher_vocabulary_mode={mode!r} needs the teacher's whole distributions: set it to 'matched', or use a "
+            "teacher in this process without teacher_top_k"
+        )
+    for name in ("packing", "padding_free", "eval_packing"):
+        if getattr(args, name, False):
+            raise GKDConfigError(
+                f"{name}=True joins samples into one sequence, which a teacher with another tokenizer can't read: set "
+                f"{name}=False"
+            )
 
 
 def _check_vllm_sampling(args: Any) -> None:

@@ -55,7 +55,7 @@ def _has_teacher_server(run: Run) -> bool:
 
 
 def _is_jsd(run: Run) -> bool:
-    return bool(run.args.divergence == "jsd")
+    return bool(run.args.divergence == "jsd") and run.args.teacher_vocabulary_mode != "uld"
 
 
 NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
@@ -81,7 +81,7 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         lambda run: (run.builds_rollouts and not run.args.use_vllm) or run.args.seq_kd,
     ),
     ("num_completions_to_print", "log_completions=True", lambda run: run.args.log_completions),
-    ("beta", "divergence='jsd'", _is_jsd),
+    ("beta", "divergence='jsd', and not teacher_vocabulary_mode='uld'", _is_jsd),
     ("divergence_scale", "divergence='jsd' and beta inside (0, 1)", lambda run: _is_jsd(run) and 0 < run.args.beta < 1),
     (
         "teacher_tail",
@@ -89,6 +89,16 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         lambda run: run.has_top_tokens is not False,
     ),
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
+    (
+        "teacher_min_matched_mass",
+        "teacher_vocabulary_mode='matched' and a teacher's whole distributions",
+        lambda run: run.args.teacher_vocabulary_mode == "matched" and not run.has_top_tokens,
+    ),
+    (
+        "teacher_tokenizer_name_or_path",
+        "another teacher_vocabulary_mode than 'same'",
+        lambda run: run.args.teacher_vocabulary_mode != "same",
+    ),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
     (

@@ -281,6 +281,9 @@ def command_line_value(name, default):
         "vllm_engine_kwargs": ('{"enforce_eager": true}', {"enforce_eager": True}),
         "teacher_top_k": ("64", 64),
         "teacher_tail": ("renormalize", "renormalize"),
+        "teacher_vocabulary_mode": ("next_byte", "next_byte"),
+        "teacher_min_matched_mass": ("0.5", 0.5),
+        "teacher_tokenizer_name_or_path": ("a/tokenizer", "a/tokenizer"),
     }
     if name in special:
         return special[name]

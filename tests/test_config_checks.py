@@ -55,6 +55,8 @@ OUT_OF_RANGE = [
     ("teacher_server_base_url", ["ftp://a"], "a URL that starts with http:// or https://"),
     ("teacher_top_k", [0], "at least 1"),
     ("teacher_tail", ["drop"], "one of 'bucket', 'renormalize'"),
+    ("teacher_vocabulary_mode", ["auto"], "one of 'same', 'matched', 'next_byte', 'uld', 'gold'"),
+    ("teacher_min_matched_mass", [-0.1, 1.1, NAN], "in [0, 1]"),
 ]
 
 
@@ -109,7 +111,13 @@ def test_every_option_with_a_range_is_among_those_tested():
     free = {"seq_kd", "disable_dropout", "eval_on_policy", "log_completions"}
     free |= {"generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
-    free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
+    free |= {
+        "teacher_tokenizer_name_or_path",
+        "divergence_options",
+        "vllm_engine_kwargs",
+        "teacher_server_api_token",
+        "teacher_server_checks",
+    }
     assert ranged | free == {option.name for option in dataclasses.fields(GKDArguments)}
 
 
@@ -387,3 +395,34 @@ def test_a_top_k_that_only_the_trainer_knows_of_is_checked_like_one_of_the_confi
         with pytest.raises(GKDConfigError, match=r"loss_temperature=2\.0 can't be applied to a teacher's top tokens"):
             check(Run(args, has_top_tokens=True))
     check_loss_temperature(Run(GKDArguments(**options), has_top_tokens=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_kd": True, "lmbda": 0.0}, "it can't complete the student's prompts: set seq_kd=False"),
+        ({"teacher_top_k": 5, "teacher_vocabulary_mode": "uld"}, "needs the teacher's whole distributions"),
+        (
+            {"teacher_server_base_url": "http://a:1", "teacher_vocabulary_mode": "next_byte"},
+            "needs the teacher's whole distributions",
+        ),
+        (
+            {"divergence": "skew_kl", "teacher_vocabulary_mode": "gold"},
+            "teacher_vocabulary_mode='gold' needs divergence='jsd'",
+        ),
+    ],
+)
+def test_what_a_teacher_with_another_tokenizer_can_not_do_is_refused(options, message):
+    with pytest.raises(GKDConfigError, match=message):
+        GKDArguments(**{"teacher_vocabulary_mode": "matched", **options})
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free", "eval_packing"])
+def test_sequences_of_several_samples_are_refused_for_a_teacher_with_another_tokenizer(config_of, name):
+    with pytest.raises(GKDConfigError, match=f"a teacher with another tokenizer can't read: set {name}=False"):
+        config_of(MyConfig, lmbda=0.0, max_length=64, teacher_vocabulary_mode="matched", **{name: True})
+
+
+@pytest.mark.parametrize("options", [{"teacher_top_k": 5}, {"teacher_server_base_url": "http://a:1"}])
+def test_top_tokens_of_another_vocabulary_are_matched(options):
+    GKDArguments(teacher_vocabulary_mode="matched", **options)

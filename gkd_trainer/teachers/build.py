@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.models.loading import name_of
-from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.models.loading import find_tokenizer, name_of
+from gkd_trainer.teachers.base import AligningTeacher, Teacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.other_tokenizer import OtherTokenizerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 
 TeacherModel = PreTrainedModel | PeftModel | PeftMixedModel | nn.Module | str | os.PathLike[str]
@@ -32,13 +33,36 @@ def build_teacher(
 
     Args:
         args: The options, which may name a model or servers.
-        teacher: A teacher, returned unchanged.
+        teacher: A teacher, returned unchanged; one of another vocabulary if the options say so.
         teacher_model: A model, or its name or path.
         trust_remote_code: Whether Python code that comes with a model or its tokenizer may run.
 
     Raises:
         GKDTeacherError: There is no teacher, or more than one; options don't apply to it; or it can't be loaded.
     """
+    built = _built(args, teacher, teacher_model, trust_remote_code)
+    mode = args.teacher_vocabulary_mode
+    if mode == "same":
+        return built
+    if isinstance(built, AligningTeacher):
+        raise GKDTeacherError(
+            f"teacher_vocabulary_mode={mode!r} has no effect on a teacher that maps vocabularies itself: leave it out, "
+            "or pass the teacher inside it"
+        )
+    source, tokenizer = args.teacher_tokenizer_name_or_path, None
+    if source is not None:
+        tokenizer = find_tokenizer(source, trust_remote_code)
+        if tokenizer is None:
+            raise GKDTeacherError(
+                f"teacher_tokenizer_name_or_path={source!r} has no tokenizer: expected a folder with one, or a name on "
+                "the hub"
+            )
+    return OtherTokenizerTeacher(built, tokenizer, mode=mode, min_matched_mass=args.teacher_min_matched_mass)
+
+
+def _built(
+    args: GKDArguments, teacher: Teacher | None, teacher_model: TeacherModel | None, trust_remote_code: bool
+) -> Teacher:
     name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
     _require_one(teacher, teacher_model, name, urls)
     source = teacher_model if teacher_model is not None else name
