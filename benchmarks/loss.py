@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gkd_trainer.divergence import reference_jsd, token_divergence
-from gkd_trainer.divergence.linear import planned_tile
+from gkd_trainer.divergence.workspace import planned_tile
 from gkd_trainer.signals import Head, HiddenSignal
 
 BETA = 0.5

@@ -18,8 +18,17 @@ if TYPE_CHECKING:
         GKDTeacherError,
     )
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
-    from gkd_trainer.teachers import FrozenTeacher, OtherTokenizerTeacher, Teacher, VLLMServerTeacher
-    from gkd_trainer.trainer import GKDMixin, GKDTrainer
+    from gkd_trainer.teachers import (
+        CachedTeacher,
+        FrozenTeacher,
+        HiddenStateServerTeacher,
+        OtherTokenizerTeacher,
+        RoutedTeachers,
+        Teacher,
+        VLLMServerTeacher,
+        WeightedTeachers,
+    )
+    from gkd_trainer.trainer import GKDMixin, GKDTrainer, cache_predictions
 
 __version__ = "0.1.0"
 
@@ -36,20 +45,26 @@ _MODULES = {
     "GKDServerError": "errors",
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
+    "CachedTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
+    "HiddenStateServerTeacher": "teachers",
     "OtherTokenizerTeacher": "teachers",
     "RolloutEngine": "rollouts",
+    "RoutedTeachers": "teachers",
     "Teacher": "teachers",
     "VLLMColocateRollouts": "rollouts",
     "VLLMServerRollouts": "rollouts",
     "VLLMServerTeacher": "teachers",
+    "WeightedTeachers": "teachers",
+    "cache_predictions": "trainer",
     "generalized_jsd": "divergence",
     "linear_generalized_jsd": "divergence",
     "topk_generalized_jsd": "divergence",
 }
 
 __all__ = [
+    "CachedTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",
@@ -63,12 +78,16 @@ __all__ = [
     "GKDTeacherError",
     "GKDTrainer",
     "HFRollouts",
+    "HiddenStateServerTeacher",
     "OtherTokenizerTeacher",
     "RolloutEngine",
+    "RoutedTeachers",
     "Teacher",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",
     "VLLMServerTeacher",
+    "WeightedTeachers",
+    "cache_predictions",
     "generalized_jsd",
     "linear_generalized_jsd",
     "topk_generalized_jsd",

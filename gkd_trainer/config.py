@@ -212,7 +212,7 @@ class GKDArguments(HidesSecrets):
     teacher_top_k: int | None = _option(
         None,
         "Compare over this many of the teacher's most probable tokens, and one bucket for all others. By default "
-        "over the whole vocabulary, and over 20 tokens for a teacher behind a server.",
+        "over the whole vocabulary, and over 20 tokens for servers that send top tokens.",
     )
     teacher_tail: str = _option(
         "bucket",
@@ -220,10 +220,36 @@ class GKDArguments(HidesSecrets):
         "leaves them out on both sides.",
         list(TAILS),
     )
+    teachers: dict[str, Any] | str | None = _option(
+        None,
+        "Several teachers: the name on the hub or the folder of each by a name of your own, such as "
+        '{"math": "my/math", "code": "my/code"}, as a dictionary or JSON. They replace a single teacher.',
+    )
+    teacher_column: str = _option("teacher", "The column that holds the name of each row's teacher, one of teachers.")
+    teacher_weights: dict[str, Any] | str | None = _option(
+        None,
+        'Weights (> 0) of teachers by name, such as {"math": 2, "code": 1}, as a dictionary or JSON: all teachers '
+        "score every sample, and their divergences are averaged by weight, instead of one teacher per row.",
+    )
+    teacher_offload: bool = _option(
+        False, "Whether the weights of each of several teachers wait in the CPU's memory while the others work."
+    )
     teacher_server_base_url: list[str] | str | None = _option(
         None,
         "URLs of ordinary vLLM servers of the teacher, such as http://127.0.0.1:8001, as a list or separated by "
         "commas. They replace a teacher model.",
+    )
+    teacher_server_signal: str = _option(
+        "top_k",
+        "What the teacher's servers send: 'top_k' is the log-probs of its most probable tokens; 'hidden_states' is its "
+        "final hidden states, which give the whole distribution with the head of teacher_model_name_or_path, the "
+        "checkpoint that is served.",
+        ["top_k", "hidden_states"],
+    )
+    teacher_server_dtype: str = _option(
+        "auto",
+        "The dtype in which hidden states are sent; 'auto' is the narrowest that holds them exactly.",
+        ["auto", "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2"],
     )
     teacher_server_api_token: str | None = _option(None, "API key that the teacher's servers were started with.")
     teacher_server_checks: bool = _option(
@@ -246,6 +272,17 @@ class GKDArguments(HidesSecrets):
         "The tokenizer of a teacher under another teacher_vocabulary_mode than 'same', by default the one stored with "
         "the teacher; a teacher behind a server needs it.",
     )
+    teacher_cache_dir: str | None = _option(
+        None,
+        "Folder of the teacher's predictions for the data, from `gkd-trainer cache`. They replace a teacher model; "
+        "needs lmbda=0 and seq_kd=False.",
+    )
+    teacher_cache_miss: str = _option(
+        "error",
+        "What happens to a row that teacher_cache_dir lacks: 'error' ends the run, 'teacher' has the teacher score it, "
+        "which must be given too.",
+        ["error", "teacher"],
+    )
     eval_on_policy: bool = _option(
         False, "Whether evaluation also measures the divergence on new greedy completions of the student."
     )
@@ -257,7 +294,8 @@ class GKDArguments(HidesSecrets):
 
     def __post_init__(self) -> None:
         """Parse the JSON and URL fields, check every value and combination, then run the base class's own checks."""
-        for name in ("teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "vllm_sync_dir"):
+        teachers = ("teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "teacher_cache_dir")
+        for name in (*teachers, "vllm_sync_dir"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
         for name in self._json_fields():
@@ -340,7 +378,14 @@ class GKDArguments(HidesSecrets):
 
     @classmethod
     def _json_fields(cls) -> tuple[str, ...]:
-        return ("divergence_options", "generation_kwargs", "vllm_engine_kwargs", "teacher_model_init_kwargs")
+        return (
+            "divergence_options",
+            "generation_kwargs",
+            "vllm_engine_kwargs",
+            "teacher_model_init_kwargs",
+            "teachers",
+            "teacher_weights",
+        )
 
     @staticmethod
     def _url_fields() -> tuple[str, ...]:

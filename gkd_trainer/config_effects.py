@@ -20,12 +20,14 @@ class Run:
     Attributes:
         args: The configuration.
         has_top_tokens: Whether the teacher gives only its top tokens; None if unknown.
+        has_only_cache: Whether the teacher has predictions for only the rows of a cache; None if unknown.
         loads_student: Whether the student is given by name.
         builds_rollouts: Whether the trainer builds the rollout engine, since none is passed.
     """
 
     args: Any
     has_top_tokens: bool | None = None
+    has_only_cache: bool | None = None
     loads_student: bool = True
     builds_rollouts: bool = True
 
@@ -88,6 +90,12 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         "a teacher that gives only its top tokens (teacher_top_k)",
         lambda run: run.has_top_tokens is not False,
     ),
+    ("teacher_weights teacher_offload", "teachers", lambda run: run.args.teachers is not None),
+    (
+        "teacher_column",
+        "one of several teachers for each row (teachers without teacher_weights)",
+        lambda run: run.args.teachers is not None and run.args.teacher_weights is None,
+    ),
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
     (
         "teacher_min_matched_mass",
@@ -98,6 +106,12 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         "teacher_tokenizer_name_or_path",
         "another teacher_vocabulary_mode than 'same'",
         lambda run: run.args.teacher_vocabulary_mode != "same",
+    ),
+    ("teacher_cache_miss", "teacher_cache_dir", lambda run: run.args.teacher_cache_dir is not None),
+    (
+        "teacher_server_dtype",
+        "teacher_server_signal='hidden_states'",
+        lambda run: run.args.teacher_server_signal == "hidden_states",
     ),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),

@@ -1,10 +1,14 @@
 """A model's predictions at the positions trained on: hidden states with a head, logits, or the top tokens.
 
+A teacher with another vocabulary also gives a map between the two. Several teachers' predictions are grouped by
+position, or summed.
+
 Shapes: N tokens trained on, V vocabulary, H hidden width, K top tokens of a teacher.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -107,6 +111,47 @@ class TopKSignal:
         return TopKSignal(self.ids_NK, log_p_NK, vocab_size)
 
 
+@dataclass(frozen=True)
+class GroupedSignal:
+    """The predictions of several teachers, each at positions of its own.
+
+    `order_N` is a permutation of the N positions (int64): the first of them belong to the first of `groups`, in its
+    order, the next to the second, and so on. A group may be empty.
+    """
+
+    order_N: Tensor
+    groups: tuple[Signal, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that all of them predict over."""
+        return min(group.vocab_size for group in self.groups)
+
+    def sliced(self, vocab_size: int) -> GroupedSignal:
+        """Return the same predictions over the first `vocab_size` tokens."""
+        return GroupedSignal(self.order_N, tuple(group.sliced(vocab_size) for group in self.groups))
+
+
+@dataclass(frozen=True)
+class SummedSignal:
+    """The predictions of several teachers, all at the same N positions; their divergences are summed.
+
+    The sum is Σ weight·divergence, with one weight for each of `terms`, positive and finite.
+    """
+
+    terms: tuple[Signal, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that all of them predict over."""
+        return min(term.vocab_size for term in self.terms)
+
+    def sliced(self, vocab_size: int) -> SummedSignal:
+        """Return the same predictions over the first `vocab_size` tokens."""
+        return SummedSignal(tuple(term.sliced(vocab_size) for term in self.terms), self.weights)
+
+
 StudentSignal = HiddenSignal | LogitsSignal
 """A student's predictions at the positions trained on: always the whole distribution."""
 
@@ -192,5 +237,30 @@ class MappedSignal:
         return MappedSignal(self.signal, self.mapping.sliced(vocab_size))
 
 
-Signal = StudentSignal | TopKSignal | MappedSignal
-"""A teacher's predictions at the positions trained on."""
+PlainSignal = StudentSignal | TopKSignal | MappedSignal
+"""One teacher's predictions at the positions trained on."""
+
+Signal = PlainSignal | GroupedSignal | SummedSignal
+"""The predictions of one or several teachers at the positions trained on."""
+
+
+def plain_signals(signal: Signal) -> Iterator[PlainSignal]:
+    """Yield the predictions of each teacher in a signal, in order."""
+    if isinstance(signal, GroupedSignal | SummedSignal):
+        for inner in signal.groups if isinstance(signal, GroupedSignal) else signal.terms:
+            yield from plain_signals(inner)
+    else:
+        yield signal
+
+
+def scored_positions(signal: Signal) -> int:
+    """Return N, the number of positions that a signal has predictions for."""
+    if isinstance(signal, GroupedSignal):
+        return len(signal.order_N)
+    if isinstance(signal, SummedSignal):
+        return scored_positions(signal.terms[0])
+    if isinstance(signal, MappedSignal):
+        return scored_positions(signal.signal)
+    if isinstance(signal, TopKSignal):
+        return len(signal.ids_NK)
+    return len(signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV)

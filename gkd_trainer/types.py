@@ -6,7 +6,7 @@ Shapes: B batch, L length, N tokens trained on, P length of a sample's own promp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,16 +29,17 @@ ROW_KEY = "row_key"
 """The key of the integer that identifies a row of a data set; in a batch, an int64 tensor [B]."""
 
 TEACHER_INDEX = "teacher_index"
-"""The key of a sample's teacher: its index among several, in a batch of tensors int64 [B]; -1 means the first."""
+"""The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
 
 TEACHER_PROMPT_IDS = "teacher_prompt_ids"
-"""The key of the prompt that the teacher reads in place of the sample's own, in the teacher's token ids.
+"""The key of a prompt that the teacher reads in place of the sample's own, in the teacher's token ids.
 
-In a row it is a list, empty where there is none; in a batch of tensors [B, P], padded with IGNORE_INDEX.
+A teacher with another tokenizer reads it, and a Teacher of your own may. In a row, a list of token ids, empty if there
+is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
 """
 
 TEACHER_IDS = "teacher_ids"
-"""The key of a sample in the teacher's tokens, if they are not the student's: int64 [B, P], padded with IGNORE_INDEX.
+"""The key of a sample in the teacher's tokens, if these are not the student's: int64 [B, P], padded with IGNORE_INDEX.
 
 It comes with TEACHER_COLUMNS, int64 [B, P] likewise: the column in it of the token that the teacher predicts at each
 scored position of the sample, in order.
@@ -120,6 +121,12 @@ PER_TOKEN = frozenset(
 )
 """Keys of a batch that are known to hold values per token [B, L, ...]; `position_ids` may be [..., B, L]."""
 
+DECODER_INPUT_IDS = "decoder_input_ids"
+"""The key of a decoder's inputs, which shows that a batch is for an encoder-decoder."""
+
+PER_LABEL = frozenset({"labels", DECODER_INPUT_IDS, "decoder_attention_mask"})
+"""Keys of an encoder-decoder's batch whose values are per label; its other values per token are the encoder's."""
+
 _NOT_MODEL_INPUTS = frozenset(SIDE_TENSORS).union(
     {
         "labels",
@@ -194,6 +201,9 @@ class TokenBatch:
     label at i + `label_offset`: 1 for a causal LM, 0 for a decoder that gets its labels shifted (encoder-decoders).
     `side` holds the batch's other SIDE_TENSORS, by name.
 
+    For an encoder-decoder, `input_ids` and `attention_mask` are the encoder's, of another length than the labels, and
+    `decoder_input_ids` [B, L] the decoder's.
+
     Derived values are computed once: finding the positions waits for the device.
     """
 
@@ -204,11 +214,13 @@ class TokenBatch:
     side: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_inputs(cls, inputs: Mapping[str, Any], label_offset: int = 1) -> TokenBatch:
+    def from_inputs(cls, inputs: Mapping[str, Any], label_offset: int | None = None) -> TokenBatch:
         """Build a batch from what Trainer hands to `compute_loss`; without a mark, no sample is on-policy.
 
-        Rows come out `right_padded`.
+        Rows come out `right_padded`. By default the label offset is 0 if there are decoder inputs, else 1.
         """
+        if label_offset is None:
+            label_offset = 0 if has_decoder_inputs(inputs) else 1
         inputs = right_padded(inputs)
         model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_MODEL_INPUTS}
         labels_BL = inputs["labels"]
@@ -250,13 +262,44 @@ class TokenBatch:
         """How many positions are scored: N."""
         return len(self._positions_N2)
 
+    def of_samples(self, rows: Sequence[int]) -> TokenBatch:
+        """Return the batch of some samples, given in ascending order: the scored positions are theirs, in order.
+
+        Columns stay, padding included. If the forward takes tensors whose samples are unknown, such as images, all
+        samples stay in the batch, and the other samples' labels are masked; but no samples are always an empty batch.
+        """
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.labels_BL.device)
+        is_tensor = {name: isinstance(value, Tensor) for name, value in self.model_inputs.items()}
+        is_known = {name: name in PER_TOKEN | PER_LABEL or not is_tensor[name] for name in self.model_inputs}
+        if not rows or all(is_known.values()):
+            inputs = {
+                name: _of_rows(name, value, chosen) if is_tensor[name] else value
+                for name, value in self.model_inputs.items()
+                if is_known[name]
+            }
+            labels_BL, is_on_policy_B = self.labels_BL[chosen], self.is_on_policy_B[chosen]
+            side = {name: value[chosen] for name, value in self.side.items()}
+            return TokenBatch(inputs, labels_BL, is_on_policy_B, self.label_offset, side)
+        is_chosen_B1 = torch.zeros_like(self.labels_BL[:, :1], dtype=torch.bool).index_fill(0, chosen, True)
+        return replace(self, labels_BL=self.labels_BL.masked_fill(~is_chosen_B1, IGNORE_INDEX))
+
+
+def _of_rows(name: str, values: Tensor, rows: Tensor) -> Tensor:
+    """Return the values per token of some rows; those of `position_ids` may be [..., B, L]."""
+    return values.index_select(values.dim() - 2 if name == "position_ids" else 0, rows)
+
+
+def has_decoder_inputs(inputs: Mapping[str, Any]) -> bool:
+    """Return whether a collated batch is for an encoder-decoder, and has its decoder's inputs."""
+    return inputs.get(DECODER_INPUT_IDS) is not None
+
 
 def may_be_per_token(name: str, value: Any) -> bool:
     """Return whether a collated value is a tensor of unknown name that may have one value per token.
 
     Its shape does not decide: a dimension may equal L by chance.
     """
-    return isinstance(value, Tensor) and value.dim() > 1 and name not in PER_TOKEN | PER_SAMPLE
+    return isinstance(value, Tensor) and value.dim() > 1 and name not in PER_TOKEN | PER_SAMPLE | PER_LABEL
 
 
 def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,15 +308,16 @@ def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
     Padding before the tokens changes the logits of a model that counts positions by column or carries a state from
     token to token, and lets a padding position predict the first token. No causal model sees padding behind them.
     PER_TOKEN values move along. A batch with a tensor that `may_be_per_token` is left as it is: the tensor's values
-    would no longer match their tokens.
+    would no longer match their tokens. If the batch `has_decoder_inputs`, only the encoder's values move.
     """
+    per_token = _names_per_token(inputs)
     column_BL = _columns_when_right_padded(inputs)
     if column_BL is None:
         return dict(inputs)
     row_B1 = _rows_B1(column_BL)
 
     def moved(name: str, value: Any) -> Any:
-        if name not in PER_TOKEN or not isinstance(value, Tensor):
+        if name not in per_token or not isinstance(value, Tensor):
             return value
         return value[..., row_B1, column_BL] if name == "position_ids" else value[row_B1, column_BL]
 
@@ -281,7 +325,12 @@ def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_columns_of(inputs: Mapping[str, Any], values_BL: Tensor) -> Tensor:
-    """Return values [B, L, ...] of the `right_padded` batch, moved back to the columns of their tokens in `inputs`."""
+    """Return values [B, L, ...] of the `right_padded` batch, moved back to the columns of their tokens in `inputs`.
+
+    An encoder-decoder's values are per label, and stay: only its encoder's tokens were moved.
+    """
+    if has_decoder_inputs(inputs):
+        return values_BL
     column_BL = _columns_when_right_padded(inputs)
     if column_BL is None or values_BL.shape[:2] != column_BL.shape or not column_BL[:, 0].any():
         return values_BL
@@ -293,16 +342,22 @@ def _columns_when_right_padded(inputs: Mapping[str, Any]) -> Tensor | None:
     mask_BL, labels_BL = inputs.get("attention_mask"), inputs.get("labels")
     if not isinstance(mask_BL, Tensor) or not isinstance(labels_BL, Tensor) or mask_BL.dim() != 2:
         return None
+    per_token = _names_per_token(inputs)
     for name, value in inputs.items():
         if may_be_per_token(name, value):
             return None
-        if name in PER_TOKEN and isinstance(value, Tensor):
+        if name in per_token and isinstance(value, Tensor):
             shape = value.shape[-2:] if name == "position_ids" else value.shape[:2]
             if shape != mask_BL.shape:
                 return None
     length = mask_BL.shape[1]
     first_B1 = (mask_BL != 0).int().argmax(dim=1, keepdim=True)  # 0 in a row of padding alone
     return (torch.arange(length, device=mask_BL.device) + first_B1) % length
+
+
+def _names_per_token(inputs: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the values per token of `input_ids`."""
+    return PER_TOKEN - PER_LABEL if has_decoder_inputs(inputs) else PER_TOKEN
 
 
 def _rows_B1(column_BL: Tensor) -> Tensor:

@@ -72,6 +72,23 @@ class ScoreAnswer(Answer):
     choices: list[ScoredChoice]
 
 
+class PooledInput(Answer):
+    """The place and form of one input's values in the body of an answer of bytes."""
+
+    index: int
+    embed_dtype: str
+    endianness: str
+    start: int
+    end: int
+    shape: list[int]
+
+
+class PooledInputs(Answer):
+    """The header `metadata` of POST /pooling with `encoding_format` "bytes"."""
+
+    data: list[PooledInput]
+
+
 class Tokens(Answer):
     """POST /tokenize."""
 

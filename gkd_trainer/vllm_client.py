@@ -1,4 +1,4 @@
-"""The client of vLLM servers: JSON over HTTP with time-outs, retries, and one clear error in the end."""
+"""The client of vLLM servers: HTTP with time-outs, retries, and one clear error in the end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import socket
 import ssl
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any, TypeVar, overload
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import httpcore
@@ -49,6 +50,14 @@ class RequestRefusedError(GKDServerError):
     """A request that the server rejects (a 4xx status): asking again would not help."""
 
 
+@dataclass(frozen=True)
+class RawAnswer:
+    """The body of an answer, and its headers, with names in lower case."""
+
+    body: bytearray
+    headers: Mapping[str, str]
+
+
 class VLLMServer:
     """One vLLM server.
 
@@ -82,7 +91,7 @@ class VLLMServer:
         parts = urlsplit(self.base_url)
         self._headers = [
             ("Host", _host_header(parts)),
-            ("Accept", "application/json"),
+            ("Accept", "application/json, application/octet-stream"),
             ("User-Agent", "gkd-trainer"),
             *_authorization(url, api_token),
         ]
@@ -98,7 +107,7 @@ class VLLMServer:
 
     def get(self, path: str, parse: Callable[[Any], T]) -> T:
         """Return `parse(answer)` of a GET; otherwise as `post`."""
-        return self._call("GET", path, None, parse)
+        return self._call("GET", path, None, _reading_json(parse))
 
     def post(self, path: str, body: Any, parse: Callable[[Any], T]) -> T:
         """Return `parse(answer)` of a POST of JSON, where `answer` is the JSON that came back, or None if empty.
@@ -109,6 +118,10 @@ class VLLMServer:
             GKDServerError: The call failed; names the server, the call and the last cause.
             GKDConfigError: The body holds values that JSON can't.
         """
+        return self._call("POST", path, body, _reading_json(parse))
+
+    def post_for_bytes(self, path: str, body: Any, parse: Callable[[RawAnswer], T]) -> T:
+        """Return `parse(answer)` of a POST of JSON that is answered with bytes; otherwise as `post`."""
         return self._call("POST", path, body, parse)
 
     def post_unread(self, path: str, body: Any, *, is_repeatable: bool = True) -> None:
@@ -116,19 +129,15 @@ class VLLMServer:
 
         A request that is not repeatable is sent once: sending it again would have its effect twice.
         """
-        self._call("POST", path, body, None, is_repeatable)
+        self._call("POST", path, body, lambda answer: None, is_repeatable=is_repeatable)
 
     def close(self) -> None:
         """Close the connections to the server."""
         self._pool.close()
 
-    @overload
-    def _call(self, method: str, path: str, body: Any, parse: Callable[[Any], T], is_repeatable: bool = True) -> T: ...
-    @overload
-    def _call(self, method: str, path: str, body: Any, parse: None, is_repeatable: bool = True) -> None: ...
     def _call(
-        self, method: str, path: str, body: Any, parse: Callable[[Any], T] | None, is_repeatable: bool = True
-    ) -> T | None:
+        self, method: str, path: str, body: Any, read: Callable[[RawAnswer], T], *, is_repeatable: bool = True
+    ) -> T:
         content = _encoded(body)
         started = time.monotonic()
         call = f"{method} {path}"
@@ -150,7 +159,7 @@ class VLLMServer:
                 before_sleep=lambda state: self._log(call, state),
                 reraise=True,
             )
-            return retrying(lambda: self._request(method, path, content, parse))
+            return retrying(lambda: self._request(method, path, content, read))
         except _TransientError as error:
             if not is_repeatable:
                 raise GKDServerError(
@@ -165,7 +174,7 @@ class VLLMServer:
                 "vllm_request_timeout"
             ) from error
 
-    def _request(self, method: str, path: str, content: bytes | None, parse: Callable[[Any], T] | None) -> T | None:
+    def _request(self, method: str, path: str, content: bytes | None, read: Callable[[RawAnswer], T]) -> T:
         _deadline.set(time.monotonic() + self._request_timeout)
         has_begun = False
         answer = bytearray()
@@ -209,19 +218,20 @@ class VLLMServer:
                 f"the vLLM server at {self.base_url} refused {method} {path} with status {response.status}: "
                 f"{self._excerpt(answer)}"
             )
-        if parse is None:
-            return None
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
         try:
-            return parse(json.loads(answer) if answer else None)
+            return read(RawAnswer(answer, headers))
         except GKDError:
             raise
-        except Exception as error:  # the JSON may have any depth, size and type
+        except Exception as error:  # JSON may have any depth, size and type
             cause = f"{type(error).__name__}: {error}"
             raise _WrongAnswerError(
                 f"an answer that can't be used ({self._excerpt(cause.encode())}): {self._excerpt(answer)}"
             ) from error
 
     def _excerpt(self, content: bytes | bytearray, length: int = 300) -> str:
+        if b"\0" in content:
+            return f"{len(content)} bytes"
         text = content.decode(errors="replace")
         for secret in self._secrets:
             text = text.replace(secret, "<SECRET>")
@@ -361,6 +371,10 @@ def _authorization(url: ServerURL, api_token: str | None) -> list[tuple[str, str
         pair = base64.b64encode(":".join(url.credentials).encode()).decode()
         return [("Authorization", f"Basic {pair}")]
     return []
+
+
+def _reading_json(parse: Callable[[Any], T]) -> Callable[[RawAnswer], T]:
+    return lambda answer: parse(json.loads(answer.body) if answer.body else None)
 
 
 def _encoded(body: Any) -> bytes | None:

@@ -25,6 +25,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Cohere2Config,
     Cohere2ForCausalLM,
     Gemma2Config,
@@ -41,6 +43,8 @@ from transformers import (
     MiniMaxForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
@@ -52,13 +56,19 @@ from transformers import (
     RecurrentGemmaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     set_seed,
 )
 
-from tests.serving import FaultyProxy, VLLMProcess
+from tests.serving import HIDDEN_STATES, FaultyProxy, VLLMProcess
 
-# A shell has what it starts in the background ignore these, and so would the processes that tests start and interrupt.
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+# Shells make background processes ignore the first two, and nohup the third; what tests start would inherit that.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
 
@@ -119,7 +129,7 @@ _VLLM_FILES = {"test_vllm_colocate.py", "test_vllm_nccl.py", "test_vllm_own_serv
 def pytest_collection_modifyitems(items):
     """Mark what needs vLLM: the tests of its engines, and those that take its server."""
     for item in items:
-        takes_server = "vllm_server" in getattr(item, "fixturenames", ())
+        takes_server = {"vllm_server", "hidden_server"} & {*getattr(item, "fixturenames", ())}
         if takes_server or item.path.name in _VLLM_FILES:
             item.add_marker(pytest.mark.vllm)
 
@@ -219,6 +229,51 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
+def tiny_encoder_decoder():
+    """Make an encoder-decoder with random weights, on the CPU in float32.
+
+    Its families: t5 (tied, so that the head's input is scaled), t5_untied, mt5 (gated), bart (a bias behind the head
+    that is not zero, learned positions, starts with its eos). The stop token is 2, T5's start and pad token 0.
+    """
+
+    def make(family="t5", *, hidden=32, layers=2, vocab=368, seed=0, **config):
+        set_seed(seed)
+        if family == "bart":
+            sizes = {
+                f"{side}_{name}": size
+                for side in ("encoder", "decoder")
+                for name, size in (("layers", layers), ("attention_heads", 4), ("ffn_dim", 2 * hidden))
+            }
+            ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+            options = {"d_model": hidden, "max_position_embeddings": 128, **sizes, **ids}
+            model = BartForConditionalGeneration(BartConfig(vocab_size=vocab, **{**options, **config}))
+            model.final_logits_bias.normal_()
+        else:
+            options = {
+                "d_kv": 8,
+                "d_model": hidden,
+                "d_ff": 2 * hidden,
+                "num_layers": layers,
+                "num_heads": 4,
+                "pad_token_id": 0,
+                "eos_token_id": 2,
+                "decoder_start_token_id": 0,
+            }
+            if family == "t5_untied":
+                options |= {"tie_word_embeddings": False}
+            classes = (
+                (MT5Config, MT5ForConditionalGeneration) if family == "mt5" else (T5Config, T5ForConditionalGeneration)
+            )
+            model = classes[1](classes[0](vocab_size=vocab, **{**options, **config}))
+        with torch.no_grad():
+            # So that distributions differ, but no token is certain.
+            model.lm_head.weight.mul_({"t5": 1.0, "bart": 10.0}.get(family, 0.3))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def smollm2_pair():
     """The folders of SmolLM2-135M-Instruct and of the student cut out of it: (teacher, student)."""
     pair = Path(os.environ.get("GKD_SMOLLM2_DIR", ROOT / ".cache" / "smollm2"))
@@ -261,6 +316,22 @@ def vllm_server(served_dir, tmp_path_factory):
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def hidden_server(served_dir, tmp_path_factory):
+    """A vLLM server that returns the hidden states of `served_dir` in float32, one for the whole run."""
+    server = VLLMProcess(served_dir, tmp_path_factory.mktemp("vllm-hidden") / "server.log", *HIDDEN_STATES)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def hidden_proxy(hidden_server):
+    """A proxy before `hidden_server` that can be told to answer wrongly."""
+    with FaultyProxy(hidden_server.base_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture

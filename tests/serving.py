@@ -28,6 +28,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+HIDDEN_STATES = ("--runner", "pooling", "--convert", "embed", "--pooler-config", '{"task": "token_embed"}')
+"""The options of a server that returns the final hidden states of a causal LM."""
+
+
 class VLLMProcess:
     """A vLLM server of a model folder, with a tokenizer in it.
 
@@ -108,7 +112,8 @@ class VLLMProcess:
 class Answer:
     """What a proxy sends: `delay` seconds before it begins, of its body all or as much as `cut` says, in pieces.
 
-    Its head comes at once, or in `head_pieces`, with the same pause between them.
+    Its head comes at once, or in `head_pieces`, with the same pause between them. `metadata` is the header of an answer
+    of bytes.
     """
 
     status: int
@@ -118,6 +123,7 @@ class Answer:
     pieces: int = 1
     pause: float = 0.0
     head_pieces: int = 1
+    metadata: str | None = None
 
 
 @dataclass(frozen=True)
@@ -305,7 +311,10 @@ def _handler(answer_to: Callable[[Request], Answer]) -> type[BaseHTTPRequestHand
             if answer.status == 0:
                 self.close_connection = True
                 return
-            head = f"HTTP/1.1 {answer.status} Answer\r\nContent-Length: {len(answer.body)}\r\n\r\n".encode()
+            lines = [f"HTTP/1.1 {answer.status} Answer", f"Content-Length: {len(answer.body)}"]
+            if answer.metadata is not None:
+                lines.append(f"metadata: {answer.metadata}")
+            head = "\r\n".join([*lines, "", ""]).encode()
             self.send_in_pieces(head, answer.head_pieces, answer.pause)
             self.send_in_pieces(answer.body[: answer.cut], answer.pieces, answer.pause)
             self.close_connection = answer.cut is not None
@@ -331,4 +340,4 @@ def _ask(client: httpx.Client, base_url: str, request: Request) -> Answer:
     if request.authorization is not None:
         headers["Authorization"] = request.authorization
     response = client.request(request.method, base_url + request.path, content=request.body, headers=headers)
-    return Answer(response.status_code, response.content)
+    return Answer(response.status_code, response.content, metadata=response.headers.get("metadata"))

@@ -281,6 +281,13 @@ def command_line_value(name, default):
         "vllm_engine_kwargs": ('{"enforce_eager": true}', {"enforce_eager": True}),
         "teacher_top_k": ("64", 64),
         "teacher_tail": ("renormalize", "renormalize"),
+        "teacher_cache_dir": ("/cache", "/cache"),
+        "teacher_cache_miss": ("teacher", "teacher"),
+        "teachers": ('{"math": "my/math"}', {"math": "my/math"}),
+        "teacher_column": ("domain", "domain"),
+        "teacher_weights": ('{"math": 2}', {"math": 2}),
+        "teacher_server_signal": ("hidden_states", "hidden_states"),
+        "teacher_server_dtype": ("fp8_e4m3", "fp8_e4m3"),
         "teacher_vocabulary_mode": ("next_byte", "next_byte"),
         "teacher_min_matched_mass": ("0.5", 0.5),
         "teacher_tokenizer_name_or_path": ("a/tokenizer", "a/tokenizer"),
@@ -307,6 +314,10 @@ def test_every_option_is_read_from_the_command_line(tmp_path, parser_class, name
     if name in ("vllm_mode", "vllm_server_base_url", "rollout_overlap"):
         server = {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": "http://a:1", name: text}
         words += [word for option, value in server.items() for word in (f"--{option}", value)]
+    if name == "teacher_cache_dir":
+        words += ["--lmbda", "0.0"]
+    if name == "teacher_server_signal":
+        words += ["--teacher_server_base_url", "http://a:1", "--teacher_model_name_or_path", "a/teacher"]
     [args] = parser_class(GKDConfig).parse_args_into_dataclasses(words)
     assert getattr(args, name) == expected != default
     assert type(getattr(args, name)) is type(expected)

@@ -8,7 +8,12 @@ from packaging.version import Version
 from transformers import GenerationConfig
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.config_checks import _REFUSED_GENERATION_KWARGS, check_combinations, check_loss_temperature
+from gkd_trainer.config_checks import (
+    _REFUSED_GENERATION_KWARGS,
+    check_cache,
+    check_combinations,
+    check_loss_temperature,
+)
 from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError
 from tests.test_config import MyConfig
@@ -55,6 +60,13 @@ OUT_OF_RANGE = [
     ("teacher_server_base_url", ["ftp://a"], "a URL that starts with http:// or https://"),
     ("teacher_top_k", [0], "at least 1"),
     ("teacher_tail", ["drop"], "one of 'bucket', 'renormalize'"),
+    ("teacher_cache_miss", ["live", "Teacher"], "one of 'error', 'teacher'"),
+    ("teacher_server_signal", ["logits"], "one of 'top_k', 'hidden_states'"),
+    (
+        "teacher_server_dtype",
+        ["int8"],
+        "one of 'auto', 'float32', 'bfloat16', 'float16', 'fp8_e4m3', 'fp8_e5m2'",
+    ),
     ("teacher_vocabulary_mode", ["auto"], "one of 'same', 'matched', 'next_byte', 'uld', 'gold'"),
     ("teacher_min_matched_mass", [-0.1, 1.1, NAN], "in [0, 1]"),
 ]
@@ -111,13 +123,9 @@ def test_every_option_with_a_range_is_among_those_tested():
     free = {"seq_kd", "disable_dropout", "eval_on_policy", "log_completions"}
     free |= {"generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
-    free |= {
-        "teacher_tokenizer_name_or_path",
-        "divergence_options",
-        "vllm_engine_kwargs",
-        "teacher_server_api_token",
-        "teacher_server_checks",
-    }
+    free |= {"teachers", "teacher_column", "teacher_weights", "teacher_offload"}
+    free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
+    free |= {"teacher_cache_dir", "teacher_tokenizer_name_or_path"}
     assert ranged | free == {option.name for option in dataclasses.fields(GKDArguments)}
 
 
@@ -223,7 +231,7 @@ def test_options_that_need_data_are_refused_if_every_sample_is_on_policy(option,
     ("divergence", "options", "message"),
     [
         ("jsd", {"alpha": 0.1}, r"the divergence 'jsd' has the options \[\]; got \['alpha'\]"),
-        ("skew_kl", {"beta": 0.1}, r"'skew_kl' are \['alpha'\]; got \['beta'\]"),
+        ("skew_kl", {"beta": 0.1}, r"'skew_kl' has the options \['alpha'\]; got \['beta'\]"),
         ("skew_kl", {"alpha": 1.0}, r"'alpha' of the divergence 'skew_kl' must be in \(0, 1\)"),
         ("adaptive_kl", '{"mu": "0.5"}', "'mu' of the divergence 'adaptive_kl' must be a number; got '0.5'"),
         ("alpha_beta", {"alpha": None}, "'alpha' of the divergence 'alpha_beta' must be a number; got None"),
@@ -353,6 +361,11 @@ def test_another_loss_of_sft_is_refused(config_of, loss_type):
     config_of(MyConfig, loss_type="nll")
 
 
+HIDDEN_STATES = {
+    "teacher_server_base_url": "http://a:1",
+    "teacher_server_signal": "hidden_states",
+    "teacher_model_name_or_path": "a/teacher",
+}
 SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:8000"}
 
 
@@ -366,8 +379,21 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
         ({"vllm_weight_sync": "nccl"}, "'nccl' sends weights to a server"),
         (
             {"teacher_server_base_url": "http://a:1", "teacher_model_name_or_path": "a/teacher"},
-            "got both teacher_server_base_url and teacher_model_name_or_path",
+            "got both teacher_server_base_url and teacher_model_name_or_path.*or teacher_server_signal='hidden_states'",
         ),
+        (
+            {"teacher_server_signal": "hidden_states"},
+            "'hidden_states' needs .*: set teacher_server_base_url and teacher_model_name_or_path$",
+        ),
+        (
+            {"teacher_server_signal": "hidden_states", "teacher_model_name_or_path": "a/teacher"},
+            "set teacher_server_base_url$",
+        ),
+        (
+            {"teacher_server_signal": "hidden_states", "teacher_server_base_url": "http://a:1"},
+            "set teacher_model_name_or_path$",
+        ),
+        ({**HIDDEN_STATES, "teacher_top_k": 5}, "teacher_top_k=5 has no effect under teacher_server_signal='hidden_st"),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
         ({"vllm_max_model_length": 512}, r"vllm_max_model_length \(512\) must be at least max_length \(1024\)"),
@@ -387,6 +413,12 @@ def test_urls_come_as_a_list_or_separated_by_commas():
     assert GKDArguments(**{**SERVER, "vllm_server_base_url": "http://a:1,https://b"}).vllm_server_base_url == urls
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_hidden_states_of_servers_take_any_loss_temperature(temperature):
+    args = GKDArguments(**HIDDEN_STATES, loss_temperature=temperature)
+    check_loss_temperature(Run(args, has_top_tokens=False))
+
+
 @pytest.mark.parametrize("options", [{}, {"lmbda": 0.0, "eval_on_policy": True}])
 def test_a_top_k_that_only_the_trainer_knows_of_is_checked_like_one_of_the_configuration(options):
     args = GKDArguments(loss_temperature=2.0, **options)
@@ -397,10 +429,69 @@ def test_a_top_k_that_only_the_trainer_knows_of_is_checked_like_one_of_the_confi
     check_loss_temperature(Run(GKDArguments(**options), has_top_tokens=True))
 
 
+@pytest.mark.parametrize("teachers", [{}, {"math": 3}, {"math": ""}, {"": "a/b"}, {"math": None}])
+def test_teachers_that_are_not_names_or_folders_by_name_are_refused(teachers):
+    with pytest.raises(GKDConfigError, match="teachers must be names of models or folders by a name of your own"):
+        GKDArguments(teachers=teachers)
+
+
+@pytest.mark.parametrize("other", ["teacher_model_name_or_path", "teacher_server_base_url"])
+def test_several_teachers_beside_another_source_are_refused(other):
+    with pytest.raises(GKDConfigError, match=f"got both teachers and {other}: set one of them"):
+        GKDArguments(teachers={"math": "a/b"}, **{other: "http://127.0.0.1:9"})
+
+
+def test_weights_of_teachers_must_be_positive_and_for_each_of_them():
+    teachers = {"math": "a/b", "code": "c/d"}
+    assert GKDArguments(teachers=teachers, teacher_weights='{"code": 1, "math": 0.5}').teacher_weights["math"] == 0.5
+    for weight in (0, -1, INF, NAN, "1", True):
+        with pytest.raises(GKDConfigError, match="teacher_weights of code must be positive and finite"):
+            GKDArguments(teachers=teachers, teacher_weights={"math": 1, "code": weight})
+    with pytest.raises(GKDConfigError, match="a weight for each of the teachers math, code; got math, chat"):
+        GKDArguments(teachers=teachers, teacher_weights={"math": 1, "chat": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "generates"),
+    [
+        ({}, "lmbda above 0"),
+        ({"lmbda": 0.0, "lmbda_end": 0.5, "lmbda_schedule": "linear"}, "lmbda above 0"),
+        ({"lmbda": 0.0, "seq_kd": True}, "seq_kd=True"),
+        ({"lmbda": 0.0, "eval_on_policy": True}, "eval_on_policy=True"),
+    ],
+)
+def test_completions_for_a_teacher_that_is_only_a_cache_are_refused(options, generates):
+    problem = f"{generates} generates completions, for which a cached teacher has no predictions: set lmbda=0"
+    with pytest.raises(GKDConfigError, match=problem):
+        GKDArguments(teacher_cache_dir="cache", **options)
+    GKDArguments(teacher_cache_dir="cache", teacher_cache_miss="teacher", **options)
+    GKDArguments(teacher_cache_dir="cache", lmbda=0.0)
+    args = GKDArguments(**options)
+    check_cache(Run(args, has_only_cache=False))
+    with pytest.raises(GKDConfigError, match=problem):  # known only to the trainer
+        check_cache(Run(args, has_only_cache=True))
+
+
+@pytest.mark.parametrize("teacher", ["teacher_model_name_or_path", "teacher_server_base_url"])
+def test_a_teacher_that_a_cache_replaces_is_refused(teacher):
+    options = {"teacher_cache_dir": "cache", teacher: "http://a:1", "lmbda": 0.0}
+    with pytest.raises(GKDConfigError, match="teacher_cache_dir replaces the teacher: leave teacher_model_name"):
+        GKDArguments(**options)
+    GKDArguments(**options, teacher_cache_miss="teacher")
+
+
+def test_a_cache_beside_several_teachers_is_refused():
+    for miss in ("error", "teacher"):
+        with pytest.raises(GKDConfigError, match="teacher_cache_dir holds the predictions of one teacher"):
+            GKDArguments(teacher_cache_dir="cache", teacher_cache_miss=miss, teachers={"math": "a/b"}, lmbda=0.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"seq_kd": True, "lmbda": 0.0}, "it can't complete the student's prompts: set seq_kd=False"),
+        ({"teachers": {"math": "a/b"}}, "but teachers needs the student's: leave one of them out"),
+        ({"teacher_cache_dir": "cache", "lmbda": 0.0}, "but teacher_cache_dir needs the student's"),
         ({"teacher_top_k": 5, "teacher_vocabulary_mode": "uld"}, "needs the teacher's whole distributions"),
         (
             {"teacher_server_base_url": "http://a:1", "teacher_vocabulary_mode": "next_byte"},
@@ -415,12 +506,6 @@ def test_a_top_k_that_only_the_trainer_knows_of_is_checked_like_one_of_the_confi
 def test_what_a_teacher_with_another_tokenizer_can_not_do_is_refused(options, message):
     with pytest.raises(GKDConfigError, match=message):
         GKDArguments(**{"teacher_vocabulary_mode": "matched", **options})
-
-
-@pytest.mark.parametrize("name", ["packing", "padding_free", "eval_packing"])
-def test_sequences_of_several_samples_are_refused_for_a_teacher_with_another_tokenizer(config_of, name):
-    with pytest.raises(GKDConfigError, match=f"a teacher with another tokenizer can't read: set {name}=False"):
-        config_of(MyConfig, lmbda=0.0, max_length=64, teacher_vocabulary_mode="matched", **{name: True})
 
 
 @pytest.mark.parametrize("options", [{"teacher_top_k": 5}, {"teacher_server_base_url": "http://a:1"}])

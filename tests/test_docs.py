@@ -16,8 +16,8 @@ import torch
 
 from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
 from gkd_trainer.divergence import token_divergence
-from gkd_trainer.divergence.linear import CPU_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.divergence.objective import DIVERGENCES
+from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 
@@ -113,7 +113,7 @@ def test_divergence_page_has_a_line_for_each_divergence():
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch, tiny_model, byte_level):
+def hub(tmp_path, monkeypatch, tiny_model, tiny_encoder_decoder, byte_level):
     """A working directory in which the documentation's names of models and data sets are folders."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -122,6 +122,9 @@ def hub(tmp_path, monkeypatch, tiny_model, byte_level):
     for name, size in sizes.items():
         tiny_model("qwen2", **size).save_pretrained(tmp_path / name)
         byte_level().save_pretrained(tmp_path / name)
+    for name, size in {"google/flan-t5-small": {}, "google/flan-t5-xl": {"hidden": 48, "seed": 1}}.items():
+        tiny_encoder_decoder(**size).save_pretrained(tmp_path / name)
+        byte_level(None).save_pretrained(tmp_path / name)
     (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
     lines = [json.dumps(CONVERSATION)] * 8
     (tmp_path / "trl-lib" / "Capybara" / "train.jsonl").write_text("\n".join(lines))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
@@ -45,12 +45,13 @@ def tiny_teacher_dir(tiny_model, byte_level, tmp_path):
 
 
 @pytest.fixture
-def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path):
+def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch):
     """Run an example's main for two steps; return the folder that it saved to. Later options win."""
 
     def run_example(name, *options, teacher=("--teacher", smollm2_dir)):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         example = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, example)  # where a class of it is pickled
         spec.loader.exec_module(example)
         places = ["--student", smollm2_student_dir, *teacher, "--data", gsm8k_dir]
         output_dir = tmp_path / "output"
@@ -106,12 +107,64 @@ def test_other_vocabulary_example_prints_how_much_was_compared(run, capsys, tiny
     assert all(0.5 < float(share) <= 1 for _, share in shares)
 
 
+def test_cached_example_prints_the_size_of_the_cache_and_trains_from_it(run, capsys):
+    output_dir = run("cached_teacher", "--learning_rate", 5e-4, "--max_length", 96, "--num_train", 3)
+    printed = capsys.readouterr().out
+    assert re.search(r"\d+ tokens in \d\.\d MB", printed)
+    assert re.search(r"Forward KL per token: \d+\.\d+ in the first step, \d+\.\d+ in the last", printed)
+    assert (output_dir / "cache" / "manifest.json").exists()
+    assert (output_dir / "model.safetensors").exists()
+
+
+def test_hidden_server_teacher_example_prints_the_divergence_over_all_tokens(run, capsys, hidden_server, served_dir):
+    teacher = ("--teacher", served_dir, "--teacher_url", hidden_server.base_url)
+    run(
+        "hidden_server_teacher",
+        "--student",
+        served_dir,
+        "--max_new_tokens",
+        8,
+        "--learning_rate",
+        1e-3,
+        teacher=teacher,
+    )
+    printed = capsys.readouterr().out
+    assert "The server sent float32 hidden states for 368 tokens" in printed
+    divergences = [float(value) for value in re.findall(r"step \d: (-?\d\.\d+)", printed)]
+    assert divergences[0] == 0.0  # student and teacher are one model before the first update
+    assert len(divergences) == 2
+
+
 def test_lora_example_saves_only_the_adapter_and_generates_with_it(run, capsys):
     output_dir = run("lora_student", "--max_new_tokens", 8, "--rank", 4)
     assert (output_dir / "adapter_model.safetensors").exists()
     assert not (output_dir / "model.safetensors").exists()
     answer = capsys.readouterr().out.partition("The student with its adapter:")[2]
     assert answer.strip()
+
+
+def test_seq2seq_example_generates_answers_and_lowers_the_divergence(
+    run, capsys, tiny_encoder_decoder, byte_level, tmp_path
+):
+    for name, hidden in (("small", 32), ("large", 48)):
+        tiny_encoder_decoder("t5_untied", hidden=hidden, seed=hidden).save_pretrained(tmp_path / name)
+        byte_level(None).save_pretrained(tmp_path / name)
+    options = ["--student", tmp_path / "small", "--learning_rate", 0.05, "--max_new_tokens", 8, "--num_eval", 2]
+    output_dir = run("seq2seq", *options, teacher=("--teacher", tmp_path / "large"))
+    printed = capsys.readouterr().out
+    before, after = re.search(r"eval_loss: (\d+\.\d+) before, (\d+\.\d+) after", printed).groups()
+    assert float(after) < float(before)
+    assert "eval_accuracy: 0.0000 before" in printed
+    assert AutoModelForSeq2SeqLM.from_pretrained(output_dir).config.num_layers == 2
+
+
+def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, served_dir, tiny_teacher_dir):
+    teachers = ("--math_teacher", tiny_teacher_dir, "--chat_teacher", tiny_teacher_dir)
+    options = ["--student", served_dir, "--learning_rate", 3e-3, "--max_length", 64, "--num_eval", 2]
+    run("several_teachers", *options, teacher=teachers)
+    printed = re.findall(r"the (\w+) teacher: (\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out)
+    assert [name for name, _, _ in printed] == ["math", "chat"]
+    assert all(float(after) < float(before) for _, before, after in printed)
 
 
 def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_pair, tmp_path):

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal
+from gkd_trainer.signals import (
+    GroupedSignal,
+    Head,
+    HiddenSignal,
+    LogitsSignal,
+    SummedSignal,
+    TopKSignal,
+    plain_signals,
+    scored_positions,
+)
 
 
 def test_a_head_scales_and_then_caps_its_logits():
@@ -51,3 +60,15 @@ def test_slicing_logits_keeps_the_first_tokens():
     signal = LogitsSignal(logits_NV)
     assert signal.vocab_size == 6
     assert signal.sliced(4).logits_NV.tolist() == logits_NV[:, :4].tolist()
+
+
+def test_several_signals_are_sliced_counted_and_listed_together():
+    logits, hidden = LogitsSignal(torch.zeros(2, 7)), HiddenSignal(torch.zeros(2, 4), Head(torch.zeros(9, 4)))
+    top = TopKSignal(torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2), 8)
+    signal = GroupedSignal(torch.arange(5), (SummedSignal((logits, hidden), (1.0, 2.0)), top))
+    assert signal.vocab_size == 7
+    assert scored_positions(signal) == 5
+    assert scored_positions(signal.groups[0]) == 2
+    sliced = signal.sliced(6)
+    assert [each.vocab_size for each in plain_signals(sliced)] == [6, 6, 6]
+    assert sliced.groups[0].weights == (1.0, 2.0)

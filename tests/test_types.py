@@ -125,7 +125,7 @@ def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
 def test_is_trained_has_a_value_for_every_token_or_is_none(is_trained):
     Completion([5, 6], is_finished=True)
     Completion([5, 6], is_finished=True, is_trained=[False, True])
-    with pytest.raises(ValueError, match=rf"each of the completion's 2 tokens .* got {len(is_trained)} values"):
+    with pytest.raises(ValueError, match=rf"each of the completion's 2 tokens; got {len(is_trained)}"):
         Completion([5, 6], is_finished=True, is_trained=is_trained)
 
 
@@ -147,6 +147,34 @@ def test_only_what_a_forward_takes_is_model_input():
     batch = TokenBatch.from_inputs(inputs)
     assert set(batch.model_inputs) == {"input_ids", "attention_mask", "position_ids"}
     assert batch.is_on_policy_B.tolist() == [True, False]
+
+
+def encoder_decoder_inputs():
+    """A batch padded on the left whose labels happen to be as long as what the encoder reads."""
+    return {
+        "input_ids": torch.tensor([[0, 0, 7, 8], [9, 7, 8, 9]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
+        "labels": torch.tensor([[5, 6, 2, X], [5, X, 6, 2]]),
+        "decoder_input_ids": torch.tensor([[0, 5, 6, 2], [0, 5, 4, 6]]),
+    }
+
+
+def test_decoder_inputs_show_that_labels_are_not_shifted():
+    batch = TokenBatch.from_inputs(encoder_decoder_inputs())
+    assert batch.label_offset == 0
+    assert batch.targets_N.tolist() == [5, 6, 2, 5, 6, 2]
+    assert batch.columns_N.tolist() == [0, 1, 2, 0, 2, 3]
+    assert set(batch.model_inputs) == {"input_ids", "attention_mask", "decoder_input_ids"}
+
+
+def test_only_the_encoders_padding_moves_in_a_batch_with_decoder_inputs():
+    inputs = encoder_decoder_inputs()
+    moved = right_padded(inputs)
+    assert moved["input_ids"].tolist() == [[7, 8, 0, 0], [9, 7, 8, 9]]
+    assert moved["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert moved["labels"] is inputs["labels"]
+    assert moved["decoder_input_ids"] is inputs["decoder_input_ids"]
+    assert in_columns_of(inputs, inputs["labels"]) is inputs["labels"]
 
 
 MASK_BL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
@@ -223,3 +251,35 @@ def test_no_padding_position_is_scored_for_the_first_token():
 def test_without_a_mark_no_sample_is_on_policy():
     batch = TokenBatch.from_inputs({"input_ids": torch.ones(2, 3), "labels": torch.full((2, 3), X)})
     assert batch.is_on_policy_B.tolist() == [False, False]
+
+
+def batch_of_three(**inputs):
+    ids_BL = torch.arange(12).reshape(3, 4)
+    labels_BL = ids_BL.masked_fill(torch.arange(4) < torch.tensor([[1], [3], [2]]), X)
+    return TokenBatch.from_inputs(
+        {"input_ids": ids_BL, "labels": labels_BL, ROW_KEY: torch.tensor([7, 8, 9]), **inputs}
+    )
+
+
+def test_some_samples_of_a_batch_keep_their_values_and_columns():
+    position_ids = torch.arange(24).reshape(2, 3, 4)  # several kinds of positions
+    batch = batch_of_three(position_ids=position_ids, use_cache=False)
+    part = batch.of_samples([0, 2])
+    assert torch.equal(part.model_inputs["input_ids"], batch.model_inputs["input_ids"][[0, 2]])
+    assert torch.equal(part.model_inputs["position_ids"], position_ids[:, [0, 2]])
+    assert part.model_inputs["use_cache"] is False
+    assert part.side[ROW_KEY].tolist() == [7, 9]
+    assert part.targets_N.tolist() == [1, 2, 3, 10, 11]
+    assert part.label_offset == batch.label_offset
+
+
+def test_samples_of_a_batch_with_values_of_unknown_samples_stay_beside_masked_ones():
+    batch = batch_of_three(pixel_values=torch.zeros(5, 2))
+    part = batch.of_samples([0, 2])
+    assert part.model_inputs is batch.model_inputs
+    assert part.labels_BL[1].tolist() == [X] * 4
+    assert part.targets_N.tolist() == [1, 2, 3, 10, 11]
+    none = batch.of_samples([])
+    assert list(none.model_inputs) == ["input_ids"]
+    assert none.labels_BL.shape == (0, 4)
+    assert none.n_scored == 0

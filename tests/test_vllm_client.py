@@ -10,7 +10,7 @@ import pytest
 from gkd_trainer import vllm_client
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.vllm_client import VLLMServer, call_each
-from tests.serving import FaultyProxy, cut_in_half, delayed, free_port, hang_up, status, trickle, trickle_head
+from tests.serving import Answer, FaultyProxy, cut_in_half, delayed, free_port, hang_up, status, trickle, trickle_head
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -303,3 +303,24 @@ def test_unrepeatable_requests_are_sent_once(faulty, fault):
     with pytest.raises(GKDServerError, match=f"{faulty.base_url} did not complete POST /call, which can't be sent"):
         client(faulty).post_unread("/call", {}, is_repeatable=False)
     assert faulty.paths() == ["/call"]
+
+
+def test_bytes_come_with_the_headers_of_their_answer():
+    body, metadata = bytes(range(256)), '{"shape": [16, 16]}'
+    with FaultyProxy(NEVER) as server:
+        server.next(lambda request, forward: Answer(200, body, metadata=metadata))
+        answer = client(server).post_for_bytes("/pooling", {"input": [[1]]}, lambda answer: answer)
+    assert answer.body == body
+    assert answer.headers["metadata"] == metadata
+    assert server.requests[0].json == {"input": [[1]]}
+
+
+def test_bytes_that_parse_refuses_are_requested_again_and_not_shown():
+    def refuse(answer):
+        raise ValueError("too few")
+
+    with FaultyProxy(NEVER) as server:
+        server.next(status(200, bytes(1000)), times=None)
+        with pytest.raises(GKDServerError, match=r"4 attempts.*\(ValueError: too few\): 1000 bytes\. Look"):
+            client(server).post_for_bytes("/pooling", {}, refuse)
+    assert len(server.requests) == 4

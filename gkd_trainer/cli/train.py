@@ -80,15 +80,17 @@ def checkpoint_to_resume(config: GKDConfig) -> str | None:
 
 def _require_models(options: TrainOptions) -> None:
     student, config = options.student, options.config
+    several = config.teachers if isinstance(config.teachers, dict) else {}
     for option, name, init_kwargs in (
         ("model_name_or_path", student.model_name_or_path, config.model_init_kwargs),
         ("teacher_model_name_or_path", config.teacher_model_name_or_path, config.teacher_model_init_kwargs),
+        *(("teachers", name, config.teacher_model_init_kwargs) for name in several.values()),
     ):
         if name is not None:  # the teacher may be behind a server
-            _require_model(option, name, init_kwargs, config.trust_remote_code)
+            require_model(option, name, init_kwargs, config.trust_remote_code)
 
 
-def _require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: bool) -> None:
+def require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: bool) -> None:
     """Raise GKDConfigError if no model has this name, before any data or weights are loaded."""
     from transformers import AutoConfig
 

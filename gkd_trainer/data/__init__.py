@@ -1,7 +1,16 @@
 """Rows in any of the usual formats, turned into token ids and labels."""
 
-from gkd_trainer.data.collate import KeepSideTensors, keeping_labels, unwrapped
+from gkd_trainer.data.collate import EncoderDecoderCollator, KeepSideTensors, keeping_labels, unwrapped
 from gkd_trainer.data.prepare import prepare_dataset
+from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowRules
 
-__all__ = ["KeepSideTensors", "RowRules", "keeping_labels", "prepare_dataset", "unwrapped"]
+__all__ = [
+    "EncoderDecoderCollator",
+    "KeepSideTensors",
+    "RowRules",
+    "TeacherRoute",
+    "keeping_labels",
+    "prepare_dataset",
+    "unwrapped",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,6 +72,25 @@ class KeepSideTensors(_Wrapper):
         tensors = {name: _side_tensor(SIDE_TENSORS[name], [row.get(name) for row in rows]) for name in sorted(names)}
         found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return {**batch, **found} if found and _has_tokens_of(batch, rows) else batch
+
+
+@dataclass
+class EncoderDecoderCollator:
+    """Pads rows on the right: `input_ids` with `pad_token_id`, `labels`, of another length, with IGNORE_INDEX."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `input_ids` and `attention_mask` [B, L] and `labels`, of a length of their own, of at least 1."""
+        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
+        labels = [torch.as_tensor(row.get("labels", []), dtype=torch.long) for row in rows]
+        # No label stands for a prompt, but a decoder needs one position.
+        labels = [label_L if len(label_L) else torch.tensor([IGNORE_INDEX]) for label_L in labels]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids_L) for ids_L in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }
 
 
 def unwrapped(collator: Any) -> Any:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from gkd_trainer.data.keys import checked_key
+from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer, RowRules
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS
+from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def prepare_dataset(
     formatting_func: Callable[[Any], Any] | None = None,
     num_proc: int | None = None,
     name: str = "train",
+    route: TeacherRoute | None = None,
     teacher_tokenizer: Any = None,
 ) -> Any:
     """Turn rows of any of the usual formats into token ids and labels.
@@ -59,6 +61,7 @@ def prepare_dataset(
         formatting_func: turns a row into a text, a list of messages, or a row in one of the usual formats.
         num_proc: number of processes for a `Dataset`.
         name: the dataset's name in the log and on the progress bar.
+        route: how a row gets one of several teachers; its index becomes the column TEACHER_INDEX.
         teacher_tokenizer: the teacher's, if it is another: rows of messages then get TEACHER_PROMPT_IDS, the prompt of
             their last turn as its chat template renders it.
 
@@ -70,19 +73,25 @@ def prepare_dataset(
         and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
 
     Raises:
-        GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, or a row's
-            value of a side tensor is not an integer.
+        GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, a row's
+            value of a side tensor is not an integer, or a row names no teacher of `route`.
 
     """
     if isinstance(dataset, list):
         dataset = _from_list(dataset, name)
     if isinstance(dataset, Dataset):
         preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_tokenizer)
-        return _prepare_map_style(dataset, preparer, num_proc, name)
+        return _prepare_map_style(dataset, _PrepareRow(preparer, route, True, name), num_proc)
     if isinstance(dataset, IterableDataset):
         preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_tokenizer)
-        return _prepare_iterable(dataset, preparer, name)
+        return _prepare_iterable(dataset, _PrepareRow(preparer, route, True, name))
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
+        if route is not None and TEACHER_INDEX not in next(iter(dataset)):
+            raise GKDDataError(
+                f"{name}: a {type(dataset).__name__} is used as it is, so its rows must have a {TEACHER_INDEX}, the "
+                f"place of one of the teachers {', '.join(route.names)}, from 0: add it, or convert the rows with "
+                "datasets.Dataset.from_list(rows)"
+            )
         return dataset
     raise GKDDataError(
         f"{name}: expected a datasets.Dataset, a datasets.IterableDataset, a list of dicts, or a dataset "
@@ -96,6 +105,7 @@ class _PrepareRow:
     """The function for `map`: it marks unusable rows in a column, since processes share no state."""
 
     preparer: RowPreparer
+    route: TeacherRoute | None
     is_refusal_raised: bool
     name: str
 
@@ -103,7 +113,15 @@ class _PrepareRow:
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
         for name in _KEY_COLUMNS & row.keys():
             checked_key(row[name], f"{self.name}: row {index}", name)
-        return self._prepared(row)
+        teacher = {}
+        if self.route is not None:
+            try:
+                teacher = {TEACHER_INDEX: self.route.index_of(row)}
+            except GKDDataError as refusal:
+                if self.is_refusal_raised:
+                    raise GKDDataError(f"{self.name}: row {index}: {refusal}") from refusal
+                return {**self._dropped(str(refusal), 0), TEACHER_INDEX: -1}
+        return {**self._prepared(row), **teacher}
 
     def _prepared(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -137,8 +155,8 @@ class _PrepareRow:
         }
 
     def _prompts(self, prompt_ids: list[int], teacher_prompt_ids: list[int]) -> dict[str, list[int]]:
-        own = {PROMPT_IDS: prompt_ids} if self.preparer.rules.is_generating else {}
-        return own if self.preparer.teacher_prompts is None else {**own, TEACHER_PROMPT_IDS: teacher_prompt_ids}
+        own = {PROMPT_IDS: prompt_ids} if self.preparer.rules.keeps_prompts else {}
+        return own if self.preparer.rendered_prompts is None else {**own, TEACHER_PROMPT_IDS: teacher_prompt_ids}
 
 
 @dataclass
@@ -168,13 +186,14 @@ class _KeepUsable:
         return True
 
 
-def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None, name: str) -> Any:
+def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None) -> Any:
+    preparer, name = prepare.preparer, prepare.name
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     mapped = dataset.map(
-        _PrepareRow(preparer, is_refusal_raised=True, name=name),
+        prepare,
         with_indices=True,
-        features=_features(dataset, preparer),
+        features=_features(dataset, prepare),
         num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
         desc=f"Preparing {name}",
     )
@@ -202,24 +221,26 @@ def _prepare_map_style(dataset: Any, preparer: RowPreparer, num_proc: int | None
     return mapped.remove_columns(_BOOKKEEPING)
 
 
-def _prepare_iterable(dataset: Any, preparer: RowPreparer, name: str) -> Any:
+def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
+    preparer, name = prepare.preparer, prepare.name
     # The first row decides now whether the format can be used; later, during training, rows are only dropped.
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    _PrepareRow(preparer, is_refusal_raised=True, name=name)(first, 0)
-    features = None if dataset.features is None else _features(dataset, preparer)
-    prepare = _PrepareRow(preparer, is_refusal_raised=False, name=name)
-    mapped = dataset.map(prepare, with_indices=True, features=features)
+    prepare(first, 0)
+    features = None if dataset.features is None else _features(dataset, prepare)
+    mapped = dataset.map(replace(prepare, is_refusal_raised=False), with_indices=True, features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
     return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
 
 
-def _features(dataset: Any, preparer: RowPreparer) -> Features:
-    prompt = {PROMPT_IDS: List(Value("int32"))} if preparer.rules.is_generating else {}
-    if preparer.teacher_prompts is not None:
+def _features(dataset: Any, prepare: _PrepareRow) -> Features:
+    prompt = {PROMPT_IDS: List(Value("int32"))} if prepare.preparer.rules.keeps_prompts else {}
+    if prepare.preparer.rendered_prompts is not None:
         prompt[TEACHER_PROMPT_IDS] = List(Value("int32"))
     keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
+    if prepare.route is not None:
+        keys[TEACHER_INDEX] = Value("int64")
     return Features({**dataset.features, **_NEW_FEATURES, **prompt, **keys})
 
 
@@ -255,7 +276,7 @@ def _none_left(name: str, n_rows: int, counts: Counter[str], needed_lengths: lis
     needed = min((length for length in needed_lengths if length), default=None)
     if needed is None:
         return message
-    if rules.is_generating:
+    if rules.is_generating and not rules.is_encoder_decoder:
         shortest = needed - rules.max_new_tokens
         return f"{message}. The shortest prompt has {shortest} tokens: set max_length to {needed} or more"
     return f"{message}. Set max_length to {needed} or more for the first of them to fit"

@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
-from gkd_trainer.data.teacher_prompts import TeacherPrompts
+from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
+from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
     Span,
@@ -41,7 +42,8 @@ class RowRules:
     `is_generating` says that some completions will be generated, so that a prompt must leave room for
     `max_new_tokens`; `needs_completion` that some will be taken from the data; `needs_prompt` that the
     student will generate all of them. `text_field` is the column of plain text. Rows with token ids of
-    `vocab_size` or above can't be used; None allows any id.
+    `vocab_size` or above can't be used; None allows any id. For an encoder-decoder, `max_length` bounds what the
+    encoder reads and the labels, each.
     """
 
     stop_ids: frozenset[int]
@@ -53,6 +55,12 @@ class RowRules:
     needs_prompt: bool
     text_field: str = "text"
     vocab_size: int | None = None
+    is_encoder_decoder: bool = False
+
+    @property
+    def keeps_prompts(self) -> bool:
+        """Whether rows get the column PROMPT_IDS; all that an encoder reads is the prompt."""
+        return self.is_generating and not self.is_encoder_decoder
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class RowPreparer:
     patched_template: str | None
     leading_ids: tuple[int, ...]
     added_ids: frozenset[int]
-    teacher_prompts: TeacherPrompts | None = None
+    rendered_prompts: RenderedPrompts | None = None
 
     @classmethod
     def create(
@@ -95,7 +103,7 @@ class RowPreparer:
         teacher_tokenizer: Any = None,
     ) -> RowPreparer:
         """Build a preparer; `tokenizer` None suffices for tokenised rows."""
-        prompts = None if teacher_tokenizer is None else TeacherPrompts(teacher_tokenizer)
+        prompts = None if teacher_tokenizer is None else RenderedPrompts(teacher_tokenizer)
         if tokenizer is None:
             return cls(None, rules, formatting_func, None, (), frozenset(), prompts)
         template, leading_ids = marked_template(tokenizer), _leading_ids(tokenizer)
@@ -112,10 +120,13 @@ class RowPreparer:
         """
         if self.formatting_func is not None:
             row = self._formatted(row)
-        prepared = self._fitted(self._tokens(row))
-        if self.teacher_prompts is None:
+        tokens = self._tokens(row)
+        if self.rules.is_encoder_decoder:
+            return self._fitted_pair(tokens)
+        prepared = self._fitted(tokens)
+        if self.rendered_prompts is None:
             return prepared
-        return replace(prepared, teacher_prompt_ids=self.teacher_prompts.of(row))
+        return replace(prepared, teacher_prompt_ids=self.rendered_prompts.of(row))
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row
@@ -134,7 +145,7 @@ class RowPreparer:
 
     def _tokens(self, row: Mapping[str, Any]) -> RowTokens:
         if row.get("input_ids") is not None:
-            return held_tokens(row)
+            return held_pair(row) if self.rules.is_encoder_decoder else held_tokens(row)
         text_field = self.rules.text_field
         row_keys = (
             "messages",
@@ -150,6 +161,11 @@ class RowPreparer:
             read = self._conversation
         elif "prompt" in filled:
             read = self._prompt_and_completion
+        elif text_field in filled and self.rules.is_encoder_decoder:
+            raise GKDDataError(
+                f"an encoder-decoder needs a text to read and one to write; got rows of `{text_field}`: use `prompt` "
+                "and `completion`, or messages"
+            )
         elif text_field in filled:
             read = self._text
         elif any(key in row for key in ("input_ids", "messages", "conversations", "prompt", text_field)):
@@ -183,11 +199,13 @@ class RowPreparer:
                 raise RowDropped(NEEDS_COMPLETION)
             raise GKDDataError(NEEDS_COMPLETION)
         if isinstance(prompt, str):
+            if completion is not None and not isinstance(completion, str):
+                raise RowDropped("prompt is a text but completion is not")
+            if self.rules.is_encoder_decoder:
+                return text_pair(self.tokenizer, prompt, completion, self._stop_ids)
             if completion is None:
                 ids = self._encoded(prompt)
                 return RowTokens(ids, [IGNORE_INDEX] * len(ids))
-            if not isinstance(completion, str):
-                raise RowDropped("prompt is a text but completion is not")
             return self._completed_text(prompt, completion)
         row = maybe_convert_to_chatml(row)
         prompt = messages_of(row["prompt"])
@@ -203,6 +221,7 @@ class RowPreparer:
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> RowTokens:
         self._require_chat_template()
         tools, template_kwargs = tools_of(row), template_kwargs_of(row)
+        is_pair = self.rules.is_encoder_decoder
         last_turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         prompt = ""
         try:
@@ -210,13 +229,13 @@ class RowPreparer:
                 self.tokenizer,
                 messages,
                 n_context=n_context,
-                is_last_only=self.rules.train_on == "last_turn",
+                is_last_only=is_pair or self.rules.train_on == "last_turn",
                 patched_template=self.patched_template,
                 tools=tools,
                 template_kwargs=template_kwargs,
             )
             # No messages can't be rendered: the prompt of a turn that opens the conversation is the turn's header.
-            if self.rules.is_generating and last_turn > 0:
+            if (self.rules.is_generating or is_pair) and last_turn > 0:
                 prompt = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
         except GKDDataError:
             raise
@@ -237,7 +256,8 @@ class RowPreparer:
         prompt_ids = [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids
         # Completions are sampled for the last turn; templates end earlier turns differently (gpt-oss with <|end|>).
         is_unended = without_stop(ids, ranges[-1:], self._stop_ids)
-        return RowTokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
+        tokens = RowTokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
+        return turn_pair(tokens) if is_pair else tokens
 
     def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> RowTokens:
         self._require_chat_template()
@@ -247,7 +267,7 @@ class RowPreparer:
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])
-        return RowTokens(ids, [IGNORE_INDEX] * len(ids))
+        return RowTokens(ids, [] if self.rules.is_encoder_decoder else [IGNORE_INDEX] * len(ids))
 
     def _completed_text(self, prompt: str, completion: str) -> RowTokens:
         text = prompt + completion
@@ -329,6 +349,19 @@ class RowPreparer:
         cut = slice(rules.max_length)
         per_token = {column: values[cut] for column, values in tokens.per_token.items()}
         return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended)
+
+    def _fitted_pair(self, tokens: RowTokens) -> PreparedRow:
+        rules, ids, labels = self.rules, tokens.ids, tokens.labels
+        if not ids:
+            raise RowDropped("no tokens")
+        if rules.vocab_size is not None and max([*ids, *labels]) >= rules.vocab_size:
+            raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
+        if rules.max_length is not None and len(ids) > rules.max_length:
+            raise RowDropped(f"prompt longer than max_length ({rules.max_length})", len(ids))
+        cut = labels[: rules.max_length]
+        if rules.needs_completion and all(label == IGNORE_INDEX for label in cut):
+            raise RowDropped("no token is trained on")
+        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended)
 
     @property
     def _stop_ids(self) -> frozenset[int]:

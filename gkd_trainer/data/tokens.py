@@ -31,7 +31,7 @@ class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted
 
 @dataclass(frozen=True)
 class RowTokens:
-    """A row's tokens before they are cut to a length.
+    """A row's tokens before they are cut to a length; an encoder-decoder's `labels` are not as long as its `ids`.
 
     `prompt_ids` are its on-policy prompt if that differs from the tokens before its last trained run, else empty.
     `per_token` holds its other columns with one value per token. `unended` names the token that ends its last turn in
@@ -52,13 +52,13 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
         RowDropped: A column is not a list of token ids, or not as long as `input_ids`.
 
     """
-    ids = _id_list(row["input_ids"], "input_ids")
+    ids = id_list(row["input_ids"], "input_ids")
     per_token = {column: _plain(row[column]) for column in _PER_TOKEN_COLUMNS if row.get(column) is not None}
     for column, values in per_token.items():
         if len(values) != len(ids):
             raise RowDropped(f"{column} is not as long as input_ids")
     if row.get("labels") is not None:
-        labels = _id_list(row["labels"], "labels")
+        labels = id_list(row["labels"], "labels")
         if len(labels) != len(ids):
             raise RowDropped("labels are not as long as input_ids")
     else:
@@ -70,11 +70,12 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
         ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
         per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
     # Rows of a data set that is already prepared keep their prompts.
-    prompt_ids = [] if row.get(PROMPT_IDS) is None else _id_list(row[PROMPT_IDS], PROMPT_IDS)
+    prompt_ids = [] if row.get(PROMPT_IDS) is None else id_list(row[PROMPT_IDS], PROMPT_IDS)
     return RowTokens(ids, labels, prompt_ids, per_token)
 
 
-def _id_list(value: Any, column: str) -> list[int]:
+def id_list(value: Any, column: str) -> list[int]:
+    """Return a column's value as a list of token ids; raise RowDropped if it is none."""
     try:
         return [operator.index(token_id) for token_id in _plain(value)]
     except TypeError:

@@ -7,9 +7,9 @@ of the student's hidden states and weight; the backward pass scales these.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,23 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from gkd_trainer.divergence.mapped import MappedComparison
 from gkd_trainer.divergence.objective import Objective
-from gkd_trainer.divergence.projection import HALVES, HeadGradient, Projection
-from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss
+from gkd_trainer.divergence.projection import HeadGradient, Projection
+from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss, reordered, weighted_sum
 from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, tiles
+from gkd_trainer.divergence.several import Form, Term, groups_of, tensors_of
 from gkd_trainer.divergence.topk import TopKComparison
-from gkd_trainer.signals import Head, HiddenSignal, MappedSignal, TopKSignal, VocabularyMap
-
-CPU_WORKSPACE_MB = 256
-"""The default budget on the CPU. With less, at large vocabularies, moving weights takes longer than multiplying."""
-
-WORKSPACE_MB = 1024
-"""The default budget elsewhere, where larger products keep the device busy."""
-
-_RESERVE = 1 / 6
-"""The share of the budget for everything but logits: temporaries, and chunks of a weight in another dtype."""
-
-_TEMPORARIES = 16
-"""How many temporaries an eager comparison has alive at once."""
+from gkd_trainer.divergence.workspace import Plan, plan_for
+from gkd_trainer.signals import Head, HiddenSignal, MappedSignal, TopKSignal, scored_positions
 
 
 def linear_divergence(
@@ -50,40 +40,68 @@ def linear_divergence(
 ) -> TokenDivergence:
     """Compare a student with a teacher token by token from the student's final hidden states.
 
-    A `MappedSignal` must be one of hidden states.
-
-    The arguments are those of `loss.token_divergence`, which checks them. Gradients reach the student's hidden
-    states, weight and bias, each in its own dtype, if they require one. An upstream gradient that is the same for all
-    tokens (of the loss if labels are weighted, of the values if there are no labels) scales the gradient that the
-    forward pass prepared; any other recomputes the logits.
+    A MappedSignal must be one of hidden states. The arguments are those of `loss.token_divergence`, which checks them.
+    Gradients reach the student's hidden states, weight and bias, each in its own dtype, if they require one. An
+    upstream gradient that is the same for all tokens (of the loss if labels are weighted, of the values if there are no
+    labels) scales the gradient that the forward pass prepared; any other recomputes the logits.
     """
-    student = _gathered(student)
-    mapping = None
-    if isinstance(teacher, MappedSignal):
-        assert isinstance(teacher.signal, HiddenSignal)
-        mapping, teacher = teacher.mapping, teacher.signal
-    student_tensors = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
-    teacher_tensors: tuple[Tensor | None, ...]
-    teacher_form = None
-    if isinstance(teacher, TopKSignal):
-        teacher_tensors = (teacher.ids_NK, teacher.log_p_NK)
-    else:
-        teacher = _gathered(teacher)
-        teacher_tensors = (teacher.hidden_NH, teacher.head.weight_VH, teacher.head.bias_V)
-        teacher_form = (teacher.head.scale, teacher.head.softcap, teacher.head.vocab_size)
-    comparison = _Comparison(
-        student_form=(student.head.scale, student.head.softcap, student.head.vocab_size),
-        teacher_form=teacher_form,
+    groups = groups_of(teacher)
+    assert groups is not None
+    return grouped_linear_divergence(
+        student,
+        groups,
         objective=objective,
         tail=tail,
-        plan=_plan(student, teacher, mapping, product_dtype, token_block, workspace_mb),
+        labels_N=labels_N,
+        label_weight_N=label_weight_N,
+        product_dtype=product_dtype,
+        token_block=token_block,
+        workspace_mb=workspace_mb,
+    )
+
+
+def grouped_linear_divergence(
+    student: HiddenSignal,
+    groups: Sequence[tuple[Term, ...]],
+    order_N: Tensor | None = None,
+    *,
+    objective: Objective,
+    tail: str = "bucket",
+    labels_N: Tensor | None = None,
+    label_weight_N: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
+    token_block: int | None = None,
+    workspace_mb: float | None = None,
+) -> TokenDivergence:
+    """Compare a student with several teachers as `linear_divergence` does with one, at about the cost of one.
+
+    Each of `groups` belongs to consecutive positions of `order_N`, a permutation of the N (None if they are in order),
+    and is compared with the weighted sum of its terms. The student is projected once per token, each term once per
+    token of its group, and all groups add to the same gradients.
+    """
+    student = _gathered(student)
+    student_tensors = (student.hidden_NH, student.head.weight_VH, student.head.bias_V)
+    groups = [
+        tuple(
+            term if isinstance(term.signal, TopKSignal) else replace(term, signal=_gathered(term.signal))
+            for term in group
+        )
+        for group in groups
+    ]
+    teacher_tensors = [tensor for group in groups for term in group for tensor in tensors_of(term.signal)]
+    comparison = _Comparison(
+        student_form=(student.head.scale, student.head.softcap, student.head.vocab_size),
+        groups=tuple(tuple(map(Form.of, group)) for group in groups),
+        objective=objective,
+        tail=tail,
+        plan=plan_for(student, groups, product_dtype, token_block, workspace_mb),
         is_differentiable=torch.is_grad_enabled(),
-        mapping=mapping,
     )
     result: TokenDivergence
     loss_N, values_N, cross_entropy_N, result = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
         *student_tensors,
         *(None if tensor is None else tensor.detach() for tensor in teacher_tensors),
+        order_N,
         labels_N,
         None if label_weight_N is None else label_weight_N.detach().to(comparison.plan.dtype),
         comparison,
@@ -96,10 +114,11 @@ class _LinearDivergence(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, Tensor, Tensor | None, TokenDivergence]:
         """Return the fields that have a gradient, then the result without the loss, which autograd ignores.
 
-        `inputs` are the tensors of student and teacher (see `signals`), labels_N, label_weight_N and the comparison.
+        `inputs` are the tensors of student and teachers (see `signals`), order_N, labels_N, label_weight_N and the
+        comparison.
         """
-        *sides, labels_N, label_weight_N, comparison = inputs
-        student, teacher = comparison.signals(sides)
+        *sides, order_N, labels_N, label_weight_N, comparison = inputs
+        student, groups = comparison.signals(sides)
         needs = ctx.needs_input_grad[:3]
         # With labels but no weights, the caller mixes the loss, and is unlikely to weight all tokens alike.
         is_prepared = comparison.is_differentiable and any(needs) and (labels_N is None or label_weight_N is not None)
@@ -107,23 +126,24 @@ class _LinearDivergence(torch.autograd.Function):
         if is_prepared:
             gradient = HeadGradient.zeros(student, needs, comparison.plan.dtype)
             value_weight_N = _value_weight(student, label_weight_N, comparison.plan.dtype)
-        result = comparison.run(student, teacher, labels_N, value_weight_N, label_weight_N, gradient)
+        weights = _Weights(labels_N, value_weight_N, label_weight_N)
+        result = comparison.run(student, groups, order_N, weights, gradient)
 
         loss_N = None
         if label_weight_N is not None and result.cross_entropy_N is not None:
             loss_N = mixed_loss(result.values_N, result.cross_entropy_N, label_weight_N)
         ctx.comparison, ctx.gradient = comparison, gradient
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*sides, labels_N, label_weight_N)
+        ctx.save_for_backward(*sides, order_N, labels_N, label_weight_N)
         return loss_N, result.values_N, result.cross_entropy_N, result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         loss_upstream_N, values_upstream_N, label_upstream_N, _ = upstream
-        *sides, labels_N, label_weight_N = ctx.saved_tensors
+        *sides, order_N, labels_N, label_weight_N = ctx.saved_tensors
         comparison: _Comparison = ctx.comparison
-        student, teacher = comparison.signals(sides)
+        student, groups = comparison.signals(sides)
         others = (None,) * len(ctx.needs_input_grad[3:])
 
         # Removed from ctx, so that a second backward pass does not scale the tensors that the first returned.
@@ -151,167 +171,158 @@ class _LinearDivergence(torch.autograd.Function):
         # Scaled to at most one: the weights of a scaled loss would overflow half-precision products.
         size = _largest(value_weight_N, ce_weight_N)
         ce_weight_N = None if ce_weight_N is None else ce_weight_N / size
-        comparison.run(student, teacher, labels_N, value_weight_N / size, ce_weight_N, gradient)
+        weights = _Weights(labels_N, value_weight_N / size, ce_weight_N)
+        comparison.run(student, groups, order_N, weights, gradient)
         return *gradient.scaled(size, student), *others
 
 
+class _Weights(NamedTuple):
+    """The labels of the tokens, and the weights of values and cross entropies in the gradient."""
+
+    labels_N: Tensor | None
+    values_N: Tensor | None
+    cross_entropies_N: Tensor | None
+
+    def at(self, index: slice | Tensor) -> _Weights:
+        """Return those of some tokens."""
+        return _Weights(*(None if tensor is None else tensor[index] for tensor in self))
+
+
 @dataclass(frozen=True)
-class _Plan:
-    """The dtype of the logits, the dtypes to which each side's products round, and the sizes that the budget allows.
+class _Buffers:
+    """The student's logits of a tile, the teacher's or other scratch, and copies of the student's for a sum."""
 
-    `tile` is a number of tokens, `scratch` the columns of a second buffer beside a tile's logits, `chunk` the number of
-    vocabulary entries whose weights are converted at once, and `temporary` a number of elements.
-    """
-
-    dtype: torch.dtype
-    halves: list[torch.dtype | None]
-    tile: int
-    scratch: int
-    chunk: int
-    temporary: int
+    student_RV: Tensor
+    scratch: Tensor
+    copies: list[Tensor]
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """How student and teacher are compared; their tensors are passed in, since autograd keeps them.
+    """How student and teachers are compared; their tensors are passed in, since autograd keeps them.
 
-    The forms are (scale, softcap, vocab_size) of each head; None for a top-k teacher, which has no head. `mapping` is
-    for a teacher with another vocabulary.
+    `student_form` is the (scale, softcap, vocab_size) of the student's head.
     """
 
     student_form: tuple[float, float | None, int | None]
-    teacher_form: tuple[float, float | None, int | None] | None
+    groups: tuple[tuple[Form, ...], ...]
     objective: Objective
     tail: str
-    plan: _Plan
+    plan: Plan
     is_differentiable: bool
-    mapping: VocabularyMap | None = None
 
-    def signals(self, tensors: list[Any]) -> tuple[HiddenSignal, HiddenSignal | TopKSignal]:
-        """Return student and teacher, given their tensors: hidden states, weight and bias, or ids and log-probs."""
+    def signals(self, tensors: list[Any]) -> tuple[HiddenSignal, list[list[Term]]]:
+        """Return the student and the terms of each group, given the tensors of each in turn (see `tensors_of`)."""
         hidden_NH, weight_VH, bias_V, *teacher_tensors = tensors
         student = HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.student_form))
-        if self.teacher_form is None:
-            ids_NK, log_p_NK = teacher_tensors
-            return student, TopKSignal(ids_NK, log_p_NK, student.vocab_size)
-        hidden_NH, weight_VH, bias_V = teacher_tensors
-        return student, HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.teacher_form))
+        left = iter(teacher_tensors)
+        return student, [[form.filled(left) for form in group] for group in self.groups]
 
     def run(
         self,
         student: HiddenSignal,
-        teacher: HiddenSignal | TopKSignal,
-        labels_N: Tensor | None,
-        value_weight_N: Tensor | None,
-        label_weight_N: Tensor | None,
+        groups: list[list[Term]],
+        order_N: Tensor | None,
+        weights: _Weights,
         gradient: HeadGradient | None,
     ) -> TokenDivergence:
         """Compare tile by tile; add to `gradient` the gradient of values and cross entropies times their weights."""
-        plan, N = self.plan, student.hidden_NH.shape[0]
-        project_student, *project_teacher = (
-            Projection(signal.head.cut(), plan.dtype, plan.chunk, half)
-            for signal, half in zip(_of_hidden_states(student, teacher), plan.halves, strict=True)
-        )
-        compare = self._row_comparison(teacher, student.head.softcap)
+        if order_N is not None:
+            student = replace(student, hidden_NH=student.hidden_NH.index_select(0, order_N))
+            weights = weights.at(order_N)
+        plan, N, V = self.plan, student.hidden_NH.shape[0], student.vocab_size
+        project = Projection(student.head.cut(), plan.dtype, plan.chunk, plan.half)
         if gradient is None:
-            value_weight_N = label_weight_N = None
-        else:
-            gradient = gradient.cut(student.vocab_size)
-        student_RV, scratch = (
+            weights = _Weights(weights.labels_N, None, None)
+        tile_gradient = None if gradient is None else gradient.cut(V)
+        student_RV, scratch, *copies = (
             student.hidden_NH.new_empty((min(plan.tile, max(N, 1)), columns), dtype=plan.dtype)
-            for columns in (student.vocab_size, plan.scratch)
+            for columns in (V, plan.scratch, *([V] * (0 if gradient is None else plan.copies)))
         )
-        parts = []
-        for tile in tiles(N, plan.tile):
-            R = tile.stop - tile.start
-            project_student.logits(student.hidden_NH[tile], student_RV[:R])
-            if isinstance(teacher, TopKSignal):
-                teacher_tensors: tuple[Tensor, ...] = (teacher.ids_NK[tile], teacher.log_p_NK[tile])
-            else:
-                teacher_RV = scratch.view(-1)[: R * teacher.vocab_size].view(R, teacher.vocab_size)
-                project_teacher[0].logits(teacher.hidden_NH[tile], teacher_RV)
-                teacher_tensors = (teacher_RV,)
-            labels_R, value_weight_R, label_weight_R = (
-                None if tensor is None else tensor[tile] for tensor in (labels_N, value_weight_N, label_weight_N)
-            )
-            parts.append(
-                compare(
-                    student_RV[:R],
-                    teacher_tensors,
-                    labels_R,
-                    value_weight_R=value_weight_R,
-                    label_weight_R=label_weight_R,
-                )
-            )
-            if gradient is not None:
-                project_student.add_gradient(student_RV[:R], scratch[:R], student.hidden_NH[tile], tile, gradient)
-        return joined(parts)
+        parts: list[TokenDivergence] = []
+        start = 0
+        for terms, halves in zip(groups, plan.halves, strict=True):
+            compared = [self._compared(term, half, student) for term, half in zip(terms, halves, strict=True)]
+            size = scored_positions(terms[0].signal)
+            if size == 0 and (N > 0 or parts):
+                continue
+            for tile_of_group in tiles(size, plan.tile):
+                R = tile_of_group.stop - tile_of_group.start
+                tile = slice(start + tile_of_group.start, start + tile_of_group.stop)
+                project.logits(student.hidden_NH[tile], student_RV[:R])
+                buffers = _Buffers(student_RV[:R], scratch[:R], [copy_RV[:R] for copy_RV in copies])
+                part = _compare_tile(compared, tile_of_group, buffers, weights.at(tile))
+                parts.append(part if len(groups) == 1 else replace(part, terms_NT=None))
+                if tile_gradient is not None:
+                    project.add_gradient(student_RV[:R], scratch[:R], student.hidden_NH[tile], tile, tile_gradient)
+            start += size
+        result = joined(parts)
+        if order_N is None:
+            return result
+        if gradient is not None and gradient.hidden_NH is not None:
+            gradient.hidden_NH = torch.empty_like(gradient.hidden_NH).index_copy_(0, order_N, gradient.hidden_NH)
+        return reordered(result, order_N)
 
-    def _row_comparison(self, teacher: HiddenSignal | TopKSignal, softcap: float | None) -> RowComparison:
-        if isinstance(teacher, TopKSignal):
-            return TopKComparison(self.objective, self.tail, softcap, self.plan.temporary)
-        if self.mapping is not None:
-            return MappedComparison(self.objective, self.mapping, softcap, self.plan.temporary)
-        return LogitsComparison(self.objective, softcap, self.plan.temporary)
-
-
-def planned_tile(N: int, V: int, device: torch.device) -> int:
-    """Return the size of the largest tile when N tokens of two models are compared by default, in float32."""
-    largest = _largest_tile(2 * V, _default_workspace_mb(device) * 2**20 / torch.float32.itemsize)
-    return int(max(tile.stop - tile.start for tile in tiles(N, largest)))
+    def _compared(self, term: Term, half: torch.dtype | None, student: HiddenSignal) -> _ComparedTerm:
+        plan, softcap = self.plan, student.head.softcap
+        if isinstance(term.signal, TopKSignal):
+            compare: RowComparison = TopKComparison(self.objective, self.tail, softcap, plan.temporary)
+            return _ComparedTerm(term, None, compare)
+        project = Projection(term.signal.head.cut(), plan.dtype, plan.chunk, half)
+        if term.mapping is not None:
+            compare = MappedComparison(self.objective, term.mapping, softcap, plan.temporary)
+        else:
+            compare = LogitsComparison(self.objective, softcap, plan.temporary)
+        return _ComparedTerm(term, project, compare)
 
 
-def _plan(
-    student: HiddenSignal,
-    teacher: HiddenSignal | TopKSignal,
-    mapping: VocabularyMap | None,
-    product_dtype: torch.dtype | None,
-    token_block: int | None,
-    workspace_mb: float | None,
-) -> _Plan:
-    dtype, sides, V = torch.float32, _of_hidden_states(student, teacher), student.vocab_size
-    for signal in sides:
-        for tensor in (signal.hidden_NH, signal.head.weight_VH):
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    if workspace_mb is None:
-        workspace_mb = _default_workspace_mb(student.hidden_NH.device)
-    elements = workspace_mb * 2**20 / dtype.itemsize
-    widest = max(1, *(signal.hidden_NH.shape[1] for signal in sides))
-    halves = [_half(signal, product_dtype, dtype) for signal in sides]
-    # For the teacher's logits, or the student's gradient rounded to a half.
-    of_half = 0 if halves[0] is None else -(-V // 2)
-    scratch = of_half if isinstance(teacher, TopKSignal) else max(teacher.vocab_size, of_half)
-    # Top tokens are compared for a whole tile at once.
-    temporaries = _TEMPORARIES * teacher.ids_NK.shape[1] if isinstance(teacher, TopKSignal) else 0
-    return _Plan(
-        dtype,
-        halves=halves,
-        tile=token_block or _largest_tile(V + scratch + temporaries, elements),
-        scratch=scratch,
-        chunk=max(1, int(elements * _RESERVE / 4 / widest)),
-        temporary=int(elements * _RESERVE * 3 / 4 / _TEMPORARIES),
-    )
+@dataclass(frozen=True)
+class _ComparedTerm:
+    """A term, its head's products (None for top tokens), and its comparison."""
+
+    term: Term
+    project: Projection | None
+    compare: RowComparison
+
+    def __call__(self, tile: slice, student_RV: Tensor, scratch: Tensor, weights: _Weights) -> TokenDivergence:
+        """Compare the tile of a group; with weights, overwrite `student_RV` by the gradient."""
+        signal, value_weight_R = self.term.signal, weights.values_N
+        if isinstance(signal, TopKSignal):
+            teacher: tuple[Tensor, ...] = (signal.ids_NK[tile], signal.log_p_NK[tile])
+        else:
+            assert self.project is not None
+            R, W = len(student_RV), signal.vocab_size
+            teacher_RW = scratch.view(-1)[: R * W].view(R, W)
+            self.project.logits(signal.hidden_NH[tile], teacher_RW)
+            teacher = (teacher_RW,)
+        if value_weight_R is not None and self.term.weight != 1:
+            value_weight_R = value_weight_R * self.term.weight
+        return self.compare(
+            student_RV,
+            teacher,
+            weights.labels_N,
+            value_weight_R=value_weight_R,
+            label_weight_R=weights.cross_entropies_N,
+        )
 
 
-def _of_hidden_states(student: HiddenSignal, teacher: HiddenSignal | TopKSignal) -> list[HiddenSignal]:
-    return [student] if isinstance(teacher, TopKSignal) else [student, teacher]
-
-
-def _half(signal: HiddenSignal, product_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype to which a side's products round their inputs, or None if they round nothing."""
-    of_weight = signal.head.weight_VH.dtype
-    if product_dtype is None and signal.hidden_NH.is_cuda and signal.hidden_NH.dtype == of_weight:
-        product_dtype = of_weight  # nothing is rounded, and sums are still float32
-    is_taken = product_dtype == torch.bfloat16 or (product_dtype in HALVES and signal.hidden_NH.is_cuda)
-    return product_dtype if is_taken and dtype == torch.float32 else None
-
-
-def _default_workspace_mb(device: torch.device) -> int:
-    return CPU_WORKSPACE_MB if device.type == "cpu" else WORKSPACE_MB
-
-
-def _largest_tile(columns: int, elements: float) -> int:
-    return max(1, math.floor(elements * (1 - _RESERVE) / columns))
+def _compare_tile(terms: Sequence[_ComparedTerm], tile: slice, buffers: _Buffers, weights: _Weights) -> TokenDivergence:
+    """Compare a tile of a group with each term; with weights, the student's logits become the gradient of the sum."""
+    *others, last = terms
+    # The cross entropy does not depend on the teacher.
+    value_weights = _Weights(None, weights.values_N, None)
+    student_RV, parts, sum_RV = buffers.student_RV, [], None
+    for term in others:
+        logits_RV = student_RV
+        if weights.values_N is not None:
+            logits_RV = buffers.copies[0 if sum_RV is None else 1].copy_(student_RV)
+        parts.append(term(tile, logits_RV, buffers.scratch, value_weights))
+        if weights.values_N is not None:
+            sum_RV = logits_RV if sum_RV is None else sum_RV.add_(logits_RV)
+    parts.append(last(tile, student_RV, buffers.scratch, weights))
+    if sum_RV is not None:
+        student_RV.add_(sum_RV)
+    return weighted_sum(parts, [term.term.weight for term in terms])
 
 
 def _gathered(signal: HiddenSignal) -> HiddenSignal:

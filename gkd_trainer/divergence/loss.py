@@ -5,15 +5,17 @@ Shapes: N tokens trained on, V vocabulary, H the student's hidden width, G the t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gkd_trainer.divergence.dense import dense_divergence
-from gkd_trainer.divergence.linear import linear_divergence
+from gkd_trainer.divergence.linear import grouped_linear_divergence
 from gkd_trainer.divergence.mapped import mapped_divergence
 from gkd_trainer.divergence.options import (
     PRODUCT_DTYPES,
@@ -24,9 +26,23 @@ from gkd_trainer.divergence.options import (
     checked_objective,
 )
 from gkd_trainer.divergence.result import TokenDivergence, mixed_loss
+from gkd_trainer.divergence.several import check_groups, check_terms, groups_of, separate_divergences
 from gkd_trainer.divergence.topk import topk_divergence
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, MappedSignal, Signal, StudentSignal, TopKSignal
+from gkd_trainer.signals import (
+    GroupedSignal,
+    Head,
+    HiddenSignal,
+    LogitsSignal,
+    MappedSignal,
+    PlainSignal,
+    Signal,
+    StudentSignal,
+    SummedSignal,
+    TopKSignal,
+    plain_signals,
+    scored_positions,
+)
 
 
 def token_divergence(
@@ -56,7 +72,9 @@ def token_divergence(
         student: final hidden states with their head, or logits, of N positions; gradients reach it.
         teacher: the same for the teacher, or its top tokens, over the same N positions and V tokens; or predictions
             over other tokens, with a map (`MappedSignal`; its mode says what is compared: see `categories` and `uld`).
-            No gradient reaches it. A logit of -inf, on either side, is probability zero.
+            No gradient reaches it. A logit of -inf, on either side, is probability zero. Several teachers may be
+            grouped by position, which costs about as much as one, or summed, which projects the student's hidden states
+            once.
         beta: in [0, 1]; for "jsd" only.
         divergence: "jsd" for the formula above, or another key of `objective.DIVERGENCES`, which has the formulas.
         divergence_options: values of the options listed there, if not the defaults.
@@ -88,25 +106,25 @@ def token_divergence(
     """
     check_choice("tail", tail, TAILS)
     _check_products(product_dtype, vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
-    _check_signals(student, teacher, temperature)
+    _check_signal("student", student)
+    _check_teacher(teacher, temperature, divergence)
     _check_pair(student, teacher, labels_N, label_weight_N)
-    if isinstance(teacher, MappedSignal):
-        check_mode(teacher.mapping.mode, divergence)
     objective = checked_objective(
         divergence,
         divergence_options,
         beta=beta,
         temperature=temperature,
         scale=scale,
-        dtype=torch.float64 if _is_float64(student) or _is_float64(teacher) else torch.float32,
+        dtype=torch.float64 if any(map(_is_float64, (student, *plain_signals(teacher)))) else torch.float32,
     )
+    groups = groups_of(teacher)
     # Autocast would round the projection to bfloat16, and the gradient at small gaps with it.
     with torch.autocast(_first_tensor(student).device.type, enabled=False):
-        if isinstance(student, HiddenSignal) and not isinstance(_unmapped(teacher), LogitsSignal):
-            assert not isinstance(teacher, LogitsSignal)
-            return linear_divergence(
+        if isinstance(student, HiddenSignal) and groups is not None:
+            return grouped_linear_divergence(
                 student,
-                teacher,
+                groups,
+                teacher.order_N if isinstance(teacher, GroupedSignal) else None,
                 objective=objective,
                 tail=tail,
                 labels_N=labels_N,
@@ -115,6 +133,12 @@ def token_divergence(
                 token_block=token_block,
                 workspace_mb=workspace_mb,
             )
+        if isinstance(teacher, GroupedSignal | SummedSignal):
+            options: dict[str, Any] = {"beta": beta, "divergence": divergence, "divergence_options": divergence_options}
+            options |= {"temperature": temperature, "scale": scale, "tail": tail, "product_dtype": product_dtype}
+            options |= {"vocab_chunk": vocab_chunk, "token_block": token_block, "workspace_mb": workspace_mb}
+            compare = functools.partial(token_divergence, **options)
+            return separate_divergences(student, teacher, compare, labels_N=labels_N, label_weight_N=label_weight_N)
         if isinstance(teacher, TopKSignal):
             result = topk_divergence(
                 _logits(student), teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
@@ -255,21 +279,15 @@ def _logits(signal: StudentSignal) -> Tensor:
     return signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
 
 
-def _unmapped(signal: Signal) -> StudentSignal | TopKSignal:
-    return signal.signal if isinstance(signal, MappedSignal) else signal
-
-
-def _is_float64(signal: Signal) -> bool:
-    signal = _unmapped(signal)
+def _is_float64(signal: PlainSignal) -> bool:
+    if isinstance(signal, MappedSignal):
+        return _is_float64(signal.signal)
     if isinstance(signal, HiddenSignal):
         return torch.float64 in (signal.hidden_NH.dtype, signal.head.weight_VH.dtype)
     return (signal.log_p_NK if isinstance(signal, TopKSignal) else signal.logits_NV).dtype == torch.float64
 
 
-def _first_tensor(signal: Signal) -> Tensor:
-    signal = _unmapped(signal)
-    if isinstance(signal, TopKSignal):
-        return signal.ids_NK
+def _first_tensor(signal: StudentSignal) -> Tensor:
     return signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
 
 
@@ -283,16 +301,21 @@ def _check_products(product_dtype: torch.dtype | None, **sizes: float | None) ->
             raise GKDConfigError(f"{name} must be at least 1 and finite, or None for a default; got {size}")
 
 
-def _check_signals(student: StudentSignal, teacher: Signal, temperature: float) -> None:
-    _check_signal("student", student)
-    if isinstance(teacher, TopKSignal):
-        _check_top_k(teacher)
-        check_top_k_temperature(temperature)
-    elif isinstance(teacher, MappedSignal):
-        _check_signal("teacher", teacher.signal)
-        _check_map(teacher)
-    else:
-        _check_signal("teacher", teacher)
+def _check_teacher(teacher: Signal, temperature: float, divergence: str) -> None:
+    if isinstance(teacher, GroupedSignal):
+        check_groups(teacher)
+    elif isinstance(teacher, SummedSignal):
+        check_terms(teacher)
+    for signal in plain_signals(teacher):
+        if isinstance(signal, TopKSignal):
+            _check_top_k(signal)
+            check_top_k_temperature(temperature)
+        elif isinstance(signal, MappedSignal):
+            _check_signal("teacher", signal.signal)
+            _check_map(signal)
+            check_mode(signal.mapping.mode, divergence)
+        else:
+            _check_signal("teacher", signal)
 
 
 def _check_top_k(teacher: TopKSignal) -> None:
@@ -350,16 +373,16 @@ def _check_tensor(what: str, tensor: Tensor, expected: str) -> None:
 def _check_pair(
     student: StudentSignal, teacher: Signal, labels_N: Tensor | None, label_weight_N: Tensor | None
 ) -> None:
-    if student.vocab_size != teacher.vocab_size:
-        raise GKDConfigError(
-            "student and teacher must predict over the same vocabulary; got "
-            f"{student.vocab_size} tokens for the student and {teacher.vocab_size} for the teacher: "
-            "slice both to the shared vocabulary first, signal.sliced(vocab_size)"
-        )
+    for signal in plain_signals(teacher):
+        if student.vocab_size != signal.vocab_size:
+            raise GKDConfigError(
+                "student and teacher must predict over the same vocabulary; got "
+                f"{student.vocab_size} tokens for the student and {signal.vocab_size} for the teacher: "
+                "slice both to the shared vocabulary first, signal.sliced(vocab_size)"
+            )
     if student.vocab_size == 0:
         raise GKDConfigError("student and teacher must predict over at least one token; got V = 0")
-    N = _first_tensor(student).shape[0]
-    teacher_N = _first_tensor(teacher).shape[0]
+    N, teacher_N = scored_positions(student), scored_positions(teacher)
     if teacher_N != N:
         raise GKDConfigError(
             f"student and teacher must be scored at the same positions; got N = {N} for the student and "

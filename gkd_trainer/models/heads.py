@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, StudentSignal
-from gkd_trainer.types import TokenBatch
+from gkd_trainer.types import DECODER_INPUT_IDS, TokenBatch
 
 T = TypeVar("T")
 
@@ -27,17 +28,23 @@ _PROBE_LOGIT = 100.0
 class SeparableHead:
     """A head whose logits were found to be softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
-    `is_sharded`: FSDP shards its weight over ranks, and gathers it inside the model's forward.
+    `is_sharded`: FSDP shards its weight over ranks, and gathers it inside the model's forward. `biased`: the model that
+    adds its `final_logits_bias` [1, V] behind the head, as BART and Marian do; None if there is none.
     """
 
     module: nn.Linear
     scale: float
     softcap: float | None
     is_sharded: bool = False
+    biased: nn.Module | None = None
 
     def current(self) -> Head:
         """Return the head with its current weights, in the autograd graph if they are trained."""
-        return Head(self.module.weight, self.module.bias, self.scale, self.softcap)
+        bias_V = self.module.bias
+        if self.biased is not None:
+            final_V: Any = self.biased.final_logits_bias[0]  # type: ignore[index]
+            bias_V = final_V if bias_V is None else bias_V + final_V
+        return Head(self.module.weight, bias_V, self.scale, self.softcap)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Context:
 
 
 def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | InseparableHead:
-    """Return the head of a causal LM, checked against the model's own logits by one forward of four tokens.
+    """Return the head of a language model, checked against the model's own logits by one forward of four tokens.
 
     The check makes this safe: it reveals anything that an unknown architecture does between hidden states and logits.
     It runs in eval mode and draws no random numbers. `model` must not be wrapped for distribution.
@@ -84,7 +91,8 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
         return InseparableHead("the forward of its head was replaced")
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
-    head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap), is_sharded)
+    biased = model if isinstance(getattr(model, "final_logits_bias", None), Tensor) else None
+    head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap), is_sharded, biased)
     try:
         explains_logits = _explains_logits(model, head)
     except Exception as error:  # a forward that needs more than ids and a mask may raise anything
@@ -201,10 +209,13 @@ def find_context(model: nn.Module) -> Context | None:
 
 @contextmanager
 def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T]) -> Iterator[list[T]]:
-    module, results = head.module, list[T]()
+    module, biased, results = head.module, head.biased, list[T]()
+    final_bias_1V: Any = None if biased is None else biased.final_logits_bias
 
     def first_column(hidden_BLH: Tensor) -> Tensor:
         results.append(call(hidden_BLH))
+        if biased is not None:  # it would broadcast the column to [B, L, V]
+            biased.final_logits_bias = final_bias_1V[:, :1]
         if head.is_sharded:
             # The loss depends on this output: a column of logits would add a second gradient of the weight.
             return hidden_BLH[..., :1]
@@ -217,6 +228,8 @@ def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T]) -> Iterator[l
         yield results
     finally:
         del module.forward
+        if biased is not None:
+            biased.final_logits_bias = final_bias_1V
 
 
 def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
@@ -241,7 +254,8 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
         with torch.no_grad():
             ids_BL = torch.arange(_PROBE_LENGTH, device=head.module.weight.device)[None]
             ids_BL = ids_BL % head.module.weight.shape[0]
-            logits_BLV = logits_of(model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)))
+            decoder = {DECODER_INPUT_IDS: ids_BL} if is_encoder_decoder(model) else {}
+            logits_BLV = logits_of(model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **decoder))
             if len(hidden) != 1 or hidden[0].shape[:-1] != (1, _PROBE_LENGTH):
                 return False
             expected_BLV = head.current().logits(hidden[0])

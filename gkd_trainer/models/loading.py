@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,17 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 
@@ -31,9 +42,11 @@ _TOKENIZER_FILES = (
 PLACE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 """Options of from_pretrained that say where a model is stored."""
 
+_CONFIG_OPTIONS = ("trust_remote_code", "code_revision", "gguf_file")
+
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal LM, in float32 unless `init_kwargs` give a dtype.
+    """Load a causal LM or an encoder-decoder, in float32 unless `init_kwargs` give a dtype.
 
     By default `from_pretrained` takes the checkpoint's dtype, and a student in pure bf16 loses small updates.
     """
@@ -41,17 +54,55 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
     if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:  # torch_dtype is the older name
         kwargs["dtype"] = torch.float32
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        model: PreTrainedModel = auto_class(name_or_path, kwargs).from_pretrained(name_or_path, **kwargs)
     except Exception as error:  # from_pretrained and the libraries below it may raise anything
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
+    return model
+
+
+def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
+    """Return the auto class that loads a model by name: AutoModelForSeq2SeqLM for an encoder-decoder, by its config.
+
+    Raises what AutoConfig.from_pretrained raises if there is no config.
+    """
+    config = init_kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        read = {key: value for key, value in init_kwargs.items() if key in (*PLACE, *_CONFIG_OPTIONS)}
+        place = {key: value for key, value in init_kwargs.items() if key in PLACE}
+        if find_adapter_config_file(name_or_path, **place) is not None:
+            # The auto classes also load an adapter's folder, which names the model that it belongs to.
+            base = PeftConfig.from_pretrained(name_or_path, **place).base_model_name_or_path
+            return auto_class(base, {key: value for key, value in init_kwargs.items() if key not in PLACE})
+        config = AutoConfig.from_pretrained(config or name_or_path, **read)
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a causal LM without its weights: they are on the meta device. Its configs are those that are stored.
+
+    Raises GKDConfigError if that fails.
+    """
+    place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
+    kwargs = {"trust_remote_code": trust_remote_code, **place}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        if config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder, and only causal LMs can be loaded without their weights")
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a malformed config fails in any way
+        raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
+    with contextlib.suppress(OSError):  # else transformers made it from the config
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **place)
     return model
 
 
 def loading_failure(role: str, name_or_path: str, init_kwargs: str, error: Exception) -> str:
     """Return the message for a model that could not be loaded by name."""
     return (
-        f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM, or the name of one on "
-        f"the hub, with the arguments to load it in {init_kwargs} ({type(error).__name__}: {error})"
+        f"could not load the {role} from {name_or_path!r}: expected a folder with a causal LM or an encoder-decoder, "
+        f"or the name of one on the hub, with the arguments to load it in {init_kwargs} "
+        f"({type(error).__name__}: {error})"
     )
 
 

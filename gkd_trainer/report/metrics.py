@@ -5,7 +5,7 @@ Shapes: B samples of a batch, N tokens trained on, K summed quantities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -63,22 +63,30 @@ TOKEN_SUMS: dict[str, TokenSum] = {
     "student_entropy": TokenSum(lambda tokens: tokens.result.student_entropy_N, metric="student_entropy"),
     "teacher_entropy": TokenSum(lambda tokens: tokens.result.teacher_entropy_N, metric="teacher_entropy"),
     "agreements": TokenSum(lambda tokens: tokens.result.agrees_N, metric="top_token_agreement"),
-    "top_k_tokens": TokenSum(lambda tokens: None if tokens.result.teacher_mass_N is None else tokens.ones_N),
+    "top_k_tokens": TokenSum(
+        lambda tokens: None if tokens.result.teacher_mass_N is None else ~tokens.result.teacher_mass_N.isnan()
+    ),
     "teacher_top_k_mass": TokenSum(
-        lambda tokens: tokens.result.teacher_mass_N, metric="teacher_top_k_mass", over="top_k_tokens"
+        lambda tokens: _without_nan(tokens.result.teacher_mass_N), metric="teacher_top_k_mass", over="top_k_tokens"
     ),
     "student_top_k_mass": TokenSum(
-        lambda tokens: tokens.result.student_mass_N, metric="student_top_k_mass", over="top_k_tokens"
+        lambda tokens: _without_nan(tokens.result.student_mass_N), metric="student_top_k_mass", over="top_k_tokens"
     ),
-    "mapped_tokens": TokenSum(lambda tokens: None if tokens.result.is_grouped_N is None else tokens.ones_N),
+    "mapped_tokens": TokenSum(
+        lambda tokens: None if tokens.result.is_grouped_N is None else ~tokens.result.is_grouped_N.isnan()
+    ),
     "teacher_matched_mass": TokenSum(
-        lambda tokens: tokens.result.teacher_matched_mass_N, metric="teacher_matched_mass", over="mapped_tokens"
+        lambda tokens: _without_nan(tokens.result.teacher_matched_mass_N),
+        metric="teacher_matched_mass",
+        over="mapped_tokens",
     ),
     "student_matched_mass": TokenSum(
-        lambda tokens: tokens.result.student_matched_mass_N, metric="student_matched_mass", over="mapped_tokens"
+        lambda tokens: _without_nan(tokens.result.student_matched_mass_N),
+        metric="student_matched_mass",
+        over="mapped_tokens",
     ),
     "next_byte_tokens": TokenSum(
-        lambda tokens: tokens.result.is_grouped_N, metric="next_byte_share", over="mapped_tokens"
+        lambda tokens: _without_nan(tokens.result.is_grouped_N), metric="next_byte_share", over="mapped_tokens"
     ),
 }
 """The sums over the tokens trained on, by name, in the order of the columns of `sums_by_sample`."""
@@ -95,24 +103,81 @@ SAMPLE_SUMS = (
 )
 """The counts of samples and completions, and of tokens that can't be compared with a teacher of another vocabulary."""
 
+
+@dataclass(frozen=True)
+class TeacherSums:
+    """The sums over tokens for each of several teachers: its divergence, and the tokens compared with it.
+
+    `names` are the teachers', in their order. `is_routed` says that each sample has one of them, else all.
+    """
+
+    names: tuple[str, ...] = ()
+    is_routed: bool = False
+
+    def __len__(self) -> int:
+        return 2 * len(self.names)
+
+    def columns(self, tokens: _Tokens, index_N: Tensor | None) -> list[Tensor]:
+        """Return the quantities of each token; `index_N` is the index of its teacher, if it has only one."""
+        if not self.names:
+            return []
+        if self.is_routed:
+            assert index_N is not None
+            weights = [(index_N == index).to(tokens.ones_N.dtype) for index in range(len(self.names))]
+            # Not multiplied: another teacher's infinite divergence would become NaN.
+            return [
+                *(torch.where(weight_N == 1, tokens.divergence_N, 0.0) for weight_N in weights),
+                *weights,
+            ]
+        terms_NT = tokens.result.terms_NT
+        if terms_NT is None:  # a sum of one
+            terms_NT = tokens.divergence_N[:, None]
+        return [*terms_NT.detach().to(tokens.ones_N.dtype).unbind(dim=1), *[tokens.ones_N] * len(self.names)]
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return the mean divergence from each teacher and, if each sample has one, its share of the tokens."""
+        divergences, tokens = sums[: len(self.names)], sums[len(self.names) :]
+        metrics = _ratios(
+            **{f"divergence_teacher_{n}": (d, t) for n, d, t in zip(self.names, divergences, tokens, strict=True)}
+        )
+        if self.is_routed:
+            metrics |= _ratios(
+                **{f"teacher_share_{n}": (t, sum(tokens)) for n, t in zip(self.names, tokens, strict=True)}
+            )
+        return metrics
+
+
+ONE_TEACHER = TeacherSums()
+
 _COLUMN = {name: column for column, name in enumerate(TOKEN_SUMS)}
 
 
-def sums_by_sample(rows_N: Tensor, is_on_policy_B: Tensor, result: TokenDivergence) -> Tensor:
-    """Return the TOKEN_SUMS of each sample of a batch, [B, K], without gradients or a wait for the device.
+def sums_by_sample(
+    rows_N: Tensor,
+    is_on_policy_B: Tensor,
+    result: TokenDivergence,
+    teachers: TeacherSums = ONE_TEACHER,
+    teacher_index_B: Tensor | None = None,
+) -> Tensor:
+    """Return the TOKEN_SUMS of each sample of a batch, then those of `teachers`, [B, K].
+
+    Neither has gradients, and nothing waits for the device.
 
     Args:
         rows_N: The sample that each token belongs to.
         is_on_policy_B: Which samples the student generated.
         result: The comparison of the models at each token.
+        teachers: The sums for each of several teachers.
+        teacher_index_B: The index of each sample's teacher, if each has one of several.
     """
     dtype = _sum_dtype(rows_N.device)
     divergence_N = result.values_N.detach().to(dtype)
     tokens = _Tokens(result, divergence_N, is_on_policy_B[rows_N].to(dtype), torch.ones_like(divergence_N))
     zeros_N = torch.zeros_like(divergence_N)
-    columns = (token_sum.values(tokens) for token_sum in TOKEN_SUMS.values())
+    columns = [token_sum.values(tokens) for token_sum in TOKEN_SUMS.values()]
+    columns += teachers.columns(tokens, None if teacher_index_B is None else teacher_index_B[rows_N])
     columns_NK = torch.stack([zeros_N if column_N is None else column_N.to(dtype) for column_N in columns], dim=1)
-    sums_BK = torch.zeros(is_on_policy_B.shape[0], len(TOKEN_SUMS), dtype=dtype, device=rows_N.device)
+    sums_BK = torch.zeros(is_on_policy_B.shape[0], len(columns), dtype=dtype, device=rows_N.device)
     return sums_BK.index_add_(0, rows_N, columns_NK)
 
 
@@ -150,9 +215,15 @@ def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class TrainingMeter:
-    """Collects one rank's metrics between two log entries. Values on the device stay there until `read`."""
+    """Collects one rank's metrics between two log entries. Values on the device stay there until `read`.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: The device of the sums.
+        teachers: The sums for each of several teachers, which `sums_by_sample` was given too.
+    """
+
+    def __init__(self, device: torch.device, teachers: TeacherSums = ONE_TEACHER) -> None:
+        self._teachers = teachers
         self._stopwatch = Stopwatch(device)
         self._token_sums_K: Tensor | None = None
         self._sample_sums = dict.fromkeys(SAMPLE_SUMS, 0.0)
@@ -190,13 +261,16 @@ class TrainingMeter:
         """Return the metrics since the last call; `reduce` sums a tensor over ranks. Seconds are this rank's own."""
         token_sums_K = self._token_sums_K
         if token_sums_K is None:
-            token_sums_K = torch.zeros(len(TOKEN_SUMS), dtype=_sum_dtype(self._device), device=self._device)
+            width = len(TOKEN_SUMS) + len(self._teachers)
+            token_sums_K = torch.zeros(width, dtype=_sum_dtype(self._device), device=self._device)
         sample_sums_K = torch.tensor(list(self._sample_sums.values()), dtype=token_sums_K.dtype, device=self._device)
         router_2 = token_sums_K.new_tensor([0.0, self._router_losses])
         if self._router_loss_sum is not None:
             router_2[0] = self._router_loss_sum
         *totals, router_loss, router_losses = reduce(torch.cat([token_sums_K, sample_sums_K, router_2])).tolist()
-        sums = dict(zip((*TOKEN_SUMS, *SAMPLE_SUMS), totals, strict=True))
+        end = len(TOKEN_SUMS) + len(self._teachers)
+        by_teacher = totals[len(TOKEN_SUMS) : end]
+        sums = dict(zip((*TOKEN_SUMS, *SAMPLE_SUMS), totals[: len(TOKEN_SUMS)] + totals[end:], strict=True))
         seconds = self._stopwatch.read()
         rollout_seconds = {}
         if "rollout" in seconds:  # else these would be columns of zeros
@@ -204,6 +278,7 @@ class TrainingMeter:
         self.clear()
         return {
             **token_metrics(sums),
+            **self._teachers.metrics(by_teacher),
             **sample_metrics(sums),
             **_ratios(aux_loss=(router_loss, router_losses)),
             **rollout_seconds,
@@ -214,9 +289,10 @@ class TrainingMeter:
 
 
 class EvaluationMeter:
-    """The sums of an evaluation, in which each sample of the data set counts once."""
+    """The sums of an evaluation, in which each sample of the data set counts once; `teachers` as in TrainingMeter."""
 
-    def __init__(self) -> None:
+    def __init__(self, teachers: TeacherSums = ONE_TEACHER) -> None:
+        self._teachers = teachers
         self._sums_K: Tensor | None = None
 
     def add(self, sums_BK: Tensor, loss: Tensor, gather: Callable[[Tensor], Tensor]) -> None:
@@ -238,11 +314,13 @@ class EvaluationMeter:
         """Return the metrics over all tokens, and start again; empty if there were no tokens."""
         if self._sums_K is None:
             return {}
-        sums = dict(zip(("loss", *TOKEN_SUMS), self._sums_K.tolist(), strict=True))
+        totals = self._sums_K.tolist()
+        sums = dict(zip(("loss", *TOKEN_SUMS), totals[: len(TOKEN_SUMS) + 1], strict=True))
+        by_teacher = self._teachers.metrics(totals[len(TOKEN_SUMS) + 1 :])
         self._sums_K = None
         left_out = {token_sum.metric for token_sum in TOKEN_SUMS.values() if not token_sum.is_evaluated}
         metrics = {name: metric for name, metric in token_metrics(sums).items() if name not in left_out}
-        return {**_ratios(loss=(sums["loss"], sums["tokens"])), **metrics}
+        return {**_ratios(loss=(sums["loss"], sums["tokens"])), **metrics, **by_teacher}
 
 
 class Stopwatch:
@@ -277,6 +355,10 @@ class Stopwatch:
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+
+def _without_nan(values_N: Tensor | None) -> Tensor | None:
+    return None if values_N is None else values_N.nan_to_num()
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

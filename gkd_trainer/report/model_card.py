@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def distillation_card(
     *,
     args: GKDArguments,
     student: str,
-    teacher: str,
+    teacher: str | Mapping[str, str],
     teacher_urls: Sequence[str] = (),
     teacher_top_k: int | None = None,
     adapter: PeftConfig | None = None,
@@ -44,7 +44,7 @@ def distillation_card(
         summary: transformers' summary of the run: metadata, hyper-parameters, evaluations, names of data sets.
         args: The run's options.
         student: The student's name on the hub, or its folder, only the last part of which is shown.
-        teacher: The same for the teacher.
+        teacher: The same for the teacher, or for each of several by a label.
         teacher_urls: URLs of the teacher's servers; shown without credentials.
         teacher_top_k: How many of the teacher's tokens were compared; None for all.
         adapter: The adapter that was trained; None if all weights were.
@@ -63,7 +63,7 @@ def distillation_card(
     procedure = {
         "method": "generalised knowledge distillation (GKD)",
         "student": f"{_linked(student)}, {_trained_weights(adapter)}",
-        "teacher": _linked(teacher) + served,
+        "teacher": _linked_teacher(teacher) + served,
         "data": _data(datasets, n_rows),
         **_options(args, teacher_top_k),
     }
@@ -72,7 +72,7 @@ def distillation_card(
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         title=_plain(summary.model_name),
         student=_linked(student),
-        teacher=_linked(teacher),
+        teacher=_linked_teacher(teacher),
         data=" and ".join(_linked(name, "datasets/") for name in datasets),
         results={_plain(name): _rounded(value) for name, value in (summary.eval_results or {}).items()},
         procedure={name: text for name, text in procedure.items() if text},
@@ -176,6 +176,12 @@ def _linked(name: str, kind: str = "") -> str:
     if is_on_hub(name) and "/" in name:
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return _code(public_name(name))
+
+
+def _linked_teacher(teacher: str | Mapping[str, str]) -> str:
+    if isinstance(teacher, str):
+        return _linked(teacher)
+    return "; ".join(f"{_plain(label)}: {_linked(name)}" for label, name in teacher.items())
 
 
 def _without_credentials(url: str) -> str:

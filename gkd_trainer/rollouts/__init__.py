@@ -6,7 +6,7 @@ from gkd_trainer.rollouts.build import (
     build_student_engine,
     build_teacher_engine,
     find_stop_ids,
-    refuse_encoder_decoder,
+    refuse_engine,
     sampled_vocabulary_size,
 )
 from gkd_trainer.rollouts.hf import HFRollouts
@@ -43,7 +43,7 @@ __all__ = [
     "has_bare_prompts",
     "lmbda_at",
     "plan_window",
-    "refuse_encoder_decoder",
+    "refuse_engine",
     "sampled_vocabulary_size",
     "transformers_options",
 ]

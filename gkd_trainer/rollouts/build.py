@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.models.decoders import has_fixed_start, is_encoder_decoder, start_token_id
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.hf import HFRollouts
@@ -37,11 +38,44 @@ def sampled_vocabulary_size(shared_size: int, vocabulary: Mapping[str, int] | No
     return shared_size if vocabulary is None else min(shared_size, max(vocabulary.values()) + 1)
 
 
-def refuse_encoder_decoder(student: nn.Module) -> None:
-    """Raise GKDConfigError for an encoder-decoder, whatever the engine."""
+def refuse_engine(engine: RolloutEngine | None, args: GKDArguments, student: nn.Module, *, is_sharded: bool) -> None:
+    """Raise GKDConfigError if an encoder-decoder can't generate with an engine, passed or None to be built.
+
+    Args:
+        engine: The engine, if one was passed.
+        args: The options.
+        student: The student, or the PEFT model around it.
+        is_sharded: Whether the student's weights are sharded over ranks.
+    """
     student = base_model(student)
-    if getattr(getattr(student, "config", None), "is_encoder_decoder", False):
-        raise GKDConfigError(f"{type(student).__name__} is an encoder-decoder: use a decoder-only causal LM")
+    if not is_encoder_decoder(student):
+        return
+    name = type(student).__name__
+    if isinstance(engine, VLLMColocateRollouts | VLLMServerRollouts) or (engine is None and args.use_vllm):
+        raise GKDConfigError(
+            f"{name} is an encoder-decoder, and vLLM only generates with causal LMs here: set use_vllm=False, so that "
+            "transformers generates"
+        )
+    if engine is None and is_sharded and args.generates_anywhere:
+        raise GKDConfigError(
+            f"{name} is an encoder-decoder whose weights are sharded over ranks (FSDP or ZeRO-3): generate calls its "
+            "encoder by itself, whose weights would not be gathered. Generate nothing (lmbda=0, seq_kd=False, "
+            "eval_on_policy=False), or use DDP"
+        )
+    if not args.generates_anywhere:
+        return
+    if not has_fixed_start(student):
+        raise GKDConfigError(
+            f"{name} puts the last label of a sample before the first, so the start token of a completion is unknown "
+            "until it is generated: generate nothing (lmbda=0, seq_kd=False, eval_on_policy=False)"
+        )
+    own_start = getattr(getattr(student, "generation_config", None), "decoder_start_token_id", None)
+    if own_start is not None and own_start != start_token_id(student):
+        raise GKDConfigError(
+            f"{name} starts to generate with token {own_start} (decoder_start_token_id in its generation_config), but "
+            f"trains its labels behind token {start_token_id(student)}: set decoder_start_token_id to the same in its "
+            "config and generation_config, or generate nothing (lmbda=0, seq_kd=False, eval_on_policy=False)"
+        )
 
 
 def build_student_engine(

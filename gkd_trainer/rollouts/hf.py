@@ -29,6 +29,7 @@ from transformers import (
 from gkd_trainer.models.heads import without_router_logits
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.prompts import PromptBatch
 from gkd_trainer.rollouts.sharing import Sharing, find_sharing
 from gkd_trainer.types import Completion, Sampling
 
@@ -55,7 +56,7 @@ class HFRollouts(RolloutEngine):
 
     Args:
         stop_ids: A completion ends with the first of these tokens.
-        pad_token_id: Pads the prompts of a batch on the left; masked out.
+        pad_token_id: Pads the prompts of a batch, on the left, for an encoder on the right; masked out.
         vocab_size: Ids of this value or above, which only pad the head, are never sampled; None allows all.
         batch_size: Maximum number of prompts in one call of `generate`; None is no limit.
         is_sharded: Whether the model's weights are sharded over ranks, which must then run the same number of forwards:
@@ -64,6 +65,8 @@ class HFRollouts(RolloutEngine):
     Prompts share a batch only if that changes nothing. Recurrent models may read padding or mix the prompts of a batch.
     This is tested once, on the logits of a few tokens generated alone, beside another prompt, and behind padding with
     two different ids. The tolerance is the rounding between batches without padding.
+
+    The encoder of an encoder-decoder reads the prompts, and completions leave out the decoder's start token.
     """
 
     def __init__(
@@ -143,13 +146,7 @@ class HFRollouts(RolloutEngine):
         return self._probed[1]
 
     def _generate_batch(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
-        device = self._model.device
-        length = max(map(len, prompts))
-        ids_BL = torch.full((len(prompts), length), self._pad_token_id, dtype=torch.long)
-        mask_BL = torch.zeros_like(ids_BL)
-        for row, prompt in enumerate(prompts):
-            ids_BL[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask_BL[row, length - len(prompt) :] = 1
+        batch = PromptBatch.of(self._model, prompts, self._pad_token_id)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             # Our logits processor samples, and leaves one token: generate's own sampling uses the global RNG.
@@ -158,23 +155,27 @@ class HFRollouts(RolloutEngine):
             use_cache=True,
             eos_token_id=self._stop_ids or None,
             pad_token_id=self._pad_token_id,
+            **batch.config_options,
             **sampling.extra,
         )
-        _forget_last_call(self._model, mask_BL.shape[0])
+        _forget_last_call(self._model, len(prompts))
         output_BL: Tensor = self._model.generate(
-            input_ids=ids_BL.to(device),
-            attention_mask=mask_BL.to(device),
+            input_ids=batch.ids_BL,
+            attention_mask=batch.mask_BL,
             generation_config=config,
-            logits_processor=self._processors(sampling, seeds, mask_BL.to(device)),
+            logits_processor=self._processors(sampling, seeds, batch),
             synced_gpus=self._is_sharded,
             **without_router_logits(self._model),
         )
-        return [self._completion(row) for row in output_BL[:, length:].tolist()]
+        return [self._completion(row) for row in output_BL[:, batch.n_given :].tolist()]
 
-    def _processors(self, sampling: Sampling, seeds: list[int], prompt_mask_BL: Tensor) -> LogitsProcessorList:
+    def _processors(self, sampling: Sampling, seeds: list[int], batch: PromptBatch) -> LogitsProcessorList:
         processors = LogitsProcessorList()
-        if sampling.repetition_penalty != 1:
-            processors.append(_RepetitionPenalty(sampling.repetition_penalty, prompt_mask_BL.bool()))
+        if sampling.repetition_penalty != 1 and batch.start_id is None:
+            processors.append(_RepetitionPenalty(sampling.repetition_penalty, batch.mask_BL.bool()))
+        elif sampling.repetition_penalty != 1:
+            # Only new tokens: the start token is BART's eos, which would be discouraged.
+            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, batch.n_given))
         if self._vocab_size is not None:
             processors.append(_VocabularyLimit(self._vocab_size))
         if sampling.temperature == 0:
@@ -187,7 +188,7 @@ class HFRollouts(RolloutEngine):
             processors.append(TopPLogitsWarper(sampling.top_p))
         if sampling.min_p is not None:
             processors.append(MinPLogitsWarper(sampling.min_p))
-        processors.append(_SeededChoice(seeds, sampling.max_new_tokens, prompt_mask_BL))
+        processors.append(_SeededChoice(seeds, sampling.max_new_tokens, batch.given_mask_BL))
         return processors
 
     def _completion(self, new_ids: list[int]) -> Completion:

@@ -19,11 +19,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.types import (
+    DECODER_INPUT_IDS,
     IGNORE_INDEX,
     IS_ON_POLICY,
+    PER_LABEL,
     PROMPT_IDS,
     SIDE_TENSORS,
+    Completion,
     Generated,
+    has_decoder_inputs,
     may_be_per_token,
     prompt_length,
 )
@@ -73,7 +77,14 @@ def rows_of(inputs: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
 
 
 def prompts_of(inputs: Mapping[str, Any]) -> list[list[int]]:
-    """Return the prompt of each sample: its own (see PROMPT_IDS), else all tokens before its last trained run."""
+    """Return the prompt of each sample: its own (see PROMPT_IDS), else all tokens before its last trained run.
+
+    For an encoder-decoder, that is all that its encoder reads.
+    """
+    if has_decoder_inputs(inputs):
+        ids_BL, mask_BL = inputs["input_ids"], inputs.get("attention_mask")
+        is_real_BL = torch.ones_like(ids_BL, dtype=torch.bool) if mask_BL is None else mask_BL.bool()
+        return [ids_L[is_real_L].tolist() for ids_L, is_real_L in zip(ids_BL.cpu(), is_real_BL.cpu(), strict=True)]
     before_last_run = [ids[: prompt_length(labels)] for ids, labels in rows_of(inputs)]
     own_BP = inputs.get(PROMPT_IDS)
     if own_BP is None:
@@ -96,8 +107,12 @@ def require_text(prompt: Sequence[int], media_ids: Collection[int]) -> None:
 def require_extendable(inputs: Mapping[str, Any]) -> None:
     """Raise GKDDataError if a batch holds values that may be per token but that no rule extends by a completion.
 
-    Only names and numbers of dimensions matter, so a collator's first batch decides for all.
+    Only names and numbers of dimensions matter, so a collator's first batch decides for all. A completion changes
+    nothing that an encoder reads.
     """
+    if has_decoder_inputs(inputs):
+        _require_replaceable(inputs)
+        return
     shape = inputs["input_ids"].shape
     for name, value in inputs.items():
         if name in _JOINING:
@@ -111,6 +126,17 @@ def require_extendable(inputs: Mapping[str, Any]) -> None:
             raise _not_extendable(name, value, "may have one value per token, with no known rule to extend it")
 
 
+def _require_replaceable(inputs: Mapping[str, Any]) -> None:
+    shape = inputs["labels"].shape
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or not (name in PER_LABEL or name.startswith("decoder_")):
+            continue
+        if name not in PER_LABEL:
+            raise _not_extendable(name, value, "belongs to the decoder's tokens, with no known rule to extend it")
+        if value.shape != shape:
+            raise _not_extendable(name, value, f"does not have one value per label {list(shape)}")
+
+
 def with_completions(
     inputs: Mapping[str, Any],
     generated: Mapping[int, Generated],
@@ -121,7 +147,7 @@ def with_completions(
     Only the completion is trained on, or the part that its `is_trained` marks. The batch is padded on the right, and
     its IS_ON_POLICY marks the samples that the student generated. Generated samples get values per token by the rule
     of each name; other samples keep theirs. Values per sample or image are kept, except SIDE_TENSORS that a completed
-    sample loses.
+    sample loses. For an encoder-decoder, the completion replaces the labels and the decoder's inputs.
 
     Raises:
         GKDDataError: the batch holds values that can't be extended.
@@ -137,6 +163,8 @@ def with_completions(
     if not generated:
         return marked
     require_extendable(inputs)
+    if has_decoder_inputs(inputs):
+        return {**marked, **_replaced(inputs, generated, pad_token_id)}
     mask_BL = inputs.get("attention_mask")
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
     marked = {name: value for name, value in marked.items() if name not in _LEFT_OUT}
@@ -156,6 +184,33 @@ def with_completions(
         padded_BL = pad_sequence(rows, batch_first=True, padding_value=padding.get(name, 0))
         marked[name] = padded_BL.to(values_BL.device)
     return marked
+
+
+def _replaced(inputs: Mapping[str, Any], generated: Mapping[int, Generated], pad_token_id: int) -> dict[str, Tensor]:
+    """Return the values per label of an encoder-decoder's batch, in which some samples get completions."""
+    padding = {"labels": IGNORE_INDEX, DECODER_INPUT_IDS: pad_token_id, "decoder_attention_mask": 0}
+    rows: dict[str, list[Tensor]] = {name: [] for name in padding if inputs.get(name) is not None}
+    for row, start_id in enumerate(inputs[DECODER_INPUT_IDS][:, 0].tolist()):
+        kept = {name: inputs[name][row].cpu() for name in rows}
+        values = _decoded(start_id, generated[row].completion) if row in generated else kept
+        for name, values_of_rows in rows.items():
+            values_of_rows.append(values[name].to(inputs[name].dtype))
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=padding[name]).to(inputs[name].device)
+        for name, values in rows.items()
+    }
+
+
+def _decoded(start_id: int, completion: Completion) -> dict[str, Tensor]:
+    """Return what a decoder reads, which of it is no padding, and the labels, for a completion."""
+    ids, is_trained = torch.tensor(list(completion.token_ids), dtype=torch.long), completion.is_trained
+    labels = ids if is_trained is None else ids.masked_fill(~torch.tensor(list(is_trained)).bool(), IGNORE_INDEX)
+    read = torch.cat([torch.tensor([start_id]), ids])
+    if len(ids):
+        read = read[:-1]
+    else:  # a forward needs one position
+        labels = torch.tensor([IGNORE_INDEX])
+    return {"labels": labels, DECODER_INPUT_IDS: read, "decoder_attention_mask": torch.ones_like(read)}
 
 
 def _side_completed(name: str, value: Any, completed: list[int]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from gkd_trainer.models.heads import vocabulary_size, without_router_logits
+from gkd_trainer.rollouts.prompts import PromptBatch
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,9 @@ def _probe(
 
     Their padding is not the pad token, whose embedding may be zero.
     """
-    length = max(map(len, prompts))
-    ids_BL = torch.tensor([[padding_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
-    mask_BL = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    vocab_size = vocabulary_size(model)
+    tokens = [[token_id % vocab_size for token_id in prompt] for prompt in prompts]
+    batch = PromptBatch.of(model, tokens, padding_id % vocab_size)
     config = GenerationConfig(
         max_new_tokens=_PROBE_NEW_TOKENS,
         do_sample=False,
@@ -106,12 +107,13 @@ def _probe(
         pad_token_id=pad_token_id,
         output_logits=True,
         return_dict_in_generate=True,
+        **batch.config_options,
     )
     output = model.generate(
-        input_ids=(ids_BL % vocabulary_size(model)).to(model.device),
-        attention_mask=mask_BL.to(model.device),
+        input_ids=batch.ids_BL,
+        attention_mask=batch.mask_BL,
         generation_config=config,
-        logits_processor=LogitsProcessorList([_FixedTokens(length)]),
+        logits_processor=LogitsProcessorList([_FixedTokens(batch.n_given)]),
         synced_gpus=is_sharded,
         **without_router_logits(model),
     )
@@ -151,11 +153,11 @@ def _difference(logits_TV: Tensor, expected_TV: Tensor) -> float:
 class _FixedTokens(LogitsProcessor):
     """Leaves only the token whose id is its index in the completion."""
 
-    def __init__(self, prompt_length: int) -> None:
-        self._prompt_length = prompt_length
+    def __init__(self, n_given: int) -> None:
+        self._n_given = n_given
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token_id = (input_ids.shape[1] - self._prompt_length) % scores.shape[1]
+        token_id = (input_ids.shape[1] - self._n_given) % scores.shape[1]
         fixed_BV = torch.full_like(scores, -torch.inf)
         fixed_BV[:, token_id] = 0.0
         return fixed_BV

@@ -7,10 +7,11 @@ import logging
 import os
 import random
 import shutil
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -298,7 +299,8 @@ def _build(options: dict[str, Any]) -> Any:
             # Not checked by the distribution's name: CPU builds have another.
             from vllm import LLM
 
-            return LLM(**options)
+            with _stdout_with_descriptor():
+                return LLM(**options)
     except ImportError as error:
         raise GKDConfigError(
             'vLLM rollouts need: pip install ".[vllm]" in a clone of gkd_trainer (on a machine without a GPU '
@@ -316,6 +318,18 @@ def _build(options: dict[str, Any]) -> Any:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _stdout_with_descriptor() -> Iterator[None]:
+    """Use the process's own stdout if the current one has no file descriptor (some notebooks): vLLM 0.31 needs one."""
+    stdout = sys.stdout
+    try:
+        stdout.fileno()
+    except (AttributeError, OSError):
+        stdout = sys.__stdout__
+    with redirect_stdout(stdout):
+        yield
 
 
 @contextmanager

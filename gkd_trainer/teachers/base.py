@@ -18,7 +18,10 @@ class Teacher(ABC):
 
     @abstractmethod
     def score(self, batch: TokenBatch) -> Signal:
-        """Return the predictions at the batch's scored positions, in order, without gradients."""
+        """Return the predictions at the batch's scored positions, in order, without gradients.
+
+        There may be no positions, and among several teachers not even a sample: what ranks do together, all still do.
+        """
 
     @property
     @abstractmethod
@@ -52,6 +55,9 @@ class Teacher(ABC):
 
     shares_weights: ClassVar[bool] = False
     """Whether it uses the student's own weights, so that freezing them would freeze the student."""
+
+    scores_encoder_decoders: ClassVar[bool] = False
+    """Whether it can score the batches of encoder-decoders, whose labels are not shifted (see TokenBatch)."""
 
     @abstractmethod
     def prepare(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import AligningTeacher, Teacher
+from gkd_trainer.teachers.cached import CachedTeacher
+from gkd_trainer.teachers.several import SeveralTeachers
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
+from gkd_trainer.teachers.weighted import WeightedTeachers
 
 
 @dataclass(frozen=True)
 class TeacherDescription:
-    """A teacher's name or folder, the URLs of its servers, if any, and how many top tokens it gives (None: all)."""
+    """A teacher's name or folder, the URLs of its servers, if any, and how many top tokens it gives (None: all).
 
-    name: str
+    Several teachers have one name or folder each, by the label under which a reader knows them.
+    """
+
+    name: str | Mapping[str, str]
     base_urls: Sequence[str]
     top_k: int | None
 
@@ -27,6 +34,11 @@ def describe(teacher: Teacher) -> TeacherDescription:
 
 
 @describe.register
+def _(teacher: HiddenStateServerTeacher) -> TeacherDescription:
+    return TeacherDescription(teacher.checkpoint, teacher.base_urls, teacher.top_k)
+
+
+@describe.register
 def _(teacher: AligningTeacher) -> TeacherDescription:
     return describe(teacher.teachers[0])
 
@@ -34,3 +46,22 @@ def _(teacher: AligningTeacher) -> TeacherDescription:
 @describe.register
 def _(teacher: VLLMServerTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.model_name or type(teacher).__name__, teacher.base_urls, teacher.top_k)
+
+
+@describe.register
+def _(teacher: SeveralTeachers) -> TeacherDescription:
+    names: dict[str, str] = {}
+    urls: list[str] = []
+    weights = teacher.weights if isinstance(teacher, WeightedTeachers) else {}
+    for name, each in zip(teacher.names, teacher.teachers, strict=True):
+        described = describe(each)
+        label = f"{name} (weight {weights[name]:.3g})" if weights else name
+        inner = {"": described.name} if isinstance(described.name, str) else described.name
+        names |= {", ".join(filter(None, (label, part))): path for part, path in inner.items()}
+        urls += described.base_urls
+    return TeacherDescription(names, urls, teacher.top_k)
+
+
+@describe.register
+def _(teacher: CachedTeacher) -> TeacherDescription:
+    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)

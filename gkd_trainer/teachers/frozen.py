@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import patch_environment
 from peft import PeftMixedModel, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
 from gkd_trainer.errors import GKDTeacherError
@@ -29,10 +29,17 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
     without_router_logits,
 )
-from gkd_trainer.models.loading import find_tokenizer, loading_failure, name_of, refuse_prompt_learning, uncompiled
+from gkd_trainer.models.loading import (
+    auto_class,
+    find_tokenizer,
+    loading_failure,
+    name_of,
+    refuse_prompt_learning,
+    uncompiled,
+)
 from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
-from gkd_trainer.types import TokenBatch
+from gkd_trainer.types import DECODER_INPUT_IDS, IGNORE_INDEX, TokenBatch, has_decoder_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +48,13 @@ _CHUNK_ELEMENTS = 2**24
 
 
 class FrozenTeacher(Teacher):
-    """A causal LM in eval mode, without gradients, of any dtype, quantised or not.
+    """A causal LM or an encoder-decoder in eval mode, without gradients, of any dtype, quantised or not.
 
     It returns final hidden states and its head, so that logits are computed only for the tokens trained on; if the head
     can't be split off safely, it returns logits, and logs that once.
 
     Args:
-        model: The teacher: a causal LM of transformers, or a PEFT model around one, with its active adapter. Its
+        model: The teacher: a language model of transformers, or a PEFT model around one, with its active adapter. Its
             parameters stop requiring gradients. A model from `torch.compile` runs uncompiled.
         tokenizer: Its tokenizer; by default the one stored with the model, if any.
         trust_remote_code: Whether that tokenizer may run Python code that comes with it.
@@ -59,6 +66,8 @@ class FrozenTeacher(Teacher):
     Raises:
         GKDTeacherError: `model` is not such a model, or `top_k` is not in [1, vocab_size].
     """
+
+    scores_encoder_decoders = True
 
     def __init__(
         self,
@@ -91,7 +100,7 @@ class FrozenTeacher(Teacher):
         top_k: int | None = None,
         **init_kwargs: Any,
     ) -> FrozenTeacher:
-        """Load a teacher from the hub or a folder; `init_kwargs` go to AutoModelForCausalLM.from_pretrained.
+        """Load a teacher from the hub or a folder; `init_kwargs` go to the auto class's from_pretrained.
 
         Raises GKDTeacherError if that fails.
         """
@@ -99,7 +108,7 @@ class FrozenTeacher(Teacher):
         init_kwargs.setdefault("trust_remote_code", trust_remote_code)
         with _loading_unsharded():
             try:
-                model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+                model = auto_class(name_or_path, init_kwargs).from_pretrained(name_or_path, **init_kwargs)
             except Exception as error:
                 message = loading_failure("teacher", name_or_path, "teacher_model_init_kwargs", error)
                 raise GKDTeacherError(message) from error
@@ -107,9 +116,15 @@ class FrozenTeacher(Teacher):
         return cls(model, tokenizer, top_k=top_k)
 
     def score(self, batch: TokenBatch) -> Signal:
-        """Return final hidden states with the head, or logits if the head is inseparable; or the top tokens."""
+        """Return final hidden states with the head, or logits if the head is inseparable; or the top tokens.
+
+        A batch without samples is scored by a forward of one token that is not trained on.
+        """
         if self._head is None:
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
+        if len(batch.labels_BL) == 0:
+            # A forward all the same: it gives the signal its width, and other ranks may need this one's.
+            batch = _masked_token(batch)
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
@@ -180,6 +195,16 @@ def _loading_unsharded() -> Iterator[None]:
             yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def _masked_token(batch: TokenBatch) -> TokenBatch:
+    """Return a batch of one token to which nothing is compared, on the device of an empty batch."""
+    id_BL = batch.labels_BL.new_zeros(1, 1)
+    is_on_policy_B = batch.is_on_policy_B.new_zeros(1)
+    inputs = {"input_ids": id_BL, "attention_mask": torch.ones_like(id_BL)}
+    if has_decoder_inputs(batch.model_inputs):
+        inputs[DECODER_INPUT_IDS] = id_BL
+    return TokenBatch(inputs, torch.full_like(id_BL, IGNORE_INDEX), is_on_policy_B, batch.label_offset)
 
 
 def _checked(model: object) -> nn.Module:

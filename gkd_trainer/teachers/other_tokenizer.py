@@ -20,10 +20,11 @@ from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import find_context
 from gkd_trainer.models.loading import base_model, find_tokenizer, name_of
 from gkd_trainer.models.token_bytes import token_bytes
-from gkd_trainer.signals import MODES, MappedSignal, Signal, TopKSignal, VocabularyMap
+from gkd_trainer.signals import MODES, HiddenSignal, LogitsSignal, MappedSignal, Signal, TopKSignal, VocabularyMap
 from gkd_trainer.teachers.alignment import Aligner, Ints
-from gkd_trainer.teachers.base import AligningTeacher, Teacher
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary_map import map_of, top_tokens_mapped
 from gkd_trainer.types import (
@@ -46,7 +47,7 @@ class OtherTokenizerTeacher(AligningTeacher):
     after it is compared; without one it reads the student's prompt in its tokens, after its bos.
 
     Args:
-        teacher: The teacher that scores, in this process or behind a server.
+        teacher: The teacher that scores, in this process or behind a server; one model of its own, not several.
         tokenizer: Its tokenizer; by default the one stored with the model.
         mode: What is compared: "matched" (the tokens with the same bytes, and one category for all others), "next_byte"
             (the first byte of the next token), "uld" or "gold" (sorted probabilities; see `divergence.uld`). A teacher
@@ -55,8 +56,8 @@ class OtherTokenizerTeacher(AligningTeacher):
             compares the next byte instead, unless the teacher gives only its top tokens.
 
     Raises:
-        GKDTeacherError: The tokenizer is unknown, or the bytes of its tokens are; or the teacher's top tokens can't be
-            compared in this mode.
+        GKDTeacherError: The tokenizer is unknown, or the bytes of its tokens are; the teacher's top tokens can't be
+            compared in this mode; or it asks other teachers, or shares the student's weights.
         GKDConfigError: `mode` or `min_matched_mass` is out of range.
     """
 
@@ -72,6 +73,11 @@ class OtherTokenizerTeacher(AligningTeacher):
             raise GKDConfigError(f"mode must be one of {', '.join(map(repr, MODES))}; got {mode!r}")
         if not 0 <= min_matched_mass <= 1:
             raise GKDConfigError(f"min_matched_mass must be in [0, 1] (0 never compares bytes); got {min_matched_mass}")
+        if isinstance(teacher, CompositeTeacher) or teacher.shares_weights:
+            raise GKDTeacherError(
+                f"a teacher with another tokenizer is one model of its own; got {type(teacher).__name__}: pass a "
+                "FrozenTeacher, or one behind a server"
+            )
         if teacher.top_k is not None and mode != "matched":
             raise GKDTeacherError(
                 f"mode={mode!r} needs the teacher's whole distribution, but this one gives its top {teacher.top_k} "
@@ -109,8 +115,9 @@ class OtherTokenizerTeacher(AligningTeacher):
             teacher_ids.append(torch.as_tensor(sample.teacher_ids, dtype=torch.long))
             teacher_columns.append(torch.as_tensor(sample.teacher_columns, dtype=torch.long))
         device = labels_BL.device
+        read = {name: value for name, value in inputs.items() if name != TEACHER_PROMPT_IDS}
         return {
-            **inputs,
+            **read,
             "labels": labels_BL.where(torch.from_numpy(is_kept_BL).to(device), IGNORE_INDEX),
             TEACHER_IDS: _padded(teacher_ids).to(device),
             TEACHER_COLUMNS: _padded(teacher_columns).to(device),
@@ -124,7 +131,7 @@ class OtherTokenizerTeacher(AligningTeacher):
         signal = self._teacher.score(teacher_batch(batch))
         if isinstance(signal, TopKSignal):
             return top_tokens_mapped(signal, prepared.mapping)
-        assert not isinstance(signal, MappedSignal)
+        assert isinstance(signal, HiddenSignal | LogitsSignal)  # one teacher's, over its own tokens
         return MappedSignal(signal.sliced(len(prepared.mapping.teacher_group_W)), prepared.mapping)
 
     def prepare(
@@ -250,7 +257,11 @@ class _Prepared:
 
 
 def _tokenizer_of(teacher: Teacher) -> PreTrainedTokenizerBase:
-    found = teacher.tokenizer if isinstance(teacher, FrozenTeacher) else find_tokenizer(name_of(teacher.model), False)
+    if isinstance(teacher, FrozenTeacher):
+        found = teacher.tokenizer
+    else:
+        name = teacher.checkpoint if isinstance(teacher, HiddenStateServerTeacher) else name_of(teacher.model)
+        found = find_tokenizer(name, trust_remote_code=False)
     if found is None:
         raise GKDTeacherError(
             f"the tokenizer of this {type(teacher).__name__} is unknown: pass it as tokenizer, or set "
@@ -260,7 +271,7 @@ def _tokenizer_of(teacher: Teacher) -> PreTrainedTokenizerBase:
 
 
 def _limit_of(teacher: Teacher) -> int | None:
-    if isinstance(teacher, VLLMServerTeacher):
+    if isinstance(teacher, VLLMServerTeacher | HiddenStateServerTeacher):
         return teacher.max_length
     context = None if teacher.model is None else find_context(base_model(teacher.model))
     return None if context is None else context.limit

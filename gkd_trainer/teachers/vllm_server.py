@@ -5,11 +5,8 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary, K top tokens, P sc
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,31 +24,10 @@ from gkd_trainer.teachers.prompt_scores import (
     sequences_of,
     total_variation,
 )
+from gkd_trainer.teachers.served import NOISE, TeacherServers
 from gkd_trainer.types import TokenBatch
-from gkd_trainer.vllm_answers import CompletionAnswer, Models, Tokens
-from gkd_trainer.vllm_client import VLLMServer, call_each
-
-logger = logging.getLogger(__name__)
-
-_SEQUENCES_AT_ONCE = 4
-"""Sequences in one request: few enough for a quick answer, enough for the witness to cost little."""
-
-_WITNESS_TOKENS = 16
-"""Number of the probe's tokens that go with every request."""
-
-_NOISE = 0.1
-"""The largest mean total variation between two scores of one text that counts as rounding.
-
-For SmolLM2-135M and K = 20, bf16 is 0.02 away from float32, and weights rounded to 4 bits 0.4.
-"""
-
-_FLOAT32_NOISE = 0.01
-"""The same for a local copy in float32."""
-
-_PROBE = (
-    "Hello, world! It's 3.14159 + 2024 = ?\n\n\tdef f(x_1):  return x_1**2  # naïve café, Größe\n"
-    "你好，世界 · Привет 😀 <p>{}</p>"
-)
+from gkd_trainer.vllm_answers import CompletionAnswer
+from gkd_trainer.vllm_client import VLLMServer
 
 # A missing field would be filled from the served model's generation_config.
 _NEUTRAL_GREEDY = {
@@ -105,21 +81,20 @@ class VLLMServerTeacher(Teacher):
     ) -> None:
         if top_k < 1:
             raise GKDConfigError(f"the teacher's top_k must be at least 1; got {top_k}")
-        urls = [base_url] if isinstance(base_url, str) else list(base_url)
-        if not urls:
-            raise GKDConfigError("a VLLMServerTeacher needs the base URL of at least one server; got none")
         if local_copy is not None and not checks:
             raise GKDConfigError("local_copy needs the start-up checks, which checks=False disables: leave one out")
-        self._servers = [
-            VLLMServer(url, api_token=api_token, server_timeout=server_timeout, request_timeout=request_timeout)
-            for url in urls
-        ]
-        self._top_k, self._model_name, self._checks, self._local_copy = top_k, model, checks, local_copy
-        self._served: dict[VLLMServer, _Served] = {}
+        self._servers = TeacherServers(
+            base_url,
+            model=model,
+            api_token=api_token,
+            server_timeout=server_timeout,
+            request_timeout=request_timeout,
+            unsent=-1,  # it must also generate a token
+        )
+        self._top_k, self._checks, self._local_copy = top_k, checks, local_copy
         self._vocabulary: Mapping[str, int] | None = None
         self._witness: TokenSequence | None = None
         self._record: TopScores | None = None
-        self._turn = 0
 
     def score(self, batch: TokenBatch) -> TopKSignal:
         """Return the top tokens at the batch's scored positions, most probable first.
@@ -131,16 +106,10 @@ class VLLMServerTeacher(Teacher):
             GKDTeacherError: A sequence is longer than a server takes.
             GKDDataError: A token trained on has no distribution: padding, or the first of a sequence.
         """
-        sequences = sequences_of(batch)
-        self._refuse_longer(max((len(sequence.token_ids) for sequence in sequences), default=0))
-        size = min(_SEQUENCES_AT_ONCE, -(-len(sequences) // len(self._servers)))
-        groups = [sequences[start : start + size] for start in range(0, len(sequences), size or 1)]
-        if self._vocabulary is None:
-            raise RuntimeError("VLLMServerTeacher.score was called before prepare(device, tokenizer)")
-        answers = call_each(self._servers, groups, self._score, first=self._turn)
-        self._turn = (self._turn + len(groups)) % len(self._servers)
+        answers = self._servers.score_each(sequences_of(batch), self._score)
+        assert self._vocabulary is not None  # or `score_each` had raised
         nothing = TopScores(np.empty((0, self._top_k), np.int64), np.empty((0, self._top_k)))
-        scores = [nothing, *chain.from_iterable(answers)]
+        scores = [nothing, *answers]
         device = batch.labels_BL.device
         ids_NK = np.concatenate([each.ids_PK for each in scores])
         known = max(self._vocabulary.values())
@@ -153,17 +122,17 @@ class VLLMServerTeacher(Teacher):
     @property
     def base_urls(self) -> list[str]:
         """The URLs of its servers."""
-        return [server.base_url for server in self._servers]
+        return self._servers.base_urls
 
     @property
     def model_name(self) -> str | None:
         """The name under which the model is served; None if not given and before `prepare`."""
-        return self._model_name or next((served.name for served in self._served.values()), None)
+        return self._servers.model_name
 
     @property
     def max_length(self) -> int | None:
         """The longest sequence that all servers take, in tokens; None before `prepare`."""
-        return min((served.max_model_len - 1 for served in self._served.values()), default=None)
+        return self._servers.max_length
 
     @property
     def vocab_size(self) -> None:
@@ -205,63 +174,24 @@ class VLLMServerTeacher(Teacher):
             GKDServerError: A server can't be reached, or gives no valid answer after all retries.
             GKDTeacherError: A check failed, a server does not allow `top_k` or `max_length`, or there is no tokenizer.
         """
-        if tokenizer is None:
-            raise GKDTeacherError(
-                "a teacher behind a server must have the student's tokenizer, which is unknown: pass "
-                "processing_class to the trainer"
-            )
-        self._vocabulary = tokenizer.get_vocab()
-        self._top_k = min(self._top_k, max(self._vocabulary.values()) + 1)
-        self._served = {server: self._find_model(server) for server in self._servers}
-        self._refuse_longer(max_length or 0)
-        text = _PROBE + "".join(tokenizer.all_special_tokens)
-        probe_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        room = min(served.max_model_len for served in self._served.values()) - 2
-        probe = fully_scored(probe_ids[:room])
-        self._witness = fully_scored(probe.token_ids[:_WITNESS_TOKENS])
-        self._record = None
+        probe = self._servers.first_contact(tokenizer, max_length)
+        self._vocabulary = probe.vocabulary
+        self._top_k = min(self._top_k, max(probe.vocabulary.values()) + 1)
+        self._witness, self._record = probe.witness, None
         for server in self._servers:
             if self._checks:
-                self._check_tokenizer(server, text, probe_ids)
-            scores = self._check_scores(server, probe) if self._checks else self._first_scores(server, probe)[0]
-            seen = scores.first(len(self._witness.targets_P))
+                self._servers.check_tokenizer(server, probe)
+                scores = self._check_scores(server, probe.sequence)
+            else:
+                scores, _ = self._first_scores(server, probe.sequence)
+            seen = scores.first(len(probe.witness.targets_P))
             self._record = self._record or seen
-            if total_variation(self._record, seen) > _NOISE:
-                raise GKDTeacherError(
-                    f"the vLLM servers at {self._servers[0].base_url} and {server.base_url} score one text "
-                    f"differently (mean total variation {total_variation(self._record, seen):.2f}; rounding explains "
-                    f"at most {_NOISE}): start all of them with the same model"
-                )
+            self._servers.check_same(server, total_variation(self._record, seen))
         self._local_copy = None
-
-    def _served_by(self, server: VLLMServer) -> _Served:
-        if server not in self._served:
-            raise RuntimeError("VLLMServerTeacher.score was called before prepare(device, tokenizer)")
-        return self._served[server]
-
-    def _refuse_longer(self, length: int) -> None:
-        for server in self._servers:
-            limit = self._served_by(server).max_model_len
-            if length >= limit:
-                raise GKDTeacherError(
-                    f"the vLLM server at {server.base_url} takes at most {limit - 1} tokens and generates one more, "
-                    f"but sequences to score have up to {length}: start the server with --max-model-len {length + 1} "
-                    f"or more, or train with max_length={limit - 1} or less"
-                )
-
-    def _find_model(self, server: VLLMServer) -> _Served:
-        models = server.get("/v1/models", lambda answer: Models.parse(answer).lengths())
-        name = self._model_name or next(iter(models))
-        if name not in models:
-            raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} serves {', '.join(map(repr, models))}, but the teacher is "
-                f"{name!r}: pass one of those as model, or start the server with --served-model-name {name}"
-            )
-        return _Served(name, models[name])
 
     def _body(self, server: VLLMServer, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
         return {
-            "model": self._served_by(server).name,
+            "model": self._servers.name_at(server),
             "prompt": [sequence.token_ids for sequence in sequences],
             "prompt_logprobs": self._top_k,
             **_NEUTRAL_GREEDY,
@@ -269,25 +199,15 @@ class VLLMServerTeacher(Teacher):
 
     def _score(self, server: VLLMServer, sequences: Sequence[TokenSequence]) -> list[TopScores]:
         assert self._witness is not None
-        asked = [self._witness, *sequences]
+        assert self._record is not None
+        asked, record = [self._witness, *sequences], self._record
 
         def parse(answer: Any) -> list[TopScores]:
             seen, *scores = parse_scores(answer, asked, self._top_k)
-            self._compare_with_record(server, seen)
+            self._servers.check_witness(server, total_variation(record, seen))
             return scores
 
         return server.post("/v1/completions", self._body(server, asked), parse)
-
-    def _compare_with_record(self, server: VLLMServer, seen: TopScores) -> None:
-        assert self._record is not None
-        distance = total_variation(self._record, seen)
-        if distance > _NOISE:
-            # Not a ValueError: a retry would only hide that earlier answers came from another model.
-            raise GKDServerError(
-                f"the vLLM server at {server.base_url} serves another model than at the start: its scores of a fixed "
-                f"text changed by {distance:.2f} (mean total variation; rounding explains at most {_NOISE}). Restart "
-                f"it with the original {self._served_by(server).name!r}, and resume from the last checkpoint"
-            )
 
     def _first_scores(self, server: VLLMServer, probe: TokenSequence) -> tuple[TopScores, int]:
         """Return the scores of the probe, and the token that the server generates after it."""
@@ -308,49 +228,21 @@ class VLLMServerTeacher(Teacher):
                 ) from error
             raise
 
-    def _check_tokenizer(self, server: VLLMServer, text: str, ids: Sequence[int]) -> None:
-        body = {"model": self._served_by(server).name, "prompt": text, "add_special_tokens": False}
-        try:
-            served_ids = server.post("/tokenize", body, Tokens.parse).tokens
-        except GKDServerError as error:
-            if "skip_tokenizer_init" not in str(error):
-                raise
-            logger.warning(
-                "The vLLM server at %s runs without a tokenizer: can't check that its model uses the student's token "
-                "ids.",
-                server.base_url,
-            )
-            return
-        if served_ids != ids:
-            index = next(i for i in range(len(ids) + 1) if served_ids[i : i + 1] != list(ids[i : i + 1]))
-            raise GKDTeacherError(
-                f"the tokenizer of the vLLM server at {server.base_url} is not the student's: the text {text!r} "
-                f"becomes {len(served_ids)} tokens there and {len(ids)} here, which differ from token {index} on "
-                f"({_some(served_ids, index)} and {_some(ids, index)}). Serve a teacher with the student's tokenizer"
-            )
-
     def _check_scores(self, server: VLLMServer, probe: TokenSequence) -> TopScores:
         """Return the scores of the probe, after comparing a second request, the greedy token and the local copy."""
         first, token = self._first_scores(server, probe)
         longer = fully_scored([*probe.token_ids, token])
         parse = partial(parse_scores, asked=[longer], top_k=self._top_k)
         [second] = server.post("/v1/completions", self._body(server, [longer]), parse)
-        distance = total_variation(first, second.first(len(first.ids_PK)))
-        if distance > _NOISE:
-            raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} scored one text differently the second time: mean total "
-                f"variation {distance:.2f}, of which rounding explains at most {_NOISE}. Look for an option of the "
-                "server that makes its scores random or dependent on other requests"
-            )
+        self._servers.check_repeated(server, total_variation(first, second.first(len(first.ids_PK))))
         best, p_K = int(second.ids_PK[-1, 0]), np.exp(second.log_p_PK[-1])
         p_token = p_K[second.ids_PK[-1] == token].sum() or p_K[-1]
-        if p_K[0] - p_token > _NOISE:
+        if p_K[0] - p_token > NOISE:
             raise GKDTeacherError(
                 f"the vLLM server at {server.base_url} does not generate the token that it scores highest: its greedy "
                 f"token is {token} ({p_token:.2f} at most), but its most probable one is {best} ({p_K[0]:.2f}). "
                 "Start it without options that change the distribution, such as --logits-processors"
             )
-        logger.info("The vLLM server at %s scores a text the same twice, within %.1e.", server.base_url, distance)
         if self._local_copy is not None:
             self._compare_with_local_copy(server, probe, first, self._local_copy)
         return first
@@ -362,22 +254,4 @@ class VLLMServerTeacher(Teacher):
             logits_PV = model.eval()(input_ids=torch.tensor([probe.token_ids], device=model.device)).logits[0, :-1]
         top = logits_PV.double().log_softmax(dim=-1).topk(self._top_k)
         distance = total_variation(scores, TopScores(top.indices.cpu().numpy(), top.values.cpu().numpy()))
-        tolerance = _FLOAT32_NOISE if model.dtype == torch.float32 else _NOISE
-        if not distance <= tolerance:
-            raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} and the local copy of the teacher disagree about one text: mean "
-                f"total variation {distance:.3f}, at most {tolerance} expected in {model.dtype}. Serve the local "
-                "copy's weights, revision and dtype"
-            )
-
-
-@dataclass(frozen=True)
-class _Served:
-    """A model in a server's list."""
-
-    name: str
-    max_model_len: int
-
-
-def _some(ids: Sequence[int], start: int, count: int = 5) -> str:
-    return f"{list(ids[start : start + count])}…"
+        self._servers.check_local_copy(server, distance, model.dtype)

@@ -52,7 +52,7 @@ def shared_vocabulary_size(
     if student_vocabulary != teacher_vocabulary:
         raise GKDTeacherError(
             "the teacher's tokenizer is not the student's, so their distributions are over different tokens: "
-            f"{_difference(student_vocabulary, teacher_vocabulary)}. Use a teacher with the student's tokenizer, or "
+            f"{difference(student_vocabulary, teacher_vocabulary)}. Use a teacher with the student's tokenizer, or "
             "set teacher_vocabulary_mode='matched', which compares them where they read the same bytes "
             "(OtherTokenizerTeacher)"
         )
@@ -61,16 +61,16 @@ def shared_vocabulary_size(
     return min(student_size, teacher_size, max(student_vocabulary.values()) + 1)
 
 
-def _difference(student: Mapping[str, int], teacher: Mapping[str, int]) -> str:
-    moved = sorted(token for token in student.keys() & teacher.keys() if student[token] != teacher[token])
+def difference(
+    first: Mapping[str, int], second: Mapping[str, int], owners: tuple[str, str] = ("student", "teacher")
+) -> str:
+    """Return a description of how two tokenizers' maps differ, with examples; `owners` are whose they are."""
+    moved = sorted(token for token in first.keys() & second.keys() if first[token] != second[token])
     parts = []
     if moved:
-        examples = ", ".join(f"{token!r} ({student[token]} and {teacher[token]})" for token in moved[:_NAMED])
-        parts.append(f"{len(moved)} tokens have different ids in student and teacher, such as {examples}")
-    for owner, extra in (
-        ("student", student.keys() - teacher.keys()),
-        ("teacher", teacher.keys() - student.keys()),
-    ):
+        examples = ", ".join(f"{token!r} ({first[token]} and {second[token]})" for token in moved[:_NAMED])
+        parts.append(f"{len(moved)} tokens have different ids in {owners[0]} and {owners[1]}, such as {examples}")
+    for owner, extra in zip(owners, (first.keys() - second.keys(), second.keys() - first.keys()), strict=True):
         if extra:
             examples = ", ".join(map(repr, sorted(extra)[:_NAMED]))
             parts.append(f"{len(extra)} tokens are only the {owner}'s, such as {examples}")

@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.config_checks import check_loss_temperature
+from gkd_trainer.config_checks import check_cache, check_loss_temperature
 from gkd_trainer.config_effects import Run
+from gkd_trainer.data import EncoderDecoderCollator
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.loading import (
+    base_model,
     find_tokenizer,
     load_student,
     name_of,
@@ -32,8 +35,7 @@ from gkd_trainer.models.loading import (
     wrap_in_adapter,
 )
 from gkd_trainer.redaction import redacted
-from gkd_trainer.rollouts.build import refuse_encoder_decoder
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import CachedTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.trainer.preparation import pad_token_id
 
@@ -46,7 +48,7 @@ class Construction:
 
     `base_arguments` are for the extended trainer's `__init__`. `adapter` is the adapter to wrap each student in, if the
     extended trainer does not. `prepares_rows` says whether we turn rows into tokens. `run` decides which options have
-    an effect.
+    an effect. `base` is the extended trainer.
     """
 
     base_arguments: dict[str, Any]
@@ -54,11 +56,25 @@ class Construction:
     adapter: PeftConfig | None
     prepares_rows: bool
     run: Run
+    base: Base
+
+
+@dataclass(frozen=True)
+class Base:
+    """The extended trainer: whether it is TRL's, which loads and wraps the student itself, or a Seq2SeqTrainer."""
+
+    is_trls: bool
+    is_seq2seq: bool
+
+    @classmethod
+    def of(cls, classes: Sequence[type]) -> Base:
+        """Return what the classes behind GKDMixin are."""
+        return cls("peft_config" in init_parameters(classes), any(issubclass(each, Seq2SeqTrainer) for each in classes))
 
 
 def construct(
     arguments: Mapping[str, Any],
-    base_parameters: Mapping[str, Parameter],
+    base_classes: Sequence[type],
     name: str,
     *,
     teacher: Teacher | None,
@@ -70,7 +86,7 @@ def construct(
 
     Args:
         arguments: The arguments shared with Trainer, by name.
-        base_parameters: The parameters of the extended trainer's `__init__`.
+        base_classes: The extended trainer and its bases.
         name: The trainer's class, for errors.
         teacher: See GKDMixin.
         teacher_model: See GKDMixin.
@@ -83,8 +99,9 @@ def construct(
     """
     refuse_trls_order(arguments["args"], arguments["data_collator"], name)
     # Trainers that take adapters (TRL's) also load a student by name; the plain Trainer does neither.
-    is_plain_trainer = "peft_config" not in base_parameters
-    config = completed_args(arguments["args"], is_plain_trainer)
+    base = Base.of(base_classes)
+    is_plain_trainer = not base.is_trls
+    config = completed_args(arguments["args"], is_plain_trainer, is_seq2seq=base.is_seq2seq)
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
     # TRL's DataCollatorForChatML tokenises columns that no model's forward takes.
     reads_messages = hasattr(arguments["data_collator"], "messages_key")
@@ -96,16 +113,20 @@ def construct(
         # We prepare the rows: SFTTrainer would also train on the system's and user's tokens.
         config = _changed(config, dataset_kwargs={**dataset_kwargs, "skip_prepare_dataset": True})
     model = _given_student(arguments["model"], arguments["model_init"])
+    if isinstance(model, nn.Module):  # as early as it can be known
+        refuse_for_kind(model, config, base)
     trusts = getattr(config, "trust_remote_code", False)
     teacher = build_teacher(config, teacher=teacher, teacher_model=teacher_model, trust_remote_code=trusts)
     _refuse_teacher(teacher, model, config)
     run = Run(
         config,
         has_top_tokens=teacher.top_k is not None,
+        has_only_cache=any(isinstance(each, CachedTeacher) and each.fallback is None for each in all_teachers(teacher)),
         loads_student=isinstance(model, str),
         builds_rollouts=builds_rollouts,
     )
     check_loss_temperature(run)
+    check_cache(run)
     processing_class = arguments["processing_class"]
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
@@ -121,12 +142,20 @@ def construct(
         if model is not None:
             own["model"] = adapted(model, adapter, checkpoints_activations(config))
         if arguments["data_collator"] is None:
-            own["data_collator"] = DataCollatorForLanguageModeling(pad_token_id=pad_token_id(processing_class))
+            own["data_collator"] = default_collator(own["model"], pad_token_id(processing_class))
     else:
         own["peft_config"] = peft_config
     base_arguments = {**arguments, **own}
     del base_arguments["compute_loss_func"]
-    return Construction(accepted_by(base_parameters, base_arguments, name), teacher, adapter, prepares_rows, run)
+    accepted = accepted_by(init_parameters(base_classes), base_arguments, name)
+    return Construction(accepted, teacher, adapter, prepares_rows, run, base)
+
+
+def default_collator(model: nn.Module | None, pad_id: int) -> Any:
+    """Return the collator of a student's batches; None stands for one that `model_init` makes."""
+    if model is not None and is_encoder_decoder(base_model(model)):
+        return EncoderDecoderCollator(pad_id)
+    return DataCollatorForLanguageModeling(pad_token_id=pad_id)
 
 
 def adapted(model: nn.Module, adapter: PeftConfig | None, checkpoints_gradients: bool) -> nn.Module:
@@ -161,7 +190,7 @@ def _given_student(model: Any, model_init: object) -> Any:
 
 
 def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
-    if teacher.is_local and teacher.model is model and not teacher.shares_weights:
+    if any(each.is_local and each.model is model and not each.shares_weights for each in all_teachers(teacher)):
         raise GKDTeacherError(
             "teacher and student are the same object, so freezing one would freeze the other: load the teacher "
             "separately"
@@ -187,11 +216,17 @@ def refuse_trls_order(args: object, data_collator: object, name: str) -> None:
             )
 
 
-def completed_args(args: TrainingArguments | None, is_plain_trainer: bool) -> Any:
+def completed_args(args: TrainingArguments | None, is_plain_trainer: bool, *, is_seq2seq: bool = False) -> Any:
     """Return a configuration with GKDArguments; for the plain Trainer, made from TrainingArguments or None.
 
-    Raises GKDConfigError if another trainer is extended and its configuration has no GKDArguments.
+    Raises GKDConfigError if another trainer is extended and its configuration has no GKDArguments, or, for a
+    Seq2SeqTrainer, no Seq2SeqTrainingArguments.
     """
+    if is_seq2seq and not (isinstance(args, GKDArguments) and isinstance(args, Seq2SeqTrainingArguments)):
+        raise GKDConfigError(
+            f"args must have the options of distillation and of Seq2SeqTrainer; got {type(args).__name__}: derive "
+            "`class MyConfig(GKDArguments, Seq2SeqTrainingArguments)`, decorated with @dataclass"
+        )
     if isinstance(args, GKDArguments):
         return args
     if not is_plain_trainer:
@@ -309,6 +344,30 @@ def refuse_split_sequences(context_parallel: int, sequence_parallel: int) -> Non
         )
 
 
+def refuse_for_kind(model: nn.Module, args: Any, base: Base) -> None:
+    """Raise GKDConfigError for options or a trainer that don't fit a student: an encoder-decoder, or a causal LM."""
+    student = base_model(model)
+    name = type(student).__name__
+    if getattr(args, "predict_with_generate", False) and not (base.is_seq2seq and is_encoder_decoder(student)):
+        raise GKDConfigError(
+            f"predict_with_generate=True needs an encoder-decoder and `class MyS2S(GKDMixin, Seq2SeqTrainer)`; the "
+            f"student is a {name}: leave it out (eval_on_policy=True measures the divergence on completions)"
+        )
+    if not is_encoder_decoder(student):
+        return
+    if base.is_trls:
+        raise GKDConfigError(
+            f"{name} is an encoder-decoder, but the trainers of TRL are for causal LMs: use GKDTrainer, or "
+            "`class MyS2S(GKDMixin, Seq2SeqTrainer)`"
+        )
+    for option in ("packing", "padding_free", "eval_packing"):
+        if getattr(args, option, False):
+            raise GKDConfigError(
+                f"{option}=True joins rows into one sequence, but {name} is an encoder-decoder, which reads and writes "
+                f"one row each: set {option}=False"
+            )
+
+
 def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> None:
     """Raise for a student that can't be distilled.
 
@@ -318,12 +377,11 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         is_trained: Whether there is a training set.
 
     Raises:
-        GKDConfigError: It is an encoder-decoder, its adapter adds virtual tokens, or it must be trained but is frozen.
+        GKDConfigError: Its adapter adds virtual tokens, or it must be trained but is frozen.
         GKDTeacherError: It shares weights with the teacher.
     """
-    refuse_encoder_decoder(model)
     refuse_prompt_learning(model)
-    if not teacher.shares_weights and _have_weights_in_common(teacher.model, model):
+    if any(not each.shares_weights and _have_weights_in_common(each.model, model) for each in all_teachers(teacher)):
         raise GKDTeacherError(
             "the teacher shares weights with the student, so freezing the teacher froze the student too: load the "
             "teacher separately"

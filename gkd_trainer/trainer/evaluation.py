@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from gkd_trainer.report.metrics import EvaluationMeter
+from gkd_trainer.report.metrics import ONE_TEACHER, EvaluationMeter, TeacherSums
 
 
 class Evaluation:
@@ -17,11 +17,12 @@ class Evaluation:
 
     Args:
         gather: Collects samples over ranks, without those that only pad the last batch.
+        teachers: The sums for each of several teachers.
     """
 
-    def __init__(self, gather: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, gather: Callable[[Tensor], Tensor], teachers: TeacherSums = ONE_TEACHER) -> None:
         self._gather = gather
-        self._data, self._on_policy = EvaluationMeter(), EvaluationMeter()
+        self._data, self._on_policy = EvaluationMeter(teachers), EvaluationMeter(teachers)
         self._sums_BK: Tensor | None = None
 
     def see(self, sums_BK: Tensor) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.models.decoders import is_encoder_decoder, start_token_id
 from gkd_trainer.models.heads import (
     Context,
     InseparableHead,
@@ -23,7 +24,8 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
 )
 from gkd_trainer.models.loading import base_model
-from gkd_trainer.teachers import Teacher, shared_vocabulary_size
+from gkd_trainer.teachers import AligningTeacher, Teacher, all_teachers, shared_vocabulary_size
+from gkd_trainer.teachers.base import CompositeTeacher
 from gkd_trainer.trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def pair(
     Raises:
         GKDTeacherError: Their vocabularies differ, or the teacher differs between ranks.
     """
-    _require_equal_teachers(teacher, ranks)
+    for each in all_teachers(teacher):
+        _require_equal_teachers(each, ranks)
     vocab_size = shared_vocabulary_size(
         vocabulary_size(base_model(model)),
         teacher.vocab_size,
@@ -98,11 +101,52 @@ def pair(
     return Pairing(vocab_size, head, output_embeddings(base_model(model)), is_compiled)
 
 
+def require_same_kind(student: nn.Module, teacher: Teacher) -> None:
+    """Raise GKDTeacherError if a teacher can't score the batches of a student.
+
+    Both must be causal LMs, or encoder-decoders that start their labels with the same token.
+    """
+    is_encoding = is_encoder_decoder(student)
+    name = type(student).__name__
+    kinds = {True: "an encoder-decoder", False: "a causal LM"}
+    for each in all_teachers(teacher):
+        if is_encoding and isinstance(each, AligningTeacher):
+            raise GKDTeacherError(
+                f"the student ({name}) is an encoder-decoder, but a teacher with another tokenizer reads the rows of "
+                "causal LMs: use a teacher with the student's tokenizer"
+            )
+        if isinstance(each, CompositeTeacher):
+            continue
+        if is_encoding and not each.scores_encoder_decoders:
+            raise GKDTeacherError(
+                f"the student ({name}) is an encoder-decoder, whose batches a {type(each).__name__} does not score: "
+                "pass an encoder-decoder as teacher_model (an implementation of Teacher that can sets "
+                "scores_encoder_decoders = True)"
+            )
+        if each.model is None:
+            continue
+        model = base_model(each.model)
+        if is_encoder_decoder(model) != is_encoding:
+            raise GKDTeacherError(
+                f"the student ({name}) is {kinds[is_encoding]}, but the teacher ({type(model).__name__}) is "
+                f"{kinds[not is_encoding]}, which predicts other positions: pass {kinds[is_encoding]} as the teacher"
+            )
+        if is_encoding and start_token_id(model) != start_token_id(student):
+            raise GKDTeacherError(
+                f"the teacher's decoder starts with token {start_token_id(model)}, the student's with token "
+                f"{start_token_id(student)}, but both read the same inputs: set decoder_start_token_id in the "
+                "student's config to the teacher's"
+            )
+
+
 def shorter_context(model: nn.Module, teacher: Teacher) -> OwnedContext | None:
     """Return the shorter context of student and teacher; None if neither states one."""
-    models = {"student": base_model(model), "teacher": teacher.model}
-    contexts = {name: find_context(model) for name, model in models.items() if model is not None}
-    known = [OwnedContext(name, context) for name, context in contexts.items() if context is not None]
+    teachers = list(all_teachers(teacher))
+    if any(isinstance(each, AligningTeacher) for each in teachers):
+        teachers = []  # it reads other tokens, and cuts them to its own context
+    models = [("student", base_model(model)), *(("teacher", each.model) for each in teachers)]
+    contexts = [(name, find_context(model)) for name, model in models if model is not None]
+    known = [OwnedContext(name, context) for name, context in contexts if context is not None]
     return min(known, key=lambda each: each.context.limit, default=None)
 
 

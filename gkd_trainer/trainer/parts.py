@@ -9,18 +9,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from gkd_trainer.data import TeacherRoute
+from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model, media_token_ids
+from gkd_trainer.report.metrics import ONE_TEACHER, TeacherSums
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.rollouts.build import (
     build_student_engine,
     build_teacher_engine,
     find_stop_ids,
+    refuse_engine,
     sampled_vocabulary_size,
 )
-from gkd_trainer.teachers import AligningTeacher, Teacher
-from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, shorter_context
+from gkd_trainer.teachers import AligningTeacher, RoutedTeachers, Teacher, all_teachers, several_in
+from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
@@ -39,6 +45,7 @@ class Parts:
     pairing: Pairing
     queue: RolloutQueue
     preparation: Preparation
+    teacher_sums: TeacherSums
 
 
 def build_parts(
@@ -66,6 +73,8 @@ def build_parts(
         GKDError: The two don't fit, or a server can't be used.
     """
     ranks, student, tokenizer = Ranks(accelerator), base_model(model), tokenizer_of(processing_class)
+    require_same_kind(student, teacher)
+    refuse_engine(rollouts, args, student, is_sharded=ranks.sharding is not None)
     shorter = shorter_context(model, teacher)
     args = fitted_into(shorter, args)
     teacher.prepare(args.device, tokenizer, args.max_length)
@@ -109,6 +118,39 @@ def build_parts(
         formatting_func=formatting_func,
         shorter=shorter,
         has_ranks=ranks.size > 1,
-        teacher_tokenizer=teacher.tokenizer if isinstance(teacher, AligningTeacher) else None,
+        is_encoder_decoder=is_encoder_decoder(student),
+        route=teacher_route(teacher, args),
+        teacher_tokenizer=other_tokenizer(teacher, args),
     )
-    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation)
+    several = several_in(teacher)
+    teacher_sums = ONE_TEACHER if several is None else TeacherSums(several.names, several.is_routed)
+    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, teacher_sums)
+
+
+def teacher_route(teacher: Teacher, args: Any) -> TeacherRoute | None:
+    """Return how each row gets one of several teachers; None if all rows have the same.
+
+    Raises GKDConfigError if the options join rows in one sequence.
+    """
+    routed = next((each for each in all_teachers(teacher) if isinstance(each, RoutedTeachers)), None)
+    if routed is None:
+        return None
+    _refuse_joined_samples(args, "each sample has a teacher of its own")
+    return TeacherRoute(routed.names, routed.column, routed.route)
+
+
+def other_tokenizer(teacher: Teacher, args: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a teacher that reads other tokens than the student; None for one that does not.
+
+    Raises GKDConfigError if the options join rows in one sequence.
+    """
+    if not isinstance(teacher, AligningTeacher):
+        return None
+    _refuse_joined_samples(args, "a teacher with another tokenizer reads each sample in tokens of its own")
+    return teacher.tokenizer
+
+
+def _refuse_joined_samples(args: Any, reason: str) -> None:
+    for name in ("packing", "padding_free", "eval_packing"):
+        if getattr(args, name, False):
+            raise GKDConfigError(f"{name}=True joins samples into one sequence, but {reason}: set {name}=False")

@@ -13,7 +13,7 @@ import torch
 from trl import pack_dataset
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.data import KeepSideTensors, RowRules, keeping_labels, prepare_dataset
+from gkd_trainer.data import KeepSideTensors, RowRules, TeacherRoute, keeping_labels, prepare_dataset
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.pairing import OwnedContext
 from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, prompt_length
@@ -27,7 +27,8 @@ class Preparation:
 
     `stop_ids` end a completion. Token ids must be below `vocab_size`. Without a `tokenizer` (None), rows must hold
     tokens. `formatting_func` turns a row into one of a known format. `shorter` is the context that no row may exceed.
-    `has_ranks` says that several ranks evaluate together. `teacher_tokenizer` is the teacher's, if it is another.
+    `has_ranks` says that several ranks evaluate together, `is_encoder_decoder` that the student is one. `route` gives
+    each row one of several teachers.
     """
 
     args: GKDArguments
@@ -37,6 +38,8 @@ class Preparation:
     formatting_func: Callable[[Any], Any] | None = None
     shorter: OwnedContext | None = None
     has_ranks: bool = False
+    is_encoder_decoder: bool = False
+    route: TeacherRoute | None = None
     teacher_tokenizer: Any = None
 
     def prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
@@ -59,10 +62,16 @@ class Preparation:
             formatting_func=self.formatting_func,
             num_proc=getattr(self.args, "dataset_num_proc", None),
             name=name,
+            route=self.route,
             teacher_tokenizer=self.teacher_tokenizer,
         )
         if self.args.max_length is None and self.shorter is not None and isinstance(dataset, datasets.Dataset):
-            longest = longest_row(dataset, self.args.max_new_tokens, is_generating=rules.is_generating)
+            longest = longest_row(
+                dataset,
+                self.args.max_new_tokens,
+                is_generating=rules.is_generating,
+                is_encoder_decoder=self.is_encoder_decoder,
+            )
             longest.refuse_beyond(self.shorter, name)
         if not is_training and self.has_ranks and not hasattr(dataset, "__len__"):
             # Without a length, ranks pad their last batch with samples that would be counted twice.
@@ -81,6 +90,7 @@ class Preparation:
             needs_prompt=is_training and args.is_always_on_policy,
             text_field=getattr(args, "dataset_text_field", "text"),
             vocab_size=self.vocab_size,
+            is_encoder_decoder=self.is_encoder_decoder,
         )
 
     def _packed(self, dataset: Any, name: str, is_training: bool) -> Any:
@@ -122,18 +132,23 @@ class LongestRow:
             )
 
 
-def longest_row(dataset: datasets.Dataset, max_new_tokens: int, *, is_generating: bool) -> LongestRow:
+def longest_row(
+    dataset: datasets.Dataset, max_new_tokens: int, *, is_generating: bool, is_encoder_decoder: bool = False
+) -> LongestRow:
     """Return the longest row of a prepared data set.
 
     With `is_generating`, each prompt gets a completion of `max_new_tokens`; without, only rows that are bare prompts,
-    which an evaluation completes.
+    which an evaluation completes. An encoder-decoder reads the prompt and the completion each in a context of its own.
     """
     tokens = completed = 0
     columns = {"input_ids", "labels", PROMPT_IDS} & {*dataset.column_names}
     for rows in dataset.with_format(None).select_columns(sorted(columns)).iter(batch_size=1000):
         ids, labels = rows["input_ids"], rows.get("labels", rows["input_ids"])
         for length, row_labels, own in zip(map(len, ids), labels, rows.get(PROMPT_IDS, repeat(())), strict=False):
-            tokens = max(tokens, length)
+            tokens = max(tokens, length, len(row_labels))
+            if is_encoder_decoder:
+                completed = max(completed, max_new_tokens if is_generating or not row_labels else 0)
+                continue
             prompt = len(own) or prompt_length(row_labels)
             if is_generating or prompt == length:
                 completed = max(completed, prompt + max_new_tokens)

@@ -26,6 +26,7 @@ from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
 from gkd_trainer.models.heads import logits_of, set_logits
 from gkd_trainer.models.loading import (
     base_model,
@@ -47,9 +48,10 @@ from gkd_trainer.trainer.construction import (
     Construction,
     adapted,
     construct,
-    init_parameters,
+    default_collator,
     refuse_data_parallel,
     refuse_dropped_deepspeed,
+    refuse_for_kind,
     refuse_split_sequences,
     refuse_student,
     uncompiled_student,
@@ -69,7 +71,15 @@ from gkd_trainer.trainer.preparation import (
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
-from gkd_trainer.types import SIDE_TENSORS, Generated, TokenBatch, in_columns_of
+from gkd_trainer.types import (
+    PER_LABEL,
+    SIDE_TENSORS,
+    TEACHER_INDEX,
+    Generated,
+    TokenBatch,
+    has_decoder_inputs,
+    in_columns_of,
+)
 
 if TYPE_CHECKING:
 
@@ -161,7 +171,7 @@ class GKDMixin(AnyTrainer):
         }
         construction = construct(
             arguments,
-            init_parameters(family[family.index(GKDMixin) + 1 :]),
+            family[family.index(GKDMixin) + 1 :],
             type(self).__name__,
             teacher=teacher,
             teacher_model=teacher_model,
@@ -174,6 +184,8 @@ class GKDMixin(AnyTrainer):
         base_init(**construction.base_arguments)
         if model_init is not None and self.processing_class is None:
             self._find_tokenizer()
+        if model_init is not None and data_collator is None and not construction.base.is_trls:
+            self.data_collator = default_collator(self.model, pad_token_id(self.processing_class))
         self._refuse_unusable(construction)
         self._make_trainable(self.model)
         if is_in_notebook():
@@ -201,8 +213,9 @@ class GKDMixin(AnyTrainer):
         self.args, self.teacher = parts.args, teacher
         self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
         self._pairing, self._queue, self._preparation = parts.pairing, parts.queue, parts.preparation
-        self._meter, self._finite_check = TrainingMeter(self.args.device), FiniteCheck()
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
+        self._teacher_sums = parts.teacher_sums
+        self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
+        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
         self._generated: list[Generated] = []
         self._has_trained = False
         # For subclasses written for TRL's trainer; the rollouts here use args.
@@ -222,6 +235,7 @@ class GKDMixin(AnyTrainer):
         if self.is_world_process_zero():
             warn_of_unused(unused_options(construction.run), self.args)
         refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
+        refuse_for_kind(self.model, self.args, construction.base)
         refuse_student(self.model, construction.teacher, is_trained=self.train_dataset is not None)
 
     def _make_trainable(self, model: nn.Module) -> None:
@@ -272,6 +286,10 @@ class GKDMixin(AnyTrainer):
         if collator is not None and self._prepares_rows:
             collator = keeping_columns(collator)
         self._data_collator = collator
+
+    def _decoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a collated batch with its decoder's inputs, if the student is an encoder-decoder."""
+        return with_decoder_inputs(base_model(self.model), inputs)
 
     @property
     def _student(self) -> CurrentStudent:
@@ -345,6 +363,7 @@ class GKDMixin(AnyTrainer):
             batch_size=self._train_batch_size,
             max_steps=self.state.max_steps,
             is_first=not self._has_trained and self.state.global_step == 0,
+            completed=self._decoded,
         )
         batches = self._rolled_out(epoch) if self.args.generates else epoch.take(num_batches, is_first=epoch.is_first)
         if not batches:
@@ -408,13 +427,15 @@ class GKDMixin(AnyTrainer):
 
         Args:
             model: The student, wrapped for distribution or not.
-            inputs: `input_ids` and `labels` [B, L], and further arguments of the forward.
+            inputs: `input_ids` and `labels` [B, L], and further arguments of the forward. An encoder-decoder's decoder
+                inputs are made from the labels unless given.
             return_outputs: Whether to also return the forward's output, with logits [B, L, V] in the columns of
-                `inputs`.
+                `inputs` (an encoder-decoder's in those of its labels).
             num_items_in_batch: The divisor: the number of tokens in the window; by default in this batch.
         """
         require_labels(inputs)
-        batch = TokenBatch.from_inputs(comparable(self.teacher, inputs))
+        decoded = inputs if has_decoder_inputs(inputs) else self._decoded(inputs)
+        batch = TokenBatch.from_inputs(comparable(self.teacher, decoded))
         self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
         with (
             self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
@@ -444,11 +465,15 @@ class GKDMixin(AnyTrainer):
             loss = loss + student.router_loss.weighted(loss.device) / micro_batches
         if not return_outputs:
             return loss
-        set_logits(student.outputs, in_columns_of(inputs, logits_of(student.outputs)))
+        logits = in_columns_of(decoded, logits_of(student.outputs))
+        if has_decoder_inputs(decoded) and not has_decoder_inputs(inputs):
+            logits = in_label_columns(inputs, logits)
+        set_logits(student.outputs, logits)
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result)
+        index_B = batch.side.get(TEACHER_INDEX)
+        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result, self._teacher_sums, index_B)
         if not is_training:
             self._evaluation.see(sums_BK)
             return
@@ -480,14 +505,17 @@ class GKDMixin(AnyTrainer):
         """Return the loss of a batch and, unless only that is wanted, full logits [B, L, V] and labels [B, L].
 
         Both are in the collator's columns, like the inputs that Trainer may pass to `compute_metrics` with them.
-        Samples without a completion are measured on the student's greedy one.
+        Samples without a completion are measured on the student's greedy one. Under `predict_with_generate`, the tokens
+        that Seq2SeqTrainer generates take the place of the logits.
         """
         inputs = self._prepare_inputs(inputs)
         require_labels(inputs)
-        inputs = self._queue.completed_prompts(inputs, self._student)
+        given = self._decoded(inputs)
+        inputs = self._queue.completed_prompts(given, self._student)
+        generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
         logits = labels = None
         with torch.no_grad(), self.compute_loss_context_manager():
-            if prediction_loss_only:
+            if prediction_loss_only or generates:
                 loss: Any = self.compute_loss(model, inputs)
             else:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -496,7 +524,15 @@ class GKDMixin(AnyTrainer):
             if self.args.eval_on_policy:
                 on_policy_loss: Any = self.compute_loss(model, self._queue.completed(inputs, self._student))
                 self._evaluation.count(on_policy_loss, is_on_policy=True)
+        if generates:
+            return loss, self._generated_tokens(model, given, ignore_keys), given["labels"]
         return loss, logits, labels
+
+    def _generated_tokens(self, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None) -> Any:
+        """Return what Seq2SeqTrainer generates for a batch, from the encoder's inputs: without labels, no loss."""
+        model_inputs = TokenBatch.from_inputs(inputs).model_inputs
+        encoded = {key: value for key, value in model_inputs.items() if key not in PER_LABEL}
+        return super().prediction_step(model, encoded, False, ignore_keys)[1]
 
     def evaluation_loop(
         self,
@@ -507,7 +543,7 @@ class GKDMixin(AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics)
+        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
         self._recovery.note_random_states()
         with self._saving_before_it_fails():
             output: EvalLoopOutput = super().evaluation_loop(

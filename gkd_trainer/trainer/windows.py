@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,7 @@ class Epoch:
     `batches` are its remaining batches; `has_length` says whether its length is known. `num_batches` is the number of
     micro-batches in the next window, `accumulation` in later windows; `batch_size` is the configured number of samples
     in a rank's micro-batch. `max_steps` is the length of the run. `is_first` says that nothing was trained on yet.
+    `completed` returns a collated batch with what the student's forward needs besides.
     """
 
     loader: WindowLoader
@@ -92,10 +93,12 @@ class Epoch:
     batch_size: int
     max_steps: int
     is_first: bool
+    completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch
 
     def take(self, num_batches: int, *, is_first: bool) -> list[dict[str, Any]]:
         """Return the batches of the next window; see `WindowLoader.take`."""
-        return self.loader.take(self.batches, num_batches, has_length=self.has_length, is_first=is_first)
+        batches = self.loader.take(self.batches, num_batches, has_length=self.has_length, is_first=is_first)
+        return [self.completed(batch) for batch in batches]
 
     def later(self) -> Epoch:
         """Return the epoch as it will be before a later window."""

@@ -1,5 +1,6 @@
 """Options in YAML mean the same as on the command line, which overrides them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_the_logging_interval_is_unset_or_what_is_given_on_the_command_line_and_
     ],
 )
 def test_yaml_gives_text_as_it_is_written(option, written, given_to_trainer, pair, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("gkd_trainer.cli.train._require_model", lambda *_: None)
+    monkeypatch.setattr("gkd_trainer.cli.train.require_model", lambda *_: None)
     monkeypatch.setattr("gkd_trainer.data.sources.RowSource.load", lambda source: source.split)
     file = tmp_path / "a.yaml"
     file.write_text(f"{option}: {written}\n")
@@ -156,6 +157,16 @@ def test_several_teacher_servers_are_a_list_in_yaml_and_joined_by_commas_elsewhe
     )
     file = write_yaml(tmp_path / "a.yaml", teacher_server_base_url=urls)
     assert given_to_trainer(*common, "--config", file)["args"].teacher_server_base_url == urls
+
+
+def test_several_teachers_are_a_mapping_in_yaml_and_json_elsewhere(given_to_trainer, pair, tmp_path):
+    teachers, weights = {"math": pair[3], "code": pair[3]}, {"math": 2, "code": 1}
+    common = ["--model", pair[1], "--dataset", write_rows(tmp_path / "rows.csv", ROWS), *pair[4:]]
+    options = ["--teachers", json.dumps(teachers), "--teacher_weights", json.dumps(weights)]
+    file = write_yaml(tmp_path / "a.yaml", teachers=teachers, teacher_weights=weights)
+    for args in (given_to_trainer(*common, *options)["args"], given_to_trainer(*common, "--config", file)["args"]):
+        assert args.teachers == teachers
+        assert args.teacher_weights == weights
 
 
 def test_an_empty_file_gives_no_options_and_a_merged_mapping_gives_its_own(given_to_trainer, pair, data, tmp_path):

@@ -107,7 +107,7 @@ def test_a_run_from_a_served_teacher_names_no_teacher_model(vllm_server, served_
         (["--teacher_server_base_url", "http://127.0.0.1:1"], "the vLLM server at http://127.0.0.1:1 did not complete"),
         (
             ["--teacher_server_base_url", "http://127.0.0.1:1", "--teacher_model_init_kwargs", "{}"],
-            "teacher_model_init_kwargs load a teacher by name",
+            "teacher_model_init_kwargs is for loading a teacher by name",
         ),
         (
             ["--teacher_server_base_url", "http://127.0.0.1:1", "--teacher", "nowhere"],
@@ -120,6 +120,13 @@ def test_a_served_teacher_that_cannot_be_used_exits_1_with_one_message(options, 
     code, error = exit_of(["train", *student, *data, "--vllm_server_timeout", "0.1", *options], capsys)
     assert code == 1
     assert message in error.partition("gkd-trainer train: error: ")[2]
+
+
+def test_a_teacher_among_several_that_does_not_exist_is_named(pair, data, capsys):
+    options = ["--teachers", json.dumps({"math": pair[3], "code": "nowhere"})]
+    code, error = exit_of(["train", *pair[:2], *pair[4:], *data, *options], capsys)
+    assert code == 1
+    assert "--teachers: expected a folder with a model, or the name of one on the hub; got 'nowhere'" in error
 
 
 @pytest.mark.parametrize("source", ["true", "folder"])

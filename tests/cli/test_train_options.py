@@ -29,7 +29,7 @@ def test_train_help_groups_every_option_of_gkd_config_behind_our_own(capsys):
 def test_every_required_option_that_is_missing_is_named(capsys):
     code, error = exit_of(["train", "--beta", "1"], capsys)
     assert code == 2
-    teacher = "--teacher_model_name_or_path or --teacher_server_base_url"
+    teacher = "--teacher_model_name_or_path or --teacher_server_base_url or --teachers or --teacher_cache_dir"
     assert f"required: --model_name_or_path, {teacher}, --dataset" in error
 
 

@@ -1,9 +1,11 @@
 """The fields of a comparison, joined from those of its tiles."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss
+from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss, reordered, weighted_sum
 
 
 def part(*values, entropy=None):
@@ -40,3 +42,32 @@ def test_a_term_of_weight_zero_may_be_infinite():
     infinite = torch.tensor([torch.inf])
     assert mixed_loss(infinite, torch.tensor([5.0]), torch.ones(1)).item() == 5.0
     assert mixed_loss(torch.tensor([2.0]), infinite, torch.zeros(1)).item() == 2.0
+
+
+def test_a_field_that_only_some_parts_have_is_nan_in_the_others():
+    whole = joined([part(1.0), replace(part(2.0, 3.0), teacher_mass_N=torch.tensor([0.5, 0.25], dtype=torch.float64))])
+    assert whole.teacher_mass_N[0].isnan()
+    assert whole.teacher_mass_N[1:].tolist() == [0.5, 0.25]
+
+
+def test_results_return_to_their_positions():
+    order_N = torch.tensor([2, 0, 1])
+    whole = reordered(part(20.0, 0.0, 10.0), order_N)
+    assert whole.values_N.tolist() == [0.0, 10.0, 20.0]
+    assert whole.student_entropy_N.tolist() == [0.0, 20.0, 40.0]
+    assert whole.cross_entropy_N is None
+
+
+def test_a_weighted_sum_adds_values_and_averages_statistics():
+    first, second = part(1.0, 2.0), replace(part(3.0, 5.0), agrees_N=torch.tensor([False, True]))
+    whole = weighted_sum([first, replace(second, is_finite_N=torch.tensor([True, False]))], [1.0, 3.0])
+    assert whole.values_N.tolist() == [10.0, 17.0]
+    assert whole.student_entropy_N.tolist() == [(2 + 3 * 6) / 4, (4 + 3 * 10) / 4]
+    assert whole.agrees_N.tolist() == [0.25, 1.0]
+    assert whole.is_finite_N.tolist() == [True, False]
+    assert whole.terms_NT.tolist() == [[1.0, 3.0], [2.0, 5.0]]
+
+
+def test_a_sum_of_one_teacher_is_that_teacher_s_result():
+    only = part(1.0, 2.0)
+    assert weighted_sum([only], [1.0]) is only

@@ -108,7 +108,7 @@ def test_bfloat16_logits_give_a_float32_loss(reduction):
     [
         ({"reduction": "batch"}, r"reduction must be one of 'batchmean', .*got 'batch'"),
         ({"beta": 2.0, "reduction": "none"}, r"beta must be in \[0, 1\]"),
-        ({"temperature": 0.0}, r"temperature must be positive"),
+        ({"temperature": 0.0}, r"temperature must be above 0"),
         ({"teacher_logits": torch.zeros(B, L, V + 1)}, r"same shape .*got \[3, 5, 37\] and \[3, 5, 38\]"),
         ({"labels": torch.zeros(B, L + 1)}, r"labels must have .*\[3, 5\]; got \[3, 6\]"),
     ],

@@ -28,6 +28,7 @@ from transformers import (
     RwkvConfig,
 )
 
+from gkd_trainer.models.decoders import with_decoder_inputs
 from gkd_trainer.models.heads import (
     InseparableHead,
     SeparableHead,
@@ -417,3 +418,63 @@ def test_where_labels_are_not_shifted_the_predictions_are_those_of_the_labels_ow
     signal, _ = predict(model, batch, head)
     logits_NV = signal.head.logits(signal.hidden_NH) if is_separable else signal.logits_NV
     torch.testing.assert_close(logits_NV, model(**batch.model_inputs).logits[batch.labels_BL != IGNORE_INDEX])
+
+
+ENCODER_DECODERS = ["t5", "t5_untied", "mt5", "bart"]
+
+
+def decoder_batch(model):
+    """Rows whose encoder's inputs and labels differ in length, with labels that are not trained on."""
+    generator = torch.Generator().manual_seed(1)
+    ids_BL = torch.randint(3, 368, (3, 9), generator=generator)
+    labels_BL = torch.randint(3, 368, (3, 5), generator=generator)
+    labels_BL[0, 2], labels_BL[1, 3:], labels_BL[2] = IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX
+    mask_BL = torch.tensor([[1] * 9, [1] * 7 + [0] * 2, [1] * 4 + [0] * 5])
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": labels_BL}
+    return TokenBatch.from_inputs(with_decoder_inputs(model, inputs))
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_the_input_of_its_head_explains_an_encoder_decoders_logits(tiny_encoder_decoder, family):
+    model = tiny_encoder_decoder(family).double()
+    batch = decoder_batch(model)
+    head = find_head(model)
+    assert isinstance(head, SeparableHead)
+    signal, output = predict(model, batch, head)
+    assert isinstance(signal, HiddenSignal)
+    assert output.logits.shape[-1] == 1  # also if the model adds a bias behind its head
+    expected = model(**batch.model_inputs).logits[batch.is_scored_BL]
+    assert batch.n_scored == len(expected) == 7
+    assert torch.allclose(signal.head.logits(signal.hidden_NH), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_last_hidden_states_of_a_tied_t5_do_not_explain_its_logits(tiny_encoder_decoder):
+    model = tiny_encoder_decoder("t5")
+    batch, head = decoder_batch(model), find_head(model)
+    signal, _ = predict(model, batch, head)
+    hidden = model(**batch.model_inputs, output_hidden_states=True).decoder_hidden_states[-1][batch.is_scored_BL]
+    assert torch.allclose(signal.hidden_NH, hidden * 32**-0.5, atol=1e-6)
+
+
+def test_the_bias_behind_the_head_counts_wherever_the_model_was_moved(tiny_encoder_decoder):
+    model = tiny_encoder_decoder("bart")
+    head = find_head(model)
+    model.double()  # replaces the buffer
+    batch = decoder_batch(model)
+    signal, _ = predict(model, batch, head)
+    assert signal.head.bias_V.equal(model.final_logits_bias[0])
+    assert signal.head.bias_V.abs().max() > 1
+
+
+def test_the_bias_behind_the_head_is_whole_after_a_forward_that_failed(tiny_encoder_decoder):
+    model = tiny_encoder_decoder("bart")
+    batch, head, bias = decoder_batch(model), find_head(model), model.final_logits_bias
+
+    def fail(signal):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        compare(model, batch, head, fail)
+    compare(model, batch, head, lambda signal: None)
+    assert model.final_logits_bias is bias
+    assert bias.shape == (1, 368)

@@ -4,10 +4,17 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import MptConfig, MptForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartForConditionalGeneration,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.loading import (
+    auto_class,
     base_model,
     disable_dropout,
     find_tokenizer,
@@ -15,6 +22,7 @@ from gkd_trainer.models.loading import (
     load_student,
     media_token_ids,
     name_of,
+    outline,
     refuse_prompt_learning,
     wrap_in_adapter,
 )
@@ -201,3 +209,39 @@ def test_tokens_of_other_media_are_those_that_the_config_names(tiny_model):
     assert media_token_ids(model) == frozenset()
     model.config.image_token_id, model.config.audio_token_index, model.config.video_token_id = 5, 6, None
     assert media_token_ids(model) == {5, 6}
+
+
+def test_the_auto_class_follows_the_config(tiny_model, tiny_encoder_decoder, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "causal")
+    student = tiny_encoder_decoder("bart")
+    student.save_pretrained(tmp_path / "pair")
+    adapter = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_2_SEQ_LM"))
+    adapter.peft_config["default"].base_model_name_or_path = str(tmp_path / "pair")
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert auto_class(str(tmp_path / "causal"), {}) is AutoModelForCausalLM
+    assert auto_class(str(tmp_path / "pair"), {"trust_remote_code": False}) is AutoModelForSeq2SeqLM
+    assert auto_class(str(tmp_path / "adapter"), {"dtype": "float32"}) is AutoModelForSeq2SeqLM
+    assert auto_class("nowhere", {"config": student.config}) is AutoModelForSeq2SeqLM
+    assert auto_class(str(tmp_path), {"subfolder": "pair"}) is AutoModelForSeq2SeqLM
+    loaded = load_student(str(tmp_path / "adapter"), None, trust_remote_code=False)
+    assert type(loaded) is BartForConditionalGeneration
+
+
+def test_the_outline_of_a_model_has_its_configs_and_no_weights(tiny_model, tmp_path):
+    model = tiny_model("qwen2", hidden=48)
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path)
+    empty = outline(str(tmp_path), {"dtype": "bfloat16"}, trust_remote_code=False)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    assert empty.generation_config.eos_token_id == [2, 7]
+    assert empty.config.hidden_size == 48
+    (tmp_path / "generation_config.json").unlink()
+    assert outline(str(tmp_path), None, trust_remote_code=False).generation_config.eos_token_id == 2
+    with pytest.raises(GKDConfigError, match="could not load the student from 'nowhere'"):
+        outline("nowhere", None, trust_remote_code=False)
+
+
+def test_an_encoder_decoder_has_no_outline(tiny_encoder_decoder, tmp_path):
+    tiny_encoder_decoder("bart").save_pretrained(tmp_path)
+    with pytest.raises(GKDConfigError, match="it is an encoder-decoder, and only causal LMs can be loaded without"):
+        outline(str(tmp_path), None, trust_remote_code=False)

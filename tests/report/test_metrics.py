@@ -11,6 +11,7 @@ from gkd_trainer.report.metrics import (
     TOKEN_SUMS,
     EvaluationMeter,
     Stopwatch,
+    TeacherSums,
     TrainingMeter,
     sample_metrics,
     sums_by_sample,
@@ -365,3 +366,48 @@ def test_on_cuda_a_stopwatch_measures_the_device_and_does_not_wait_for_it():
         torch.cuda._sleep(2_000_000_000)
     assert time.perf_counter() - began < 0.5
     assert stopwatch.read()["sleep"] > 0.5
+
+
+def result_of(values_N, **fields):
+    flags_N = torch.ones(len(values_N), dtype=torch.bool)
+    return TokenDivergence(values_N, None, values_N, values_N, flags_N, flags_N, flags_N, **fields)
+
+
+def test_each_teacher_s_divergence_and_share_are_those_of_its_tokens():
+    teachers = TeacherSums(("math", "code", "chat"), is_routed=True)
+    rows_N, index_B = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([1, 0, 1])
+    result = result_of(torch.tensor([1.0, 2.0, torch.inf, 4.0, 5.0]))
+    sums_BK = sums_by_sample(rows_N, torch.zeros(3, dtype=torch.bool), result, teachers, index_B)
+    assert sums_BK.shape == (3, len(TOKEN_SUMS) + len(teachers))
+    meter = TrainingMeter(CPU, teachers)
+    meter.add_tokens(sums_BK)
+    metrics = meter.read(lambda sums: sums)
+    assert metrics["divergence_teacher_code"] == 3.0
+    assert metrics["divergence_teacher_math"] == torch.inf  # and no other teacher's
+    assert metrics["teacher_share_math"] == pytest.approx(0.2)
+    assert metrics["teacher_share_code"] == pytest.approx(0.8)
+    assert metrics["teacher_share_chat"] == 0
+    assert "divergence_teacher_chat" not in metrics
+    assert meter.read(lambda sums: sums).keys().isdisjoint({"teacher_share_math", "divergence_teacher_code"})
+
+
+def test_in_a_sum_each_teacher_s_divergence_is_over_all_tokens():
+    teachers = TeacherSums(("math", "code"))
+    terms_NT = torch.tensor([[1.0, 10.0], [2.0, 20.0], [6.0, 30.0]])
+    result = result_of(torch.zeros(3), terms_NT=terms_NT)
+    sums_BK = sums_by_sample(torch.tensor([0, 1, 1]), torch.zeros(2, dtype=torch.bool), result, teachers)
+    meter = EvaluationMeter(teachers)
+    meter.add(sums_BK, torch.tensor(0.0), lambda sums: sums)
+    metrics = meter.read()
+    assert metrics["divergence_teacher_math"] == 3.0
+    assert metrics["divergence_teacher_code"] == 20.0
+    assert "teacher_share_math" not in metrics
+
+
+def test_masses_are_means_over_the_tokens_that_have_them():
+    mass_N = torch.tensor([0.5, torch.nan, 0.75])
+    result = result_of(torch.zeros(3), teacher_mass_N=mass_N, student_mass_N=mass_N / 2)
+    sums_BK = sums_by_sample(torch.tensor([0, 0, 0]), torch.zeros(1, dtype=torch.bool), result)
+    metrics = token_metrics(dict(zip(TOKEN_SUMS, sums_BK[0].tolist(), strict=True)))
+    assert metrics["teacher_top_k_mass"] == 0.625
+    assert metrics["student_top_k_mass"] == 0.3125

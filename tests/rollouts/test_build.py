@@ -4,16 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import MBartConfig, MBartForConditionalGeneration
 
 from gkd_trainer import GKDArguments
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.rollouts import (
     HFRollouts,
+    VLLMServerRollouts,
     build,
     build_student_engine,
     build_teacher_engine,
     find_stop_ids,
-    refuse_encoder_decoder,
+    refuse_engine,
     sampled_vocabulary_size,
 )
 from gkd_trainer.types import Sampling
@@ -56,13 +58,23 @@ def test_only_tokens_that_exist_and_are_compared_are_sampled(shared_size, vocabu
     assert sampled_vocabulary_size(shared_size, vocabulary) == expected
 
 
-def test_an_encoder_decoder_is_refused():
-    model = torch.nn.Linear(2, 2)
-    model.config = SimpleNamespace(is_encoder_decoder=True)
-    with pytest.raises(GKDConfigError, match="Linear is an encoder-decoder: use a decoder-only causal LM"):
-        refuse_encoder_decoder(model)
-    model.config.is_encoder_decoder = False
-    refuse_encoder_decoder(model)
+def test_an_encoder_decoder_generates_with_transformers_unsharded(tiny_encoder_decoder, tiny_model):
+    model, on_policy = tiny_encoder_decoder(), GKDArguments(lmbda=1.0)
+    refuse_engine(None, on_policy, model, is_sharded=False)
+    refuse_engine(None, GKDArguments(lmbda=0.0), model, is_sharded=True)
+    refuse_engine(None, GKDArguments(use_vllm=True), tiny_model(), is_sharded=True)
+    with pytest.raises(GKDConfigError, match="T5ForConditionalGeneration is an encoder-decoder, and vLLM only"):
+        refuse_engine(None, GKDArguments(use_vllm=True), model, is_sharded=False)
+    server = VLLMServerRollouts.__new__(VLLMServerRollouts)
+    with pytest.raises(GKDConfigError, match="vLLM only generates with causal LMs here: set use_vllm=False"):
+        refuse_engine(server, on_policy, model, is_sharded=False)
+    sizes = {"d_model": 8, "vocab_size": 9, "encoder_layers": 1, "decoder_layers": 1}
+    mbart = MBartForConditionalGeneration(MBartConfig(**sizes, encoder_attention_heads=1, decoder_attention_heads=1))
+    refuse_engine(None, GKDArguments(lmbda=0.0), mbart, is_sharded=False)
+    with pytest.raises(GKDConfigError, match=r"puts the last label of a sample before the first.*generate nothing"):
+        refuse_engine(None, on_policy, mbart, is_sharded=False)
+    with pytest.raises(GKDConfigError, match=r"whose weights are sharded .*Generate nothing \(lmbda=0"):
+        refuse_engine(None, on_policy, model, is_sharded=True)
 
 
 def test_without_vllm_transformers_generates_with_these_limits(tiny_model):

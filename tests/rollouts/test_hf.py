@@ -33,7 +33,7 @@ def token_ids(completions):
 @pytest.fixture
 def dice(tiny_model):
     """A model over 12 tokens whose distribution is far from uniform but spreads over all of them."""
-    return tiny_model(vocab=12, spread=6.0)
+    return tiny_model(vocab=12, head_scale=6.0)
 
 
 def drawn_frequencies(model, sampling, prompt=(3, 4, 5, 4)):
@@ -444,3 +444,58 @@ def test_weights_and_models_of_a_later_sync_count(tiny_model):
 def test_a_bf16_model_generates(tiny_model):
     completions = engine_of(tiny_model().bfloat16()).generate(PROMPTS, Sampling(4), SEEDS)
     assert all(completion.token_ids for completion in completions)
+
+
+ENCODER_DECODERS = ["t5", "mt5", "bart"]
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_encoder_decoders_greedy_completions_are_those_of_generate(tiny_encoder_decoder, family):
+    model = tiny_encoder_decoder(family)
+    engine = HFRollouts([2], 1)
+    engine.sync(model)
+    prompts = [[11, 12, 13, 14], [15], [16, 17]]
+    completions = engine.generate(prompts, engine.greedy_sampling(7), [0, 1, 2])
+    for prompt, completion in zip(prompts, completions, strict=True):
+        options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": 2, "pad_token_id": 1}
+        [expected] = model.generate(torch.tensor([prompt]), **options).tolist()
+        assert list(completion.token_ids) == expected[1:]
+        assert completion.is_finished == (expected[-1] == 2)
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_encoder_decoders_samples_depend_only_on_their_prompts_and_seeds(tiny_encoder_decoder, family):
+    model = tiny_encoder_decoder(family)
+    engine = HFRollouts([2], 1)
+    engine.sync(model)
+    prompts, sampling = [[11, 12, 13, 14], [15], [16, 17]], Sampling(7, repetition_penalty=1.3)
+    together = engine.generate(prompts, sampling, [7, 8, 9])
+    state = torch.get_rng_state()
+    alone = [engine.generate([prompt], sampling, [seed])[0] for prompt, seed in zip(prompts, [7, 8, 9], strict=True)]
+    assert together == alone
+    assert together != engine.generate(prompts, sampling, [17, 18, 19])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_encoder_decoders_tokens_come_as_often_as_the_model_says(tiny_encoder_decoder):
+    model = tiny_encoder_decoder("bart", vocab=12)
+    engine = HFRollouts([2], 1)
+    engine.sync(model)
+    prompt = torch.tensor([[5, 6, 7]])
+    logits = model(prompt, decoder_input_ids=torch.tensor([[2]])).logits[0, -1].double()
+    expected = (logits / 4).softmax(-1)
+    completions = engine.generate([[5, 6, 7]] * 2000, Sampling(1, temperature=4.0), list(range(2000)))
+    counts = torch.bincount(torch.tensor([completion.token_ids[0] for completion in completions]), minlength=12)
+    assert expected.max() < 0.8
+    # 5 standard deviations
+    assert ((counts / 2000 - expected).abs() <= 5 * (expected * (1 - expected) / 2000).sqrt() + 1e-9).all()
+
+
+def test_the_start_token_of_a_decoder_is_not_penalised_as_a_repetition(tiny_encoder_decoder):
+    model = tiny_encoder_decoder("bart")  # starts with its eos
+    with torch.no_grad():
+        model.final_logits_bias[0, 2] = 50.0
+    engine = HFRollouts([2], 1)
+    engine.sync(model)
+    [completion] = engine.generate([[5, 6]], Sampling(4, temperature=0.0, repetition_penalty=100.0), [0])
+    assert completion.token_ids == [2]

@@ -369,3 +369,62 @@ def test_a_completion_of_the_teacher_is_not_marked_on_policy():
     mixed = with_completions(RIGHT, {**of_teacher, **generated(1, [21], [9])}, PAD)
     assert mixed[IS_ON_POLICY].tolist() == [False, True]
     assert mixed["labels"].tolist() == [[X, X, 8], [X, 9, X]]
+
+
+def decoder_batch(**others):
+    """A batch of an encoder-decoder, padded on the left where its encoder reads."""
+    return {
+        "input_ids": torch.tensor([[PAD, 11, 12], [21, 22, 23], [PAD, PAD, 31]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]]),
+        "labels": torch.tensor([[13, 14, 2, X], [24, 2, X, X], [X, X, X, X]]),
+        "decoder_input_ids": torch.tensor([[7, 13, 14, 2], [7, 24, 2, 7], [7, 2, PAD, PAD]]),
+        **others,
+    }
+
+
+def test_all_that_an_encoder_reads_is_the_prompt():
+    own = torch.tensor([[99], [99], [99]])
+    assert (
+        prompts_of(decoder_batch()) == prompts_of(decoder_batch(**{PROMPT_IDS: own})) == [[11, 12], [21, 22, 23], [31]]
+    )
+    without_mask = {name: value for name, value in decoder_batch().items() if name != "attention_mask"}
+    assert prompts_of(without_mask)[0] == [PAD, 11, 12]
+
+
+def test_a_completion_replaces_labels_and_decoder_inputs_behind_the_start_token():
+    inputs = decoder_batch(decoder_attention_mask=torch.ones(3, 4, dtype=torch.long), row_key=torch.arange(3))
+    generated = {
+        0: Generated([11, 12], Completion([41, 42, 43, 44, 45], is_finished=False, is_trained=[0, 1, 1, 1, 1]), True),
+        2: Generated([31], Completion([51, 2], is_finished=True), False),
+    }
+    mixed = with_completions(inputs, generated, PAD)
+    assert mixed["labels"].tolist() == [[X, 42, 43, 44, 45], [24, 2, X, X, X], [51, 2, X, X, X]]
+    # The decoder reads also those tokens that are not trained on.
+    assert mixed["decoder_input_ids"].tolist() == [
+        [7, 41, 42, 43, 44],
+        [7, 24, 2, 7, PAD],
+        [7, 51, PAD, PAD, PAD],
+    ]
+    assert mixed["decoder_attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
+    assert mixed["input_ids"] is inputs["input_ids"]
+    assert mixed["attention_mask"] is inputs["attention_mask"]
+    assert mixed["row_key"] is inputs["row_key"]
+    assert mixed[IS_ON_POLICY].tolist() == [True, False, False]
+    assert with_completions(inputs, {}, PAD)["labels"] is inputs["labels"]
+
+
+def test_an_empty_completion_of_a_decoder_trains_on_nothing():
+    generated = {row: Generated([11], Completion([], is_finished=False), True) for row in range(3)}
+    mixed = with_completions(decoder_batch(), generated, PAD)
+    assert mixed["labels"].tolist() == [[X]] * 3
+    assert mixed["decoder_input_ids"].tolist() == [[7]] * 3
+
+
+def test_values_of_an_encoder_stay_and_unknown_ones_of_a_decoder_are_refused():
+    require_extendable(decoder_batch(embeddings=torch.zeros(3, 3, 2), position_ids=torch.zeros(3, 3)))
+    with pytest.raises(GKDDataError, match=r"returned decoder_position_ids \[3, 4\], which belongs to the decoder's"):
+        require_extendable(decoder_batch(decoder_position_ids=torch.zeros(3, 4)))
+    with pytest.raises(
+        GKDDataError, match=r"decoder_input_ids \[3, 5\], which does not have one value per label \[3, 4\]"
+    ):
+        require_extendable(decoder_batch(decoder_input_ids=torch.zeros(3, 5)))

@@ -92,7 +92,7 @@ def test_a_process_that_a_signal_ends_leaves_no_folder_and_ends_by_that_signal(o
     process, path = owner(before="import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))")
     remover = remover_of(path)
     process.send_signal(number)
-    assert process.wait(timeout=10) == -number
+    assert process.wait(timeout=60) == -number
     assert is_gone(path)
     assert has_ended(remover)
 
@@ -102,7 +102,7 @@ def test_a_signal_to_all_processes_of_a_job_leaves_no_folder(owner, number):
     process, path = owner()
     os.kill(remover_of(path), number)
     process.send_signal(number)
-    process.wait(timeout=10)
+    process.wait(timeout=60)
     assert is_gone(path)
 
 
@@ -112,7 +112,7 @@ def test_the_users_own_handler_is_called_and_decides(owner, place):
     process, path = owner(**{place: handler})
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "True\n"
-    process.communicate("\n", timeout=10)
+    process.communicate("\n", timeout=60)
     assert process.returncode == 0
     assert is_gone(path)
 

@@ -1,6 +1,7 @@
 """Completions by a vLLM engine in this process: from the latest weights, and dependent only on the seeds."""
 
 import gc
+import io
 import os
 import random
 import sys
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
 from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts
+from gkd_trainer.rollouts.vllm_colocate import _stdout_with_descriptor
 from gkd_trainer.types import Sampling
 from tests.models.test_weights import adapted, assert_equal_states, state_of
 
@@ -71,8 +73,8 @@ def lora(*target_modules, **options):
 def make(tiny_model):
     """Make a student whose greedy completions are not of one token repeated, also where its head is tied."""
 
-    def make(seed=0, spread=12.0, tied=False, **config):
-        model = tiny_model(hidden=128, vocab=ROWS, seed=seed, spread=spread, tie_word_embeddings=tied, **config)
+    def make(seed=0, head_scale=12.0, tied=False, **config):
+        model = tiny_model(hidden=128, vocab=ROWS, seed=seed, head_scale=head_scale, tie_word_embeddings=tied, **config)
         with torch.no_grad():
             for parameter in model.model.layers.parameters():
                 if parameter.dim() > 1:
@@ -115,6 +117,14 @@ def engine(built, model):
 
 def test_building_leaves_random_states_environment_and_threads_as_they_were(built):
     assert_undisturbed(built.before, built.after)
+
+
+@pytest.mark.parametrize("stdout", [None, io.StringIO()])
+def test_an_engine_is_built_with_a_stdout_that_has_a_descriptor(monkeypatch, stdout):
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with _stdout_with_descriptor():
+        assert sys.stdout.fileno() == 1
+    assert sys.stdout is stdout
 
 
 def test_the_number_of_threads_can_be_set_after_building(built):
@@ -357,7 +367,7 @@ def test_options_of_the_engine_reach_it(engine):
 def test_a_completion_ends_with_the_stop_token_or_is_cut_off(built, make):
     model = make()
     with torch.no_grad():
-        model.lm_head.weight[STOP] = model.lm_head.weight[20] * 1.2
+        model.lm_head.weight[STOP] = model.lm_head.weight[20] * 2
     built.engine.sync(model)
     completions = built.engine.generate(PROMPTS * 5, Sampling(25), list(range(30)))
     assert len({len(completion.token_ids) for completion in completions if completion.is_finished}) > 1
@@ -374,7 +384,7 @@ def test_an_end_of_sequence_only_in_the_config_does_not_stop_it(make, built, mon
     """The engine's config says that eos is 2."""
     model = make()
     with torch.no_grad():
-        model.lm_head.weight[STOP] = model.lm_head.weight[20] * 1.2
+        model.lm_head.weight[STOP] = model.lm_head.weight[20] * 2
     built.engine.sync(model)
     monkeypatch.setattr(built.engine, "_stop_ids", [7])
     completions = built.engine.generate(PROMPTS * 5, Sampling(25), list(range(30)))
@@ -413,7 +423,8 @@ def test_no_prompts_give_no_completions(engine):
 
 def test_a_prompt_too_long_for_the_engine_is_refused_with_the_numbers(engine):
     with pytest.raises(
-        GKDConfigError, match=r"up to 64 tokens, but a prompt of 60 and max_new_tokens=5 make 65: raise vllm_max_model"
+        GKDConfigError,
+        match=r"at most 64 tokens, but a prompt of 60 and max_new_tokens=5 make 65: raise vllm",
     ):
         engine.generate([PROMPTS[0], [5] * 60], Sampling(5), [0, 1])
     [completion] = engine.generate([[5] * 60], Sampling(4), [0])

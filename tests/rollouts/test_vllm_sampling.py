@@ -55,5 +55,5 @@ def test_anything_else_is_not_a_completion(ids, reason):
 def test_a_prompt_and_its_completion_have_to_fit_the_engine():
     check_lengths([[1] * 6], SAMPLING, 10)
     check_lengths([], SAMPLING, 4)
-    with pytest.raises(GKDConfigError, match="up to 10 tokens, but a prompt of 7 and max_new_tokens=4 make 11"):
+    with pytest.raises(GKDConfigError, match="at most 10 tokens, but a prompt of 7 and max_new_tokens=4 make 11"):
         check_lengths([[1], [1] * 7], SAMPLING, 10)

@@ -298,7 +298,7 @@ def test_no_prompts_give_no_completions_and_no_requests(engine, proxy):
 
 
 def test_a_prompt_too_long_for_the_server_is_refused_with_the_numbers(engine, proxy):
-    with pytest.raises(GKDConfigError, match="up to 320 tokens, but a prompt of 314 and max_new_tokens=7 make 321"):
+    with pytest.raises(GKDConfigError, match="at most 320 tokens, but a prompt of 314 and max_new_tokens=7 make 321"):
         engine.generate([PROMPTS[0], [5] * (MAX_MODEL_LENGTH - 6)], Sampling(7), [0, 1])
     assert proxy.requests == []
 

@@ -5,7 +5,16 @@ import torch
 
 from gkd_trainer import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.teachers import FrozenTeacher, VLLMServerTeacher, build_teacher
+from gkd_trainer.teachers import (
+    CachedTeacher,
+    FrozenTeacher,
+    HiddenStateServerTeacher,
+    RoutedTeachers,
+    VLLMServerTeacher,
+    WeightedTeachers,
+    build_teacher,
+)
+from tests.teachers.cache.rows import make_rows, source, write
 
 URL = "http://127.0.0.1:9"
 
@@ -53,6 +62,37 @@ def test_servers_become_a_teacher_with_the_options():
     assert build_teacher(GKDArguments(teacher_server_base_url=URL)).top_k == VLLMServerTeacher(URL).top_k
 
 
+def test_names_by_name_become_several_teachers_with_the_options(folder):
+    paths = {"math": str(folder), "code": str(folder)}
+    options = {"teacher_model_init_kwargs": {"dtype": "bfloat16"}, "teacher_top_k": 5}
+    routed = build_teacher(GKDArguments(teachers=paths, teacher_column="domain", **options))
+    assert isinstance(routed, RoutedTeachers)
+    assert routed.names == ("math", "code")
+    assert routed.column == "domain"
+    assert {each.model.dtype for each in routed.teachers} == {torch.bfloat16}
+    assert routed.top_k == 5
+    weighted = build_teacher(GKDArguments(teachers=paths, teacher_weights={"code": 1, "math": 3}))
+    assert isinstance(weighted, WeightedTeachers)
+    assert weighted.weights == {"math": 0.75, "code": 0.25}
+
+
+def test_servers_of_hidden_states_become_a_teacher_with_the_head_of_the_named_checkpoint(folder, tiny_model):
+    options = {
+        "teacher_server_base_url": [URL, "http://127.0.0.1:8"],
+        "teacher_server_signal": "hidden_states",
+        "teacher_model_name_or_path": str(folder),
+    }
+    teacher = build_teacher(GKDArguments(**options, teacher_model_init_kwargs={"local_files_only": True}))
+    assert isinstance(teacher, HiddenStateServerTeacher)
+    assert teacher.base_urls == options["teacher_server_base_url"]
+    assert (teacher.checkpoint, teacher.top_k) == (str(folder), None)
+    assert teacher.vocab_size == len(tiny_model().lm_head.weight)
+    with pytest.raises(GKDTeacherError, match=r"can only say where it is stored .*; got dtype: give the others"):
+        build_teacher(GKDArguments(**options, teacher_model_init_kwargs={"dtype": "bfloat16"}))
+    with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
+        build_teacher(GKDArguments(**options), teacher_model=tiny_model())
+
+
 def test_no_teacher_is_refused():
     with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
         build_teacher(GKDArguments())
@@ -63,6 +103,7 @@ def test_more_than_one_teacher_is_refused(tiny_model):
         (GKDArguments(), {"teacher": FrozenTeacher(tiny_model()), "teacher_model": tiny_model()}),
         (GKDArguments(teacher_server_base_url=URL), {"teacher_model": tiny_model()}),
         (GKDArguments(teacher_server_base_url=URL), {"teacher": FrozenTeacher(tiny_model())}),
+        (GKDArguments(teachers={"math": "a/b"}), {"teacher_model": tiny_model()}),
     ):
         with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
             build_teacher(args, **given)
@@ -87,3 +128,34 @@ def test_anything_but_a_model_is_refused(tiny_model):
         build_teacher(GKDArguments(), teacher_model=FrozenTeacher(tiny_model()))
     with pytest.raises(GKDTeacherError, match="expected a causal LM as the teacher; got int"):
         build_teacher(GKDArguments(), teacher_model=7)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    write(tmp_path / "cache", make_rows(3), source=source(train_on="last_turn"))
+    return str(tmp_path / "cache")
+
+
+def test_a_cache_becomes_a_teacher_with_its_fallback(cache, tiny_model, folder):
+    last = {"teacher_cache_dir": cache, "lmbda": 0.0, "train_on": "last_turn"}
+    alone = build_teacher(GKDArguments(**last))
+    assert isinstance(alone, CachedTeacher)
+    assert (str(alone.folder), alone.fallback) == (cache, None)
+    last["teacher_cache_miss"] = "teacher"
+    named = build_teacher(GKDArguments(**last, teacher_model_name_or_path=str(folder)))
+    assert is_the_saved_one(named.fallback, tiny_model)
+    model = tiny_model()
+    assert build_teacher(GKDArguments(**last), teacher_model=model).fallback.model is model
+
+
+def test_a_cache_that_does_not_fit_the_options_or_the_other_arguments_is_refused(cache, tiny_model):
+    last = {"teacher_cache_dir": cache, "lmbda": 0.0, "train_on": "last_turn"}
+    with pytest.raises(GKDTeacherError, match="another train_on: 'last_turn' there, 'all_turns' in this run"):
+        build_teacher(GKDArguments(teacher_cache_dir=cache, lmbda=0.0))
+    with pytest.raises(GKDTeacherError, match="another train_on"):
+        build_teacher(GKDArguments(lmbda=0.0), teacher=CachedTeacher(cache))
+    with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
+        build_teacher(GKDArguments(**last, teacher_cache_miss="teacher"))
+    for given in ({"teacher_model": tiny_model()}, {"teacher": FrozenTeacher(tiny_model())}):
+        with pytest.raises(GKDTeacherError, match=r"got a teacher and args\.teacher_cache_dir: keep one"):
+            build_teacher(GKDArguments(**last), **given)

@@ -1,6 +1,17 @@
 """The description of a teacher in the model card."""
 
-from gkd_trainer.teachers import FrozenTeacher, Teacher, TeacherDescription, VLLMServerTeacher, describe
+from gkd_trainer.teachers import (
+    CachedTeacher,
+    FrozenTeacher,
+    HiddenStateServerTeacher,
+    RoutedTeachers,
+    Teacher,
+    TeacherDescription,
+    VLLMServerTeacher,
+    WeightedTeachers,
+    describe,
+)
+from tests.teachers.cache.rows import K, make_rows, write
 
 
 class Unknown(Teacher):
@@ -30,3 +41,24 @@ def test_a_teacher_without_a_model_is_described_by_its_class():
 def test_a_teacher_behind_servers_is_described_by_the_served_name_and_where_they_listen():
     urls = ["http://127.0.0.1:9", "http://127.0.0.1:8"]
     assert describe(VLLMServerTeacher(urls, model="big")) == TeacherDescription("big", urls, 20)
+
+
+def test_several_teachers_are_described_by_their_names_and_weights():
+    served = VLLMServerTeacher("http://127.0.0.1:9", model="big")
+    summed = WeightedTeachers({"math": served, "own": Unknown()}, {"math": 1, "own": 3})
+    expected = {"math (weight 0.25)": "big", "own (weight 0.75)": "Unknown"}
+    assert describe(summed) == TeacherDescription(expected, ["http://127.0.0.1:9"], 20)
+    routed = RoutedTeachers({"both": summed, "chat": Unknown()})
+    expected = {"both, math (weight 0.25)": "big", "both, own (weight 0.75)": "Unknown", "chat": "Unknown"}
+    assert describe(routed).name == expected
+
+
+def test_a_cached_teacher_is_described_by_the_name_of_the_one_that_was_cached(tmp_path):
+    write(tmp_path, make_rows(3), kind="topk")
+    assert describe(CachedTeacher(tmp_path)) == TeacherDescription("oracle", (), K)
+
+
+def test_a_teacher_of_hidden_states_is_described_by_its_checkpoint(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    url = "http://127.0.0.1:9"
+    assert describe(HiddenStateServerTeacher(url, tmp_path)) == TeacherDescription(str(tmp_path), [url], None)

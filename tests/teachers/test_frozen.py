@@ -35,7 +35,7 @@ def prepared(model, **options):
 
 
 def adapted_head(model):
-    """A model whose head can't be taken apart."""
+    """A model whose head can't be split off."""
     return get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).get_base_model()
 
 
@@ -191,7 +191,7 @@ def test_remote_code_is_trusted_only_on_request(monkeypatch, tiny_model):
         return tiny_model()
 
     auto_class = SimpleNamespace(from_pretrained=load)
-    monkeypatch.setattr("gkd_trainer.teachers.frozen.AutoModelForCausalLM", auto_class)
+    monkeypatch.setattr("gkd_trainer.teachers.frozen.auto_class", lambda *_: auto_class)
     monkeypatch.setattr("gkd_trainer.teachers.frozen.find_tokenizer", lambda name, trusted, *_: loaded.append(trusted))
     FrozenTeacher.from_pretrained("a/teacher", dtype="auto")
     assert loaded[:2] == [{"dtype": "auto", "trust_remote_code": False}, False]

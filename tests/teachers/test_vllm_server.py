@@ -11,8 +11,8 @@ import torch
 
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
 from gkd_trainer.teachers import Teacher, VLLMServerTeacher
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 from tests.serving import MAX_MODEL_LENGTH, FaultyProxy, changed, cut_in_half, status, trickle
+from tests.teachers.batches import batch_of, batch_of_six, token_rows
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -38,34 +38,6 @@ def make(proxy, tokenizer):
         return teacher
 
     return make
-
-
-def token_rows(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(4, 365, (length,), generator=generator).tolist() for length in lengths]
-
-
-def batch_of(rows, labels, side="right"):
-    """Pad rows and their labels to a batch; labels may be given as the indices of the tokens trained on."""
-    longest = max(map(len, rows))
-    padded = {"input_ids": [], "attention_mask": [], "labels": []}
-    for row, trained in zip(rows, labels, strict=True):
-        padding = longest - len(row)
-        values = {
-            "input_ids": (row, 2),
-            "attention_mask": ([1] * len(row), 0),
-            "labels": ([token if i in trained else IGNORE_INDEX for i, token in enumerate(row)], IGNORE_INDEX),
-        }
-        for key, (real, fill) in values.items():
-            padded[key].append(real + [fill] * padding if side == "right" else [fill] * padding + real)
-    return TokenBatch.from_inputs({key: torch.tensor(value) for key, value in padded.items()})
-
-
-def batch_of_six(side="right"):
-    """Rows of a prompt and a completion, of two turns, of gaps, without labels, of one token, and trained in full."""
-    rows = token_rows([12, 17, 9, 14, 7, 11])
-    trained = [range(5, 12), [4, 5, 6, 11, 12, 13, 14], [1, 3, 5, 6], [], [6], range(1, 11)]
-    return batch_of(rows, trained, side)
 
 
 def expected_log_p_NV(model, batch):
@@ -485,7 +457,7 @@ def test_a_server_without_a_tokenizer_is_taken_with_a_warning(make, proxy, caplo
     """What --skip-tokenizer-init answers; it makes a server several times faster."""
     body = b'{"error": {"message": "Tokenizer not available when `skip_tokenizer_init=True`", "code": 400}}'
     proxy.next(status(400, body), path="/tokenize")
-    with caplog.at_level(logging.WARNING, logger="gkd_trainer.teachers.vllm_server"):
+    with caplog.at_level(logging.WARNING, logger="gkd_trainer.teachers.served"):
         make(checks=True)
     [record] = caplog.records
     assert f"{proxy.base_url} runs without a tokenizer" in record.message

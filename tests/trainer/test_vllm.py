@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from gkd_trainer import FrozenTeacher, GKDServerError, VLLMColocateRollouts, VLLMServerTeacher
+from gkd_trainer import FrozenTeacher, GKDServerError, HiddenStateServerTeacher, VLLMColocateRollouts, VLLMServerTeacher
 from gkd_trainer.rollouts import HFRollouts
 from tests.serving import FaultyProxy, changed, delayed, status
 from tests.trainer.run import FSDP
@@ -264,6 +264,56 @@ def test_the_full_vocabulary_as_top_k_is_the_full_divergence(run, make_trainer, 
     top = make_trainer(trainer_args={"teacher_model": teacher_model}, teacher_top_k=368, **options)
     top.train()
     assert losses(top) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def hidden_options(base_url, served_dir):
+    return {
+        "teacher_server_base_url": base_url,
+        "teacher_server_signal": "hidden_states",
+        "teacher_model_name_or_path": str(served_dir),
+    }
+
+
+def test_hidden_states_of_a_server_train_as_the_same_teacher_in_this_process(
+    make_trainer, served_model, hidden_server, served_dir
+):
+    options = {**RUN, "lmbda": 0.5, "beta": 0.5, "loss_temperature": 2.0}
+    local = make_trainer(trainer_args={"teacher_model": served_model}, **options)
+    local.train()
+    served = make_trainer(
+        trainer_args={"teacher_model": None}, **hidden_options(hidden_server.base_url, served_dir), **options
+    )
+    served.train()
+    assert losses(served) == pytest.approx(losses(local), rel=1e-4)
+    assert isinstance(served.teacher, HiddenStateServerTeacher)
+    assert not logged(served, "teacher_top_k_mass")
+
+
+def test_hidden_states_that_fail_to_come_leave_a_checkpoint_that_resumes(
+    make_trainer, tiny_model, hidden_proxy, served_dir, tmp_path
+):
+    options = {**RUN, **TIMEOUTS, **hidden_options(hidden_proxy.base_url, served_dir), "lmbda": 0.5}
+
+    def trainer_of(folder, callbacks=None):
+        return make_trainer(
+            trainer_args={"model": tiny_model(seed=7), "teacher_model": None, "callbacks": callbacks},
+            output_dir=str(tmp_path / folder),
+            **options,
+        )
+
+    expected = trainer_of("expected")
+    expected.train()
+
+    def fail_at_the_second_micro_batch():
+        hidden_proxy.next(lambda request, forward: forward(), path="/pooling")
+        hidden_proxy.next(status(500), times=None, path="/pooling")
+
+    with pytest.raises(GKDServerError, match=r"POST /pooling.*status 500.*checkpoint-2"):
+        trainer_of("run", [At(2, fail_at_the_second_micro_batch)]).train()
+    hidden_proxy.heal()
+    resumed = trainer_of("run")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == pytest.approx(losses(expected), rel=1e-5)
 
 
 # When servers fail

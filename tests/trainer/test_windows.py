@@ -108,3 +108,19 @@ def test_an_epoch_takes_from_its_loader_as_its_length_is_known_or_not(ranks, has
     assert loader.has_ended(epoch.batches) is not has_length
     with pytest.raises(GKDDataError):
         epoch_of(loader, 0, has_length=has_length).take(2, is_first=True)
+
+
+def test_an_epoch_completes_each_batch_of_a_window(ranks):
+    epoch = Epoch(
+        WindowLoader(ranks),
+        batches(3),
+        has_length=True,
+        num_batches=2,
+        accumulation=2,
+        batch_size=1,
+        max_steps=2,
+        is_first=True,
+        completed=lambda batch: {"number": 10 * batch["number"]},
+    )
+    assert numbers(epoch.take(2, is_first=True)) == [0, 10]
+    assert numbers(epoch.later().take(2, is_first=False)) == [20]

@@ -4,8 +4,8 @@ import pytest
 from datasets import Dataset
 
 from gkd_trainer.data.prepare import prepare_dataset
+from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.rows import RowRules
-from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.types import TEACHER_PROMPT_IDS
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
@@ -20,7 +20,7 @@ def teacher():
 
 
 def text_of(teacher, row):
-    return teacher.decode(TeacherPrompts(teacher).of(row))
+    return teacher.decode(RenderedPrompts(teacher).of(row))
 
 
 @pytest.mark.parametrize(
@@ -56,22 +56,22 @@ def test_earlier_turns_are_part_of_the_prompt(teacher):
     ],
 )
 def test_rows_without_messages_before_a_turn_have_none(teacher, row):
-    assert TeacherPrompts(teacher).of(row) == []
+    assert RenderedPrompts(teacher).of(row) == []
 
 
 def test_a_teacher_without_a_template_has_none():
     plain = sentencepiece_like(sentencepiece_backend(), chat_template=None)
-    assert TeacherPrompts(plain).of({"messages": [USER, TURN]}) == []
+    assert RenderedPrompts(plain).of({"messages": [USER, TURN]}) == []
 
 
 def test_a_rows_own_prompt_is_kept(teacher):
-    assert TeacherPrompts(teacher).of({"messages": [USER, TURN], TEACHER_PROMPT_IDS: [7, 8]}) == [7, 8]
+    assert RenderedPrompts(teacher).of({"messages": [USER, TURN], TEACHER_PROMPT_IDS: [7, 8]}) == [7, 8]
 
 
 def test_messages_that_the_template_refuses_drop_the_row():
     strict = sentencepiece_like(sentencepiece_backend(), "{{ raise_exception('System role not supported') }}")
     with pytest.raises(RowDropped, match=r"the teacher's chat template \(System role not supported\)"):
-        TeacherPrompts(strict).of({"messages": [USER, TURN]})
+        RenderedPrompts(strict).of({"messages": [USER, TURN]})
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

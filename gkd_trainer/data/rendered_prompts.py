@@ -16,7 +16,7 @@ from gkd_trainer.types import TEACHER_PROMPT_IDS
 
 
 @dataclass(frozen=True)
-class TeacherPrompts:
+class RenderedPrompts:
     """Renders prompts with the template of `tokenizer`, the teacher's; can be pickled."""
 
     tokenizer: Any

@@ -1,0 +1,153 @@
+"""The options of `gkd-trainer cache`: the cache, the data, and those of GKDConfig that decide what the teacher says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from gkd_trainer.cli.config_file import parse_with_config
+from gkd_trainer.cli.parser import OptionGroup, build_parser, built
+from gkd_trainer.cli.train_options import refusing_as_configuration
+from gkd_trainer.errors import GKDConfigError
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
+    from gkd_trainer.config import GKDConfig
+    from gkd_trainer.data.sources import RowSource
+
+_TEACHER = (
+    "teacher_model_name_or_path",
+    "teacher_model_init_kwargs",
+    "teacher_top_k",
+    "teacher_server_base_url",
+    "teacher_server_api_token",
+    "teacher_server_checks",
+    "vllm_server_timeout",
+    "vllm_request_timeout",
+    "trust_remote_code",
+    "use_cpu",
+)
+_ROWS = ("max_length", "train_on", "dataset_num_proc", "model_init_kwargs")
+
+_TOP_K = 64
+"""How many top tokens kind='topk' takes from a teacher in this process."""
+
+
+def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help} | ({} if choices is None else {"choices": choices}))
+
+
+@dataclass
+class CacheOptions:
+    """The folder to write, and what to store."""
+
+    output_dir: str | None = _option(
+        None, "Folder of the cache; one that has some of the rows is continued (required)."
+    )
+    kind: str | None = _option(
+        None,
+        "What to store of each prediction: hidden is the final hidden state (2 bytes per channel), hidden_int8 the "
+        "same in 1 byte, topk the --teacher_top_k most probable tokens (64 if unset). By default topk if "
+        "--teacher_top_k or a server is given, else hidden.",
+        ["hidden", "hidden_int8", "topk"],
+    )
+    compression: str = _option(
+        "auto",
+        "Whether to compress rows without loss; auto does so for hidden states in bfloat16 and float16, if "
+        "zstandard is installed.",
+        ["auto", "none", "zstd"],
+    )
+    shard_mb: float = _option(256.0, "Size of a file in MiB, before compression.")
+    batch_size: int = _option(8, "Number of rows that the teacher scores at once.")
+
+
+@dataclass
+class RowOptions:
+    """The data to cache, and the student for which it is prepared."""
+
+    dataset: str | None = _option(
+        None,
+        "The data: a name on the hub, a .json, .jsonl, .parquet or .csv file, or a folder of them (required).",
+    )
+    dataset_config: str | None = _option(None, "Configuration of the data set, such as main for openai/gsm8k.")
+    train_split: str = _option("train", "Split to cache, or part of one, such as train[:100].")
+    model_name_or_path: str | None = _option(
+        None,
+        "The student, whose tokenizer, context and stop tokens prepare the rows; by default those of the teacher. A "
+        "teacher behind a server needs it.",
+    )
+
+    def source(self) -> RowSource:
+        """Return the rows, not loaded yet; raise GKDDataError for a file that doesn't exist, or of an unknown kind."""
+        from gkd_trainer.data.sources import RowSource
+
+        return RowSource("dataset", self.dataset or "", self.train_split, self.dataset_config)
+
+
+@dataclass(frozen=True)
+class CacheRun:
+    """All options of a run, by subject."""
+
+    cache: CacheOptions
+    rows: RowOptions
+    config: GKDConfig
+
+
+def parse(arguments: Sequence[str]) -> CacheRun:
+    """Return the options of `gkd-trainer cache`, from the command line and its YAML file.
+
+    Raises:
+        SystemExit: With status 2, for options that are missing or can't be parsed.
+        GKDConfigError: Values or combinations that have no meaning.
+    """
+    from gkd_trainer.config import GKDConfig
+
+    hints = {**get_type_hints(RowOptions), **get_type_hints(CacheOptions)}
+    hints.update({name: hint for name, hint in get_type_hints(GKDConfig).items() if name in (*_TEACHER, *_ROWS)})
+    parser = _parser(hints)
+    options = parse_with_config(parser, hints, arguments)
+    teachers = ("teacher_model_name_or_path", "teacher_server_base_url")
+    missing = [
+        " or ".join(f"--{name}" for name in names)
+        for names in (teachers, ("dataset",), ("output_dir",))
+        if all(getattr(options, name) is None for name in names)
+    ]
+    if missing:
+        parser.error(f"the following options are required: {', '.join(missing)}")
+    cache, rows = built(CacheOptions, options), built(RowOptions, options)
+    has_server = options.teacher_server_base_url is not None
+    if cache.kind == "topk" and options.teacher_top_k is None and not has_server:
+        options.teacher_top_k = _TOP_K
+    if cache.kind in ("hidden", "hidden_int8") and options.teacher_top_k is not None:
+        raise GKDConfigError(
+            f"teacher_top_k={options.teacher_top_k} has no effect on kind={cache.kind!r}: leave one of them out"
+        )
+    if has_server and rows.model_name_or_path is None:
+        raise GKDConfigError(
+            "a teacher behind a server needs the student, for which the rows are prepared: set --model"
+        )
+    given = {name: getattr(options, name) for name in (*_TEACHER, *_ROWS)}
+    with refusing_as_configuration():
+        config = GKDConfig(output_dir=cache.output_dir, lmbda=0.0, report_to="none", **given)
+    return CacheRun(cache, rows, config)
+
+
+def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:
+    from gkd_trainer.config import GKDConfig
+
+    of_config = {option.name: option for option in fields(GKDConfig)}
+    return build_parser(
+        prog="gkd-trainer cache",
+        usage="gkd-trainer cache (--teacher TEACHER | --teacher_server_base_url URL) --dataset DATA --output_dir CACHE "
+        "[--config FILE] [OPTION ...]",
+        description="Have a teacher score a data set once, and write its predictions to a folder for `gkd-trainer "
+        "train --teacher_cache_dir CACHE`, with the same options for the rows.",
+        groups=[
+            OptionGroup("cache", fields(CacheOptions)),
+            OptionGroup("data", [*fields(RowOptions), *(of_config[name] for name in _ROWS)]),
+            OptionGroup("teacher", [of_config[name] for name in _TEACHER]),
+        ],
+        hints=hints,
+    )

@@ -1,0 +1,7 @@
+"""A teacher's predictions on disk: the format, its writer and its reader."""
+
+from gkd_trainer.teachers.cache.format import CacheSource, Manifest, read_manifest, source_of
+from gkd_trainer.teachers.cache.reader import CacheReader
+from gkd_trainer.teachers.cache.writer import CacheWriter
+
+__all__ = ["CacheReader", "CacheSource", "CacheWriter", "Manifest", "read_manifest", "source_of"]

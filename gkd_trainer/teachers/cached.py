@@ -1,0 +1,260 @@
+"""A teacher whose predictions were written to disk before training.
+
+Shapes: N positions trained on, P positions of one sequence, L length, M sequences that are not in the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gkd_trainer.config import GKDArguments
+from gkd_trainer.errors import GKDDataError, GKDTeacherError
+from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
+from gkd_trainer.teachers.cache.format import (
+    Manifest,
+    dtype_name,
+    read_manifest,
+    template_digest,
+    weights_digest,
+)
+from gkd_trainer.teachers.cache.kinds import Values, values_of
+from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
+from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
+from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TokenBatch
+
+logger = logging.getLogger(__name__)
+
+
+class CachedTeacher(CompositeTeacher):
+    """Reads a teacher's predictions from a folder that `gkd-trainer cache` wrote, for data that does not change.
+
+    Rows are found by their token ids, so their order, the number of workers and ranks, and filters do not matter; a
+    longer row serves its beginnings. Files are mapped into memory, and each row is checked when it is read.
+
+    Args:
+        folder: The cache.
+        fallback: The teacher that was cached, to score rows that the cache lacks. Without one, such a row is an error,
+            so that the student can't be trained on completions that are generated during training.
+
+    Raises:
+        GKDTeacherError: There is no cache in `folder`, its manifest was changed, or `fallback` can't stand in for it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fallback: Teacher | None = None) -> None:
+        self._folder, self._fallback = Path(folder), fallback
+        self._manifest = read_manifest(self._folder)
+        self._vocabulary = read_vocabulary(self._folder, self._manifest)
+        self._reader: CacheReader | None = None
+        self._head: Head | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._has_missed = False
+        if fallback is not None and any(isinstance(each, AligningTeacher) for each in all_teachers(fallback)):
+            raise GKDTeacherError(
+                "the fallback of a cache must predict over the student's tokens, but this one reads other tokens: "
+                "train with it in this process, without a cache"
+            )
+        if fallback is not None and fallback.shares_weights:
+            raise GKDTeacherError(
+                "the fallback of a cache must be the teacher that was cached, but this one shares weights with the "
+                "student: pass a teacher of its own"
+            )
+        if fallback is not None:
+            self._require("top_k", fallback.top_k, self._manifest.top_k)
+
+    def score(self, batch: TokenBatch) -> Signal:
+        """Return the cached predictions at the batch's scored positions, and the fallback's for rows without any.
+
+        Raises:
+            GKDTeacherError: A file of the cache was changed or cut short.
+            GKDDataError: A row is not in the cache, and there is no fallback; or the batch holds more than token ids.
+        """
+        if self._reader is None:
+            raise RuntimeError("CachedTeacher.score was called before prepare(device)")
+        if batch.label_offset != 1:
+            raise GKDDataError("the rows of an encoder-decoder can't be cached: use its teacher in this process")
+        sequences = sequences_of(batch)
+        found = [self._reader.read(sequence) for sequence in sequences]
+        missing = [index for index, values in enumerate(found) if values is None]
+        device = batch.labels_BL.device
+        if missing:
+            live = self._scored_live(batch, sequences, missing)
+            for index, values in zip(missing, live, strict=True):
+                found[index] = values
+        return self._signal([values for values in found if values is not None], device)
+
+    @property
+    def folder(self) -> Path:
+        """The cache."""
+        return self._folder
+
+    @property
+    def manifest(self) -> Manifest:
+        """What was cached, from which teacher."""
+        return self._manifest
+
+    @property
+    def fallback(self) -> Teacher | None:
+        """The teacher that scores rows that the cache lacks."""
+        return self._fallback
+
+    @property
+    def teachers(self) -> Sequence[Teacher]:
+        """The fallback, if any."""
+        return [] if self._fallback is None else [self._fallback]
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many tokens the cached teacher predicts over; None if unknown."""
+        return self._manifest.source.vocab_size
+
+    @property
+    def top_k(self) -> int | None:
+        """How many tokens of each distribution were cached; None for full distributions."""
+        return self._manifest.top_k
+
+    @property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        """The id of each token of the tokenizer that the cache was made with; None if unknown."""
+        return self._vocabulary
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The fallback's model, if it has one in this process."""
+        return None if self._fallback is None else self._fallback.model
+
+    @property
+    def is_local(self) -> bool:
+        """False: reading a file may fail for one rank alone."""
+        return False
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the fallback can complete prompts."""
+        return self._fallback is not None and self._fallback.can_generate
+
+    def check_options(self, args: GKDArguments) -> None:
+        """Raise GKDTeacherError if the cache was made with options that the run's don't fit."""
+        source = self._manifest.source
+        if args.teacher_top_k is not None:
+            self._require("teacher_top_k", args.teacher_top_k, self.top_k)
+        if source.train_on == "last_turn":  # of all turns, the last is a part
+            self._require("train_on", args.train_on, source.train_on)
+
+    def prepare(
+        self,
+        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Check that the cache fits the run, and open it.
+
+        The tokenizer's map is compared with `vocabulary` where the models are paired. Rows may be shorter than the
+        cached ones, but not longer.
+
+        Raises:
+            GKDTeacherError: The run's chat template or `max_length` is not the cache's, the fallback is not the cached
+                teacher, or the cache is incomplete or damaged.
+        """
+        source = self._manifest.source
+        if tokenizer is not None and None not in (source.chat_template, template_digest(tokenizer)):
+            self._require("chat_template", template_digest(tokenizer), source.chat_template)
+        if source.max_length is not None and (max_length is None or max_length > source.max_length):
+            raise GKDTeacherError(
+                f"the cache in {self._folder} holds rows of up to max_length={source.max_length} tokens, but this run "
+                f"has max_length={max_length}: set it to {source.max_length} or less, or make a cache with this run's"
+            )
+        if self._fallback is not None:
+            self._fallback.prepare(device, tokenizer, max_length)
+            self._check_fallback(self._fallback)
+        self._tokenizer = tokenizer
+        self._reader = CacheReader(self._folder, self._manifest)
+        head = self._reader.shared.head
+        self._head = None if head is None else _moved(head, device)
+
+    def _check_fallback(self, fallback: Teacher) -> None:
+        source, model = self._manifest.source, fallback.model
+        self._require("vocab_size", fallback.vocab_size, source.vocab_size)
+        if model is not None:
+            self._require("dtype", dtype_name(model.dtype), source.dtype)
+            self._require("weights", weights_digest(model), source.weights)
+
+    def _require(self, name: str, given: object, cached: object) -> None:
+        if given != cached:
+            raise GKDTeacherError(
+                f"the cache in {self._folder} was made with another {name}: {cached!r} there, {given!r} in this run. "
+                "Use what it was made with, or make a cache for this run"
+            )
+
+    def _signal(self, rows: list[Values], device: torch.device) -> Signal:
+        manifest = self._manifest
+        if manifest.kind == "topk":
+            ids_NK = torch.cat([torch.empty(0, manifest.width, dtype=torch.int64), *(ids for ids, _ in rows)])
+            log_p_NK = torch.cat([torch.empty(0, manifest.width), *(log_p for _, log_p in rows)])
+            known = manifest.source.vocab_size
+            if known is None:  # a server's
+                largest = int(ids_NK.max()) if ids_NK.numel() > 0 else 0
+                known = max(largest, *(self._vocabulary or {}).values()) + 1
+            return TopKSignal(ids_NK.to(device), log_p_NK.to(device), known)
+        assert self._head is not None
+        dtype: torch.dtype = getattr(torch, manifest.dtype)
+        nothing_NH = torch.empty(0, manifest.width, dtype=dtype)
+        hidden_NH = torch.cat([nothing_NH, *(hidden_PH.to(dtype) for (hidden_PH,) in rows)])
+        return HiddenSignal(hidden_NH.to(device), self._head)
+
+    def _scored_live(self, batch: TokenBatch, sequences: list[TokenSequence], missing: list[int]) -> list[Values]:
+        if self._fallback is None:
+            raise GKDDataError(self._missing_row(batch, sequences, missing[0]))
+        if not self._has_missed:
+            self._has_missed = True
+            logger.info("Some rows are not in the cache in %s: the teacher scores them.", self._folder)
+        asked = [sequences[index] for index in missing]
+        signal = self._fallback.score(_batch_of(asked, batch.labels_BL.device))
+        values = values_of(signal, self._manifest.kind)
+        counts = [len(sequence.targets_P) for sequence in asked]
+        return list(zip(*(value.split(counts) for value in values), strict=True))
+
+    def _missing_row(self, batch: TokenBatch, sequences: list[TokenSequence], index: int) -> str:
+        sequence = sequences[index]
+        names = [f"{len(sequence.token_ids)} tokens, {sequence.token_ids[:8]}…"]
+        keys_B = batch.side.get(ROW_KEY)
+        rows = batch.rows_N.unique().tolist()
+        if keys_B is not None and len(rows) == len(sequences):
+            names.insert(0, f"{ROW_KEY} {int(keys_B[rows[index]])}")
+        if self._tokenizer is not None:
+            names.append(repr(self._tokenizer.decode(sequence.token_ids)[:80]))
+        return (
+            f"a row is not in the cache in {self._folder} ({', '.join(names)}), or not the predictions for all "
+            f"{len(sequence.targets_P)} of its tokens trained on: add this data to it with `gkd-trainer cache` and the "
+            "options of this run, or set teacher_cache_miss='teacher' (CachedTeacher's fallback)"
+        )
+
+
+def _batch_of(sequences: Sequence[TokenSequence], device: torch.device) -> TokenBatch:
+    """Return a batch of sequences with the same tokens trained on."""
+    ids = [torch.tensor(sequence.token_ids) for sequence in sequences]
+    labels = []
+    for ids_L, sequence in zip(ids, sequences, strict=True):
+        labels_L = torch.full_like(ids_L, IGNORE_INDEX)
+        targets_P = torch.from_numpy(sequence.targets_P)
+        labels_L[targets_P] = ids_L[targets_P]
+        labels.append(labels_L)
+    inputs: dict[str, Any] = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(ids_L) for ids_L in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
+    return TokenBatch.from_inputs({name: value.to(device) for name, value in inputs.items()})
+
+
+def _moved(head: Head, device: torch.device) -> Head:
+    bias_V = None if head.bias_V is None else head.bias_V.to(device)
+    return Head(head.weight_VH.to(device), bias_V, head.scale, head.softcap)

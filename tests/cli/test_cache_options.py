@@ -1,0 +1,60 @@
+"""The options of `gkd-trainer cache`: what is required, and what has no effect."""
+
+import pytest
+
+from gkd_trainer.cli import main
+from gkd_trainer.cli.cache_options import parse
+from gkd_trainer.errors import GKDConfigError
+from tests.cli.command import exit_of, write_yaml
+
+REQUIRED = ["--teacher", "t", "--dataset", "d", "--output_dir", "o"]
+
+
+def test_help_groups_the_options_and_leaves_out_those_of_training(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["cache", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    positions = [text.index(title) for title in ("\ncache:", "\ndata:", "\nteacher:")]
+    assert positions == sorted(positions)
+    assert "--teacher_model_name_or_path, --teacher TEXT" in text
+    assert "--learning_rate" not in text
+
+
+def test_every_required_option_that_is_missing_is_named(capsys):
+    code, error = exit_of(["cache", "--kind", "topk"], capsys)
+    assert code == 2
+    assert "required: --teacher_model_name_or_path or --teacher_server_base_url, --dataset, --output_dir" in error
+
+
+def test_options_become_a_configuration_without_generated_completions(tmp_path):
+    file = write_yaml(
+        tmp_path / "a.yaml", max_length=77, kind="hidden_int8", teacher_model_init_kwargs={"dtype": "auto"}
+    )
+    options = parse([*REQUIRED, "--config", str(file), "--train_on", "last_turn", "--use_cpu"])
+    config = options.config
+    assert (config.lmbda, config.max_length, config.train_on) == (0.0, 77, "last_turn")
+    assert config.teacher_model_init_kwargs == {"dtype": "auto"}
+    assert (options.cache.kind, options.cache.batch_size, options.rows.dataset) == ("hidden_int8", 8, "d")
+
+
+def test_top_tokens_are_64_unless_a_number_is_given():
+    assert parse([*REQUIRED, "--kind", "topk"]).config.teacher_top_k == 64
+    assert parse([*REQUIRED, "--kind", "topk", "--teacher_top_k", "5"]).config.teacher_top_k == 5
+    assert parse(REQUIRED).config.teacher_top_k is None
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ([*REQUIRED, "--kind", "hidden", "--teacher_top_k", "5"], "teacher_top_k=5 has no effect on kind='hidden'"),
+        (
+            [*REQUIRED[2:], "--teacher_server_base_url", "http://a:1"],
+            "a teacher behind a server needs the student, for which the rows are prepared: set --model",
+        ),
+        ([*REQUIRED, "--max_length", "1"], "max_length must be at least 2"),
+    ],
+)
+def test_options_that_have_no_meaning_together_are_refused(options, problem):
+    with pytest.raises(GKDConfigError, match=problem):
+        parse(options)
