@@ -48,13 +48,14 @@ def _before_last_turn(row: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     if row.get("messages") is not None or row.get("conversations") is not None:
         held = {name: row[name] for name in ("messages", "conversations") if row.get(name) is not None}
         messages = messages_of(maybe_convert_to_chatml(held)["messages"])
+        n_context = 0
     elif isinstance(row.get("prompt"), list):
-        converted = maybe_convert_to_chatml({"prompt": row["prompt"]})
+        held = {name: row[name] for name in ("prompt", "completion") if isinstance(row.get(name), list)}
+        converted = maybe_convert_to_chatml(held)
         messages = messages_of(converted["prompt"])
-        completion = row.get("completion")
-        messages += messages_of(completion) if isinstance(completion, list) else []
+        n_context = len(messages)
+        messages += messages_of(converted["completion"]) if "completion" in converted else []
     else:
         return []
-    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    is_prompt = row.get("prompt") is not None and row.get("completion") is None and not row.get("messages")
-    return messages if is_prompt or not turns else messages[: turns[-1]]
+    turns = [place for place in range(n_context, len(messages)) if messages[place]["role"] == "assistant"]
+    return messages[: turns[-1]] if turns else messages

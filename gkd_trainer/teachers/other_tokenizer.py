@@ -29,6 +29,7 @@ from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary_map import map_of, top_tokens_mapped
 from gkd_trainer.types import (
     IGNORE_INDEX,
+    IS_ON_POLICY,
     MEDIA_INPUTS,
     TEACHER_COLUMNS,
     TEACHER_IDS,
@@ -99,18 +100,18 @@ class OtherTokenizerTeacher(AligningTeacher):
         prepared = self._ready()
         _refuse_unreadable(inputs)
         ids_BL, labels_BL, own_BP = inputs["input_ids"], inputs["labels"], inputs.get(TEACHER_PROMPT_IDS)
+        is_generated_B = inputs.get(IS_ON_POLICY)
+        is_generated = [False] * len(ids_BL) if is_generated_B is None else is_generated_B.tolist()
         mask_BL = inputs.get("attention_mask")
         real_BL = torch.ones_like(ids_BL, dtype=torch.bool) if mask_BL is None else mask_BL.bool()
         is_kept_BL = np.zeros(ids_BL.shape, dtype=bool)
         prompts = [[]] * len(ids_BL) if own_BP is None else own_BP.tolist()
         teacher_ids, teacher_columns = [], []
-        for row, (ids_L, labels_L, real_L, prompt) in enumerate(
-            zip(*(tensor.cpu().numpy() for tensor in (ids_BL, labels_BL, real_BL)), prompts, strict=True)
-        ):
+        rows = zip(*(tensor.cpu().numpy() for tensor in (ids_BL, labels_BL, real_BL)), strict=True)
+        for row, (ids_L, labels_L, real_L) in enumerate(rows):
             place_L = np.flatnonzero(real_L)
-            sample = prepared.sample(
-                ids_L[place_L], labels_L[place_L], [each for each in prompt if each != IGNORE_INDEX]
-            )
+            prompt = [each for each in prompts[row] if each != IGNORE_INDEX]
+            sample = prepared.sample(ids_L[place_L], labels_L[place_L], prompt, is_generated=is_generated[row])
             is_kept_BL[row, place_L[sample.kept]] = True
             teacher_ids.append(torch.as_tensor(sample.teacher_ids, dtype=torch.long))
             teacher_columns.append(torch.as_tensor(sample.teacher_columns, dtype=torch.long))
@@ -239,14 +240,21 @@ class _Prepared:
     mapping: VocabularyMap
     limit: int | None
 
-    def sample(self, ids_L: Ints, labels_L: Ints, prompt: Sequence[int]) -> _Sample:
-        """Return a sample; with a prompt of the teacher's own, only the last run of trained tokens is compared."""
+    def sample(self, ids_L: Ints, labels_L: Ints, prompt: Sequence[int], *, is_generated: bool) -> _Sample:
+        """Return a sample; with a prompt of the teacher's own, only what follows the student's is compared.
+
+        That is the last run of trained tokens, or all of a generated completion, inside of which a tool may have
+        written.
+        """
         is_trained_L = labels_L != IGNORE_INDEX
         breaks = np.flatnonzero(is_trained_L[1:] != is_trained_L[:-1]) + 1
+        start = 0
+        if prompt:
+            start = int(is_trained_L.argmax()) if is_generated else prompt_length(labels_L.tolist())
         aligned = self.aligner.aligned(
             ids_L.tolist(),
             breaks.tolist(),
-            start=prompt_length(labels_L.tolist()) if prompt else 0,
+            start=start,
             prompt_ids=prompt or None,
             limit=self.limit,
         )

@@ -387,12 +387,10 @@ class GKDMixin(AnyTrainer):
 
     def _comparable(self, batches: list[Any]) -> list[Any]:
         found = [comparable(self.teacher, batch) for batch in batches]
-        lost = sum(
-            int((before["labels"] != after["labels"]).sum())
-            for before, after in zip(batches, found, strict=True)
-            if after is not before
-        )
-        self._meter.add_samples(incomparable_tokens=lost)
+        for before, after in zip(batches, found, strict=True):
+            if after is not before:
+                scored = [TokenBatch.from_inputs(batch).n_scored for batch in (before, after)]
+                self._meter.add_samples(incomparable_tokens=scored[0] - scored[1])
         return found
 
     def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:

@@ -46,6 +46,19 @@ def test_earlier_turns_are_part_of_the_prompt(teacher):
     assert text.endswith("<start_of_turn>model\n")
 
 
+@pytest.mark.parametrize("completion", [None, "Hello there", [TURN]])
+def test_a_prompt_of_several_turns_is_rendered_whole(teacher, completion):
+    text = text_of(teacher, {"prompt": [USER, TURN, USER], "completion": completion})
+    assert text.count("Hi") == 2
+    assert text.count("Hello there") == 1
+    assert text.endswith("<end_of_turn>\n<start_of_turn>model\n")
+
+
+def test_a_completion_of_several_turns_is_read_up_to_its_last(teacher):
+    text = text_of(teacher, {"prompt": [USER], "completion": [TURN, USER, TURN]})
+    assert (text.count("Hi"), text.count("Hello there")) == (2, 1)
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -8,8 +8,15 @@ from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import find_head, predict
 from gkd_trainer.models.token_bytes import token_bytes
 from gkd_trainer.signals import MappedSignal, TopKSignal
-from gkd_trainer.teachers import FrozenTeacher, OtherTokenizerTeacher, comparable, describe
-from gkd_trainer.types import IGNORE_INDEX, TEACHER_COLUMNS, TEACHER_IDS, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.teachers import (
+    FrozenTeacher,
+    OtherTokenizerTeacher,
+    RoutedTeachers,
+    WeightedTeachers,
+    comparable,
+    describe,
+)
+from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, TEACHER_COLUMNS, TEACHER_IDS, TEACHER_PROMPT_IDS, TokenBatch
 from tests.vocabularies import permuted, sentencepiece_backend, sentencepiece_like
 
 CPU = torch.device("cpu")
@@ -162,6 +169,21 @@ def test_with_a_prompt_of_its_own_the_teacher_reads_that_and_is_compared_on_the_
     )
 
 
+def test_a_generated_completion_is_read_whole_with_what_a_tool_wrote_inside(make, byte_level, other):
+    teacher, student = make(), byte_level()
+    own = other.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
+    inputs = batch_of(student, [("one two", " three four five six")])
+    first = int((inputs["labels"][0] != IGNORE_INDEX).nonzero()[0])
+    inputs["labels"][0, first + 1] = IGNORE_INDEX  # a tool wrote this token
+    more = {TEACHER_PROMPT_IDS: torch.tensor([own])}
+    generated = teacher.comparable({**inputs, **more, IS_ON_POLICY: torch.tensor([True])})
+    assert other.decode(generated[TEACHER_IDS][0]).endswith("model\n three four five six")
+    assert generated["labels"][0, first] != IGNORE_INDEX
+    assert generated["labels"][0, first + 1] == IGNORE_INDEX
+    given = teacher.comparable({**inputs, **more, IS_ON_POLICY: torch.tensor([False])})
+    assert (given["labels"][0, : first + 2] == IGNORE_INDEX).all()
+
+
 def test_a_bare_prompt_has_nothing_to_compare(make, byte_level):
     teacher = make()
     inputs = batch_of(byte_level(), [("one two", ""), SAMPLES[1]])
@@ -219,6 +241,33 @@ def test_options_out_of_range_are_refused(make, options, message):
 def test_a_teacher_whose_tokenizer_is_unknown_is_refused(tiny_model):
     with pytest.raises(GKDTeacherError, match="the tokenizer of this FrozenTeacher is unknown: pass it as tokenizer"):
         OtherTokenizerTeacher(FrozenTeacher(tiny_model()))
+
+
+@pytest.mark.parametrize("several", [RoutedTeachers, WeightedTeachers])
+def test_it_is_refused_among_several_teachers_and_several_inside_of_it(make, tiny_model, byte_level, several):
+    with pytest.raises(GKDTeacherError, match=r"the teacher 'b' reads other tokens.*train with it alone"):
+        several({"a": FrozenTeacher(tiny_model(), byte_level()), "b": make()})
+    inside = several({"a": FrozenTeacher(tiny_model(), byte_level())})
+    with pytest.raises(GKDTeacherError, match=f"is one model of its own; got {several.__name__}: pass a FrozenTeacher"):
+        OtherTokenizerTeacher(inside, byte_level())
+    with pytest.raises(GKDTeacherError, match="is one model of its own; got OtherTokenizerTeacher"):
+        OtherTokenizerTeacher(make(), byte_level())
+
+
+def test_a_teacher_that_is_the_student_is_refused(tiny_model, byte_level):
+    class Shared(FrozenTeacher):
+        shares_weights = True
+
+    with pytest.raises(GKDTeacherError, match="is one model of its own; got Shared"):
+        OtherTokenizerTeacher(Shared(tiny_model(), byte_level()))
+
+
+def test_a_prompt_of_its_own_is_read_once(make, byte_level):
+    """What it became are the teacher's tokens; nothing else may put it before the student's."""
+    inputs = batch_of(byte_level(), SAMPLES, **{TEACHER_PROMPT_IDS: torch.tensor([[2, 5], [2, IGNORE_INDEX]])})
+    found = make().comparable(inputs)
+    assert TEACHER_PROMPT_IDS not in found
+    assert found[TEACHER_IDS][0, :2].tolist() == [2, 5]
 
 
 def test_a_student_whose_tokenizer_is_unknown_is_refused(make):

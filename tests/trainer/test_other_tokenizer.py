@@ -1,5 +1,7 @@
 """A trainer whose teacher has another tokenizer, off- and on-policy."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,10 +9,12 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from gkd_trainer import FrozenTeacher, OtherTokenizerTeacher
-from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers import comparable
-from gkd_trainer.types import IGNORE_INDEX, TEACHER_IDS
+from gkd_trainer.trainer.pairing import require_same_kind
+from gkd_trainer.trainer.parts import other_tokenizer
+from gkd_trainer.types import IGNORE_INDEX, TEACHER_IDS, TokenBatch
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 ROWS = [
@@ -193,6 +197,31 @@ def test_a_teacher_whose_tokens_bytes_are_unknown_is_refused_at_construction(mak
     teacher = FrozenTeacher(tiny_model(hidden=48), tokenizer)
     with pytest.raises(GKDTeacherError, match=r"bert-like\) can't be known, since its decoder is WordPiece"):
         make_trainer(trainer_args={"teacher": teacher}, teacher_vocabulary_mode="matched")
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free", "eval_packing"])
+def test_options_that_join_samples_are_refused(make_other_trainer, name):
+    trainer = make_other_trainer(max_length=256)
+    args = copy.copy(trainer.args)
+    setattr(args, name, True)
+    with pytest.raises(GKDConfigError, match=f"{name}=True joins samples .* in tokens of its own: set {name}=False"):
+        other_tokenizer(trainer.teacher, args)
+
+
+def test_a_student_that_is_an_encoder_decoder_is_refused(tiny_encoder_decoder, other):
+    teacher = OtherTokenizerTeacher(FrozenTeacher(tiny_encoder_decoder(seed=1), other))
+    with pytest.raises(GKDTeacherError, match=r"is an encoder-decoder, but a teacher with another tokenizer reads"):
+        require_same_kind(tiny_encoder_decoder(), teacher)
+
+
+def test_a_first_token_which_nothing_predicts_is_not_counted_as_one_that_can_not_be_compared(make_other_trainer):
+    trainer = make_other_trainer(rows=[{"text": "one two three four"}] * 4, max_steps=1)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    found = comparable(trainer.teacher, inputs)
+    assert (inputs["labels"] != found["labels"]).sum() == 4
+    assert TokenBatch.from_inputs(inputs).n_scored == TokenBatch.from_inputs(found).n_scored
+    trainer.train()
+    assert logged(trainer, "compared_share") == []
 
 
 def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(make_other_trainer):
