@@ -115,8 +115,8 @@ def trained(texts: list[str], vocabulary: int) -> Any:
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     backend = Tokenizer(models.BPE(byte_fallback=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
-    # Contractions, words, single digits, and runs of signs or of line breaks, as GPT-2's expression has them.
-    parts = Regex(r"'(?:s|t|re|ve|m|ll|d)|▁?\p{L}+|\p{N}|\n+|▁?[^\p{L}\p{N}\s▁]+|▁+")
+    # As larger corpora teach it: contractions, words, single digits, and runs of one sign or of line breaks.
+    parts = Regex(r"'(?:s|t|re|ve|m|ll|d)|▁?\p{L}+|\p{N}|\n+|▁?([^\p{L}\p{N}\s▁])\1*|▁+")
     backend.pre_tokenizer = pre_tokenizers.Split(parts, "isolated")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL + byte_tokens, show_progress=False)
