@@ -33,6 +33,9 @@ class TokenDivergence:
         is_teacher_finite_N: False where the teacher's logits held NaN or +inf, or were all -inf; for a top-k teacher,
             where its log-probs held NaN, had a mass above one or an id outside the vocabulary, or had no entry.
         is_finite_N: False where the value is not finite; its gradient is then zero.
+        acceptance_N: Σ min(p, q), the probability that speculative decoding accepts a token that the student drafts for
+            the teacher (Leviathan et al. 2023, arXiv 2211.17192); for a top-k teacher over the categories compared: an
+            upper bound. None for a comparison that is not token by token.
         teacher_mass_N: the mass of p on a top-k teacher's entries; None for other teachers, and NaN at their positions
             if only some are such teachers.
         student_mass_N: likewise for q.
@@ -51,6 +54,7 @@ class TokenDivergence:
     agrees_N: Tensor
     is_teacher_finite_N: Tensor
     is_finite_N: Tensor
+    acceptance_N: Tensor | None = None
     teacher_mass_N: Tensor | None = None
     student_mass_N: Tensor | None = None
     teacher_matched_mass_N: Tensor | None = None
@@ -101,7 +105,8 @@ def reordered(result: TokenDivergence, order_N: Tensor) -> TokenDivergence:
 def weighted_sum(parts: Sequence[TokenDivergence], weights: Sequence[float]) -> TokenDivergence:
     """Return the weighted sum of one comparison of the same tokens with each of several teachers.
 
-    Entropies, agreements and masses are means by weight. Cross entropies are taken from the last part that has any.
+    Entropies, agreements, acceptances and masses are means by weight. Cross entropies are taken from the last part that
+    has any.
     """
     if len(parts) == 1 and weights[0] == 1:
         return parts[0]
@@ -123,6 +128,7 @@ def weighted_sum(parts: Sequence[TokenDivergence], weights: Sequence[float]) -> 
         agrees_N=cast("Tensor", mean([part.agrees_N for part in parts])),
         is_teacher_finite_N=every([part.is_teacher_finite_N for part in parts]),
         is_finite_N=every([part.is_finite_N for part in parts]),
+        acceptance_N=mean([part.acceptance_N for part in parts]),
         teacher_mass_N=mean([part.teacher_mass_N for part in parts]),
         student_mass_N=mean([part.student_mass_N for part in parts]),
         teacher_matched_mass_N=mean([part.teacher_matched_mass_N for part in parts]),

@@ -212,6 +212,7 @@ def _compare(
     pair = Pair(q.probability_RV, p.probability_RV, log_q_RV, log_p_RV, gap_RV)
     value_terms_RV, slope_RV = TERMS[variant.kind](pair, first, second)
     values_R = value_terms_RV.sum(dim=1) * factor
+    acceptance_R = torch.minimum(q.probability_RV, p.probability_RV).sum(dim=1)
     is_finite_R = values_R.isfinite()
     is_teacher_finite_R = p.log_z_R1[:, 0].isfinite()
     # A maximum of floats is fused with the sums; `any` is not.
@@ -242,6 +243,7 @@ def _compare(
         agrees_N=is_top_shared_R & is_teacher_finite_R & q.log_z_R1[:, 0].isfinite(),
         is_teacher_finite_N=is_teacher_finite_R,
         is_finite_N=is_finite_R,
+        acceptance_N=acceptance_R,
     )
 
 

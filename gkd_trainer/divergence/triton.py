@@ -39,9 +39,9 @@ def compare_rows(
     `numbers` are from `Objective.numbers`.
     """
     R, V = student_RV.shape
-    values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R = student_RV.new_empty(
-        7, R
-    ).unbind()
+    values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R, acceptance_R = (
+        student_RV.new_empty(8, R).unbind()
+    )
     if R:
         per_temperature, per_softcap, factor, first, second = numbers
         rows_RV = _with_adjacent_columns(student_RV)
@@ -56,7 +56,7 @@ def compare_rows(
                 rows_RV,
                 teacher_RV,
                 *per_row,
-                *(values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R),
+                *(values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R, acceptance_R),
                 *(rows_RV.stride(0), teacher_RV.stride(0), V),
                 *(per_temperature, per_softcap, factor, first, second),
                 KIND=kind,
@@ -79,6 +79,7 @@ def compare_rows(
         agrees_N=(agrees_R > 0) & is_teacher_finite_R & log_z_q_R.isfinite(),
         is_teacher_finite_N=is_teacher_finite_R,
         is_finite_N=values_R.isfinite(),
+        acceptance_N=acceptance_R,
     )
 
 
@@ -101,6 +102,7 @@ def _compare_kernel(
     log_z_q_ptr,
     log_z_p_ptr,
     agrees_ptr,
+    acceptance_ptr,
     student_stride,
     teacher_stride,
     V,
@@ -134,7 +136,7 @@ def _compare_kernel(
     log_z_q = tl.log(z_q) + tl.where(top_q == -float("inf"), 0.0, top_q)
     log_z_p = tl.log(z_p) + tl.where(top_p == -float("inf"), 0.0, top_p)
 
-    value, slope_sum, entropy_q, entropy_p, agrees = 0.0, 0.0, 0.0, 0.0, 0.0
+    value, slope_sum, entropy_q, entropy_p, agrees, acceptance = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for start in range(0, V, CHUNK):
         is_inside_C = start + ids_C < V
         student_C = tl.load(student_ptr + start + ids_C, mask=is_inside_C, other=-float("inf")) * per_temperature
@@ -147,6 +149,7 @@ def _compare_kernel(
         slope_sum += tl.sum(slope_C, axis=0)
         entropy_q -= tl.sum(tl.where(q_C == 0, 0.0, q_C * log_q_C), axis=0)
         entropy_p -= tl.sum(tl.where(p_C == 0, 0.0, p_C * log_p_C), axis=0)
+        acceptance += tl.sum(tl.minimum(q_C, p_C, propagate_nan=tl.PropagateNan.ALL), axis=0)
         is_top_C = (student_C == top_q) & (teacher_C == top_p) & is_inside_C
         agrees = tl.maximum(agrees, tl.max(is_top_C.to(tl.float32), axis=0))
     value *= factor
@@ -156,6 +159,7 @@ def _compare_kernel(
     tl.store(log_z_q_ptr + row, log_z_q)
     tl.store(log_z_p_ptr + row, log_z_p)
     tl.store(agrees_ptr + row, agrees)
+    tl.store(acceptance_ptr + row, acceptance)
 
     label = -1
     log_z = log_z_q

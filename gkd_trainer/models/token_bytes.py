@@ -61,7 +61,9 @@ class TokenBytes:
 
     def encoded(self, text: str) -> list[int]:
         """Return a text's tokens, without special ones or a space before it; names of special tokens are plain text."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        # Unlike `encode`, this does not track offsets, which costs a quarter of the time.
+        [encoded] = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoded.ids
         return ids
 
     def offsets(self, text: str) -> list[tuple[int, int]]:

@@ -63,9 +63,9 @@ TOKEN_SUMS: dict[str, TokenSum] = {
     "student_entropy": TokenSum(lambda tokens: tokens.result.student_entropy_N, metric="student_entropy"),
     "teacher_entropy": TokenSum(lambda tokens: tokens.result.teacher_entropy_N, metric="teacher_entropy"),
     "agreements": TokenSum(lambda tokens: tokens.result.agrees_N, metric="top_token_agreement"),
-    "top_k_tokens": TokenSum(
-        lambda tokens: None if tokens.result.teacher_mass_N is None else ~tokens.result.teacher_mass_N.isnan()
-    ),
+    "drafted": TokenSum(lambda tokens: _has_value(tokens.result.acceptance_N)),
+    "accepted": TokenSum(lambda tokens: _without_nan(tokens.result.acceptance_N), metric="acceptance", over="drafted"),
+    "top_k_tokens": TokenSum(lambda tokens: _has_value(tokens.result.teacher_mass_N)),
     "teacher_top_k_mass": TokenSum(
         lambda tokens: _without_nan(tokens.result.teacher_mass_N), metric="teacher_top_k_mass", over="top_k_tokens"
     ),
@@ -355,6 +355,10 @@ class Stopwatch:
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+
+def _has_value(values_N: Tensor | None) -> Tensor | None:
+    return None if values_N is None else ~values_N.isnan()
 
 
 def _without_nan(values_N: Tensor | None) -> Tensor | None:

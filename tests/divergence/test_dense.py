@@ -195,7 +195,7 @@ def test_flags_mark_only_rows_that_are_not_finite(beta, vocab_chunk):
 
 
 @pytest.mark.parametrize("vocab_chunk", [7, 256, None])
-def test_entropies_and_agreement_equal_plain_torch(vocab_chunk):
+def test_entropies_agreement_and_acceptance_equal_plain_torch(vocab_chunk):
     student_logits_NV, teacher_logits_NV = pair(64, 31)
     student_logits_NV.data[0, 4] = -math.inf
     T = 2.0
@@ -211,9 +211,12 @@ def test_entropies_and_agreement_equal_plain_torch(vocab_chunk):
     expected_N = student_logits_NV.argmax(1) == teacher_logits_NV.argmax(1)
     assert result.agrees_N.tolist() == expected_N.tolist()
     assert 0 < expected_N.sum() < 64
+    q_NV, p_NV = ((logits_NV.detach().double() / T).softmax(1) for logits_NV in (student_logits_NV, teacher_logits_NV))
+    torch.testing.assert_close(result.acceptance_N.double(), 1 - (q_NV - p_NV).abs().sum(1) / 2, rtol=2e-6, atol=2e-6)
     assert not any(
         tensor.requires_grad
         for tensor in (
+            result.acceptance_N,
             result.student_entropy_N,
             result.teacher_entropy_N,
             result.agrees_N,

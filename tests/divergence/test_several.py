@@ -177,7 +177,7 @@ def test_every_statistic_of_groups_is_that_of_the_position_s_own_teacher(kinds):
         at = teacher.order_N[start : start + size]
         alone = HiddenSignal(student.hidden_NH[at], student.head)
         expected = token_divergence(alone, group, beta=0.5)
-        for name in ("student_entropy_N", "teacher_entropy_N", "agrees_N", "is_finite_N", "is_teacher_finite_N"):
+        for name in ("student_entropy_N", "teacher_entropy_N", "agrees_N", "acceptance_N", "is_finite_N"):
             torch.testing.assert_close(getattr(actual, name)[at], getattr(expected, name), msg=name)
         if kind == "top-k":
             torch.testing.assert_close(actual.teacher_mass_N[at], expected.teacher_mass_N)
@@ -195,7 +195,7 @@ def test_a_sum_gives_each_term_s_divergence_and_weighted_means_of_the_statistics
     actual = token_divergence(student, SummedSignal(terms, (3.0, 1.0, 4.0)), beta=0.5)
     alone = [token_divergence(student, term, beta=0.5) for term in terms]
     torch.testing.assert_close(actual.terms_NT, torch.stack([each.values_N for each in alone], dim=1).detach())
-    for name in ("student_entropy_N", "teacher_entropy_N", "agrees_N"):
+    for name in ("student_entropy_N", "teacher_entropy_N", "agrees_N", "acceptance_N"):
         expected_N = sum(weight * getattr(each, name) for weight, each in zip((3, 1, 4), alone, strict=True)) / 8
         torch.testing.assert_close(getattr(actual, name), expected_N, msg=name)
 

@@ -317,7 +317,7 @@ def test_rounding_of_a_mass_near_one_is_not_taken_for_a_broken_teacher():
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_entropies_masses_and_agreement_equal_plain_torch(tail):
+def test_entropies_masses_agreement_and_acceptance_equal_plain_torch(tail):
     student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair(64, 31, sigma=3.0))
     teacher = signal(teacher_logits_NV)
     student_logits_NV[0, 4] = -math.inf
@@ -330,6 +330,11 @@ def test_entropies_masses_and_agreement_equal_plain_torch(tail):
     if tail == "renormalize":
         p_NC = p_NK / p_NK.sum(1, keepdim=True)
     torch.testing.assert_close(result.teacher_entropy_N, torch.special.entr(p_NC).sum(1), rtol=1e-5, atol=1e-5)
+    q_NK = q_NV.gather(1, teacher.ids_NK)
+    q_NC = torch.cat([q_NK, 1 - q_NK.sum(1, keepdim=True)], dim=1)
+    if tail == "renormalize":
+        q_NC = q_NK / q_NK.sum(1, keepdim=True)
+    torch.testing.assert_close(result.acceptance_N, torch.minimum(p_NC, q_NC).sum(1), rtol=1e-5, atol=1e-6)
     full_N = torch.special.entr(teacher_logits_NV.softmax(1)).sum(1)
     assert (result.teacher_entropy_N <= full_N).all()
     expected_N = student_logits_NV.argmax(1) == teacher_logits_NV.argmax(1)

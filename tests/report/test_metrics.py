@@ -20,7 +20,7 @@ from gkd_trainer.report.metrics import (
 
 CPU = torch.device("cpu")
 QUANTITIES = ("divergence_N", "student_entropy_N", "teacher_entropy_N")
-MASSES = ("teacher_mass_N", "student_mass_N")
+MASSES = ("teacher_mass_N", "student_mass_N", "acceptance_N")
 
 
 def tokens(count, batch_size, seed=0, *, has_top_k=False):
@@ -71,6 +71,8 @@ def test_sums_by_sample_are_those_of_a_plain_loop(count, batch_size, has_top_k):
             sums["top_k_tokens"] += 1
             sums["teacher_top_k_mass"] += batch["teacher_mass_N"][token].item()
             sums["student_top_k_mass"] += batch["student_mass_N"][token].item()
+            sums["drafted"] += 1
+            sums["accepted"] += batch["acceptance_N"][token].item()
     sums_BK = sums_of(batch)
     assert sums_BK.dtype == torch.float64
     torch.testing.assert_close(sums_BK, torch.tensor([list(sums.values()) for sums in expected], dtype=torch.float64))

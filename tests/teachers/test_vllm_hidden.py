@@ -11,8 +11,9 @@ import torch
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
 from gkd_trainer.signals import LogitsSignal
-from gkd_trainer.teachers import FrozenTeacher, HiddenStateServerTeacher, Teacher
+from gkd_trainer.teachers import FrozenTeacher, HiddenStateServerTeacher, RoutedTeachers, Teacher
 from gkd_trainer.teachers.prompt_states import STATE_DTYPES
+from gkd_trainer.types import TEACHER_INDEX
 from tests.serving import MAX_MODEL_LENGTH, FaultyProxy, cut_in_half, status
 from tests.teachers.batches import batch_of, batch_of_six, token_rows
 
@@ -139,6 +140,28 @@ def test_loss_and_gradient_are_those_of_the_same_teacher_in_this_process(
         results.append((values_N.detach(), logits.grad))
     for served, expected in zip(*results, strict=True):
         assert (served - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_served_teacher_scores_its_rows_beside_one_in_this_process(
+    make, served_model, tiny_model, hidden_proxy, tokenizer
+):
+    batch, local_model = batch_of_six(), tiny_model(seed=3)
+    index_B = torch.tensor([0, 1, 1, 0, 1, 0])
+    batch = replace(batch, side={TEACHER_INDEX: index_B})
+    teacher = RoutedTeachers({"served": make(), "local": FrozenTeacher(local_model)})
+    teacher.prepare(CPU, tokenizer)
+    hidden_proxy.requests.clear()
+    student_NV = expected_logits_NV(tiny_model(seed=4), batch)
+    found_N = token_divergence(LogitsSignal(student_NV), teacher.score(batch), beta=0.5).values_N
+    of_model_N = [
+        token_divergence(LogitsSignal(student_NV), LogitsSignal(expected_logits_NV(model, batch)), beta=0.5).values_N
+        for model in (served_model, local_model)
+    ]
+    expected_N = torch.where(index_B[batch.rows_N] == 0, *of_model_N)
+    torch.testing.assert_close(found_N, expected_N, atol=1e-5, rtol=1e-4)
+    sent = [row for request in hidden_proxy.requests for row in request.json["input"]]
+    texts = [ids_L[mask_L == 1].tolist() for ids_L, mask_L in zip(*batch.model_inputs.values(), strict=True)]
+    assert {row for row in range(6) if any(texts[row][: len(each)] == each for each in sent)} == {0, 5}
 
 
 def test_packed_sequences_are_scored_one_by_one(make, served_model):

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -141,10 +142,16 @@ def main(folder: Path) -> None:
     if args.fsdp:
         # Accelerate takes FSDP for GPUs alone; nothing after its decision asks for one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    teacher = str(folder / "teacher")
+    teacher: Any = str(folder / "teacher")
+    if args.teachers or args.teacher_cache_dir:
+        teacher = None
+    elif not names_teacher:
+        teacher = AutoModelForCausalLM.from_pretrained(teacher)
+    if args.teachers:  # two rows each, so that a rank's batch of two has only one of them
+        rows = rows.map(lambda _, i: {"teacher": list(args.teachers)[i // 2 % len(args.teachers)]}, with_indices=True)
     trainer = DyingTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype="float32"),
-        teacher_model=teacher if names_teacher else AutoModelForCausalLM.from_pretrained(teacher),
+        teacher_model=teacher,
         args=args,
         train_dataset=rows if stream is None else stream,
         data_collator=None if odd_row is None else padded,

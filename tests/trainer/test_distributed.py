@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
+from gkd_trainer import FrozenTeacher, GKDConfig
+from gkd_trainer.trainer.caching import cache_predictions
+from tests.trainer.conftest import make_rows
 from tests.trainer.run import FSDP
 from tests.versions import CHECKPOINTING, IN_ORDER
 
@@ -84,6 +88,45 @@ def test_two_ranks_that_share_the_student_by_fsdp_train_like_one(full_run, tiny_
         for metric in ("loss", "completion_length", "student_entropy", "top_token_agreement"):
             assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
     assert two["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-4)
+
+
+def require_equal_runs(one, expected, two, actual, process):
+    assert two is not None, process.stderr
+    for name, tensor in expected.items():
+        assert torch.allclose(actual[name], tensor, rtol=0, atol=1e-5), name
+    for first, second in zip(steps(one), steps(two), strict=True):
+        divergences = {metric for metric in first if metric.startswith("divergence")} | {"loss"}
+        for metric in divergences:
+            assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
+    for metric in one["evaluation"]:
+        if metric.startswith(("eval_loss", "eval_divergence")):
+            assert two["evaluation"][metric] == pytest.approx(one["evaluation"][metric], rel=1e-4), metric
+
+
+@pytest.mark.parametrize("extra", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_two_ranks_that_each_have_rows_of_one_teacher_train_like_one(full_run, tiny_model, tmp_path, extra):
+    names = {}
+    for name, width in (("math", 48), ("code", 32)):
+        tiny_model(hidden=width, seed=width).save_pretrained(tmp_path / name)
+        names[name] = str(tmp_path / name)
+    options = {**OPTIONS, "lmbda": 0.5, "teachers": names}
+    one, expected, _ = full_run(tmp_path / "one", per_device_train_batch_size=4, **options)
+    two, actual, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **options, **extra)
+    require_equal_runs(one, expected, two, actual, process)
+
+
+def test_two_ranks_that_read_one_cache_train_like_one_with_the_teacher(full_run, tiny_model, tmp_path):
+    cache_predictions(
+        FrozenTeacher(tiny_model(hidden=48, seed=1)),
+        Dataset.from_list(make_rows(20)),
+        tmp_path / "cache",
+        GKDConfig(output_dir=str(tmp_path), lmbda=0.0, max_length=64, use_cpu=True, report_to=[]),
+    )
+    options = {**OPTIONS, "lmbda": 0.0}
+    one, expected, _ = full_run(tmp_path / "one", per_device_train_batch_size=4, **options)
+    options["teacher_cache_dir"] = str(tmp_path / "cache")
+    two, actual, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **options)
+    require_equal_runs(one, expected, two, actual, process)
 
 
 STREAM = {**OPTIONS, "max_steps": 5, "per_device_train_batch_size": 2}

@@ -16,6 +16,7 @@ METRICS = {
     "student_entropy",
     "teacher_entropy",
     "top_token_agreement",
+    "acceptance",
     "on_policy_share",
     "completion_length",
     "truncated_share",

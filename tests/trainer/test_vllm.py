@@ -1,5 +1,6 @@
 """The trainer with a real vLLM: rollouts in process and from a server, a served teacher, and servers that fail."""
 
+import json
 import threading
 import time
 
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from gkd_trainer import FrozenTeacher, GKDServerError, HiddenStateServerTeacher, VLLMColocateRollouts, VLLMServerTeacher
+from gkd_trainer.cli import main
 from gkd_trainer.rollouts import HFRollouts
 from tests.serving import FaultyProxy, changed, delayed, status
+from tests.trainer.conftest import make_rows
 from tests.trainer.run import FSDP
 from tests.versions import IN_ORDER
 
@@ -287,6 +290,18 @@ def test_hidden_states_of_a_server_train_as_the_same_teacher_in_this_process(
     assert losses(served) == pytest.approx(losses(local), rel=1e-4)
     assert isinstance(served.teacher, HiddenStateServerTeacher)
     assert not logged(served, "teacher_top_k_mass")
+
+
+def test_the_command_trains_from_hidden_states_of_a_server(hidden_server, served_dir, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(4))))
+    places = {"model": served_dir, "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "output"}
+    options = {**places, **hidden_options(hidden_server.base_url, served_dir), "max_steps": 1, "max_length": 64}
+    command = ["train", "--use_cpu", "--report_to", "none", "--logging_steps", "1"]
+    main([*command, *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
+    log = json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
+    # The student is the teacher.
+    assert log[0]["divergence_off_policy"] == pytest.approx(0.0, abs=1e-5)
+    assert log[0]["acceptance"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_hidden_states_that_fail_to_come_leave_a_checkpoint_that_resumes(
