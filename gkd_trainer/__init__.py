@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from gkd_trainer.rollouts import HFRollouts, RolloutEngine, VLLMColocateRollouts, VLLMServerRollouts
     from gkd_trainer.teachers import (
         CachedTeacher,
+        ContextTeacher,
         FrozenTeacher,
         HiddenStateServerTeacher,
         OtherTokenizerTeacher,
         RoutedTeachers,
+        SelfTeacher,
         Teacher,
         VLLMServerTeacher,
         WeightedTeachers,
@@ -46,12 +48,14 @@ _MODULES = {
     "GKDTeacherError": "errors",
     "GKDTrainer": "trainer",
     "CachedTeacher": "teachers",
+    "ContextTeacher": "teachers",
     "FrozenTeacher": "teachers",
     "HFRollouts": "rollouts",
     "HiddenStateServerTeacher": "teachers",
     "OtherTokenizerTeacher": "teachers",
     "RolloutEngine": "rollouts",
     "RoutedTeachers": "teachers",
+    "SelfTeacher": "teachers",
     "Teacher": "teachers",
     "VLLMColocateRollouts": "rollouts",
     "VLLMServerRollouts": "rollouts",
@@ -65,6 +69,7 @@ _MODULES = {
 
 __all__ = [
     "CachedTeacher",
+    "ContextTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",
@@ -82,6 +87,7 @@ __all__ = [
     "OtherTokenizerTeacher",
     "RolloutEngine",
     "RoutedTeachers",
+    "SelfTeacher",
     "Teacher",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",

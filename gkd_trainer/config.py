@@ -204,6 +204,14 @@ class GKDArguments(HidesSecrets):
     teacher_model_name_or_path: str | None = _option(
         None, "The teacher's name on the hub or its folder, if no teacher is passed to the trainer."
     )
+    self_teacher: str | None = _option(
+        None,
+        "Take the student itself as the teacher, which needs an adapter: 'base' is its model with the adapter off, "
+        "'ema' the average of the adapter over the optimizer steps, and any other name another adapter of the student.",
+    )
+    self_teacher_ema_decay: float = _option(
+        0.99, "Share of the old average, in [0, 1), that stays in each optimizer step under self_teacher='ema'."
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
         "Options of AutoModelForCausalLM.from_pretrained for a teacher given by name, as a dictionary or JSON; the "

@@ -113,6 +113,7 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         "teacher_server_signal='hidden_states'",
         lambda run: run.args.teacher_server_signal == "hidden_states",
     ),
+    ("self_teacher_ema_decay", "self_teacher='ema'", lambda run: run.args.self_teacher == "ema"),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
     (

@@ -10,6 +10,7 @@ import gkd_trainer
 
 NAMES = [
     "CachedTeacher",
+    "ContextTeacher",
     "FrozenTeacher",
     "GKDArguments",
     "GKDConfig",
@@ -27,6 +28,7 @@ NAMES = [
     "OtherTokenizerTeacher",
     "RolloutEngine",
     "RoutedTeachers",
+    "SelfTeacher",
     "Teacher",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",
@@ -79,6 +81,8 @@ OPTIONS = {
     "train_on": "all_turns",
     "disable_dropout": True,
     "teacher_model_name_or_path": None,
+    "self_teacher": None,
+    "self_teacher_ema_decay": 0.99,
     "teacher_model_init_kwargs": None,
     "teacher_top_k": None,
     "teacher_tail": "bucket",

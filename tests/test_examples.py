@@ -167,6 +167,16 @@ def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, s
     assert all(float(after) < float(before) for _, before, after in printed)
 
 
+@pytest.mark.parametrize("source", ["base", "ema"])
+def test_self_teacher_example_saves_an_adapter_and_prints_divergences(run, capsys, source):
+    output_dir = run("self_teacher", "--max_new_tokens", 8, "--rank", 4, "--source", source, teacher=())
+    assert (output_dir / "adapter_model.safetensors").exists()
+    printed = capsys.readouterr().out.partition("from itself with the solution:")[2]
+    divergences = [float(number) for number in re.findall(r"step \d: (\d+\.\d+)", printed)]
+    assert len(divergences) == 2
+    assert min(divergences) > 0.001
+
+
 def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_pair, tmp_path):
     places = ["--pair", smollm2_pair[0].parent, "--output", tmp_path]
     # The first step of each run has a learning rate of zero.

@@ -12,7 +12,6 @@ from trl.data_utils import maybe_convert_to_chatml
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.data.turns import render_prompt
-from gkd_trainer.types import TEACHER_PROMPT_IDS
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,13 @@ class RenderedPrompts:
     tokenizer: Any
 
     def of(self, row: Mapping[str, Any]) -> list[int]:
-        """Return the tokens before a row's last assistant turn; its own TEACHER_PROMPT_IDS if it has them.
+        """Return the tokens before a row's last assistant turn.
 
         Empty for a row without messages, and if there is no template: the teacher then reads the student's prompt.
 
         Raises:
             RowDropped: The template refuses the messages.
         """
-        if row.get(TEACHER_PROMPT_IDS) is not None:
-            return [int(token_id) for token_id in row[TEACHER_PROMPT_IDS]]
         messages = [] if self.tokenizer.chat_template is None else _before_last_turn(row)
         if not messages:
             return []

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_trainer.models.heads import InseparableHead, SeparableHead
 from gkd_trainer.signals import Signal
 from gkd_trainer.types import TokenBatch
 
@@ -56,6 +58,12 @@ class Teacher(ABC):
     shares_weights: ClassVar[bool] = False
     """Whether it uses the student's own weights, so that freezing them would freeze the student."""
 
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Its tokenizer if that is in this process; its chat template renders the prompts of the teacher's own."""
+
+    longest_sequence: int | None = None
+    """How many tokens of a sequence it scores, if its `model` does not say; known after `prepare`."""
+
     scores_encoder_decoders: ClassVar[bool] = False
     """Whether it can score the batches of encoder-decoders, whose labels are not shifted (see TokenBatch)."""
 
@@ -74,6 +82,41 @@ class Teacher(ABC):
             max_length: The longest sequence to expect, in tokens; a teacher with a shorter limit must refuse it here.
                 None if unknown.
         """
+
+
+class StudentTeacher(Teacher):
+    """A teacher that runs the student's own model, and so needs the student before all else."""
+
+    shares_weights = True
+
+    @abstractmethod
+    def attach(self, student: nn.Module, head: SeparableHead | InseparableHead | None = None) -> None:
+        """Take the student to run: called before `prepare`, and again before each batch.
+
+        Args:
+            student: Trainer's `model`, not wrapped by DDP or DeepSpeed.
+            head: The student's head; None before it is known, when nothing is scored yet.
+
+        Raises:
+            GKDTeacherError: The teacher can't be made of this student.
+        """
+
+    @property
+    @abstractmethod
+    def student(self) -> nn.Module:
+        """The student that was attached last."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Follow the student after an optimizer step that changed its weights; all ranks call it together."""
+
+    @abstractmethod
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the tensors from which `load_state` goes on to the bit, equal on all ranks; all call it together."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state` of a checkpoint; from the student's current weights if it is empty."""
 
 
 class CompositeTeacher(Teacher):
@@ -96,10 +139,8 @@ class AligningTeacher(CompositeTeacher):
         needs it. A batch that was returned by it is returned as it is.
         """
 
-    @property
-    @abstractmethod
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, whose chat template renders its prompts (TEACHER_PROMPT_IDS)."""
+    tokenizer: PreTrainedTokenizerBase
+    """The teacher's tokenizer, whose chat template renders all of its prompts (TEACHER_PROMPT_IDS)."""
 
 
 def comparable(teacher: Teacher, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from gkd_trainer.teachers.cache.format import (
 from gkd_trainer.teachers.cache.kinds import Values, values_of
 from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
-from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +75,19 @@ class CachedTeacher(CompositeTeacher):
 
         Raises:
             GKDTeacherError: A file of the cache was changed or cut short.
-            GKDDataError: A row is not in the cache, and there is no fallback; or the batch holds more than token ids.
+            GKDDataError: A row is not in the cache, and there is no fallback; the batch holds more than token ids; or
+                prompts of the teacher's own.
         """
         if self._reader is None:
             raise RuntimeError("CachedTeacher.score was called before prepare(device)")
         if batch.label_offset != 1:
             raise GKDDataError("the rows of an encoder-decoder can't be cached: use its teacher in this process")
+        prompts_BP = batch.side.get(TEACHER_PROMPT_IDS)
+        if prompts_BP is not None and bool((prompts_BP != IGNORE_INDEX).any()):
+            raise GKDDataError(
+                f"the cache in {self._folder} holds predictions for the rows' own prompts, but this batch has prompts "
+                "of the teacher's own: remove the column teacher_prompt, or train with the teacher itself"
+            )
         sequences = sequences_of(batch)
         found = [self._reader.read(sequence) for sequence in sequences]
         missing = [index for index, values in enumerate(found) if values is None]

@@ -9,7 +9,9 @@ from functools import singledispatch
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import AligningTeacher, Teacher
 from gkd_trainer.teachers.cached import CachedTeacher
+from gkd_trainer.teachers.context import ContextTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
+from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.weighted import WeightedTeachers
@@ -65,3 +67,13 @@ def _(teacher: SeveralTeachers) -> TeacherDescription:
 @describe.register
 def _(teacher: CachedTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
+
+
+@describe.register
+def _(teacher: ContextTeacher) -> TeacherDescription:
+    return describe(*teacher.teachers)
+
+
+@describe.register
+def _(teacher: SelfTeacher) -> TeacherDescription:
+    return TeacherDescription(f"the student itself ({teacher.source})", (), None)

@@ -23,9 +23,7 @@ from gkd_trainer.models.token_bytes import token_bytes
 from gkd_trainer.signals import MODES, HiddenSignal, LogitsSignal, MappedSignal, Signal, TopKSignal, VocabularyMap
 from gkd_trainer.teachers.alignment import Aligner, Ints
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher
-from gkd_trainer.teachers.frozen import FrozenTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
-from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.vocabulary_map import map_of, top_tokens_mapped
 from gkd_trainer.types import (
     IGNORE_INDEX,
@@ -85,8 +83,8 @@ class OtherTokenizerTeacher(AligningTeacher):
                 "tokens: use mode='matched', or a teacher in this process without a top k"
             )
         self._teacher, self._mode, self._min_matched_mass = teacher, mode, min_matched_mass
-        self._tokenizer = tokenizer or _tokenizer_of(teacher)
-        token_bytes(self._tokenizer)  # raises if they can't be known
+        self.tokenizer = tokenizer or _tokenizer_of(teacher)
+        token_bytes(self.tokenizer)  # raises if they can't be known
         self._prepared: _Prepared | None = None
 
     def comparable(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -154,8 +152,8 @@ class OtherTokenizerTeacher(AligningTeacher):
                 "a teacher with another tokenizer needs the student's, which is unknown: pass processing_class to the "
                 "trainer"
             )
-        self._teacher.prepare(device, self._tokenizer, None)
-        aligner = Aligner(tokenizer, self._tokenizer)
+        self._teacher.prepare(device, self.tokenizer, None)
+        aligner = Aligner(tokenizer, self.tokenizer)
         mapping = map_of(aligner, self._teacher.vocab_size, self._mode, self._min_matched_mass)
         self._prepared = _Prepared(aligner, tokenizer.get_vocab(), mapping.to(device), _limit_of(self._teacher))
 
@@ -168,11 +166,6 @@ class OtherTokenizerTeacher(AligningTeacher):
     def teachers(self) -> Sequence[Teacher]:
         """The teacher that scores."""
         return (self._teacher,)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, whose chat template renders its prompts."""
-        return self._tokenizer
 
     @property
     def vocab_size(self) -> int | None:
@@ -265,9 +258,8 @@ class _Prepared:
 
 
 def _tokenizer_of(teacher: Teacher) -> PreTrainedTokenizerBase:
-    if isinstance(teacher, FrozenTeacher):
-        found = teacher.tokenizer
-    else:
+    found = teacher.tokenizer
+    if found is None:
         name = teacher.checkpoint if isinstance(teacher, HiddenStateServerTeacher) else name_of(teacher.model)
         found = find_tokenizer(name, trust_remote_code=False)
     if found is None:
@@ -279,8 +271,8 @@ def _tokenizer_of(teacher: Teacher) -> PreTrainedTokenizerBase:
 
 
 def _limit_of(teacher: Teacher) -> int | None:
-    if isinstance(teacher, VLLMServerTeacher | HiddenStateServerTeacher):
-        return teacher.max_length
+    if teacher.longest_sequence is not None:
+        return teacher.longest_sequence
     context = None if teacher.model is None else find_context(base_model(teacher.model))
     return None if context is None else context.limit
 

@@ -105,8 +105,8 @@ class TeacherServers:
         return self._model_name or next((served.name for served in self._served.values()), None)
 
     @property
-    def max_length(self) -> int | None:
-        """The longest sequence that all servers take, in tokens; None before `first_contact`."""
+    def longest_sequence(self) -> int | None:
+        """How many tokens of a sequence all servers score; None before `first_contact`."""
         return min((served.max_model_len + self._unsent for served in self._served.values()), default=None)
 
     def name_at(self, server: VLLMServer) -> str:

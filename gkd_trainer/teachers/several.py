@@ -52,6 +52,7 @@ class SeveralTeachers(CompositeTeacher):
         self._teachers = dict(teachers)
         self._offload = offload
         self._waiting: dict[str, WaitingWeights] = {}
+        self.tokenizer = _with_shared_template(list(teachers.values()))
         self.shares_weights = any(teacher.shares_weights for teacher in teachers.values())  # type: ignore[misc]
         _require_equal_vocabularies(self._teachers)
 
@@ -144,6 +145,13 @@ class SeveralTeachers(CompositeTeacher):
 def several_in(teacher: Teacher) -> SeveralTeachers | None:
     """Return the outermost of the composites of several teachers in a teacher, if there is one."""
     return next((each for each in all_teachers(teacher) if isinstance(each, SeveralTeachers)), None)
+
+
+def _with_shared_template(teachers: Sequence[Teacher]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the first teacher if the chat templates of all are equal; else the student's is used."""
+    tokenizers = [teacher.tokenizer for teacher in teachers]
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers]
+    return tokenizers[0] if all(template == templates[0] for template in templates) else None
 
 
 def _require_equal_vocabularies(teachers: Mapping[str, Teacher]) -> None:

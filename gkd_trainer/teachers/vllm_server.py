@@ -130,11 +130,6 @@ class VLLMServerTeacher(Teacher):
         return self._servers.model_name
 
     @property
-    def max_length(self) -> int | None:
-        """The longest sequence that all servers take, in tokens; None before `prepare`."""
-        return self._servers.max_length
-
-    @property
     def vocab_size(self) -> None:
         """None: a server does not report the size of its head."""
 
@@ -175,6 +170,7 @@ class VLLMServerTeacher(Teacher):
             GKDTeacherError: A check failed, a server does not allow `top_k` or `max_length`, or there is no tokenizer.
         """
         probe = self._servers.first_contact(tokenizer, max_length)
+        self.longest_sequence = self._servers.longest_sequence
         self._vocabulary = probe.vocabulary
         self._top_k = min(self._top_k, max(probe.vocabulary.values()) + 1)
         self._witness, self._record = probe.witness, None

@@ -84,6 +84,11 @@ def cache_predictions(
             "a cache holds predictions over the student's tokens, but this teacher reads other tokens: train with it "
             "in this process, without a cache"
         )
+    if teacher.shares_weights:
+        raise GKDTeacherError(
+            f"a {type(teacher).__name__} is the student, which training changes: only a teacher of its own can be "
+            "cached"
+        )
     if isinstance(teacher, CompositeTeacher):
         raise GKDTeacherError(
             f"a cache holds the predictions of one teacher; got {type(teacher).__name__}: cache each of its teachers, "

@@ -1,11 +1,14 @@
 """Prompts by the template of a teacher with another tokenizer."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
 
 from gkd_trainer.data.prepare import prepare_dataset
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
-from gkd_trainer.data.rows import RowRules
+from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.types import TEACHER_PROMPT_IDS
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
@@ -17,6 +20,10 @@ RULES = RowRules(frozenset(), 256, 8, "all_turns", is_generating=False, needs_co
 @pytest.fixture(scope="module")
 def teacher():
     return sentencepiece_like(sentencepiece_backend())
+
+
+def prompts_of(teacher):
+    return TeacherPrompts(teacher, rendered=RenderedPrompts(teacher))
 
 
 def text_of(teacher, row):
@@ -77,8 +84,24 @@ def test_a_teacher_without_a_template_has_none():
     assert RenderedPrompts(plain).of({"messages": [USER, TURN]}) == []
 
 
-def test_a_rows_own_prompt_is_kept(teacher):
-    assert RenderedPrompts(teacher).of({"messages": [USER, TURN], TEACHER_PROMPT_IDS: [7, 8]}) == [7, 8]
+def test_a_rows_own_prompt_comes_first(teacher):
+    prompts = prompts_of(teacher)
+    row = {"messages": [USER, TURN]}
+    assert prompts.ids_of({**row, TEACHER_PROMPT_IDS: [7, 8]}) == [7, 8]
+    assert teacher.decode(prompts.ids_of({**row, "teacher_prompt": "one"})) == "<bos>one"
+    assert prompts.ids_of(row) == RenderedPrompts(teacher).of(row)
+
+
+def test_ids_that_the_student_lacks_are_no_reason_to_drop_a_row(teacher, byte_level):
+    rules = replace(RULES, vocab_size=len(byte_level()))
+    prompts = prompts_of(teacher)
+    row = {"text": "Hi", TEACHER_PROMPT_IDS: [rules.vocab_size + 5]}
+    assert (
+        RowPreparer.create(byte_level(), rules, None, prompts).prepare(row).teacher_prompt_ids
+        == row[TEACHER_PROMPT_IDS]
+    )
+    with pytest.raises(RowDropped, match="beyond the models'"):
+        RowPreparer.create(byte_level(), rules, None, TeacherPrompts(byte_level())).prepare(row)
 
 
 def test_messages_that_the_template_refuses_drop_the_row():
@@ -91,9 +114,14 @@ def test_messages_that_the_template_refuses_drop_the_row():
 def test_a_prepared_data_set_has_them_beside_its_tokens(teacher, byte_level, is_stream):
     dataset = Dataset.from_list([{"messages": [USER, TURN]}, {"messages": [USER, TURN, USER, TURN]}])
     dataset = dataset.to_iterable_dataset() if is_stream else dataset
-    rows = list(prepare_dataset(dataset, byte_level(), RULES, teacher_tokenizer=teacher))
+    rows = list(prepare_dataset(dataset, byte_level(), RULES, teacher_prompts=prompts_of(teacher)))
     assert [teacher.decode(row[TEACHER_PROMPT_IDS]).count("<end_of_turn>") for row in rows] == [1, 3]
-    [row] = prepare_dataset([{"text": "Hi"}], byte_level(), RULES, teacher_tokenizer=teacher)
+    [row] = prepare_dataset(
+        [{"text": "Hi"}],
+        byte_level(),
+        RULES,
+        teacher_prompts=prompts_of(teacher),
+    )
     assert row[TEACHER_PROMPT_IDS] == []
     [row] = prepare_dataset([{"text": "Hi"}], byte_level(), RULES)
     assert TEACHER_PROMPT_IDS not in row

@@ -1,5 +1,7 @@
 """A teacher from disk gives what the cached teacher gave, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from gkd_trainer.signals import HiddenSignal, TopKSignal
 from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, OtherTokenizerTeacher
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, source_of
-from gkd_trainer.types import TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, TokenBatch
 from tests.teachers.cache.rows import batch_of, cut, make_rows
 
 CPU = torch.device("cpu")
@@ -213,6 +215,18 @@ def test_it_states_what_it_can_do(live, tmp_path):
         alone.score(batch_of(ROWS))
     fallback = live()
     assert CachedTeacher(tmp_path, fallback).can_generate
+
+
+def test_prompts_of_the_teachers_own_are_refused(live, tmp_path):
+    """Also with a fallback: the cache may hold the same tokens behind another prompt."""
+    cached = opened(cached_from(tmp_path, live()), live())
+    batch = batch_of(ROWS)
+    no_prompts_BP = torch.full((len(ROWS), 2), IGNORE_INDEX)
+    assert len(cached.score(replace(batch, side={TEACHER_PROMPT_IDS: no_prompts_BP})).hidden_NH) == batch.n_scored
+    with_one_BP = no_prompts_BP.clone()
+    with_one_BP[3, 0] = 30
+    with pytest.raises(GKDDataError, match="prompts of the teacher's own: remove the column teacher_prompt"):
+        cached.score(replace(batch, side={TEACHER_PROMPT_IDS: with_one_BP}))
 
 
 def test_rows_of_an_encoder_decoder_and_images_are_refused(live, tmp_path):

@@ -13,7 +13,7 @@ from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers import comparable
 from gkd_trainer.trainer.pairing import require_same_kind
-from gkd_trainer.trainer.parts import other_tokenizer
+from gkd_trainer.trainer.parts import teacher_prompts
 from gkd_trainer.types import IGNORE_INDEX, TEACHER_IDS, TokenBatch
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
@@ -116,6 +116,21 @@ def test_rows_of_messages_get_the_teachers_prompt_by_its_own_template(make_other
         assert "<|im" not in text
 
 
+def test_a_rows_own_prompt_for_the_teacher_is_rendered_by_its_template_or_taken_as_text(make_other_trainer, other):
+    prompts = [[{"role": "user", "content": "Say it."}], None, [{"role": "user", "content": "Hi"}], None]
+    rows = [{**row, "teacher_prompt": prompt} for row, prompt in zip(ROWS, prompts, strict=True)]
+    trainer = make_other_trainer(rows=rows, max_length=256, lmbda=0.5, max_steps=1)
+    read = [other.decode(row["teacher_prompt_ids"]) for row in trainer.train_dataset]
+    turn = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
+    assert read == [turn.format(text) for text in ("Say it.", "How are you?", "Hi", "Add 48 and 24.")]
+    trainer.train()
+    texts = [{"prompt": "one", "completion": " two three", "teacher_prompt": "four"}] * 4
+    trainer = make_other_trainer(rows=texts)
+    batch = comparable(trainer.teacher, next(iter(trainer.get_train_dataloader())))
+    ids = batch[TEACHER_IDS][0]
+    assert other.decode(ids[ids != IGNORE_INDEX]).startswith("<bos>four two three")
+
+
 def test_rows_of_text_are_read_after_the_teachers_bos(make_other_trainer, other):
     rows = [{"prompt": "one two", "completion": " three four five"}] * 4
     trainer = make_other_trainer(rows=rows)
@@ -205,7 +220,7 @@ def test_options_that_join_samples_are_refused(make_other_trainer, name):
     args = copy.copy(trainer.args)
     setattr(args, name, True)
     with pytest.raises(GKDConfigError, match=f"{name}=True joins samples .* in tokens of its own: set {name}=False"):
-        other_tokenizer(trainer.teacher, args)
+        teacher_prompts(trainer.teacher, None, args, trainer.model)
 
 
 def test_a_student_that_is_an_encoder_decoder_is_refused(tiny_encoder_decoder, other):
