@@ -24,6 +24,7 @@ from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.options import PRODUCT_DTYPES, SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import HidesSecrets, redacted
+from gkd_trainer.signals import MODES
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +263,23 @@ class GKDArguments(HidesSecrets):
     teacher_server_checks: bool = _option(
         True, "Whether to check the teacher's servers at first contact: tokenizer, scores, reproducibility."
     )
+    teacher_vocabulary_mode: str = _option(
+        "same",
+        "How a teacher with another tokenizer is compared, where a token of both begins at the same byte: 'matched' "
+        "over the tokens with the same bytes and one bucket for all others, 'next_byte' over the next byte, 'uld' and "
+        "'gold' over sorted probabilities; 'same' refuses another tokenizer.",
+        ["same", *MODES],
+    )
+    teacher_min_matched_mass: float = _option(
+        0.9,
+        "Under teacher_vocabulary_mode='matched': the probability in [0, 1] of the tokens with the same bytes, by the "
+        "teacher, below which the next byte is compared instead.",
+    )
+    teacher_tokenizer_name_or_path: str | None = _option(
+        None,
+        "The tokenizer of a teacher under another teacher_vocabulary_mode than 'same', by default the one stored with "
+        "the teacher; a teacher behind a server needs it.",
+    )
     teacher_cache_dir: str | None = _option(
         None,
         "Folder of the teacher's predictions for the data, from `gkd-trainer cache`. They replace a teacher model; "
@@ -284,7 +302,8 @@ class GKDArguments(HidesSecrets):
 
     def __post_init__(self) -> None:
         """Parse the JSON and URL fields, check every value and combination, then run the base class's own checks."""
-        for name in ("teacher_model_name_or_path", "teacher_cache_dir", "vllm_sync_dir"):
+        teachers = ("teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "teacher_cache_dir")
+        for name in (*teachers, "vllm_sync_dir"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
         for name in self._json_fields():

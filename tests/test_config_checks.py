@@ -68,6 +68,8 @@ OUT_OF_RANGE = [
         ["int8"],
         "one of 'auto', 'float32', 'bfloat16', 'float16', 'fp8_e4m3', 'fp8_e5m2'",
     ),
+    ("teacher_vocabulary_mode", ["auto"], "one of 'same', 'matched', 'next_byte', 'uld', 'gold'"),
+    ("teacher_min_matched_mass", [-0.1, 1.1, NAN], "in [0, 1]"),
 ]
 
 
@@ -125,7 +127,7 @@ def test_every_option_with_a_range_is_among_those_tested():
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
     free |= {"teachers", "teacher_column", "teacher_weights", "teacher_offload"}
     free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
-    free |= {"teacher_cache_dir"}
+    free |= {"teacher_cache_dir", "teacher_tokenizer_name_or_path"}
     assert ranged | free == {option.name for option in dataclasses.fields(GKDArguments)}
 
 
@@ -492,3 +494,30 @@ def test_a_cache_beside_several_teachers_is_refused():
     for miss in ("error", "teacher"):
         with pytest.raises(GKDConfigError, match="teacher_cache_dir holds the predictions of one teacher"):
             GKDArguments(teacher_cache_dir="cache", teacher_cache_miss=miss, teachers={"math": "a/b"}, lmbda=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_kd": True, "lmbda": 0.0}, "it can't complete the student's prompts: set seq_kd=False"),
+        ({"teachers": {"math": "a/b"}}, "but teachers needs the student's: leave one of them out"),
+        ({"teacher_cache_dir": "cache", "lmbda": 0.0}, "but teacher_cache_dir needs the student's"),
+        ({"teacher_top_k": 5, "teacher_vocabulary_mode": "uld"}, "needs the teacher's whole distributions"),
+        (
+            {"teacher_server_base_url": "http://a:1", "teacher_vocabulary_mode": "next_byte"},
+            "needs the teacher's whole distributions",
+        ),
+        (
+            {"divergence": "skew_kl", "teacher_vocabulary_mode": "gold"},
+            "teacher_vocabulary_mode='gold' needs divergence='jsd'",
+        ),
+    ],
+)
+def test_what_a_teacher_with_another_tokenizer_can_not_do_is_refused(options, message):
+    with pytest.raises(GKDConfigError, match=message):
+        GKDArguments(**{"teacher_vocabulary_mode": "matched", **options})
+
+
+@pytest.mark.parametrize("options", [{"teacher_top_k": 5}, {"teacher_server_base_url": "http://a:1"}])
+def test_top_tokens_of_another_vocabulary_are_matched(options):
+    GKDArguments(teacher_vocabulary_mode="matched", **options)

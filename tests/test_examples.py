@@ -11,6 +11,8 @@ import datasets
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from tests.vocabularies import sentencepiece_backend, sentencepiece_like
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 PROBLEMS = [
@@ -93,6 +95,16 @@ def test_server_teacher_example_prints_the_probability_of_the_top_tokens(run, ca
     masses = re.findall(r"step (\d): teacher (\d\.\d+), student (\d\.\d+)", capsys.readouterr().out)
     assert [step for step, _, _ in masses] == ["1", "2"]
     assert all(0 < float(teacher) < 1 and 0 < float(student) < 1 for _, teacher, student in masses)
+
+
+def test_other_vocabulary_example_prints_how_much_was_compared(run, capsys, tiny_model, tmp_path):
+    tokenizer = sentencepiece_like(sentencepiece_backend())
+    tiny_model(vocab=len(tokenizer)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    run("other_vocabulary", "--max_new_tokens", 8, teacher=("--teacher", tmp_path / "other"))
+    shares = re.findall(r"step (\d): loss \d+\.\d+, compared (\d\.\d+)", capsys.readouterr().out)
+    assert [step for step, _ in shares] == ["1", "2"]
+    assert all(0.5 < float(share) <= 1 for _, share in shares)
 
 
 def test_cached_example_prints_the_size_of_the_cache_and_trains_from_it(run, capsys):

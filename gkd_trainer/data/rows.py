@@ -132,8 +132,8 @@ class RowPreparer:
         teacher_ids = self.teacher_prompts.ids_of(_without_none({**_teachers_columns(row), **formatted}))
         if images and teacher_ids:
             raise GKDDataError(
-                "a row has images and a teacher_prompt, but a teacher that reads a prompt of its own gets no images: "
-                "remove one of the columns"
+                "a row has images, but its teacher reads a prompt of its own (a teacher_prompt, or the row in another "
+                "tokenizer's tokens), which has none: use a teacher that reads the row's tokens, or rows without images"
             )
         tokens = self._tokens(formatted, len(images))
         if self.rules.is_encoder_decoder:
@@ -148,7 +148,7 @@ class RowPreparer:
             formatted = {} if self.formatting_func is None else self._formatted(row)
         except (RowDropped, GKDDataError):  # the row's own verdict, when it is prepared
             formatted = {}
-        return has_teacher_prompts({*row, *formatted})
+        return self.teacher_prompts.rendered is not None or has_teacher_prompts({*row, *formatted})
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row
@@ -352,7 +352,8 @@ class RowPreparer:
         labels = only_last_run(tokens.labels) if teacher_ids else tokens.labels
         if not ids:
             raise RowDropped("no tokens")
-        if rules.vocab_size is not None and max(*ids, *labels, *prompt_ids, *teacher_ids) >= rules.vocab_size:
+        shared_ids = teacher_ids if self.teacher_prompts.rendered is None else []
+        if rules.vocab_size is not None and max(*ids, *labels, *prompt_ids, *shared_ids) >= rules.vocab_size:
             raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
         n_prompt = len(prompt_ids) or prompt_length(labels)
         first_trained = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)

@@ -9,6 +9,7 @@ from typing import Any
 from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.tokens import RowDropped, id_list
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.models.prompts import prompt_ids
@@ -24,12 +25,14 @@ class TeacherPrompts:
 
     `tokenizer` is the teacher's, or the student's if the teacher's has no chat template; None suffices for rows that
     hold token ids. The teacher takes `limit` tokens, prompt and completion together, or the prompt if
-    `is_encoder_decoder`, whose encoder reads it; None is unlimited.
+    `is_encoder_decoder`, whose encoder reads it; None is unlimited. For a teacher with another tokenizer, `rendered`
+    gives the prompt of a row that has none of its own.
     """
 
     tokenizer: Any = None
     limit: int | None = None
     is_encoder_decoder: bool = False
+    rendered: RenderedPrompts | None = None
 
     def ids_of(self, row: Mapping[str, Any]) -> list[int]:
         """Return the teacher's prompt of a row; empty if it has none.
@@ -40,7 +43,9 @@ class TeacherPrompts:
         """
         if row.get(TEACHER_PROMPT) is None:  # the rows of a data set that is already prepared keep theirs
             held = row.get(TEACHER_PROMPT_IDS)
-            return [] if held is None else id_list(held, TEACHER_PROMPT_IDS)
+            if held is not None:
+                return id_list(held, TEACHER_PROMPT_IDS)
+            return [] if self.rendered is None else self.rendered.of(row)
         if self.tokenizer is None:
             raise GKDDataError(
                 f"expected the token ids of the teacher's prompts ({TEACHER_PROMPT_IDS}), since there is no tokenizer; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,26 @@ class CompositeTeacher(Teacher):
     @abstractmethod
     def teachers(self) -> Sequence[Teacher]:
         """The teachers that it asks, in their order."""
+
+
+class AligningTeacher(CompositeTeacher):
+    """A teacher that reads samples in tokens of its own, and is only compared at some positions of the student's."""
+
+    @abstractmethod
+    def comparable(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a collated batch with what this teacher reads, and only the labels of tokens that it can score.
+
+        It must come before the tokens trained on are counted, and after completions were put into the batch; `score`
+        needs it. A batch that was returned by it is returned as it is.
+        """
+
+    tokenizer: PreTrainedTokenizerBase
+    """The teacher's tokenizer, whose chat template renders all of its prompts (TEACHER_PROMPT_IDS)."""
+
+
+def comparable(teacher: Teacher, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a collated batch as a teacher can score it: see `AligningTeacher.comparable`; unchanged for others."""
+    return teacher.comparable(inputs) if isinstance(teacher, AligningTeacher) else inputs
 
 
 def all_teachers(teacher: Teacher) -> Iterator[Teacher]:

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.models.loading import name_of
-from gkd_trainer.teachers.base import Teacher, all_teachers
+from gkd_trainer.models.loading import find_tokenizer, name_of
+from gkd_trainer.teachers.base import AligningTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.other_tokenizer import OtherTokenizerTeacher
 from gkd_trainer.teachers.router import RoutedTeachers
 from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
@@ -37,7 +38,7 @@ def build_teacher(
 
     Args:
         args: The options, which may name a model, servers, the student or a cache.
-        teacher: A teacher, returned unchanged.
+        teacher: A teacher, returned unchanged; inside an OtherTokenizerTeacher if the options say so.
         teacher_model: A model, or its name or path.
         trust_remote_code: Whether Python code that comes with a model or its tokenizer may run.
 
@@ -45,7 +46,8 @@ def build_teacher(
         GKDTeacherError: There is no teacher, or more than one; options don't apply to it; or it can't be loaded.
     """
     if args.teacher_cache_dir is None:
-        built = _live_teacher(args, teacher, teacher_model, trust_remote_code)
+        live = _live_teacher(args, teacher, teacher_model, trust_remote_code)
+        built = _with_other_tokenizer(args, live, trust_remote_code)
     elif teacher is not None or (teacher_model is not None and args.teacher_cache_miss == "error"):
         raise GKDTeacherError(
             "got a teacher and args.teacher_cache_dir: keep one of them, or, for a teacher_model that scores the rows "
@@ -101,6 +103,24 @@ def _live_teacher(
         request_timeout=args.vllm_request_timeout,
         checks=args.teacher_server_checks,
     )
+
+
+def _with_other_tokenizer(args: GKDArguments, teacher: Teacher, trust_remote_code: bool) -> Teacher:
+    mode, source = args.teacher_vocabulary_mode, args.teacher_tokenizer_name_or_path
+    if mode == "same":
+        return teacher
+    if isinstance(teacher, AligningTeacher):
+        raise GKDTeacherError(
+            f"teacher_vocabulary_mode={mode!r} has no effect on a teacher that maps vocabularies itself: leave it out, "
+            "or pass the teacher inside it"
+        )
+    tokenizer = None if source is None else find_tokenizer(source, trust_remote_code)
+    if source is not None and tokenizer is None:
+        raise GKDTeacherError(
+            f"teacher_tokenizer_name_or_path={source!r} has no tokenizer: expected a folder with one, or a name on the "
+            "hub"
+        )
+    return OtherTokenizerTeacher(teacher, tokenizer, mode=mode, min_matched_mass=args.teacher_min_matched_mass)
 
 
 def _several(args: GKDArguments, paths: dict[str, str], trust_remote_code: bool) -> Teacher:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
-from gkd_trainer.teachers.base import CompositeTeacher, Teacher
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.cache.format import (
     Manifest,
     dtype_name,
@@ -57,6 +57,11 @@ class CachedTeacher(CompositeTeacher):
         self._head: Head | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._has_missed = False
+        if fallback is not None and any(isinstance(each, AligningTeacher) for each in all_teachers(fallback)):
+            raise GKDTeacherError(
+                "the fallback of a cache must predict over the student's tokens, but this one reads other tokens: "
+                "train with it in this process, without a cache"
+            )
         if fallback is not None and fallback.shares_weights:
             raise GKDTeacherError(
                 "the fallback of a cache must be the teacher that was cached, but this one shares weights with the "

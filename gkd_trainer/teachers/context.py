@@ -20,7 +20,7 @@ from gkd_trainer.models.heads import find_context
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.models.prompts import prompt_ids
 from gkd_trainer.signals import Signal
-from gkd_trainer.teachers.base import CompositeTeacher, StudentTeacher, Teacher, all_teachers
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, StudentTeacher, Teacher, all_teachers
 from gkd_trainer.types import IGNORE_INDEX, PER_LABEL, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class ContextTeacher(CompositeTeacher):
         rows: The rows, each with a `row_key` that no other has. The rows trained and evaluated on must have those keys.
 
     Raises:
-        GKDTeacherError: `rows` have no keys, or one key is in two rows.
+        GKDTeacherError: `rows` have no keys, one key is in two rows, or the teacher reads other tokens.
     """
 
     def __init__(
@@ -53,6 +53,11 @@ class ContextTeacher(CompositeTeacher):
         prompt: Callable[[Mapping[str, Any], str], Prompt | None],
         rows: Sequence[Mapping[str, Any]],
     ) -> None:
+        if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
+            raise GKDTeacherError(
+                "a ContextTeacher scores a completion by the student's token ids, but this teacher reads other tokens: "
+                "give its rows a column teacher_prompt instead"
+            )
         self._teacher, self._prompt, self._rows = teacher, prompt, rows
         self._position_by_key = _positions_by_key(rows)
         self.tokenizer = teacher.tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
-from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.base import AligningTeacher, Teacher
 from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.context import ContextTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
@@ -38,6 +38,11 @@ def describe(teacher: Teacher) -> TeacherDescription:
 @describe.register
 def _(teacher: HiddenStateServerTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.checkpoint, teacher.base_urls, teacher.top_k)
+
+
+@describe.register
+def _(teacher: AligningTeacher) -> TeacherDescription:
+    return describe(teacher.teachers[0])
 
 
 @describe.register

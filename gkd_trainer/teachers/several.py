@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import Signal
-from gkd_trainer.teachers.base import CompositeTeacher, Teacher, all_teachers
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.offload import WaitingWeights
 from gkd_trainer.teachers.vocabulary import difference
 from gkd_trainer.types import TokenBatch
@@ -29,7 +29,8 @@ class SeveralTeachers(CompositeTeacher):
             Nothing moves on a CPU. Models that are quantised, sharded, or placed by a device map stay where they are.
 
     Raises:
-        GKDTeacherError: There are no teachers, one is not a Teacher, or their tokenizers differ.
+        GKDTeacherError: There are no teachers, one is not a Teacher, or their tokenizers differ or are not the
+            student's.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], *, offload: bool = False) -> None:
@@ -42,6 +43,11 @@ class SeveralTeachers(CompositeTeacher):
                 raise GKDTeacherError(
                     f"expected a Teacher as {name!r}; got {type(teacher).__name__}: FrozenTeacher(model) makes one of "
                     "a model, and FrozenTeacher.from_pretrained of a name"
+                )
+            if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
+                raise GKDTeacherError(
+                    f"the teacher {name!r} reads other tokens than the student's, but several teachers are compared at "
+                    "the same tokens of the student: train with it alone, or use teachers with the student's tokenizer"
                 )
         self._teachers = dict(teachers)
         self._offload = offload

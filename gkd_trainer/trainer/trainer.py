@@ -42,7 +42,7 @@ from gkd_trainer.report.interval import tenth_of
 from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import Teacher, comparable
 from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.trainer import publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
@@ -380,6 +380,7 @@ class GKDMixin(AnyTrainer):
             return batches, None
         for batch in batches:
             require_labels(batch)
+        batches = self._comparable(batches)
         self._has_trained = True
         self._finite_check.clear()
         return batches, self._count_trained_tokens(batches, device)
@@ -393,6 +394,14 @@ class GKDMixin(AnyTrainer):
         self._generated = window.generated
         self._meter.add_samples(**sample_counts(window, staleness))
         return window.batches
+
+    def _comparable(self, batches: list[Any]) -> list[Any]:
+        found = [comparable(self.teacher, batch) for batch in batches]
+        for before, after in zip(batches, found, strict=True):
+            if after is not before:
+                scored = [TokenBatch.from_inputs(batch).n_scored for batch in (before, after)]
+                self._meter.add_samples(incomparable_tokens=scored[0] - scored[1])
+        return found
 
     def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
         count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)
@@ -434,7 +443,7 @@ class GKDMixin(AnyTrainer):
         """
         require_labels(inputs)
         decoded = inputs if has_decoder_inputs(inputs) else self._decoded(inputs)
-        batch = TokenBatch.from_inputs(decoded)
+        batch = TokenBatch.from_inputs(comparable(self.teacher, decoded))
         self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
         self._student_teachers.attach(self.model, self._ranks, pairing.head)
         with (

@@ -222,5 +222,5 @@ def test_images_that_can_not_be_prepared_are_refused(qwen, changes, reason):
 
 
 def test_a_prompt_of_the_teachers_own_beside_images_is_refused(qwen):
-    with pytest.raises(GKDDataError, match="a row has images and a teacher_prompt"):
+    with pytest.raises(GKDDataError, match="a row has images, but its teacher reads a prompt of its own"):
         preparer_of(qwen).prepare({**TWO, "teacher_prompt": "Say yes."})

@@ -8,7 +8,7 @@ import torch
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import HiddenSignal, TopKSignal
-from gkd_trainer.teachers import CachedTeacher, FrozenTeacher
+from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, OtherTokenizerTeacher
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, source_of
 from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, TokenBatch
@@ -97,6 +97,12 @@ def test_a_batch_without_tokens_to_score_gives_an_empty_signal(live, tmp_path):
         signal = opened(cached_from(tmp_path / name, teacher)).score(batch)
         assert len(signal.hidden_NH if name == "hidden" else signal.ids_NK) == 0
         assert signal.vocab_size == 368
+
+
+def test_a_fallback_that_reads_other_tokens_than_the_students_is_refused(live, byte_level, tmp_path):
+    other = OtherTokenizerTeacher(live(), byte_level())
+    with pytest.raises(GKDTeacherError, match="this one reads other tokens: train with it in this process"):
+        CachedTeacher(cached_from(tmp_path, live()), other)
 
 
 def test_a_row_that_is_not_in_the_cache_is_named(live, byte_level, tmp_path):

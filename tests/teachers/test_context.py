@@ -12,6 +12,7 @@ from gkd_trainer.models.loading import base_model
 from gkd_trainer.teachers import (
     ContextTeacher,
     FrozenTeacher,
+    OtherTokenizerTeacher,
     RoutedTeachers,
     SelfTeacher,
     VLLMServerTeacher,
@@ -239,6 +240,12 @@ def test_a_prompt_that_is_too_long_gives_way_to_the_samples_own(tiny_model, byte
     torch.testing.assert_close(actual_NV, expected_NV, atol=1e-4, rtol=1e-4)
     assert "1 of the teacher's prompts were too long so far" in caplog.text
     assert "that of row_key 7 needs 10 tokens, and the teacher takes 8" in caplog.text
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused(tiny_model, byte_level):
+    other = OtherTokenizerTeacher(FrozenTeacher(tiny_model(), byte_level()))
+    with pytest.raises(GKDTeacherError, match="reads other tokens: give its rows a column teacher_prompt instead"):
+        ContextTeacher(other, lambda row, completion: None, [{ROW_KEY: 0}])
 
 
 def test_samples_without_a_known_key_are_refused(tiny_model, byte_level):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig, RoutedTeachers, SelfTeacher
+from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig, OtherTokenizerTeacher, RoutedTeachers, SelfTeacher
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.teachers.cache import read_manifest
 from gkd_trainer.trainer.caching import cache_predictions
@@ -155,7 +155,7 @@ def test_a_second_run_scores_only_rows_that_are_new(cached, tiny_model, token_ro
     assert asked == []
 
 
-def test_what_can_not_be_cached_is_refused(cached, tiny_model, token_rows, tmp_path):
+def test_what_can_not_be_cached_is_refused(cached, tiny_model, byte_level):
     with pytest.raises(GKDConfigError, match="set lmbda=0 and seq_kd=False"):
         cached(lmbda=0.5)
     with pytest.raises(GKDConfigError, match="batch_size must be at least 1; got 0"):
@@ -164,6 +164,9 @@ def test_what_can_not_be_cached_is_refused(cached, tiny_model, token_rows, tmp_p
         cached(CachedTeacher(cached()), name="other")
     with pytest.raises(GKDTeacherError, match="predictions of one teacher; got RoutedTeachers"):
         cached(RoutedTeachers({"own": FrozenTeacher(tiny_model(seed=1))}), name="other")
+    other = OtherTokenizerTeacher(FrozenTeacher(tiny_model(seed=1), byte_level()))
+    with pytest.raises(GKDTeacherError, match="over the student's tokens, but this teacher reads other tokens"):
+        cached(other, name="other")
     with pytest.raises(GKDTeacherError, match="a SelfTeacher is the student, which training changes"):
         cached(SelfTeacher(), student=tiny_model(), name="other")
     with pytest.raises(GKDTeacherError, match="'topk' stores its top tokens"):
