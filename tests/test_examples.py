@@ -9,8 +9,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
+from tests.vision import make_pair
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -48,12 +49,12 @@ def tiny_teacher_dir(tiny_model, byte_level, tmp_path):
 def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch):
     """Run an example's main for two steps; return the folder that it saved to. Later options win."""
 
-    def run_example(name, *options, teacher=("--teacher", smollm2_dir)):
+    def run_example(name, *options, teacher=("--teacher", smollm2_dir), data=("--data", gsm8k_dir)):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         example = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, example)  # where a class of it is pickled
         spec.loader.exec_module(example)
-        places = ["--student", smollm2_student_dir, *teacher, "--data", gsm8k_dir]
+        places = ["--student", smollm2_student_dir, *teacher, *data]
         output_dir = tmp_path / "output"
         small = ["--output_dir", output_dir, "--max_steps", 2, "--batch_size", 2]
         example.main([str(option) for option in (*places, *small, *options)])
@@ -156,6 +157,29 @@ def test_seq2seq_example_generates_answers_and_lowers_the_divergence(
     assert float(after) < float(before)
     assert "eval_accuracy: 0.0000 before" in printed
     assert AutoModelForSeq2SeqLM.from_pretrained(output_dir).config.num_layers == 2
+
+
+def test_images_example_lowers_the_divergence_on_held_out_pictures(run, capsys, tmp_path):
+    pair = make_pair("llava")
+    for name in ("student", "teacher"):
+        getattr(pair, name).save_pretrained(tmp_path / name)
+        pair.processor.save_pretrained(tmp_path / name)
+    options = ["--student", tmp_path / "student", "--learning_rate", 3e-3, "--max_new_tokens", 6, "--max_steps", 4]
+    output_dir = run(
+        "images",
+        *options,
+        "--num_train",
+        8,
+        "--num_eval",
+        3,
+        "--size",
+        16,
+        teacher=("--teacher", tmp_path / "teacher"),
+        data=(),
+    )
+    before, after = re.search(r"eval_loss: (\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    assert AutoModelForImageTextToText.from_pretrained(output_dir).config.model_type == "llava"
 
 
 def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, served_dir, tiny_teacher_dir):

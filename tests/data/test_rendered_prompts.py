@@ -97,7 +97,7 @@ def test_ids_that_the_student_lacks_are_no_reason_to_drop_a_row(teacher, byte_le
     prompts = prompts_of(teacher)
     row = {"text": "Hi", TEACHER_PROMPT_IDS: [rules.vocab_size + 5]}
     assert (
-        RowPreparer.create(byte_level(), rules, None, prompts).prepare(row).teacher_prompt_ids
+        RowPreparer.create(byte_level(), rules, None, teacher_prompts=prompts).prepare(row).teacher_prompt_ids
         == row[TEACHER_PROMPT_IDS]
     )
     with pytest.raises(RowDropped, match="beyond the models'"):
