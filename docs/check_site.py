@@ -1,6 +1,6 @@
 """Check a built site: its local links lead somewhere, and no page loads anything from another host.
 
-    python docs/check_site.py build/docs/html
+python docs/check_site.py build/docs/html
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 # Attributes whose target a browser fetches by itself. Of <link>, only these relations are fetched.
 LOADED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("link", "href")}
+LOADED_BY_CSS = r"(?:url\(\s*|@import\s+)[\"']?((?:https?:)?//[^\"')]*)"
 FETCHED_RELATIONS = {"stylesheet", "preload", "icon", "modulepreload", "prefetch", "preconnect", "dns-prefetch"}
 
 
@@ -59,7 +60,9 @@ def problems(site: Path) -> Iterator[str]:
             elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].anchors:
                 yield f"{name} links to {link}, a page without that anchor"
     for path in sorted(site.rglob("*.css")):
-        for url in re.findall(r"(?:url\(\s*|@import\s+)[\"']?((?:https?:)?//[^\"')]*)", path.read_text(encoding="utf-8")):
+        for url in re.findall(
+            r"(?:url\(\s*|@import\s+)[\"']?((?:https?:)?//[^\"')]*)", path.read_text(encoding="utf-8")
+        ):
             yield f"{path.relative_to(site)} loads {url}"
 
 

@@ -47,6 +47,8 @@ nitpick_ignore = [
 
 html_theme = "furo"
 html_title = "gkd_trainer"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 templates_path = ["_templates"]
 html_additional_pages = {"index": "to_index.html"}
 html_copy_source = False
@@ -72,10 +74,10 @@ def toctrees(index: str, pages: set[str]) -> str:
     for heading, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", index, re.MULTILINE | re.DOTALL):
         links = re.findall(r"^- \[(.*?)\]\((?!https?:)(.*?)\)", body, re.MULTILINE)
         sections[heading] = {_page(f"docs/{link}"): f"{title} </{_page(f'docs/{link}')}>" for title, link in links}
-    unlisted = pages - {"docs/index"}.union(*sections.values()) - set(_included(pages))
-    notebooks = sorted(page for page in unlisted if page.startswith(NOTEBOOKS))
-    sections.setdefault("Examples", {}).update({page: f"/{page}" for page in notebooks})
-    sections["More"] = {page: f"/{page}" for page in sorted(unlisted.difference(notebooks))}
+    for page in sorted(pages - {"docs/index"}.union(*sections.values())):
+        # Those of the reference are in the toctree of docs/api/index.rst.
+        if not page.startswith("docs/api/"):
+            sections.setdefault("Examples" if page.startswith(NOTEBOOKS) else "More", {})[page] = f"/{page}"
     return "\n".join(
         "\n".join(["```{toctree}", ":hidden:", f":caption: {heading}", "", *entries.values(), "```", ""])
         for heading, entries in sections.items()
@@ -86,11 +88,6 @@ def toctrees(index: str, pages: set[str]) -> str:
 def _page(path: str) -> str:
     """Return the name of a page from its path: without `..` and suffix."""
     return str(PurePosixPath(posixpath.normpath(path)).with_suffix(""))
-
-
-def _included(pages: set[str]) -> list[str]:
-    """Return the pages that the toctree of docs/api/index.rst has."""
-    return [page for page in pages if page.startswith("docs/api/") and page != "docs/api/index"]
 
 
 def names(modules: dict[str, str]) -> str:
