@@ -4,6 +4,7 @@ The sources are the repository's own pages, which GitHub shows too: so the sourc
 pages are those of the repository, and docs/index.md, a page of links, is also the table of contents.
 """
 
+import inspect
 import posixpath
 import re
 import sys
@@ -26,7 +27,9 @@ exclude_patterns = [".*", "build", "benchmarks", "gkd_trainer", "tests", "**/.ip
 myst_heading_anchors = 4
 # Notebooks are shown as they were saved: nbmake executes them.
 nb_execution_mode = "off"
+# A widget, such as a progress bar, would load its scripts from another host: its text is shown instead.
 nb_ipywidgets_js: dict[str, object] = {}
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 
 # The reference. In docstrings, `x` is code, as in Markdown.
 default_role = "code"
@@ -59,6 +62,8 @@ linkcheck_timeout = 20
 linkcheck_anchors = False
 
 NOTEBOOKS = "examples/notebooks/"
+# The modules of exported names, as the reference lists them.
+ORDER = ["trainer", "config", "teachers", "rollouts", "divergence", "errors"]
 
 
 def toctrees(index: str, pages: set[str]) -> str:
@@ -90,9 +95,20 @@ def _page(path: str) -> str:
     return str(PurePosixPath(posixpath.normpath(path)).with_suffix(""))
 
 
-def names(modules: dict[str, str]) -> str:
-    """Return a list of the names that the package exports, linked to where they are documented."""
-    return "\n".join(f"- :py:obj:`{name} <gkd_trainer.{module}.{name}>`" for name, module in sorted(modules.items()))
+def names() -> str:
+    """Return the names that the package exports, by module, with their first lines and links to the reference."""
+    import gkd_trainer
+
+    modules: dict[str, list[str]] = {}
+    for name in sorted(gkd_trainer.__all__):
+        modules.setdefault(gkd_trainer._MODULES[name], []).append(name)
+    lines = []
+    for module, exported in sorted(modules.items(), key=lambda item: [*ORDER, item[0]].index(item[0])):
+        lines += ["", f"``gkd_trainer.{module}``", ""]
+        for name in exported:
+            summary = inspect.getdoc(getattr(gkd_trainer, name)).split("\n")[0]
+            lines.append(f"- :py:obj:`{name} <gkd_trainer.{module}.{name}>`: {summary}")
+    return "\n".join([*lines, ""])
 
 
 def extend(app, page, content):
@@ -100,9 +116,7 @@ def extend(app, page, content):
     if page == root_doc:
         content[0] += "\n" + toctrees(content[0], set(app.env.found_docs))
     if page == "docs/api/index":
-        import gkd_trainer
-
-        content[0] += "\n" + names(gkd_trainer._MODULES) + "\n"
+        content[0] += names()
 
 
 def setup(app):
