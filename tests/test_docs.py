@@ -196,7 +196,7 @@ def test_metrics_page_names_what_a_run_logs():
     with meter.measure("rollout"), meter.measure("step"):
         pass
     logged = meter.read(lambda sums: sums)
-    assert len(logged) == 19
+    assert len(logged) == 23
     for metric in logged:
         assert f"`{metric}`" in page, metric
 
@@ -206,7 +206,7 @@ def test_metrics_page_names_what_an_evaluation_gives():
     meter = EvaluationMeter()
     meter.add(torch.ones(2, len(TOKEN_SUMS), dtype=torch.float64), torch.tensor(1.0), lambda sums: sums)
     measured = meter.read()
-    assert len(measured) == 7
+    assert len(measured) == 10
     for metric in measured:
         assert f"`eval_{metric}`" in page, metric
 

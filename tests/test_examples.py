@@ -11,6 +11,8 @@ import datasets
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from tests.vocabularies import sentencepiece_backend, sentencepiece_like
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 PROBLEMS = [
@@ -95,6 +97,16 @@ def test_server_teacher_example_prints_the_probability_of_the_top_tokens(run, ca
     assert all(0 < float(teacher) < 1 and 0 < float(student) < 1 for _, teacher, student in masses)
 
 
+def test_other_vocabulary_example_prints_how_much_was_compared(run, capsys, tiny_model, tmp_path):
+    tokenizer = sentencepiece_like(sentencepiece_backend())
+    tiny_model(vocab=len(tokenizer)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    run("other_vocabulary", "--max_new_tokens", 8, teacher=("--teacher", tmp_path / "other"))
+    shares = re.findall(r"step (\d): loss \d+\.\d+, compared (\d\.\d+)", capsys.readouterr().out)
+    assert [step for step, _ in shares] == ["1", "2"]
+    assert all(0.5 < float(share) <= 1 for _, share in shares)
+
+
 def test_cached_example_prints_the_size_of_the_cache_and_trains_from_it(run, capsys):
     output_dir = run("cached_teacher", "--learning_rate", 5e-4, "--max_length", 96, "--num_train", 3)
     printed = capsys.readouterr().out
@@ -153,6 +165,16 @@ def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, s
     printed = re.findall(r"the (\w+) teacher: (\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out)
     assert [name for name, _, _ in printed] == ["math", "chat"]
     assert all(float(after) < float(before) for _, before, after in printed)
+
+
+@pytest.mark.parametrize("source", ["base", "ema"])
+def test_self_teacher_example_saves_an_adapter_and_prints_divergences(run, capsys, source):
+    output_dir = run("self_teacher", "--max_new_tokens", 8, "--rank", 4, "--source", source, teacher=())
+    assert (output_dir / "adapter_model.safetensors").exists()
+    printed = capsys.readouterr().out.partition("from itself with the solution:")[2]
+    divergences = [float(number) for number in re.findall(r"step \d: (\d+\.\d+)", printed)]
+    assert len(divergences) == 2
+    assert min(divergences) > 0.001
 
 
 def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_pair, tmp_path):

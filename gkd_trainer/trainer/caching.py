@@ -18,7 +18,7 @@ from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.build import find_stop_ids
 from gkd_trainer.teachers import CachedTeacher, Teacher, describe, shared_vocabulary_size
-from gkd_trainer.teachers.base import CompositeTeacher, all_teachers
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, Manifest, source_of
 from gkd_trainer.teachers.cache.format import Kind
 from gkd_trainer.teachers.prompt_scores import TokenSequence
@@ -79,6 +79,16 @@ def cache_predictions(
         raise GKDConfigError("only the data can be cached, not completions to come: set lmbda=0 and seq_kd=False")
     if any(isinstance(each, CachedTeacher) for each in all_teachers(teacher)):
         raise GKDTeacherError("the teacher to cache is a cache already: pass the teacher itself")
+    if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
+        raise GKDTeacherError(
+            "a cache holds predictions over the student's tokens, but this teacher reads other tokens: train with it "
+            "in this process, without a cache"
+        )
+    if teacher.shares_weights:
+        raise GKDTeacherError(
+            f"a {type(teacher).__name__} is the student, which training changes: only a teacher of its own can be "
+            "cached"
+        )
     if isinstance(teacher, CompositeTeacher):
         raise GKDTeacherError(
             f"a cache holds the predictions of one teacher; got {type(teacher).__name__}: cache each of its teachers, "

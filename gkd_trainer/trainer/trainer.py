@@ -41,7 +41,8 @@ from gkd_trainer.report.interval import tenth_of
 from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import Teacher, comparable
+from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.trainer import publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
 from gkd_trainer.trainer.construction import (
@@ -213,6 +214,9 @@ class GKDMixin(AnyTrainer):
         self.args, self.teacher = parts.args, teacher
         self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
         self._pairing, self._queue, self._preparation = parts.pairing, parts.queue, parts.preparation
+        self._student_teachers = parts.student_teachers
+        if (updates := parts.student_teachers.callback()) is not None:
+            self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
@@ -370,6 +374,7 @@ class GKDMixin(AnyTrainer):
             return batches, None
         for batch in batches:
             require_labels(batch)
+        batches = self._comparable(batches)
         self._has_trained = True
         self._finite_check.clear()
         return batches, self._count_trained_tokens(batches, device)
@@ -383,6 +388,14 @@ class GKDMixin(AnyTrainer):
         self._generated = window.generated
         self._meter.add_samples(**sample_counts(window, staleness))
         return window.batches
+
+    def _comparable(self, batches: list[Any]) -> list[Any]:
+        found = [comparable(self.teacher, batch) for batch in batches]
+        for before, after in zip(batches, found, strict=True):
+            if after is not before:
+                scored = [TokenBatch.from_inputs(batch).n_scored for batch in (before, after)]
+                self._meter.add_samples(incomparable_tokens=scored[0] - scored[1])
+        return found
 
     def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
         count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)
@@ -424,8 +437,9 @@ class GKDMixin(AnyTrainer):
         """
         require_labels(inputs)
         decoded = inputs if has_decoder_inputs(inputs) else self._decoded(inputs)
-        batch = TokenBatch.from_inputs(decoded)
+        batch = TokenBatch.from_inputs(comparable(self.teacher, decoded))
         self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
+        self._student_teachers.attach(self.model, self._ranks, pairing.head)
         with (
             self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
             self._recovery.failing_together(
@@ -435,7 +449,7 @@ class GKDMixin(AnyTrainer):
                 exchanges=not self.teacher.is_local,
             ),
         ):
-            teacher = self.teacher.score(batch).sliced(pairing.vocab_size)
+            teacher = self.teacher.score(with_teacher_prompts(batch)).sliced(pairing.vocab_size)
         products = product_dtype(self.args, self.accelerator.mixed_precision)
         comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products)
         student = run_student(
@@ -559,6 +573,7 @@ class GKDMixin(AnyTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_rollouts(output_dir, self._ranks.index, self._queue.state(self.state.global_step))
+        self._student_teachers.save(output_dir, is_first_rank=self._ranks.index == 0)
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # next, the first rank writes Trainer's state, which vouches for all ranks
 
@@ -566,6 +581,7 @@ class GKDMixin(AnyTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         self._recovery.last_checkpoint = None if checkpoint is None else Path(checkpoint)
         self._queue.load(load_rollouts(checkpoint, self._ranks.index))
+        self._student_teachers.load(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         card = Path(output_dir or self.args.output_dir) / "README.md"
