@@ -56,6 +56,7 @@ html_show_sphinx = False
 # `make docs EXTERNAL=1`.
 linkcheck_timeout = 20
 linkcheck_anchors = False
+linkcheck_ignore = [r"http://127\.0\.0\.1"]
 
 NOTEBOOKS = "examples/notebooks/"
 # The modules of exported names, as the reference lists them.
