@@ -40,8 +40,8 @@ autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 python_display_short_literal_types = True
 python_maximum_signature_line_length = 100
-# -n wants a target for every name. Those of other projects are on hosts that a build should not need. Of ours, a path of
-# more than two parts comes from an annotation and names what a folder does not export.
+# -n wants a target for every name. Those of other projects are on hosts that a build should not need. A path of ours
+# with more than two parts comes from an annotation, and names what a folder does not export.
 nitpick_ignore_regex = [(r"py:.*", r"(?!gkd_trainer\b).*"), (r"py:class", r"gkd_trainer(\.\w+){3,}")]
 
 html_theme = "furo"
