@@ -214,7 +214,7 @@ class GKDArguments(HidesSecrets):
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
-        "Options of AutoModelForCausalLM.from_pretrained for a teacher given by name, as a dictionary or JSON; the "
+        "Options of from_pretrained for a teacher given by name, as a dictionary or JSON; the "
         "dtype is the checkpoint's unless given here.",
     )
     teacher_top_k: int | None = _option(
@@ -417,7 +417,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
 
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
-        "Options of AutoModelForCausalLM.from_pretrained for a student given by name, as a dictionary or JSON; the "
+        "Options of from_pretrained for a student given by name, as a dictionary or JSON; the "
         "dtype is float32 unless given here.",
     )
     trust_remote_code: bool = _option(

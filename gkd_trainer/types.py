@@ -142,6 +142,32 @@ _NOT_MODEL_INPUTS = frozenset(SIDE_TENSORS).union(
 
 
 @dataclass(frozen=True)
+class MediaTokens:
+    """The token ids that stand for an image, a video or sound in a model's input; None for what it does not take."""
+
+    image: int | None = None
+    video: int | None = None
+    audio: int | None = None
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset(token_id for token_id in (self.image, self.video, self.audio) if token_id is not None)
+
+
+@dataclass(frozen=True)
+class PromptMedia:
+    """The images of one prompt, for a model's forward.
+
+    `inputs` are values of MEDIA_INPUTS as a collator returns them for a batch of this prompt alone; `mm_token_type_ids`
+    has one value per token of the prompt, and is None if the model takes none.
+    """
+
+    inputs: Mapping[str, Tensor]
+    mm_token_type_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How completions are drawn from a model's next-token distribution.
 

@@ -22,6 +22,7 @@ from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
+from tests.vision import make_pair
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -128,6 +129,10 @@ def hub(tmp_path, monkeypatch, tiny_model, tiny_encoder_decoder, byte_level):
         tiny_encoder_decoder(**size).save_pretrained(tmp_path / name)
         byte_level(None).save_pretrained(tmp_path / name)
     (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
+    pair = make_pair("llava")
+    for name, model in (("llava-1.5-7b-hf", pair.student), ("llava-1.5-13b-hf", pair.teacher)):
+        for part in (model, pair.processor):
+            part.save_pretrained(tmp_path / "llava-hf" / name)
     lines = [json.dumps(CONVERSATION)] * 8
     (tmp_path / "trl-lib" / "Capybara" / "train.jsonl").write_text("\n".join(lines))
 

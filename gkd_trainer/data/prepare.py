@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer, RowRules
@@ -47,6 +48,7 @@ def prepare_dataset(
     rules: RowRules,
     *,
     formatting_func: Callable[[Any], Any] | None = None,
+    images: ImageProcessing | None = None,
     num_proc: int | None = None,
     name: str = "train",
     route: TeacherRoute | None = None,
@@ -60,6 +62,7 @@ def prepare_dataset(
         tokenizer: holds the vocabulary and the chat template; None suffices for tokenised rows.
         rules: which rows can be used, and which of their tokens are trained on.
         formatting_func: turns a row into a text, a list of messages, or a row in one of the usual formats.
+        images: turns the rows' images into tokens; None refuses rows with images.
         num_proc: number of processes for a `Dataset`.
         name: the dataset's name in the log and on the progress bar.
         route: how a row gets one of several teachers; its index becomes the column TEACHER_INDEX.
@@ -81,10 +84,10 @@ def prepare_dataset(
     if isinstance(dataset, list):
         dataset = _from_list(dataset, name)
     if isinstance(dataset, Dataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_prompts)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, images, teacher_prompts)
         return _prepare_map_style(dataset, _PrepareRow(preparer, route, True, name), num_proc)
     if isinstance(dataset, IterableDataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func, teacher_prompts)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, images, teacher_prompts)
         return _prepare_iterable(dataset, _PrepareRow(preparer, route, True, name))
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
         if route is not None and TEACHER_INDEX not in next(iter(dataset)):

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
+from gkd_trainer.data.images import ImageProcessing, images_of, require_readable, with_image_parts
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts, only_last_run
@@ -94,6 +95,7 @@ class RowPreparer:
     leading_ids: tuple[int, ...]
     added_ids: frozenset[int]
     teacher_prompts: TeacherPrompts
+    images: ImageProcessing | None = None
 
     @classmethod
     def create(
@@ -101,9 +103,10 @@ class RowPreparer:
         tokenizer: Any,
         rules: RowRules,
         formatting_func: Callable[[Any], Any] | None,
+        images: ImageProcessing | None = None,
         teacher_prompts: TeacherPrompts | None = None,
     ) -> RowPreparer:
-        """Build a preparer; `tokenizer` None suffices for tokenised rows.
+        """Build a preparer; `tokenizer` None suffices for tokenised rows, `images` None for rows without images.
 
         `teacher_prompts` is by default rendered by the same tokenizer, and of any length.
         """
@@ -113,7 +116,7 @@ class RowPreparer:
             return cls(None, rules, formatting_func, None, (), frozenset(), teacher_prompts)
         added_ids = frozenset(tokenizer.added_tokens_decoder)
         template, leading = marked_template(tokenizer), leading_ids(tokenizer)
-        return cls(tokenizer, rules, formatting_func, template, leading, added_ids, teacher_prompts)
+        return cls(tokenizer, rules, formatting_func, template, leading, added_ids, teacher_prompts, images)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -123,11 +126,21 @@ class RowPreparer:
             GKDDataError: no row like this one can be used with these rules or this tokenizer.
 
         """
+        images = images_of(row)
+        require_readable(images, self.images, is_encoder_decoder=self.rules.is_encoder_decoder)
         formatted = row if self.formatting_func is None else self._formatted(row)
         teacher_ids = self.teacher_prompts.ids_of(_without_none({**_teachers_columns(row), **formatted}))
-        tokens = self._tokens(formatted)
-        fitted = self._fitted_pair if self.rules.is_encoder_decoder else self._fitted
-        return fitted(tokens, teacher_ids)
+        if images and teacher_ids:
+            raise GKDDataError(
+                "a row has images, but its teacher reads a prompt of its own (a teacher_prompt, or the row in another "
+                "tokenizer's tokens), which has none: use a teacher that reads the row's tokens, or rows without images"
+            )
+        tokens = self._tokens(formatted, len(images))
+        if self.rules.is_encoder_decoder:
+            return self._fitted_pair(tokens, teacher_ids)
+        if self.images is not None:
+            tokens = self.images.expanded(tokens, images, is_generating=self.rules.is_generating)
+        return self._fitted(tokens, teacher_ids)
 
     def has_teacher_prompt(self, row: Mapping[str, Any]) -> bool:
         """Return whether rows like this one may have prompts for the teacher; it may be None in this one."""
@@ -152,7 +165,7 @@ class RowPreparer:
             f"messages, prompt and completion, text, or input_ids); it returned {type(result).__name__}"
         )
 
-    def _tokens(self, row: Mapping[str, Any]) -> RowTokens:
+    def _tokens(self, row: Mapping[str, Any], n_images: int) -> RowTokens:
         if row.get("input_ids") is not None:
             return held_pair(row) if self.rules.is_encoder_decoder else held_tokens(row)
         text_field = self.rules.text_field
@@ -189,19 +202,19 @@ class RowPreparer:
                 "expected tokenised rows (`input_ids`), since there is no tokenizer; got the columns "
                 f"{sorted(filled)}: pass the tokenizer as processing_class"
             )
-        return read(filled, has_completion_column="completion" in row)
+        return read(filled, n_images, has_completion_column="completion" in row)
 
-    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _conversation(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         if "messages" in row:
             row.pop("conversations", None)
-        messages = messages_of(maybe_convert_to_chatml(row)["messages"])
+        messages = self._messages(maybe_convert_to_chatml(row)["messages"], n_images)
         if not any(message["role"] == "assistant" for message in messages):
             if self.rules.needs_completion:
                 raise RowDropped("no assistant turn")
             return self._chat_prompt(messages, row)
         return self._chat(messages, row, n_context=0)
 
-    def _prompt_and_completion(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _prompt_and_completion(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         prompt, completion = row["prompt"], row.get("completion")
         if completion is None and self.rules.needs_completion:
             if has_completion_column:
@@ -217,15 +230,19 @@ class RowPreparer:
                 return RowTokens(ids, [IGNORE_INDEX] * len(ids))
             return self._completed_text(prompt, completion)
         row = maybe_convert_to_chatml(row)
-        prompt = messages_of(row["prompt"])
+        prompt = self._messages(row["prompt"], n_images)
         if completion is None:
             return self._chat_prompt(prompt, row)
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        completion = messages_of(completion)
+        completion = self._messages(completion, 0)
         if not any(message["role"] == "assistant" for message in completion):
             raise RowDropped("no assistant turn")
         return self._chat(prompt + completion, row, n_context=len(prompt))
+
+    def _messages(self, value: Any, n_images: int) -> list[dict[str, Any]]:
+        messages = messages_of(value)
+        return messages if self.images is None else with_image_parts(messages, n_images)
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> RowTokens:
         self._require_chat_template()
@@ -286,7 +303,7 @@ class RowPreparer:
         ranges = [(start + n_leading, len(ids))] if start < end else []
         return RowTokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
 
-    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _text(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         text = row[self.rules.text_field]
         if not isinstance(text, str):
             raise RowDropped(f"{self.rules.text_field} is not a text")
@@ -357,6 +374,8 @@ class RowPreparer:
             if first_trained is not None and first_trained >= rules.max_length:
                 reason = f"no trained token within max_length ({rules.max_length})"
                 raise RowDropped(reason, first_trained + 1)
+        if self.images is not None:
+            self.images.require_whole(ids, rules.max_length)
         cut = slice(rules.max_length)
         if teacher_ids:
             is_completed = rules.is_generating or first_trained is None

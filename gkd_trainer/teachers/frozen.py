@@ -35,6 +35,7 @@ from gkd_trainer.models.loading import (
     loading_failure,
     name_of,
     refuse_prompt_learning,
+    refuse_unread_media,
     uncompiled,
 )
 from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
@@ -122,6 +123,7 @@ class FrozenTeacher(Teacher):
         if len(batch.labels_BL) == 0:
             # A forward all the same: it gives the signal its width, and other ranks may need this one's.
             batch = masked_token(batch)
+        refuse_unread_media(self._model, batch.model_inputs, "teacher")
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils.logging import tqdm
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.data import ImageProcessing
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
@@ -117,6 +118,7 @@ def cache_predictions(
         vocab_size=min(student_size, teacher.vocab_size or student_size),
         formatting_func=formatting_func,
         shorter=shorter,
+        images=ImageProcessing.of(processing_class),
     ).prepared(dataset, "train", is_training=True)
     source = source_of(
         teacher, tokenizer, name=str(describe(teacher).name), max_length=args.max_length, train_on=args.train_on
@@ -146,7 +148,7 @@ def _new_rows(rows: Any, writer: CacheWriter, *, is_quiet: bool) -> Iterator[dic
     """Yield token ids and labels of the rows that the cache lacks."""
     total = len(rows) if hasattr(rows, "__len__") else None
     for row in tqdm(rows, desc="Caching", total=total, disable=is_quiet):
-        if unread := sorted(name for name in _MORE_THAN_TOKENS & row.keys() if row[name] is not None):
+        if unread := sorted(name for name in _MORE_THAN_TOKENS & row.keys() if _is_given(row[name])):
             raise GKDDataError(
                 f"rows of the data to cache have {', '.join(unread)}, but a cache holds one teacher's predictions for "
                 "the row's own tokens alone: remove the column and cache each teacher by itself, or train with the "
@@ -156,6 +158,10 @@ def _new_rows(rows: Any, writer: CacheWriter, *, is_quiet: bool) -> Iterator[dic
         sequence = _sequence(ids, labels)
         if sequence is not None and not writer.has(sequence):
             yield {"input_ids": ids, "labels": labels}
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, list) and len(value) == 0)
 
 
 def _sequence(ids: list[int], labels: list[int]) -> TokenSequence | None:

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from gkd_trainer.data import TeacherRoute
+from gkd_trainer.data import ImageProcessing, TeacherRoute
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
-from gkd_trainer.models.loading import base_model, media_token_ids
+from gkd_trainer.models.loading import base_model, media_tokens
 from gkd_trainer.report.metrics import ONE_TEACHER, TeacherSums
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.rollouts.build import (
@@ -87,10 +87,12 @@ def build_parts(
     pairing = pair(model, teacher, tokenizer, ranks, is_compiled=args.torch_compile)
     recovery = Recovery(ranks, restarts_without_memory=args.auto_find_batch_size, saves_only_model=args.save_only_model)
     stop_ids, pad_id = find_stop_ids(student, tokenizer), pad_token_id(processing_class)
+    media = media_tokens(student)
     ids: dict[str, Any] = {
         "stop_ids": stop_ids,
         "pad_token_id": pad_id,
         "vocab_size": sampled_vocabulary_size(pairing.vocab_size, None if tokenizer is None else tokenizer.get_vocab()),
+        "never_sampled": media.ids,
     }
     if rollouts is None:
         rollouts = build_student_engine(
@@ -112,7 +114,7 @@ def build_parts(
         ranks=ranks,
         recovery=recovery,
         pad_token_id=pad_id,
-        media_ids=media_token_ids(student),
+        media_tokens=media,
     )
     student_size = vocabulary_size(student)
     preparation = Preparation(
@@ -125,6 +127,7 @@ def build_parts(
         shorter=shorter,
         has_ranks=ranks.size > 1,
         is_encoder_decoder=is_encoder_decoder(student),
+        images=None if is_encoder_decoder(student) else ImageProcessing.of(processing_class),
         route=teacher_route(teacher, args),
         teacher_prompts=teacher_prompts(teacher, tokenizer, args, student),
     )

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
-from gkd_trainer.data import unwrapped
+from gkd_trainer.data import IMAGE_COLUMNS, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
@@ -35,6 +35,7 @@ from gkd_trainer.models.loading import (
     give_pad_token,
     name_of,
 )
+from gkd_trainer.models.weights import load_converted
 from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.interval import tenth_of
@@ -111,7 +112,8 @@ class GKDMixin(AnyTrainer):
         args: A configuration with GKDArguments; plain TrainingArguments get the defaults of GKDConfig.
         train_dataset: Rows of `messages`, `prompt` and `completion`, `prompt`, `text`, or `input_ids` and `labels`.
         eval_dataset: The same, or a dictionary of them.
-        processing_class: The tokenizer; by default the one stored with the student's weights.
+        processing_class: The tokenizer, or the processor of a vision-language model; by default the one stored with the
+            student's weights.
         teacher_model: The teacher: a model, a PEFT model, a name or a path; or set `args.teacher_model_name_or_path`.
         peft_config: The adapter to wrap the student in.
         formatting_func: Turns a row into text, a list of messages, or a row in a format above.
@@ -181,6 +183,7 @@ class GKDMixin(AnyTrainer):
         )
         # Read by hooks that the base's __init__ calls.
         self._adapter, self._prepares_rows = construction.adapter, construction.prepares_rows
+        self._images = construction.images
         base_init: Callable[..., None] = super().__init__
         base_init(**construction.base_arguments)
         if model_init is not None and self.processing_class is None:
@@ -288,7 +291,9 @@ class GKDMixin(AnyTrainer):
     @data_collator.setter
     def data_collator(self, collator: Any) -> None:
         if collator is not None and self._prepares_rows:
-            collator = keeping_columns(collator)
+            if type(collator) is DataCollatorForVisionLanguageModeling:  # SFTTrainer's own, which reads other columns
+                collator = DataCollatorForLanguageModeling(collator.processor.tokenizer.pad_token_id)
+            collator = keeping_columns(collator, self._images)
         self._data_collator = collator
 
     def _decoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -306,6 +311,7 @@ class GKDMixin(AnyTrainer):
         own = ["input_ids", "labels"]
         if self._prepares_rows:
             own += [side.name for side in SIDE_TENSORS.values() if side.is_column]
+            own += [] if self._images is None else IMAGE_COLUMNS
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -576,6 +582,19 @@ class GKDMixin(AnyTrainer):
         self._student_teachers.save(output_dir, is_first_rank=self._ranks.index == 0)
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # next, the first rank writes Trainer's state, which vouches for all ranks
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._has_loaded(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._has_loaded(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _has_loaded(self, checkpoint: str | None, model: nn.Module) -> bool:
+        """Load a checkpoint that Trainer can't; return whether it was one."""
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return checkpoint is not None and not is_sharded and load_converted(model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -235,5 +235,5 @@ def test_rows_of_an_encoder_decoder_and_images_are_refused(live, tmp_path):
     with pytest.raises(GKDDataError, match="encoder-decoder can't be cached"):
         cached.score(TokenBatch(batch.model_inputs, batch.labels_BL, batch.is_on_policy_B, label_offset=0))
     inputs = {**batch.model_inputs, "pixel_values": torch.zeros(2, 3)}
-    with pytest.raises(GKDDataError, match="gets only token ids"):
+    with pytest.raises(GKDDataError, match="in a cache knows only token ids, but this batch also holds"):
         cached.score(TokenBatch(inputs, batch.labels_BL, batch.is_on_policy_B))
