@@ -15,7 +15,7 @@ WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo test test-oldest test-newest test-servers bench docs lint types format build clean
+.PHONY: experiment experiment-full help install demo test test-oldest test-newest test-servers bench docs lint types format build clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -83,6 +83,13 @@ test-oldest: $(OLDEST)/installed ## Run the tests without vLLM on the oldest ver
 
 test-newest: $(NEWEST)/installed ## Run the same on the newest versions.
 	$(NEWEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers" $(ARGS)
+
+# Experiments: see docs/evidence.md. One thread for each process.
+experiment: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Compare ways to distil, on a small grid (30 minutes).
+	$(BIN)/python -m experiments run --pair $(SMOLLM2) $(ARGS)
+
+experiment-full: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## The whole grid of docs/evidence.md (hours; goes on after an interruption).
+	$(BIN)/python -m experiments run --grid full --results experiments/results --pair $(SMOLLM2) $(ARGS)
 
 bench: $(VENV)/installed ## Compare the divergence's time and memory with its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)
