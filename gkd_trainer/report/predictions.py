@@ -1,0 +1,142 @@
+"""The most probable tokens of a model's predictions at a few positions, without logits of all positions at once.
+
+Shapes: N positions, n of them that are picked or in a tile, V vocabulary, K top tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gkd_trainer.signals import (
+    GroupedSignal,
+    HiddenSignal,
+    LogitsSignal,
+    Signal,
+    SummedSignal,
+    TopKSignal,
+    scored_positions,
+)
+
+_TILE_ELEMENTS = 2**23
+"""Number of probabilities that exist at once: 32 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The K most probable tokens at N positions, most probable first, and the probability of one token at each.
+
+    `p_NK` is 0 for an entry that is absent, whose id is meaningless. `target_p_N` is NaN if it is unknown, since a
+    teacher gave only its top tokens.
+    """
+
+    ids_NK: Tensor
+    p_NK: Tensor
+    target_p_N: Tensor
+
+
+def picked(signal: Signal, index_n: Tensor) -> Signal:
+    """Return the predictions at some positions, int64 in ascending order."""
+    if isinstance(signal, HiddenSignal):
+        return HiddenSignal(signal.hidden_NH[index_n], signal.head)
+    if isinstance(signal, LogitsSignal):
+        return LogitsSignal(signal.logits_NV[index_n])
+    if isinstance(signal, TopKSignal):
+        return TopKSignal(signal.ids_NK[index_n], signal.log_p_NK[index_n], signal.vocab_size)
+    if isinstance(signal, SummedSignal):
+        terms = tuple(picked(term, index_n) for term in signal.terms)
+        return SummedSignal(terms, signal.weights)
+    slot_n = torch.argsort(signal.order_N)[index_n]
+    orders, groups, start = [], [], 0
+    for group, size in zip(signal.groups, _group_sizes(signal), strict=True):
+        is_inside_n = (slot_n >= start) & (slot_n < start + size)
+        orders.append(is_inside_n.nonzero()[:, 0])
+        groups.append(picked(group, slot_n[is_inside_n] - start))
+        start += size
+    return GroupedSignal(torch.cat(orders), tuple(groups))
+
+
+@torch.no_grad()
+def top_tokens(signal: Signal, target_N: Tensor, k: int, temperature: float = 1.0) -> TopTokens:
+    """Return the most probable tokens at each position.
+
+    Args:
+        signal: Predictions at N positions. A sum of teachers counts as the mixture of their distributions by weight.
+        target_N: [N] int64, the token at each position whose probability is wanted.
+        k: How many tokens; fewer if the vocabulary or the teacher's top tokens are.
+        temperature: Positive; divides logits. A teacher's top tokens stay at temperature 1.
+    """
+    if isinstance(signal, GroupedSignal):
+        return _of_groups(signal, target_N, k, temperature)
+    if isinstance(signal, TopKSignal):
+        return _of_top_tokens(signal, target_N, k)
+    k = min(k, signal.vocab_size)
+    tile = max(1, _TILE_ELEMENTS // signal.vocab_size)
+    has_top_tokens = isinstance(signal, SummedSignal) and any(isinstance(term, TopKSignal) for term in signal.terms)
+    parts = []
+    for index_n in torch.arange(len(target_N), device=target_N.device).split(tile):
+        p_nV = _probabilities(picked(signal, index_n), temperature)
+        top = p_nV.topk(k, dim=1)
+        target_p_n = p_nV.gather(1, target_N[index_n].clamp(0, signal.vocab_size - 1)[:, None])[:, 0]
+        parts.append(TopTokens(top.indices, top.values, target_p_n))
+    is_known_N = (target_N < signal.vocab_size) & (target_N >= 0) & (not has_top_tokens)
+    return TopTokens(
+        torch.cat([part.ids_NK for part in parts]),
+        torch.cat([part.p_NK for part in parts]),
+        torch.cat([part.target_p_N for part in parts]).masked_fill(~is_known_N, torch.nan),
+    )
+
+
+def _probabilities(signal: Signal, temperature: float) -> Tensor:
+    """Return the probabilities [n, V] of ungrouped predictions, in float32 or wider; a top-k teacher's rest is 0."""
+    if isinstance(signal, SummedSignal):
+        return torch.stack(
+            [
+                weight * _probabilities(term, temperature)
+                for term, weight in zip(signal.terms, signal.weights, strict=True)
+            ]
+        ).sum(dim=0) / sum(signal.weights)
+    if isinstance(signal, TopKSignal):
+        p_nV = signal.log_p_NK.new_zeros(len(signal.ids_NK), signal.vocab_size)
+        is_there_nK = signal.log_p_NK > -torch.inf
+        ids_nK = signal.ids_NK.masked_fill(~is_there_nK, 0)
+        return p_nV.scatter_add_(1, ids_nK, signal.log_p_NK.exp())
+    assert not isinstance(signal, GroupedSignal)
+    # Autocast would round the projection to bfloat16.
+    tensor = signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
+    with torch.autocast(tensor.device.type, enabled=False):
+        logits_nV = signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
+        dtype = torch.promote_types(logits_nV.dtype, torch.float32)
+        return (logits_nV.to(dtype) / temperature).softmax(dim=1)
+
+
+def _of_top_tokens(signal: TopKSignal, target_N: Tensor, k: int) -> TopTokens:
+    p_NK = signal.log_p_NK.exp()
+    top = p_NK.topk(min(k, p_NK.shape[1]), dim=1)
+    is_target_NK = (signal.ids_NK == target_N[:, None]) & (p_NK > 0)
+    target_p_N = (p_NK * is_target_NK).sum(dim=1).masked_fill(~is_target_NK.any(dim=1), torch.nan)
+    return TopTokens(signal.ids_NK.gather(1, top.indices), top.values, target_p_N)
+
+
+def _of_groups(signal: GroupedSignal, target_N: Tensor, k: int, temperature: float) -> TopTokens:
+    result, start = _empty(target_N, k, len(target_N)), 0
+    for group, size in zip(signal.groups, _group_sizes(signal), strict=True):
+        index_n = signal.order_N[start : start + size]
+        part = top_tokens(group, target_N[index_n], k, temperature)
+        width = part.ids_NK.shape[1]
+        result.ids_NK[index_n, :width] = part.ids_NK
+        result.p_NK[index_n, :width] = part.p_NK.to(result.p_NK.dtype)
+        result.target_p_N[index_n] = part.target_p_N.to(result.target_p_N.dtype)
+        start += size
+    return result
+
+
+def _group_sizes(signal: GroupedSignal) -> list[int]:
+    return [scored_positions(group) for group in signal.groups]
+
+
+def _empty(target_N: Tensor, k: int, N: int = 0) -> TopTokens:
+    p_NK = torch.zeros(N, k, device=target_N.device)
+    return TopTokens(torch.zeros_like(p_NK, dtype=torch.long), p_NK, p_NK.new_full((N,), torch.nan))
