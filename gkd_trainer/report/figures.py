@@ -174,7 +174,8 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
             drawn.append(
                 Chart(plan.key, plan.title, plan.unit, "optimizer step", series, plan.top, marks=marks, note=plan.note)
             )
-    return [*drawn, *_teachers_chart(runs, marks), *position_charts(runs)]
+    # Beside the divergences, in the first line of a wide page.
+    return [*drawn[:2], *position_charts(runs), *drawn[2:], *_teachers_chart(runs, marks)]
 
 
 def _series(runs: Sequence[Run], curve: _Curve) -> Series:

@@ -85,22 +85,21 @@ const rescale = () => {
 };
 const level = number => number === null ? "" : "h" + Math.max(0, Math.min(9, Math.floor(10 * number / high)));
 
-const side = (name, top, text) => {
-  const table = make("table");
+const row = (name, shown) => make("tr", "", make("td", "mute", name), make("td", "", shown));
+const side = (name, entropy, p, top, text) => {
+  const table = make("table", "", row("entropy", short(entropy) + " nats"), row("this token", percent(p)));
   for (const [candidate, p] of top) {
     const code = make("code", candidate === text ? "is" : "", visible(candidate));
     table.append(make("tr", "", make("td", "", code), make("td", "", percent(p))));
   }
-  return make("div", "", make("p", "", name), top.length ? table : "–");
+  return make("div", "", make("p", "", name), table);
 };
 const details = token => {
   const [text, divergence, student, teacher, acceptance, studentP, teacherP, studentTop, teacherTop] = token;
   const head = make("div", "", make("code", "is", visible(text)));
   if (divergence === null && !studentTop.length) return [head, make("div", "mute", "not compared")];
-  const table = make("table");
-  for (const [name, shown] of [["divergence", short(divergence) + " nats"], ["entropy: student, teacher", `${short(student)}, ${short(teacher)} nats`], ["acceptance", short(acceptance)], ["this token: student, teacher", `${percent(studentP)}, ${percent(teacherP)}`]])
-    table.append(make("tr", "", make("td", "mute", name), make("td", "", shown)));
-  return [head, table, make("div", "sides", side("student's top", studentTop, text), side("teacher's top", teacherTop, text))];
+  const table = make("table", "", row("divergence", short(divergence) + " nats"), row("acceptance", short(acceptance)));
+  return [head, table, make("div", "sides", side("Student", student, studentP, studentTop, text), side("Teacher", teacher, teacherP, teacherTop, text))];
 };
 
 const drawMap = map => {
