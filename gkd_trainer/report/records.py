@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,35 +149,31 @@ class RecordFile:
 
 
 def thinned(records: Sequence[Record], max_bytes: int) -> list[Record]:
-    """Return records of at most this size, thinned out evenly: first without some samples, then without some entries.
+    """Return records of about this size at most, thinned out evenly over the run; the first and the last stay.
 
-    The first and the last keep their samples longest.
+    Entries are dropped until they take half of it without their samples, then samples until all fit.
     """
-    kept = list(records)
-    sizes = [len(record.line()) for record in kept]
-    total = sum(sizes)
-    while total > max_bytes:
-        with_samples = [index for index, record in enumerate(kept) if record.samples]
-        index = _closest([kept[index].step for index in with_samples])
-        if index is not None:
-            index = with_samples[index]
-            kept[index] = Record(kept[index].step, kept[index].metrics, positions=kept[index].positions)
-            total -= sizes[index]
-            sizes[index] = len(kept[index].line())
-            total += sizes[index]
-            continue
-        index = _closest([record.step for record in kept])
-        if index is None:
-            break
-        total -= sizes.pop(index)
-        del kept[index]
-    return kept
+    kept = [(record, replace(record, sampled_step=None, samples=())) for record in records]
+    rest = sum(len(bare.line()) for _, bare in kept)
+    while rest > max_bytes // 2 and len(kept) > 2:
+        gaps = _gaps([bare.step for _, bare in kept])
+        # One with samples goes last: only some have them.
+        index = min(gaps, key=lambda index: (bool(kept[index][0].samples), gaps[index]))
+        rest -= len(kept.pop(index)[1].line())
+    found = [record for record, _ in kept]
+    with_samples = [index for index, record in enumerate(found) if record.samples]
+    total = sum(len(record.line()) for record in found)
+    while total > max_bytes and len(with_samples) > 2:
+        gaps = _gaps([found[index].step for index in with_samples])
+        index = with_samples.pop(min(gaps, key=lambda place: gaps[place]))
+        total -= len(found[index].line()) - len(kept[index][1].line())
+        found[index] = kept[index][1]
+    return found
 
 
-def _closest(steps: Sequence[int]) -> int | None:
-    """Return the index, neither first nor last, whose neighbours are closest together; None if there is none."""
-    inner = range(1, len(steps) - 1)
-    return min(inner, key=lambda index: steps[index + 1] - steps[index - 1], default=None)
+def _gaps(steps: Sequence[int]) -> dict[int, int]:
+    """Return the steps between the neighbours of each index, without the first and the last."""
+    return {index: steps[index + 1] - steps[index - 1] for index in range(1, len(steps) - 1)}
 
 
 class _LaterFormatError(GKDDataError):
