@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
+
+from jinja2.utils import htmlsafe_json_dumps
 
 from gkd_trainer.report.figures import charts, stage_table, starts
 from gkd_trainer.report.page import chart_values, map_values, rendered
@@ -52,7 +53,7 @@ def _entries(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 captions = [_caption(sample.is_on_policy, step) for sample in record.samples]
                 maps = [map_values(*each) for each in zip(record.samples, captions, strict=True)]
                 found.append({"step": step, "maps": maps})
-    sizes = [len(json.dumps(entry)) for entry in found]
+    sizes = [len(_json(entry)) for entry in found]
     if not sizes or sum(sizes) <= MAX_MAP_BYTES:
         return found
     # As many as fit at the mean size, then fewer until they do.
@@ -67,10 +68,15 @@ def _fitting(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """Return an entry with only as many of its maps as fit."""
     maps: list[dict[str, Any]] = []
     for each in entry["maps"]:
-        if len(json.dumps([*maps, each])) > MAX_MAP_BYTES:
+        if len(_json([*maps, each])) > MAX_MAP_BYTES:
             break
         maps.append(each)
     return [{**entry, "maps": maps}] if maps else []
+
+
+def _json(value: Any) -> str:
+    """Return a value as the page has it: escapes may take more room than the text."""
+    return htmlsafe_json_dumps(value, separators=(",", ":"))
 
 
 def _caption(is_on_policy: bool, step: int) -> str:

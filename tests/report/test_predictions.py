@@ -45,9 +45,7 @@ def check(found, p_NV, targets=TARGETS):
     expected = p_NV.topk(found.ids_NK.shape[1], dim=1)
     assert found.ids_NK.tolist() == expected.indices.tolist()
     torch.testing.assert_close(found.p_NK.double(), expected.values, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(
-        found.target_p_N.double(), p_NV.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(found.target_p_N.double(), p_NV.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gkd_trainer.report.records import FILE_NAME, read_records
 from gkd_trainer.report.recorder import FACTS
+from gkd_trainer.report.records import FILE_NAME, read_records
 from gkd_trainer.teachers import FrozenTeacher, WeightedTeachers
 
 

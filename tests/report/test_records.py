@@ -1,5 +1,6 @@
 """The file of completions: what it keeps, how large it gets, and what survives a crash."""
 
+import itertools
 import json
 import math
 
@@ -84,7 +85,7 @@ def test_the_file_stays_below_its_size_and_covers_the_whole_run(tmp_path):
         assert path.stat().st_size <= 20 * size
     steps = [each.step for each in read_records(path).records if each.samples]
     assert (steps[0], steps[-1]) == (1, 300)
-    gaps = [second - first for first, second in zip(steps, steps[1:], strict=False)]
+    gaps = [second - first for first, second in itertools.pairwise(steps)]
     assert len(steps) >= 5
     assert max(gaps) <= 300 / 3
 
