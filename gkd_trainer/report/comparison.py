@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +49,7 @@ def print_comparison(students: Sequence[MeasuredStudent], teacher: str, n_rows: 
 def comparison_page(students: Sequence[MeasuredStudent], teacher: str, n_rows: int) -> str:
     """Return the comparison as HTML."""
     sides = {
-        f"{row}-{column}": [] if sample.tokens is None else [map_values(sample.tokens, _named(student, sample))]
+        f"{row}-{column}": [_without_prompt(sample, _named(student, sample))]
         for column, student in enumerate(students)
         for row, sample in enumerate(student.samples)
     }
@@ -56,9 +57,6 @@ def comparison_page(students: Sequence[MeasuredStudent], teacher: str, n_rows: i
         {"text": sample.prompt, "sides": [f"{row}-{column}" for column in range(len(students))]}
         for row, sample in enumerate(students[0].samples)
     ]
-    for each in sides.values():
-        for values in each:
-            values["prompt"] = ""  # it stands above all of them
     return rendered(
         "compare.html",
         f"Students of {teacher}",
@@ -94,6 +92,13 @@ def _share(value: float | None, longest: float) -> float:
     if value is None or longest <= 0:
         return 0.0
     return min(1.0, max(0.0, value / longest))
+
+
+def _without_prompt(sample: Sample, caption: str) -> dict[str, Any]:
+    """Return a sample for the page, which has the prompt above all of its completions."""
+    if sample.tokens is None:
+        return {"caption": caption, "prompt": "", "isCut": False, "tokens": []}
+    return {**map_values(sample.tokens, caption), "prompt": ""}
 
 
 def _named(student: MeasuredStudent, sample: Sample) -> str:

@@ -11,7 +11,7 @@ from gkd_trainer.report.figures import Chart, Series
 WIDTH, HEIGHT = 400, 250
 """The size of a chart, in its own units; a page scales it."""
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 40
 
 MAX_DOTS = 80
 """How many points a chart may have for each to be marked."""

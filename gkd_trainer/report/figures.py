@@ -206,9 +206,9 @@ def position_charts(runs: Sequence[Run]) -> list[Chart]:
     if not records:
         return []
     quarter = max(1, len(records) // 4)
-    parts = [("end of training", records[-quarter:], False)]
+    parts = [("end", records[-quarter:], False)]
     if len(records) > 1:
-        parts.append(("start of training", records[:quarter], True))
+        parts.append(("start", records[:quarter], True))
     series = tuple(
         Series(f"{name}, {part}", _mean_by_position(part_records, policy), colour, is_dashed)
         for policy, name, colour in (("on_policy", "on-policy", 0), ("off_policy", "off-policy", 1))

@@ -13,7 +13,7 @@ from gkd_trainer.data.gsm8k import INSTRUCTION, ground_truth, is_correct, to_con
 from gkd_trainer.data.rows import PreparedRow
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.report.heat_map import completed, prepared_row, prompt_of
+from gkd_trainer.report.heat_maps import completed, prepared_row, prompt_of
 from gkd_trainer.report.pair import Pair
 from gkd_trainer.report.pieces import whole_text
 from gkd_trainer.report.token_map import TokenMap, token_maps

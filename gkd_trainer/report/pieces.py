@@ -48,7 +48,10 @@ def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 
 def readable(text: str) -> str:
-    """Return text that HTML and UTF-8 can hold: control characters as their pictures, lone surrogates as U+FFFD."""
+    """Return text that HTML and UTF-8 can hold, and that does not rearrange what follows it.
+
+    Control characters become their pictures; lone surrogates and controls of the text's direction U+FFFD.
+    """
     return "".join(_readable_character(character) for character in text)
 
 
@@ -60,7 +63,8 @@ def _readable_character(character: str) -> str:
         return chr(0x2400 + code)
     if code == 0x7F:
         return "\u2421"
-    return _REPLACEMENT if 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000 else character
+    is_directing = 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069
+    return _REPLACEMENT if is_directing or 0x80 <= code < 0xA0 or 0xD800 <= code < 0xE000 else character
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

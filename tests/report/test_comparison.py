@@ -7,6 +7,7 @@ from rich.console import Console
 
 from gkd_trainer.report.comparison import comparison_page, measure_bars, print_comparison
 from gkd_trainer.report.measuring import MeasuredStudent, Sample
+from gkd_trainer.report.pieces import readable
 from tests.report.samples import NASTY, token_map
 from tests.report.test_page import data_of
 
@@ -59,8 +60,8 @@ def test_the_page_shows_them_with_all_text_escaped():
     assert page.count("<script") == 2
     sides = data_of(page)["sides"]
     assert set(sides) == {f"{row}-{column}" for row in range(2) for column in range(3)}
-    assert sides["1-0"] == []
-    assert [token[0] for token in sides["0-1"][0]["tokens"]] == list(NASTY)
+    assert sides["1-0"] == [{"caption": "first (wrong)", "prompt": "", "isCut": False, "tokens": []}]
+    assert [token[0] for token in sides["0-1"][0]["tokens"]] == list(map(readable, NASTY))
     for side in sides:
         assert f'data-side="{side}"' in page
     assert ">inf<" in page

@@ -77,9 +77,9 @@ def test_the_divergence_by_position_is_weighted_by_tokens():
     chart = chart_of([run(records=records)], "positions")
     by_name = {series.name: series.points for series in chart.series}
     assert by_name == {
-        "on-policy, end of training": ((1, 2.5), (2, 4.0)),
-        "on-policy, start of training": ((1, 8.5),),
-        "off-policy, end of training": ((1, 5.0),),
+        "on-policy, end": ((1, 2.5), (2, 4.0)),
+        "on-policy, start": ((1, 8.5),),
+        "off-policy, end": ((1, 5.0),),
     }
 
 

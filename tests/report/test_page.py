@@ -9,6 +9,7 @@ import pytest
 from jinja2 import UndefinedError
 
 from gkd_trainer.report.page import chart_values, map_values, rendered
+from gkd_trainer.report.pieces import readable
 from tests.report.samples import NASTY, token_map
 
 
@@ -27,8 +28,8 @@ def test_a_completion_reaches_the_page_only_as_data():
     assert "alert(1)" in page
     assert "<script>alert" not in page
     [found] = data_of(page)["maps"]
-    assert (found["prompt"], found["caption"]) == (text, text)
-    assert [token[0] for token in found["tokens"]] == list(NASTY)
+    assert (found["prompt"], found["caption"]) == (readable(text), readable(text))
+    assert [token[0] for token in found["tokens"]] == list(map(readable, NASTY))
 
 
 def test_the_policy_allows_only_the_pages_own_style_and_script():

@@ -46,6 +46,11 @@ def test_control_characters_and_surrogates_become_visible_and_encodable():
     readable("".join(map(chr, range(0x3000)))).encode()
 
 
+def test_text_can_not_turn_the_direction_of_what_follows_it():
+    assert readable("a\u202eb\u2066c\u2069") == "a\ufffdb\ufffdc\ufffd"
+    assert readable("مرحبا\u200f") == "مرحبا\u200f"
+
+
 def test_special_tokens_are_shown(byte_level):
     tokenizer = byte_level()
     assert token_text(tokenizer.eos_token_id, tokenizer) == "<|im_end|>"

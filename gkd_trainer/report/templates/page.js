@@ -81,7 +81,7 @@ const rescale = () => {
   const values = maps.flatMap(map => map.tokens.map(value)).filter(each => each !== null).sort((a, b) => a - b);
   high = Number(measure.value) === 4 ? 1 : Math.max(1e-6, values[Math.floor(0.99 * (values.length - 1))] || 0);
   document.getElementById("scale-low").textContent = "0";
-  document.getElementById("scale-high").textContent = short(high) + (Number(measure.value) === 4 ? "" : " nats or more");
+  document.getElementById("scale-high").textContent = short(Number(high.toPrecision(2))) + (Number(measure.value) === 4 ? "" : " nats or more");
 };
 const level = number => number === null ? "" : "h" + Math.max(0, Math.min(9, Math.floor(10 * number / high)));
 
@@ -106,7 +106,7 @@ const drawMap = map => {
   const article = make("article", "map");
   const compared = map.tokens.filter(token => token[1] !== null);
   const mean = compared.length ? compared.reduce((sum, token) => sum + token[1], 0) / compared.length : null;
-  article.append(make("p", "", map.caption), make("p", "numbers", `${map.tokens.length}${map.isCut ? " first" : ""} tokens, mean divergence ${short(mean)} nats`));
+  article.append(make("p", "", map.caption), make("p", "numbers", `${map.isCut ? "first " : ""}${map.tokens.length} tokens` + (mean === null ? "" : `, mean divergence ${short(mean)} nats`)));
   if (map.prompt) {
     const prompt = make("pre", "", map.prompt);
     prompt.dir = "auto";

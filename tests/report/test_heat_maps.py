@@ -8,7 +8,7 @@ import torch
 
 from gkd_trainer.divergence import generalized_jsd
 from gkd_trainer.errors import GKDConfigError, GKDDataError
-from gkd_trainer.report.heat_map import heat_map
+from gkd_trainer.report import heat_map
 from gkd_trainer.teachers import FrozenTeacher, WeightedTeachers
 from tests.report.test_page import data_of
 

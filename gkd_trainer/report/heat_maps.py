@@ -51,7 +51,7 @@ class HeatMap:
     def _repr_html_(self) -> str:
         # In a frame without the notebook's origin: a completion is untrusted, and neither side's style meets the other.
         lines = self.tokens.prompt.count("\n") // 4 + sum(map(len, self.tokens.text)) // 90
-        height = min(700, 340 + 26 * lines)
+        height = min(760, 450 + 26 * lines)  # with room for a tooltip
         page = html.escape(self.to_html(), quote=True)
         return (
             f'<iframe sandbox="allow-scripts" title="heat-map of a completion" width="100%" height="{height}" '
