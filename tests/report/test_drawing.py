@@ -95,3 +95,8 @@ def test_values_are_found_by_x_for_the_tooltip():
 def test_only_dots_have_no_line():
     given = Chart("key", "title", "nats", "step", (Series("a", ((1, 1.0), (2, 2.0)), is_dots=True),))
     assert drawn(given).series[0].path == ""
+
+
+def test_no_line_joins_two_stages():
+    given = chart([(10, 1.0), (40, 1.0), (41, 2.0), (80, 2.0)], marks=((0, "first"), (40, "second")))
+    assert re.sub(r"[\d.,]", "", drawn(given).series[0].path) == "MLML"

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gkd_trainer.report.document import run_page
 from gkd_trainer.report.recorder import FACTS
 from gkd_trainer.report.records import FILE_NAME, read_records
+from gkd_trainer.report.run import read_run
 from gkd_trainer.teachers import FrozenTeacher, WeightedTeachers
+from tests.trainer.run import FSDP
 
 
 @pytest.fixture
@@ -137,3 +140,36 @@ def test_other_teachers_are_recorded(trained, tiny_model, kind):
     _, held = trained(trainer_args={"teacher": teacher}, max_steps=1)
     [sample, _] = held.records[0].samples
     assert {len(top) for top in sample.teacher_top} == {3 if kind == "top_k" else 5}
+
+
+ONE_STEP = {"report_samples": 3, "lmbda": 0.5, "max_steps": 1, "seed": 1, "names_teacher": True}
+
+
+def test_two_ranks_that_share_the_student_keep_the_positions_of_both_and_samples_of_the_first(full_run, tmp_path):
+    full_run(tmp_path / "one", per_device_train_batch_size=4, **ONE_STEP)
+    _, _, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **ONE_STEP, **FSDP)
+    assert process.returncode == 0, process.stderr
+    one, two = (read_records(tmp_path / name / "run" / FILE_NAME) for name in ("one", "two"))
+    assert (one.facts, two.unreadable) == (two.facts, 0)
+    [one], [two] = ([record for record in held.records if record.positions] for held in (one, two))
+    assert (len(one.samples), len(two.samples)) == (3, 2)
+    assert one.positions.keys() == two.positions.keys()
+    for name, means in one.positions.items():
+        assert means.tokens == two.positions[name].tokens
+        torch.testing.assert_close(
+            torch.tensor(means.divergence), torch.tensor(two.positions[name].divergence), rtol=1e-3, atol=1e-5
+        )
+
+
+def test_a_killed_run_has_a_report_and_its_continuation_a_whole_one(full_run, tmp_path):
+    options = {"report_samples": 1, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    _, _, process = full_run(tmp_path / "run", die_at=2, **options)
+    assert process.returncode != 0
+    killed = read_run(tmp_path / "run" / "run")
+    assert killed.last_step == 2
+    assert "the run is not finished" in killed.notes[0]
+    run_page([killed])
+    full_run(tmp_path / "run", resume=True, **options)
+    whole = read_run(tmp_path / "run" / "run")
+    assert (whole.last_step, whole.notes) == (4, ())
+    assert [record.step for record in whole.records if record.samples] == [1, 2, 3, 4]
