@@ -15,7 +15,7 @@ WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo test test-oldest test-newest test-servers test-browser bench lint types format build clean
+.PHONY: help install demo test test-oldest test-newest test-servers test-browser bench docs lint types format build clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -100,6 +100,18 @@ test-browser: $(VENV)/installed-browser ## Open reports in Chromium, which apt i
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	@command -v chromium >/dev/null || { echo "make test-browser needs chromium: apt-get install chromium"; exit 1; }
 	$(BIN)/pytest -m browser $(ARGS)
+
+# Sphinx imports the package for its reference, which needs torch and transformers, but not vLLM.
+$(VENV)/installed-docs: $(VENV)/installed-demo
+	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# -E reads all pages again: Sphinx shows the warnings of a page only when it reads it, so a second build would hide them.
+docs: $(VENV)/installed-docs ## Build the site into build/docs/html and check its links (EXTERNAL=1: those to other hosts too).
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -b html -E -W --keep-going -n --quiet -c docs -d build/docs/doctrees . build/docs/html
+	$(BIN)/python docs/check_site.py build/docs/html
+	$(if $(EXTERNAL),$(BIN)/python -m sphinx -b linkcheck -q -c docs -d build/docs/doctrees . build/docs/links)
 
 lint: $(VENV)/installed ## Check style and imports.
 	$(BIN)/ruff check .

@@ -22,6 +22,17 @@ def mark_loss_as_scaled(trainer: Any) -> None:
         trainer.accelerator.gradient_accumulation_steps = 1
 
 
+def find_unused_parameters(args: Any) -> None:
+    """Have DDP look for weights without gradients, which the image encoder's are on a rank without images.
+
+    Trainer does not if activations are recomputed. Reentrant checkpointing can't be combined with it.
+    """
+    options = (getattr(args, f"{kind}_checkpointing_kwargs", None) for kind in ("activation", "gradient"))
+    is_reentrant = any((each or {}).get("use_reentrant") for each in options)
+    if args.ddp_find_unused_parameters is None and not is_reentrant:
+        args.ddp_find_unused_parameters = True
+
+
 def checkpoints_activations(args: Any) -> bool:
     """Return whether activations are recomputed in the backward pass; the option was renamed in transformers 5.23."""
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))

@@ -24,6 +24,7 @@ from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.options import PRODUCT_DTYPES, SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import HidesSecrets, redacted
+from gkd_trainer.signals import MODES
 
 logger = logging.getLogger(__name__)
 
@@ -203,9 +204,17 @@ class GKDArguments(HidesSecrets):
     teacher_model_name_or_path: str | None = _option(
         None, "The teacher's name on the hub or its folder, if no teacher is passed to the trainer."
     )
+    self_teacher: str | None = _option(
+        None,
+        "Take the student itself as the teacher, which needs an adapter: 'base' is its model with the adapter off, "
+        "'ema' the average of the adapter over the optimizer steps, and any other name another adapter of the student.",
+    )
+    self_teacher_ema_decay: float = _option(
+        0.99, "Share of the old average, in [0, 1), that stays in each optimizer step under self_teacher='ema'."
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
-        "Options of AutoModelForCausalLM.from_pretrained for a teacher given by name, as a dictionary or JSON; the "
+        "Options of from_pretrained for a teacher given by name, as a dictionary or JSON; the "
         "dtype is the checkpoint's unless given here.",
     )
     teacher_top_k: int | None = _option(
@@ -254,6 +263,23 @@ class GKDArguments(HidesSecrets):
     teacher_server_checks: bool = _option(
         True, "Whether to check the teacher's servers at first contact: tokenizer, scores, reproducibility."
     )
+    teacher_vocabulary_mode: str = _option(
+        "same",
+        "How a teacher with another tokenizer is compared, where a token of both begins at the same byte: 'matched' "
+        "over the tokens with the same bytes and one bucket for all others, 'next_byte' over the next byte, 'uld' and "
+        "'gold' over sorted probabilities; 'same' refuses another tokenizer.",
+        ["same", *MODES],
+    )
+    teacher_min_matched_mass: float = _option(
+        0.9,
+        "Under teacher_vocabulary_mode='matched': the probability in [0, 1] of the tokens with the same bytes, by the "
+        "teacher, below which the next byte is compared instead.",
+    )
+    teacher_tokenizer_name_or_path: str | None = _option(
+        None,
+        "The tokenizer of a teacher under another teacher_vocabulary_mode than 'same', by default the one stored with "
+        "the teacher; a teacher behind a server needs it.",
+    )
     teacher_cache_dir: str | None = _option(
         None,
         "Folder of the teacher's predictions for the data, from `gkd-trainer cache`. They replace a teacher model; "
@@ -281,7 +307,8 @@ class GKDArguments(HidesSecrets):
 
     def __post_init__(self) -> None:
         """Parse the JSON and URL fields, check every value and combination, then run the base class's own checks."""
-        for name in ("teacher_model_name_or_path", "teacher_cache_dir", "vllm_sync_dir"):
+        teachers = ("teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "teacher_cache_dir")
+        for name in (*teachers, "vllm_sync_dir"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
         for name in self._json_fields():
@@ -395,7 +422,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
 
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
-        "Options of AutoModelForCausalLM.from_pretrained for a student given by name, as a dictionary or JSON; the "
+        "Options of from_pretrained for a student given by name, as a dictionary or JSON; the "
         "dtype is float32 unless given here.",
     )
     trust_remote_code: bool = _option(

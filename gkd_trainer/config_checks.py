@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from gkd_trainer.compat import DEFAULT_LOSSES
 from gkd_trainer.config_effects import Run, unused_options
-from gkd_trainer.divergence.options import check_choice, check_top_k_temperature, checked_objective
+from gkd_trainer.divergence.options import check_choice, check_mode, check_top_k_temperature, checked_objective
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted, redacted_source
 from gkd_trainer.types import Sampling
@@ -106,7 +106,10 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
     _check("lmbda", args.lmbda, 0 <= args.lmbda <= 1, f"{in_unit} (0 is all data, 1 is all student)")
     if args.lmbda_end is not None:
         _check("lmbda_end", args.lmbda_end, 0 <= args.lmbda_end <= 1, in_unit)
+    _check("teacher_min_matched_mass", args.teacher_min_matched_mass, 0 <= args.teacher_min_matched_mass <= 1, in_unit)
     _check("ce_weight", args.ce_weight, 0 <= args.ce_weight <= 1, in_unit)
+    decay = args.self_teacher_ema_decay
+    _check("self_teacher_ema_decay", decay, 0 <= decay < 1, "in [0, 1) (0 is the student's last step)")
     finite = "above 0 and finite"
     _check("temperature", args.temperature, 0 < args.temperature < inf, f"{finite} (1 samples the student as it is)")
     _check("top_p", args.top_p, 0 < args.top_p <= 1, "in (0, 1] (1 keeps every token)")
@@ -161,7 +164,9 @@ def check_combinations(run: Run) -> None:
         _check_generation_config(args.generation_kwargs or {})
     _check_servers(args)
     _check_several_teachers(args)
+    _check_self_teacher(args)
     check_loss_temperature(run)
+    _check_other_vocabulary(args)
     check_cache(run)
     _check_sft_options(args)
 
@@ -295,6 +300,45 @@ def _check_several_teachers(args: Any) -> None:
             raise GKDConfigError(f"got both teachers and {name}: set one of them")
     if args.teacher_weights is not None:
         check_teacher_weights(args.teacher_weights, args.teachers, "teacher_weights")
+
+
+def _check_other_vocabulary(args: Any) -> None:
+    mode = args.teacher_vocabulary_mode
+    if mode == "same":
+        return
+    check_mode(mode, args.divergence, "teacher_vocabulary_mode")
+    if args.seq_kd:
+        raise GKDConfigError(
+            f"teacher_vocabulary_mode={mode!r} is for a teacher that reads other token ids than the student's, so it "
+            "can't complete the student's prompts: set seq_kd=False"
+        )
+    for name in ("teachers", "teacher_cache_dir", "self_teacher"):
+        if getattr(args, name) is not None:
+            raise GKDConfigError(
+                f"teacher_vocabulary_mode={mode!r} is for one teacher that reads other token ids, but {name} needs the "
+                "student's: leave one of them out"
+            )
+    has_top_tokens = args.teacher_server_base_url and args.teacher_server_signal == "top_k"
+    if mode != "matched" and (has_top_tokens or args.teacher_top_k is not None):
+        raise GKDConfigError(
+            f"teacher_vocabulary_mode={mode!r} needs the teacher's whole distributions: set it to 'matched', or use a "
+            "teacher in this process without teacher_top_k"
+        )
+
+
+def _check_self_teacher(args: Any) -> None:
+    for name in (
+        "teacher_model_name_or_path",
+        "teacher_server_base_url",
+        "teachers",
+        "teacher_cache_dir",
+        "teacher_top_k",
+    ):
+        if args.self_teacher is not None and getattr(args, name) is not None:
+            raise GKDConfigError(
+                f"self_teacher={args.self_teacher!r} makes the student its own teacher, with full distributions, so "
+                f"{name} has no meaning: leave one of them out"
+            )
 
 
 def _check_vllm_sampling(args: Any) -> None:

@@ -57,7 +57,7 @@ def _has_teacher_server(run: Run) -> bool:
 
 
 def _is_jsd(run: Run) -> bool:
-    return bool(run.args.divergence == "jsd")
+    return bool(run.args.divergence == "jsd") and run.args.teacher_vocabulary_mode != "uld"
 
 
 NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
@@ -83,7 +83,7 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         lambda run: (run.builds_rollouts and not run.args.use_vllm) or run.args.seq_kd,
     ),
     ("num_completions_to_print", "log_completions=True", lambda run: run.args.log_completions),
-    ("beta", "divergence='jsd'", _is_jsd),
+    ("beta", "divergence='jsd', and not teacher_vocabulary_mode='uld'", _is_jsd),
     ("divergence_scale", "divergence='jsd' and beta inside (0, 1)", lambda run: _is_jsd(run) and 0 < run.args.beta < 1),
     (
         "teacher_tail",
@@ -97,12 +97,23 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         lambda run: run.args.teachers is not None and run.args.teacher_weights is None,
     ),
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
+    (
+        "teacher_min_matched_mass",
+        "teacher_vocabulary_mode='matched' and a teacher's whole distributions",
+        lambda run: run.args.teacher_vocabulary_mode == "matched" and not run.has_top_tokens,
+    ),
+    (
+        "teacher_tokenizer_name_or_path",
+        "another teacher_vocabulary_mode than 'same'",
+        lambda run: run.args.teacher_vocabulary_mode != "same",
+    ),
     ("teacher_cache_miss", "teacher_cache_dir", lambda run: run.args.teacher_cache_dir is not None),
     (
         "teacher_server_dtype",
         "teacher_server_signal='hidden_states'",
         lambda run: run.args.teacher_server_signal == "hidden_states",
     ),
+    ("self_teacher_ema_decay", "self_teacher='ema'", lambda run: run.args.self_teacher == "ema"),
     ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
     (

@@ -1,6 +1,7 @@
 """A model's predictions at the positions trained on: hidden states with a head, logits, or the top tokens.
 
-Several teachers' predictions are grouped by position, or summed.
+A teacher with another vocabulary also gives a map between the two. Several teachers' predictions are grouped by
+position, or summed.
 
 Shapes: N tokens trained on, V vocabulary, H hidden width, K top tokens of a teacher.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -153,7 +155,89 @@ class SummedSignal:
 StudentSignal = HiddenSignal | LogitsSignal
 """A student's predictions at the positions trained on: always the whole distribution."""
 
-PlainSignal = StudentSignal | TopKSignal
+
+MODES = ("matched", "next_byte", "uld", "gold")
+"""How two vocabularies are compared: see `divergence.categories` for the first two, `divergence.uld` for the others."""
+
+
+@dataclass(frozen=True)
+class VocabularyMap:
+    """How two vocabularies, a student's of V tokens and a teacher's of W, are compared.
+
+    The token `student_ids_M[m]` is the teacher's `teacher_ids_M[m]`; each id occurs once at most. `student_group_V` and
+    `teacher_group_W` are the group of each token in a partition of both vocabularies that does not need them to match,
+    such as by first byte; groups are from 0 to `groups` - 1. All are int64. `mode` is one of MODES; "matched" compares
+    groups where the teacher gives the M tokens less probability than `min_matched_mass`.
+    """
+
+    student_ids_M: Tensor
+    teacher_ids_M: Tensor
+    student_group_V: Tensor
+    teacher_group_W: Tensor
+    groups: int
+    mode: str = "matched"
+    min_matched_mass: float = 0.0
+
+    @cached_property
+    def student_rest(self) -> Tensor:
+        """The student's tokens that the teacher lacks."""
+        return _left_out(self.student_ids_M, self.student_group_V)
+
+    @cached_property
+    def teacher_rest(self) -> Tensor:
+        """The teacher's tokens that the student lacks."""
+        return _left_out(self.teacher_ids_M, self.teacher_group_W)
+
+    def to(self, device: torch.device) -> VocabularyMap:
+        """Return the map on a device."""
+        return replace(
+            self,
+            student_ids_M=self.student_ids_M.to(device),
+            teacher_ids_M=self.teacher_ids_M.to(device),
+            student_group_V=self.student_group_V.to(device),
+            teacher_group_W=self.teacher_group_W.to(device),
+        )
+
+    def sliced(self, student_size: int) -> VocabularyMap:
+        """Return the map of the student's first `student_size` tokens."""
+        if student_size >= len(self.student_group_V):
+            return self
+        is_kept_M = self.student_ids_M < student_size
+        return replace(
+            self,
+            student_ids_M=self.student_ids_M[is_kept_M],
+            teacher_ids_M=self.teacher_ids_M[is_kept_M],
+            student_group_V=self.student_group_V[:student_size],
+        )
+
+
+def _left_out(ids_M: Tensor, of_V: Tensor) -> Tensor:
+    is_left_V = torch.ones_like(of_V, dtype=torch.bool)
+    is_left_V[ids_M] = False
+    return is_left_V.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class MappedSignal:
+    """The predictions of a teacher with another vocabulary, and how they compare with the student's.
+
+    `signal` is over the teacher's W tokens, but the divergence is one of distributions over the student's.
+    """
+
+    signal: StudentSignal
+    mapping: VocabularyMap
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of the student's tokens that are compared."""
+        return len(self.mapping.student_group_V)
+
+    def sliced(self, vocab_size: int) -> MappedSignal:
+        """Return the same predictions, compared with the student's first `vocab_size` tokens."""
+        return MappedSignal(self.signal, self.mapping.sliced(vocab_size))
+
+
+PlainSignal = StudentSignal | TopKSignal | MappedSignal
 """One teacher's predictions at the positions trained on."""
 
 Signal = PlainSignal | GroupedSignal | SummedSignal
@@ -175,6 +259,8 @@ def scored_positions(signal: Signal) -> int:
         return len(signal.order_N)
     if isinstance(signal, SummedSignal):
         return scored_positions(signal.terms[0])
+    if isinstance(signal, MappedSignal):
+        return scored_positions(signal.signal)
     if isinstance(signal, TopKSignal):
         return len(signal.ids_NK)
     return len(signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV)

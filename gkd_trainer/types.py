@@ -32,10 +32,21 @@ TEACHER_INDEX = "teacher_index"
 """The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
 
 TEACHER_PROMPT_IDS = "teacher_prompt_ids"
-"""The key of a prompt for a Teacher of your own that reads another one than the student.
+"""The key of a prompt that the teacher reads in place of the sample's own, in the teacher's token ids.
 
-In a row, a list of token ids, empty if there is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
+A teacher with another tokenizer reads it, and a Teacher of your own may. In a row, a list of token ids, empty if there
+is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
 """
+
+TEACHER_IDS = "teacher_ids"
+"""The key of a sample in the teacher's tokens, if these are not the student's: int64 [B, P], padded with IGNORE_INDEX.
+
+It comes with TEACHER_COLUMNS, int64 [B, P] likewise: the column in it of the token that the teacher predicts at each
+scored position of the sample, in order.
+"""
+
+TEACHER_COLUMNS = "teacher_columns"
+"""The key of the teacher's columns; see TEACHER_IDS."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ SIDE_TENSORS: Mapping[str, SideTensor] = {
         SideTensor(ROW_KEY, filling=-1, is_column=True, is_list=False, survives_completion=True),
         SideTensor(TEACHER_INDEX, filling=-1, is_column=True, is_list=False, survives_completion=True),
         SideTensor(TEACHER_PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=True),
+        SideTensor(TEACHER_IDS, filling=IGNORE_INDEX, is_column=False, is_list=True, survives_completion=False),
+        SideTensor(TEACHER_COLUMNS, filling=IGNORE_INDEX, is_column=False, is_list=True, survives_completion=False),
     )
 }
 """All side tensors, by name."""
@@ -129,6 +142,32 @@ _NOT_MODEL_INPUTS = frozenset(SIDE_TENSORS).union(
 
 
 @dataclass(frozen=True)
+class MediaTokens:
+    """The token ids that stand for an image, a video or sound in a model's input; None for what it does not take."""
+
+    image: int | None = None
+    video: int | None = None
+    audio: int | None = None
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All of them."""
+        return frozenset(token_id for token_id in (self.image, self.video, self.audio) if token_id is not None)
+
+
+@dataclass(frozen=True)
+class PromptMedia:
+    """The images of one prompt, for a model's forward.
+
+    `inputs` are values of MEDIA_INPUTS as a collator returns them for a batch of this prompt alone; `mm_token_type_ids`
+    has one value per token of the prompt, and is None if the model takes none.
+    """
+
+    inputs: Mapping[str, Tensor]
+    mm_token_type_ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How completions are drawn from a model's next-token distribution.
 
@@ -186,7 +225,7 @@ class TokenBatch:
     if the collator gave them), padded on the right; `labels_BL` the token ids, with IGNORE_INDEX for tokens that are
     not trained on; `is_on_policy_B` marks the samples that the student generated. The logits at position i predict the
     label at i + `label_offset`: 1 for a causal LM, 0 for a decoder that gets its labels shifted (encoder-decoders).
-    `side` holds the SIDE_TENSORS of the rows of the data set, by name.
+    `side` holds the batch's other SIDE_TENSORS, by name.
 
     For an encoder-decoder, `input_ids` and `attention_mask` are the encoder's, of another length than the labels, and
     `decoder_input_ids` [B, L] the decoder's.
@@ -214,7 +253,7 @@ class TokenBatch:
         is_on_policy_B = inputs.get(IS_ON_POLICY)
         if is_on_policy_B is None:
             is_on_policy_B = torch.zeros(labels_BL.shape[0], dtype=torch.bool, device=labels_BL.device)
-        side = {name: inputs[name] for name, tensor in SIDE_TENSORS.items() if tensor.is_column and name in inputs}
+        side = {name: inputs[name] for name in SIDE_TENSORS if name in inputs and name != IS_ON_POLICY}
         return cls(model_inputs, labels_BL, is_on_policy_B, label_offset, side)
 
     @cached_property

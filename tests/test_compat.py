@@ -8,7 +8,7 @@ import pytest
 from transformers import Trainer
 
 import gkd_trainer
-from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
+from gkd_trainer.compat import checkpoints_activations, find_unused_parameters, mark_loss_as_scaled
 
 PACKAGE = Path(gkd_trainer.__file__).parent
 
@@ -33,6 +33,22 @@ def test_checkpointing_is_read_by_either_name(name):
     assert checkpoints_activations(SimpleNamespace(**{name: True}))
     assert checkpoints_activations(SimpleNamespace(**{name: True, other: None}))
     assert not checkpoints_activations(SimpleNamespace(**{name: False}))
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "expected"),
+    [
+        (None, None, True),
+        (None, {"use_reentrant": False}, True),
+        (None, {"use_reentrant": True}, None),
+        (False, None, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"])
+def test_ddp_looks_for_unused_parameters_unless_told_otherwise(name, given, options, expected):
+    args = SimpleNamespace(ddp_find_unused_parameters=given, **{name: options})
+    find_unused_parameters(args)
+    assert args.ddp_find_unused_parameters is expected
 
 
 def test_no_other_module_asks_an_option_of_several_names():

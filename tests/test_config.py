@@ -288,6 +288,11 @@ def command_line_value(name, default):
         "teacher_weights": ('{"math": 2}', {"math": 2}),
         "teacher_server_signal": ("hidden_states", "hidden_states"),
         "teacher_server_dtype": ("fp8_e4m3", "fp8_e4m3"),
+        "self_teacher": ("ema", "ema"),
+        "self_teacher_ema_decay": ("0.9", 0.9),
+        "teacher_vocabulary_mode": ("next_byte", "next_byte"),
+        "teacher_min_matched_mass": ("0.5", 0.5),
+        "teacher_tokenizer_name_or_path": ("a/tokenizer", "a/tokenizer"),
     }
     if name in special:
         return special[name]

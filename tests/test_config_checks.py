@@ -60,6 +60,7 @@ OUT_OF_RANGE = [
     ("vllm_server_base_url", [[], [8000]], "URLs such as http://127.0.0.1:8000, as a list or separated by commas"),
     ("teacher_server_base_url", ["ftp://a"], "a URL that starts with http:// or https://"),
     ("teacher_top_k", [0], "at least 1"),
+    ("self_teacher_ema_decay", [-0.1, 1.0, NAN], "in [0, 1)"),
     ("teacher_tail", ["drop"], "one of 'bucket', 'renormalize'"),
     ("teacher_cache_miss", ["live", "Teacher"], "one of 'error', 'teacher'"),
     ("teacher_server_signal", ["logits"], "one of 'top_k', 'hidden_states'"),
@@ -68,6 +69,8 @@ OUT_OF_RANGE = [
         ["int8"],
         "one of 'auto', 'float32', 'bfloat16', 'float16', 'fp8_e4m3', 'fp8_e5m2'",
     ),
+    ("teacher_vocabulary_mode", ["auto"], "one of 'same', 'matched', 'next_byte', 'uld', 'gold'"),
+    ("teacher_min_matched_mass", [-0.1, 1.1, NAN], "in [0, 1]"),
 ]
 
 
@@ -107,6 +110,7 @@ def test_a_value_out_of_range_is_refused_with_name_range_and_value(name, value, 
         ("vllm_max_model_length", 1024),
         ("vllm_tensor_parallel_size", 1),
         ("teacher_top_k", 1),
+        ("self_teacher_ema_decay", 0.0),
         ("max_length", 129),
         ("max_length", None),
         ("num_completions_to_print", 1),
@@ -120,11 +124,11 @@ def test_the_ends_of_a_range_belong_to_it(name, value):
 def test_every_option_with_a_range_is_among_those_tested():
     ranged = {name for name, _, _ in OUT_OF_RANGE}
     free = {"seq_kd", "disable_dropout", "eval_on_policy", "log_completions"}
-    free |= {"generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
+    free |= {"self_teacher", "generation_kwargs", "teacher_model_name_or_path", "teacher_model_init_kwargs"}
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
     free |= {"teachers", "teacher_column", "teacher_weights", "teacher_offload"}
     free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
-    free |= {"teacher_cache_dir"}
+    free |= {"teacher_cache_dir", "teacher_tokenizer_name_or_path"}
     assert ranged | free == {option.name for option in dataclasses.fields(GKDArguments)}
 
 
@@ -393,6 +397,14 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
             "set teacher_model_name_or_path$",
         ),
         ({**HIDDEN_STATES, "teacher_top_k": 5}, "teacher_top_k=5 has no effect under teacher_server_signal='hidden_st"),
+        (
+            {"self_teacher": "base", "teacher_model_name_or_path": "a/teacher"},
+            "self_teacher='base' makes the student its own teacher, .*so teacher_model_name_or_path has no meaning",
+        ),
+        ({"self_teacher": "ema", "teacher_server_base_url": "http://a:1"}, "so teacher_server_base_url has no meaning"),
+        ({"self_teacher": "base", "teacher_top_k": 5}, "so teacher_top_k has no meaning"),
+        ({"self_teacher": "base", "teachers": {"a": "b"}}, "so teachers has no meaning"),
+        ({"self_teacher": "base", "teacher_cache_dir": "/a"}, "so teacher_cache_dir has no meaning"),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
         ({"vllm_max_model_length": 512}, r"vllm_max_model_length \(512\) must be at least max_length \(1024\)"),
@@ -483,3 +495,30 @@ def test_a_cache_beside_several_teachers_is_refused():
     for miss in ("error", "teacher"):
         with pytest.raises(GKDConfigError, match="teacher_cache_dir holds the predictions of one teacher"):
             GKDArguments(teacher_cache_dir="cache", teacher_cache_miss=miss, teachers={"math": "a/b"}, lmbda=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_kd": True, "lmbda": 0.0}, "it can't complete the student's prompts: set seq_kd=False"),
+        ({"teachers": {"math": "a/b"}}, "but teachers needs the student's: leave one of them out"),
+        ({"teacher_cache_dir": "cache", "lmbda": 0.0}, "but teacher_cache_dir needs the student's"),
+        ({"teacher_top_k": 5, "teacher_vocabulary_mode": "uld"}, "needs the teacher's whole distributions"),
+        (
+            {"teacher_server_base_url": "http://a:1", "teacher_vocabulary_mode": "next_byte"},
+            "needs the teacher's whole distributions",
+        ),
+        (
+            {"divergence": "skew_kl", "teacher_vocabulary_mode": "gold"},
+            "teacher_vocabulary_mode='gold' needs divergence='jsd'",
+        ),
+    ],
+)
+def test_what_a_teacher_with_another_tokenizer_can_not_do_is_refused(options, message):
+    with pytest.raises(GKDConfigError, match=message):
+        GKDArguments(**{"teacher_vocabulary_mode": "matched", **options})
+
+
+@pytest.mark.parametrize("options", [{"teacher_top_k": 5}, {"teacher_server_base_url": "http://a:1"}])
+def test_top_tokens_of_another_vocabulary_are_matched(options):
+    GKDArguments(teacher_vocabulary_mode="matched", **options)

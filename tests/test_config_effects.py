@@ -15,7 +15,8 @@ IN_EVERY_RUN = {
     # Refused without what they need: by the configuration, or, for the teacher's, by the trainer.
     *("lmbda_end", "lmbda_schedule", "divergence_options", "vllm_server_base_url", "teacher_server_base_url"),
     *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_top_k", "teacher_server_signal"),
-    *("teachers", "teacher_cache_dir"),
+    *("teachers", "teacher_cache_dir", "teacher_vocabulary_mode"),
+    *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_top_k", "self_teacher"),
     # Evaluation completes rows that are prompts alone.
     "max_new_tokens",
 }
@@ -47,11 +48,15 @@ def test_the_table_has_every_option_that_some_runs_do_not_use():
         ({"rollout_batch_size": 2}, {"use_vllm": True}),
         ({"beta": 0.1, "divergence_scale": "continuous"}, {"divergence": "skew_kl"}),
         ({"divergence_scale": "continuous"}, {"beta": 0.0}),
+        ({"beta": 0.1}, {"teacher_vocabulary_mode": "uld"}),
+        ({"teacher_min_matched_mass": 0.5, "teacher_tokenizer_name_or_path": "a"}, {}),
+        ({"teacher_min_matched_mass": 0.5}, {"teacher_vocabulary_mode": "gold"}),
         ({"teacher_server_api_token": "key", "teacher_server_checks": False}, {}),
         ({"teacher_weights": {"a": 1}, "teacher_offload": True, "teacher_column": "domain"}, {}),
         ({"teacher_column": "domain"}, {"teachers": {"a": "b"}, "teacher_weights": {"a": 1}}),
         ({"teacher_cache_miss": "teacher"}, {}),
         ({"teacher_server_dtype": "float16"}, {"teacher_server_base_url": "http://a:1"}),
+        ({"self_teacher_ema_decay": 0.5}, {"self_teacher": "base"}),
         ({"vllm_mode": "server", "vllm_weight_sync": "full", "vllm_gpu_memory_utilization": 0.5}, {}),
         ({"vllm_server_timeout": 5.0, "vllm_request_timeout": 5.0, "vllm_sync_dir": "/a"}, {"use_vllm": True}),
         ({"vllm_server_api_token": "key"}, {"use_vllm": True}),
@@ -77,12 +82,14 @@ def test_an_option_without_effect_is_listed_with_what_it_needs(unused, options):
         {"use_vllm": True, "seq_kd": True, "rollout_batch_size": 2},
         {"beta": 0.1, "divergence_scale": "continuous"},
         {"teacher_top_k": 5, "teacher_tail": "renormalize"},
+        {"teacher_vocabulary_mode": "matched", "teacher_min_matched_mass": 0.5, "teacher_tokenizer_name_or_path": "a"},
         {"teacher_server_base_url": "http://a:1", "vllm_server_timeout": 5.0, "teacher_server_checks": False},
         {**HIDDEN_STATES, "teacher_server_dtype": "float16", "teacher_model_init_kwargs": {"revision": "main"}},
         {"use_vllm": True, "vllm_engine_kwargs": {"enforce_eager": True}, "vllm_weight_sync": "full"},
         {**SERVER, "vllm_sync_dir": "/a", "vllm_request_timeout": 5.0, "rollout_overlap": True},
         {"lmbda": 0.0, "ce_weight": 0.5, "max_new_tokens": 5},
         {"teacher_cache_dir": "/a", "teacher_cache_miss": "teacher"},
+        {"self_teacher": "ema", "self_teacher_ema_decay": 0.5},
     ],
 )
 def test_an_option_with_an_effect_is_not(options):

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +16,13 @@ import pytest
 import torch
 
 from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
+from gkd_trainer.cli.train_options import parse
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
+from tests.vision import make_pair
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -27,8 +30,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "exa
 CONVERSATION = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]}
 
 
-def python_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def anchors(page):
@@ -126,17 +129,21 @@ def hub(tmp_path, monkeypatch, tiny_model, tiny_encoder_decoder, byte_level):
         tiny_encoder_decoder(**size).save_pretrained(tmp_path / name)
         byte_level(None).save_pretrained(tmp_path / name)
     (tmp_path / "trl-lib" / "Capybara").mkdir(parents=True)
+    pair = make_pair("llava")
+    for name, model in (("llava-1.5-7b-hf", pair.student), ("llava-1.5-13b-hf", pair.teacher)):
+        for part in (model, pair.processor):
+            part.save_pretrained(tmp_path / "llava-hf" / name)
     lines = [json.dumps(CONVERSATION)] * 8
     (tmp_path / "trl-lib" / "Capybara" / "train.jsonl").write_text("\n".join(lines))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_of_a_page_runs_its_trainers_train_and_its_comments_are_true(page, hub, capsys, monkeypatch):
     # A block may go on from those before: all are one module, which can be found where a class in it is pickled.
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     names = vars(module)
-    for block in python_blocks(page):
+    for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
         printed = capsys.readouterr().out
         for call, comment in re.findall(r"^ *(\S.*)  # (.+)$", block, re.MULTILINE):
@@ -194,7 +201,7 @@ def test_metrics_page_names_what_a_run_logs():
     with meter.measure("rollout"), meter.measure("step"):
         pass
     logged = meter.read(lambda sums: sums)
-    assert len(logged) == 19
+    assert len(logged) == 23
     for metric in logged:
         assert f"`{metric}`" in page, metric
 
@@ -204,6 +211,55 @@ def test_metrics_page_names_what_an_evaluation_gives():
     meter = EvaluationMeter()
     meter.add(torch.ones(2, len(TOKEN_SUMS), dtype=torch.float64), torch.tensor(1.0), lambda sums: sums)
     measured = meter.read()
-    assert len(measured) == 7
+    assert len(measured) == 10
     for metric in measured:
         assert f"`eval_{metric}`" in page, metric
+
+
+def commands(page):
+    """The arguments of a page's `gkd-trainer train` commands, but for those that read a file."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").split("\n")
+    calls = [shlex.split(line, comments=True) for line in lines if line.startswith("gkd-trainer train ")]
+    return [call[2:] for call in calls if "--config" not in call]
+
+
+RUNS = [
+    *((page, arguments) for page in PAGES for arguments in commands(page)),
+    *((page, text) for page in PAGES for text in blocks(page, "yaml")),
+]
+
+
+@pytest.mark.parametrize(("page", "run"), RUNS, ids=lambda value: value.name if isinstance(value, Path) else "")
+def test_options_of_a_page_are_accepted_by_the_command(page, run, tmp_path):
+    if isinstance(run, str):
+        (tmp_path / "run.yaml").write_text(run)
+        run = ["--config", str(tmp_path / "run.yaml")]
+    # A page may be about GPUs.
+    parse([*run, "--bf16", "false", "--optim", "adamw_torch"])
+
+
+def test_pages_have_commands_and_configurations():
+    assert len(RUNS) >= 10
+
+
+def messages_of_the_package():
+    """All strings of the package but docstrings, as their constant parts, joined."""
+    parts = []
+    for path in (ROOT / "gkd_trainer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts.append("…".join(part.value for part in node.values if isinstance(part, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts.append(re.sub(r"%\w", "…", node.value))
+    return parts
+
+
+def test_messages_on_the_troubleshooting_page_are_those_of_the_package():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    symptoms = re.findall(r"^\| (.*?) \| .*? \| .*? \|$", page, re.MULTILINE)
+    quoted = [quote for symptom in symptoms for quote in re.findall(r"`(.*?)`", symptom) if " " in quote]
+    assert len(quoted) > 30
+    known = "\n".join(messages_of_the_package())
+    for quote in quoted:
+        for part in quote.split("…"):
+            assert part.strip() in known, quote

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+from tests.vision import make_pair
+from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -46,12 +49,12 @@ def tiny_teacher_dir(tiny_model, byte_level, tmp_path):
 def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch):
     """Run an example's main for two steps; return the folder that it saved to. Later options win."""
 
-    def run_example(name, *options, teacher=("--teacher", smollm2_dir)):
+    def run_example(name, *options, teacher=("--teacher", smollm2_dir), data=("--data", gsm8k_dir)):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         example = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, example)  # where a class of it is pickled
         spec.loader.exec_module(example)
-        places = ["--student", smollm2_student_dir, *teacher, "--data", gsm8k_dir]
+        places = ["--student", smollm2_student_dir, *teacher, *data]
         output_dir = tmp_path / "output"
         small = ["--output_dir", output_dir, "--max_steps", 2, "--batch_size", 2]
         example.main([str(option) for option in (*places, *small, *options)])
@@ -93,6 +96,16 @@ def test_server_teacher_example_prints_the_probability_of_the_top_tokens(run, ca
     masses = re.findall(r"step (\d): teacher (\d\.\d+), student (\d\.\d+)", capsys.readouterr().out)
     assert [step for step, _, _ in masses] == ["1", "2"]
     assert all(0 < float(teacher) < 1 and 0 < float(student) < 1 for _, teacher, student in masses)
+
+
+def test_other_vocabulary_example_prints_how_much_was_compared(run, capsys, tiny_model, tmp_path):
+    tokenizer = sentencepiece_like(sentencepiece_backend())
+    tiny_model(vocab=len(tokenizer)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    run("other_vocabulary", "--max_new_tokens", 8, teacher=("--teacher", tmp_path / "other"))
+    shares = re.findall(r"step (\d): loss \d+\.\d+, compared (\d\.\d+)", capsys.readouterr().out)
+    assert [step for step, _ in shares] == ["1", "2"]
+    assert all(0.5 < float(share) <= 1 for _, share in shares)
 
 
 def test_cached_example_prints_the_size_of_the_cache_and_trains_from_it(run, capsys):
@@ -146,6 +159,29 @@ def test_seq2seq_example_generates_answers_and_lowers_the_divergence(
     assert AutoModelForSeq2SeqLM.from_pretrained(output_dir).config.num_layers == 2
 
 
+def test_images_example_lowers_the_divergence_on_held_out_pictures(run, capsys, tmp_path):
+    pair = make_pair("llava")
+    for name in ("student", "teacher"):
+        getattr(pair, name).save_pretrained(tmp_path / name)
+        pair.processor.save_pretrained(tmp_path / name)
+    options = ["--student", tmp_path / "student", "--learning_rate", 3e-3, "--max_new_tokens", 6, "--max_steps", 4]
+    output_dir = run(
+        "images",
+        *options,
+        "--num_train",
+        8,
+        "--num_eval",
+        3,
+        "--size",
+        16,
+        teacher=("--teacher", tmp_path / "teacher"),
+        data=(),
+    )
+    before, after = re.search(r"eval_loss: (\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    assert AutoModelForImageTextToText.from_pretrained(output_dir).config.model_type == "llava"
+
+
 def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, served_dir, tiny_teacher_dir):
     teachers = ("--math_teacher", tiny_teacher_dir, "--chat_teacher", tiny_teacher_dir)
     options = ["--student", served_dir, "--learning_rate", 3e-3, "--max_length", 64, "--num_eval", 2]
@@ -153,6 +189,16 @@ def test_several_teachers_example_lowers_the_divergence_from_each(run, capsys, s
     printed = re.findall(r"the (\w+) teacher: (\d+\.\d+) before, (\d+\.\d+) after", capsys.readouterr().out)
     assert [name for name, _, _ in printed] == ["math", "chat"]
     assert all(float(after) < float(before) for _, before, after in printed)
+
+
+@pytest.mark.parametrize("source", ["base", "ema"])
+def test_self_teacher_example_saves_an_adapter_and_prints_divergences(run, capsys, source):
+    output_dir = run("self_teacher", "--max_new_tokens", 8, "--rank", 4, "--source", source, teacher=())
+    assert (output_dir / "adapter_model.safetensors").exists()
+    printed = capsys.readouterr().out.partition("from itself with the solution:")[2]
+    divergences = [float(number) for number in re.findall(r"step \d: (\d+\.\d+)", printed)]
+    assert len(divergences) == 2
+    assert min(divergences) > 0.001
 
 
 def test_demo_measures_each_stage_and_a_control_and_writes_its_picture(smollm2_pair, tmp_path):

@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
     source = options.rows.source()
 
     from gkd_trainer.data.sources import naming_broken_lines
-    from gkd_trainer.models.loading import find_tokenizer, outline
+    from gkd_trainer.models.loading import find_processing_class, outline
     from gkd_trainer.teachers import build_teacher
     from gkd_trainer.trainer.caching import cache_predictions
 
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
             cache.output_dir or "",
             config,
             student=student,
-            processing_class=find_tokenizer(name, trusts, init_kwargs),
+            processing_class=find_processing_class(name, trusts, init_kwargs),
             kind=cast(Any, cache.kind),
             compression=cast(Any, cache.compression),
             shard_mb=cache.shard_mb,

@@ -154,7 +154,13 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
     hints = {**get_type_hints(StudentOptions), **get_type_hints(DataOptions), **get_type_hints(GKDConfig)}
     parser = _parser(hints)
     options = parse_with_config(parser, hints, arguments)
-    teachers = ("teacher_model_name_or_path", "teacher_server_base_url", "teachers", "teacher_cache_dir")
+    teachers = (
+        "teacher_model_name_or_path",
+        "teacher_server_base_url",
+        "teachers",
+        "self_teacher",
+        "teacher_cache_dir",
+    )
     missing = [
         " or ".join(f"--{name}" for name in names)
         for names in (("model_name_or_path",), teachers, ("dataset",))
@@ -180,7 +186,7 @@ def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:
     return build_parser(
         prog="gkd-trainer train",
         usage="gkd-trainer train --model STUDENT (--teacher TEACHER | --teachers JSON | --teacher_server_base_url URL "
-        "| --teacher_cache_dir FOLDER) --dataset DATA [--config FILE] [OPTION ...]",
+        "| --self_teacher base | --teacher_cache_dir FOLDER) --dataset DATA [--config FILE] [OPTION ...]",
         description="Distil a teacher into a student, and save the student with its tokenizer in --output_dir.",
         groups=[
             OptionGroup("student", [name, *loading]),

@@ -1,15 +1,19 @@
 """Rows in any of the usual formats, turned into token ids and labels."""
 
 from gkd_trainer.data.collate import EncoderDecoderCollator, KeepSideTensors, keeping_labels, unwrapped
+from gkd_trainer.data.images import IMAGE_COLUMNS, ImageProcessing, WithImages
 from gkd_trainer.data.prepare import prepare_dataset
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowRules
 
 __all__ = [
+    "IMAGE_COLUMNS",
     "EncoderDecoderCollator",
+    "ImageProcessing",
     "KeepSideTensors",
     "RowRules",
     "TeacherRoute",
+    "WithImages",
     "keeping_labels",
     "prepare_dataset",
     "unwrapped",

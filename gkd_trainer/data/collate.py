@@ -16,7 +16,7 @@ from gkd_trainer.types import IGNORE_INDEX, SIDE_TENSORS, SideTensor
 Collator = Callable[[list[Any]], dict[str, Any]]
 
 
-class _Wrapper:
+class Wrapper:
     """A collator around another, which passes attributes through to it."""
 
     collator: Collator
@@ -33,7 +33,7 @@ class _Wrapper:
         setattr(self.collator, name, value)
 
 
-class KeepLabels(_Wrapper):
+class KeepLabels(Wrapper):
     """Pads rows with a collator of transformers, and aligns their labels with their tokens.
 
     DataCollatorWithPadding can't pad labels, and DataCollatorForLanguageModeling would label all tokens.
@@ -49,7 +49,7 @@ class KeepLabels(_Wrapper):
         return batch
 
 
-class KeepSideTensors(_Wrapper):
+class KeepSideTensors(Wrapper):
     """Collates rows with any collator, and adds to the batch the SIDE_TENSORS that the rows have as columns.
 
     If a collator makes its own samples, with other tokens than the rows have, the batch gets none: prompts are then the
@@ -95,7 +95,7 @@ class EncoderDecoderCollator:
 
 def unwrapped(collator: Any) -> Any:
     """Return the collator inside the wrappers that keep labels and side tensors."""
-    while isinstance(collator, _Wrapper):
+    while isinstance(collator, Wrapper):
         collator = collator.collator
     return collator
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX
+from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,11 @@ def prepare_dataset(
     rules: RowRules,
     *,
     formatting_func: Callable[[Any], Any] | None = None,
+    images: ImageProcessing | None = None,
     num_proc: int | None = None,
     name: str = "train",
     route: TeacherRoute | None = None,
+    teacher_prompts: TeacherPrompts | None = None,
 ) -> Any:
     """Turn rows of any of the usual formats into token ids and labels.
 
@@ -58,16 +62,19 @@ def prepare_dataset(
         tokenizer: holds the vocabulary and the chat template; None suffices for tokenised rows.
         rules: which rows can be used, and which of their tokens are trained on.
         formatting_func: turns a row into a text, a list of messages, or a row in one of the usual formats.
+        images: turns the rows' images into tokens; None refuses rows with images.
         num_proc: number of processes for a `Dataset`.
         name: the dataset's name in the log and on the progress bar.
         route: how a row gets one of several teachers; its index becomes the column TEACHER_INDEX.
+        teacher_prompts: how a column `teacher_prompt` becomes token ids; by default by the same tokenizer.
 
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
         beside its own. Labels are IGNORE_INDEX for tokens that are not trained on: all tokens of a row that is only a
         prompt. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion if it
-        differs from the tokens before the row's last trained run, else empty. Rows that can't be used are left out
-        and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
+        differs from the tokens before the row's last trained run, else empty. A row with a `teacher_prompt` gets
+        TEACHER_PROMPT_IDS, and is trained on only in its last run, since that prompt replaces all before it. Rows that
+        can't be used are left out and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
 
     Raises:
         GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, a row's
@@ -77,10 +84,10 @@ def prepare_dataset(
     if isinstance(dataset, list):
         dataset = _from_list(dataset, name)
     if isinstance(dataset, Dataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, images, teacher_prompts)
         return _prepare_map_style(dataset, _PrepareRow(preparer, route, True, name), num_proc)
     if isinstance(dataset, IterableDataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func)
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, images, teacher_prompts)
         return _prepare_iterable(dataset, _PrepareRow(preparer, route, True, name))
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
         if route is not None and TEACHER_INDEX not in next(iter(dataset)):
@@ -105,6 +112,7 @@ class _PrepareRow:
     route: TeacherRoute | None
     is_refusal_raised: bool
     name: str
+    has_teacher_prompts: bool = False
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
@@ -129,11 +137,13 @@ class _PrepareRow:
             if self.is_refusal_raised:
                 raise
             return self._dropped(str(refusal), 0)
+        if prepared.teacher_prompt_ids and not self.has_teacher_prompts:
+            return self._dropped(f"{TEACHER_PROMPT}, but the first row has none: give that one too, or None", 0)
         return {
             **prepared.per_token,
             "input_ids": prepared.input_ids,
             "labels": prepared.labels,
-            **self._prompt(prepared.prompt_ids),
+            **self._prompts(prepared.prompt_ids, prepared.teacher_prompt_ids),
             _PROBLEM: "",
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
@@ -144,15 +154,16 @@ class _PrepareRow:
         return {
             "input_ids": [],
             "labels": [],
-            **self._prompt([]),
+            **self._prompts([], []),
             _PROBLEM: reason,
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
             _UNENDED: "",
         }
 
-    def _prompt(self, prompt_ids: list[int]) -> dict[str, list[int]]:
-        return {PROMPT_IDS: prompt_ids} if self.preparer.rules.keeps_prompts else {}
+    def _prompts(self, prompt_ids: list[int], teacher_prompt_ids: list[int]) -> dict[str, list[int]]:
+        own = {PROMPT_IDS: prompt_ids} if self.preparer.rules.keeps_prompts else {}
+        return {**own, TEACHER_PROMPT_IDS: teacher_prompt_ids} if self.has_teacher_prompts else own
 
 
 @dataclass
@@ -186,6 +197,7 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None)
     preparer, name = prepare.preparer, prepare.name
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
+    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(dataset[0]))
     mapped = dataset.map(
         prepare,
         with_indices=True,
@@ -223,6 +235,7 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
+    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(first))
     prepare(first, 0)
     features = None if dataset.features is None else _features(dataset, prepare)
     mapped = dataset.map(replace(prepare, is_refusal_raised=False), with_indices=True, features=features)
@@ -231,11 +244,12 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
 
 
 def _features(dataset: Any, prepare: _PrepareRow) -> Features:
-    prompt = {PROMPT_IDS: List(Value("int32"))} if prepare.preparer.rules.keeps_prompts else {}
+    names = [PROMPT_IDS] * prepare.preparer.rules.keeps_prompts + [TEACHER_PROMPT_IDS] * prepare.has_teacher_prompts
+    prompts = {name: List(Value("int32")) for name in names}
     keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
     if prepare.route is not None:
         keys[TEACHER_INDEX] = Value("int64")
-    return Features({**dataset.features, **_NEW_FEATURES, **prompt, **keys})
+    return Features({**dataset.features, **_NEW_FEATURES, **prompts, **keys})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

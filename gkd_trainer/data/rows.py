@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
+from gkd_trainer.data.images import ImageProcessing, images_of, require_readable, with_image_parts
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
+from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts, only_last_run
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
     Span,
@@ -24,7 +26,8 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, prompt_length
+from gkd_trainer.models.prompts import leading_ids
+from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, prompt_length
 
 NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "
@@ -68,7 +71,8 @@ class PreparedRow:
 
     `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or if empty, the tokens before the last trained
     run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` names the token
-    that ends its last turn in place of a stop token, or is empty.
+    that ends its last turn in place of a stop token, or is empty. `teacher_prompt_ids` is the teacher's own prompt,
+    or empty.
     """
 
     input_ids: list[int]
@@ -77,6 +81,7 @@ class PreparedRow:
     prompt_ids: list[int]
     per_token: dict[str, list[Any]]
     unended: str
+    teacher_prompt_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,29 @@ class RowPreparer:
     patched_template: str | None
     leading_ids: tuple[int, ...]
     added_ids: frozenset[int]
+    teacher_prompts: TeacherPrompts
+    images: ImageProcessing | None = None
 
     @classmethod
-    def create(cls, tokenizer: Any, rules: RowRules, formatting_func: Callable[[Any], Any] | None) -> RowPreparer:
-        """Build a preparer; `tokenizer` None suffices for tokenised rows."""
+    def create(
+        cls,
+        tokenizer: Any,
+        rules: RowRules,
+        formatting_func: Callable[[Any], Any] | None,
+        images: ImageProcessing | None = None,
+        teacher_prompts: TeacherPrompts | None = None,
+    ) -> RowPreparer:
+        """Build a preparer; `tokenizer` None suffices for tokenised rows, `images` None for rows without images.
+
+        `teacher_prompts` is by default rendered by the same tokenizer, and of any length.
+        """
+        if teacher_prompts is None:
+            teacher_prompts = TeacherPrompts(tokenizer, is_encoder_decoder=rules.is_encoder_decoder)
         if tokenizer is None:
-            return cls(None, rules, formatting_func, None, (), frozenset())
+            return cls(None, rules, formatting_func, None, (), frozenset(), teacher_prompts)
         added_ids = frozenset(tokenizer.added_tokens_decoder)
-        return cls(tokenizer, rules, formatting_func, marked_template(tokenizer), _leading_ids(tokenizer), added_ids)
+        template, leading = marked_template(tokenizer), leading_ids(tokenizer)
+        return cls(tokenizer, rules, formatting_func, template, leading, added_ids, teacher_prompts, images)
 
     def prepare(self, row: Mapping[str, Any]) -> PreparedRow:
         """Return the row's tokens.
@@ -106,10 +126,29 @@ class RowPreparer:
             GKDDataError: no row like this one can be used with these rules or this tokenizer.
 
         """
-        if self.formatting_func is not None:
-            row = self._formatted(row)
-        tokens = self._tokens(row)
-        return self._fitted_pair(tokens) if self.rules.is_encoder_decoder else self._fitted(tokens)
+        images = images_of(row)
+        require_readable(images, self.images, is_encoder_decoder=self.rules.is_encoder_decoder)
+        formatted = row if self.formatting_func is None else self._formatted(row)
+        teacher_ids = self.teacher_prompts.ids_of(_without_none({**_teachers_columns(row), **formatted}))
+        if images and teacher_ids:
+            raise GKDDataError(
+                "a row has images, but its teacher reads a prompt of its own (a teacher_prompt, or the row in another "
+                "tokenizer's tokens), which has none: use a teacher that reads the row's tokens, or rows without images"
+            )
+        tokens = self._tokens(formatted, len(images))
+        if self.rules.is_encoder_decoder:
+            return self._fitted_pair(tokens, teacher_ids)
+        if self.images is not None:
+            tokens = self.images.expanded(tokens, images, is_generating=self.rules.is_generating)
+        return self._fitted(tokens, teacher_ids)
+
+    def has_teacher_prompt(self, row: Mapping[str, Any]) -> bool:
+        """Return whether rows like this one may have prompts for the teacher; it may be None in this one."""
+        try:
+            formatted = {} if self.formatting_func is None else self._formatted(row)
+        except (RowDropped, GKDDataError):  # the row's own verdict, when it is prepared
+            formatted = {}
+        return self.teacher_prompts.rendered is not None or has_teacher_prompts({*row, *formatted})
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row
@@ -126,7 +165,7 @@ class RowPreparer:
             f"messages, prompt and completion, text, or input_ids); it returned {type(result).__name__}"
         )
 
-    def _tokens(self, row: Mapping[str, Any]) -> RowTokens:
+    def _tokens(self, row: Mapping[str, Any], n_images: int) -> RowTokens:
         if row.get("input_ids") is not None:
             return held_pair(row) if self.rules.is_encoder_decoder else held_tokens(row)
         text_field = self.rules.text_field
@@ -163,19 +202,19 @@ class RowPreparer:
                 "expected tokenised rows (`input_ids`), since there is no tokenizer; got the columns "
                 f"{sorted(filled)}: pass the tokenizer as processing_class"
             )
-        return read(filled, has_completion_column="completion" in row)
+        return read(filled, n_images, has_completion_column="completion" in row)
 
-    def _conversation(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _conversation(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         if "messages" in row:
             row.pop("conversations", None)
-        messages = messages_of(maybe_convert_to_chatml(row)["messages"])
+        messages = self._messages(maybe_convert_to_chatml(row)["messages"], n_images)
         if not any(message["role"] == "assistant" for message in messages):
             if self.rules.needs_completion:
                 raise RowDropped("no assistant turn")
             return self._chat_prompt(messages, row)
         return self._chat(messages, row, n_context=0)
 
-    def _prompt_and_completion(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _prompt_and_completion(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         prompt, completion = row["prompt"], row.get("completion")
         if completion is None and self.rules.needs_completion:
             if has_completion_column:
@@ -191,15 +230,19 @@ class RowPreparer:
                 return RowTokens(ids, [IGNORE_INDEX] * len(ids))
             return self._completed_text(prompt, completion)
         row = maybe_convert_to_chatml(row)
-        prompt = messages_of(row["prompt"])
+        prompt = self._messages(row["prompt"], n_images)
         if completion is None:
             return self._chat_prompt(prompt, row)
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        completion = messages_of(completion)
+        completion = self._messages(completion, 0)
         if not any(message["role"] == "assistant" for message in completion):
             raise RowDropped("no assistant turn")
         return self._chat(prompt + completion, row, n_context=len(prompt))
+
+    def _messages(self, value: Any, n_images: int) -> list[dict[str, Any]]:
+        messages = messages_of(value)
+        return messages if self.images is None else with_image_parts(messages, n_images)
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> RowTokens:
         self._require_chat_template()
@@ -260,7 +303,7 @@ class RowPreparer:
         ranges = [(start + n_leading, len(ids))] if start < end else []
         return RowTokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
 
-    def _text(self, row: dict[str, Any], *, has_completion_column: bool) -> RowTokens:
+    def _text(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
         text = row[self.rules.text_field]
         if not isinstance(text, str):
             raise RowDropped(f"{self.rules.text_field} is not a text")
@@ -304,11 +347,13 @@ class RowPreparer:
             raise RowDropped("empty completion")
         return labels
 
-    def _fitted(self, tokens: RowTokens) -> PreparedRow:
-        rules, ids, labels, prompt_ids = self.rules, tokens.ids, tokens.labels, tokens.prompt_ids
+    def _fitted(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
+        rules, ids, prompt_ids = self.rules, tokens.ids, tokens.prompt_ids
+        labels = only_last_run(tokens.labels) if teacher_ids else tokens.labels
         if not ids:
             raise RowDropped("no tokens")
-        if rules.vocab_size is not None and max(*ids, *labels, *prompt_ids) >= rules.vocab_size:
+        shared_ids = teacher_ids if self.teacher_prompts.rendered is None else []
+        if rules.vocab_size is not None and max(*ids, *labels, *prompt_ids, *shared_ids) >= rules.vocab_size:
             raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
         n_prompt = len(prompt_ids) or prompt_length(labels)
         first_trained = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), None)
@@ -329,22 +374,30 @@ class RowPreparer:
             if first_trained is not None and first_trained >= rules.max_length:
                 reason = f"no trained token within max_length ({rules.max_length})"
                 raise RowDropped(reason, first_trained + 1)
+        if self.images is not None:
+            self.images.require_whole(ids, rules.max_length)
         cut = slice(rules.max_length)
+        if teacher_ids:
+            is_completed = rules.is_generating or first_trained is None
+            n_completion = len(ids[cut]) - prompt_length(labels)
+            self.teacher_prompts.require_room(teacher_ids, max(n_completion, rules.max_new_tokens * is_completed))
         per_token = {column: values[cut] for column, values in tokens.per_token.items()}
-        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended)
+        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended, teacher_ids)
 
-    def _fitted_pair(self, tokens: RowTokens) -> PreparedRow:
+    def _fitted_pair(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
         rules, ids, labels = self.rules, tokens.ids, tokens.labels
         if not ids:
             raise RowDropped("no tokens")
-        if rules.vocab_size is not None and max([*ids, *labels]) >= rules.vocab_size:
+        if rules.vocab_size is not None and max([*ids, *labels, *teacher_ids]) >= rules.vocab_size:
             raise RowDropped(f"a token id beyond the models' {rules.vocab_size} tokens")
         if rules.max_length is not None and len(ids) > rules.max_length:
             raise RowDropped(f"prompt longer than max_length ({rules.max_length})", len(ids))
         cut = labels[: rules.max_length]
         if rules.needs_completion and all(label == IGNORE_INDEX for label in cut):
             raise RowDropped("no token is trained on")
-        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended)
+        if teacher_ids:
+            self.teacher_prompts.require_room(teacher_ids, len(cut))
+        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended, teacher_ids)
 
     @property
     def _stop_ids(self) -> frozenset[int]:
@@ -366,14 +419,9 @@ def _refused(error: Exception) -> RowDropped:
     return RowDropped(f"refused by the chat template ({str(error)[:100]})")
 
 
-def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the special tokens that the tokenizer puts before a text, such as bos."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    for n_leading in range(len(ids) - len(bare) + 1):
-        if ids[n_leading : n_leading + len(bare)] == bare:
-            return tuple(ids[:n_leading])
-    return ()
+def _teachers_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a formatting_func need not repeat."""
+    return {name: row[name] for name in (TEACHER_PROMPT, TEACHER_PROMPT_IDS) if name in row}
 
 
 def _without_none(value: Any) -> Any:

@@ -75,7 +75,7 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
 
 
 def id_list(value: Any, column: str) -> list[int]:
-    """Return a column's value as a list of token ids; raise RowDropped if it is none."""
+    """Return a row's token ids as a list; raise RowDropped if its value in a column is not one."""
     try:
         return [operator.index(token_id) for token_id in _plain(value)]
     except TypeError:

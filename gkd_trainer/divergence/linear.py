@@ -15,19 +15,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gkd_trainer.divergence.mapped import MappedComparison
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.projection import HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss, reordered, weighted_sum
 from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, tiles
-from gkd_trainer.divergence.several import Form, Term, tensors_of
+from gkd_trainer.divergence.several import Form, Term, groups_of, tensors_of
 from gkd_trainer.divergence.topk import TopKComparison
 from gkd_trainer.divergence.workspace import Plan, plan_for
-from gkd_trainer.signals import Head, HiddenSignal, TopKSignal, scored_positions
+from gkd_trainer.signals import Head, HiddenSignal, MappedSignal, TopKSignal, scored_positions
 
 
 def linear_divergence(
     student: HiddenSignal,
-    teacher: HiddenSignal | TopKSignal,
+    teacher: HiddenSignal | TopKSignal | MappedSignal,
     *,
     objective: Objective,
     tail: str = "bucket",
@@ -39,14 +40,16 @@ def linear_divergence(
 ) -> TokenDivergence:
     """Compare a student with a teacher token by token from the student's final hidden states.
 
-    The arguments are those of `loss.token_divergence`, which checks them. Gradients reach the student's hidden
-    states, weight and bias, each in its own dtype, if they require one. An upstream gradient that is the same for all
-    tokens (of the loss if labels are weighted, of the values if there are no labels) scales the gradient that the
-    forward pass prepared; any other recomputes the logits.
+    A MappedSignal must be one of hidden states. The arguments are those of `loss.token_divergence`, which checks them.
+    Gradients reach the student's hidden states, weight and bias, each in its own dtype, if they require one. An
+    upstream gradient that is the same for all tokens (of the loss if labels are weighted, of the values if there are no
+    labels) scales the gradient that the forward pass prepared; any other recomputes the logits.
     """
+    groups = groups_of(teacher)
+    assert groups is not None
     return grouped_linear_divergence(
         student,
-        [(Term(teacher),)],
+        groups,
         objective=objective,
         tail=tail,
         labels_N=labels_N,
@@ -266,7 +269,11 @@ class _Comparison:
             compare: RowComparison = TopKComparison(self.objective, self.tail, softcap, plan.temporary)
             return _ComparedTerm(term, None, compare)
         project = Projection(term.signal.head.cut(), plan.dtype, plan.chunk, half)
-        return _ComparedTerm(term, project, LogitsComparison(self.objective, softcap, plan.temporary))
+        if term.mapping is not None:
+            compare = MappedComparison(self.objective, term.mapping, softcap, plan.temporary)
+        else:
+            compare = LogitsComparison(self.objective, softcap, plan.temporary)
+        return _ComparedTerm(term, project, compare)
 
 
 @dataclass(frozen=True)
@@ -284,8 +291,10 @@ class _ComparedTerm:
             teacher: tuple[Tensor, ...] = (signal.ids_NK[tile], signal.log_p_NK[tile])
         else:
             assert self.project is not None
-            self.project.logits(signal.hidden_NH[tile], scratch)
-            teacher = (scratch,)
+            R, W = len(student_RV), signal.vocab_size
+            teacher_RW = scratch.view(-1)[: R * W].view(R, W)
+            self.project.logits(signal.hidden_NH[tile], teacher_RW)
+            teacher = (teacher_RW,)
         if value_weight_R is not None and self.term.weight != 1:
             value_weight_R = value_weight_R * self.term.weight
         return self.compare(

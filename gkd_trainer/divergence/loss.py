@@ -16,10 +16,12 @@ from torch import Tensor
 
 from gkd_trainer.divergence.dense import dense_divergence
 from gkd_trainer.divergence.linear import grouped_linear_divergence
+from gkd_trainer.divergence.mapped import mapped_divergence
 from gkd_trainer.divergence.options import (
     PRODUCT_DTYPES,
     TAILS,
     check_choice,
+    check_mode,
     check_top_k_temperature,
     checked_objective,
 )
@@ -32,6 +34,7 @@ from gkd_trainer.signals import (
     Head,
     HiddenSignal,
     LogitsSignal,
+    MappedSignal,
     PlainSignal,
     Signal,
     StudentSignal,
@@ -67,9 +70,11 @@ def token_divergence(
 
     Args:
         student: final hidden states with their head, or logits, of N positions; gradients reach it.
-        teacher: the same for the teacher, or its top tokens, over the same N positions and V tokens; no gradient
-            reaches it. A logit of -inf, on either side, is probability zero. Several teachers may be grouped by
-            position, which costs about as much as one, or summed, which projects the student's hidden states once.
+        teacher: the same for the teacher, or its top tokens, over the same N positions and V tokens; or predictions
+            over other tokens, with a map (`MappedSignal`; its mode says what is compared: see `categories` and `uld`).
+            No gradient reaches it. A logit of -inf, on either side, is probability zero. Several teachers may be
+            grouped by position, which costs about as much as one, or summed, which projects the student's hidden states
+            once.
         beta: in [0, 1]; for "jsd" only.
         divergence: "jsd" for the formula above, or another key of `objective.DIVERGENCES`, which has the formulas.
         divergence_options: values of the options listed there, if not the defaults.
@@ -102,7 +107,7 @@ def token_divergence(
     check_choice("tail", tail, TAILS)
     _check_products(product_dtype, vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
     _check_signal("student", student)
-    _check_teacher(teacher, temperature)
+    _check_teacher(teacher, temperature, divergence)
     _check_pair(student, teacher, labels_N, label_weight_N)
     objective = checked_objective(
         divergence,
@@ -137,6 +142,17 @@ def token_divergence(
         if isinstance(teacher, TopKSignal):
             result = topk_divergence(
                 _logits(student), teacher, objective=objective, tail=tail, labels_N=labels_N, token_block=token_block
+            )
+        elif isinstance(teacher, MappedSignal):
+            with torch.no_grad():
+                teacher_logits_NW = _logits(teacher.signal)
+            result = mapped_divergence(
+                _logits(student),
+                teacher_logits_NW,
+                teacher.mapping,
+                objective=objective,
+                labels_N=labels_N,
+                token_block=token_block,
             )
         else:
             with torch.no_grad():
@@ -264,6 +280,8 @@ def _logits(signal: StudentSignal) -> Tensor:
 
 
 def _is_float64(signal: PlainSignal) -> bool:
+    if isinstance(signal, MappedSignal):
+        return _is_float64(signal.signal)
     if isinstance(signal, HiddenSignal):
         return torch.float64 in (signal.hidden_NH.dtype, signal.head.weight_VH.dtype)
     return (signal.log_p_NK if isinstance(signal, TopKSignal) else signal.logits_NV).dtype == torch.float64
@@ -283,7 +301,7 @@ def _check_products(product_dtype: torch.dtype | None, **sizes: float | None) ->
             raise GKDConfigError(f"{name} must be at least 1 and finite, or None for a default; got {size}")
 
 
-def _check_teacher(teacher: Signal, temperature: float) -> None:
+def _check_teacher(teacher: Signal, temperature: float, divergence: str) -> None:
     if isinstance(teacher, GroupedSignal):
         check_groups(teacher)
     elif isinstance(teacher, SummedSignal):
@@ -292,6 +310,10 @@ def _check_teacher(teacher: Signal, temperature: float) -> None:
         if isinstance(signal, TopKSignal):
             _check_top_k(signal)
             check_top_k_temperature(temperature)
+        elif isinstance(signal, MappedSignal):
+            _check_signal("teacher", signal.signal)
+            _check_map(signal)
+            check_mode(signal.mapping.mode, divergence)
         else:
             _check_signal("teacher", signal)
 
@@ -308,6 +330,17 @@ def _check_top_k(teacher: TopKSignal) -> None:
             f"the teacher's log-probs must be a float32 or float64 tensor {list(ids_NK.shape)}, one for each of its "
             f"top tokens; got {log_p_NK.dtype} {list(log_p_NK.shape)}: below float32, rounding loses the mass of the "
             "other tokens"
+        )
+
+
+def _check_map(teacher: MappedSignal) -> None:
+    mapping, W = teacher.mapping, teacher.signal.vocab_size
+    if len(mapping.teacher_group_W) != W or len(mapping.student_ids_M) != len(mapping.teacher_ids_M):
+        raise GKDConfigError(
+            f"a map must have one group for each of the {W} tokens that the teacher predicts over, and as many matched "
+            f"tokens of the student as of the teacher; got {len(mapping.teacher_group_W)} groups, and "
+            f"{len(mapping.student_ids_M)} and {len(mapping.teacher_ids_M)} tokens: slice the teacher's signal to the "
+            "tokens of its tokenizer"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from gkd_trainer.divergence.objective import DIVERGENCES, Objective, Option
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.signals import MODES
 
 SCALES = ("paper", "continuous")
 """How the JSD is scaled inside 0 < beta < 1: see `loss.token_divergence`."""
@@ -71,6 +72,16 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise GKDConfigError for a value that is not among the choices."""
     if not isinstance(value, str) or value not in choices:
         raise GKDConfigError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_mode(mode: str, divergence: str, name: str = "mode") -> None:
+    """Raise GKDConfigError for a mode that is not one of MODES, or that the divergence does not go with."""
+    check_choice(name, mode, MODES)
+    if mode == "gold" and divergence != "jsd":
+        raise GKDConfigError(
+            f"{name}='gold' needs divergence='jsd', which GOLD has for tokens that match; got {divergence!r}: use "
+            f"{name}='matched' for others"
+        )
 
 
 def check_top_k_temperature(temperature: float, name: str = "temperature") -> None:

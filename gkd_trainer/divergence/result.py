@@ -39,6 +39,10 @@ class TokenDivergence:
         teacher_mass_N: the mass of p on a top-k teacher's entries; None for other teachers, and NaN at their positions
             if only some are such teachers.
         student_mass_N: likewise for q.
+        teacher_matched_mass_N: for a teacher with another vocabulary, the mass of p on the tokens that both have; None
+            for other teachers.
+        student_matched_mass_N: likewise for q.
+        is_grouped_N: likewise, True where groups of tokens were compared instead; for a weighted sum, a mean.
         loss_N: the loss if labels are weighted, (1 - weight)·value + weight·cross entropy, else None.
         terms_NT: the divergence from each of T teachers in a weighted sum, without weights or gradients; else None.
     """
@@ -53,6 +57,9 @@ class TokenDivergence:
     acceptance_N: Tensor | None = None
     teacher_mass_N: Tensor | None = None
     student_mass_N: Tensor | None = None
+    teacher_matched_mass_N: Tensor | None = None
+    student_matched_mass_N: Tensor | None = None
+    is_grouped_N: Tensor | None = None
     loss_N: Tensor | None = None
     terms_NT: Tensor | None = None
 
@@ -124,6 +131,9 @@ def weighted_sum(parts: Sequence[TokenDivergence], weights: Sequence[float]) -> 
         acceptance_N=mean([part.acceptance_N for part in parts]),
         teacher_mass_N=mean([part.teacher_mass_N for part in parts]),
         student_mass_N=mean([part.student_mass_N for part in parts]),
+        teacher_matched_mass_N=mean([part.teacher_matched_mass_N for part in parts]),
+        student_matched_mass_N=mean([part.student_matched_mass_N for part in parts]),
+        is_grouped_N=mean([part.is_grouped_N for part in parts]),
         terms_NT=torch.stack([part.values_N.detach() for part in parts], dim=1),
     )
 

@@ -136,6 +136,21 @@ def mask_cross_entropy(cross_entropy_R: Tensor, labels_R: Tensor, V: int) -> Ten
     return cross_entropy_R.masked_fill(is_outside_R, math.inf).masked_fill(labels_R == IGNORE_INDEX, 0.0)
 
 
+def cross_entropy(logits_RV: Tensor, log_z_R1: Tensor, labels_R: Tensor) -> Tensor:
+    """Return the cross entropy of labels under logits with that log-normaliser; see `mask_cross_entropy`."""
+    V = logits_RV.shape[1]
+    label_logits_R1 = logits_RV.gather(1, labels_R.clamp(0, V - 1)[:, None])
+    return mask_cross_entropy(log_z_R1[:, 0] - label_logits_R1[:, 0], labels_R, V)
+
+
+def label_gradient(q_RV: Tensor, labels_R: Tensor, label_weight_R: Tensor, cross_entropy_R: Tensor) -> Tensor:
+    """Return the gradient of the weighted cross entropy with respect to the logits, zero where it is not finite."""
+    ids_V = torch.arange(q_RV.shape[1], device=q_RV.device)
+    is_label_RV = (ids_V == labels_R[:, None]).to(q_RV.dtype)
+    is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
+    return torch.where(is_trained_R[:, None], (q_RV - is_label_RV) * label_weight_R[:, None], 0.0)
+
+
 class _Variant(NamedTuple):
     """The parameters that compiled code is specialised on; all others are tensors, to avoid compiling again."""
 
@@ -207,14 +222,14 @@ def _compare(
     cross_entropy_R, untempered_q = None, q
     if labels_R is not None:
         untempered_q = _softmax(student_RV) if variant.is_tempered else q
-        cross_entropy_R = _cross_entropy(student_RV, untempered_q.log_z_R1, labels_R)
+        cross_entropy_R = cross_entropy(student_RV, untempered_q.log_z_R1, labels_R)
     if value_weight_R is not None:
         weight_R1 = (value_weight_R * factor * per_temperature)[:, None]
         gradient_RV = (slope_RV - q.probability_RV * slope_RV.sum(dim=1, keepdim=True)) * weight_R1
         # Otherwise an infinite row would reach the others through the head's weight, even at weight zero.
         gradient_RV = torch.where(is_finite_R[:, None], gradient_RV, 0.0)
         if label_weight_R is not None and labels_R is not None and cross_entropy_R is not None:
-            gradient_RV += _label_gradient(untempered_q.probability_RV, labels_R, label_weight_R, cross_entropy_R)
+            gradient_RV += label_gradient(untempered_q.probability_RV, labels_R, label_weight_R, cross_entropy_R)
         if variant.is_capped:
             gradient_RV *= 1 - (student_RV * per_softcap) ** 2
             # Last, because the factor of a non-finite logit turns zero into NaN.
@@ -230,19 +245,6 @@ def _compare(
         is_finite_N=is_finite_R,
         acceptance_N=acceptance_R,
     )
-
-
-def _cross_entropy(logits_RV: Tensor, log_z_R1: Tensor, labels_R: Tensor) -> Tensor:
-    V = logits_RV.shape[1]
-    label_logits_R1 = logits_RV.gather(1, labels_R.clamp(0, V - 1)[:, None])
-    return mask_cross_entropy(log_z_R1[:, 0] - label_logits_R1[:, 0], labels_R, V)
-
-
-def _label_gradient(q_RV: Tensor, labels_R: Tensor, label_weight_R: Tensor, cross_entropy_R: Tensor) -> Tensor:
-    ids_V = torch.arange(q_RV.shape[1], device=q_RV.device)
-    is_label_RV = (ids_V == labels_R[:, None]).to(q_RV.dtype)
-    is_trained_R = cross_entropy_R.isfinite() & (labels_R != IGNORE_INDEX)
-    return torch.where(is_trained_R[:, None], (q_RV - is_label_RV) * label_weight_R[:, None], 0.0)
 
 
 class _Softmax(NamedTuple):

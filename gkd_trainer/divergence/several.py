@@ -20,10 +20,12 @@ from gkd_trainer.signals import (
     Head,
     HiddenSignal,
     LogitsSignal,
+    MappedSignal,
     Signal,
     StudentSignal,
     SummedSignal,
     TopKSignal,
+    VocabularyMap,
     scored_positions,
 )
 
@@ -33,10 +35,11 @@ TiledSignal = HiddenSignal | TopKSignal
 
 @dataclass(frozen=True)
 class Term:
-    """One of the teachers of a group, and the weight of its divergence there."""
+    """One of the teachers of a group, and the weight of its divergence there; `mapping` is for another vocabulary."""
 
     signal: TiledSignal
     weight: float = 1.0
+    mapping: VocabularyMap | None = None
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,23 @@ class Form:
     head: tuple[float, float | None, int | None] | None
     vocab_size: int
     weight: float
+    mapping: VocabularyMap | None
 
     @classmethod
     def of(cls, term: Term) -> Form:
         """Return the form of a term."""
         signal = term.signal
         if isinstance(signal, TopKSignal):
-            return cls(None, signal.vocab_size, term.weight)
+            return cls(None, signal.vocab_size, term.weight, term.mapping)
         head = signal.head
-        return cls((head.scale, head.softcap, head.vocab_size), signal.vocab_size, term.weight)
+        return cls((head.scale, head.softcap, head.vocab_size), signal.vocab_size, term.weight, term.mapping)
 
     def filled(self, tensors: Iterator[Tensor]) -> Term:
         """Return the term, taking its tensors from an iterator in the order of `tensors_of`."""
         if self.head is None:
             return Term(TopKSignal(next(tensors), next(tensors), self.vocab_size), self.weight)
         hidden_NH, weight_VH, bias_V = next(tensors), next(tensors), next(tensors)
-        return Term(HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.head)), self.weight)
+        return Term(HiddenSignal(hidden_NH, Head(weight_VH, bias_V, *self.head)), self.weight, self.mapping)
 
 
 def tensors_of(signal: TiledSignal) -> tuple[Tensor | None, ...]:
@@ -81,9 +85,10 @@ def groups_of(teacher: Signal) -> list[tuple[Term, ...]] | None:
         terms, weights = (group.terms, group.weights) if isinstance(group, SummedSignal) else ((group,), (1.0,))
         found = []
         for term, weight in zip(terms, weights, strict=True):
-            if not isinstance(term, HiddenSignal | TopKSignal):
+            signal, mapping = (term.signal, term.mapping) if isinstance(term, MappedSignal) else (term, None)
+            if not isinstance(signal, HiddenSignal | TopKSignal):
                 return None
-            found.append(Term(term, weight))
+            found.append(Term(signal, weight, mapping))
         groups.append(tuple(found))
     return groups
 

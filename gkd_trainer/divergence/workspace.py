@@ -68,8 +68,10 @@ def plan_for(
     elements = workspace_mb * 2**20 / dtype.itemsize
     widest = max(1, *(signal.hidden_NH.shape[1] for signal in sides))
     half = _half(student, product_dtype, dtype)
-    # For a teacher's logits, or the student's gradient rounded to a half.
-    scratch = V if len(sides) > 1 else 0 if half is None else -(-V // 2)
+    # For a teacher's logits, of which one with another vocabulary has another number, or the student's gradient rounded
+    # to a half.
+    of_half = 0 if half is None else -(-V // 2)
+    scratch = max([of_half, *(signal.vocab_size for signal in sides[1:])])
     # A sum's gradient, and from its third term on, the gradient of one term.
     copies = min(2, max(map(len, groups)) - 1)
     # Top tokens are compared for a whole tile at once.

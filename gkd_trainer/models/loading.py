@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +17,24 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
+from gkd_trainer.types import MEDIA_INPUTS, MediaTokens
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +55,7 @@ _CONFIG_OPTIONS = ("trust_remote_code", "code_revision", "gguf_file")
 
 
 def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal LM or an encoder-decoder, in float32 unless `init_kwargs` give a dtype.
+    """Load a causal LM, a vision-language model or an encoder-decoder, in float32 unless `init_kwargs` give a dtype.
 
     By default `from_pretrained` takes the checkpoint's dtype, and a student in pure bf16 loses small updates.
     """
@@ -61,7 +70,10 @@ def load_student(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust
 
 
 def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
-    """Return the auto class that loads a model by name: AutoModelForSeq2SeqLM for an encoder-decoder, by its config.
+    """Return the auto class that loads a model by name, by its config.
+
+    It is AutoModelForSeq2SeqLM for an encoder-decoder, AutoModelForImageTextToText for a vision-language model, and
+    AutoModelForCausalLM for any other.
 
     Raises what AutoConfig.from_pretrained raises if there is no config.
     """
@@ -74,7 +86,15 @@ def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
             base = PeftConfig.from_pretrained(name_or_path, **place).base_model_name_or_path
             return auto_class(base, {key: value for key, value in init_kwargs.items() if key not in PLACE})
         config = AutoConfig.from_pretrained(config or name_or_path, **read)
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    kind = type(config)
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    # Some configs fit a class for text too; the checkpoint names its own.
+    own: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
+    is_named = getattr(own, "__name__", None) in (getattr(config, "architectures", None) or ())
+    return AutoModelForImageTextToText if is_named or kind not in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForCausalLM
 
 
 def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -88,8 +108,9 @@ def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remo
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
         if config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder, and only causal LMs can be loaded without their weights")
+        auto: Any = auto_class(name_or_path, {"config": config})
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a malformed config fails in any way
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
     with contextlib.suppress(OSError):  # else transformers made it from the config
@@ -139,6 +160,35 @@ def find_tokenizer(
     return tokenizer if has_words else None
 
 
+def find_processing_class(
+    name_or_path: str, trust_remote_code: bool, init_kwargs: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase | ProcessorMixin | None:
+    """Return the processor stored with a vision-language model's weights, or the tokenizer of any other model.
+
+    See `find_tokenizer`. A processor that can't be loaded is replaced by its tokenizer, with a warning.
+    """
+    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    kind: Any = None
+    if name_or_path:
+        with contextlib.suppress(Exception):  # without a config, loading the model says why
+            kind = auto_class(name_or_path, kwargs)
+    if kind is AutoModelForImageTextToText:
+        place = {key: value for key, value in kwargs.items() if key in (*PLACE, "trust_remote_code")}
+        try:
+            processor = AutoProcessor.from_pretrained(name_or_path, **place)
+        except Exception as error:  # of any type, also if a package that it needs is missing
+            logger.warning(
+                "The processor of %r can't be loaded (%s: %s), so rows can't have images: only its tokenizer is used.",
+                name_or_path,
+                type(error).__name__,
+                error,
+            )
+        else:
+            if isinstance(processor, ProcessorMixin):
+                return processor
+    return find_tokenizer(name_or_path, trust_remote_code, init_kwargs)
+
+
 def _tokenizer_files(name_or_path: str, place: Mapping[str, Any]) -> list[str]:
     """Return the vocabulary files of a folder, or those already downloaded for a name on the hub."""
     folder = Path(name_or_path, place.get("subfolder") or "")
@@ -167,12 +217,32 @@ def name_of(model: nn.Module | None) -> str:
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
-def media_token_ids(model: nn.Module) -> frozenset[int]:
-    """Return the tokens that stand for an image, a video or sound in a model's input, from its config."""
+def media_tokens(model: nn.Module) -> MediaTokens:
+    """Return the tokens that stand for images and other media in a model's input, from its config."""
     config = getattr(model, "config", None)
-    names = (f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index"))
-    ids = (getattr(config, name, None) for name in names)
-    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+
+    def token(kind: str) -> int | None:
+        ids = (getattr(config, f"{kind}_token_{suffix}", None) for suffix in ("id", "index"))
+        return next((token_id for token_id in ids if isinstance(token_id, int)), None)
+
+    return MediaTokens(token("image"), token("video"), token("audio"))
+
+
+def refuse_unread_media(model: nn.Module, model_inputs: Mapping[str, Any], role: str) -> None:
+    """Raise GKDDataError for a batch with images or other media that a model's forward does not take.
+
+    Forwards ignore arguments that they don't know: the model would read the placeholders alone.
+    """
+    media = MEDIA_INPUTS & model_inputs.keys()
+    if not media:
+        return
+    inner = base_model(model)
+    parameters = inspect.signature(inner.forward).parameters
+    if "input_ids" in parameters and (unread := sorted(media - parameters.keys())):
+        raise GKDDataError(
+            f"this batch holds {', '.join(unread)}, which the {role} ({type(inner).__name__}) does not take: it would "
+            f"read the text without them. Use a {role} that takes the same inputs, or rows without images"
+        )
 
 
 def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
@@ -45,6 +46,31 @@ def checkpoint_weights(model: nn.Module, with_adapters: bool = True) -> Iterator
         named = revert_weight_conversion(student, dict(named)).items()
     for name, weight in named:
         yield name, _gathered(weight)
+
+
+def load_converted(model: nn.Module, folder: str | Path) -> bool:
+    """Load weights that checkpoints name or split differently than the model does; return whether it is such a model.
+
+    Trainer loads a checkpoint's weights by the model's own names, and only warns of those that it does not find:
+    vision-language models, and the experts of a mixture, would keep their initial weights.
+
+    Raises:
+        GKDConfigError: The checkpoint lacks some of the model's weights.
+    """
+    if not isinstance(model, PreTrainedModel):  # also an adapter's: its weights have their own names
+        return False
+    shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in _named(model, "", False)}
+    if revert_weight_conversion(model, shapes).keys() == shapes.keys():
+        return False
+    options: dict[str, Any] = {"config": model.config, "dtype": model.dtype, "output_loading_info": True}
+    loaded, found = cast(Any, type(model)).from_pretrained(folder, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise GKDConfigError(
+            f"the checkpoint {folder} lacks {len(missing)} weights of the {type(model).__name__}, such as "
+            f"{missing[0]}: resume from a checkpoint that was saved by training this model"
+        )
+    model.load_state_dict(loaded.state_dict())
+    return True
 
 
 def refuse_quantised(model: nn.Module) -> None:

@@ -72,6 +72,22 @@ TOKEN_SUMS: dict[str, TokenSum] = {
     "student_top_k_mass": TokenSum(
         lambda tokens: _without_nan(tokens.result.student_mass_N), metric="student_top_k_mass", over="top_k_tokens"
     ),
+    "mapped_tokens": TokenSum(
+        lambda tokens: None if tokens.result.is_grouped_N is None else ~tokens.result.is_grouped_N.isnan()
+    ),
+    "teacher_matched_mass": TokenSum(
+        lambda tokens: _without_nan(tokens.result.teacher_matched_mass_N),
+        metric="teacher_matched_mass",
+        over="mapped_tokens",
+    ),
+    "student_matched_mass": TokenSum(
+        lambda tokens: _without_nan(tokens.result.student_matched_mass_N),
+        metric="student_matched_mass",
+        over="mapped_tokens",
+    ),
+    "next_byte_tokens": TokenSum(
+        lambda tokens: _without_nan(tokens.result.is_grouped_N), metric="next_byte_share", over="mapped_tokens"
+    ),
 }
 """The sums over the tokens trained on, by name, in the order of the columns of `sums_by_sample`."""
 
@@ -83,8 +99,9 @@ SAMPLE_SUMS = (
     "completion_tokens",
     "truncated_completions",
     "stale_steps",
+    "incomparable_tokens",
 )
-"""The counts of samples and completions."""
+"""The counts of samples and completions, and of tokens that can't be compared with a teacher of another vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,11 @@ def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics of SAMPLE_SUMS; `samples_without_prompt` and `rollout_staleness` only if not zero."""
+    """Return the metrics of SAMPLE_SUMS, of which some are left out if nothing was lost.
+
+    These are `samples_without_prompt` and `rollout_staleness` if zero, and `compared_share` if one; that also needs the
+    sum of TOKEN_SUMS' "tokens".
+    """
     metrics = _ratios(
         on_policy_share=(sums["on_policy_samples"], sums["samples"]),
         completion_length=(sums["completion_tokens"], sums["completions"]),
@@ -188,6 +209,8 @@ def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         metrics["rollout_staleness"] = sums["stale_steps"] / sums["on_policy_samples"]
     if sums["samples_without_prompt"] > 0:
         metrics["samples_without_prompt"] = sums["samples_without_prompt"]
+    if sums["incomparable_tokens"] > 0:
+        metrics["compared_share"] = sums["tokens"] / (sums["tokens"] + sums["incomparable_tokens"])
     return metrics
 
 

@@ -17,6 +17,9 @@ _SINGLE = 16
 _BINS_PER_OCTAVE = 4
 _OCTAVES = 10
 
+_MAX_GAP = 8
+"""A teacher with another tokenizer predicts only some tokens of a completion; between turns there are more."""
+
 FIRST_POSITIONS = (
     *range(_SINGLE),
     *(round(_SINGLE * 2 ** (index / _BINS_PER_OCTAVE)) for index in range(_BINS_PER_OCTAVE * _OCTAVES + 1)),
@@ -78,10 +81,14 @@ class PositionSums:
 
 
 def positions_in_runs(rows_N: Tensor, columns_N: Tensor) -> Tensor:
-    """Return the position of each token in its run of consecutive trained tokens, such as a turn or a completion."""
+    """Return the position of each token in its run of trained tokens, such as a turn or a completion.
+
+    Untrained tokens inside a run count, _MAX_GAP of them in a row at most.
+    """
     index_N = torch.arange(len(rows_N), device=rows_N.device)
-    is_first_N = torch.ones_like(index_N, dtype=torch.bool)
-    is_first_N[1:] = (rows_N[1:] != rows_N[:-1]) | (columns_N[1:] != columns_N[:-1] + 1)
     if len(index_N) == 0:
         return index_N
-    return index_N - torch.where(is_first_N, index_N, 0).cummax(dim=0).values
+    is_first_N = torch.ones_like(index_N, dtype=torch.bool)
+    is_first_N[1:] = (rows_N[1:] != rows_N[:-1]) | (columns_N[1:] > columns_N[:-1] + 1 + _MAX_GAP)
+    first_N = torch.where(is_first_N, index_N, 0).cummax(dim=0).values
+    return columns_N - columns_N[first_N]

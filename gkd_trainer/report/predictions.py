@@ -14,9 +14,12 @@ from gkd_trainer.signals import (
     GroupedSignal,
     HiddenSignal,
     LogitsSignal,
+    MappedSignal,
     Signal,
+    StudentSignal,
     SummedSignal,
     TopKSignal,
+    plain_signals,
     scored_positions,
 )
 
@@ -45,6 +48,10 @@ def picked(signal: Signal, index_n: Tensor) -> Signal:
         return LogitsSignal(signal.logits_NV[index_n])
     if isinstance(signal, TopKSignal):
         return TopKSignal(signal.ids_NK[index_n], signal.log_p_NK[index_n], signal.vocab_size)
+    if isinstance(signal, MappedSignal):
+        inner = picked(signal.signal, index_n)
+        assert isinstance(inner, HiddenSignal | LogitsSignal)
+        return MappedSignal(inner, signal.mapping)
     if isinstance(signal, SummedSignal):
         terms = tuple(picked(term, index_n) for term in signal.terms)
         return SummedSignal(terms, signal.weights)
@@ -63,7 +70,8 @@ def top_tokens(signal: Signal, target_N: Tensor, k: int, temperature: float = 1.
     """Return the most probable tokens at each position.
 
     Args:
-        signal: Predictions at N positions. A sum of teachers counts as the mixture of their distributions by weight.
+        signal: Predictions at N positions. A sum of teachers counts as the mixture of their distributions by weight. Of
+            a teacher with another vocabulary, only the tokens that the student has too are known.
         target_N: [N] int64, the token at each position whose probability is wanted.
         k: How many tokens; fewer if the vocabulary or the teacher's top tokens are.
         temperature: Positive; divides logits. A teacher's top tokens stay at temperature 1.
@@ -73,15 +81,18 @@ def top_tokens(signal: Signal, target_N: Tensor, k: int, temperature: float = 1.
     if isinstance(signal, TopKSignal):
         return _of_top_tokens(signal, target_N, k)
     k = min(k, signal.vocab_size)
-    tile = max(1, _TILE_ELEMENTS // signal.vocab_size)
-    has_top_tokens = isinstance(signal, SummedSignal) and any(isinstance(term, TopKSignal) for term in signal.terms)
+    tile = max(1, _TILE_ELEMENTS // _width(signal))
     parts = []
     for index_n in torch.arange(len(target_N), device=target_N.device).split(tile):
         p_nV = _probabilities(picked(signal, index_n), temperature)
         top = p_nV.topk(k, dim=1)
         target_p_n = p_nV.gather(1, target_N[index_n].clamp(0, signal.vocab_size - 1)[:, None])[:, 0]
         parts.append(TopTokens(top.indices, top.values, target_p_n))
-    is_known_N = (target_N < signal.vocab_size) & (target_N >= 0) & (not has_top_tokens)
+    is_known_N = (target_N < signal.vocab_size) & (target_N >= 0)
+    if isinstance(signal, SummedSignal) and any(isinstance(term, TopKSignal | MappedSignal) for term in signal.terms):
+        is_known_N = torch.zeros_like(is_known_N)
+    elif isinstance(signal, MappedSignal):
+        is_known_N &= torch.isin(target_N, signal.mapping.student_ids_M.to(target_N.device))
     return TopTokens(
         torch.cat([part.ids_NK for part in parts]),
         torch.cat([part.p_NK for part in parts]),
@@ -103,6 +114,10 @@ def _probabilities(signal: Signal, temperature: float) -> Tensor:
         is_there_nK = signal.log_p_NK > -torch.inf
         ids_nK = signal.ids_NK.masked_fill(~is_there_nK, 0)
         return p_nV.scatter_add_(1, ids_nK, signal.log_p_NK.exp())
+    if isinstance(signal, MappedSignal):
+        p_nW, mapping = _probabilities(signal.signal, temperature), signal.mapping.to(_device(signal.signal))
+        p_nV = p_nW.new_zeros(len(p_nW), signal.vocab_size)
+        return p_nV.index_copy_(1, mapping.student_ids_M, p_nW[:, mapping.teacher_ids_M])
     assert not isinstance(signal, GroupedSignal)
     # Autocast would round the projection to bfloat16.
     tensor = signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
@@ -110,6 +125,16 @@ def _probabilities(signal: Signal, temperature: float) -> Tensor:
         logits_nV = signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
         dtype = torch.promote_types(logits_nV.dtype, torch.float32)
         return (logits_nV.to(dtype) / temperature).softmax(dim=1)
+
+
+def _device(signal: StudentSignal) -> torch.device:
+    return signal.hidden_NH.device if isinstance(signal, HiddenSignal) else signal.logits_NV.device
+
+
+def _width(signal: Signal) -> int:
+    """Return the largest vocabulary that a signal predicts over."""
+    inner = [each.signal if isinstance(each, MappedSignal) else each for each in plain_signals(signal)]
+    return max(signal.vocab_size, *(each.vocab_size for each in inner))
 
 
 def _of_top_tokens(signal: TopKSignal, target_N: Tensor, k: int) -> TopTokens:

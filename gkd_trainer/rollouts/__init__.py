@@ -10,17 +10,21 @@ from gkd_trainer.rollouts.build import (
     sampled_vocabulary_size,
 )
 from gkd_trainer.rollouts.hf import HFRollouts
+from gkd_trainer.rollouts.media import require_media_taken
 from gkd_trainer.rollouts.mixing import lmbda_at
 from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
 from gkd_trainer.rollouts.vllm_sampling import transformers_options
 from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
 from gkd_trainer.rollouts.window import (
     Draw,
+    Job,
     WindowPlan,
     WindowRollout,
     complete_greedily,
     generate_jobs,
+    greedy_jobs,
     has_bare_prompts,
+    has_media,
     plan_window,
 )
 
@@ -29,6 +33,7 @@ __all__ = [
     "Completions",
     "Draw",
     "HFRollouts",
+    "Job",
     "RolloutEngine",
     "VLLMColocateRollouts",
     "VLLMServerRollouts",
@@ -40,10 +45,13 @@ __all__ = [
     "completed_future",
     "find_stop_ids",
     "generate_jobs",
+    "greedy_jobs",
     "has_bare_prompts",
+    "has_media",
     "lmbda_at",
     "plan_window",
     "refuse_engine",
+    "require_media_taken",
     "sampled_vocabulary_size",
     "transformers_options",
 ]

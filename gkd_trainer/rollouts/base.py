@@ -8,14 +8,24 @@ from typing import final
 
 from torch import nn
 
-from gkd_trainer.types import Completion, Sampling
+from gkd_trainer.types import Completion, PromptMedia, Sampling
 
 
 class RolloutEngine(ABC):
     """Turns prompts into completions of a model. It knows no data format and no loss."""
 
+    takes_media: bool = False
+    """Whether `generate` takes `media`. An engine that does not never gets any, and needs no such parameter: prompts
+    with images are refused when they are planned."""
+
     @abstractmethod
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        media: Sequence[PromptMedia | None] | None = None,
+    ) -> list[Completion]:
         """Return one completion per prompt, in order.
 
         Args:
@@ -23,6 +33,7 @@ class RolloutEngine(ABC):
             sampling: How tokens are drawn.
             seeds: One per prompt. A completion depends only on its own seed: neither the other prompts of the call nor
                 the global RNG change it, and the global RNG is left as it was.
+            media: The images of each prompt, None for a prompt without any; None if no prompt has any.
         """
 
     @abstractmethod

@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gkd_trainer.rollouts.window import WindowPlan, WindowRollout
 from gkd_trainer.types import Completion
 
@@ -86,7 +88,12 @@ def completed_future(completions: Completions) -> Future[Completions]:
 
 def _digest(plan: WindowPlan) -> str:
     jobs = [[(job.prompt, job.seed) for job in jobs] for jobs in (plan.student_jobs, plan.teacher_jobs)]
-    return hashlib.sha256(repr(jobs).encode()).hexdigest()
+    digest = hashlib.sha256(repr(jobs).encode())
+    # Prompts may differ only in their images.
+    for job in (*plan.student_jobs, *plan.teacher_jobs):
+        for _, value in sorted(job.media.inputs.items() if job.media is not None else ()):
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _saved(completion: Completion) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -85,6 +85,7 @@ def build_student_engine(
     stop_ids: Sequence[int],
     pad_token_id: int,
     vocab_size: int,
+    never_sampled: Collection[int] = (),
     rank: int = 0,
     is_sharded: bool = False,
     fsdp_version: int | None = None,
@@ -99,6 +100,7 @@ def build_student_engine(
         stop_ids: A completion ends with the first of these tokens.
         pad_token_id: Pads the prompts of a batch.
         vocab_size: Number of token ids that may be sampled (see `sampled_vocabulary_size`).
+        never_sampled: Token ids below it that may not, such as that of an image.
         rank: The rank of this process.
         is_sharded: Whether the student's weights are sharded over ranks.
         fsdp_version: 1 or 2 under FSDP, else None.
@@ -111,7 +113,7 @@ def build_student_engine(
     """
     if not args.use_vllm:
         _require_generate(args, base_model(student))
-        return HFRollouts(stop_ids, pad_token_id, vocab_size, args.rollout_batch_size, is_sharded)
+        return HFRollouts(stop_ids, pad_token_id, vocab_size, args.rollout_batch_size, is_sharded, never_sampled)
     if fsdp_version == 1:
         raise GKDConfigError(
             "use_vllm=True takes weights one by one, but FSDP 1 stores them flattened together: set fsdp_version: 2"
@@ -122,6 +124,7 @@ def build_student_engine(
             args.vllm_server_base_url,
             stop_ids,
             vocab_size,
+            never_sampled=never_sampled,
             api_token=args.vllm_server_api_token,
             server_timeout=args.vllm_server_timeout,
             request_timeout=args.vllm_request_timeout,
@@ -134,6 +137,7 @@ def build_student_engine(
         student,
         stop_ids,
         vocab_size,
+        never_sampled=never_sampled,
         dtype=dtype,
         max_model_length=args.vllm_max_model_length or args.max_length,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
@@ -147,7 +151,13 @@ def build_student_engine(
 
 
 def build_teacher_engine(
-    args: GKDArguments, teacher: nn.Module, *, stop_ids: Sequence[int], pad_token_id: int, vocab_size: int
+    args: GKDArguments,
+    teacher: nn.Module,
+    *,
+    stop_ids: Sequence[int],
+    pad_token_id: int,
+    vocab_size: int,
+    never_sampled: Collection[int] = (),
 ) -> RolloutEngine:
     """Return an engine that completes prompts with a local teacher, ready to generate.
 
@@ -157,9 +167,16 @@ def build_teacher_engine(
         stop_ids: The student's stop ids, which end the teacher's completions in addition to its own.
         pad_token_id: Pads the prompts of a batch.
         vocab_size: Number of token ids that may be sampled.
+        never_sampled: Token ids below it that may not.
     """
     model = base_model(teacher)
-    engine = HFRollouts([*stop_ids, *find_stop_ids(model)], pad_token_id, vocab_size, args.rollout_batch_size)
+    engine = HFRollouts(
+        [*stop_ids, *find_stop_ids(model)],
+        pad_token_id,
+        vocab_size,
+        args.rollout_batch_size,
+        never_sampled=never_sampled,
+    )
     engine.sync(model)
     return engine
 

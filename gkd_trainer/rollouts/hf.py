@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,9 +29,10 @@ from transformers import (
 from gkd_trainer.models.heads import without_router_logits
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.media import joined
 from gkd_trainer.rollouts.prompts import PromptBatch
 from gkd_trainer.rollouts.sharing import Sharing, find_sharing
-from gkd_trainer.types import Completion, Sampling
+from gkd_trainer.types import Completion, PromptMedia, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,9 @@ class HFRollouts(RolloutEngine):
         vocab_size: Ids of this value or above, which only pad the head, are never sampled; None allows all.
         batch_size: Maximum number of prompts in one call of `generate`; None is no limit.
         is_sharded: Whether the model's weights are sharded over ranks, which must then run the same number of forwards:
-            each calls transformers' `generate` equally often, even without prompts, and `batch_size` has no effect.
+            each calls transformers' `generate` equally often, even without prompts, and `batch_size` has no effect. It
+            then takes no images: ranks without any would not run the image encoder.
+        never_sampled: Ids below `vocab_size` that are never sampled, such as that of an image.
 
     Prompts share a batch only if that changes nothing. Recurrent models may read padding or mix the prompts of a batch.
     This is tested once, on the logits of a few tokens generated alone, beside another prompt, and behind padding with
@@ -76,12 +79,14 @@ class HFRollouts(RolloutEngine):
         vocab_size: int | None = None,
         batch_size: int | None = None,
         is_sharded: bool = False,
+        never_sampled: Collection[int] = (),
     ) -> None:
         self._stop_ids = sorted(set(stop_ids))
         self._pad_token_id = pad_token_id
         self._vocab_size = vocab_size
         self._batch_size = None if is_sharded else batch_size
-        self._is_sharded = is_sharded
+        self._is_sharded, self.takes_media = is_sharded, not is_sharded
+        self._never_sampled = sorted(never_sampled)
         self._model: Any = None
         self._wrapped: nn.Module | None = None
         self._probed: tuple[Any, Sharing] | None = None
@@ -91,18 +96,28 @@ class HFRollouts(RolloutEngine):
         self._model = base_model(model)
         self._wrapped = model if self._is_sharded and model is not self._model else None
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        media: Sequence[PromptMedia | None] | None = None,
+    ) -> list[Completion]:
         """Return one completion per prompt; see RolloutEngine."""
         if self._model is None:
             raise RuntimeError("HFRollouts.generate was called before sync(model)")
+        media = media or [None] * len(prompts)
         completions: dict[int, Completion] = {}
         with _ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
-            for indices in self._batches(prompts, sampling):
+            for indices in self._batches(prompts, sampling, media):
                 if not indices:  # other ranks generate, and need this rank's forwards
-                    self._generate_batch([[self._pad_token_id]], sampling, [0])
+                    self._generate_batch([[self._pad_token_id]], sampling, [0], [])
                     continue
                 batch = self._generate_batch(
-                    [prompts[index] for index in indices], sampling, [seeds[index] for index in indices]
+                    [prompts[index] for index in indices],
+                    sampling,
+                    [seeds[index] for index in indices],
+                    [item for index in indices if (item := media[index]) is not None],
                 )
                 completions.update(zip(indices, batch, strict=True))
         return [completions[index] for index in range(len(prompts))]
@@ -111,8 +126,13 @@ class HFRollouts(RolloutEngine):
         """Drop the reference to the model."""
         self._model = self._wrapped = self._probed = None
 
-    def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """Return the prompts of each call of transformers' `generate`; none for a call that only other ranks need."""
+    def _batches(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, media: Sequence[PromptMedia | None]
+    ) -> list[list[int]]:
+        """Return the prompts of each call of transformers' `generate`; none for a call that only other ranks need.
+
+        Prompts with images do not share one with those without.
+        """
 
         def length(index: int) -> int:
             return len(prompts[index])
@@ -125,16 +145,16 @@ class HFRollouts(RolloutEngine):
         sharing = self._sharing()
         if sharing is Sharing.ANY and any(sampling.extra.get(name) is not None for name in _READ_THE_PROMPT):
             sharing = Sharing.EQUAL_LENGTH
-        if sharing is Sharing.ANY:
-            groups = {0: order}
-        elif sharing is Sharing.EQUAL_LENGTH:
-            groups = {key: list(indices) for key, indices in itertools.groupby(order, key=length)}
-        else:
-            groups = {place: [index] for place, index in enumerate(order)}
         if self._is_sharded:
+            groups = _grouped(order, sharing, length)
             keys = set(itertools.chain(*_of_all_ranks(list(groups))))
             return [groups.get(key, []) for key in sorted(keys)]
-        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+        return [
+            group[start : start + size]
+            for has_media in (False, True)
+            for group in _grouped([i for i in order if (media[i] is not None) == has_media], sharing, length).values()
+            for start in range(0, len(group), size)
+        ]
 
     def _sharing(self) -> Sharing:
         """Return which prompts may share a batch; tested once per model."""
@@ -145,7 +165,10 @@ class HFRollouts(RolloutEngine):
             self._probed = self._model, sharing
         return self._probed[1]
 
-    def _generate_batch(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
+    def _generate_batch(
+        self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int], media: list[PromptMedia]
+    ) -> list[Completion]:
+        """Complete prompts in one call; `media` has the images of each, or is empty."""
         batch = PromptBatch.of(self._model, prompts, self._pad_token_id)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -166,6 +189,7 @@ class HFRollouts(RolloutEngine):
             logits_processor=self._processors(sampling, seeds, batch),
             synced_gpus=self._is_sharded,
             **without_router_logits(self._model),
+            **_media_inputs(media, batch.ids_BL),
         )
         return [self._completion(row) for row in output_BL[:, batch.n_given :].tolist()]
 
@@ -176,8 +200,8 @@ class HFRollouts(RolloutEngine):
         elif sampling.repetition_penalty != 1:
             # Only new tokens: the start token is BART's eos, which would be discouraged.
             processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, batch.n_given))
-        if self._vocab_size is not None:
-            processors.append(_VocabularyLimit(self._vocab_size))
+        if self._vocab_size is not None or self._never_sampled:
+            processors.append(_VocabularyLimit(self._vocab_size, self._never_sampled))
         if sampling.temperature == 0:
             return processors
         if sampling.temperature != 1:
@@ -198,12 +222,23 @@ class HFRollouts(RolloutEngine):
         return Completion(new_ids, is_finished=False)
 
 
+def _grouped(order: list[int], sharing: Sharing, length: Callable[[int], int]) -> dict[int, list[int]]:
+    """Return the prompts that may share a batch, by a key that is the same on all ranks."""
+    if sharing is Sharing.ANY:
+        return {0: order}
+    if sharing is Sharing.EQUAL_LENGTH:
+        return {key: list(indices) for key, indices in itertools.groupby(order, key=length)}
+    return {place: [index] for place, index in enumerate(order)}
+
+
 class _VocabularyLimit(LogitsProcessor):
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int | None, never_sampled: list[int]) -> None:
+        self._vocab_size, self._never_sampled = vocab_size, never_sampled
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self._vocab_size :] = -torch.inf
+        if self._vocab_size is not None:
+            scores[:, self._vocab_size :] = -torch.inf
+        scores[:, self._never_sampled] = -torch.inf
         return scores
 
 
@@ -241,6 +276,19 @@ class _SeededChoice(LogitsProcessor):
         # Past the end if the logits hold NaN: any token will do, since the loss reports the error.
         chosen_B1 %= scores.shape[1]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
+
+
+def _media_inputs(media: list[PromptMedia], ids_BL: Tensor) -> dict[str, Tensor]:
+    """Return the arguments of a forward for the images of prompts, which are padded on the left in `ids_BL`."""
+    if not media:
+        return {}
+    length = ids_BL.shape[1]
+    inputs = joined(media)
+    types = [item.mm_token_type_ids for item in media]
+    if types[0] is not None:
+        padded = [nn.functional.pad(each, (length - len(each), 0)) for each in types if each is not None]
+        inputs["mm_token_type_ids"] = torch.stack(padded)
+    return {name: value.to(ids_BL.device) for name, value in inputs.items()}
 
 
 def _forget_last_call(model: Any, batch_size: int) -> None:

@@ -8,7 +8,7 @@ agree, a resumed run draws the same as an uninterrupted one, and the global RNG 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,17 +91,6 @@ def prompts_of(inputs: Mapping[str, Any]) -> list[list[int]]:
         return before_last_run
     own = [[token_id for token_id in ids if token_id != IGNORE_INDEX] for ids in own_BP.tolist()]
     return [given or found for given, found in zip(own, before_last_run, strict=True)]
-
-
-def require_text(prompt: Sequence[int], media_ids: Collection[int]) -> None:
-    """Raise GKDDataError if a prompt holds a token of `media_ids`, which stands for an image, a video or sound."""
-    media = next((token_id for token_id in prompt if token_id in media_ids), None)
-    if media is not None:
-        raise GKDDataError(
-            f"a prompt to be completed holds token {media}, which stands for an image, a video or sound, but rollout "
-            "engines only get token ids: they would complete it without seeing it. Generate nothing for such rows "
-            "(lmbda=0, seq_kd=False, eval_on_policy=False)"
-        )
 
 
 def require_extendable(inputs: Mapping[str, Any]) -> None:
@@ -225,12 +214,12 @@ def _side_completed(name: str, value: Any, completed: list[int]) -> Any:
 
 @dataclass(frozen=True)
 class _Sample:
-    """A prompt, its completion, which tokens of that are trained on, and whether the row begins with the prompt."""
+    """A prompt, its completion, which tokens of that are trained on, and the tokens of the row that they replace."""
 
+    row_ids: Tensor
     prompt: Tensor
     completion: Tensor
     is_trained: Tensor
-    is_prompt_of_row: bool
 
     @classmethod
     def of(cls, row_ids: Tensor, generated: Generated) -> _Sample:
@@ -240,7 +229,12 @@ class _Sample:
         )
         given = generated.completion.is_trained
         is_trained = torch.ones_like(completion) if given is None else torch.tensor(list(given))
-        return cls(prompt, completion, is_trained.bool(), torch.equal(row_ids[: len(prompt)], prompt))
+        return cls(row_ids, prompt, completion, is_trained.bool())
+
+    @property
+    def is_prompt_of_row(self) -> bool:
+        """Whether the row begins with the prompt."""
+        return torch.equal(self.row_ids[: len(self.prompt)], self.prompt)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -272,6 +266,9 @@ def _token_types(types: Tensor, sample: _Sample) -> Tensor:
 
 
 def _modalities(types: Tensor, sample: _Sample) -> Tensor:
+    of_other = _of_equal_tokens(types, sample)
+    if not sample.is_prompt_of_row and of_other is not None:
+        return torch.cat([of_other, torch.zeros_like(sample.completion)])
     of_prompt = _of_prompt("mm_token_type_ids", types, sample)
     if types[len(of_prompt) :].any():
         raise GKDDataError(
@@ -279,6 +276,15 @@ def _modalities(types: Tensor, sample: _Sample) -> Tensor:
             "so its pixels would be left over: put it before the last assistant turn"
         )
     return torch.cat([of_prompt, torch.zeros_like(sample.completion)])  # text
+
+
+def _of_equal_tokens(types: Tensor, sample: _Sample) -> Tensor | None:
+    """Return the types of a prompt's tokens from those of equal tokens in the row; None if it holds other images."""
+    pairs = set(zip(sample.row_ids.tolist(), types.tolist(), strict=True))
+    type_of = dict(pairs)
+    of_prompt = torch.tensor([type_of.get(token_id, 0) for token_id in sample.prompt.tolist()], dtype=types.dtype)
+    is_known = len(type_of) == len(pairs) and torch.equal(of_prompt[of_prompt != 0], types[types != 0])
+    return of_prompt if is_known else None
 
 
 def _of_prompt(name: str, values: Tensor, sample: _Sample) -> Tensor:

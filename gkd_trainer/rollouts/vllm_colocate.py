@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -29,9 +29,10 @@ from gkd_trainer.models.weights import (
     write_adapter,
 )
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.media import refuse_media
 from gkd_trainer.rollouts.private_folder import PrivateFolder
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
-from gkd_trainer.types import Completion, Sampling
+from gkd_trainer.types import Completion, PromptMedia, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class VLLMColocateRollouts(RolloutEngine):
         model: The student; the engine is built from its configuration, without weights until the first `sync`.
         stop_ids: A completion ends with the first of these tokens.
         vocab_size: Ids of this value or above, which only pad the head, are never sampled.
+        never_sampled: Ids below it that are not either, such as that of an image.
         dtype: The engine's dtype; by default the student's.
         max_model_length: Maximum tokens of a prompt and its completion; None for the model's own limit.
         gpu_memory_utilization: Share of a GPU's memory for weights and KV cache. On a CPU the cache takes 1 GiB, unless
@@ -71,6 +73,7 @@ class VLLMColocateRollouts(RolloutEngine):
         stop_ids: Sequence[int],
         vocab_size: int,
         *,
+        never_sampled: Collection[int] = (),
         dtype: torch.dtype | None = None,
         max_model_length: int | None = None,
         gpu_memory_utilization: float = 0.3,
@@ -115,7 +118,8 @@ class VLLMColocateRollouts(RolloutEngine):
             refuse_quantised(model)
         self._llm: Any = _build(options | dict(engine_kwargs or {}))
         _LIVE_ENGINES.add(self)
-        self._padding_ids = range(vocab_size, self._llm.llm_engine.model_config.get_vocab_size())
+        padded_size = self._llm.llm_engine.model_config.get_vocab_size()
+        self._never_ids = [*sorted(never_sampled), *range(vocab_size, padded_size)]
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
     def sync(self, model: nn.Module) -> None:
@@ -137,13 +141,20 @@ class VLLMColocateRollouts(RolloutEngine):
                 )
         self._synced += 1
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        media: Sequence[PromptMedia | None] | None = None,
+    ) -> list[Completion]:
         """Return one completion per prompt; see RolloutEngine.
 
         Raises:
             GKDConfigError: vLLM refuses a sampling option, or a prompt is too long for the engine.
             GKDRolloutError: The engine failed, or returned an invalid completion.
         """
+        refuse_media(media)
         if not self._synced:
             raise GKDRolloutError("VLLMColocateRollouts.generate was called before sync(model), or after close()")
         from vllm import SamplingParams
@@ -151,7 +162,7 @@ class VLLMColocateRollouts(RolloutEngine):
 
         jobs = self._ranks.gathered([(list(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)])
         check_lengths([prompt for prompt, _ in jobs], sampling, self._max_model_length)
-        fields = sampling_fields(sampling, self._stop_ids, self._padding_ids)
+        fields = sampling_fields(sampling, self._stop_ids, self._never_ids)
         fields["detokenize"] = False
         try:
             SamplingParams(**fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gkd_trainer.errors import GKDConfigError
@@ -12,13 +12,13 @@ _NEVER = -100.0
 """The logit bias of tokens that must not be sampled: vLLM's lowest, which scales their probability by e⁻¹⁰⁰."""
 
 
-def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: range) -> dict[str, Any]:
+def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], never_ids: Collection[int]) -> dict[str, Any]:
     """Return the fields of vLLM's SamplingParams; its completions endpoint takes them under the same names.
 
     Args:
         sampling: How tokens are drawn; `extra` holds further fields of SamplingParams.
         stop_ids: A completion ends with the first of these tokens, which it includes.
-        padding_ids: Ids that only pad the head.
+        never_ids: Ids that are never sampled: those that only pad the head, or stand for an image.
     """
     fields: dict[str, Any] = {
         "n": 1,
@@ -36,9 +36,9 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], padding_ids: ra
         "ignore_eos": True,
         **sampling.extra,
     }
-    if padding_ids:
+    if never_ids:
         biases = {int(token_id): bias for token_id, bias in (fields.get("logit_bias") or {}).items()}
-        fields["logit_bias"] = {**biases, **dict.fromkeys(padding_ids, _NEVER)}
+        fields["logit_bias"] = {**biases, **dict.fromkeys(never_ids, _NEVER)}
     return fields
 
 

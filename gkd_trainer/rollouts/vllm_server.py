@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import nn
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
+from gkd_trainer.rollouts.media import refuse_media
 from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
 from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
-from gkd_trainer.types import Completion, Sampling
+from gkd_trainer.types import Completion, PromptMedia, Sampling
 from gkd_trainer.vllm_answers import CompletionAnswer, Models
 from gkd_trainer.vllm_client import RequestRefusedError, VLLMServer, call_each
 
@@ -31,6 +32,7 @@ class VLLMServerRollouts(RolloutEngine):
         base_url: URLs of the servers.
         stop_ids: A completion ends with the first of these tokens.
         vocab_size: Ids of this value or above, which only pad the head, are never sampled.
+        never_sampled: Ids below it that are not either, such as that of an image.
         api_token: The key that they were started with, if any.
         server_timeout: Seconds to keep trying to reach a server.
         request_timeout: Seconds within which a request must be answered.
@@ -50,6 +52,7 @@ class VLLMServerRollouts(RolloutEngine):
         stop_ids: Sequence[int],
         vocab_size: int,
         *,
+        never_sampled: Collection[int] = (),
         api_token: str | None = None,
         server_timeout: float = 240.0,
         request_timeout: float = 300.0,
@@ -64,7 +67,7 @@ class VLLMServerRollouts(RolloutEngine):
             for url in urls
         ]
         self._stop_ids = sorted(set(stop_ids))
-        self._vocab_size = vocab_size
+        self._vocab_size, self._never_sampled = vocab_size, sorted(never_sampled)
         self._rank = rank
         shown = [server.base_url for server in self._servers]
         # Checked before the first contact, which may take long.
@@ -95,13 +98,21 @@ class VLLMServerRollouts(RolloutEngine):
         else:
             self._sync.assist(model)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        media: Sequence[PromptMedia | None] | None = None,
+    ) -> list[Completion]:
         """Return one completion per prompt; see RolloutEngine."""
+        refuse_media(media)
         check_lengths(prompts, sampling, self._max_model_length)
         if not prompts:
             return []
         # Ids that pad the student's head: the server does not say how many it has, and ignores those it lacks.
-        fields = sampling_fields(sampling, self._stop_ids, self._sync.padding_ids(self._vocab_size))
+        never_ids = [*self._never_sampled, *self._sync.padding_ids(self._vocab_size)]
+        fields = sampling_fields(sampling, self._stop_ids, never_ids)
         fields |= {"return_token_ids": True, "add_special_tokens": False, "stream": False}
 
         def parse(answer: object) -> Completion:

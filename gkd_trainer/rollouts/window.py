@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gkd_trainer.rollouts import mixing
 from gkd_trainer.rollouts.base import RolloutEngine
-from gkd_trainer.types import IGNORE_INDEX, Completion, Generated, Sampling
+from gkd_trainer.rollouts.media import media_of
+from gkd_trainer.types import IGNORE_INDEX, Completion, Generated, MediaTokens, PromptMedia, Sampling
 
 # The first position of samples beyond the batch size; each micro-batch of each rank has 32 bits for them.
 _BEYOND_BATCH = 1 << 62
 _BEYOND_BITS = 32
+
+_NO_MEDIA = MediaTokens()
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,13 @@ class Draw:
 
 @dataclass(frozen=True)
 class Job:
-    """A completion to generate: its micro-batch and row, its prompt and its seed."""
+    """A completion to generate: its micro-batch and row, its prompt, its seed, and the prompt's images, if any."""
 
     micro_batch: int
     row: int
     prompt: list[int]
     seed: int
+    media: PromptMedia | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,10 @@ class WindowRollout:
 
 
 def plan_window(
-    batches: Sequence[Mapping[str, Any]], draw: Draw, teacher_generates: bool, media_ids: Collection[int] = ()
+    batches: Sequence[Mapping[str, Any]],
+    draw: Draw,
+    teacher_generates: bool,
+    media_tokens: MediaTokens = _NO_MEDIA,
 ) -> WindowPlan:
     """Return the plan of a window: which completions to generate.
 
@@ -118,28 +125,31 @@ def plan_window(
         batches: Collated batches with `input_ids` and `labels` [B, L].
         draw: Which samples are on-policy, and their seeds.
         teacher_generates: Whether the teacher completes all others (`seq_kd`), or they stay as in the data.
-        media_ids: Tokens that stand for an image, a video or sound, which no engine gets.
+        media_tokens: The tokens that stand for images and other media.
 
     Raises:
         GKDDataError: a batch holds values that completions can't extend, whether or not any of its samples gets one,
-            or a prompt to be completed holds one of `media_ids`.
+            or the images of a prompt to be completed can't be found (see `media_of`).
 
     """
     jobs: dict[bool, list[Job]] = {True: [], False: []}
     samples = without_prompt = 0
     for micro_batch, inputs in enumerate(batches):
         mixing.require_extendable(inputs)
+        chosen: dict[int, tuple[list[int], bool]] = {}
         for row, prompt in enumerate(mixing.prompts_of(inputs)):
             samples += 1
-            position = draw.position(micro_batch, row)
-            is_on_policy = draw.is_on_policy(position)
+            is_on_policy = draw.is_on_policy(draw.position(micro_batch, row))
             if not is_on_policy and not teacher_generates:
                 continue
             if prompt:
-                mixing.require_text(prompt, media_ids)
-                jobs[is_on_policy].append(Job(micro_batch, row, prompt, draw.sampling_seed(position)))
+                chosen[row] = prompt, is_on_policy
             else:
                 without_prompt += 1
+        media = media_of(inputs, {row: prompt for row, (prompt, _) in chosen.items()}, media_tokens)
+        for row, (prompt, is_on_policy) in chosen.items():
+            seed = draw.sampling_seed(draw.position(micro_batch, row))
+            jobs[is_on_policy].append(Job(micro_batch, row, prompt, seed, media.get(row)))
     return WindowPlan(draw.step, batches, jobs[True], jobs[False], samples, without_prompt)
 
 
@@ -151,8 +161,14 @@ def generate_jobs(
     The engine is called even without jobs: with sharded weights, all ranks must generate together.
     """
     jobs = [job for window in windows for job in window]
-    completions = iter(engine.generate([job.prompt for job in jobs], sampling, [job.seed for job in jobs]))
+    media: dict[str, Any] = {"media": [job.media for job in jobs]} if has_media(jobs) else {}
+    completions = iter(engine.generate([job.prompt for job in jobs], sampling, [job.seed for job in jobs], **media))
     return [[next(completions) for _ in window] for window in windows]
+
+
+def has_media(jobs: Sequence[Job]) -> bool:
+    """Return whether any prompt has images."""
+    return any(job.media is not None for job in jobs)
 
 
 def has_bare_prompts(inputs: Mapping[str, Any]) -> bool:
@@ -160,32 +176,47 @@ def has_bare_prompts(inputs: Mapping[str, Any]) -> bool:
     return bool((inputs["labels"] == IGNORE_INDEX).all(dim=1).any())
 
 
+def greedy_jobs(inputs: Mapping[str, Any], only_prompts: bool, media_tokens: MediaTokens = _NO_MEDIA) -> list[Job]:
+    """Return the completions that an evaluation of a batch needs.
+
+    Args:
+        inputs: A collated batch.
+        only_prompts: Whether only samples without a completion get one; else all with a prompt do.
+        media_tokens: The tokens that stand for images and other media.
+
+    Raises:
+        GKDDataError: The images of a prompt can't be found (see `media_of`).
+    """
+    is_bare_prompt = (inputs["labels"] == IGNORE_INDEX).all(dim=1).tolist()
+    chosen = {
+        row: prompt
+        for row, prompt in enumerate(mixing.prompts_of(inputs))
+        if prompt and (not only_prompts or is_bare_prompt[row])
+    }
+    media = media_of(inputs, chosen, media_tokens)
+    return [Job(0, row, prompt, 0, media.get(row)) for row, prompt in chosen.items()]
+
+
 def complete_greedily(
     inputs: Mapping[str, Any],
+    jobs: Sequence[Job],
     engine: RolloutEngine,
     max_new_tokens: int,
     pad_token_id: int,
     only_prompts: bool,
-    media_ids: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return a batch whose samples hold the engine's greedy completions of their prompts.
 
-    With `only_prompts`, only samples without a completion get one; else all do, and samples without a prompt are not
-    scored.
+    `jobs` are its `greedy_jobs`. Without `only_prompts`, samples without a prompt are not scored.
     """
-    prompts = mixing.prompts_of(inputs)
-    is_bare_prompt = (inputs["labels"] == IGNORE_INDEX).all(dim=1).tolist()
-    chosen = {row: prompt for row, prompt in enumerate(prompts) if prompt and (not only_prompts or is_bare_prompt[row])}
-    for prompt in chosen.values():
-        mixing.require_text(prompt, media_ids)
-    completions = engine.generate(list(chosen.values()), engine.greedy_sampling(max_new_tokens), [0] * len(chosen))
+    [completions] = generate_jobs([jobs], engine.greedy_sampling(max_new_tokens), engine)
     by_row = {
-        row: Generated(prompt, completion, is_on_policy=True)
-        for (row, prompt), completion in zip(chosen.items(), completions, strict=True)
+        job.row: Generated(job.prompt, completion, is_on_policy=True)
+        for job, completion in zip(jobs, completions, strict=True)
     }
     completed = mixing.with_completions(inputs, by_row, pad_token_id)
     if not only_prompts:
         labels_BL = completed["labels"].clone()
-        labels_BL[[row for row in range(len(prompts)) if row not in by_row]] = IGNORE_INDEX
+        labels_BL[[row for row in range(len(labels_BL)) if row not in by_row]] = IGNORE_INDEX
         completed["labels"] = labels_BL
     return completed

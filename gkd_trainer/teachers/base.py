@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_trainer.models.heads import InseparableHead, SeparableHead
 from gkd_trainer.signals import Signal
 from gkd_trainer.types import TokenBatch
 
@@ -56,6 +58,12 @@ class Teacher(ABC):
     shares_weights: ClassVar[bool] = False
     """Whether it uses the student's own weights, so that freezing them would freeze the student."""
 
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Its tokenizer if that is in this process; its chat template renders the prompts of the teacher's own."""
+
+    longest_sequence: int | None = None
+    """How many tokens of a sequence it scores, if its `model` does not say; known after `prepare`."""
+
     scores_encoder_decoders: ClassVar[bool] = False
     """Whether it can score the batches of encoder-decoders, whose labels are not shifted (see TokenBatch)."""
 
@@ -76,6 +84,41 @@ class Teacher(ABC):
         """
 
 
+class StudentTeacher(Teacher):
+    """A teacher that runs the student's own model, and so needs the student before all else."""
+
+    shares_weights = True
+
+    @abstractmethod
+    def attach(self, student: nn.Module, head: SeparableHead | InseparableHead | None = None) -> None:
+        """Take the student to run: called before `prepare`, and again before each batch.
+
+        Args:
+            student: Trainer's `model`, not wrapped by DDP or DeepSpeed.
+            head: The student's head; None before it is known, when nothing is scored yet.
+
+        Raises:
+            GKDTeacherError: The teacher can't be made of this student.
+        """
+
+    @property
+    @abstractmethod
+    def student(self) -> nn.Module:
+        """The student that was attached last."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Follow the student after an optimizer step that changed its weights; all ranks call it together."""
+
+    @abstractmethod
+    def state(self) -> Mapping[str, Tensor]:
+        """Return the tensors from which `load_state` goes on to the bit, equal on all ranks; all call it together."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state` of a checkpoint; from the student's current weights if it is empty."""
+
+
 class CompositeTeacher(Teacher):
     """A teacher that asks other teachers."""
 
@@ -83,6 +126,26 @@ class CompositeTeacher(Teacher):
     @abstractmethod
     def teachers(self) -> Sequence[Teacher]:
         """The teachers that it asks, in their order."""
+
+
+class AligningTeacher(CompositeTeacher):
+    """A teacher that reads samples in tokens of its own, and is only compared at some positions of the student's."""
+
+    @abstractmethod
+    def comparable(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return a collated batch with what this teacher reads, and only the labels of tokens that it can score.
+
+        It must come before the tokens trained on are counted, and after completions were put into the batch; `score`
+        needs it. A batch that was returned by it is returned as it is.
+        """
+
+    tokenizer: PreTrainedTokenizerBase
+    """The teacher's tokenizer, whose chat template renders all of its prompts (TEACHER_PROMPT_IDS)."""
+
+
+def comparable(teacher: Teacher, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a collated batch as a teacher can score it: see `AligningTeacher.comparable`; unchanged for others."""
+    return teacher.comparable(inputs) if isinstance(teacher, AligningTeacher) else inputs
 
 
 def all_teachers(teacher: Teacher) -> Iterator[Teacher]:

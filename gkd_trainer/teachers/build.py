@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.models.loading import name_of
-from gkd_trainer.teachers.base import Teacher, all_teachers
+from gkd_trainer.models.loading import find_tokenizer, name_of
+from gkd_trainer.teachers.base import AligningTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.frozen import FrozenTeacher
+from gkd_trainer.teachers.other_tokenizer import OtherTokenizerTeacher
 from gkd_trainer.teachers.router import RoutedTeachers
+from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.weighted import WeightedTeachers
@@ -35,8 +37,8 @@ def build_teacher(
     """Return the teacher that the arguments give.
 
     Args:
-        args: The options, which may name a model, servers or a cache.
-        teacher: A teacher, returned unchanged.
+        args: The options, which may name a model, servers, the student or a cache.
+        teacher: A teacher, returned unchanged; inside an OtherTokenizerTeacher if the options say so.
         teacher_model: A model, or its name or path.
         trust_remote_code: Whether Python code that comes with a model or its tokenizer may run.
 
@@ -44,7 +46,8 @@ def build_teacher(
         GKDTeacherError: There is no teacher, or more than one; options don't apply to it; or it can't be loaded.
     """
     if args.teacher_cache_dir is None:
-        built = _live_teacher(args, teacher, teacher_model, trust_remote_code)
+        live = _live_teacher(args, teacher, teacher_model, trust_remote_code)
+        built = _with_other_tokenizer(args, live, trust_remote_code)
     elif teacher is not None or (teacher_model is not None and args.teacher_cache_miss == "error"):
         raise GKDTeacherError(
             "got a teacher and args.teacher_cache_dir: keep one of them, or, for a teacher_model that scores the rows "
@@ -65,7 +68,7 @@ def _live_teacher(
 ) -> Teacher:
     name, urls, top_k = args.teacher_model_name_or_path, args.teacher_server_base_url, args.teacher_top_k
     paths = cast("dict[str, str] | None", args.teachers)  # JSON is parsed already
-    _require_one(teacher, teacher_model, name, urls, paths)
+    _require_one(teacher, teacher_model, name, urls, paths, args.self_teacher)
     if paths is not None:
         return _several(args, paths, trust_remote_code)
     if urls is not None and args.teacher_server_signal == "hidden_states":
@@ -88,6 +91,8 @@ def _live_teacher(
         return teacher
     if teacher_model is not None and not isinstance(teacher_model, str | os.PathLike):
         return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
+    if args.self_teacher is not None:
+        return SelfTeacher(args.self_teacher, ema_decay=args.self_teacher_ema_decay)
     assert urls is not None  # the only case left
     own_default: dict[str, Any] = {} if top_k is None else {"top_k": top_k}
     return VLLMServerTeacher(
@@ -98,6 +103,24 @@ def _live_teacher(
         request_timeout=args.vllm_request_timeout,
         checks=args.teacher_server_checks,
     )
+
+
+def _with_other_tokenizer(args: GKDArguments, teacher: Teacher, trust_remote_code: bool) -> Teacher:
+    mode, source = args.teacher_vocabulary_mode, args.teacher_tokenizer_name_or_path
+    if mode == "same":
+        return teacher
+    if isinstance(teacher, AligningTeacher):
+        raise GKDTeacherError(
+            f"teacher_vocabulary_mode={mode!r} has no effect on a teacher that maps vocabularies itself: leave it out, "
+            "or pass the teacher inside it"
+        )
+    tokenizer = None if source is None else find_tokenizer(source, trust_remote_code)
+    if source is not None and tokenizer is None:
+        raise GKDTeacherError(
+            f"teacher_tokenizer_name_or_path={source!r} has no tokenizer: expected a folder with one, or a name on the "
+            "hub"
+        )
+    return OtherTokenizerTeacher(teacher, tokenizer, mode=mode, min_matched_mass=args.teacher_min_matched_mass)
 
 
 def _several(args: GKDArguments, paths: dict[str, str], trust_remote_code: bool) -> Teacher:
@@ -134,17 +157,20 @@ def _require_one(
     name: str | None,
     urls: str | list[str] | None,
     paths: dict[str, str] | None,
+    source: str | None,
 ) -> None:
     if isinstance(teacher_model, Teacher):
         raise GKDTeacherError(f"teacher_model is a {type(teacher_model).__name__}: pass a Teacher as teacher")
-    if all(each is None for each in (teacher, teacher_model, name, urls, paths)):
+    if all(each is None for each in (teacher, teacher_model, name, urls, paths, source)):
         raise GKDTeacherError(
             "no teacher: pass teacher_model (a model, a name or a path), teacher (a Teacher), or set "
-            "args.teacher_model_name_or_path, args.teachers, args.teacher_server_base_url or args.teacher_cache_dir"
+            "args.teacher_model_name_or_path, args.teachers, args.teacher_server_base_url, args.self_teacher or "
+            "args.teacher_cache_dir"
         )
-    if sum(each is not None for each in (teacher, teacher_model, urls, paths)) > 1:
+    if sum(each is not None for each in (teacher, teacher_model, urls, paths, source)) > 1:
         raise GKDTeacherError(
-            "got more than one of teacher, teacher_model and args.teacher_server_base_url or args.teachers: keep one"
+            "got more than one of teacher, teacher_model, args.teacher_server_base_url, args.teachers and "
+            "args.self_teacher: keep one"
         )
     given = teacher_model if teacher_model is not None else teacher
     if given is not None and name is not None and not _is_named(given, name):

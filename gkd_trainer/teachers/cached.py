@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
-from gkd_trainer.teachers.base import CompositeTeacher, Teacher
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.cache.format import (
     Manifest,
     dtype_name,
@@ -29,7 +29,7 @@ from gkd_trainer.teachers.cache.format import (
 from gkd_trainer.teachers.cache.kinds import Values, values_of
 from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
-from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,11 @@ class CachedTeacher(CompositeTeacher):
         self._head: Head | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._has_missed = False
+        if fallback is not None and any(isinstance(each, AligningTeacher) for each in all_teachers(fallback)):
+            raise GKDTeacherError(
+                "the fallback of a cache must predict over the student's tokens, but this one reads other tokens: "
+                "train with it in this process, without a cache"
+            )
         if fallback is not None and fallback.shares_weights:
             raise GKDTeacherError(
                 "the fallback of a cache must be the teacher that was cached, but this one shares weights with the "
@@ -70,12 +75,19 @@ class CachedTeacher(CompositeTeacher):
 
         Raises:
             GKDTeacherError: A file of the cache was changed or cut short.
-            GKDDataError: A row is not in the cache, and there is no fallback; or the batch holds more than token ids.
+            GKDDataError: A row is not in the cache, and there is no fallback; the batch holds more than token ids; or
+                prompts of the teacher's own.
         """
         if self._reader is None:
             raise RuntimeError("CachedTeacher.score was called before prepare(device)")
         if batch.label_offset != 1:
             raise GKDDataError("the rows of an encoder-decoder can't be cached: use its teacher in this process")
+        prompts_BP = batch.side.get(TEACHER_PROMPT_IDS)
+        if prompts_BP is not None and bool((prompts_BP != IGNORE_INDEX).any()):
+            raise GKDDataError(
+                f"the cache in {self._folder} holds predictions for the rows' own prompts, but this batch has prompts "
+                "of the teacher's own: remove the column teacher_prompt, or train with the teacher itself"
+            )
         sequences = sequences_of(batch)
         found = [self._reader.read(sequence) for sequence in sequences]
         missing = [index for index, values in enumerate(found) if values is None]

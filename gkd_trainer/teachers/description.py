@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
-from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.base import AligningTeacher, Teacher
 from gkd_trainer.teachers.cached import CachedTeacher
+from gkd_trainer.teachers.context import ContextTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
+from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
 from gkd_trainer.teachers.weighted import WeightedTeachers
@@ -39,6 +41,11 @@ def _(teacher: HiddenStateServerTeacher) -> TeacherDescription:
 
 
 @describe.register
+def _(teacher: AligningTeacher) -> TeacherDescription:
+    return describe(teacher.teachers[0])
+
+
+@describe.register
 def _(teacher: VLLMServerTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.model_name or type(teacher).__name__, teacher.base_urls, teacher.top_k)
 
@@ -60,3 +67,13 @@ def _(teacher: SeveralTeachers) -> TeacherDescription:
 @describe.register
 def _(teacher: CachedTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
+
+
+@describe.register
+def _(teacher: ContextTeacher) -> TeacherDescription:
+    return describe(*teacher.teachers)
+
+
+@describe.register
+def _(teacher: SelfTeacher) -> TeacherDescription:
+    return TeacherDescription(f"the student itself ({teacher.source})", (), None)

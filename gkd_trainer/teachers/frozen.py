@@ -35,6 +35,7 @@ from gkd_trainer.models.loading import (
     loading_failure,
     name_of,
     refuse_prompt_learning,
+    refuse_unread_media,
     uncompiled,
 )
 from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
@@ -78,11 +79,8 @@ class FrozenTeacher(Teacher):
     ) -> None:
         model = _checked(model)
         self._model: Any = model.eval().requires_grad_(False)
-        parameters = inspect.signature(model.forward).parameters.values()
-        takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        # A single forward needs no cache, and a teacher no router loss.
-        self._forward_kwargs = {**({"use_cache": False} if takes_cache else {}), **without_router_logits(model)}
-        self._tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
+        self._forward_kwargs = scoring_kwargs(model)
+        self.tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
         if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise GKDTeacherError(
@@ -124,7 +122,8 @@ class FrozenTeacher(Teacher):
             raise RuntimeError("FrozenTeacher.score was called before prepare(device)")
         if len(batch.labels_BL) == 0:
             # A forward all the same: it gives the signal its width, and other ranks may need this one's.
-            batch = _masked_token(batch)
+            batch = masked_token(batch)
+        refuse_unread_media(self._model, batch.model_inputs, "teacher")
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
@@ -143,7 +142,7 @@ class FrozenTeacher(Teacher):
     @property
     def vocabulary(self) -> Mapping[str, int] | None:
         """The id of each token of the teacher's tokenizer, if it has one."""
-        return None if self._tokenizer is None else self._tokenizer.get_vocab()
+        return None if self.tokenizer is None else self.tokenizer.get_vocab()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -180,6 +179,13 @@ class FrozenTeacher(Teacher):
             )
 
 
+def scoring_kwargs(model: nn.Module) -> dict[str, Any]:
+    """Return forward arguments for scoring: a single forward needs no cache, and a teacher no router loss."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return {**({"use_cache": False} if takes_cache else {}), **without_router_logits(model)}
+
+
 @contextmanager
 def _loading_unsharded() -> Iterator[None]:
     """Load all of a model on each rank, even if a student is loaded on one rank (FSDP) or sharded (ZeRO-3)."""
@@ -192,7 +198,7 @@ def _loading_unsharded() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def _masked_token(batch: TokenBatch) -> TokenBatch:
+def masked_token(batch: TokenBatch) -> TokenBatch:
     """Return a batch of one token to which nothing is compared, on the device of an empty batch."""
     id_BL = batch.labels_BL.new_zeros(1, 1)
     is_on_policy_B = batch.is_on_policy_B.new_zeros(1)

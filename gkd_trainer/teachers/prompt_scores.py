@@ -59,8 +59,8 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
     """
     if media := sorted(MEDIA_INPUTS & batch.model_inputs.keys()):
         raise GKDDataError(
-            f"a teacher behind a server gets only token ids, but this batch also holds {', '.join(media)}: it "
-            "would score the text without them. Use a teacher in this process"
+            f"a teacher behind a server or in a cache knows only token ids, but this batch also holds "
+            f"{', '.join(media)}: it would score the text without them. Use a teacher in this process"
         )
     ids_BL = batch.model_inputs["input_ids"].cpu().numpy()
     is_target_BL = batch.is_scored_BL.roll(batch.label_offset, dims=1).cpu().numpy()

@@ -104,6 +104,11 @@ class TeacherServers:
         """The name under which the model is served; None if not given and before `first_contact`."""
         return self._model_name or next((served.name for served in self._served.values()), None)
 
+    @property
+    def longest_sequence(self) -> int | None:
+        """How many tokens of a sequence all servers score; None before `first_contact`."""
+        return min((served.max_model_len + self._unsent for served in self._served.values()), default=None)
+
     def name_at(self, server: VLLMServer) -> str:
         """Return the name under which a server serves the model."""
         return self._served_by(server).name

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import Signal
-from gkd_trainer.teachers.base import CompositeTeacher, Teacher, all_teachers
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.offload import WaitingWeights
 from gkd_trainer.teachers.vocabulary import difference
 from gkd_trainer.types import TokenBatch
@@ -29,7 +29,8 @@ class SeveralTeachers(CompositeTeacher):
             Nothing moves on a CPU. Models that are quantised, sharded, or placed by a device map stay where they are.
 
     Raises:
-        GKDTeacherError: There are no teachers, one is not a Teacher, or their tokenizers differ.
+        GKDTeacherError: There are no teachers, one is not a Teacher, or their tokenizers differ or are not the
+            student's.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], *, offload: bool = False) -> None:
@@ -43,9 +44,15 @@ class SeveralTeachers(CompositeTeacher):
                     f"expected a Teacher as {name!r}; got {type(teacher).__name__}: FrozenTeacher(model) makes one of "
                     "a model, and FrozenTeacher.from_pretrained of a name"
                 )
+            if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
+                raise GKDTeacherError(
+                    f"the teacher {name!r} reads other tokens than the student's, but several teachers are compared at "
+                    "the same tokens of the student: train with it alone, or use teachers with the student's tokenizer"
+                )
         self._teachers = dict(teachers)
         self._offload = offload
         self._waiting: dict[str, WaitingWeights] = {}
+        self.tokenizer = _with_shared_template(list(teachers.values()))
         self.shares_weights = any(teacher.shares_weights for teacher in teachers.values())  # type: ignore[misc]
         _require_equal_vocabularies(self._teachers)
 
@@ -138,6 +145,13 @@ class SeveralTeachers(CompositeTeacher):
 def several_in(teacher: Teacher) -> SeveralTeachers | None:
     """Return the outermost of the composites of several teachers in a teacher, if there is one."""
     return next((each for each in all_teachers(teacher) if isinstance(each, SeveralTeachers)), None)
+
+
+def _with_shared_template(teachers: Sequence[Teacher]) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the first teacher if the chat templates of all are equal; else the student's is used."""
+    tokenizers = [teacher.tokenizer for teacher in teachers]
+    templates = [getattr(tokenizer, "chat_template", None) for tokenizer in tokenizers]
+    return tokenizers[0] if all(template == templates[0] for template in templates) else None
 
 
 def _require_equal_vocabularies(teachers: Mapping[str, Teacher]) -> None:

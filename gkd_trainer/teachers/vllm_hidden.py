@@ -101,8 +101,8 @@ class HiddenStateServerTeacher(Teacher):
         )
         self._checkpoint = os.fspath(checkpoint)
         self._head = read_head(self._checkpoint, trust_remote_code=trust_remote_code, init_kwargs=init_kwargs)
-        tokenizer = find_tokenizer(self._checkpoint, trust_remote_code, init_kwargs)
-        self._vocabulary: Mapping[str, int] | None = None if tokenizer is None else tokenizer.get_vocab()
+        self.tokenizer = find_tokenizer(self._checkpoint, trust_remote_code, init_kwargs)
+        self._vocabulary: Mapping[str, int] | None = None if self.tokenizer is None else self.tokenizer.get_vocab()
         self._requested_dtype, self._checks, self._local_copy = dtype, checks, local_copy
         self._dtype: str | None = None
         self._witness: _Witness | None = None
@@ -178,6 +178,7 @@ class HiddenStateServerTeacher(Teacher):
                 is no tokenizer.
         """
         probe = self._servers.first_contact(tokenizer, max_length)
+        self.longest_sequence = self._servers.longest_sequence
         if self._vocabulary is None:
             self._vocabulary = probe.vocabulary
         bias_V = self._head.bias_V

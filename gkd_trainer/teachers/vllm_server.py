@@ -170,6 +170,7 @@ class VLLMServerTeacher(Teacher):
             GKDTeacherError: A check failed, a server does not allow `top_k` or `max_length`, or there is no tokenizer.
         """
         probe = self._servers.first_contact(tokenizer, max_length)
+        self.longest_sequence = self._servers.longest_sequence
         self._vocabulary = probe.vocabulary
         self._top_k = min(self._top_k, max(probe.vocabulary.values()) + 1)
         self._witness, self._record = probe.witness, None

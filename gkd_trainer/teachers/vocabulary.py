@@ -52,7 +52,9 @@ def shared_vocabulary_size(
     if student_vocabulary != teacher_vocabulary:
         raise GKDTeacherError(
             "the teacher's tokenizer is not the student's, so their distributions are over different tokens: "
-            f"{difference(student_vocabulary, teacher_vocabulary)}. Use a teacher with the student's tokenizer"
+            f"{difference(student_vocabulary, teacher_vocabulary)}. Use a teacher with the student's tokenizer, or "
+            "set teacher_vocabulary_mode='matched', which compares them where they read the same bytes "
+            "(OtherTokenizerTeacher)"
         )
     if student_size == teacher_size:
         return student_size

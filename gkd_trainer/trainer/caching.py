@@ -12,13 +12,14 @@ from torch import nn
 from transformers.utils.logging import tqdm
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.data import ImageProcessing
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.build import find_stop_ids
 from gkd_trainer.teachers import CachedTeacher, Teacher, describe, shared_vocabulary_size
-from gkd_trainer.teachers.base import CompositeTeacher, all_teachers
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, Manifest, source_of
 from gkd_trainer.teachers.cache.format import Kind
 from gkd_trainer.teachers.prompt_scores import TokenSequence
@@ -79,6 +80,16 @@ def cache_predictions(
         raise GKDConfigError("only the data can be cached, not completions to come: set lmbda=0 and seq_kd=False")
     if any(isinstance(each, CachedTeacher) for each in all_teachers(teacher)):
         raise GKDTeacherError("the teacher to cache is a cache already: pass the teacher itself")
+    if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
+        raise GKDTeacherError(
+            "a cache holds predictions over the student's tokens, but this teacher reads other tokens: train with it "
+            "in this process, without a cache"
+        )
+    if teacher.shares_weights:
+        raise GKDTeacherError(
+            f"a {type(teacher).__name__} is the student, which training changes: only a teacher of its own can be "
+            "cached"
+        )
     if isinstance(teacher, CompositeTeacher):
         raise GKDTeacherError(
             f"a cache holds the predictions of one teacher; got {type(teacher).__name__}: cache each of its teachers, "
@@ -107,6 +118,7 @@ def cache_predictions(
         vocab_size=min(student_size, teacher.vocab_size or student_size),
         formatting_func=formatting_func,
         shorter=shorter,
+        images=ImageProcessing.of(processing_class),
     ).prepared(dataset, "train", is_training=True)
     source = source_of(
         teacher, tokenizer, name=str(describe(teacher).name), max_length=args.max_length, train_on=args.train_on
@@ -136,7 +148,7 @@ def _new_rows(rows: Any, writer: CacheWriter, *, is_quiet: bool) -> Iterator[dic
     """Yield token ids and labels of the rows that the cache lacks."""
     total = len(rows) if hasattr(rows, "__len__") else None
     for row in tqdm(rows, desc="Caching", total=total, disable=is_quiet):
-        if unread := sorted(name for name in _MORE_THAN_TOKENS & row.keys() if row[name] is not None):
+        if unread := sorted(name for name in _MORE_THAN_TOKENS & row.keys() if _is_given(row[name])):
             raise GKDDataError(
                 f"rows of the data to cache have {', '.join(unread)}, but a cache holds one teacher's predictions for "
                 "the row's own tokens alone: remove the column and cache each teacher by itself, or train with the "
@@ -146,6 +158,10 @@ def _new_rows(rows: Any, writer: CacheWriter, *, is_quiet: bool) -> Iterator[dic
         sequence = _sequence(ids, labels)
         if sequence is not None and not writer.has(sequence):
             yield {"input_ids": ids, "labels": labels}
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, list) and len(value) == 0)
 
 
 def _sequence(ids: list[int], labels: list[int]) -> TokenSequence | None:

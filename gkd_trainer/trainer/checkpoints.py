@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 # Files that Trainer and the rollouts write, by the check that shows truncation; other files are not checked.
-_SAFETENSORS = ("model*.safetensors", "adapter_model*.safetensors")
+_SAFETENSORS = ("model*.safetensors", "adapter_model*.safetensors", "teacher-*.safetensors")
 _JSON = (TRAINER_STATE_NAME, "rollouts-rank*.json")
 _ARCHIVES = (
     "adapter_model.bin",

@@ -15,18 +15,18 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments, set_seed
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
-from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations
+from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations, find_unused_parameters
 from gkd_trainer.config import GKDArguments, GKDConfig
 from gkd_trainer.config_checks import check_cache, check_loss_temperature
 from gkd_trainer.config_effects import Run
-from gkd_trainer.data import EncoderDecoderCollator
+from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.loading import (
     base_model,
-    find_tokenizer,
+    find_processing_class,
     load_student,
     name_of,
     refuse_frozen,
@@ -47,14 +47,15 @@ class Construction:
     """What a trainer is built from.
 
     `base_arguments` are for the extended trainer's `__init__`. `adapter` is the adapter to wrap each student in, if the
-    extended trainer does not. `prepares_rows` says whether we turn rows into tokens. `run` decides which options have
-    an effect. `base` is the extended trainer.
+    extended trainer does not. `prepares_rows` says whether we turn rows into tokens, and `images` how those of their
+    images, if the student takes any. `run` decides which options have an effect. `base` is the extended trainer.
     """
 
     base_arguments: dict[str, Any]
     teacher: Teacher
     adapter: PeftConfig | None
     prepares_rows: bool
+    images: ImageProcessing | None
     run: Run
     base: Base
 
@@ -103,8 +104,9 @@ def construct(
     is_plain_trainer = not base.is_trls
     config = completed_args(arguments["args"], is_plain_trainer, is_seq2seq=base.is_seq2seq)
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
-    # TRL's DataCollatorForChatML tokenises columns that no model's forward takes.
-    reads_messages = hasattr(arguments["data_collator"], "messages_key")
+    # These collators of TRL tokenise columns that no model's forward takes.
+    collator = arguments["data_collator"]
+    reads_messages = hasattr(collator, "messages_key") or isinstance(collator, DataCollatorForVisionLanguageModeling)
     dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
     prepares_rows = not (reads_messages or dataset_kwargs.get("skip_prepare_dataset", False))
     if reads_messages:
@@ -130,7 +132,10 @@ def construct(
     processing_class = arguments["processing_class"]
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
-        processing_class = find_tokenizer(source, trusts, getattr(config, "model_init_kwargs", None))
+        processing_class = find_processing_class(source, trusts, getattr(config, "model_init_kwargs", None))
+    images = ImageProcessing.of(processing_class)
+    if images is not None:
+        find_unused_parameters(config)
     if not torch.accelerator.is_available():  # else each loader warns that it pins no memory
         config.dataloader_pin_memory = False
     set_seed(config.seed)  # adapters are initialised at random
@@ -148,7 +153,7 @@ def construct(
     base_arguments = {**arguments, **own}
     del base_arguments["compute_loss_func"]
     accepted = accepted_by(init_parameters(base_classes), base_arguments, name)
-    return Construction(accepted, teacher, adapter, prepares_rows, run, base)
+    return Construction(accepted, teacher, adapter, prepares_rows, images, run, base)
 
 
 def default_collator(model: nn.Module | None, pad_id: int) -> Any:

@@ -24,6 +24,7 @@ from gkd_trainer.models.heads import (
     router_loss_of,
     without_router_logits,
 )
+from gkd_trainer.models.loading import refuse_unread_media
 from gkd_trainer.signals import Signal, StudentSignal
 from gkd_trainer.types import TokenBatch
 
@@ -123,6 +124,7 @@ def run_student(
         comparison: The comparison to make with its predictions.
         keeps_logits: Whether `outputs` must hold full logits.
     """
+    refuse_unread_media(student, batch.model_inputs, "student")
     if keeps_logits and isinstance(head, SeparableHead):
         head = InseparableHead("the caller wants logits")
     coefficient = router_loss_coefficient(student) if comparison.is_training else 0.0

@@ -24,7 +24,7 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
 )
 from gkd_trainer.models.loading import base_model
-from gkd_trainer.teachers import Teacher, all_teachers, shared_vocabulary_size
+from gkd_trainer.teachers import AligningTeacher, Teacher, all_teachers, shared_vocabulary_size
 from gkd_trainer.teachers.base import CompositeTeacher
 from gkd_trainer.trainer.ranks import Ranks
 
@@ -110,6 +110,11 @@ def require_same_kind(student: nn.Module, teacher: Teacher) -> None:
     name = type(student).__name__
     kinds = {True: "an encoder-decoder", False: "a causal LM"}
     for each in all_teachers(teacher):
+        if is_encoding and isinstance(each, AligningTeacher):
+            raise GKDTeacherError(
+                f"the student ({name}) is an encoder-decoder, but a teacher with another tokenizer reads the rows of "
+                "causal LMs: use a teacher with the student's tokenizer"
+            )
         if isinstance(each, CompositeTeacher):
             continue
         if is_encoding and not each.scores_encoder_decoders:
@@ -136,7 +141,10 @@ def require_same_kind(student: nn.Module, teacher: Teacher) -> None:
 
 def shorter_context(model: nn.Module, teacher: Teacher) -> OwnedContext | None:
     """Return the shorter context of student and teacher; None if neither states one."""
-    models = [("student", base_model(model)), *(("teacher", each.model) for each in all_teachers(teacher))]
+    teachers = list(all_teachers(teacher))
+    if any(isinstance(each, AligningTeacher) for each in teachers):
+        teachers = []  # it reads other tokens, and cuts them to its own context
+    models = [("student", base_model(model)), *(("teacher", each.model) for each in teachers)]
     contexts = [(name, find_context(model)) for name, model in models if model is not None]
     known = [OwnedContext(name, context) for name, context in contexts if context is not None]
     return min(known, key=lambda each: each.context.limit, default=None)

@@ -10,11 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from gkd_trainer.data import TeacherRoute
+from gkd_trainer.data import ImageProcessing, TeacherRoute
+from gkd_trainer.data.rendered_prompts import RenderedPrompts
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
-from gkd_trainer.models.loading import base_model, media_token_ids
+from gkd_trainer.models.loading import base_model, media_tokens
 from gkd_trainer.report.metrics import ONE_TEACHER, TeacherSums
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.rollouts.build import (
@@ -24,12 +26,14 @@ from gkd_trainer.rollouts.build import (
     refuse_engine,
     sampled_vocabulary_size,
 )
-from gkd_trainer.teachers import RoutedTeachers, Teacher, all_teachers, several_in
+from gkd_trainer.teachers import AligningTeacher, RoutedTeachers, Teacher, all_teachers, several_in
+from gkd_trainer.teachers.context import longest_context, template_tokenizer
 from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
 from gkd_trainer.trainer.rollout_queue import RolloutQueue
+from gkd_trainer.trainer.student_teachers import StudentTeachers
 from gkd_trainer.trainer.windows import WindowLoader
 
 
@@ -45,6 +49,7 @@ class Parts:
     queue: RolloutQueue
     preparation: Preparation
     teacher_sums: TeacherSums
+    student_teachers: StudentTeachers
 
 
 def build_parts(
@@ -72,6 +77,8 @@ def build_parts(
         GKDError: The two don't fit, or a server can't be used.
     """
     ranks, student, tokenizer = Ranks(accelerator), base_model(model), tokenizer_of(processing_class)
+    student_teachers = StudentTeachers(teacher)
+    student_teachers.attach(model, ranks)
     require_same_kind(student, teacher)
     refuse_engine(rollouts, args, student, is_sharded=ranks.sharding is not None)
     shorter = shorter_context(model, teacher)
@@ -80,10 +87,12 @@ def build_parts(
     pairing = pair(model, teacher, tokenizer, ranks, is_compiled=args.torch_compile)
     recovery = Recovery(ranks, restarts_without_memory=args.auto_find_batch_size, saves_only_model=args.save_only_model)
     stop_ids, pad_id = find_stop_ids(student, tokenizer), pad_token_id(processing_class)
+    media = media_tokens(student)
     ids: dict[str, Any] = {
         "stop_ids": stop_ids,
         "pad_token_id": pad_id,
         "vocab_size": sampled_vocabulary_size(pairing.vocab_size, None if tokenizer is None else tokenizer.get_vocab()),
+        "never_sampled": media.ids,
     }
     if rollouts is None:
         rollouts = build_student_engine(
@@ -105,7 +114,7 @@ def build_parts(
         ranks=ranks,
         recovery=recovery,
         pad_token_id=pad_id,
-        media_ids=media_token_ids(student),
+        media_tokens=media,
     )
     student_size = vocabulary_size(student)
     preparation = Preparation(
@@ -118,11 +127,14 @@ def build_parts(
         shorter=shorter,
         has_ranks=ranks.size > 1,
         is_encoder_decoder=is_encoder_decoder(student),
+        images=None if is_encoder_decoder(student) else ImageProcessing.of(processing_class),
         route=teacher_route(teacher, args),
+        teacher_prompts=teacher_prompts(teacher, tokenizer, args, student),
     )
     several = several_in(teacher)
     teacher_sums = ONE_TEACHER if several is None else TeacherSums(several.names, several.is_routed)
-    return Parts(args, ranks, recovery, WindowLoader(ranks), pairing, queue, preparation, teacher_sums)
+    windows = WindowLoader(ranks)
+    return Parts(args, ranks, recovery, windows, pairing, queue, preparation, teacher_sums, student_teachers)
 
 
 def teacher_route(teacher: Teacher, args: Any) -> TeacherRoute | None:
@@ -133,10 +145,23 @@ def teacher_route(teacher: Teacher, args: Any) -> TeacherRoute | None:
     routed = next((each for each in all_teachers(teacher) if isinstance(each, RoutedTeachers)), None)
     if routed is None:
         return None
+    _refuse_joined_samples(args, "each sample has a teacher of its own")
+    return TeacherRoute(routed.names, routed.column, routed.route)
+
+
+def teacher_prompts(teacher: Teacher, tokenizer: Any, args: Any, student: nn.Module) -> TeacherPrompts:
+    """Return how rows' prompts for the teacher become token ids: those of its tokenizer, if it reads other tokens.
+
+    Raises GKDConfigError if the options then join rows in one sequence.
+    """
+    if isinstance(teacher, AligningTeacher):
+        _refuse_joined_samples(args, "a teacher with another tokenizer reads each sample in tokens of its own")
+        return TeacherPrompts(teacher.tokenizer, rendered=RenderedPrompts(teacher.tokenizer))
+    limit = longest_context(teacher, args.max_length)
+    return TeacherPrompts(template_tokenizer(teacher, tokenizer), limit, is_encoder_decoder(student))
+
+
+def _refuse_joined_samples(args: Any, reason: str) -> None:
     for name in ("packing", "padding_free", "eval_packing"):
         if getattr(args, name, False):
-            raise GKDConfigError(
-                f"{name}=True joins samples into one sequence, but each sample has a teacher of its own: set "
-                f"{name}=False"
-            )
-    return TeacherRoute(routed.names, routed.column, routed.route)
+            raise GKDConfigError(f"{name}=True joins samples into one sequence, but {reason}: set {name}=False")

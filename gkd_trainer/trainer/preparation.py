@@ -13,10 +13,20 @@ import torch
 from trl import pack_dataset
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.data import KeepSideTensors, RowRules, TeacherRoute, keeping_labels, prepare_dataset
+from gkd_trainer.data import (
+    IMAGE_COLUMNS,
+    ImageProcessing,
+    KeepSideTensors,
+    RowRules,
+    TeacherRoute,
+    WithImages,
+    keeping_labels,
+    prepare_dataset,
+)
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.pairing import OwnedContext
-from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, prompt_length
+from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS, prompt_length
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +37,9 @@ class Preparation:
 
     `stop_ids` end a completion. Token ids must be below `vocab_size`. Without a `tokenizer` (None), rows must hold
     tokens. `formatting_func` turns a row into one of a known format. `shorter` is the context that no row may exceed.
-    `has_ranks` says that several ranks evaluate together, `is_encoder_decoder` that the student is one. `route` gives
-    each row one of several teachers.
+    `has_ranks` says that several ranks evaluate together, `is_encoder_decoder` that the student is one. `images` turns
+    the rows' images into tokens. `route` gives each row one of several teachers. `teacher_prompts` says how a
+    `teacher_prompt` becomes tokens.
     """
 
     args: GKDArguments
@@ -39,7 +50,9 @@ class Preparation:
     shorter: OwnedContext | None = None
     has_ranks: bool = False
     is_encoder_decoder: bool = False
+    images: ImageProcessing | None = None
     route: TeacherRoute | None = None
+    teacher_prompts: TeacherPrompts | None = None
 
     def prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
         """Return a data set of token ids and labels.
@@ -56,12 +69,14 @@ class Preparation:
         rules = self._rules(is_training)
         dataset = prepare_dataset(
             dataset,
-            self.tokenizer,
+            self.tokenizer if self.images is None else self.images.tokenizer,
             rules,
             formatting_func=self.formatting_func,
+            images=self.images,
             num_proc=getattr(self.args, "dataset_num_proc", None),
             name=name,
             route=self.route,
+            teacher_prompts=self.teacher_prompts,
         )
         if self.args.max_length is None and self.shorter is not None and isinstance(dataset, datasets.Dataset):
             longest = longest_row(
@@ -105,6 +120,16 @@ class Preparation:
                 f"{name}: packing joins the rows of a datasets.Dataset or IterableDataset; got "
                 f"{type(dataset).__name__}: convert it with datasets.Dataset.from_list(list(rows)), or set "
                 "packing=False"
+            )
+        if self.images is not None and not set(IMAGE_COLUMNS).isdisjoint(dataset.column_names or ()):
+            raise GKDConfigError(
+                f"{name}: packing joins token ids, and would leave out the images of the rows: set packing=False (and "
+                "eval_packing=False)"
+            )
+        if TEACHER_PROMPT_IDS in (dataset.column_names or ()):
+            raise GKDConfigError(
+                f"{name}: packing joins rows, so the teacher can't read a prompt of its own for each: set "
+                "packing=False, or remove the column teacher_prompt"
             )
         for side in SIDE_TENSORS.values():
             if side.is_column and side.name in (dataset.column_names or ()):
@@ -158,10 +183,12 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
 
 
-def keeping_columns(collator: Any) -> Any:
-    """Return a collator wrapped to keep the rows' labels and side tensors."""
-    collator = keeping_labels(collator)
-    return collator if isinstance(collator, KeepSideTensors) else KeepSideTensors(collator)
+def keeping_columns(collator: Any, images: ImageProcessing | None = None) -> Any:
+    """Return a collator wrapped to keep the rows' labels and side tensors, and with `images`, their images."""
+    if isinstance(collator, KeepSideTensors | WithImages):
+        return collator
+    collator = KeepSideTensors(keeping_labels(collator))
+    return collator if images is None else WithImages(collator, images)
 
 
 def require_labels(inputs: Mapping[str, Any]) -> None:

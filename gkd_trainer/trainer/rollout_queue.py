@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,22 +17,26 @@ from gkd_trainer.rollouts import (
     Block,
     Completions,
     Draw,
+    Job,
     RolloutEngine,
     WindowPlan,
     WindowRollout,
     complete_greedily,
     completed_future,
     generate_jobs,
+    greedy_jobs,
     has_bare_prompts,
+    has_media,
     lmbda_at,
     plan_window,
+    require_media_taken,
     transformers_options,
 )
 from gkd_trainer.trainer.preparation import require_labels
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
 from gkd_trainer.trainer.windows import Epoch
-from gkd_trainer.types import Sampling
+from gkd_trainer.types import MediaTokens, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +68,7 @@ class RolloutQueue:
         ranks: The ranks that train together.
         recovery: Makes them fail together.
         pad_token_id: Pads the batches.
-        media_ids: Tokens that stand for an image, a video or sound, which no engine gets.
+        media_tokens: The tokens that stand for images and other media.
     """
 
     def __init__(
@@ -77,12 +81,12 @@ class RolloutQueue:
         ranks: Ranks,
         recovery: Recovery,
         pad_token_id: int,
-        media_ids: Collection[int] = (),
+        media_tokens: MediaTokens | None = None,
     ) -> None:
         self.engine = engine
         self._teacher_engine = teacher_engine
         self._args, self._seed, self._ranks, self._recovery = args, seed, ranks, recovery
-        self._pad_token_id, self._media_ids = pad_token_id, media_ids
+        self._pad_token_id, self._media_tokens = pad_token_id, media_tokens or MediaTokens()
         self._background = ThreadPoolExecutor(1, "rollouts") if args.rollout_overlap else None
         self._synced_version: tuple[int, ...] | None = None
         self._epoch: Iterator[Any] | None = None
@@ -154,10 +158,14 @@ class RolloutQueue:
         return self._completed(inputs, student, only_prompts=True)
 
     def _completed(self, inputs: dict[str, Any], student: CurrentStudent, *, only_prompts: bool) -> dict[str, Any]:
+        with self._recovery.failing_together(GKDRolloutError, "planning the completions of an evaluation"):
+            jobs = greedy_jobs(inputs, only_prompts, self._media_tokens)
+            self._require_media_taken(jobs, self.engine)
         with self.synced(student) as engine:
-            return complete_greedily(
-                inputs, engine, self._args.max_new_tokens, self._pad_token_id, only_prompts, self._media_ids
-            )
+            return complete_greedily(inputs, jobs, engine, self._args.max_new_tokens, self._pad_token_id, only_prompts)
+
+    def _require_media_taken(self, jobs: Sequence[Job], engine: RolloutEngine | None) -> None:
+        require_media_taken(has_media(jobs), engine is None or engine.takes_media, self._media_tokens.image)
 
     def wait(self) -> None:
         """Wait until no rollouts are running: the weights must not change under them."""
@@ -210,7 +218,10 @@ class RolloutQueue:
             with self._recovery.failing_together(GKDRolloutError, "planning the completions of a step"):
                 for batch in batches:
                     require_labels(batch)
-                plans.append(plan_window(batches, draw, self._teacher_engine is not None, self._media_ids))
+                plan = plan_window(batches, draw, self._teacher_engine is not None, self._media_tokens)
+                self._require_media_taken(plan.student_jobs, self.engine)
+                self._require_media_taken(plan.teacher_jobs, self._teacher_engine)
+                plans.append(plan)
             # The last window of an epoch is smaller only if the iterator ends.
             num_batches = epoch.later().num_batches
         return plans

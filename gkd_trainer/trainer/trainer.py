@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
-from gkd_trainer.data import unwrapped
+from gkd_trainer.data import IMAGE_COLUMNS, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
@@ -35,6 +35,7 @@ from gkd_trainer.models.loading import (
     give_pad_token,
     name_of,
 )
+from gkd_trainer.models.weights import load_converted
 from gkd_trainer.redaction import dropping_secrets
 from gkd_trainer.report.completions import completion_rows, print_completions, send_completions
 from gkd_trainer.report.interval import tenth_of
@@ -42,7 +43,8 @@ from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.report.recorder import Recorder
 from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers import Teacher, comparable
+from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.trainer import publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
 from gkd_trainer.trainer.construction import (
@@ -111,7 +113,8 @@ class GKDMixin(AnyTrainer):
         args: A configuration with GKDArguments; plain TrainingArguments get the defaults of GKDConfig.
         train_dataset: Rows of `messages`, `prompt` and `completion`, `prompt`, `text`, or `input_ids` and `labels`.
         eval_dataset: The same, or a dictionary of them.
-        processing_class: The tokenizer; by default the one stored with the student's weights.
+        processing_class: The tokenizer, or the processor of a vision-language model; by default the one stored with the
+            student's weights.
         teacher_model: The teacher: a model, a PEFT model, a name or a path; or set `args.teacher_model_name_or_path`.
         peft_config: The adapter to wrap the student in.
         formatting_func: Turns a row into text, a list of messages, or a row in a format above.
@@ -181,6 +184,7 @@ class GKDMixin(AnyTrainer):
         )
         # Read by hooks that the base's __init__ calls.
         self._adapter, self._prepares_rows = construction.adapter, construction.prepares_rows
+        self._images = construction.images
         base_init: Callable[..., None] = super().__init__
         base_init(**construction.base_arguments)
         if model_init is not None and self.processing_class is None:
@@ -214,6 +218,9 @@ class GKDMixin(AnyTrainer):
         self.args, self.teacher = parts.args, teacher
         self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
         self._pairing, self._queue, self._preparation = parts.pairing, parts.queue, parts.preparation
+        self._student_teachers = parts.student_teachers
+        if (updates := parts.student_teachers.callback()) is not None:
+            self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
@@ -295,7 +302,9 @@ class GKDMixin(AnyTrainer):
     @data_collator.setter
     def data_collator(self, collator: Any) -> None:
         if collator is not None and self._prepares_rows:
-            collator = keeping_columns(collator)
+            if type(collator) is DataCollatorForVisionLanguageModeling:  # SFTTrainer's own, which reads other columns
+                collator = DataCollatorForLanguageModeling(collator.processor.tokenizer.pad_token_id)
+            collator = keeping_columns(collator, self._images)
         self._data_collator = collator
 
     def _decoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -313,6 +322,7 @@ class GKDMixin(AnyTrainer):
         own = ["input_ids", "labels"]
         if self._prepares_rows:
             own += [side.name for side in SIDE_TENSORS.values() if side.is_column]
+            own += [] if self._images is None else IMAGE_COLUMNS
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -381,6 +391,7 @@ class GKDMixin(AnyTrainer):
             return batches, None
         for batch in batches:
             require_labels(batch)
+        batches = self._comparable(batches)
         self._has_trained = True
         self._finite_check.clear()
         return batches, self._count_trained_tokens(batches, device)
@@ -394,6 +405,14 @@ class GKDMixin(AnyTrainer):
         self._generated = window.generated
         self._meter.add_samples(**sample_counts(window, staleness))
         return window.batches
+
+    def _comparable(self, batches: list[Any]) -> list[Any]:
+        found = [comparable(self.teacher, batch) for batch in batches]
+        for before, after in zip(batches, found, strict=True):
+            if after is not before:
+                scored = [TokenBatch.from_inputs(batch).n_scored for batch in (before, after)]
+                self._meter.add_samples(incomparable_tokens=scored[0] - scored[1])
+        return found
 
     def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
         count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)
@@ -435,8 +454,9 @@ class GKDMixin(AnyTrainer):
         """
         require_labels(inputs)
         decoded = inputs if has_decoder_inputs(inputs) else self._decoded(inputs)
-        batch = TokenBatch.from_inputs(decoded)
+        batch = TokenBatch.from_inputs(comparable(self.teacher, decoded))
         self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
+        self._student_teachers.attach(self.model, self._ranks, pairing.head)
         with (
             self._meter.measure("teacher") if model.training else contextlib.nullcontext(),
             self._recovery.failing_together(
@@ -446,7 +466,7 @@ class GKDMixin(AnyTrainer):
                 exchanges=not self.teacher.is_local,
             ),
         ):
-            teacher = self.teacher.score(batch).sliced(pairing.vocab_size)
+            teacher = self.teacher.score(with_teacher_prompts(batch)).sliced(pairing.vocab_size)
         products = product_dtype(self.args, self.accelerator.mixed_precision)
         observe = self._recorder.observe if self._recorder is not None and model.training else None
         comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products, observe)
@@ -571,13 +591,28 @@ class GKDMixin(AnyTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_rollouts(output_dir, self._ranks.index, self._queue.state(self.state.global_step))
+        self._student_teachers.save(output_dir, is_first_rank=self._ranks.index == 0)
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # next, the first rank writes Trainer's state, which vouches for all ranks
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._has_loaded(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._has_loaded(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _has_loaded(self, checkpoint: str | None, model: nn.Module) -> bool:
+        """Load a checkpoint that Trainer can't; return whether it was one."""
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return checkpoint is not None and not is_sharded and load_converted(model, checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._recovery.last_checkpoint = None if checkpoint is None else Path(checkpoint)
         self._queue.load(load_rollouts(checkpoint, self._ranks.index))
+        self._student_teachers.load(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         card = Path(output_dir or self.args.output_dir) / "README.md"

@@ -29,8 +29,16 @@ def test_train_help_groups_every_option_of_gkd_config_behind_our_own(capsys):
 def test_every_required_option_that_is_missing_is_named(capsys):
     code, error = exit_of(["train", "--beta", "1"], capsys)
     assert code == 2
-    teacher = "--teacher_model_name_or_path or --teacher_server_base_url or --teachers or --teacher_cache_dir"
+    teacher = "--teacher_model_name_or_path or --teacher_server_base_url or --teachers or --self_teacher"
+    teacher += " or --teacher_cache_dir"
     assert f"required: --model_name_or_path, {teacher}, --dataset" in error
+
+
+def test_a_student_that_teaches_itself_needs_no_other_teacher(given_to_trainer, pair, data):
+    [model, output_dir] = pair[:2], pair[4:]
+    given = given_to_trainer(*model, *output_dir, *data, "--self_teacher", "ema", "--use_peft")
+    assert given["args"].self_teacher == "ema"
+    assert given["peft_config"] is not None
 
 
 def test_dictionary_options_are_json_on_the_command_line(given_to_trainer, pair, data):

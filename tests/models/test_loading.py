@@ -6,26 +6,32 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_m
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
+    Gemma3Config,
     MptConfig,
     MptForCausalLM,
 )
 
-from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.loading import (
     auto_class,
     base_model,
     disable_dropout,
+    find_processing_class,
     find_tokenizer,
     give_pad_token,
     load_student,
-    media_token_ids,
+    media_tokens,
     name_of,
     outline,
     refuse_prompt_learning,
+    refuse_unread_media,
     wrap_in_adapter,
 )
+from gkd_trainer.types import MediaTokens
+from tests.vision import make_model, make_processor
 
 
 @pytest.fixture
@@ -206,9 +212,49 @@ def test_the_dropout_of_an_adapter_is_disabled(tiny_model):
 
 def test_tokens_of_other_media_are_those_that_the_config_names(tiny_model):
     model = tiny_model()
-    assert media_token_ids(model) == frozenset()
+    assert media_tokens(model) == MediaTokens()
     model.config.image_token_id, model.config.audio_token_index, model.config.video_token_id = 5, 6, None
-    assert media_token_ids(model) == {5, 6}
+    assert media_tokens(model) == MediaTokens(image=5, audio=6)
+
+
+def test_a_vision_language_model_is_loaded_by_name_with_its_processor(tmp_path, tiny_model):
+    processor = make_processor("llava")
+    model = make_model("llava", processor.tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    student = load_student(str(tmp_path), None, trust_remote_code=False)
+    assert type(student) is type(model)
+    assert torch.equal(student.lm_head.weight, model.lm_head.weight)
+    assert type(find_processing_class(str(tmp_path), trust_remote_code=False)) is type(processor)
+
+
+def test_a_processor_that_can_not_be_loaded_is_replaced_by_its_tokenizer(tmp_path, caplog):
+    processor = make_processor("llava")
+    make_model("llava", processor.tokenizer).save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    found = find_processing_class(str(tmp_path), trust_remote_code=False)
+    assert found.get_vocab() == processor.tokenizer.get_vocab()
+    assert "rows can't have images" in caplog.text
+
+
+def test_the_class_is_that_of_the_checkpoint(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert auto_class(str(tmp_path), {}) is AutoModelForCausalLM
+    # Such a config also fits AutoModelForCausalLM.
+    for architectures, expected in (
+        (["Gemma3ForConditionalGeneration"], AutoModelForImageTextToText),
+        (None, AutoModelForCausalLM),
+    ):
+        config = Gemma3Config(architectures=architectures)
+        assert auto_class("any", {"config": config}) is expected
+
+
+def test_media_that_a_forward_does_not_name_are_refused(tiny_model):
+    refuse_unread_media(tiny_model(), {"input_ids": None, "position_ids": None}, "student")
+    with pytest.raises(GKDDataError, match=r"image_grid_thw, pixel_values, which the student \(LlamaForCausalLM\)"):
+        refuse_unread_media(tiny_model(), {"pixel_values": None, "image_grid_thw": None}, "student")
+    processor = make_processor("llava")
+    refuse_unread_media(make_model("llava", processor.tokenizer), {"pixel_values": None}, "student")
 
 
 def test_the_auto_class_follows_the_config(tiny_model, tiny_encoder_decoder, tmp_path):

@@ -19,7 +19,14 @@ from transformers import (
 
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
 from gkd_trainer.models.loading import base_model
-from gkd_trainer.models.weights import checkpoint_weights, has_tied_head, is_plain_lora, write_adapter, write_weights
+from gkd_trainer.models.weights import (
+    checkpoint_weights,
+    has_tied_head,
+    is_plain_lora,
+    load_converted,
+    write_adapter,
+    write_weights,
+)
 
 TIED = {"tie_word_embeddings": True}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -153,6 +160,30 @@ def test_weights_that_a_checkpoint_holds_in_another_form_come_in_that_form(mixtu
     assert saved.keys() != mixture_of_experts.state_dict().keys()
     assert weights.keys() == saved.keys()
     assert all(torch.equal(weights[name], value) for name, value in saved.items())
+
+
+def test_weights_in_another_form_are_loaded_from_a_checkpoint(mixture_of_experts, tmp_path):
+    mixture_of_experts.save_pretrained(tmp_path)
+    model = copy.deepcopy(mixture_of_experts)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert load_converted(model, tmp_path)
+    torch.testing.assert_close(model.state_dict(), mixture_of_experts.state_dict(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(mixture_of_experts, tmp_path):
+    shallow = copy.deepcopy(mixture_of_experts)
+    del shallow.model.layers[1:]
+    shallow.save_pretrained(tmp_path)
+    with pytest.raises(GKDConfigError, match=r"lacks \d+ weights of the MixtralForCausalLM, such as model.layers.1"):
+        load_converted(copy.deepcopy(mixture_of_experts), tmp_path)
+
+
+def test_weights_in_the_models_own_form_are_left_to_trainer(student, tmp_path):
+    assert not load_converted(student(), tmp_path)
+    assert not load_converted(torch.nn.Linear(2, 2), tmp_path)
+    assert not load_converted(get_peft_model(student(), lora()), tmp_path)
 
 
 def test_experts_with_an_adapter_on_them_come_merged_and_in_the_checkpoints_form(mixture_of_experts, tmp_path):

@@ -19,9 +19,11 @@ def test_bins_are_single_positions_and_then_grow():
 
 def test_positions_begin_again_in_each_run_of_trained_tokens():
     batch = batch_of_six()
-    # Rows: one run of 7, runs of 3 and 4, four of which two are neighbours, one, and ten.
-    expected = [*range(7), *range(3), *range(4), 0, 0, 0, 1, 0, *range(10)]
+    # Rows: one run of 7, runs of 3 and 4 with 4 tokens between, four of which two are neighbours, one, and ten.
+    expected = [*range(7), *range(3), *range(7, 11), 0, 2, 4, 5, 0, *range(10)]
     assert positions_in_runs(batch.rows_N, batch.columns_N).tolist() == expected
+    apart = batch_of(token_rows([30]), [[3, 4, 13, 14, 24, 25]])
+    assert positions_in_runs(apart.rows_N, apart.columns_N).tolist() == [0, 1, 10, 11, 0, 1]
 
 
 def test_means_are_those_of_each_policys_tokens_by_position():

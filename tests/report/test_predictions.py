@@ -5,7 +5,16 @@ import torch
 
 from gkd_trainer.report import predictions
 from gkd_trainer.report.predictions import picked, top_tokens
-from gkd_trainer.signals import GroupedSignal, Head, HiddenSignal, LogitsSignal, SummedSignal, TopKSignal
+from gkd_trainer.signals import (
+    GroupedSignal,
+    Head,
+    HiddenSignal,
+    LogitsSignal,
+    MappedSignal,
+    SummedSignal,
+    TopKSignal,
+    VocabularyMap,
+)
 
 N, H, V, K = 7, 5, 13, 3
 
@@ -85,6 +94,20 @@ def test_a_sum_with_a_top_k_teacher_does_not_guess_the_targets_probability(hidde
     p_NV = 0.5 * p_of(hidden)
     p_NV.scatter_add_(1, top_k.ids_NK, 0.5 * top_k.log_p_NK.exp().double())
     assert found.ids_NK.tolist() == p_NV.topk(4, dim=1).indices.tolist()
+
+
+def test_a_teacher_with_another_vocabulary_is_shown_in_the_students_tokens(logits):
+    # The teacher's token w is the student's 12 - w, and it lacks the student's last three and first two.
+    student_ids_M = torch.arange(2, 10)
+    mapping = VocabularyMap(student_ids_M, 12 - student_ids_M, torch.zeros(V).long(), torch.zeros(V).long(), 1)
+    found = top_tokens(MappedSignal(logits, mapping), TARGETS, 4)
+    p_NV = torch.zeros(N, V, dtype=torch.float64)
+    p_NV[:, student_ids_M] = p_of(logits)[:, 12 - student_ids_M]
+    assert found.ids_NK.tolist() == p_NV.topk(4, dim=1).indices.tolist()
+    is_shared_N = (TARGETS >= 2) & (TARGETS < 10)
+    assert found.target_p_N.isnan().tolist() == (~is_shared_N).tolist()
+    expected_N = p_NV.gather(1, TARGETS[:, None])[:, 0]
+    torch.testing.assert_close(found.target_p_N.double()[is_shared_N], expected_N[is_shared_N])
 
 
 def test_grouped_predictions_are_those_of_each_positions_teacher(hidden, logits):

@@ -20,7 +20,7 @@ from gkd_trainer.rollouts import (
 )
 from gkd_trainer.types import Sampling
 
-TOKENS = {"stop_ids": [2, 5], "pad_token_id": 0, "vocab_size": 365}
+TOKENS = {"stop_ids": [2, 5], "pad_token_id": 0, "vocab_size": 365, "never_sampled": {7}}
 URL = "http://127.0.0.1:9"
 
 
@@ -125,6 +125,7 @@ def test_the_options_of_servers_reach_their_engine(recorded):
     assert type(engine).__name__ == "VLLMServerRollouts"
     assert engine.arguments == (args.vllm_server_base_url, [2, 5], 365)
     assert engine.options == {
+        "never_sampled": {7},
         "api_token": "key",
         "server_timeout": 3.0,
         "request_timeout": 4.0,
@@ -148,6 +149,7 @@ def test_the_options_of_an_engine_in_this_process_reach_it(recorded):
     assert type(engine).__name__ == "VLLMColocateRollouts"
     assert engine.arguments == (student, [2, 5], 365)
     assert engine.options == {
+        "never_sampled": {7},
         "dtype": torch.bfloat16,
         "max_model_length": 99,
         "gpu_memory_utilization": 0.5,

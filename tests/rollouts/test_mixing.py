@@ -349,6 +349,13 @@ def test_types_of_other_tokens_than_the_prompts_are_refused():
         with_completions(inputs, generated(0, [98, 99], [9]), PAD)
 
 
+def test_the_tokens_of_an_own_prompt_have_the_types_of_equal_tokens_in_the_row():
+    inputs = {**RIGHT, "mm_token_type_ids": torch.tensor([[0, 1, 0, 0, 0], [0] * 5])}
+    image = int(RIGHT["input_ids"][0, 1])
+    mixed = with_completions(inputs, generated(0, [98, 99, image], [9]), PAD)
+    assert mixed["mm_token_type_ids"][0].tolist()[:4] == [0, 0, 1, 0]
+
+
 def test_a_batch_without_completions_is_marked_and_else_unchanged():
     inputs = {**LEFT, "position_ids": torch.arange(5).expand(2, 5)}
     marked = with_completions(inputs, {}, PAD)

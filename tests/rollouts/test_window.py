@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, generate_jobs, plan_window
+from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, generate_jobs, greedy_jobs, plan_window
 from gkd_trainer.rollouts.mixing import is_on_policy, sampling_seed
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, Sampling
+from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, MediaTokens, Sampling
 
 X = IGNORE_INDEX
 PAD = 0
@@ -53,6 +53,10 @@ def roll_out(batches, draw, student=None, teacher=None):
     (student_completions,) = generate_jobs([plan.student_jobs], SAMPLING, student or SpyEngine(77))
     teacher_completions = generate_jobs([plan.teacher_jobs], SAMPLING, teacher)[0] if teacher is not None else []
     return plan.rolled_out(student_completions, teacher_completions, PAD)
+
+
+def completed_greedily(inputs, engine, *, only_prompts):
+    return complete_greedily(inputs, greedy_jobs(inputs, only_prompts), engine, 9, PAD, only_prompts)
 
 
 def test_the_student_generates_once_per_window():
@@ -198,7 +202,7 @@ def test_evaluation_completes_bare_prompts_greedily_and_keeps_other_rows():
         "labels": torch.tensor([[X, X, X], [X, X, 4]]),
     }
     engine = SpyEngine(77)
-    completed = complete_greedily(inputs, engine, 9, PAD, only_prompts=True)
+    completed = completed_greedily(inputs, engine, only_prompts=True)
     [(prompts, sampling, _)] = engine.calls
     assert prompts == [[10, 1, 2]]
     assert (sampling.temperature, sampling.max_new_tokens) == (0.0, 9)
@@ -214,7 +218,7 @@ def test_evaluation_on_fresh_completions_leaves_rows_without_prompt_unscored():
         "labels": torch.tensor([[X, X, X], [X, X, 4], [5, 6, 7]]),
     }
     engine = SpyEngine(77)
-    completed = complete_greedily(inputs, engine, 9, PAD, only_prompts=False)
+    completed = completed_greedily(inputs, engine, only_prompts=False)
     assert engine.calls[0][0] == [[10, 1, 2], [20, 3]]
     assert completed["labels"].tolist() == [[X, X, X, 77, 10], [X, X, 77, 20, X], [X] * 5]
 
@@ -222,17 +226,17 @@ def test_evaluation_on_fresh_completions_leaves_rows_without_prompt_unscored():
 def test_evaluation_without_prompts_still_calls_the_engine_once():
     inputs = {"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, 6]])}
     engine = SpyEngine(77)
-    completed = complete_greedily(inputs, engine, 9, PAD, only_prompts=True)
+    completed = completed_greedily(inputs, engine, only_prompts=True)
     assert engine.calls[0][0] == []
     assert completed["labels"].tolist() == [[5, 6]]
-    assert complete_greedily(inputs, engine, 9, PAD, only_prompts=False)["labels"].tolist() == [[X, X]]
+    assert completed_greedily(inputs, engine, only_prompts=False)["labels"].tolist() == [[X, X]]
     assert inputs["labels"].tolist() == [[5, 6]]
 
 
 def test_prompts_with_an_image_are_not_completed_without_it():
     image = 11
     inputs = [micro_batch(10, image)]
-    plan_window(inputs, draw_of(0.0), teacher_generates=False, media_ids={image})
+    plan_window(inputs, draw_of(0.0), teacher_generates=False, media_tokens=MediaTokens(image))
     with pytest.raises(GKDDataError, match=f"token {image}, which stands for an image"):
-        plan_window(inputs, draw_of(1.0), teacher_generates=False, media_ids={image})
-    plan_window(inputs, draw_of(1.0), teacher_generates=False, media_ids={99})
+        plan_window(inputs, draw_of(1.0), teacher_generates=False, media_tokens=MediaTokens(image))
+    plan_window(inputs, draw_of(1.0), teacher_generates=False, media_tokens=MediaTokens(99))

@@ -10,6 +10,7 @@ from gkd_trainer.teachers import (
     FrozenTeacher,
     HiddenStateServerTeacher,
     RoutedTeachers,
+    SelfTeacher,
     VLLMServerTeacher,
     WeightedTeachers,
     build_teacher,
@@ -89,8 +90,15 @@ def test_servers_of_hidden_states_become_a_teacher_with_the_head_of_the_named_ch
     assert teacher.vocab_size == len(tiny_model().lm_head.weight)
     with pytest.raises(GKDTeacherError, match=r"can only say where it is stored .*; got dtype: give the others"):
         build_teacher(GKDArguments(**options, teacher_model_init_kwargs={"dtype": "bfloat16"}))
-    with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
+    with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model,"):
         build_teacher(GKDArguments(**options), teacher_model=tiny_model())
+
+
+@pytest.mark.parametrize("source", ["base", "ema", "reference"])
+def test_the_student_becomes_its_own_teacher(source):
+    teacher = build_teacher(GKDArguments(self_teacher=source, self_teacher_ema_decay=0.5))
+    assert isinstance(teacher, SelfTeacher)
+    assert teacher.source == source
 
 
 def test_no_teacher_is_refused():
@@ -104,8 +112,10 @@ def test_more_than_one_teacher_is_refused(tiny_model):
         (GKDArguments(teacher_server_base_url=URL), {"teacher_model": tiny_model()}),
         (GKDArguments(teacher_server_base_url=URL), {"teacher": FrozenTeacher(tiny_model())}),
         (GKDArguments(teachers={"math": "a/b"}), {"teacher_model": tiny_model()}),
+        (GKDArguments(self_teacher="base"), {"teacher_model": tiny_model()}),
+        (GKDArguments(self_teacher="base"), {"teacher": FrozenTeacher(tiny_model())}),
     ):
-        with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model and"):
+        with pytest.raises(GKDTeacherError, match="got more than one of teacher, teacher_model,"):
             build_teacher(args, **given)
 
 

@@ -1,15 +1,17 @@
 """A teacher from disk gives what the cached teacher gave, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import HiddenSignal, TopKSignal
-from gkd_trainer.teachers import CachedTeacher, FrozenTeacher
+from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, OtherTokenizerTeacher
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, source_of
-from gkd_trainer.types import TokenBatch
+from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, TokenBatch
 from tests.teachers.cache.rows import batch_of, cut, make_rows
 
 CPU = torch.device("cpu")
@@ -95,6 +97,12 @@ def test_a_batch_without_tokens_to_score_gives_an_empty_signal(live, tmp_path):
         signal = opened(cached_from(tmp_path / name, teacher)).score(batch)
         assert len(signal.hidden_NH if name == "hidden" else signal.ids_NK) == 0
         assert signal.vocab_size == 368
+
+
+def test_a_fallback_that_reads_other_tokens_than_the_students_is_refused(live, byte_level, tmp_path):
+    other = OtherTokenizerTeacher(live(), byte_level())
+    with pytest.raises(GKDTeacherError, match="this one reads other tokens: train with it in this process"):
+        CachedTeacher(cached_from(tmp_path, live()), other)
 
 
 def test_a_row_that_is_not_in_the_cache_is_named(live, byte_level, tmp_path):
@@ -209,11 +217,23 @@ def test_it_states_what_it_can_do(live, tmp_path):
     assert CachedTeacher(tmp_path, fallback).can_generate
 
 
+def test_prompts_of_the_teachers_own_are_refused(live, tmp_path):
+    """Also with a fallback: the cache may hold the same tokens behind another prompt."""
+    cached = opened(cached_from(tmp_path, live()), live())
+    batch = batch_of(ROWS)
+    no_prompts_BP = torch.full((len(ROWS), 2), IGNORE_INDEX)
+    assert len(cached.score(replace(batch, side={TEACHER_PROMPT_IDS: no_prompts_BP})).hidden_NH) == batch.n_scored
+    with_one_BP = no_prompts_BP.clone()
+    with_one_BP[3, 0] = 30
+    with pytest.raises(GKDDataError, match="prompts of the teacher's own: remove the column teacher_prompt"):
+        cached.score(replace(batch, side={TEACHER_PROMPT_IDS: with_one_BP}))
+
+
 def test_rows_of_an_encoder_decoder_and_images_are_refused(live, tmp_path):
     cached = opened(cached_from(tmp_path, live()))
     batch = batch_of(ROWS[:2])
     with pytest.raises(GKDDataError, match="encoder-decoder can't be cached"):
         cached.score(TokenBatch(batch.model_inputs, batch.labels_BL, batch.is_on_policy_B, label_offset=0))
     inputs = {**batch.model_inputs, "pixel_values": torch.zeros(2, 3)}
-    with pytest.raises(GKDDataError, match="gets only token ids"):
+    with pytest.raises(GKDDataError, match="in a cache knows only token ids, but this batch also holds"):
         cached.score(TokenBatch(inputs, batch.labels_BL, batch.is_on_policy_B))

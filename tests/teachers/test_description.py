@@ -5,6 +5,7 @@ from gkd_trainer.teachers import (
     FrozenTeacher,
     HiddenStateServerTeacher,
     RoutedTeachers,
+    SelfTeacher,
     Teacher,
     TeacherDescription,
     VLLMServerTeacher,
@@ -62,3 +63,7 @@ def test_a_teacher_of_hidden_states_is_described_by_its_checkpoint(tiny_model, t
     tiny_model().save_pretrained(tmp_path)
     url = "http://127.0.0.1:9"
     assert describe(HiddenStateServerTeacher(url, tmp_path)) == TeacherDescription(str(tmp_path), [url], None)
+
+
+def test_a_student_that_teaches_itself_is_described_by_its_source():
+    assert describe(SelfTeacher("ema")) == TeacherDescription("the student itself (ema)", (), None)

@@ -57,7 +57,9 @@ def test_the_probe_fits_the_shortest_context_and_the_witness_is_its_beginning(li
 @pytest.mark.parametrize(("unsent", "longest"), [(-1, 19), (1, 21)])
 def test_sequences_may_be_as_long_as_what_is_sent_of_them_allows(listed, tokenizer, unsent, longest):
     servers = servers_of(listed, unsent)
+    assert servers.longest_sequence is None
     servers.first_contact(tokenizer, longest)
+    assert servers.longest_sequence == longest
     message = (
         f"len 20, .* at most {longest} tokens, .* up to {longest + 1}: .* --max-model-len 21 or more.*={longest} or"
     )

@@ -47,6 +47,20 @@ def test_heads_of_different_padding_are_compared_over_the_tokenizer_s_ids(frozen
     assert teacher.vocab_size == max(byte_level().get_vocab().values()) + 1
 
 
+def test_a_chat_template_that_all_share_renders_their_prompts(tiny_model, byte_level):
+    def several(*templates):
+        tokenizers = [byte_level() for _ in templates]
+        for tokenizer, template in zip(tokenizers, templates, strict=True):
+            tokenizer.chat_template = template
+        return tokenizers, RoutedTeachers(
+            {f"teacher {i}": FrozenTeacher(tiny_model(), tokenizer) for i, tokenizer in enumerate(tokenizers)}
+        )
+
+    tokenizers, teacher = several("one", "one")
+    assert teacher.tokenizer is tokenizers[0]
+    assert several("one", "two")[1].tokenizer is None
+
+
 def test_teachers_with_different_tokenizers_are_refused_by_name(frozen, tiny_model, byte_level):
     other = byte_level()
     other.add_tokens(["<new>"])

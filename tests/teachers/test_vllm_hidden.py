@@ -12,8 +12,9 @@ from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
 from gkd_trainer.signals import LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher, HiddenStateServerTeacher, RoutedTeachers, Teacher
+from gkd_trainer.teachers.context import longest_context, with_teacher_prompts
 from gkd_trainer.teachers.prompt_states import STATE_DTYPES
-from gkd_trainer.types import TEACHER_INDEX
+from gkd_trainer.types import IGNORE_INDEX, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from tests.serving import MAX_MODEL_LENGTH, FaultyProxy, cut_in_half, status
 from tests.teachers.batches import batch_of, batch_of_six, token_rows
 
@@ -119,6 +120,19 @@ def test_predictions_are_the_models_at_the_scored_positions(make, served_model, 
     assert signal.hidden_NH.shape == (batch.n_scored, 128)
     assert not signal.hidden_NH.requires_grad
     assert_predictions_are_those_of(signal, expected_logits_NV(served_model, batch))
+
+
+def test_prompts_of_the_teachers_own_are_scored_up_to_the_servers_context(make, served_model):
+    """They may be longer than the run's max_length."""
+    teacher = make()
+    assert longest_context(teacher, 64) == MAX_MODEL_LENGTH + 1
+    [prompt, *samples] = token_rows([200, 12, 17])
+    prompts_BP = torch.full((2, 200), IGNORE_INDEX)
+    prompts_BP[1] = torch.tensor(prompt)
+    batch = replace(batch_of(samples, [range(5, 12), range(9, 17)]), side={TEACHER_PROMPT_IDS: prompts_BP})
+    read = with_teacher_prompts(batch)
+    as_read = batch_of([samples[0], prompt + samples[1][9:]], [range(5, 12), range(200, 208)])
+    assert_predictions_are_those_of(teacher.score(read), expected_logits_NV(served_model, as_read))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

@@ -65,7 +65,7 @@ def batches_of(windows, first=10):
     return iter([micro_batch(first + 10 * number) for number in range(windows)])
 
 
-def queue_of(ranks, engine, teacher=None, media_ids=(), **options):
+def queue_of(ranks, engine, teacher=None, media_tokens=None, **options):
     """A queue of a run that is on-policy unless the options say otherwise."""
     return RolloutQueue(
         engine,
@@ -75,5 +75,5 @@ def queue_of(ranks, engine, teacher=None, media_ids=(), **options):
         ranks=ranks,
         recovery=Recovery(ranks),
         pad_token_id=PAD,
-        media_ids=media_ids,
+        media_tokens=media_tokens,
     )

@@ -17,11 +17,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import IterableDataset, load_dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gkd_trainer import GKDConfig, GKDTrainer
+from gkd_trainer import GKDConfig, GKDTrainer, RoutedTeachers, SelfTeacher
 from gkd_trainer.vllm_client import VLLMServer
 
 FSDP = {
@@ -101,6 +101,24 @@ def cut(rows, lengths):
     return {"shards": shards, "names": list(range(len(lengths)))}
 
 
+def with_two_adapters(student):
+    """Wrap a student in an adapter to train and another one, "reference", neither of them zero."""
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    student = get_peft_model(student, adapter)
+    student.add_adapter("reference", adapter)
+    return student
+
+
+def routed_between(sources):
+    """Teachers that all run the student: the first is that of one row in three, the second of the others."""
+    first, second = sources
+    return RoutedTeachers(
+        {source: SelfTeacher(source, ema_decay=0.5) for source in sources},
+        lambda row: second if sum(row["input_ids"]) % 3 else first,
+    )
+
+
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
@@ -110,6 +128,7 @@ def main(folder: Path) -> None:
     loses_server = options.pop("loses_server_on_rank", None)
     is_lora = options.pop("is_lora", False)
     names_teacher = options.pop("names_teacher", False)
+    self_teachers = options.pop("self_teachers", None)
     callbacks = [DieAfterSaving(die_at)] if die_at else []
     if loses_server is not None:
         callbacks.append(LoseServer(loses_server))
@@ -143,15 +162,19 @@ def main(folder: Path) -> None:
         # Accelerate takes FSDP for GPUs alone; nothing after its decision asks for one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     teacher: Any = str(folder / "teacher")
-    if args.teachers or args.teacher_cache_dir:
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype="float32")
+    if args.self_teacher is not None or self_teachers is not None:
+        student, teacher = with_two_adapters(student), None
+    elif args.teachers or args.teacher_cache_dir:
         teacher = None
     elif not names_teacher:
         teacher = AutoModelForCausalLM.from_pretrained(teacher)
     if args.teachers:  # two rows each, so that a rank's batch of two has only one of them
         rows = rows.map(lambda _, i: {"teacher": list(args.teachers)[i // 2 % len(args.teachers)]}, with_indices=True)
     trainer = DyingTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student", dtype="float32"),
+        model=student,
         teacher_model=teacher,
+        teacher=None if self_teachers is None else routed_between(self_teachers),
         args=args,
         train_dataset=rows if stream is None else stream,
         data_collator=None if odd_row is None else padded,

@@ -75,7 +75,7 @@ def test_teacher_beside_the_name_of_another(make_trainer, tiny_model, tmp_path):
 def test_options_without_effect_are_logged_once_with_what_they_need(make_trainer, caplog):
     make_trainer(divergence="skew_kl", beta=0.1, model_init_kwargs={"token": "canary"}, teacher_tail="renormalize")
     [message] = [record.message for record in caplog.records if "have no effect" in record.message]
-    assert message.startswith("These options have no effect in this run: beta=0.1 needs divergence='jsd'; ")
+    assert message.startswith("These options have no effect in this run: beta=0.1 needs divergence='jsd', ")
     assert "model_init_kwargs={'token': '<TOKEN>'} needs a student given by name" in message
     assert "teacher_tail='renormalize' needs a teacher that gives only its top tokens" in message
     caplog.clear()

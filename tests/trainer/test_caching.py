@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig, RoutedTeachers
+from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig, OtherTokenizerTeacher, RoutedTeachers, SelfTeacher
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.teachers.cache import read_manifest
 from gkd_trainer.trainer.caching import cache_predictions
@@ -155,7 +155,7 @@ def test_a_second_run_scores_only_rows_that_are_new(cached, tiny_model, token_ro
     assert asked == []
 
 
-def test_what_can_not_be_cached_is_refused(cached, tiny_model, token_rows, tmp_path):
+def test_what_can_not_be_cached_is_refused(cached, tiny_model, byte_level):
     with pytest.raises(GKDConfigError, match="set lmbda=0 and seq_kd=False"):
         cached(lmbda=0.5)
     with pytest.raises(GKDConfigError, match="batch_size must be at least 1; got 0"):
@@ -164,6 +164,11 @@ def test_what_can_not_be_cached_is_refused(cached, tiny_model, token_rows, tmp_p
         cached(CachedTeacher(cached()), name="other")
     with pytest.raises(GKDTeacherError, match="predictions of one teacher; got RoutedTeachers"):
         cached(RoutedTeachers({"own": FrozenTeacher(tiny_model(seed=1))}), name="other")
+    other = OtherTokenizerTeacher(FrozenTeacher(tiny_model(seed=1), byte_level()))
+    with pytest.raises(GKDTeacherError, match="over the student's tokens, but this teacher reads other tokens"):
+        cached(other, name="other")
+    with pytest.raises(GKDTeacherError, match="a SelfTeacher is the student, which training changes"):
+        cached(SelfTeacher(), student=tiny_model(), name="other")
     with pytest.raises(GKDTeacherError, match="'topk' stores its top tokens"):
         cached(kind="topk", name="other")
     with pytest.raises(GKDDataError, match="none of the 2 rows can be used"):
@@ -174,6 +179,12 @@ def test_a_default_max_length_gives_way_to_the_shorter_context(cached, tiny_mode
     model = tiny_model(hidden=48, seed=1, max_position_embeddings=32)
     cached(FrozenTeacher(model), max_length=GKDConfig.max_length)
     assert read_manifest(tmp_path / "cache").source.max_length == 32
+
+
+def test_rows_with_a_prompt_of_the_teachers_own_are_refused(cached):
+    rows = [{"prompt": "one", "completion": " two", "teacher_prompt": "one and two"}]
+    with pytest.raises(GKDDataError, match="rows of the data to cache have teacher_prompt"):
+        cached(rows=rows)
 
 
 @pytest.mark.parametrize("column", ["teacher_index", "pixel_values"])

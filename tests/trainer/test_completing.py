@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from gkd_trainer import GKDDataError, GKDRolloutError
 from gkd_trainer.report.metrics import Stopwatch
 from gkd_trainer.trainer.ranks import Ranks
-from gkd_trainer.types import Sampling
+from gkd_trainer.types import MediaTokens, Sampling
 from tests.trainer.queues import PAD, Spy, Student, X, micro_batch, queue_of
 
 
@@ -95,7 +95,7 @@ def test_a_batch_is_completed_greedily_and_scored_on_nothing_else(make_queue, en
 
 
 def test_a_prompt_with_an_image_is_not_completed(make_queue):
-    queue = make_queue(media_ids={3})
+    queue = make_queue(media_tokens=MediaTokens(image=3))
     for complete in (queue.completed, queue.completed_prompts):
         with pytest.raises(GKDDataError, match="a prompt to be completed holds token 3"):
             complete(micro_batch(10), Student().at(3))
@@ -111,7 +111,7 @@ def test_bare_prompts_are_completed_and_other_rows_stay(make_queue, engine):
 def test_without_bare_prompts_the_engine_is_called_only_if_another_rank_has_some(
     make_queue, engine, two_ranks, other_has_prompts
 ):
-    ranks = two_ranks(other_has_prompts, *[0] * 4)
+    ranks = two_ranks(other_has_prompts, *[0] * 5)
     inputs = {name: values[:1] for name, values in micro_batch(10).items()}
     completed = make_queue(engine, queue_ranks=ranks).completed_prompts(inputs, Student().at(3))
     assert (completed is inputs) is not other_has_prompts

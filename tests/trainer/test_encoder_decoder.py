@@ -115,6 +115,45 @@ def test_loss_and_gradients_are_those_of_plain_logits_in_float64(make, family, b
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_teachers_prompts_take_the_place_of_what_its_encoder_reads(make, byte_level, family):
+    rows = [{**row, "teacher_prompt": f"seven {i} eight" if i % 2 else None} for i, row in enumerate(ROWS)]
+    trainer = make(family, trainer_args={"train_dataset": Dataset.from_list(rows)})
+    inputs = batch_of(trainer)
+    loss = trainer.compute_loss(trainer.model, dict(inputs)).item()
+    tokenizer, values = byte_level(), []
+    for i in range(5):
+        labels = inputs["labels"][i][inputs["labels"][i] != -100]
+        texts = (ROWS[i]["prompt"], rows[i]["teacher_prompt"] or ROWS[i]["prompt"])
+        with torch.no_grad():
+            student, teacher = (
+                model(input_ids=tokenizer(text, return_tensors="pt")["input_ids"], labels=labels[None])
+                .logits[0]
+                .double()
+                for model, text in zip((trainer.model, trainer.teacher_model), texts, strict=True)
+            )
+        values.append(reference_jsd(student, teacher, beta=0.5))
+    assert loss == pytest.approx(torch.cat(values).mean().item(), rel=1e-5)
+    trainer.train()
+
+
+@pytest.mark.parametrize(("family", "source"), [("t5", "base"), ("bart", "ema")])
+def test_an_encoder_decoder_teaches_itself(make, tiny_encoder_decoder, family, source):
+    names = ["q", "v"] if family == "t5" else ["q_proj", "v_proj"]
+    lora = LoraConfig(r=2, target_modules=names, init_lora_weights=False)
+    plain = tiny_encoder_decoder(family)
+    arguments = {"teacher_model": None, "model": tiny_encoder_decoder(family), "peft_config": lora}
+    trainer = make(family, trainer_args=arguments, self_teacher=source, lmbda=0.5, max_new_tokens=4, learning_rate=1e-2)
+    inputs = batch_of(trainer)
+    loss = trainer.compute_loss(trainer.model, dict(inputs)).item()
+    student = plain_logits(trainer.model, inputs)
+    with torch.no_grad():
+        teacher = plain_logits(plain, inputs) if source == "base" else student
+    assert loss == pytest.approx(reference_jsd(student, teacher, beta=0.5).mean().item(), rel=1e-4, abs=1e-6)
+    trainer.train()
+    assert trainer.compute_loss(trainer.model, dict(inputs)).item() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
 def test_full_logits_are_in_the_columns_of_the_labels(make, family):
     trainer = make(family)
     inputs = batch_of(trainer)

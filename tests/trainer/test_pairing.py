@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfigError, GKDTeacherError
+from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfigError, GKDTeacherError, OtherTokenizerTeacher
 from gkd_trainer.models.heads import Context, InseparableHead, SeparableHead
 from gkd_trainer.trainer.pairing import OwnedContext, fitted_into, pair, shorter_context
 from gkd_trainer.trainer.ranks import Ranks
@@ -149,6 +149,11 @@ def test_a_teacher_that_shares_weights_may_be_in_parts_as_its_student_is(tiny_mo
 def test_the_shorter_context_is_returned_with_its_owner(tiny_model, make_teacher, student, teacher, expected):
     shorter = shorter_context(tiny_model(student), make_teacher(teacher))
     assert (shorter and (shorter.owner, shorter.context.limit)) == expected
+
+
+def test_the_context_of_a_teacher_with_another_tokenizer_is_in_other_tokens(tiny_model, make_teacher):
+    other = OtherTokenizerTeacher(make_teacher("gpt2"))
+    assert shorter_context(tiny_model("rwkv"), other) is None
 
 
 SHORTER = OwnedContext("teacher", Context(64, has_rope=True))

@@ -21,7 +21,7 @@ from gkd_trainer.trainer.preparation import (
     require_labels,
     tokenizer_of,
 )
-from gkd_trainer.types import PROMPT_IDS, ROW_KEY
+from gkd_trainer.types import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
 
 X, STOP = -100, 2
 PROMPT_ALONE = {"input_ids": [5, 6], "labels": [X, X]}
@@ -288,3 +288,9 @@ def test_iterable_datasets_are_streams():
     assert is_stream(stream([BOTH]))
     assert not is_stream(Dataset.from_list([BOTH]))
     assert not is_stream([BOTH])
+
+
+def test_packing_rows_with_prompts_for_the_teacher_is_refused():
+    rows = Dataset.from_list([{**BOTH, TEACHER_PROMPT_IDS: [8, 9]}])
+    with pytest.raises(GKDConfigError, match="packing joins rows, so the teacher can't read a prompt of its own"):
+        preparation(packing=True, packing_strategy="bfd").prepared(rows, "train", is_training=True)

@@ -104,3 +104,30 @@ def test_resume_is_exact_except_where_trainer_loses_its_place_in_the_data(
         if all(torch.equal(weights[name], tensor) for name, tensor in expected.items()):
             found.add(step)
     assert found == exact_at
+
+
+def test_a_checkpoint_with_other_names_than_the_modules_resumes_exactly(make_trainer, tiny_model, tmp_path):
+    def run(resume=None, **options):
+        student = tiny_model("mixtral", seed=5)
+        trainer = make_trainer(trainer_args={"model": student}, **{**OPTIONS, "save_total_limit": None, **options})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict()
+
+    expected = run(max_steps=3)
+    resumed = run(str(tmp_path / "run" / "checkpoint-1"), max_steps=3, output_dir=str(tmp_path / "resumed"))
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+def test_the_best_checkpoint_with_other_names_than_the_modules_is_loaded(make_trainer, tiny_model, token_rows):
+    student = tiny_model("mixtral", seed=5)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    # The entropy rises, so the lowest is that of the first checkpoint, and the last weights are others.
+    lowest = {"metric_for_best_model": "student_entropy", "greater_is_better": False}
+    trainer = make_trainer(
+        trainer_args={"model": student, "eval_dataset": token_rows(4)},
+        **{**OPTIONS, "save_total_limit": None, **best, **lowest},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    saved = type(student).from_pretrained(trainer.state.best_model_checkpoint)
+    torch.testing.assert_close(trainer.model.state_dict(), saved.state_dict(), rtol=0, atol=0)

@@ -13,7 +13,7 @@ from gkd_trainer.rollouts import WindowRollout
 from gkd_trainer.rollouts.mixing import sampling_seed
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, RolloutQueue, sample_counts, sampling_of
 from gkd_trainer.trainer.windows import Epoch, WindowLoader
-from gkd_trainer.types import Completion, Generated, Sampling
+from gkd_trainer.types import Completion, Generated, MediaTokens, Sampling
 from tests.trainer.queues import PAD, SEED, Spy, Student, X, batches_of, micro_batch, queue_of
 
 OVERLAP = {
@@ -349,7 +349,7 @@ def test_a_batch_without_labels_is_refused(make_queue, epoch_of):
 
 def test_a_prompt_with_an_image_is_not_completed(make_queue, epoch_of):
     with pytest.raises(GKDDataError, match="a prompt to be completed holds token 3"):
-        train(make_queue(media_ids={3}), epoch_of(batches_of(1)), [0])
+        train(make_queue(media_tokens=MediaTokens(image=3)), epoch_of(batches_of(1)), [0])
 
 
 def test_sampling_is_that_of_the_options():
@@ -366,4 +366,4 @@ def test_the_samples_of_a_window_are_counted():
         Generated([5], Completion([2], is_finished=True), is_on_policy=False),
     ]
     counts = sample_counts(WindowRollout([], generated, samples=6, without_prompt=1), staleness=2)
-    assert counts == dict(zip(SAMPLE_SUMS, (6, 2, 1, 3, 8, 1, 4), strict=True))
+    assert counts == dict(zip(SAMPLE_SUMS[:-1], (6, 2, 1, 3, 8, 1, 4), strict=True))

@@ -1,0 +1,58 @@
+"""The prompt that a teacher with another tokenizer reads: rendered by its own chat template, in its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+from trl.data_utils import maybe_convert_to_chatml
+
+from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.tokens import RowDropped
+from gkd_trainer.data.turns import render_prompt
+
+
+@dataclass(frozen=True)
+class RenderedPrompts:
+    """Renders prompts with the template of `tokenizer`, the teacher's; can be pickled."""
+
+    tokenizer: Any
+
+    def of(self, row: Mapping[str, Any]) -> list[int]:
+        """Return the tokens before a row's last assistant turn.
+
+        Empty for a row without messages, and if there is no template: the teacher then reads the student's prompt.
+
+        Raises:
+            RowDropped: The template refuses the messages.
+        """
+        messages = [] if self.tokenizer.chat_template is None else _before_last_turn(row)
+        if not messages:
+            return []
+        try:
+            text = render_prompt(self.tokenizer, messages, tools_of(row), template_kwargs_of(row))
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise RowDropped(f"refused by the teacher's chat template ({str(error)[:100]})") from error
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def _before_last_turn(row: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    if row.get("input_ids") is not None:
+        return []
+    if row.get("messages") is not None or row.get("conversations") is not None:
+        held = {name: row[name] for name in ("messages", "conversations") if row.get(name) is not None}
+        messages = messages_of(maybe_convert_to_chatml(held)["messages"])
+        n_context = 0
+    elif isinstance(row.get("prompt"), list):
+        held = {name: row[name] for name in ("prompt", "completion") if isinstance(row.get(name), list)}
+        converted = maybe_convert_to_chatml(held)
+        messages = messages_of(converted["prompt"])
+        n_context = len(messages)
+        messages += messages_of(converted["completion"]) if "completion" in converted else []
+    else:
+        return []
+    turns = [place for place in range(n_context, len(messages)) if messages[place]["role"] == "assistant"]
+    return messages[: turns[-1]] if turns else messages

@@ -1,0 +1,35 @@
+"""Prompts in the ids of a tokenizer, as a model gets them."""
+
+import pytest
+
+from gkd_trainer.models.prompts import leading_ids, prompt_ids
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("has_bos", [False, True])
+def test_a_text_stands_behind_the_tokenizers_special_tokens_once(byte_level, has_bos):
+    tokenizer = byte_level(has_bos=has_bos)
+    bare = tokenizer("hello there", add_special_tokens=False)["input_ids"]
+    bos = [tokenizer.bos_token_id] * has_bos
+    assert leading_ids(tokenizer) == tuple(bos)
+    assert prompt_ids(tokenizer, "hello there") == bos + bare
+    assert prompt_ids(tokenizer, "<s>hello there") == [tokenizer.bos_token_id, *bare]
+
+
+def test_messages_are_rendered_with_the_header_of_the_next_turn(byte_level):
+    tokenizer = byte_level(has_bos=True)  # which a template writes itself, if at all
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(prompt_ids(tokenizer, MESSAGES)) == text
+
+
+def test_a_text_for_an_encoder_has_the_special_tokens_of_its_tokenizer(byte_level):
+    tokenizer = byte_level(has_bos=True)
+    assert prompt_ids(tokenizer, "hello", is_source=True) == tokenizer("hello")["input_ids"]
+    assert prompt_ids(tokenizer, MESSAGES, is_source=True) == prompt_ids(tokenizer, MESSAGES)
+
+
+def test_templates_get_tools_and_variables(byte_level):
+    tokenizer = byte_level("{{ tools[0]['name'] }} {{ mood }} {{ messages[0]['content'] }}")
+    ids = prompt_ids(tokenizer, MESSAGES, tools=[{"name": "sum"}], template_kwargs={"mood": "calm"})
+    assert tokenizer.decode(ids) == "sum calm hello"
