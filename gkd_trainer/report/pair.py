@@ -30,7 +30,16 @@ from gkd_trainer.models.loading import base_model, find_tokenizer, load_student,
 from gkd_trainer.rollouts import HFRollouts
 from gkd_trainer.rollouts.build import find_stop_ids, sampled_vocabulary_size
 from gkd_trainer.signals import Signal, StudentSignal
-from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, Teacher, all_teachers, shared_vocabulary_size
+from gkd_trainer.teachers import (
+    AligningTeacher,
+    FrozenTeacher,
+    RoutedTeachers,
+    StudentTeacher,
+    Teacher,
+    all_teachers,
+    comparable,
+    shared_vocabulary_size,
+)
 from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, Completion, TokenBatch
 
 T = TypeVar("T")
@@ -88,11 +97,13 @@ class Pair:
             "labels": padded(labels, IGNORE_INDEX),
             IS_ON_POLICY: torch.full((len(ids),), is_on_policy, device=device),
         }
-        return TokenBatch.from_inputs(with_decoder_inputs(base_model(self.student), inputs))
+        inputs = comparable(self.teacher, with_decoder_inputs(base_model(self.student), inputs))
+        return TokenBatch.from_inputs(inputs)
 
     def compare(self, batch: TokenBatch, comparison: Callable[[StudentSignal, Signal], T]) -> T:
         """Return `comparison` of both models' predictions for a batch, without gradients."""
         with torch.no_grad(), evaluating(self.student):
+            attach(self.teacher, self.student, self.head)
             teacher = self.teacher.score(batch).sliced(self.vocab_size)
             result, _ = compare(
                 self.student,
@@ -146,9 +157,13 @@ def pair(
                 f"expected two causal LMs or two encoder-decoders; got {type(base_model(student)).__name__} as the "
                 f"student and {type(model).__name__} as the teacher"
             )
-    models = [base_model(student), *(each.model for each in all_teachers(prepared) if each.model is not None)]
+    teachers = list(all_teachers(prepared))
+    if any(isinstance(each, AligningTeacher) for each in teachers):
+        teachers = []  # it reads other tokens, and cuts them to its own context
+    models = [base_model(student), *(each.model for each in teachers if each.model is not None)]
     contexts = [find_context(model) for model in models]
     limit = min((context.limit for context in contexts if context is not None), default=None)
+    attach(prepared, student)
     prepared.prepare(next(student.parameters()).device, tokenizer, limit)
     vocab_size = shared_vocabulary_size(
         vocabulary_size(base_model(student)),
@@ -166,6 +181,13 @@ def as_teacher(teacher: Teacher | nn.Module | str | os.PathLike[str]) -> Teacher
     if isinstance(teacher, str | os.PathLike):
         return FrozenTeacher.from_pretrained(teacher)
     return FrozenTeacher(teacher)
+
+
+def attach(teacher: Teacher, student: nn.Module, head: SeparableHead | InseparableHead | None = None) -> None:
+    """Give the student to a teacher that runs it."""
+    for each in all_teachers(teacher):
+        if isinstance(each, StudentTeacher):
+            each.attach(student, head)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from gkd_trainer.divergence import generalized_jsd
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.report import heat_map
-from gkd_trainer.teachers import FrozenTeacher, WeightedTeachers
+from gkd_trainer.teachers import FrozenTeacher, OtherTokenizerTeacher, SelfTeacher, WeightedTeachers
 from tests.report.test_page import data_of
+from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 
 @pytest.fixture
@@ -59,6 +61,29 @@ def test_any_local_teacher_will_do(models, tiny_model, kind):
         teacher = WeightedTeachers({"a": FrozenTeacher(model), "b": FrozenTeacher(tiny_model(seed=2))})
     found = heat_map(student, teacher, "hello", " there", tokenizer=tokenizer).tokens
     assert {len(top) for top in found.teacher_top} == {3 if kind == "top_k" else 5}
+
+
+def test_a_teacher_with_another_tokenizer_is_compared_at_shared_boundaries(models, tiny_model):
+    student, _, tokenizer = models
+    other = sentencepiece_like(sentencepiece_backend())
+    model = tiny_model(hidden=48, vocab=len(other), seed=1)
+    teacher = OtherTokenizerTeacher(FrozenTeacher(model, tokenizer=other))
+    found = heat_map(student, teacher, "one two", " three four five", tokenizer=tokenizer).tokens
+    assert "".join(found.text).startswith(" three four five")
+    compared = [index for index, value in enumerate(found.divergence) if value is not None]
+    assert compared
+    vocabulary = {tokenizer.decode([token_id]) for token_id in range(len(tokenizer))}
+    for index in compared:
+        assert found.teacher_top[index]
+        assert {text for text, _ in found.teacher_top[index]} <= vocabulary
+
+
+def test_a_teacher_that_is_the_student_without_its_adapter(tiny_model, byte_level):
+    student = get_peft_model(tiny_model(), LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    found = heat_map(student, SelfTeacher(), "hello", " there", tokenizer=byte_level()).tokens
+    expected = heat_map(student, FrozenTeacher(tiny_model()), "hello", " there", tokenizer=byte_level()).tokens
+    assert found.divergence == pytest.approx(expected.divergence, rel=1e-3)
+    assert max(found.divergence) > 0
 
 
 @pytest.mark.parametrize("completion", ["I am fine", None])

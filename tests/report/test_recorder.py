@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from gkd_trainer.report.document import run_page
 from gkd_trainer.report.recorder import FACTS
 from gkd_trainer.report.records import FILE_NAME, read_records
 from gkd_trainer.report.run import read_run
-from gkd_trainer.teachers import FrozenTeacher, WeightedTeachers
+from gkd_trainer.teachers import FrozenTeacher, OtherTokenizerTeacher, WeightedTeachers
 from tests.trainer.run import FSDP
+from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 
 @pytest.fixture
@@ -140,6 +142,20 @@ def test_other_teachers_are_recorded(trained, tiny_model, kind):
     _, held = trained(trainer_args={"teacher": teacher}, max_steps=1)
     [sample, _] = held.records[0].samples
     assert {len(top) for top in sample.teacher_top} == {3 if kind == "top_k" else 5}
+
+
+def test_a_teacher_with_another_tokenizer_is_recorded(trained, tiny_model):
+    other = sentencepiece_like(sentencepiece_backend())
+    inner = FrozenTeacher(tiny_model(hidden=48, vocab=len(other), seed=1), tokenizer=other)
+    rows = Dataset.from_list([{"prompt": "one two", "completion": " three four five"}] * 4)
+    _, held = trained(
+        trainer_args={"teacher": OtherTokenizerTeacher(inner), "train_dataset": rows}, max_steps=1, lmbda=0.0
+    )
+    [sample, _] = held.records[0].samples
+    assert "".join(sample.text).startswith(" three four five")
+    assert any(sample.teacher_top)
+    [means] = held.records[0].positions.values()
+    assert max(means.position) < len(sample)
 
 
 ONE_STEP = {"report_samples": 3, "lmbda": 0.5, "max_steps": 1, "seed": 1, "names_teacher": True}
