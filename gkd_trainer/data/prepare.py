@@ -83,12 +83,12 @@ def prepare_dataset(
     """
     if isinstance(dataset, list):
         dataset = _from_list(dataset, name)
-    if isinstance(dataset, Dataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func, images, teacher_prompts)
-        return _prepare_map_style(dataset, _PrepareRow(preparer, route, True, name), num_proc)
-    if isinstance(dataset, IterableDataset):
-        preparer = RowPreparer.create(tokenizer, rules, formatting_func, images, teacher_prompts)
-        return _prepare_iterable(dataset, _PrepareRow(preparer, route, True, name))
+    if isinstance(dataset, Dataset | IterableDataset):
+        preparer = RowPreparer.create(tokenizer, rules, formatting_func, images=images, teacher_prompts=teacher_prompts)
+        prepare = _PrepareRow(preparer, route, True, name)
+        if isinstance(dataset, Dataset):
+            return _prepare_map_style(dataset, prepare, num_proc)
+        return _prepare_iterable(dataset, prepare)
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
         if route is not None and TEACHER_INDEX not in next(iter(dataset)):
             raise GKDDataError(

@@ -103,6 +103,7 @@ class RowPreparer:
         tokenizer: Any,
         rules: RowRules,
         formatting_func: Callable[[Any], Any] | None,
+        *,
         images: ImageProcessing | None = None,
         teacher_prompts: TeacherPrompts | None = None,
     ) -> RowPreparer:

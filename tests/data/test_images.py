@@ -34,7 +34,7 @@ def rules_of(processor, **changes):
 
 def preparer_of(processor, **changes):
     images = ImageProcessing.of(processor)
-    return RowPreparer.create(images.tokenizer, rules_of(processor, **changes), None, images)
+    return RowPreparer.create(images.tokenizer, rules_of(processor, **changes), None, images=images)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

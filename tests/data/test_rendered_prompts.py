@@ -101,7 +101,7 @@ def test_ids_that_the_student_lacks_are_no_reason_to_drop_a_row(teacher, byte_le
         == row[TEACHER_PROMPT_IDS]
     )
     with pytest.raises(RowDropped, match="beyond the models'"):
-        RowPreparer.create(byte_level(), rules, None, TeacherPrompts(byte_level())).prepare(row)
+        RowPreparer.create(byte_level(), rules, None, teacher_prompts=TeacherPrompts(byte_level())).prepare(row)
 
 
 def test_messages_that_the_template_refuses_drop_the_row():
