@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gkd_trainer.cli.report import write_page
+from gkd_trainer.cli.report import require_folder_of, write_page
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.quiet import quiet_imports
 
@@ -31,6 +31,7 @@ def run(arguments: Sequence[str]) -> None:
             raise GKDConfigError(f"--{name} must be at least 1; got {getattr(options, name)}")
     if options.samples < 0:
         raise GKDConfigError(f"--samples must be 0 or more; got {options.samples}")
+    require_folder_of(Path(options.output_file))
     with quiet_imports():
         from gkd_trainer.cli.train_options import refusing_as_configuration
         from gkd_trainer.data.sources import RowSource, naming_broken_lines

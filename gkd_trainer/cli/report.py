@@ -34,11 +34,20 @@ def run(arguments: Sequence[str]) -> None:
         "--output_file", "--output-file", metavar="FILE", help=f"the file (default: {FILE_NAME} in the last OUTPUT_DIR)"
     )
     options = parser.parse_args(arguments)
+    path = Path(options.output_file or Path(options.output_dirs[-1]) / FILE_NAME)
+    if options.output_file:
+        require_folder_of(path)
     with quiet_imports():
         from gkd_trainer.report.document import run_page
         from gkd_trainer.report.run import read_run
     page = run_page([read_run(folder) for folder in options.output_dirs])
-    write_page(Path(options.output_file or Path(options.output_dirs[-1]) / FILE_NAME), page)
+    write_page(path, page)
+
+
+def require_folder_of(path: Path) -> None:
+    """Raise GKDConfigError if a file can't be written since its folder is missing: known before any work."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise GKDConfigError(f"--output_file: expected a file in a folder that exists; got {path}")
 
 
 def write_page(path: Path, page: str) -> None:

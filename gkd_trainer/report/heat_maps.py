@@ -6,8 +6,9 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -177,14 +178,15 @@ def _row(prompt: Prompt, completion: str | Sequence[int] | None, is_encoder_deco
         completion = completion.flatten().tolist()
     if not isinstance(prompt, str) and len(prompt) == 0:
         raise GKDDataError("expected a prompt; got an empty one")
-    has_ids = not isinstance(prompt, str) and isinstance(prompt[0], int)
+    has_ids = not isinstance(prompt, str) and isinstance(prompt[0], Integral)
     if completion is not None and isinstance(completion, str) == has_ids:
         raise GKDDataError(
             "expected a prompt and a completion that are both text (or messages and text), or both token ids; got one "
             f"of each: {type(prompt).__name__} and {type(completion).__name__}"
         )
     if has_ids:
-        given = [] if completion is None else list(completion)
+        prompt = [int(token_id) for token_id in cast("Sequence[int]", prompt)]
+        given = [] if completion is None else [int(token_id) for token_id in completion]
         if completion is not None and not given:
             raise GKDDataError("expected a completion of at least one token; got an empty one")
         if is_encoder_decoder:

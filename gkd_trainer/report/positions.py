@@ -44,13 +44,19 @@ class PositionSums:
 
     def __init__(self) -> None:
         self._sums_2P2: Tensor | None = None
+        self._first_P = torch.tensor(FIRST_POSITIONS)
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._sums_2P2 = None
 
     def add(self, batch: TokenBatch, divergence_N: Tensor) -> None:
         """Add the divergence of each token of a batch; values that are not finite are left out."""
         dtype = torch.float32 if divergence_N.device.type == "mps" else torch.float64
         divergence_N = divergence_N.detach().to(dtype)
         is_finite_N = divergence_N.isfinite()
-        first_P = torch.tensor(FIRST_POSITIONS, device=divergence_N.device)
+        # Moved once: a copy in each micro-batch might wait for the device.
+        self._first_P = first_P = self._first_P.to(divergence_N.device)
         bin_N = torch.bucketize(positions_in_runs(batch.rows_N, batch.columns_N), first_P, right=True) - 1
         is_on_policy_N = batch.is_on_policy_B[batch.rows_N].long()
         added_N2 = torch.stack([torch.where(is_finite_N, divergence_N, 0.0), is_finite_N.to(dtype)], dim=1)

@@ -5,7 +5,7 @@ Shapes: N positions, n of them that are picked or in a tile, V vocabulary, K top
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from gkd_trainer.signals import (
     scored_positions,
 )
 
-_TILE_ELEMENTS = 2**23
-"""Number of probabilities that exist at once: 32 MiB in float32."""
+_TILE_ELEMENTS = 2**24
+"""Number of probabilities, or of a head's upcast weights, that exist at once: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -66,38 +66,43 @@ def picked(signal: Signal, index_n: Tensor) -> Signal:
 
 
 @torch.no_grad()
-def top_tokens(signal: Signal, target_N: Tensor, k: int, temperature: float = 1.0) -> TopTokens:
-    """Return the most probable tokens at each position.
+def top_tokens(signal: Signal, index_n: Tensor, target_n: Tensor, k: int, temperature: float = 1.0) -> TopTokens:
+    """Return the most probable tokens at some positions.
 
     Args:
         signal: Predictions at N positions. A sum of teachers counts as the mixture of their distributions by weight. Of
             a teacher with another vocabulary, only the tokens that the student has too are known.
-        target_N: [N] int64, the token at each position whose probability is wanted.
+        index_n: [n] int64, the positions, ascending.
+        target_n: [n] int64, the token at each of them whose probability is wanted.
         k: How many tokens; fewer if the vocabulary or the teacher's top tokens are.
         temperature: Positive; divides logits. A teacher's top tokens stay at temperature 1.
     """
+    tile = max(1, _TILE_ELEMENTS // _width(signal))
+    parts = [
+        _top_tokens(picked(signal, index), target, k, temperature)
+        for index, target in zip(index_n.split(tile), target_n.split(tile), strict=True)
+    ]
+    return TopTokens(
+        torch.cat([part.ids_NK for part in parts]),
+        torch.cat([part.p_NK for part in parts]),
+        torch.cat([part.target_p_N for part in parts]),
+    )
+
+
+def _top_tokens(signal: Signal, target_N: Tensor, k: int, temperature: float) -> TopTokens:
     if isinstance(signal, GroupedSignal):
         return _of_groups(signal, target_N, k, temperature)
     if isinstance(signal, TopKSignal):
         return _of_top_tokens(signal, target_N, k)
-    k = min(k, signal.vocab_size)
-    tile = max(1, _TILE_ELEMENTS // _width(signal))
-    parts = []
-    for index_n in torch.arange(len(target_N), device=target_N.device).split(tile):
-        p_nV = _probabilities(picked(signal, index_n), temperature)
-        top = p_nV.topk(k, dim=1)
-        target_p_n = p_nV.gather(1, target_N[index_n].clamp(0, signal.vocab_size - 1)[:, None])[:, 0]
-        parts.append(TopTokens(top.indices, top.values, target_p_n))
+    p_NV = _probabilities(signal, temperature)
+    top = p_NV.topk(min(k, signal.vocab_size), dim=1)
+    target_p_N = p_NV.gather(1, target_N.clamp(0, signal.vocab_size - 1)[:, None])[:, 0]
     is_known_N = (target_N < signal.vocab_size) & (target_N >= 0)
     if isinstance(signal, SummedSignal) and any(isinstance(term, TopKSignal | MappedSignal) for term in signal.terms):
         is_known_N = torch.zeros_like(is_known_N)
     elif isinstance(signal, MappedSignal):
         is_known_N &= torch.isin(target_N, signal.mapping.student_ids_M.to(target_N.device))
-    return TopTokens(
-        torch.cat([part.ids_NK for part in parts]),
-        torch.cat([part.p_NK for part in parts]),
-        torch.cat([part.target_p_N for part in parts]).masked_fill(~is_known_N, torch.nan),
-    )
+    return TopTokens(top.indices, top.values, target_p_N.masked_fill(~is_known_N, torch.nan))
 
 
 def _probabilities(signal: Signal, temperature: float) -> Tensor:
@@ -119,12 +124,23 @@ def _probabilities(signal: Signal, temperature: float) -> Tensor:
         p_nV = p_nW.new_zeros(len(p_nW), signal.vocab_size)
         return p_nV.index_copy_(1, mapping.student_ids_M, p_nW[:, mapping.teacher_ids_M])
     assert not isinstance(signal, GroupedSignal)
+    logits_nV = signal.logits_NV if isinstance(signal, LogitsSignal) else _projected(signal)
+    dtype = torch.promote_types(logits_nV.dtype, torch.float32)
+    return (logits_nV.to(dtype) / temperature).softmax(dim=1)
+
+
+def _projected(signal: HiddenSignal) -> Tensor:
+    """Return the logits [n, V] of a few positions; of a weight in half precision, only a part is upcast at once."""
+    head = signal.head.cut()
+    rows = max(1, _TILE_ELEMENTS // head.weight_VH.shape[1])
+    biases = [None] * -(-len(head.weight_VH) // rows) if head.bias_V is None else head.bias_V.split(rows)
     # Autocast would round the projection to bfloat16.
-    tensor = signal.hidden_NH if isinstance(signal, HiddenSignal) else signal.logits_NV
-    with torch.autocast(tensor.device.type, enabled=False):
-        logits_nV = signal.head.logits(signal.hidden_NH) if isinstance(signal, HiddenSignal) else signal.logits_NV
-        dtype = torch.promote_types(logits_nV.dtype, torch.float32)
-        return (logits_nV.to(dtype) / temperature).softmax(dim=1)
+    with torch.autocast(signal.hidden_NH.device.type, enabled=False):
+        parts = [
+            replace(head, weight_VH=weight, bias_V=bias).logits(signal.hidden_NH)
+            for weight, bias in zip(head.weight_VH.split(rows), biases, strict=True)
+        ]
+    return torch.cat(parts, dim=1)
 
 
 def _device(signal: StudentSignal) -> torch.device:
@@ -149,7 +165,7 @@ def _of_groups(signal: GroupedSignal, target_N: Tensor, k: int, temperature: flo
     result, start = _empty(target_N, k, len(target_N)), 0
     for group, size in zip(signal.groups, _group_sizes(signal), strict=True):
         index_n = signal.order_N[start : start + size]
-        part = top_tokens(group, target_N[index_n], k, temperature)
+        part = _top_tokens(group, target_N[index_n], k, temperature)
         width = part.ids_NK.shape[1]
         result.ids_NK[index_n, :width] = part.ids_NK
         result.p_NK[index_n, :width] = part.p_NK.to(result.p_NK.dtype)

@@ -122,7 +122,8 @@ class Recorder(TrainerCallback):
         self._write(lambda file: file.append(record))
 
     def _clear(self) -> None:
-        self._positions, self._samples, self._sampled_step = PositionSums(), [], None
+        self._positions.clear()
+        self._samples, self._sampled_step = [], None
 
     def _write(self, write: Callable[[RecordFile], None]) -> None:
         if self._file is None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd_trainer.divergence import TokenDivergence
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.report.pieces import text_pieces, token_text, whole_text
-from gkd_trainer.report.predictions import picked, top_tokens
+from gkd_trainer.report.predictions import top_tokens
 from gkd_trainer.signals import Signal, StudentSignal
 from gkd_trainer.types import TokenBatch, has_decoder_inputs
 
@@ -155,7 +155,7 @@ def _values(
     }
     texts: dict[int, str] = {}
     for side, signal in (("student", student), ("teacher", teacher)):
-        found = top_tokens(picked(signal, index_n), targets_N[index_n], top, temperature)
+        found = top_tokens(signal, index_n, targets_N[index_n], top, temperature)
         values[f"{side}_p"] = _rounded(found.target_p_N)
         tops = []
         for ids, probabilities in zip(found.ids_NK.tolist(), found.p_NK.tolist(), strict=True):

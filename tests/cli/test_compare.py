@@ -57,7 +57,7 @@ def test_folders_of_one_name_are_told_apart(command, tmp_path, capsys):
         (["--samples", "-1"], "--samples must be 0 or more; got -1"),
         (["--teacher", "no/such"], "could not load the teacher from 'no/such'"),
         (["--dataset", "none.jsonl"], "there is no file none.jsonl"),
-        (["--output_file", "none/page.html"], "--output_file: expected a file that can be written"),
+        (["--output_file", "none/page.html"], "--output_file: expected a file in a folder that exists"),
     ],
     ids=str,
 )

@@ -41,7 +41,11 @@ def test_the_file_may_be_named(tmp_path):
         (["report"], 2, "the following arguments are required: OUTPUT_DIR"),
         (["report", "no/such"], 1, "gkd-trainer report: error: expected the output_dir of a run; there is no folder"),
         (["report", "."], 1, "has no log entries"),
-        (["report", "run", "--output_file", "none/page.html"], 1, "--output_file: expected a file that can be written"),
+        (
+            ["report", "run", "--output_file", "none/page.html"],
+            1,
+            "--output_file: expected a file in a folder",
+        ),
         (["report", "run", "--output", "page.html"], 2, "unrecognized arguments: --output"),
     ],
     ids=str,

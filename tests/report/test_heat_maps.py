@@ -3,6 +3,7 @@
 import html
 import re
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -51,6 +52,7 @@ def test_messages_and_token_ids_are_taken(models):
     assert "".join(by_chat.text).startswith("I am fine<|im_end|>")
     by_ids = heat_map(student, teacher, torch.tensor([5, 6]), torch.tensor([7, 8]), tokenizer=tokenizer).tokens
     assert len(by_ids) == 2
+    assert heat_map(student, teacher, np.array([5, 6]), np.array([7, 8]), tokenizer=tokenizer).tokens == by_ids
 
 
 @pytest.mark.parametrize("kind", ["top_k", "weighted"])
