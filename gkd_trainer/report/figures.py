@@ -66,7 +66,7 @@ class _Plan:
     unit: str
     curves: tuple[_Curve, ...]
     top: float | None = None
-    note: str = ""
+    is_summarised: bool = True
     extra: Callable[[Sequence[Run]], tuple[Series, ...]] = field(default=lambda runs: ())
 
 
@@ -138,6 +138,7 @@ PLANS = (
         "share of completions",
         (_Curve("truncated_share", "cut off by max_new_tokens", 0),),
         top=1.0,
+        is_summarised=False,
     ),
     _Plan(
         "seconds",
@@ -148,6 +149,7 @@ PLANS = (
             _Curve("seconds_teacher", "teacher", 1, is_dashed=True),
             _Curve("seconds_rollout", "rollouts", 2),
         ),
+        is_summarised=False,
     ),
 )
 """The charts over the optimizer steps."""
@@ -171,9 +173,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         series = tuple(each for each in measured if each.points)
         if series:
             series += plan.extra(runs)
-            drawn.append(
-                Chart(plan.key, plan.title, plan.unit, "optimizer step", series, plan.top, marks=marks, note=plan.note)
-            )
+            drawn.append(Chart(plan.key, plan.title, plan.unit, "optimizer step", series, plan.top, marks=marks))
     # Beside the divergences, in the first line of a wide page.
     return [*drawn[:2], *position_charts(runs), *drawn[2:], *_teachers_chart(runs, marks)]
 
@@ -232,7 +232,9 @@ def _mean_by_position(records: Iterable[Record], policy: str) -> Points:
 
 def stage_table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
     """Return the columns and rows of a table: each measure at the first log entry, and at the last of each run."""
-    wanted = [(f"{plan.title}: {curve.name}", curve.metric) for plan in PLANS[:6] for curve in plan.curves]
+    wanted = [
+        (f"{plan.title}: {curve.name}", curve.metric) for plan in PLANS if plan.is_summarised for curve in plan.curves
+    ]
     columns = ["first entry", *(run.name for run in runs)] if len(runs) > 1 else ["first entry", "last entry"]
     rows = []
     for label, metric in wanted:

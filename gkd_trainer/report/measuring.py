@@ -110,40 +110,41 @@ def measured(
     completions: list[Completion] = []
     for start in range(0, len(prompts), batch_size):
         completions += models.completed(prompts[start : start + batch_size], max_new_tokens)
-    own = [completed(models, ids, item.token_ids) for ids, item in zip(prompts, completions, strict=True)]
-    maps: list[TokenMap] = []
-    has_tokens = [len(item.token_ids) > 0 for item in completions]
-    measures |= _means(
-        models,
-        "own",
-        [sequence for sequence, is_there in zip(own, has_tokens, strict=True) if is_there],
-        batch_size,
-        is_on_policy=True,
-        keep=maps,
-        wanted=sum(has_tokens[:shown]),
-    )
     texts = [_text(models, item) for item in completions]
-    right = [
-        is_correct(text, str(row[GROUND_TRUTH])) if row.get(GROUND_TRUTH) is not None else None
-        for text, row in zip(texts, rows, strict=True)
-    ]
-    known = [each for each in right if each is not None]
-    if known:
-        measures["task_score"] = sum(known) / len(known)
-    measures["length"] = sum(len(item.token_ids) for item in completions) / len(completions)
-    measures["cut_off"] = sum(not item.is_finished for item in completions) / len(completions)
-    remaining = iter(maps)
+    right = [_is_right(text, row) for text, row in zip(texts, rows, strict=True)]
+    own = {
+        index: completed(models, prompts[index], item.token_ids)
+        for index, item in enumerate(completions)
+        if item.token_ids
+    }
+    maps: dict[int, TokenMap] = {}
+    of_own = _means(models, "own", list(own.values()), batch_size, is_on_policy=True, keep=maps, shown=shown)
+    by_row = {row: maps.get(place) for place, row in enumerate(own)}
     samples = tuple(
         Sample(
-            whole_text(prompts[index], models.tokenizer),
-            next(remaining) if has_tokens[index] else None,
-            texts[index],
-            completions[index].is_finished,
-            right[index],
+            whole_text(prompts[row], models.tokenizer),
+            by_row.get(row),
+            texts[row],
+            completions[row].is_finished,
+            right[row],
         )
-        for index in range(min(shown, len(rows)))
+        for row in range(min(shown, len(rows)))
     )
-    return MeasuredStudent(name, measures, samples)
+    return MeasuredStudent(name, measures | of_own | _of_completions(completions, right), samples)
+
+
+def _of_completions(completions: Sequence[Completion], right: Sequence[bool | None]) -> dict[str, float]:
+    known = [each for each in right if each is not None]
+    return {
+        **({"task_score": sum(known) / len(known)} if known else {}),
+        "length": sum(len(item.token_ids) for item in completions) / len(completions),
+        "cut_off": sum(not item.is_finished for item in completions) / len(completions),
+    }
+
+
+def _is_right(text: str, row: Mapping[str, Any]) -> bool | None:
+    truth = row.get(GROUND_TRUTH)
+    return None if truth is None else is_correct(text, str(truth))
 
 
 def _means(
@@ -153,18 +154,18 @@ def _means(
     batch_size: int,
     *,
     is_on_policy: bool,
-    keep: list[TokenMap] | None = None,
-    wanted: int = 0,
+    keep: dict[int, TokenMap] | None = None,
+    shown: int = 0,
 ) -> dict[str, float]:
-    """Return the means over all tokens of sequences; `keep` gets the first `wanted` maps, coloured by reverse KL."""
+    """Return the means over all tokens of sequences; `keep` gets the first maps, by index, coloured by reverse KL."""
     sums = dict.fromkeys(("forward_kl", "reverse_kl", "agreement", "acceptance"), 0.0)
     count = 0
     for start in range(0, len(sequences), batch_size):
         batch = models.batch(sequences[start : start + batch_size], is_on_policy=is_on_policy)
-        rows = range(min(len(batch.labels_BL), wanted - len(keep or ())))
+        rows = range(min(len(batch.labels_BL), max(0, shown - start)))
         forward, reverse, maps = models.compare(batch, functools.partial(_both_kls, batch, models.tokenizer, rows))
         if keep is not None:
-            keep += maps
+            keep.update({start + row: token_map for row, token_map in maps.items()})
         count += batch.n_scored
         for name, value_N in (
             ("forward_kl", forward.values_N),
@@ -183,9 +184,11 @@ def _both_kls(
     rows: Sequence[int],
     student: StudentSignal,
     teacher: Signal,
-) -> tuple[TokenDivergence, TokenDivergence, list[TokenMap]]:
+) -> tuple[TokenDivergence, TokenDivergence, dict[int, TokenMap]]:
     forward, reverse = (token_divergence(student, teacher, beta=beta) for beta in (0.0, 1.0))
-    return forward, reverse, token_maps(batch, student, teacher, reverse, rows, tokenizer)
+    # One by one: a sample at which the teacher is compared nowhere has no map.
+    found = {row: token_maps(batch, student, teacher, reverse, [row], tokenizer) for row in rows}
+    return forward, reverse, {row: maps[0] for row, maps in found.items() if maps}
 
 
 def _prepared(models: Pair, row: Mapping[str, Any], index: int, max_new_tokens: int) -> PreparedRow:

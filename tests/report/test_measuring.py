@@ -8,6 +8,7 @@ import torch
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.report.measuring import MEASURES, measured, usable_rows
 from gkd_trainer.report.pair import pair
+from gkd_trainer.types import Completion
 
 ROWS = [
     {"prompt": "one two", "completion": " three four five"},
@@ -85,6 +86,16 @@ def test_samples_are_the_first_rows_with_their_maps(models):
     assert [sample.tokens.prompt for sample in found.samples] == [row["prompt"] for row in ROWS]
     assert [sample.is_right for sample in found.samples] == [None, False, None]
     assert measured(models, "student", ROWS, max_new_tokens=4, shown=0).samples == ()
+
+
+def test_an_empty_completion_is_a_sample_without_a_map(models, monkeypatch):
+    generated = [Completion([], True), Completion([5, 6], False), Completion([], True)]
+    monkeypatch.setattr(type(models), "completed", lambda self, prompts, max_new_tokens: generated)
+    found = measured(models, "student", ROWS, shown=3)
+    assert [sample.tokens and len(sample.tokens) for sample in found.samples] == [None, 2, None]
+    assert (found.measures["length"], found.measures["cut_off"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    generated[1] = Completion([], True)
+    assert "own_reverse_kl" not in measured(models, "student", ROWS).measures
 
 
 def test_rows_without_completions_are_only_completed(models):
