@@ -15,7 +15,7 @@ WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo test test-oldest test-newest test-servers bench docs lint types format build clean
+.PHONY: help install demo experiment experiment-full test test-oldest test-newest test-servers test-browser bench docs lint types format build clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -79,16 +79,34 @@ SHORT := $(addprefix tests/, test_api.py test_compat.py test_config.py test_conf
     trainer/test_resume.py trainer/test_trainer.py trainer/test_drop_in.py)
 
 test-oldest: $(OLDEST)/installed ## Run the tests without vLLM on the oldest versions (ARGS='$$(SHORT)' for the short form).
-	$(OLDEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers" $(ARGS)
+	$(OLDEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers and not browser" $(ARGS)
 
 test-newest: $(NEWEST)/installed ## Run the same on the newest versions.
-	$(NEWEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers" $(ARGS)
+	$(NEWEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers and not browser" $(ARGS)
+
+# Experiments: see docs/evidence.md. One thread for each process.
+experiment: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Compare ways to distil, on a small grid (30 minutes).
+	$(BIN)/python -m experiments run --pair $(SMOLLM2) $(ARGS)
+
+experiment-full: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## The whole grid of docs/evidence.md (hours; goes on after an interruption).
+	$(BIN)/python -m experiments run --grid full --results experiments/results --pair $(SMOLLM2) $(ARGS)
 
 bench: $(VENV)/installed ## Compare the divergence's time and memory with its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)
 
 test-servers: $(VENV)/installed ## Run the tests that start their own vLLM servers.
 	$(BIN)/pytest -m servers
+
+$(VENV)/installed-browser: | $(VENV)/installed
+	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	touch $@
+
+# Playwright would download its own browsers; Chromium from the system's packages does as well.
+test-browser: $(VENV)/installed-browser ## Open reports in Chromium, which apt installs if it is missing.
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	@command -v chromium >/dev/null || { echo "make test-browser needs chromium: apt-get install chromium"; exit 1; }
+	$(BIN)/pytest -m browser $(ARGS)
 
 # Sphinx imports the package for its reference, which needs torch and transformers, but not vLLM.
 $(VENV)/installed-docs: $(VENV)/installed-demo

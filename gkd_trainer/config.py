@@ -299,6 +299,11 @@ class GKDArguments(HidesSecrets):
         "Whether to print generated completions when logging, and send them to the enabled trackers.",
     )
     num_completions_to_print: int = _option(4, "Number of completions that log_completions shows.")
+    report_samples: int = _option(
+        0,
+        "Number of samples per log entry, with their text, that _report.jsonl in output_dir keeps token by token for "
+        "`gkd-trainer report`; 0 keeps nothing.",
+    )
 
     def __post_init__(self) -> None:
         """Parse the JSON and URL fields, check every value and combination, then run the base class's own checks."""

@@ -127,6 +127,7 @@ def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
         0 < args.vllm_gpu_memory_utilization <= 1,
         "in (0, 1]",
     )
+    _check("report_samples", args.report_samples, args.report_samples >= 0, "0 (keeps nothing) or more")
     for name in _COUNTS:
         value = getattr(args, name)
         _check(name, value, value is None or value >= 1, "at least 1")

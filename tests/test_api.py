@@ -103,6 +103,7 @@ OPTIONS = {
     "eval_on_policy": False,
     "log_completions": False,
     "num_completions_to_print": 4,
+    "report_samples": 0,
 }
 
 PLAIN_OPTIONS = {

@@ -36,6 +36,7 @@ OUT_OF_RANGE = [
     ("rollout_batch_size", [0], "at least 1"),
     ("max_length", [1, 0], "at least 2"),
     ("num_completions_to_print", [0], "at least 1"),
+    ("report_samples", [-1], "0 (keeps nothing) or more"),
     ("lmbda_schedule", ["cosine"], "one of 'constant', 'linear'"),
     ("lmbda_granularity", ["token"], "one of 'sample', 'batch'"),
     ("divergence_scale", ["liger"], "one of 'paper', 'continuous'"),

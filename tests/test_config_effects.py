@@ -11,7 +11,7 @@ from gkd_trainer.config_effects import NEEDS, Run, unused_options
 IN_TABLE = [name for names, _, _ in NEEDS for name in names.split()]
 IN_EVERY_RUN = {
     *("lmbda", "divergence", "loss_workspace_mb", "loss_product_dtype", "loss_temperature", "max_length", "train_on"),
-    *("disable_dropout", "eval_on_policy"),
+    *("disable_dropout", "eval_on_policy", "report_samples"),
     # Refused without what they need: by the configuration, or, for the teacher's, by the trainer.
     *("lmbda_end", "lmbda_schedule", "divergence_options", "vllm_server_base_url", "teacher_server_base_url"),
     *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_top_k", "teacher_server_signal"),

@@ -144,6 +144,28 @@ def test_lora_example_saves_only_the_adapter_and_generates_with_it(run, capsys):
     assert answer.strip()
 
 
+def test_draft_model_example_prints_acceptance_and_tokens_per_forward(run, capsys):
+    options = ["--max_new_tokens", 8, "--num_eval", 2, "--num_assisted", 1, "--learning_rate", 1e-4, "--lmbda", 0]
+    run("draft_model", *options)
+    printed = dict(re.findall(r"^(.*): .* before, (\S+) after$", capsys.readouterr().out, re.MULTILINE))
+    assert 0 < float(printed["acceptance"]) < 1
+    assert 1 <= float(printed["tokens per forward of the teacher"]) <= 5
+
+
+def test_gsm8k_experiment_adds_a_line_per_arm_and_goes_on_where_it_stopped(run, capsys, served_dir, tiny_teacher_dir):
+    teacher = ("--teacher", tiny_teacher_dir)
+    options = ["--student", served_dir, "--seeds", 1, "--num_eval", 2, "--max_new_tokens", 4]
+    output_dir = run("gsm8k_experiment", *options, "--arms", "sft", "own-1", teacher=teacher)
+    lines = (output_dir / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["arm"] for line in lines] == ["sft", "own-1"]
+    run("gsm8k_experiment", *options, "--arms", "own-1", "fresh-0", teacher=teacher)
+    longer = (output_dir / "results.jsonl").read_text().splitlines()
+    assert longer[:2] == lines
+    assert [json.loads(line)["arm"] for line in longer[2:]] == ["fresh-0"]
+    assert all(0 <= json.loads(line)["accuracy"] <= 1 for line in longer)
+    assert "fresh-0" in capsys.readouterr().out
+
+
 def test_seq2seq_example_generates_answers_and_lowers_the_divergence(
     run, capsys, tiny_encoder_decoder, byte_level, tmp_path
 ):

@@ -22,7 +22,8 @@ LAYERS = [
     {"config_checks"},
     {"config"},
     {"models", "vllm_client"},
-    {*STAGES - {"divergence"}, "report"},
+    STAGES - {"divergence"},
+    {"report"},  # a heat-map asks a teacher, and a comparison of students generates
     {"trainer"},
     {"cli"},
     {"__main__"},

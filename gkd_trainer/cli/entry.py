@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from gkd_trainer import __version__
-from gkd_trainer.cli import cache, train
+from gkd_trainer.cli import cache, compare, report, train
 from gkd_trainer.errors import GKDError
 
 
@@ -26,7 +26,7 @@ class Command(Protocol):
         """Parse the arguments after the command's name and run the command; heavy imports belong inside."""
 
 
-COMMANDS: Mapping[str, Command] = {"train": train, "cache": cache}
+COMMANDS: Mapping[str, Command] = {"train": train, "cache": cache, "report": report, "compare": compare}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

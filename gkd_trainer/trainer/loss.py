@@ -5,6 +5,7 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +28,9 @@ from gkd_trainer.models.loading import refuse_unread_media
 from gkd_trainer.signals import Signal, StudentSignal
 from gkd_trainer.types import TokenBatch
 
+Observer = Callable[[TokenBatch, StudentSignal, Signal, TokenDivergence], None]
+"""Sees a comparison: the batch, the student's and the teacher's predictions, and the result."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -34,7 +38,8 @@ class Comparison:
 
     With `is_training`, the loss mixes in the cross-entropy of the data's tokens (`ce_weight`), but not of on-policy
     samples, whose tokens are not targets. The models are compared over the first `vocab_size` tokens, the only ones
-    that `teacher` predicts over. `product_dtype` is the dtype to which matrix products round.
+    that `teacher` predicts over. `product_dtype` is the dtype to which matrix products round. `observe` is called with
+    the batch, both models' predictions and the result.
     """
 
     args: GKDArguments
@@ -43,15 +48,23 @@ class Comparison:
     vocab_size: int
     is_training: bool
     product_dtype: torch.dtype | None = None
+    observe: Observer | None = None
 
     def __call__(self, student: StudentSignal) -> TokenDivergence:
         """Return the divergence of each token trained on."""
+        student = student.sliced(self.vocab_size)
+        result = self._compared(student)
+        if self.observe is not None:
+            self.observe(self.batch, student, self.teacher, result)
+        return result
+
+    def _compared(self, student: StudentSignal) -> TokenDivergence:
         args, labels_N, label_weight_N = self.args, None, None
         if args.ce_weight > 0 and self.is_training:
             labels_N = self.batch.targets_N
             label_weight_N = args.ce_weight * ~self.batch.is_on_policy_B[self.batch.rows_N]
         return token_divergence(
-            student.sliced(self.vocab_size),
+            student,
             self.teacher,
             beta=args.beta,
             divergence=args.divergence,

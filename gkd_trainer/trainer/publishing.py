@@ -15,7 +15,7 @@ from transformers.modelcard import TrainingSummary
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.models.loading import base_model, name_of
-from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, with_adapter
+from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, public_name, with_adapter
 from gkd_trainer.teachers import Teacher
 from gkd_trainer.teachers.description import describe
 
@@ -49,6 +49,15 @@ def source_on_hub(model: nn.Module) -> str:
     """Return the hub name from which a student was loaded; empty if it was not."""
     name = name_of(base_model(model))
     return name if is_on_hub(name) else ""
+
+
+def public_names(model: nn.Module, teacher: Teacher) -> tuple[str, str]:
+    """Return the names of student and teacher, local folders shortened to their last part."""
+    names = describe(teacher).name
+    by_label = {"": names} if isinstance(names, str) else names
+    of_teachers = [": ".join(filter(None, (label, public_name(name)))) for label, name in by_label.items()]
+    student = base_model(model)
+    return public_name(name_of(student)) or type(student).__name__, "; ".join(of_teachers)
 
 
 def write_card(

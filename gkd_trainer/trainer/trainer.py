@@ -41,6 +41,7 @@ from gkd_trainer.report.completions import completion_rows, print_completions, s
 from gkd_trainer.report.interval import tenth_of
 from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
+from gkd_trainer.report.recorder import Recorder
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher, comparable
 from gkd_trainer.teachers.context import with_teacher_prompts
@@ -225,6 +226,16 @@ class GKDMixin(AnyTrainer):
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
         self._generated: list[Generated] = []
         self._has_trained = False
+        self._recorder: Recorder | None = None
+        if self.args.report_samples > 0:
+            self._recorder = Recorder(
+                self.args,
+                publishing.public_names(self.model, teacher),
+                tokenizer_of(self.processing_class),
+                self._ranks.sum,
+                is_first=self.is_world_process_zero(),
+            )
+            self.add_callback(self._recorder)
         # For subclasses written for TRL's trainer; the rollouts here use args.
         self.generation_config = trl_generation_config(self.args, self.model, pad_token_id(self.processing_class))
 
@@ -457,7 +468,8 @@ class GKDMixin(AnyTrainer):
         ):
             teacher = self.teacher.score(with_teacher_prompts(batch)).sliced(pairing.vocab_size)
         products = product_dtype(self.args, self.accelerator.mixed_precision)
-        comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products)
+        observe = self._recorder.observe if self._recorder is not None and model.training else None
+        comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products, observe)
         student = run_student(
             model, base_model(self.model), batch, pairing.head, comparison, keeps_logits=return_outputs
         )

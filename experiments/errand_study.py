@@ -1,0 +1,152 @@
+"""Errands: small models from scratch, a teacher that knows the way from anywhere, students that have seen little."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from experiments import errands
+from experiments.arms import ARMS, FEW
+from experiments.errands import MAX_NEW_TOKENS, PAD
+from experiments.measures import compared, completions
+from experiments.studies import Grid, Run, Study, made_once
+from experiments.training import Setting, trained
+
+HELD_OUT = 256
+TEACHER_STEPS = 1200
+START_STEPS = 1000
+STEPS = 200
+_OPTIONS = {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant_with_warmup", "use_cpu": True}
+
+
+class ErrandStudy(Study):
+    """Students of two sizes, and two numbers of demonstrations; all start from one that learnt from these by SFT.
+
+    Args:
+        folder: Where the teacher and the starting points are kept.
+    """
+
+    name: ClassVar[str] = "errands"
+    primary: ClassVar[str] = "success"
+    measures: ClassVar[Mapping[str, str]] = {
+        "success": "success",
+        "recovery": "recovery",
+        "exact_match": "exact match",
+        "forward_kl": "KL(teacher‖student), teacher's walks",
+        "own_reverse_kl": "KL(student‖teacher), own walks",
+        "own_student_entropy": "entropy, own walks",
+    }
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def runs(self, grid: Grid) -> list[Run]:
+        """Return all arms in the main setting, and a few of them in the others."""
+        if grid == "small":
+            return [Run(arm, seed, STEPS, {"width": 32, "demonstrations": 1000}) for seed in range(2) for arm in FEW]
+        main = [Run(arm, seed, STEPS, {"width": 32, "demonstrations": 1000}) for seed in range(5) for arm in ARMS]
+        others = [
+            Run(arm, seed, STEPS, {"width": width, "demonstrations": count})
+            for width, count in ((32, 250), (32, 4000), (16, 1000), (64, 1000))
+            for seed in range(5)
+            for arm in FEW
+        ]
+        return sorted([*main, *others], key=lambda run: ARMS[run.arm].as_long_as is not None)
+
+    def setting(self, run: Run) -> Setting:
+        """Return the setting of a run's width and number of demonstrations."""
+        width, count = run.factors["width"], run.factors["demonstrations"]
+        teacher = self._teacher()
+
+        def rows(seed: int) -> list[dict[str, Any]]:
+            return [errands.row_of(errand, errand.demonstration()) for errand in errands.errands(count, seed)]
+
+        def teachers_rows(seed: int) -> list[dict[str, Any]]:
+            asked = errands.errands(count, seed)
+            walks = completions(
+                teacher, [errand.prompt for errand in asked], PAD, max_new_tokens=MAX_NEW_TOKENS, seed=seed
+            )
+            return [errands.row_of(errand, walk) for errand, walk in zip(asked, walks, strict=True)]
+
+        examination = _Examination(teacher)
+        untrained = Setting(
+            student=lambda seed: errands.model(width, 2, seed),
+            teacher=teacher,
+            pad_token_id=PAD,
+            rows={"data": rows, "teacher": teachers_rows},
+            measure=examination,
+            options={**_OPTIONS, "learning_rate": 3e-3, "warmup_steps": 50},
+            own_options={"max_new_tokens": MAX_NEW_TOKENS, "max_length": 2 * MAX_NEW_TOKENS},
+        )
+        return untrained.starting_from(
+            lambda seed: self._start(untrained, f"start-{width}-{count}-{seed}", seed),
+            options={**_OPTIONS, "learning_rate": 1e-3, "warmup_steps": 10},
+        )
+
+    def _teacher(self) -> PreTrainedModel:
+        folder = self._folder / "teacher"
+        with made_once(folder) as is_missing:
+            if is_missing:
+                errands.trained_teacher(TEACHER_STEPS, seed=0).save_pretrained(folder)
+        return _loaded(folder)
+
+    def _start(self, untrained: Setting, name: str, seed: int) -> PreTrainedModel:
+        folder = self._folder / name
+        with made_once(folder) as is_missing:
+            if is_missing:
+                student, _ = trained(untrained, ARMS["sft"], seed, START_STEPS, measures=False)
+                student.save_pretrained(folder)
+        return copy.deepcopy(_loaded(folder))
+
+
+class _Examination:
+    """Measures a student on errands that no student learns on."""
+
+    def __init__(self, teacher: PreTrainedModel) -> None:
+        self._teacher = teacher
+        self._errands = errands.errands(HELD_OUT, "held out")
+        numbers = random.Random(0)
+        self._corrupted = [errands.corrupted(errand, numbers) for errand in self._errands]
+        self._teachers_rows = self._rows(teacher, seed=0)
+
+    def __call__(self, student: PreTrainedModel) -> dict[str, Any]:
+        """Return the measures, and success by errand."""
+        walks = self._walks(student, [errand.prompt for errand in self._errands])
+        successes = [errand.is_done_by(walk) for errand, walk in zip(self._errands, walks, strict=True)]
+        begun = list(zip(self._errands, self._corrupted, strict=True))
+        ends = self._walks(student, [errand.prompt + beginning for errand, beginning in begun])
+        recoveries = [errand.is_done_by(beginning + end) for (errand, beginning), end in zip(begun, ends, strict=True)]
+        matches = [errand.demonstration() == walk for errand, walk in zip(self._errands, walks, strict=True)]
+        on_teachers = compared(student, self._teacher, self._teachers_rows, PAD, batch_size=128)
+        on_own = compared(student, self._teacher, self._rows(student, seed=1), PAD, batch_size=128)
+        return {
+            "success": _share(successes),
+            "recovery": _share(recoveries),
+            "exact_match": _share(matches),
+            **on_teachers,
+            **{f"own_{name}": value for name, value in on_own.items()},
+            "by_prompt": [float(success) for success in successes],
+        }
+
+    def _walks(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], seed: int | None = None) -> Any:
+        return completions(model, prompts, PAD, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+
+    def _rows(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
+        walks = self._walks(model, [errand.prompt for errand in self._errands], seed)
+        return [errands.row_of(errand, walk) for errand, walk in zip(self._errands, walks, strict=True)]
+
+
+@cache
+def _loaded(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags)

@@ -1,0 +1,133 @@
+"""Train one student in one way, and measure it on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from experiments.arms import Arm
+from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer
+
+Measure = Callable[[PreTrainedModel], dict[str, Any]]
+"""Measures a student."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of an experiment share.
+
+    `options` are of TrainingArguments, `own_options` of GKDConfig alone. `measured_at` are the shares of the steps
+    after which the student is measured; at the end it is anyway.
+    """
+
+    student: Callable[[int], PreTrainedModel]
+    teacher: PreTrainedModel
+    pad_token_id: int
+    rows: Mapping[str, Callable[[int], Sequence[Mapping[str, Any]]]]
+    measure: Measure
+    options: Mapping[str, Any]
+    own_options: Mapping[str, Any] = field(default_factory=dict)
+    measured_at: tuple[float, ...] = (0.25, 0.5, 0.75)
+
+    def starting_from(self, student: Callable[[int], PreTrainedModel], options: Mapping[str, Any]) -> Setting:
+        """Return the same setting with other students, by seed, and other options of TrainingArguments."""
+        return replace(self, student=student, options=options)
+
+
+class _Meter(TrainerCallback):
+    """Measures after some steps, and counts the time of training without that of measuring.
+
+    Processor time is that of this process: on a shared machine, the only time that can be compared. With one thread it
+    is the wall-clock time of a machine that does nothing else.
+    """
+
+    def __init__(self, measure: Measure, steps: Sequence[int]) -> None:
+        self.points: list[dict[str, Any]] = []
+        self._measure, self._steps = measure, {*steps}
+        self._spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resume()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        if state.global_step not in self._steps:
+            return
+        self._spent["seconds"] += time.perf_counter() - self._began
+        self._spent["cpu_seconds"] += time.process_time() - self._cpu_began
+        self.add(model, state.global_step)
+        self._resume()
+
+    def add(self, student: PreTrainedModel, step: int) -> None:
+        """Measure a student after a step."""
+        is_training = student.training
+        student.eval()
+        self.points.append({"step": step, **self._spent, **self._measure(student)})
+        student.train(is_training)
+
+    def _resume(self) -> None:
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
+
+
+def trained(
+    setting: Setting, arm: Arm, seed: int, steps: int, *, measures: bool = True
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Train a student in one way, and return it with its measurements.
+
+    `points` are the measurements, the first before training; `data_cpu_seconds` is the time to make the rows.
+    """
+    student = setting.student(seed)
+    shares = (*setting.measured_at, 1.0) if measures else ()
+    meter = _Meter(setting.measure, [max(1, round(share * steps)) for share in shares])
+    if measures:
+        meter.add(student, step=0)
+    data_began = time.process_time()
+    rows = Dataset.from_list([dict(row) for row in setting.rows[arm.data](seed)])
+    data_seconds = time.process_time() - data_began
+    with TemporaryDirectory() as folder:
+        _trainer(setting, arm, student, rows, seed, steps, Path(folder), meter).train()
+    return student, {"data_cpu_seconds": data_seconds, "points": meter.points}
+
+
+def _trainer(
+    setting: Setting,
+    arm: Arm,
+    student: PreTrainedModel,
+    rows: Dataset,
+    seed: int,
+    steps: int,
+    folder: Path,
+    meter: _Meter,
+) -> Trainer:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "seed": seed,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **setting.options,
+    }
+    if arm.loss == "cross-entropy":
+        return Trainer(
+            student,
+            TrainingArguments(**options),
+            train_dataset=rows,
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=setting.pad_token_id),
+            callbacks=[meter],
+        )
+    return GKDTrainer(
+        student,
+        GKDConfig(**options, **{**setting.own_options, **arm.options}),
+        train_dataset=rows,
+        teacher=FrozenTeacher(setting.teacher),
+        callbacks=[meter],
+    )

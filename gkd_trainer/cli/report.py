@@ -1,0 +1,59 @@
+"""`gkd-trainer report`: one HTML file about a run, or about several that continue one another."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.quiet import quiet_imports
+
+SUMMARY = "write a run's curves and completions to one HTML file"
+
+FILE_NAME = "_report.html"
+"""The default name. Trainer leaves files that begin with _ out of what it pushes to the hub."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Write the report, and print where it is.
+
+    Raises:
+        SystemExit: With status 2, for options that can't be parsed; with status 0, after help.
+        GKDDataError: There is no run in a folder.
+        GKDConfigError: The file can't be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gkd-trainer report",
+        description="Write one HTML file, which loads nothing from anywhere, with a run's curves and completions. "
+        "Several folders are stages: runs that each went on with the student of the one before.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("output_dirs", metavar="OUTPUT_DIR", nargs="+", help="the output_dir of a run")
+    parser.add_argument(
+        "--output_file", "--output-file", metavar="FILE", help=f"the file (default: {FILE_NAME} in the last OUTPUT_DIR)"
+    )
+    options = parser.parse_args(arguments)
+    path = Path(options.output_file or Path(options.output_dirs[-1]) / FILE_NAME)
+    if options.output_file:
+        require_folder_of(path)
+    with quiet_imports():
+        from gkd_trainer.report.document import run_page
+        from gkd_trainer.report.run import read_run
+    page = run_page([read_run(folder) for folder in options.output_dirs])
+    write_page(path, page)
+
+
+def require_folder_of(path: Path) -> None:
+    """Raise GKDConfigError if a file can't be written since its folder is missing: known before any work."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise GKDConfigError(f"--output_file: expected a file in a folder that exists; got {path}")
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, and print where it is and its size; raise GKDConfigError if that fails."""
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise GKDConfigError(f"--output_file: expected a file that can be written; got {path}: {error}") from error
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

@@ -1,0 +1,257 @@
+"""From runs to charts: which curves there are, without how they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from gkd_trainer.report.positions import PositionMeans
+from gkd_trainer.report.records import Record
+from gkd_trainer.report.run import Run
+
+Points = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: its name, its points by ascending x, its colour (0 to 3), and whether it is dashed or only dots."""
+
+    name: str
+    points: Points
+    colour: int = 0
+    is_dashed: bool = False
+    is_dots: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart.
+
+    Attributes:
+        key: a name for its elements, unique in a page.
+        title: its subject.
+        unit: of the y axis.
+        x_label: of the x axis.
+        series: its curves, with at least one point each.
+        top: the end of the y axis if that is fixed; it begins at 0.
+        is_log_x: whether the x axis is logarithmic.
+        marks: positions on the x axis with a name, such as the start of a stage.
+        note: what a reader should know, below the chart.
+    """
+
+    key: str
+    title: str
+    unit: str
+    x_label: str
+    series: tuple[Series, ...]
+    top: float | None = None
+    is_log_x: bool = False
+    marks: tuple[tuple[float, str], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Curve:
+    metric: str
+    name: str
+    colour: int
+    is_dashed: bool = False
+    is_dots: bool = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    key: str
+    title: str
+    unit: str
+    curves: tuple[_Curve, ...]
+    top: float | None = None
+    is_summarised: bool = True
+    extra: Callable[[Sequence[Run]], tuple[Series, ...]] = field(default=lambda runs: ())
+
+
+def _drawn_lmbda(runs: Sequence[Run]) -> tuple[Series, ...]:
+    """Return λ as the options set it, at the steps of the run."""
+    points: list[tuple[float, float]] = []
+    for start, run in zip(starts(runs), runs, strict=True):
+        options = run.facts.options if run.facts else {}
+        first, last, steps = options.get("lmbda"), options.get("lmbda_end"), run.max_steps
+        if not isinstance(first, int | float):
+            continue
+        if not isinstance(last, int | float) or options.get("lmbda_schedule") != "linear":
+            last = first
+        slope = (last - first) / max(1, (steps or 1) - 1)
+        end = run.last_step
+        points += [(start + 1, first), (start + end, first + slope * (end - 1))]
+    return (Series("λ set", tuple(points), colour=3, is_dashed=True),) if points else ()
+
+
+PLANS = (
+    _Plan(
+        "divergence",
+        "Divergence in training",
+        "nats per token",
+        (
+            _Curve("divergence_on_policy", "on-policy", 0),
+            _Curve("divergence_off_policy", "off-policy", 1, is_dashed=True),
+        ),
+    ),
+    _Plan(
+        "evaluation",
+        "Divergence in evaluation",
+        "nats per token",
+        (
+            _Curve("eval_on_policy_loss", "on-policy (the student's own text)", 0),
+            _Curve("eval_loss", "off-policy (the data's text)", 1, is_dashed=True),
+        ),
+    ),
+    _Plan(
+        "lmbda",
+        "λ: share of on-policy samples",
+        "share of samples",
+        (_Curve("on_policy_share", "drawn", 0, is_dots=True),),
+        top=1.0,
+        extra=_drawn_lmbda,
+    ),
+    _Plan(
+        "agreement",
+        "Agreement and acceptance",
+        "share of tokens",
+        (
+            _Curve("top_token_agreement", "same top token", 0),
+            _Curve("acceptance", "acceptance Σ min(p, q)", 2, is_dashed=True),
+            _Curve("eval_top_token_agreement", "same top token, evaluation", 0, is_dots=True),
+            _Curve("eval_acceptance", "acceptance, evaluation", 2, is_dots=True),
+        ),
+        top=1.0,
+    ),
+    _Plan(
+        "entropy",
+        "Entropy",
+        "nats per token",
+        (_Curve("student_entropy", "student", 0), _Curve("teacher_entropy", "teacher", 1, is_dashed=True)),
+    ),
+    _Plan("length", "Length of completions", "tokens", (_Curve("completion_length", "mean length", 0),)),
+    _Plan(
+        "truncated",
+        "Completions cut off",
+        "share of completions",
+        (_Curve("truncated_share", "cut off by max_new_tokens", 0),),
+        top=1.0,
+        is_summarised=False,
+    ),
+    _Plan(
+        "seconds",
+        "Time of each log entry",
+        "seconds",
+        (
+            _Curve("seconds_student", "student", 0),
+            _Curve("seconds_teacher", "teacher", 1, is_dashed=True),
+            _Curve("seconds_rollout", "rollouts", 2),
+        ),
+        is_summarised=False,
+    ),
+)
+"""The charts over the optimizer steps."""
+
+
+def starts(runs: Sequence[Run]) -> list[int]:
+    """Return the step, on an axis that all share, at which each run begins: where the one before ended."""
+    found, total = [], 0
+    for run in runs:
+        found.append(total)
+        total += run.last_step
+    return found
+
+
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return the charts of which the runs, one after another, have values."""
+    marks = tuple((start, run.name) for start, run in zip(starts(runs), runs, strict=True)) if len(runs) > 1 else ()
+    drawn = []
+    for plan in PLANS:
+        measured = [_series(runs, curve) for curve in plan.curves]
+        series = tuple(each for each in measured if each.points)
+        if series:
+            series += plan.extra(runs)
+            drawn.append(Chart(plan.key, plan.title, plan.unit, "optimizer step", series, plan.top, marks=marks))
+    # Beside the divergences, in the first line of a wide page.
+    return [*drawn[:2], *position_charts(runs), *drawn[2:], *_teachers_chart(runs, marks)]
+
+
+def _series(runs: Sequence[Run], curve: _Curve) -> Series:
+    points = tuple(
+        (start + entry["step"], entry[curve.metric])
+        for start, run in zip(starts(runs), runs, strict=True)
+        for entry in run.log
+        if curve.metric in entry
+    )
+    return Series(curve.name, points, curve.colour, curve.is_dashed, curve.is_dots)
+
+
+def _teachers_chart(runs: Sequence[Run], marks: tuple[tuple[float, str], ...]) -> list[Chart]:
+    prefix = "divergence_teacher_"
+    names = dict.fromkeys(name for run in runs for entry in run.log for name in entry if name.startswith(prefix))
+    series = tuple(
+        _series(runs, _Curve(name, name.removeprefix(prefix), index % 4, is_dashed=index // 4 % 2 == 1))
+        for index, name in enumerate(names)
+    )
+    if not series:
+        return []
+    return [Chart("teachers", "Divergence from each teacher", "nats per token", "optimizer step", series, marks=marks)]
+
+
+def position_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Return the divergence by position in the completion, in the first and in the last quarter of the entries."""
+    records = [record for run in runs for record in run.records if record.positions]
+    if not records:
+        return []
+    quarter = max(1, len(records) // 4)
+    parts = [("end", records[-quarter:], False)]
+    if len(records) > 1:
+        parts.append(("start", records[:quarter], True))
+    series = tuple(
+        Series(f"{name}, {part}", _mean_by_position(part_records, policy), colour, is_dashed)
+        for policy, name, colour in (("on_policy", "on-policy", 0), ("off_policy", "off-policy", 1))
+        for part, part_records, is_dashed in parts
+    )
+    series = tuple(each for each in series if each.points)
+    title, label = "Divergence by position", "position in the completion, in tokens"
+    note = "Solid: the last quarter of the log entries; dashed: the first. Later positions share bins."
+    return [Chart("positions", title, "nats per token", label, series, is_log_x=True, note=note)] if series else []
+
+
+def _mean_by_position(records: Iterable[Record], policy: str) -> Points:
+    sums: dict[int, tuple[float, int]] = {}
+    for record in records:
+        means = record.positions.get(policy, PositionMeans((), (), ()))
+        for position, divergence, tokens in zip(means.position, means.divergence, means.tokens, strict=True):
+            total, count = sums.get(position, (0.0, 0))
+            sums[position] = (total + divergence * tokens, count + tokens)
+    return tuple((position + 1, total / count) for position, (total, count) in sorted(sums.items()) if count > 0)
+
+
+def stage_table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
+    """Return the columns and rows of a table: each measure at the first log entry, and at the last of each run."""
+    wanted = [
+        (f"{plan.title}: {curve.name}", curve.metric) for plan in PLANS if plan.is_summarised for curve in plan.curves
+    ]
+    columns = ["first entry", *(run.name for run in runs)] if len(runs) > 1 else ["first entry", "last entry"]
+    rows = []
+    for label, metric in wanted:
+        found = [[entry[metric] for entry in run.log if metric in entry] for run in runs]
+        first = next((values[0] for values in found if values), None)
+        if first is not None:
+            rows.append((label, [first, *(values[-1] if values else None for values in found)]))
+    return columns, rows
+
+
+def shortened(chart: Chart, max_points: int) -> Chart:
+    """Return a chart whose curves have at most this many points, every n-th and the last."""
+    return replace(
+        chart, series=tuple(replace(each, points=_every_nth(each.points, max_points)) for each in chart.series)
+    )
+
+
+def _every_nth(points: Points, max_points: int) -> Points:
+    step = -(-len(points) // max_points)
+    return points if step <= 1 else (*points[:-1:step], points[-1])

@@ -1,0 +1,126 @@
+"""What a run has logged and saved in its output folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gkd_trainer.errors import GKDDataError
+from gkd_trainer.report.records import FILE_NAME, Record, Records, RunFacts, read_records
+
+Entry = Mapping[str, float]
+"""The finite numbers of a log entry, with its optimizer step as "step"."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+        name: the last part of its folder's path.
+        facts: its models and options, if it kept any (`report_samples`).
+        max_steps: how many optimizer steps it was to take; None if unknown.
+        log: its log entries, by step.
+        records: what it kept token by token, by step.
+        notes: what a reader should know about gaps.
+    """
+
+    name: str
+    facts: RunFacts | None
+    max_steps: int | None
+    log: tuple[Entry, ...]
+    records: tuple[Record, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged."""
+        return max(int(entry["step"]) for entry in self.log)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Return the run in an `output_dir`, which may have been killed, or may still be running.
+
+    Its log is read from the last `trainer_state.json`, in the folder or in a checkpoint, and from `_report.jsonl`.
+
+    Raises:
+        GKDDataError: There is no such folder, or no run in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise GKDDataError(f"expected the output_dir of a run; there is no folder {folder}")
+    notes: list[str] = []
+    state_path, state = _last_state(folder, notes)
+    path = folder / FILE_NAME
+    held = read_records(path) if path.is_file() else Records(None, (), 0)
+    if held.unreadable:
+        notes.append(f"Lines of {FILE_NAME} that could not be read, and are left out: {held.unreadable}.")
+    log = list(_entries(state.get("log_history", [])))
+    recorded = list(_entries({**record.metrics, "step": record.step} for record in held.records))
+    if _contradict(log, recorded):
+        assert state_path is not None  # it has entries
+        if path.stat().st_mtime >= state_path.stat().st_mtime:
+            notes.append(f"{_relative(state_path, folder)} is of an earlier run, and is left out.")
+            log, state = [], {}
+        else:
+            notes.append(f"{FILE_NAME} is of an earlier run, and is left out.")
+            held, recorded = Records(None, (), 0), []
+    last = max((entry["step"] for entry in log), default=-1)
+    log += [entry for entry in recorded if entry["step"] > last]
+    if not log:
+        raise GKDDataError(
+            f"expected the output_dir of a run that has logged something: a folder with {TRAINER_STATE_NAME}, "
+            f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME} or {FILE_NAME}; {folder} has no log entries"
+            + "".join(f". {note}" for note in notes)
+        )
+    if not held.records:
+        notes.append("This run kept no completions: report_samples=4, for example, keeps four per log entry.")
+    steps = state.get("max_steps") or (held.facts.max_steps if held.facts else None)
+    max_steps = steps if isinstance(steps, int) and steps > 0 else None
+    run = Run(folder.resolve().name, held.facts, max_steps, tuple(log), held.records, tuple(notes))
+    if max_steps is not None and run.last_step < max_steps:
+        unfinished = f"The last log entry is of step {run.last_step} of {max_steps}: the run is not finished."
+        run = Run(run.name, run.facts, max_steps, run.log, run.records, (unfinished, *notes))
+    return run
+
+
+def _last_state(folder: Path, notes: list[str]) -> tuple[Path | None, dict[str, Any]]:
+    """Return the trainer state that was written last and can be read, with its path; empty if there is none."""
+    paths = [folder / TRAINER_STATE_NAME, *folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    found = [path for path in paths if path.is_file()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(state, dict) and isinstance(state.get("log_history"), list):
+                return path, state
+            raise ValueError("no log_history")
+        except (OSError, ValueError) as error:  # cut off by a crash
+            notes.append(f"{_relative(path, folder)} could not be read, and is left out ({error}).")
+    return None, {}
+
+
+def _entries(log: Iterable[Any]) -> Iterator[dict[str, float]]:
+    for entry in log:
+        if isinstance(entry, Mapping) and isinstance(entry.get("step"), int):
+            yield {
+                str(name): value
+                for name, value in entry.items()
+                if isinstance(value, int | float) and math.isfinite(value)
+            }
+
+
+def _contradict(log: Sequence[Entry], recorded: Sequence[Entry]) -> bool:
+    """Return whether both have an entry of the same step with different losses."""
+    losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    return any(losses.get(entry["step"], entry["loss"]) != entry["loss"] for entry in recorded if "loss" in entry)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder))

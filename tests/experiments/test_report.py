@@ -1,0 +1,62 @@
+"""Tables and intervals from results: what is compared with what, and when."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+
+from experiments.report import common_time, grouped, interval, point_of, write_report
+
+STUDY = Namespace(name="toy", primary="success", measures={"success": "success"})
+
+
+def result(arm, seed, curve, by_prompt):
+    """A run measured at (step, seconds, success)."""
+    points = [
+        {"step": step, "seconds": seconds, "cpu_seconds": seconds, "success": value, "by_prompt": by_prompt}
+        for step, seconds, value in curve
+    ]
+    return {"arm": arm, "seed": seed, "factors": {"width": 8}, "points": points}
+
+
+RESULTS = [
+    result("fixed-forward", 0, [(0, 0.0, 0.1), (10, 5.0, 0.4), (20, 10.0, 0.5)], [1, 0, 0, 0]),
+    result("fixed-forward", 1, [(0, 0.0, 0.1), (10, 6.0, 0.4), (20, 12.0, 0.7)], [1, 1, 0, 0]),
+    result("own-forward", 0, [(0, 0.0, 0.1), (10, 10.0, 0.6), (20, 20.0, 0.9)], [1, 1, 1, 0]),
+    result("own-forward", 1, [(0, 0.0, 0.1), (10, 30.0, 0.6), (20, 60.0, 0.8)], [1, 1, 1, 1]),
+]
+
+
+def test_arms_are_compared_at_the_time_that_supervised_training_takes():
+    [group] = grouped(RESULTS).values()
+    assert common_time(group) == 11.0
+    assert point_of(group["own-forward"][0], 11.0)["success"] == 0.6
+    assert point_of(group["own-forward"][1], 11.0)["success"] == 0.1
+    assert point_of(group["own-forward"][1])["success"] == 0.8
+
+
+def test_a_report_has_both_tables_and_the_paired_difference(tmp_path):
+    text = write_report(STUDY, RESULTS, tmp_path).read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    ends = [row for row in rows if row[0] == "own-forward"]
+    assert [(row[3], row[5]) for row in ends] == [("20", "0.850"), ("5", "0.350")]
+    [difference] = [row for row in rows if row[0] == "own-forward − fixed-forward"]
+    assert difference[1] == "2"
+    assert difference[2].startswith("+0.500 [")
+    assert (tmp_path / "toy-width8.png").stat().st_size > 1000
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_data():
+    numbers = np.random.default_rng(0)
+    few, many = (numbers.normal(0.2, 1.0, size=size) for size in ((3, 20), (30, 200)))
+    for differences_SP in (few, many):
+        low, high = interval(differences_SP)
+        assert low < differences_SP.mean() < high
+    assert np.subtract(*interval(many)[::-1]) < np.subtract(*interval(few)[::-1]) / 3
+    assert interval(np.full((3, 4), 0.25)) == pytest.approx((0.25, 0.25))
+
+
+def test_seeds_that_differ_widen_the_interval():
+    differences_SP = np.array([[0.0] * 50, [1.0] * 50])
+    low, high = interval(differences_SP)
+    assert (low, high) == (0.0, 1.0)

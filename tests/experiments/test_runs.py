@@ -1,0 +1,64 @@
+"""An experiment from end to end, tiny: every arm of the errands trains, and a second call has nothing to do."""
+
+from argparse import Namespace
+
+import pytest
+
+from experiments import __main__ as command
+from experiments import errand_study
+from experiments.arms import ARMS
+from experiments.draft_study import DraftStudy
+from experiments.lines import Lines
+from experiments.studies import Run
+
+
+@pytest.fixture
+def options(monkeypatch, tmp_path):
+    """Options of the command, for a study shrunk to seconds."""
+    for name, value in {"TEACHER_STEPS": 1, "START_STEPS": 1, "HELD_OUT": 3, "MAX_NEW_TOKENS": 24}.items():
+        monkeypatch.setattr(errand_study, name, value)
+    monkeypatch.setitem(errand_study._OPTIONS, "per_device_train_batch_size", 2)
+    return Namespace(results=tmp_path / "results", models=tmp_path / "models", pair=None, workers=1, grid="small")
+
+
+FACTORS = {"width": 16, "demonstrations": 6}
+
+
+def test_arms_of_every_kind_train_from_one_start_and_are_measured_on_the_way(options):
+    arms = ("sft", "seq-kd", "fresh-jsd", "own-jsd", "rising-jsd", "sft-longer")
+    for arm in arms:
+        command._do(options, "errands", Run(arm, 0, 2, FACTORS))
+    results = Lines(options.results / "errands.jsonl").read()
+    assert [result["arm"] for result in results] == [*arms]
+    starts = {str({**result["points"][0], "seconds": 0, "cpu_seconds": 0}) for result in results}
+    assert len(starts) == 1  # all from the same student
+    for result in results:
+        last = result["points"][-1]
+        assert last["step"] == result["trained_steps"]
+        assert last["cpu_seconds"] > 0
+        assert len(last["by_prompt"]) == 3
+    by_arm = {result["arm"]: result for result in results}
+    assert by_arm["sft-longer"]["trained_steps"] > by_arm["sft"]["trained_steps"] == 2
+
+
+def test_a_run_with_a_result_is_not_done_again(options, monkeypatch):
+    runs = [Run("sft", seed, 2, FACTORS) for seed in range(2)]
+    monkeypatch.setattr(errand_study.ErrandStudy, "runs", lambda self, grid: runs)
+    command._do(options, "errands", runs[0])
+    lines = Lines(options.results / "errands.jsonl")
+    assert [run for run in runs if lines.find(**run.key) is None] == runs[1:]
+
+
+@pytest.mark.parametrize("grid", ["small", "full"])
+def test_runs_of_a_grid_are_distinct_and_those_that_need_a_time_come_last(grid, tmp_path):
+    for study in (errand_study.ErrandStudy(tmp_path), DraftStudy(tmp_path, tmp_path)):
+        runs = study.runs(grid)
+        assert len({str(run.key) for run in runs}) == len(runs)
+        timed = [ARMS[run.arm].as_long_as is not None for run in runs]
+        assert timed == sorted(timed)
+
+
+def test_the_full_grid_has_the_seeds_that_the_plan_names(tmp_path):
+    for study, seeds in ((errand_study.ErrandStudy(tmp_path), 5), (DraftStudy(tmp_path, tmp_path), 3)):
+        for arm in ARMS:
+            assert len({run.seed for run in study.runs("full") if run.arm == arm}) == seeds

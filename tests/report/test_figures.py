@@ -1,0 +1,111 @@
+"""Which curves a run has."""
+
+import pytest
+
+from gkd_trainer.report.figures import charts, shortened, stage_table, starts
+from gkd_trainer.report.positions import PositionMeans
+from gkd_trainer.report.records import Record, RunFacts
+from gkd_trainer.report.run import Run
+
+
+def run(name="run", *, steps=(10, 20, 30, 40), facts=None, records=(), **metrics):
+    log = tuple({"step": step, **{key: value(step) for key, value in metrics.items()}} for step in steps)
+    return Run(name, facts, 40, log, tuple(records), ())
+
+
+def facts(**options):
+    return RunFacts("student", "teacher", 40, options)
+
+
+def chart_of(runs, key):
+    return next(chart for chart in charts(runs) if chart.key == key)
+
+
+def test_on_and_off_policy_divergences_are_two_curves_of_one_chart():
+    chart = chart_of(
+        [run(divergence_on_policy=lambda step: 1 / step, divergence_off_policy=lambda step: 2 / step)], "divergence"
+    )
+    assert [series.name for series in chart.series] == ["on-policy", "off-policy"]
+    assert chart.series[1].points == ((10, 0.2), (20, 0.1), (30, 2 / 30), (40, 0.05))
+    assert chart.unit == "nats per token"
+    assert chart.series[0].colour != chart.series[1].colour
+    assert chart.series[0].is_dashed != chart.series[1].is_dashed  # not only by colour
+
+
+def test_a_chart_without_values_is_left_out():
+    assert [chart.key for chart in charts([run(student_entropy=lambda step: 1.0)])] == ["entropy"]
+    assert charts([run(loss=lambda step: 1.0)]) == []
+
+
+def test_the_lambda_drawn_is_beside_the_one_set():
+    options = facts(lmbda=0.0, lmbda_end=1.0, lmbda_schedule="linear")
+    chart = chart_of([run(facts=options, on_policy_share=lambda step: step / 40)], "lmbda")
+    drawn, chosen = chart.series
+    assert drawn.points[-1] == (40, 1.0)
+    assert chosen.points[0] == (1, 0.0)
+    assert chosen.points[1] == (40, pytest.approx(1.0))
+    constant = chart_of([run(facts=facts(lmbda=0.25), on_policy_share=lambda step: 0.3)], "lmbda").series[1]
+    assert constant.points == ((1, 0.25), (40, 0.25))
+
+
+def test_a_killed_runs_lambda_ends_where_the_run_did():
+    options = facts(lmbda=0.0, lmbda_end=1.0, lmbda_schedule="linear")
+    chart = chart_of([run(steps=(10, 20), facts=options, on_policy_share=lambda step: 0.5)], "lmbda")
+    assert chart.series[1].points[1] == (20, pytest.approx(19 / 39))
+
+
+def test_several_runs_are_one_after_another_with_marks():
+    runs = [run(name, divergence_on_policy=lambda step: 1.0) for name in ("first", "second", "third")]
+    assert starts(runs) == [0, 40, 80]
+    chart = chart_of(runs, "divergence")
+    assert chart.marks == ((0, "first"), (40, "second"), (80, "third"))
+    assert [x for x, _ in chart.series[0].points] == list(range(10, 121, 10))
+    assert chart_of(runs[:1], "divergence").marks == ()
+
+
+def means(*divergences, tokens=1):
+    return PositionMeans(tuple(range(len(divergences))), divergences, (tokens,) * len(divergences))
+
+
+def test_the_divergence_by_position_is_weighted_by_tokens():
+    records = [
+        Record(1, positions={"on_policy": means(9.0)}),
+        *(Record(step, positions={"on_policy": means(8.0)}) for step in range(2, 7)),
+        Record(7, positions={"on_policy": means(1.0, 4.0)}),
+        Record(8, positions={"on_policy": means(3.0, tokens=3), "off_policy": means(5.0)}),
+    ]
+    chart = chart_of([run(records=records)], "positions")
+    by_name = {series.name: series.points for series in chart.series}
+    assert by_name == {
+        "on-policy, end": ((1, 2.5), (2, 4.0)),
+        "on-policy, start": ((1, 8.5),),
+        "off-policy, end": ((1, 5.0),),
+    }
+
+
+def test_each_of_several_teachers_has_a_curve():
+    chart = chart_of(
+        [run(divergence_teacher_math=lambda step: 1.0, divergence_teacher_code=lambda step: 2.0)], "teachers"
+    )
+    assert [series.name for series in chart.series] == ["math", "code"]
+
+
+def test_the_table_has_the_first_entry_and_the_last_of_each_stage():
+    runs = [
+        run("a", divergence_on_policy=lambda step: step / 10),
+        run("b", divergence_on_policy=lambda step: step, student_entropy=lambda step: -step),
+    ]
+    columns, rows = stage_table(runs)
+    assert columns == ["first entry", "a", "b"]
+    assert rows == [
+        ("Divergence in training: on-policy", [1.0, 4.0, 40]),
+        ("Entropy: student", [-10, None, -40]),
+    ]
+
+
+def test_a_long_curve_keeps_every_nth_point_and_the_last():
+    chart = chart_of([run(steps=range(1, 1001), divergence_on_policy=lambda step: float(step))], "divergence")
+    points = shortened(chart, 300).series[0].points
+    assert len(points) <= 300
+    assert (points[0], points[-1]) == ((1, 1.0), (1000, 1000.0))
+    assert shortened(chart, 1000) == chart

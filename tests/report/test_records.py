@@ -1,0 +1,114 @@
+"""The file of completions: what it keeps, how large it gets, and what survives a crash."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from gkd_trainer.errors import GKDDataError
+from gkd_trainer.report.records import Record, RecordFile, read_records, thinned
+from tests.report.samples import FACTS, NASTY, record, token_map, write_records
+
+
+def test_what_is_written_is_read(tmp_path):
+    records = [record(step, samples=(token_map(NASTY, prompt="".join(NASTY)),)) for step in (1, 5)]
+    found = read_records(write_records(tmp_path, records))
+    assert found.facts == FACTS
+    assert list(found.records) == records
+    assert found.unreadable == 0
+
+
+def test_a_line_holds_no_nan(tmp_path):
+    path = write_records(tmp_path, [Record(1, {"loss": math.nan, "grad_norm": math.inf, "epoch": 0.5})])
+    assert "NaN" not in path.read_text()
+    assert read_records(path).records[0].metrics == {"epoch": 0.5}
+
+
+def test_a_file_cut_off_anywhere_gives_the_lines_before(tmp_path):
+    path = write_records(tmp_path, [record(1), record(2)])
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        found = read_records(path)
+        complete = sum(len(b"".join(lines[: count + 1])) <= length + 1 for count in range(len(lines)))
+        assert len(found.records) == max(0, complete - 1)
+        assert found.unreadable == int(complete < len(lines) and length > len(b"".join(lines[:complete])))
+
+
+@pytest.mark.parametrize(
+    "line", ["null", "[]", "{}", '{"step": "x"}', "\x00\x00", '{"step":1,"metrics":[],"samples":[]}', "[" * 100_000]
+)
+def test_a_line_that_is_none_of_ours_is_counted(tmp_path, line):
+    path = write_records(tmp_path, [record(1)])
+    with path.open("a") as file:
+        file.write(f"{line}\n{record(2).line()}")
+    found = read_records(path)
+    assert ([each.step for each in found.records], found.unreadable) == ([1, 2], 1)
+
+
+def test_bytes_that_are_no_utf8_are_no_error(tmp_path):
+    path = write_records(tmp_path, [record(1)])
+    path.write_bytes(path.read_bytes().replace(b'"Count:"', b'"\xff\xfe"'))
+    assert read_records(path).records[0].samples[0].prompt == "\ufffd\ufffd"
+
+
+def test_a_later_format_is_refused(tmp_path):
+    path = write_records(tmp_path, [record(1)])
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(GKDDataError, match="format 1 or earlier; got format 2: update"):
+        read_records(path)
+
+
+def test_a_resumed_run_goes_on_behind_its_last_step(tmp_path):
+    path = write_records(tmp_path, [record(step) for step in (1, 2, 3, 4)])
+    file = RecordFile(path)
+    file.start(FACTS, 2)
+    file.append(record(3, loss=9.0))
+    assert [(each.step, each.metrics["loss"]) for each in read_records(path).records] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_a_new_run_replaces_an_older_ones_file(tmp_path):
+    path = write_records(tmp_path, [record(1), record(2)])
+    RecordFile(path).start(FACTS, 0)
+    assert read_records(path).records == ()
+
+
+def test_the_file_stays_below_its_size_and_covers_the_whole_run(tmp_path):
+    path = tmp_path / "new" / "_report.jsonl"
+    size = len(record(100).line())
+    file = RecordFile(path, max_bytes=20 * size)
+    file.start(FACTS, 0)
+    for step in range(1, 301):
+        file.append(record(step))
+        assert path.stat().st_size <= 20 * size
+    steps = [each.step for each in read_records(path).records if each.samples]
+    assert (steps[0], steps[-1]) == (1, 300)
+    gaps = [second - first for first, second in itertools.pairwise(steps)]
+    assert len(steps) >= 5
+    assert max(gaps) <= 300 / 3
+
+
+def test_samples_and_entries_share_the_size():
+    records = [record(step) for step in range(1, 101)]
+    with_samples, without = (len(record(50, samples=samples).line()) for samples in (None, ()))
+    kept = thinned(records, 220 * without)
+    assert [each.step for each in kept] == list(range(1, 101))
+    assert sum(len(each.line()) for each in kept) <= 220 * without < 100 * with_samples
+    assert 5 < sum(bool(each.samples) for each in kept) < 100
+    kept = thinned(records, 40 * without)
+    assert 15 < len(kept) < 25
+    assert 3 < sum(bool(each.samples) for each in kept) < len(kept)
+    for each in (kept[0], kept[-1]):
+        assert each.samples
+
+
+def test_two_entries_are_never_dropped():
+    assert len(thinned([record(1), record(2)], 10)) == 2
+
+
+def test_a_line_is_one_line_of_json():
+    line = record(1, samples=(token_map(("a\nb\u2028\x85",)),)).line()
+    assert line.count("\n") == 1
+    assert json.loads(line)["samples"][0]["text"] == ["a\nb\u2028\x85"]
