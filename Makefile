@@ -15,7 +15,7 @@ WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo experiment experiment-full test test-oldest test-newest test-servers test-browser bench docs lint types format build clean
+.PHONY: help install demo experiment experiment-full test test-oldest test-newest test-servers test-notebooks test-browser bench docs lint types format build clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -96,6 +96,11 @@ bench: $(VENV)/installed ## Compare the divergence's time and memory with its pe
 
 test-servers: $(VENV)/installed ## Run the tests that start their own vLLM servers.
 	$(BIN)/pytest -m servers
+
+# Their own code with few steps; GKD_NOTEBOOK_STEPS= leaves the steps as they are.
+export GKD_NOTEBOOK_STEPS ?= 2
+test-notebooks: $(VENV)/installed $(SMOLLM2)/student/config.json ## Execute the notebooks with few steps.
+	$(BIN)/pytest --nbmake --nbmake-timeout=600 examples/notebooks $(ARGS)
 
 $(VENV)/installed-browser: | $(VENV)/installed
 	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"

@@ -21,7 +21,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**", "examples/notebooks/*.ipynb"]
 # Folders are pruned only by what is excluded: nothing else keeps Sphinx out of .venv.
-exclude_patterns = [".*", "build", "benchmarks", "gkd_trainer", "tests", "**/.ipynb_checkpoints"]
+exclude_patterns = [".*", "build", "benchmarks", "experiments", "gkd_trainer", "tests", "**/.ipynb_checkpoints"]
 
 # Pages. Anchors of headings are GitHub's.
 myst_heading_anchors = 4
