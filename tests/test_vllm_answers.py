@@ -180,11 +180,12 @@ def test_an_invalid_answer_is_requested_again_and_then_an_error_of_ours(fake, mo
 
 
 def places(answer, path=()):
-    """The paths to all values in JSON; of a list or an object with many alike, to those in the first and the last."""
+    """The paths to all values in JSON; of a list to those in its ends, of an object in the first and last two keys."""
     yield path
     if isinstance(answer, dict | list):
         keys = list(answer) if isinstance(answer, dict) else range(len(answer))
-        for key in dict.fromkeys([*keys[:2], *keys[-2:]]):
+        at_end = 2 if isinstance(answer, dict) else 1
+        for key in dict.fromkeys([*keys[:at_end], *keys[-at_end:]]):
             yield from places(answer[key], (*path, key))
 
 

@@ -15,10 +15,14 @@ import pytest
 from gkd_trainer.rollouts import private_folder as folders
 from gkd_trainer.rollouts.private_folder import PrivateFolder, remove_dead
 
+# The module is imported by its file: with its package would come torch, which takes seconds.
 OWNER = """
-import signal, sys
+import importlib.util, signal, sys
 from pathlib import Path
-from gkd_trainer.rollouts.private_folder import PrivateFolder
+spec = importlib.util.spec_from_file_location("private_folder", {file!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+PrivateFolder = module.PrivateFolder
 
 {before}
 folder = PrivateFolder(sys.argv[1])
@@ -36,7 +40,7 @@ def owner(tmp_path):
     started = []
 
     def start(before="", after=""):
-        code = OWNER.format(before=before, after=after)
+        code = OWNER.format(file=folders.__file__, before=before, after=after)
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
