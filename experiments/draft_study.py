@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from experiments.arms import ARMS, FEW
+from experiments.arms import ARMS
 from experiments.measures import compared, completions
 from experiments.studies import Grid, Run, Study, made_once
 from experiments.training import Setting, trained
@@ -63,7 +63,7 @@ class DraftStudy(Study):
     def runs(self, grid: Grid) -> list[Run]:
         """Return a few arms with one seed, or all with three."""
         if grid == "small":
-            return [Run(arm, 0, STEPS // 3, {}) for arm in FEW]
+            return [Run(arm, 0, STEPS // 3, {}) for arm in ("sft", "fresh-forward", "own-forward")]
         runs = [Run(arm, seed, STEPS, {}) for seed in range(3) for arm in ARMS]
         return sorted(runs, key=lambda run: ARMS[run.arm].as_long_as is not None)
 
@@ -115,8 +115,7 @@ class DraftStudy(Study):
         return found
 
     def _teachers_rows(self, seed: int) -> list[dict[str, Any]]:
-        # As many prompts as the runs see, which is less than all.
-        prompts = [self._prompt(answer) for answer in self._answers[:-HELD_OUT]][: STEPS * 4]
+        prompts = [self._prompt(answer) for answer in self._answers[:-HELD_OUT]]
         sampled = completions(
             self._teacher,
             prompts,

@@ -21,7 +21,8 @@ from experiments.training import Setting, trained
 HELD_OUT = 256
 TEACHER_STEPS = 1200
 START_STEPS = 1000
-STEPS = 200
+STEPS = 500
+SMALL_STEPS = 200
 _OPTIONS = {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant_with_warmup", "use_cpu": True}
 
 
@@ -49,7 +50,9 @@ class ErrandStudy(Study):
     def runs(self, grid: Grid) -> list[Run]:
         """Return all arms in the main setting, and a few of them in the others."""
         if grid == "small":
-            return [Run(arm, seed, STEPS, {"width": 32, "demonstrations": 1000}) for seed in range(2) for arm in FEW]
+            return [
+                Run(arm, seed, SMALL_STEPS, {"width": 32, "demonstrations": 1000}) for seed in range(2) for arm in FEW
+            ]
         main = [Run(arm, seed, STEPS, {"width": 32, "demonstrations": 1000}) for seed in range(5) for arm in ARMS]
         others = [
             Run(arm, seed, STEPS, {"width": width, "demonstrations": count})
@@ -86,7 +89,7 @@ class ErrandStudy(Study):
         )
         return untrained.starting_from(
             lambda seed: self._start(untrained, f"start-{width}-{count}-{seed}", seed),
-            options={**_OPTIONS, "learning_rate": 1e-3, "warmup_steps": 10},
+            options={**_OPTIONS, "learning_rate": 5e-4, "warmup_steps": 10},
         )
 
     def _teacher(self) -> PreTrainedModel:
