@@ -50,15 +50,18 @@ def run_all(options: argparse.Namespace, name: str) -> None:
     for is_timed in (False, True):
         due = [run for run in runs if (ARMS[run.arm].as_long_as is not None) == is_timed]
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(options.workers, mp_context=context, initializer=_begin_process) as pool:
             for run in pool.map(_do, [options] * len(due), [name] * len(due), due):
                 console.print(f"{name}: {run.arm}, seed {run.seed}, {dict(run.factors)} done")
 
 
-def _do(options: argparse.Namespace, name: str, run: Run) -> Run:
+def _begin_process() -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     logging.disable(logging.WARNING)
+
+
+def _do(options: argparse.Namespace, name: str, run: Run) -> Run:
     lines, study = Lines(options.results / f"{name}.jsonl"), study_of(options, name)
     arm, steps = ARMS[run.arm], run.steps
     if arm.as_long_as is not None:
