@@ -1,11 +1,13 @@
 """An experiment from end to end, tiny: every arm of the errands trains, and a second call has nothing to do."""
 
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
-from experiments import __main__ as command
-from experiments import errand_study
+from experiments import errand_study, runner
 from experiments.arms import ARMS
 from experiments.draft_study import DraftStudy
 from experiments.lines import Lines
@@ -27,7 +29,7 @@ FACTORS = {"width": 16, "demonstrations": 6}
 def test_arms_of_every_kind_train_from_one_start_and_are_measured_on_the_way(options):
     arms = ("sft", "seq-kd", "fresh-jsd", "own-jsd", "rising-jsd", "sft-longer")
     for arm in arms:
-        command._do(options, "errands", Run(arm, 0, 2, FACTORS))
+        runner.do(options, "errands", Run(arm, 0, 2, FACTORS))
     results = Lines(options.results / "errands.jsonl").read()
     assert [result["arm"] for result in results] == [*arms]
     starts = {str({**result["points"][0], "seconds": 0, "cpu_seconds": 0}) for result in results}
@@ -44,9 +46,32 @@ def test_arms_of_every_kind_train_from_one_start_and_are_measured_on_the_way(opt
 def test_a_run_with_a_result_is_not_done_again(options, monkeypatch):
     runs = [Run("sft", seed, 2, FACTORS) for seed in range(2)]
     monkeypatch.setattr(errand_study.ErrandStudy, "runs", lambda self, grid: runs)
-    command._do(options, "errands", runs[0])
+    runner.do(options, "errands", runs[0])
     lines = Lines(options.results / "errands.jsonl")
     assert [run for run in runs if lines.find(**run.key) is None] == runs[1:]
+
+
+def test_the_command_runs_in_processes_of_its_own_and_writes_its_tables(tmp_path):
+    code = """
+import sys
+from experiments import errand_study
+from experiments.studies import Run
+errand_study.ErrandStudy.runs = lambda self, grid: [Run("sft", 0, 1, {"width": 16, "demonstrations": 6})]
+from experiments.__main__ import main
+main(sys.argv[1:])
+"""
+    folders = ["--results", tmp_path / "results", "--models", tmp_path / "models"]
+    teacher = tmp_path / "models" / "errands" / "teacher"
+    errand_study.errands.model(16, 1, seed=0).save_pretrained(teacher)
+    (teacher / "complete").touch()
+    start = tmp_path / "models" / "errands" / "start-16-6-0"
+    errand_study.errands.model(16, 2, seed=1).save_pretrained(start)
+    (start / "complete").touch()
+    command = [sys.executable, "-c", code, "run", "--studies", "errands", "--workers", "1", *map(str, folders)]
+    subprocess.run(command, check=True, timeout=240, cwd=Path(__file__).parents[2])
+    [result] = Lines(tmp_path / "results" / "errands.jsonl").read()
+    assert result["trained_steps"] == 1
+    assert "| sft |" in (tmp_path / "results" / "errands.md").read_text()
 
 
 @pytest.mark.parametrize("grid", ["small", "full"])
