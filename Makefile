@@ -85,7 +85,7 @@ test-newest: $(NEWEST)/installed ## Run the same on the newest versions.
 	$(NEWEST)/bin/pytest $(PARALLEL) -m "not vllm and not servers and not browser" $(ARGS)
 
 # Experiments: see docs/evidence.md. One thread for each process.
-experiment: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Compare ways to distil, on a small grid (30 minutes).
+experiment: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Compare ways to distil, on a small grid (about half an hour).
 	$(BIN)/python -m experiments run --pair $(SMOLLM2) $(ARGS)
 
 experiment-full: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## The whole grid of docs/evidence.md (hours; goes on after an interruption).
@@ -100,7 +100,7 @@ test-servers: $(VENV)/installed ## Run the tests that start their own vLLM serve
 # Their own code with few steps; GKD_NOTEBOOK_STEPS= leaves the steps as they are.
 export GKD_NOTEBOOK_STEPS ?= 2
 test-notebooks: $(VENV)/installed $(SMOLLM2)/student/config.json ## Execute the notebooks with few steps.
-	$(BIN)/pytest --nbmake --nbmake-timeout=600 examples/notebooks $(ARGS)
+	$(BIN)/pytest --nbmake --nbmake-timeout=600 --timeout=900 examples/notebooks $(ARGS)
 
 $(VENV)/installed-browser: | $(VENV)/installed
 	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
