@@ -60,7 +60,7 @@ class ErrandStudy(Study):
             for seed in range(5)
             for arm in FEW
         ]
-        return sorted([*main, *others], key=lambda run: ARMS[run.arm].as_long_as is not None)
+        return [*sorted(main, key=lambda run: ARMS[run.arm].as_long_as is not None), *others]
 
     def setting(self, run: Run) -> Setting:
         """Return the setting of a run's width and number of demonstrations."""

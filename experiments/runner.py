@@ -6,6 +6,7 @@ import argparse
 import logging
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
 
 import datasets
 import torch
@@ -26,12 +27,12 @@ def run_all(options: argparse.Namespace, name: str) -> None:
     console, lines, study = Console(), Lines(options.results / f"{name}.jsonl"), study_of(options, name)
     runs = [run for run in study.runs(options.grid) if lines.find(**run.key) is None]
     console.print(f"{name}: {len(runs)} runs to do")
-    # Those that train for as long as another one need its result.
-    for is_timed in (False, True):
-        due = [run for run in runs if (ARMS[run.arm].as_long_as is not None) == is_timed]
+    # Those that train for as long as another one come after it, and need its result.
+    for _, due in groupby(runs, key=lambda run: ARMS[run.arm].as_long_as is not None):
+        batch = list(due)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.workers, mp_context=context, initializer=_begin_process) as pool:
-            for run in pool.map(do, [options] * len(due), [name] * len(due), due):
+            for run in pool.map(do, [options] * len(batch), [name] * len(batch), batch):
                 console.print(f"{name}: {run.arm}, seed {run.seed}, {dict(run.factors)} done")
 
 

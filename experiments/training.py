@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -51,6 +52,7 @@ class _Meter(TrainerCallback):
 
     def __init__(self, measure: Measure, steps: Sequence[int]) -> None:
         self.points: list[dict[str, Any]] = []
+        self.tokens = 0
         self._measure, self._steps = measure, {*steps}
         self._spent = {"seconds": 0.0, "cpu_seconds": 0.0}
 
@@ -69,11 +71,33 @@ class _Meter(TrainerCallback):
         """Measure a student after a step."""
         is_training = student.training
         student.eval()
-        self.points.append({"step": step, **self._spent, **self._measure(student)})
+        self.points.append({"step": step, "tokens": self.tokens, **self._spent, **self._measure(student)})
         student.train(is_training)
 
     def _resume(self) -> None:
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
+
+
+class _Counting:
+    """A trainer that tells its meter how many tokens it learns from."""
+
+    meter: _Meter
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        assert num_items_in_batch is not None
+        self.meter.tokens += int(num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        return loss
+
+
+class _CountingTrainer(_Counting, Trainer):
+    pass
+
+
+class _CountingGKDTrainer(_Counting, GKDTrainer):
+    pass
 
 
 def trained(
@@ -81,7 +105,8 @@ def trained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Train a student in one way, and return it with its measurements.
 
-    `points` are the measurements, the first before training; `data_cpu_seconds` is the time to make the rows.
+    `points` are the measurements, the first before training, with the steps, tokens and seconds up to them;
+    `data_cpu_seconds` is the time to make the rows.
     """
     student = setting.student(seed)
     shares = (*setting.measured_at, 1.0) if measures else ()
@@ -92,7 +117,10 @@ def trained(
     rows = Dataset.from_list([dict(row) for row in setting.rows[arm.data](seed)])
     data_seconds = time.process_time() - data_began
     with TemporaryDirectory() as folder:
-        _trainer(setting, arm, student, rows, seed, steps, Path(folder), meter).train()
+        trainer = _trainer(setting, arm, student, rows, seed, steps, Path(folder))
+        trainer.meter = meter
+        trainer.add_callback(meter)
+        trainer.train()
     return student, {"data_cpu_seconds": data_seconds, "points": meter.points}
 
 
@@ -104,8 +132,7 @@ def _trainer(
     seed: int,
     steps: int,
     folder: Path,
-    meter: _Meter,
-) -> Trainer:
+) -> _CountingTrainer | _CountingGKDTrainer:
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -117,17 +144,15 @@ def _trainer(
         **setting.options,
     }
     if arm.loss == "cross-entropy":
-        return Trainer(
+        return _CountingTrainer(
             student,
             TrainingArguments(**options),
             train_dataset=rows,
             data_collator=DataCollatorForLanguageModeling(pad_token_id=setting.pad_token_id),
-            callbacks=[meter],
         )
-    return GKDTrainer(
+    return _CountingGKDTrainer(
         student,
         GKDConfig(**options, **{**setting.own_options, **arm.options}),
         train_dataset=rows,
         teacher=FrozenTeacher(setting.teacher),
-        callbacks=[meter],
     )

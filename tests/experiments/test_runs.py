@@ -43,6 +43,15 @@ def test_arms_of_every_kind_train_from_one_start_and_are_measured_on_the_way(opt
     assert by_arm["sft-longer"]["trained_steps"] > by_arm["sft"]["trained_steps"] == 2
 
 
+@pytest.mark.parametrize("arm", ["sft", "fixed-jsd"])
+def test_a_result_counts_the_tokens_that_the_student_has_learnt_from(options, arm):
+    runner.do(options, "errands", Run(arm, 0, 3, FACTORS))  # three steps of two are one epoch
+    [result] = Lines(options.results / "errands.jsonl").read()
+    demonstrations = [errand.demonstration() for errand in errand_study.errands.errands(6, 0)]
+    assert result["points"][0]["tokens"] == 0
+    assert result["points"][-1]["tokens"] == sum(map(len, demonstrations))
+
+
 def test_a_run_with_a_result_is_not_done_again(options, monkeypatch):
     runs = [Run("sft", seed, 2, FACTORS) for seed in range(2)]
     monkeypatch.setattr(errand_study.ErrandStudy, "runs", lambda self, grid: runs)
@@ -75,12 +84,14 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("grid", ["small", "full"])
-def test_runs_of_a_grid_are_distinct_and_those_that_need_a_time_come_last(grid, tmp_path):
+def test_runs_of_a_grid_are_distinct_and_those_that_need_a_time_come_after_it(grid, tmp_path):
     for study in (errand_study.ErrandStudy(tmp_path), DraftStudy(tmp_path, tmp_path)):
-        runs = study.runs(grid)
-        assert len({str(run.key) for run in runs}) == len(runs)
-        timed = [ARMS[run.arm].as_long_as is not None for run in runs]
-        assert timed == sorted(timed)
+        keys = [run.key for run in study.runs(grid)]
+        assert len({*map(str, keys)}) == len(keys)
+        for run in study.runs(grid):
+            if (reference := ARMS[run.arm].as_long_as) is not None:
+                place = keys.index(run.key)
+                assert all(keys.index({**run.key, "arm": needed}) < place for needed in (reference, "sft"))
 
 
 def test_the_full_grid_has_the_seeds_that_the_plan_names(tmp_path):
