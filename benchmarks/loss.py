@@ -29,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -80,15 +81,14 @@ class Problem:
         self.hidden_NH.grad = self.weight_VH.grad = None
 
 
-def ours(problem: Problem, product_dtype: torch.dtype | None = None, token_block: int | None = None) -> None:
+def ours(problem: Problem, **options: Any) -> None:
     student = HiddenSignal(problem.hidden_NH, Head(problem.weight_VH))
     teacher = HiddenSignal(problem.teacher_hidden_NG, Head(problem.teacher_weight_VG))
-    result = token_divergence(student, teacher, beta=BETA, product_dtype=product_dtype, token_block=token_block)
-    result.values_N.sum().backward()
+    token_divergence(student, teacher, beta=BETA, **options).values_N.sum().backward()
 
 
 def ours_bf16_products(problem: Problem) -> None:
-    ours(problem, torch.bfloat16)
+    ours(problem, product_dtype=torch.bfloat16)
 
 
 @torch.no_grad()
