@@ -187,7 +187,6 @@ def serve(connection: Connection, options: argparse.Namespace, part: str, index:
 def build(options: argparse.Namespace, part: Part, contender: Contender) -> tuple[Any, Stopwatch]:
     """Return a contender's trainer, and the stopwatch that times it."""
     from peft import LoraConfig
-    from transformers import PrinterCallback
 
     trainer = (trl_trainer if contender.is_trl else our_trainer)(
         options,
@@ -195,13 +194,15 @@ def build(options: argparse.Namespace, part: Part, contender: Contender) -> tupl
         teacher_dtype=contender.teacher_dtype,
         peft_config=None if part.lora is None else LoraConfig(**part.lora),
     )
-    trainer.remove_callback(PrinterCallback)
     return trainer, timed(trainer, is_trl=contender.is_trl)
 
 
 def timed(trainer: Any, *, is_trl: bool = False) -> Stopwatch:
     """Return a stopwatch that measures the trainer whenever it trains."""
+    from transformers import PrinterCallback
+
     stopwatch = Stopwatch(trainer.args.device)
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stopwatch.callback())
     trainer.compute_loss = stopwatch.counting(trainer.compute_loss)
     if is_trl:

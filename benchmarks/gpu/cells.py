@@ -183,12 +183,13 @@ class _Workers:
 
     def end(self) -> None:
         """End the worker, if there is one."""
+        if self._connection is not None:
+            self._connection.close()
         if self._process is not None:
+            self._process.join(timeout=2)  # unless it is busy, it ends when the connection does
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # with what it started
             self._process.join()
-        if self._connection is not None:
-            self._connection.close()
         self._process = self._connection = None
 
     def _begin(self) -> None:
@@ -218,6 +219,8 @@ def _outcome(cell: Cell, where: Where) -> dict[str, Any]:
         return {"status": MEASURED, "figures": cell.measure(where, **cell.key)}
     except NotMeasuredError as error:
         return {"status": NOT_MEASURED, "why": str(error)}
+    except ModuleNotFoundError as error:
+        return {"status": NOT_MEASURED, "why": f"needs {error.name}, which is not installed"}
     except (torch.OutOfMemoryError, MemoryError) as error:
         return {"status": OUT_OF_MEMORY, "why": _first_line(error)}
     except Exception as error:

@@ -44,6 +44,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """The shapes of Qwen2.5's models, from their configurations."""
 
+TOKENS = 151665
+"""How many tokens their tokenizer has, which both models are compared over; the rest of their heads is padding."""
+
 _SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
 
 
@@ -59,18 +62,24 @@ def random_model(where: Where, size: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def random_rows(where: Where, vocab_size: int, B: int, L: int, prompt: int) -> dict[str, Tensor]:
+def vocabulary_size(where: Where) -> int:
+    """Return how many tokens the tokenizer has."""
+    return int(where.pick(TOKENS, TOKENS // 401))
+
+
+def random_rows(where: Where, B: int, L: int, prompt: int) -> dict[str, Tensor]:
     """Return a batch of random tokens, of which all but the first `prompt` of each sample are trained on."""
-    ids_BL = torch.randint(2, vocab_size, (B, L), generator=torch.Generator().manual_seed(0))
+    ids_BL = torch.randint(2, vocabulary_size(where), (B, L), generator=torch.Generator().manual_seed(0))
     labels_BL = ids_BL.clone()
     labels_BL[:, :prompt] = -100
     batch = {"input_ids": ids_BL, "labels": labels_BL, "attention_mask": torch.ones_like(ids_BL)}
     return {name: values_BL.to(where.torch_device) for name, values_BL in batch.items()}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer that knows only its end and padding token, for trainers that ask for these."""
+def tokenizer(where: Where) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of as many tokens as Qwen2.5's, for trainers that ask for one."""
     from tokenizers import Tokenizer, models
 
-    words = models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<end>", pad_token="<end>")
+    words = {"<unk>": 0, "<end>": 1} | {str(token_id): token_id for token_id in range(2, vocabulary_size(where))}
+    whole = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<end>", pad_token="<end>")
