@@ -36,7 +36,7 @@ MEASURED, OUT_OF_MEMORY, NOT_MEASURED, FAILED, SKIPPED, WAITING = (
 )
 """What can come of a cell: NOT_MEASURED means that something it needs is not there, SKIPPED that time ran out."""
 
-_LONGEST = 4
+_LONGEST = 6
 """How many times its expected duration a cell may take before it is stopped."""
 
 
@@ -187,9 +187,11 @@ class _Workers:
             self._connection.close()
         if self._process is not None:
             self._process.join(timeout=2)  # unless it is busy, it ends when the connection does
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # with what it started
-            self._process.join()
+            if self._process.is_alive():
+                with contextlib.suppress(ProcessLookupError):  # it has not yet made its group
+                    os.killpg(self._process.pid, signal.SIGKILL)  # with what it started
+                self._process.kill()
+                self._process.join()
         self._process = self._connection = None
 
     def _begin(self) -> None:
@@ -220,7 +222,7 @@ def _outcome(cell: Cell, where: Where) -> dict[str, Any]:
     except NotMeasuredError as error:
         return {"status": NOT_MEASURED, "why": str(error)}
     except ModuleNotFoundError as error:
-        return {"status": NOT_MEASURED, "why": f"needs {error.name}, which is not installed"}
+        return {"status": NOT_MEASURED, "why": f"not installed: {error.name}"}
     except (torch.OutOfMemoryError, MemoryError) as error:
         return {"status": OUT_OF_MEMORY, "why": _first_line(error)}
     except Exception as error:

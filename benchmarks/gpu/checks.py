@@ -37,9 +37,9 @@ def cells(where: Where) -> list[Cell]:
     sizes = where.pick([(8192, 8192, 8192), (8192, 4096, 151936), (8192, 896, 151936)], [(8, 8, 8)])
     files = files_with_gpu_tests()
     return [
-        Cell("copy", copy_bandwidth, 10),
-        *(Cell("product", product_rate, 10, {"M": M, "K": K, "N": N}) for M, K, N in sizes),
-        *(Cell("tests", run_tests, 60, {"file": file}) for file in where.pick(files, files[:1])),
+        Cell("copy", copy_bandwidth, 5),
+        *(Cell("product", product_rate, 5, {"M": M, "K": K, "N": N}) for M, K, N in sizes),
+        *(Cell("tests", run_tests, 40, {"file": file}) for file in where.pick(files, files[:1])),
         *(Cell("sanitizer", sanitize, 60, {"tool": tool}) for tool in where.pick(TOOLS, TOOLS[:1])),
     ]
 
@@ -56,8 +56,8 @@ def run_tests(where: Where, file: str) -> dict[str, Any]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", file]
         done = _run(command)
-        if missing := re.search(r"No module named '(\w+)", done.stdout):
-            raise NotMeasuredError(f"needs {missing[1]}, which is not installed")
+        if missing := re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", done.stdout, re.M):
+            raise NotMeasuredError(f"not installed: {missing[1]}")
         if not report.exists():
             raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}")
         tests = list(ElementTree.parse(report).getroot().iter("testcase"))

@@ -18,6 +18,7 @@ from benchmarks.gpu.page import keep, read, show, write_page
 from benchmarks.gpu.wheels import gather, install
 
 ROOT = Path(__file__).parents[2]
+CONSTRAINTS = ROOT / "constraints.txt"
 STAGES = {
     "checks": "what the card can do, the tests marked `gpu`, memory errors",
     "loss": "the divergence beside its floor and its peers",
@@ -86,7 +87,7 @@ def _add_gather(commands: Any) -> None:
 
 
 def _gather(options: argparse.Namespace) -> None:
-    wheels = gather(options.folder, options.python, options.platforms, options.also, ROOT / "constraints.txt")
+    wheels = gather(options.folder, options.python, options.platforms, options.also, CONSTRAINTS)
     size = sum(wheel.stat().st_size for wheel in wheels)
     print(f"{len(wheels)} wheels, {size / 1e6:.1f} MB: carry {options.folder} along, and give the stages --wheels")
 
@@ -111,8 +112,10 @@ def _run(options: argparse.Namespace) -> None:
 
 def _use(wheels: Path) -> None:
     """Make what is missing importable, in this process and in those that it starts."""
-    target = Path(tempfile.mkdtemp(prefix="gpu-packages-"))
-    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix="gpu-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # dill, by which datasets recognises functions, would pickle all that is in modules under another name.
+    target = Path(folder) / "site-packages"
     names = install(wheels, target)
     print(f"from {wheels}: {', '.join(names) or 'nothing, as all of it is installed'}")
     sys.path.append(str(target))

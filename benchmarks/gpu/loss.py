@@ -43,7 +43,8 @@ BLOCKS = (512, 1024, 2048, 4096)
 WORKSPACE_MB = 2560
 """For the cell of memory, whose goal is this and a tenth of it beside the gradients in float32."""
 
-_DURATIONS = {"liger": 60.0, "trl": 20.0, "ours": 15.0}
+_SECONDS = {"ours": 8.0, "products": 4.0, "trl": 12.0, "liger": 40.0}
+"""About how long contenders take, compilation included; the others take 6."""
 
 
 def cells(where: Where) -> list[Cell]:
@@ -51,23 +52,23 @@ def cells(where: Where) -> list[Cell]:
     shapes = where.pick(list(SHAPES), list(SHAPES)[:1])
     return [
         *(
-            Cell("time", time_contender, _DURATIONS.get(name, 10.0), {"shape": shape, "contender": name})
-            for name in where.pick(TIMED, [name for name in TIMED if name != "liger"])
+            Cell("time", time_contender, _SECONDS.get(name, 6.0), {"shape": shape, "contender": name})
+            for name in TIMED
             for shape in shapes
         ),
-        *(Cell("memory", workspace_memory, 10, {"shape": shape}) for shape in shapes),
+        *(Cell("memory", workspace_memory, 5, {"shape": shape}) for shape in shapes),
         *(
-            Cell("error", gradient_error, 10, {"shape": shape, "contender": name})
+            Cell("error", gradient_error, 6, {"shape": shape, "contender": name})
             for shape in shapes
             for name in where.pick(("ours", "torch"), ("ours",))
         ),
         *(
-            Cell("block", time_block, 5, {"shape": shape, "block": block})
+            Cell("block", time_block, 3, {"shape": shape, "block": block})
             for shape in shapes
             for block in where.pick(BLOCKS, BLOCKS[:1])
         ),
         *(
-            Cell("kernel", time_kernel, 6, {"divergence": divergence, "tile": tile, "warps": warps})
+            Cell("kernel", time_kernel, 4, {"divergence": divergence, "tile": tile, "warps": warps})
             for divergence in where.pick(("jsd", "forward_kl"), ("jsd",))
             for tile in where.pick((1024, 2048, 4096, 8192), (64,))
             for warps in where.pick((4, 8, 16), (4,))
@@ -82,7 +83,7 @@ def time_contender(where: Where, shape: str, contender: str) -> dict[str, Any]:
     """
     chosen = CONTENDERS[contender]
     if not is_installed(chosen):
-        raise NotMeasuredError(f"needs {chosen.needs}, which is not installed")
+        raise NotMeasuredError(f"not installed: {chosen.needs}")
     problem, device = problem_of(where, shape, is_frozen=chosen.is_frozen), where.torch_device
     runs = functools.partial(chosen.run, problem), functools.partial(CONTENDERS["unblocked"].run, problem)
     try:

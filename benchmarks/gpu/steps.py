@@ -40,7 +40,7 @@ TUNED = ("full", "LoRA")
 CONTENDERS = ("ours", "logits", "trainer")
 TRAINER_NEEDS = ("trl", "datasets", "pyarrow", "pandas", "xxhash", "dill", "multiprocess", "pydantic", "tenacity")
 
-_SECONDS = {"off": 15.0, "on": 30.0}
+_SECONDS = {"off": 15.0, "on": 25.0}
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _of_trainer(
 ) -> dict[str, Any]:
     missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise NotMeasuredError(f"needs {', '.join(missing)}, which is not installed")
+        raise NotMeasuredError(f"not installed: {', '.join(missing)}")
     from datasets import Dataset
 
     from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer
