@@ -197,7 +197,7 @@ class _Workers:
     def _begin(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, self._where), daemon=True)
+        self._process = spawn.Process(target=_serve, args=(theirs, self._where))
         self._process.start()
         theirs.close()
 

@@ -88,7 +88,8 @@ def sanitize(where: Where, tool: str) -> dict[str, Any]:
     done = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if done.returncode not in (0, 99):
         raise RuntimeError(f"the command ended with {done.returncode}: {done.stdout[-500:]}")
-    found = [line.strip("= ") for line in done.stdout.splitlines() if line.startswith("=========")]
+    lines = [line.removeprefix("=" * 9).strip() for line in done.stdout.splitlines() if line.startswith("=" * 9)]
+    found = [line for line in lines if line and line != "COMPUTE-SANITIZER"]
     return {"failed": int(done.returncode == 99), "found": found[:20]}
 
 

@@ -129,7 +129,7 @@ class Loop:
         loss: Callable[[Models, TokenBatch, Stopwatch], Tensor],
     ) -> None:
         self._where, self._sizes, self._is_on_policy, self._loss = where, sizes, policy == "on", loss
-        self._models = Models.of(student, teacher, where)
+        self.models = Models.of(student, teacher, where)
         self._rows = random_rows(where, sizes.B, sizes.L, sizes.prompt)
         self._trained = [weight for weight in student.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=1e-6, fused=where.device == "cuda")
@@ -144,7 +144,7 @@ class Loop:
                 inputs = self._generated()
         batch = TokenBatch.from_inputs(inputs)
         self.tokens_trained = batch.n_scored
-        loss = self._loss(self._models, batch, self.clock) / batch.n_scored
+        loss = self._loss(self.models, batch, self.clock) / batch.n_scored
         with self.clock.measure("student"):
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
@@ -153,7 +153,7 @@ class Loop:
 
     @torch.no_grad()
     def _generated(self) -> dict[str, Tensor]:
-        student, sizes = self._models.student, self._sizes
+        student, sizes = self.models.student, self._sizes
         student.eval()
         with autocast(self._where):
             ids_BL = student.generate(

@@ -30,7 +30,7 @@ def tables_of_checks(results: Results) -> list[Table]:
         *_rows(results, "product", lambda f: [f"{f['operations_per_second'] / 1e12:.0f} TFLOP/s"], "product in bf16,"),
     ]
     tests = _rows(results, "tests", lambda f: [str(f[name]) for name in ("passed", "failed", "skipped")], width=3)
-    sanitizer = _rows(results, "sanitizer", lambda f: ["; ".join(f["found"]) if f["failed"] else "no errors"])
+    sanitizer = _rows(results, "sanitizer", lambda f: ["; ".join(f["found"][:2]) if f["failed"] else "no errors"])
     return _with_rows(
         Table("The card", ["", "rate"], figures),
         Table("Tests marked `gpu`", ["file", "passed", "failed", "skipped"], tests),

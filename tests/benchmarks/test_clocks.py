@@ -30,6 +30,38 @@ def test_on_cuda_the_seconds_are_those_of_the_device():
     assert seconds_of(lambda: torch.cuda._sleep(1_000_000_000), torch.device("cuda")) > 0.2
 
 
+def test_on_cuda_time_is_read_between_events_and_memory_from_the_allocator(monkeypatch):
+    """With counters in place of a card, since the code must be right before it meets one."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 170)
+    cuda = torch.device("cuda")
+    assert seconds_of(lambda: calls.append("call"), cuda) == 0.25
+    assert calls == ["record", "call", "record", "synchronize"]
+    calls.clear()
+    with measured_memory(cuda) as memory:
+        calls.append("call")
+    assert (memory.before, memory.peak, memory.added) == (100, 170, 70)
+    assert calls == ["wait", "reset", "call", "wait"]
+
+
 def test_seconds_are_the_median_of_the_turns_after_the_first():
     turns = iter([0.3, 0.0, 0.05, 0.0])
     assert median_seconds(lambda: time.sleep(next(turns)), CPU, turns=3) < 0.04

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.gpu import checks, loss, steps
-from benchmarks.gpu.cells import Where
+from benchmarks.gpu.card import description
+from benchmarks.gpu.cells import NotMeasuredError, Where
 from benchmarks.gpu.models import SIZES, random_model, vocabulary_size
 from gkd_trainer.types import TokenBatch
 
@@ -75,6 +77,40 @@ def test_the_result_of_a_test_file_is_read_from_its_report(tmp_path, is_failing)
     assert any("test_other: assert 1 == 2" in failure for failure in figures["failures"]) == is_failing
 
 
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_what_a_sanitizer_finds_is_reported(tmp_path, monkeypatch, tool):
+    """A program in the sanitizer's place, which finds what its second argument says."""
+    found = "Invalid __global__ write of size 4 bytes" if tool == "memcheck" else ""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        f"#!/bin/sh\necho '========= COMPUTE-SANITIZER'\necho '========= {found}'\n"
+        'case "$*" in "--tool memcheck --error-exitcode 99 "*exercise*cuda*) exit 99;; *exercise*cuda*) exit 0;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    expected = {"failed": 1, "found": [found]} if found else {"failed": 0, "found": []}
+    assert checks.sanitize(FULL, tool) == expected
+
+
+def test_a_machine_without_the_sanitizer_is_told_so(monkeypatch):
+    monkeypatch.setattr(checks, "_SANITIZERS", ("no-such-sanitizer",))
+    with pytest.raises(NotMeasuredError, match="compute-sanitizer is not installed"):
+        checks.sanitize(FULL, "memcheck")
+
+
+def test_a_card_is_described_with_its_driver_and_architecture(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 580.159.04\necho 580.159.04\n")  # one line for each card
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    properties = SimpleNamespace(name="H100", total_memory=2**36, multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    about = description(FULL)
+    assert (about["card"], about["driver"], about["capability"]) == ("H100", "580.159.04", "sm_90")
+    assert about["l2_bytes"] is None
+    assert json.dumps(about)
+
+
 def test_plain_logits_and_hidden_states_give_the_same_loss_with_and_without_adapters():
     sizes = steps.Sizes.of(TINY, "off")
     for tuned in (False, True):
@@ -90,7 +126,7 @@ def test_plain_logits_and_hidden_states_give_the_same_loss_with_and_without_adap
         for name, of_batch in steps.losses().items():
             loop = steps.Loop(TINY, sizes, "off", student, teacher, of_batch)
             batch = TokenBatch.from_inputs(steps.random_rows(TINY, sizes.B, sizes.L, sizes.prompt))
-            found[name] = of_batch(loop._models, batch, loop.clock).item() / batch.n_scored
+            found[name] = of_batch(loop.models, batch, loop.clock).item() / batch.n_scored
         assert found["ours"] > 0.05
         assert found["ours"] == pytest.approx(found["logits"], rel=2e-2)  # autocast rounds the logits to bfloat16
 
