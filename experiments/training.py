@@ -26,7 +26,7 @@ class Setting:
     """What all arms of an experiment share.
 
     `options` are of TrainingArguments, `own_options` of GKDConfig alone. `measured_at` are the shares of the steps
-    after which the student is measured; at the end it is anyway.
+    after which the student is measured; at the end it is anyway, and there by `measure_at_end` too.
     """
 
     student: Callable[[int], PreTrainedModel]
@@ -37,6 +37,7 @@ class Setting:
     options: Mapping[str, Any]
     own_options: Mapping[str, Any] = field(default_factory=dict)
     measured_at: tuple[float, ...] = (0.25, 0.5, 0.75)
+    measure_at_end: Measure | None = None
 
     def starting_from(self, student: Callable[[int], PreTrainedModel], options: Mapping[str, Any]) -> Setting:
         """Return the same setting with other students, by seed, and other options of TrainingArguments."""
@@ -121,6 +122,8 @@ def trained(
         trainer.meter = meter
         trainer.add_callback(meter)
         trainer.train()
+    if measures and setting.measure_at_end is not None:
+        meter.points[-1] |= setting.measure_at_end(student.eval())
     return student, {"data_cpu_seconds": data_seconds, "points": meter.points}
 
 
