@@ -60,6 +60,7 @@ class DraftStudy(Study):
 
     def __init__(self, folder: Path, pair: Path) -> None:
         self._folder, self._pair = folder, pair
+        self._at_start: dict[int, dict[str, Any]] = {}
 
     def runs(self, grid: Grid) -> list[Run]:
         """Return a few arms with one seed, or all with three."""
@@ -70,17 +71,17 @@ class DraftStudy(Study):
 
     def setting(self, run: Run) -> Setting:
         """Return the setting of all runs."""
-        examination = _Examination(self._teacher, self._held_out_prompts, self._tokenizer.pad_token_id)
         pruned = Setting(
             student=lambda seed: self._model("student"),
             teacher=self._teacher,
             pad_token_id=self._tokenizer.pad_token_id,
             rows={"data": self._rows, "teacher": self._teachers_rows},
-            measure=examination,
-            measure_at_end=examination.drafting,
+            measure=self._examination,
+            measure_at_end=self._examination.drafting,
             options={**_OPTIONS, "learning_rate": 5e-4},
             own_options={"max_new_tokens": MAX_NEW_TOKENS, "max_length": 192},
             measured_at=(0.5,),
+            at_start=self._at_start,
         )
         return pruned.starting_from(lambda seed: self._start(pruned, seed), options={**_OPTIONS, "learning_rate": 2e-4})
 
@@ -91,6 +92,10 @@ class DraftStudy(Study):
     @cached_property
     def _teacher(self) -> PreTrainedModel:
         return self._model("teacher")
+
+    @cached_property
+    def _examination(self) -> _Examination:
+        return _Examination(self._teacher, self._held_out_prompts, self._tokenizer.pad_token_id)
 
     @cached_property
     def _answers(self) -> list[dict[str, str]]:
