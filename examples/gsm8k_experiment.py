@@ -1,10 +1,10 @@
-r"""Compare ways to distil on GSM8K, by solved test problems: the arms of docs/evidence.md on a real pair, for a GPU.
+r"""Compare ways to distil on GSM8K by the test problems solved: the arms of docs/evidence.md on a real pair, for a GPU.
 
     python examples/gsm8k_experiment.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
 Every arm starts from the same student, trains for the same number of steps, and adds a line of JSON to
-OUTPUT_DIR/results.jsonl. Arms that are there already are left out, so the same command goes on after an interruption.
-`fresh-*` learns from new samples of the teacher in every step: without it, nothing can be said about on-policy.
+OUTPUT_DIR/results.jsonl. Arms that are already there are left out, so the same command continues after an interruption.
+`fresh-*` learns from new samples by the teacher in every step: without it, nothing can be said about on-policy.
 `--data` also takes a folder with train.jsonl and test.jsonl; `--vllm` generates with vLLM in this process.
 """
 
