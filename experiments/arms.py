@@ -58,8 +58,11 @@ ARMS: dict[str, Arm] = {
 }
 """All arms by name, in the order of the tables."""
 
-FEW = ("sft", "fixed-forward", "fresh-forward", "own-forward", "own-reverse")
-"""The arms of grids that vary something else."""
+DECISIVE = ("fixed-forward", "fresh-forward", "own-forward")
+"""The arms of grids that vary something else: the same loss on the three kinds of samples."""
+
+FEW = ("sft", *DECISIVE, "own-reverse")
+"""The arms of a small grid."""
 
 PAIRS: tuple[tuple[str, str], ...] = (
     *((f"own-{name}", f"fixed-{name}") for name in _BETAS),

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments import errands
-from experiments.arms import ARMS, FEW
+from experiments.arms import ARMS, DECISIVE, FEW
 from experiments.errands import MAX_NEW_TOKENS, PAD
 from experiments.measures import compared, completions
 from experiments.studies import Grid, Run, Study, made_once
@@ -58,7 +58,7 @@ class ErrandStudy(Study):
             Run(arm, seed, STEPS, {"width": width, "demonstrations": count})
             for width, count in ((32, 250), (32, 4000), (16, 1000), (64, 1000))
             for seed in range(5)
-            for arm in FEW
+            for arm in DECISIVE
         ]
         return [*sorted(main, key=lambda run: ARMS[run.arm].as_long_as is not None), *others]
 

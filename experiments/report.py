@@ -80,9 +80,16 @@ def table_of_ends(study: Study, group: Group, limit: float | None = None) -> lis
     for arm, by_seed in group.items():
         points = [point_of(result, limit) for result in by_seed.values()]
         steps, seconds = (np.mean([point[name] for point in points]) for name in ("step", "cpu_seconds"))
-        values = [f"{np.mean([point[name] for point in points]):.3f}" for name in study.measures]
+        values = [_mean([point.get(name) for point in points]) for name in study.measures]
         rows.append([arm, ARMS[arm].description, str(len(points)), f"{steps:.0f}", f"{seconds:.0f}", *values])
     return table(titles, rows)
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Return a mean for a table; some measures are taken only at the end."""
+    if None in values:
+        return "–"
+    return f"{np.mean(values):.3f}"
 
 
 def table_of_differences(group: Group, limit: float) -> list[str]:

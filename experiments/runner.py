@@ -6,7 +6,9 @@ import argparse
 import logging
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from itertools import groupby
+from pathlib import Path
 
 import datasets
 import torch
@@ -64,7 +66,10 @@ def steps_in_its_time(lines: Lines, run: Run, reference: str) -> int:
 
 
 def study_of(options: argparse.Namespace, name: str) -> Study:
-    """Return a study by its name."""
-    if name == "errands":
-        return ErrandStudy(options.models / name)
-    return DraftStudy(options.models / name, options.pair)
+    """Return a study by its name, the same one in the same process."""
+    return _study(name, options.models / name, options.pair)
+
+
+@cache
+def _study(name: str, folder: Path, pair: Path) -> Study:
+    return ErrandStudy(folder) if name == "errands" else DraftStudy(folder, pair)

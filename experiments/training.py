@@ -26,7 +26,8 @@ class Setting:
     """What all arms of an experiment share.
 
     `options` are of TrainingArguments, `own_options` of GKDConfig alone. `measured_at` are the shares of the steps
-    after which the student is measured; at the end it is anyway.
+    after which the student is measured; at the end it is anyway, and there by `measure_at_end` too. `at_start` keeps
+    the measurements before training, by seed, for runs in the same process that share them.
     """
 
     student: Callable[[int], PreTrainedModel]
@@ -37,6 +38,8 @@ class Setting:
     options: Mapping[str, Any]
     own_options: Mapping[str, Any] = field(default_factory=dict)
     measured_at: tuple[float, ...] = (0.25, 0.5, 0.75)
+    measure_at_end: Measure | None = None
+    at_start: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def starting_from(self, student: Callable[[int], PreTrainedModel], options: Mapping[str, Any]) -> Setting:
         """Return the same setting with other students, by seed, and other options of TrainingArguments."""
@@ -67,12 +70,14 @@ class _Meter(TrainerCallback):
         self.add(model, state.global_step)
         self._resume()
 
-    def add(self, student: PreTrainedModel, step: int) -> None:
-        """Measure a student after a step."""
-        is_training = student.training
-        student.eval()
-        self.points.append({"step": step, "tokens": self.tokens, **self._spent, **self._measure(student)})
-        student.train(is_training)
+    def add(self, student: PreTrainedModel, step: int, measured: Mapping[str, Any] | None = None) -> None:
+        """Add a point: what is measured after a step, unless that is known."""
+        if measured is None:
+            is_training = student.training
+            student.eval()
+            measured = self._measure(student)
+            student.train(is_training)
+        self.points.append({"step": step, "tokens": self.tokens, **self._spent, **measured})
 
     def _resume(self) -> None:
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
@@ -112,7 +117,9 @@ def trained(
     shares = (*setting.measured_at, 1.0) if measures else ()
     meter = _Meter(setting.measure, [max(1, round(share * steps)) for share in shares])
     if measures:
-        meter.add(student, step=0)
+        if seed not in setting.at_start:
+            setting.at_start[seed] = setting.measure(student.eval())
+        meter.add(student, 0, setting.at_start[seed])
     data_began = time.process_time()
     rows = Dataset.from_list([dict(row) for row in setting.rows[arm.data](seed)])
     data_seconds = time.process_time() - data_began
@@ -121,6 +128,8 @@ def trained(
         trainer.meter = meter
         trainer.add_callback(meter)
         trainer.train()
+    if measures and setting.measure_at_end is not None:
+        meter.points[-1] |= setting.measure_at_end(student.eval())
     return student, {"data_cpu_seconds": data_seconds, "points": meter.points}
 
 

@@ -164,7 +164,7 @@ MODES = ("matched", "next_byte", "uld", "gold")
 class VocabularyMap:
     """How two vocabularies, a student's of V tokens and a teacher's of W, are compared.
 
-    The token `student_ids_M[m]` is the teacher's `teacher_ids_M[m]`; each id occurs once at most. `student_group_V` and
+    The token `student_ids_M[m]` is the teacher's `teacher_ids_M[m]`; each id occurs at most once. `student_group_V` and
     `teacher_group_W` are the group of each token in a partition of both vocabularies that does not need them to match,
     such as by first byte; groups are from 0 to `groups` - 1. All are int64. `mode` is one of MODES; "matched" compares
     groups where the teacher gives the M tokens less probability than `min_matched_mass`.

@@ -34,7 +34,7 @@ TEACHER_INDEX = "teacher_index"
 """The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
 
 TEACHER_PROMPT_IDS = "teacher_prompt_ids"
-"""The key of a prompt that the teacher reads in place of the sample's own, in the teacher's token ids.
+"""The key of a prompt that the teacher reads instead of the sample's own, in the teacher's token ids.
 
 A teacher with another tokenizer reads it, and a Teacher of your own may. In a row, a list of token ids, empty if there
 is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
@@ -53,7 +53,7 @@ TEACHER_COLUMNS = "teacher_columns"
 
 @dataclass(frozen=True)
 class SideTensor:
-    """A value per sample that a batch carries beside its tokens, and that no model's forward gets.
+    """A value per sample that a batch carries with its tokens, and that no model's forward gets.
 
     `filling` stands for a missing value, and pads the shorter lists of a batch. `is_column` says that a data set may
     have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]), and
@@ -161,7 +161,7 @@ class MediaTokens:
 class PromptMedia:
     """The images of one prompt, for a model's forward.
 
-    `inputs` are values of MEDIA_INPUTS as a collator returns them for a batch of this prompt alone; `mm_token_type_ids`
+    `inputs` are values of MEDIA_INPUTS as a collator returns them for a batch of only this prompt; `mm_token_type_ids`
     has one value per token of the prompt, and is None if the model takes none.
     """
 
@@ -390,10 +390,10 @@ def may_be_per_token(name: str, value: Any) -> bool:
 
 
 def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a collated batch with each row's padding, by its `attention_mask` [B, L], moved behind the row's tokens.
+    """Return a collated batch with each row's padding, by its `attention_mask` [B, L], moved after the row's tokens.
 
     Padding before the tokens changes the logits of a model that counts positions by column or carries a state from
-    token to token, and lets a padding position predict the first token. No causal model sees padding behind them.
+    token to token, and lets a padding position predict the first token. No causal model sees padding after them.
     PER_TOKEN values move along. A batch with a tensor that `may_be_per_token` is left as it is: the tensor's values
     would no longer match their tokens. If the batch `has_decoder_inputs`, only the encoder's values move.
     """

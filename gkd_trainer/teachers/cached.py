@@ -39,12 +39,12 @@ class CachedTeacher(CompositeTeacher):
     """Reads a teacher's predictions from a folder that `gkd-trainer cache` wrote, for data that does not change.
 
     Rows are found by their token ids, so their order, the number of workers and ranks, and filters do not matter; a
-    longer row serves its beginnings. Files are mapped into memory, and each row is checked when it is read.
+    longer row serves its prefixes. Files are mapped into memory, and each row is checked when it is read.
 
     Args:
         folder: The cache.
         fallback: The teacher that was cached, to score rows that the cache lacks. Without one, such a row is an error,
-            so that the student can't be trained on completions that are generated during training.
+            so that the student can't be trained on completions generated during training.
 
     Raises:
         GKDTeacherError: There is no cache in `folder`, its manifest was changed, or `fallback` can't stand in for it.
@@ -66,7 +66,7 @@ class CachedTeacher(CompositeTeacher):
         if fallback is not None and fallback.shares_weights:
             raise GKDTeacherError(
                 "the fallback of a cache must be the teacher that was cached, but this one shares weights with the "
-                "student: pass a teacher of its own"
+                "student: pass a separate teacher"
             )
         if fallback is not None:
             self._require("top_k", fallback.top_k, self._manifest.top_k)
@@ -141,7 +141,7 @@ class CachedTeacher(CompositeTeacher):
 
     @property
     def is_local(self) -> bool:
-        """False: reading a file may fail for one rank alone."""
+        """False: reading a file may fail for only one rank."""
         return False
 
     @property

@@ -30,10 +30,10 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class ContextTeacher(CompositeTeacher):
-    """A teacher that reads a prompt made by a function of the row and the completion, in place of the sample's own.
+    """A teacher that reads a prompt made by a function of the row and the completion, instead of the sample's own.
 
-    It scores the same tokens of the completion, by their ids, behind another prompt. A row's own `teacher_prompt` comes
-    first: the function is not called for it.
+    It scores the same tokens of the completion, by their ids, after another prompt. A row's own `teacher_prompt` takes
+    precedence: the function is not called for it.
 
     Args:
         teacher: The teacher that reads the prompts. Its vocabulary must be the student's.
@@ -159,9 +159,9 @@ class ContextTeacher(CompositeTeacher):
         position = None if key is None else self._position_by_key.get(key)
         if position is None:
             raise GKDDataError(
-                f"a ContextTeacher finds a sample's row by its {ROW_KEY}; got {key}, which is none of its "
-                f"{len(self._position_by_key)} rows': give the rows trained and evaluated on the column {ROW_KEY}, and "
-                "pass all of them as rows"
+                f"a ContextTeacher finds a sample's row by its {ROW_KEY}; got {key}, which none of its "
+                f"{len(self._position_by_key)} rows has: give the rows trained and evaluated on a column {ROW_KEY}, "
+                "and pass all of them as rows"
             )
         text = self._students_tokenizer.decode(completion_ids, skip_special_tokens=True)
         prompt = self._prompt(self._rows[position], text)
@@ -297,7 +297,7 @@ def _positions_by_key(rows: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     is_keyed = ROW_KEY in columns if columns is not None else all(ROW_KEY in row for row in rows)
     if not is_keyed or len(rows) == 0:
         raise GKDTeacherError(
-            f"a ContextTeacher finds rows by their {ROW_KEY}, but its rows have none: number them, such as with "
+            f"a ContextTeacher finds rows by their {ROW_KEY}, but its rows have none: number them, for example with "
             f"rows.add_column({ROW_KEY!r}, list(range(len(rows))))"
         )
     keys = rows[ROW_KEY] if columns is not None else [row[ROW_KEY] for row in rows]  # type: ignore[call-overload]

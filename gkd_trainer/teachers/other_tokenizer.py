@@ -41,7 +41,7 @@ class OtherTokenizerTeacher(AligningTeacher):
     """A teacher whose tokens are not the student's.
 
     A row's completion is decoded to bytes, and these are encoded by the teacher's tokenizer. Student and teacher are
-    compared where a token of both begins at the same byte; other positions are not trained on. The teacher reads its
+    compared where both begin a token at the same byte; other positions are not trained on. The teacher reads its
     own prompt (TEACHER_PROMPT_IDS), which rows of messages get from its chat template, and then only the completion
     after it is compared; without one it reads the student's prompt in its tokens, after its bos.
 
@@ -74,8 +74,8 @@ class OtherTokenizerTeacher(AligningTeacher):
             raise GKDConfigError(f"min_matched_mass must be in [0, 1] (0 never compares bytes); got {min_matched_mass}")
         if isinstance(teacher, CompositeTeacher) or teacher.shares_weights:
             raise GKDTeacherError(
-                f"a teacher with another tokenizer is one model of its own; got {type(teacher).__name__}: pass a "
-                "FrozenTeacher, or one behind a server"
+                "a teacher with another tokenizer must be a single model of its own; got "
+                f"{type(teacher).__name__}: pass a FrozenTeacher, or one behind a server"
             )
         if teacher.top_k is not None and mode != "matched":
             raise GKDTeacherError(
@@ -123,7 +123,7 @@ class OtherTokenizerTeacher(AligningTeacher):
         }
 
     def score(self, batch: TokenBatch) -> Signal:
-        """Return the teacher's predictions for the tokens of both that begin at the same byte."""
+        """Return the teacher's predictions where both begin a token at the same byte."""
         prepared = self._ready()
         if TEACHER_COLUMNS not in batch.side:
             raise RuntimeError("OtherTokenizerTeacher.score got a batch that did not come from its `comparable`")
@@ -141,7 +141,7 @@ class OtherTokenizerTeacher(AligningTeacher):
     ) -> None:
         """Prepare the teacher inside, and match the tokens of both.
 
-        Rows longer than the teacher takes are cut: what comes behind is not compared.
+        Rows longer than the teacher takes are cut: what comes after is not compared.
 
         Raises:
             GKDTeacherError: The student's tokenizer is unknown, or the bytes of its tokens are, or the teacher inside

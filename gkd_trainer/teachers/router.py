@@ -1,4 +1,4 @@
-"""Several teachers of which each sample has one.
+"""Several teachers, one for each sample.
 
 Shapes: B batch, N tokens trained on.
 """
@@ -20,8 +20,8 @@ from gkd_trainer.types import TEACHER_INDEX, TokenBatch
 class RoutedTeachers(SeveralTeachers):
     """Several named teachers: each sample is compared with one of them, named by its row.
 
-    A teacher scores only its own samples, so several cost about as much as one. One without samples in a batch still
-    scores an empty batch, since it may have to take part in exchanges between ranks.
+    A teacher scores only its own samples, so several cost about as much as one. A teacher without samples in a batch
+    still scores an empty batch, since it may have to take part in exchanges between ranks.
 
     Args:
         teachers: The teachers by name.

@@ -47,14 +47,14 @@ class HiddenStateServerTeacher(Teacher):
 
     The server sends the hidden states; the head is read from the checkpoint that is served, and takes memory here. The
     server must be started with `--runner pooling --convert embed --pooler-config '{"task": "token_embed"}'`. Its
-    tokenizer must be the student's. A server is recognised by its states of a fixed text, which goes with every
-    request: a server that returns with another model is noticed at its first answer.
+    tokenizer must be the student's. A server is identified by its states of a fixed text, which goes with every
+    request: a server that comes back with another model is noticed at its first answer.
 
     Args:
         base_url: The URL of a server, such as "http://127.0.0.1:8000", or of several; all must serve the same model,
             and each scores its share of a batch.
         checkpoint: The model served: its name on the hub or its folder, with its head in safetensors, not quantised.
-        dtype: What the states are sent in: "auto" is the narrowest dtype that holds them exactly (bfloat16 from a
+        dtype: The dtype of the states as sent: "auto" is the narrowest dtype that holds them exactly (bfloat16 from a
             server in bfloat16); or "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2".
         model: The name under which the model is served; by default the first that the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
@@ -134,7 +134,7 @@ class HiddenStateServerTeacher(Teacher):
 
     @property
     def dtype(self) -> str | None:
-        """What the hidden states are sent in; None before `prepare`."""
+        """The dtype in which hidden states are sent; None before `prepare`."""
         return self._dtype
 
     @property
@@ -157,7 +157,7 @@ class HiddenStateServerTeacher(Teacher):
 
     @property
     def is_local(self) -> bool:
-        """False: a server may fail for one rank alone."""
+        """False: a server may fail for only one rank."""
         return False
 
     @property

@@ -46,8 +46,8 @@ _NEUTRAL_GREEDY = {
 class VLLMServerTeacher(Teacher):
     """A model served by vLLM; it gives its top tokens at temperature 1, whatever its sampling defaults.
 
-    Its tokenizer must be the student's. A server is recognised by its scores of a fixed text, which goes with every
-    request: a server that returns with another model is noticed at its first answer.
+    Its tokenizer must be the student's. A server is identified by its scores of a fixed text, which goes with every
+    request: a server that comes back with another model is noticed at its first answer.
 
     Args:
         base_url: The URL of a server, such as "http://127.0.0.1:8000", or of several; all must serve the same model,
@@ -150,12 +150,12 @@ class VLLMServerTeacher(Teacher):
 
     @property
     def is_local(self) -> bool:
-        """False: a server may fail for one rank alone."""
+        """False: a server may fail for only one rank."""
         return False
 
     @property
     def can_generate(self) -> bool:
-        """False: it is asked for scores alone."""
+        """False: it is asked only for scores."""
         return False
 
     def prepare(
