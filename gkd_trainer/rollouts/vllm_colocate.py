@@ -175,18 +175,18 @@ class VLLMColocateRollouts(RolloutEngine):
             SamplingParams(**fields)
         except (TypeError, ValueError) as error:
             raise GKDConfigError(f"vLLM refuses these sampling options: {error}") from error
-        if not jobs:
-            return []
         if self._is_asleep:  # there is no sync between two batches of an evaluation
             self._wake_up_unchanged()
         with _failing_as("generate"), _undisturbed():
-            outputs = self._llm.generate(
-                [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
-                [SamplingParams(**fields, seed=seed) for _, seed in jobs],
-                use_tqdm=False,
-                lora_request=self._lora_request,
-            )
-            if self._sleeps:
+            outputs = []
+            if jobs:
+                outputs = self._llm.generate(
+                    [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
+                    [SamplingParams(**fields, seed=seed) for _, seed in jobs],
+                    use_tqdm=False,
+                    lora_request=self._lora_request,
+                )
+            if self._sleeps:  # without prompts too: ranks that share a sharded student wake up together
                 self._llm.sleep(level=1 if self._sends_adapter else 2)
                 self._is_asleep = True
             return [
@@ -211,7 +211,7 @@ class VLLMColocateRollouts(RolloutEngine):
     def _wake_up(self, part: str) -> None:
         """Give the engine its memory for "weights" or "kv_cache" again, after sleep."""
         if self._is_asleep:
-            # Torch keeps memory that it does not use, and the engine can't take it from there.
+            # The engine can't take memory that torch keeps but does not use. (vLLM 0.32 frees it by itself.)
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=[part])
 

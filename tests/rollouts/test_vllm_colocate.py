@@ -542,6 +542,16 @@ def test_weights_that_sleep_dropped_are_sent_again_before_the_next_batch(sleepy,
     assert sleepy.calls == [*_SYNC, "generate", "sleep at level 2"]
 
 
+def test_a_rank_without_prompts_wakes_up_and_sleeps_with_the_others(sleepy, engine, model):
+    engine.sync(model)
+    for _ in range(2):
+        sleepy.calls.clear()
+        assert engine.generate([], Sampling(2), []) == []
+        assert sleepy.calls[-1] == "sleep at level 2"
+        assert "generate" not in sleepy.calls
+    assert sleepy.calls == [*_SYNC, "sleep at level 2"]
+
+
 def test_the_base_model_of_an_adapter_sleeps_on_the_cpu(sleepy, engine, model, monkeypatch):
     engine.sync(model)
     monkeypatch.setattr(engine, "_sends_adapter", True)
