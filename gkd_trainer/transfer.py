@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
     return pinned.to(device, non_blocking=True)
+
+
+def all_to_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return values with their tensors on a device; see `to_device`."""
+    return {name: to_device(value, device) if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def integers_to_host(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with their tensors of integers on the CPU, and the rest as it is, such as pixels.
+
+    All copies begin before the first is awaited.
+    """
+    begun = {
+        name: HostCopy(value) if isinstance(value, Tensor) and not value.is_floating_point() else value
+        for name, value in values.items()
+    }
+    return {name: value.read() if isinstance(value, HostCopy) else value for name, value in begun.items()}
 
 
 class HostCopy:

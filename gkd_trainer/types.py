@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gkd_trainer.transfer import HostCopy, to_device
+from gkd_trainer.transfer import all_to_device, integers_to_host, to_device
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
@@ -275,10 +275,9 @@ class TokenBatch:
         """
         if self.labels_BL.device.type == "cpu":
             return self
-        # All copies begin before the first is awaited.
-        inputs, side = map(_begun_on_host, (self.model_inputs, self.side))
-        labels_BL, is_on_policy_B = HostCopy(self.labels_BL), HostCopy(self.is_on_policy_B)
-        return TokenBatch(_read(inputs), labels_BL.read(), is_on_policy_B.read(), self.label_offset, _read(side))
+        own = {"labels": self.labels_BL, IS_ON_POLICY: self.is_on_policy_B}
+        inputs, side, own = (integers_to_host(values) for values in (self.model_inputs, self.side, own))
+        return TokenBatch(inputs, own["labels"], own[IS_ON_POLICY], self.label_offset, side)
 
     def known_on_host(self, host: TokenBatch) -> TokenBatch:
         """Return this batch, whose values `host` has on the CPU: then nothing waits for the device to read them."""
@@ -291,14 +290,11 @@ class TokenBatch:
         if device.type == "cpu":
             return self
         moved = TokenBatch(
-            {
-                name: to_device(value, device) if isinstance(value, Tensor) else value
-                for name, value in self.model_inputs.items()
-            },
+            all_to_device(self.model_inputs, device),
             to_device(self.labels_BL, device),
             to_device(self.is_on_policy_B, device),
             self.label_offset,
-            {name: to_device(value, device) for name, value in self.side.items()},
+            all_to_device(self.side, device),
         )
         return moved.known_on_host(self)
 
@@ -357,18 +353,6 @@ class TokenBatch:
             return TokenBatch(inputs, labels_BL, is_on_policy_B, self.label_offset, side)
         is_chosen_B1 = torch.zeros_like(self.labels_BL[:, :1], dtype=torch.bool).index_fill(0, chosen, True)
         return replace(self, labels_BL=self.labels_BL.masked_fill(~is_chosen_B1, IGNORE_INDEX))
-
-
-def _begun_on_host(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Begin to copy the tensors of integers to the host, and leave the rest as it is, such as pixels."""
-    return {
-        name: HostCopy(value) if isinstance(value, Tensor) and not value.is_floating_point() else value
-        for name, value in values.items()
-    }
-
-
-def _read(begun: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.read() if isinstance(value, HostCopy) else value for name, value in begun.items()}
 
 
 def _of_rows(name: str, values: Tensor, rows: Tensor) -> Tensor:

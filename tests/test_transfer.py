@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gkd_trainer.transfer import HostCopy, to_device
+from gkd_trainer.transfer import HostCopy, all_to_device, integers_to_host, to_device
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -17,6 +17,21 @@ def test_a_tensor_that_is_there_is_not_copied():
 def test_a_tensor_goes_to_another_device():
     moved = to_device(torch.zeros(2, 3), torch.device("meta"))
     assert (moved.device.type, moved.shape) == ("meta", (2, 3))
+
+
+def test_of_several_values_tensors_are_moved_and_integers_read():
+    values = {"ids": torch.arange(3), "pixels": torch.rand(2), "is_real": torch.tensor([True]), "note": "kept"}
+    moved = all_to_device(values, torch.device("meta"))
+    assert moved["note"] == "kept"
+    assert {name: value.device.type for name, value in moved.items() if name != "note"} == {
+        "ids": "meta",
+        "pixels": "meta",
+        "is_real": "meta",
+    }
+    read = integers_to_host({"ids": values["ids"], "pixels": moved["pixels"], "note": "kept"})
+    assert read == {"ids": values["ids"], "pixels": moved["pixels"], "note": "kept"}  # the very same
+    with pytest.raises(NotImplementedError, match="no data"):
+        integers_to_host({"is_real": moved["is_real"]})
 
 
 @pytest.mark.gpu

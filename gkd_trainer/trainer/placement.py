@@ -9,7 +9,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 
-from gkd_trainer.transfer import to_device
+from gkd_trainer.transfer import all_to_device
 from gkd_trainer.types import TokenBatch
 
 
@@ -42,10 +42,7 @@ class Placement:
         found = []
         for batch in batches:
             host = TokenBatch.from_inputs(batch).on_host
-            moved = {
-                name: to_device(value, self._device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            }
+            moved = all_to_device(batch, self._device)
             self._placed.append(_Placed(moved, _state(moved), host))
             found.append(moved)
         return found
