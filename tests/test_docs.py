@@ -19,7 +19,7 @@ from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
 from gkd_trainer.cli.train_options import parse
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES
-from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, WORKSPACE_MB
+from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 from tests.vision import make_pair
@@ -73,7 +73,7 @@ def test_options_page_repeats_the_help_of_each_option():
 # The numbers that a help text calls a default, from where the code has them.
 DEFAULTS_IN_HELP = {
     "logging_steps": [float(MAX_STEPS)],
-    "loss_workspace_mb": [CPU_WORKSPACE_MB, WORKSPACE_MB],
+    "loss_workspace_mb": [CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB],
     "teacher_top_k": [default_of(VLLMServerTeacher.__init__, "top_k")],
 }
 

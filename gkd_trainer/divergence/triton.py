@@ -81,7 +81,7 @@ def compare_rows(
             )
         if value_weight_R is not None and rows_RV is not student_RV:
             student_RV.copy_(rows_RV)
-    values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R, acceptance_R = statistics
+    values_R, cross_entropy_R, log_z_q_R, log_z_p_R, entropy_q_R, entropy_p_R, agrees_R, acceptance_R = statistics
     is_teacher_finite_R = log_z_p_R.isfinite()
     return TokenDivergence(
         values_N=values_R,
@@ -100,7 +100,7 @@ def _with_adjacent_columns(logits_RV: Tensor) -> Tensor:
     return logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])  # or it would be compiled again for a last tile
 def _compare_kernel(
     student_ptr,
     teacher_ptr,
@@ -162,6 +162,11 @@ def _compare_kernel(
         label_logit = tl.load(student_ptr + label, mask=is_token, other=-float("inf"))
         cross_entropy = tl.where(is_token, tl.log(z) - (label_logit - top_q), float("inf"))
         cross_entropy = tl.where(label == -100, 0.0, cross_entropy)
+        tl.store(statistics_ptr + R, cross_entropy)
+    # Before the gradient, which needs the registers.
+    tl.store(statistics_ptr, value)
+    tl.store(statistics_ptr + 2 * R, log_z_q)
+    tl.store(statistics_ptr + 3 * R, log_z_p)
 
     if HAS_GRADIENT:
         weight = tl.load(value_weight_ptr + row) * factor * per_temperature
@@ -188,12 +193,8 @@ def _compare_kernel(
             CHUNK,
         )
     _, _, entropy_q_C, entropy_p_C, acceptance_C, agrees_C = sums
-    tl.store(statistics_ptr, value)
-    tl.store(statistics_ptr + R, cross_entropy)
-    tl.store(statistics_ptr + 2 * R, tl.sum(entropy_q_C, axis=0) * -_LN_2)
-    tl.store(statistics_ptr + 3 * R, tl.sum(entropy_p_C, axis=0) * -_LN_2)
-    tl.store(statistics_ptr + 4 * R, log_z_q)
-    tl.store(statistics_ptr + 5 * R, log_z_p)
+    tl.store(statistics_ptr + 4 * R, tl.sum(entropy_q_C, axis=0) * -_LN_2)
+    tl.store(statistics_ptr + 5 * R, tl.sum(entropy_p_C, axis=0) * -_LN_2)
     tl.store(statistics_ptr + 6 * R, tl.max(agrees_C, axis=0))
     tl.store(statistics_ptr + 7 * R, tl.sum(acceptance_C, axis=0))
 
@@ -379,22 +380,28 @@ def _terms(pair, numbers, KIND: tl.constexpr):
 
 @triton.jit
 def _log_over_mixture(gap_C, share_p):
-    # NaN becomes a number: no probability then, or a NaN that the probability has too.
-    gap_C = tl.minimum(tl.maximum(gap_C, -80.0), 80.0)
-    log_q_over_m_C = -_log1p(share_p * _expm1(-gap_C))
-    return log_q_over_m_C, log_q_over_m_C - gap_C
+    """Return log(q/m) and log(p/m), with m = share_p·p + (1 - share_p)·q, both within 1e-6 (of the gap, if above one).
+
+    That of the larger share is right in proportion, within 2e-6: it is small, if the other share is. An exponential and
+    a logarithm within 2^-22 suffice for this.
+    """
+    is_mostly_p = share_p > 0.5
+    # NaN becomes a number: there is no probability then, or it is NaN too.
+    gap_C = tl.minimum(tl.maximum(tl.where(is_mostly_p, -gap_C, gap_C), -80.0), 80.0)
+    log_more_C = -_log1p(tl.minimum(share_p, 1 - share_p) * _expm1(-gap_C))
+    log_less_C = log_more_C - gap_C
+    return tl.where(is_mostly_p, log_less_C, log_more_C), tl.where(is_mostly_p, log_more_C, log_less_C)
 
 
 @triton.jit
 def _expm1(x_C):
-    """Return exp(x) - 1 within 1e-6 of it, given exponentials within 2^-22. The polynomial is the minimax one."""
+    """Return exp(x) - 1; the polynomials here and below are the minimax ones of relative error."""
     near_C = x_C * (1.0 + x_C * (0.4999965 + x_C * (0.16666818 + x_C * (0.04182287 + x_C * 0.008333326))))
     return tl.where(tl.abs(x_C) < 0.3, near_C, _exp2(x_C * _LOG2_E) - 1)
 
 
 @triton.jit
 def _log1p(x_C):
-    """Return log(1 + x) within 1e-6 of it, given logarithms within 2^-22. The polynomial is the minimax one."""
     near_C = 0.1987018 + x_C * (-0.1651108 + x_C * (0.1651394 - x_C * 0.1475348))
     near_C = -0.4999997 + x_C * (0.3333571 + x_C * (-0.2500387 + x_C * near_C))
     return tl.where(tl.abs(x_C) < 0.3, x_C + x_C * x_C * near_C, _log2(1 + x_C) * _LN_2)

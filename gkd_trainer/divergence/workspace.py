@@ -80,7 +80,7 @@ def plan_for(
     of_top_tokens = [signal for group in teachers for signal in group if isinstance(signal, TopKSignal)]
     sides = [student, *(signal for group in teachers for signal in group if isinstance(signal, HiddenSignal))]
     dtype, V, device = torch.float32, student.vocab_size, student.hidden_NH.device
-    padding = _CUDA_PADDING if device.type == "cuda" else 1
+    padding = _padding(device)
     for signal in sides:
         for tensor in (signal.hidden_NH, signal.head.weight_VH):
             dtype = torch.promote_types(dtype, tensor.dtype)
@@ -155,6 +155,10 @@ def _largest_tile(columns: int, elements: float, device: torch.device) -> tuple[
     if device.type != "cuda" or tile < _CUDA_TILE:
         return tile, 1
     return tile - tile % _CUDA_TILE, _CUDA_TILE
+
+
+def _padding(device: torch.device) -> int:
+    return _CUDA_PADDING if device.type == "cuda" else 1
 
 
 def _rounded_up(number: int, multiple: int) -> int:

@@ -1,0 +1,1 @@
+"""What is to be measured on a GPU, and what is estimated without one."""
