@@ -24,6 +24,9 @@ CHUNK = 2048
 LAUNCH: dict[str, int | bool] = {"num_warps": 8, "enable_fp_fusion": True}
 """How to compile the kernel. Fusion is Triton's default, but Triton 3.9 warns if it is not set."""
 
+if torch.version.hip is None:
+    LAUNCH["maxnreg"] = 65_536 // (2 * 8 * 32)  # an SM's registers, over the threads of two programs
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
