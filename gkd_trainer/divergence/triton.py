@@ -220,9 +220,9 @@ def _normalise(
         kept_p_C, added_p_C = _rescaled(teacher_C, top_p_C, scale)
         z_q_C, z_p_C = z_q_C * kept_q_C + added_q_C, z_p_C * kept_p_C + added_p_C
         if KIND == "forward_kl":
-            gap_C = gap_C * kept_p_C + added_p_C * tl.maximum(teacher_C - student_C, -_FAR)
+            gap_C = gap_C * kept_p_C + added_p_C * _at_least(teacher_C - student_C, -_FAR)
         elif KIND == "reverse_kl":
-            gap_C = gap_C * kept_q_C + added_q_C * tl.maximum(student_C - teacher_C, -_FAR)
+            gap_C = gap_C * kept_q_C + added_q_C * _at_least(student_C - teacher_C, -_FAR)
         if NEEDS_Z:
             kept_C, added_C = _rescaled(student_C, top_q_C, _LOG2_E)
             z_C = z_C * kept_C + added_C
@@ -356,7 +356,7 @@ def _terms(pair, numbers, KIND: tl.constexpr):
     if KIND == "forward_kl":
         value_C, slope_C = q_C, q_C - p_C  # the value is known
     elif KIND == "reverse_kl":
-        value_C, slope_C = q_C, q_C * tl.maximum(gap_C, -_FAR)
+        value_C, slope_C = q_C, q_C * _at_least(gap_C, -_FAR)
     elif KIND == "skew_kl":
         _, log_p_over_m_C = _log_over_mixture(gap_C, first)
         value_C, slope_C = p_C * log_p_over_m_C, (first - 1) * q_C * _expm1(log_p_over_m_C)
@@ -389,11 +389,16 @@ def _log_over_mixture(gap_C, share_p):
     a logarithm within 2^-22 suffice for this.
     """
     is_mostly_p = share_p > 0.5
-    # NaN becomes a number: there is no probability then, or it is NaN too.
-    gap_C = tl.minimum(tl.maximum(tl.where(is_mostly_p, -gap_C, gap_C), -80.0), 80.0)
+    gap_C = tl.minimum(_at_least(tl.where(is_mostly_p, -gap_C, gap_C), -80.0), 80.0)
     log_more_C = -_log1p(tl.minimum(share_p, 1 - share_p) * _expm1(-gap_C))
     log_less_C = log_more_C - gap_C
     return tl.where(is_mostly_p, log_less_C, log_more_C), tl.where(is_mostly_p, log_more_C, log_less_C)
+
+
+@triton.jit
+def _at_least(gap_C, lowest):
+    """Return the gaps from a lowest one up, which also stands for NaN: no probability then, or one that is NaN too."""
+    return tl.where(gap_C > lowest, gap_C, lowest)
 
 
 @triton.jit
