@@ -241,10 +241,9 @@ class _Comparison:
         project = Projection(student.head.cut(), plan.dtype, plan.chunk, plan.half)
         weights = _Weights(weights.labels_N, None, None) if gradient is None else weights.times(project.gain)
         tile_gradient = None if gradient is None else gradient.cut(V)
+        tokens = min(plan.tile, max(N, 1))
         scratch, student_RV, *copies = (
-            student.hidden_NH.new_empty((min(plan.tile, max(N, 1)), plan.stride(columns)), dtype=plan.dtype)[
-                :, :columns
-            ]
+            student.hidden_NH.new_empty((tokens, plan.stride(columns)), dtype=plan.dtype)[:, :columns]
             for columns in (plan.scratch, *([V] * (1 if gradient is None else 1 + plan.copies)))
         )
         parts: list[TokenDivergence] = []
