@@ -19,7 +19,7 @@ from gkd_trainer import GKDArguments, GKDConfig, VLLMServerTeacher
 from gkd_trainer.cli.train_options import parse
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES
-from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, WORKSPACE_MB
+from gkd_trainer.divergence.workspace import CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB
 from gkd_trainer.report.interval import MAX_STEPS
 from gkd_trainer.report.metrics import SAMPLE_SUMS, TOKEN_SUMS, EvaluationMeter, TrainingMeter
 from tests.vision import make_pair
@@ -74,7 +74,7 @@ def test_options_page_repeats_the_help_of_each_option():
 # The numbers that a help text calls a default, from where the code has them.
 DEFAULTS_IN_HELP = {
     "logging_steps": [float(MAX_STEPS)],
-    "loss_workspace_mb": [CPU_WORKSPACE_MB, WORKSPACE_MB],
+    "loss_workspace_mb": [CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB],
     "teacher_top_k": [default_of(VLLMServerTeacher.__init__, "top_k")],
 }
 
@@ -97,7 +97,8 @@ def test_numbers_that_other_prose_calls_defaults_are_those_of_the_code():
     assert f"`loss_temperature`, {config['loss_temperature']} by default" in migrating
     assert f"| unset `max_new_tokens` | {config['max_new_tokens']}, for which a `max_length` of 128 or" in migrating
     docstring = " ".join((token_divergence.__doc__ or "").split())
-    assert f"None for {CPU_WORKSPACE_MB} on the CPU and {WORKSPACE_MB} elsewhere" in docstring
+    of_cuda = f"an eighth of what is free on CUDA ({CPU_WORKSPACE_MB} to {CUDA_WORKSPACE_MB})"
+    assert f"None for {CPU_WORKSPACE_MB} on the CPU, {of_cuda}, and {WORKSPACE_MB} elsewhere" in docstring
 
 
 def test_divergence_page_has_a_line_for_each_divergence():

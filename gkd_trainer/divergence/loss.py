@@ -98,8 +98,8 @@ def token_divergence(
         token_block: how many positions to project at once, for a student of hidden states and a teacher of hidden
             states or top tokens, None for as many as fit into `workspace_mb`; or how many positions of logits to
             compare with top tokens at once, None for a default.
-        workspace_mb: the memory in MiB for projecting positions, besides inputs and gradients; None for 256 on the CPU
-            and 1024 elsewhere. None of these three changes the result.
+        workspace_mb: the memory in MiB for projecting positions, besides inputs and gradients; None for 256 on the CPU,
+            an eighth of what is free on CUDA (256 to 3072), and 1024 elsewhere. These three don't change the result.
 
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.

@@ -1,5 +1,6 @@
 """Rows of logits are compared eagerly or compiled, a tile at a time, with the same result."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,24 @@ def test_no_tile_is_a_single_row_unless_all_are(largest, sizes, monkeypatch):
     )
     token_divergence(signal(), teacher(), beta=0.5)
     assert seen == sizes
+
+
+@pytest.mark.parametrize(
+    ("N", "largest", "multiple", "sizes"),
+    [
+        (10, 4, 1, [3, 3, 4]),
+        (8192, 2176, 128, [2048] * 4),
+        (1000, 384, 128, [256, 384, 360]),
+        (100, 384, 128, [100]),
+        (0, 384, 128, [0]),
+    ],
+)
+def test_tiles_of_a_multiple_differ_by_one_unit_and_cover_all_tokens(N, largest, multiple, sizes):
+    found = list(rows.tiles(N, largest, multiple))
+    assert [tile.stop - tile.start for tile in found] == sizes
+    assert found[0].start == 0
+    assert all(tile.stop == after.start for tile, after in itertools.pairwise(found))
+    assert found[-1].stop == N
 
 
 def test_without_a_compiler_the_same_is_computed_with_one_warning(monkeypatch, caplog):

@@ -16,23 +16,22 @@ CASES = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "te
 PYTEST = ("-m", "pytest", "-q", "--noconftest", "-k", "triton", *CASES)
 
 COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from gkd_trainer.divergence import triton as kernels
+import warnings
+from benchmarks.gpu.costs import compile_kernel
+from gkd_trainer.divergence.triton import KINDS, LAUNCH
 
-kernel = kernels._compare_kernel
-signature = {
-    name: "*i64" if name == "labels_ptr" else "*fp32" if name.endswith("_ptr")
-    else "i32" if name in ("student_stride", "teacher_stride", "V")
-    else "constexpr" if name.isupper() else "fp32"
-    for name in kernel.arg_names
-}
-for kind in sorted(kernels.KINDS):
-    constants = {name: True for name in kernel.arg_names if name.isupper()} | {"KIND": kind, "CHUNK": 1024}
-    source = ASTSource(kernel, signature, constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=kernels.LAUNCH)
-    assert "ptx" in compiled.asm, kind
+warnings.simplefilter("error")
+threads = 32 * LAUNCH["num_warps"]
+for capability in (80, 90):
+    for kind in sorted(KINDS):
+        for has_labels in (False, True):
+            kernel = compile_kernel(kind, capability, has_labels=has_labels)
+            what = (capability, kind, has_labels, kernel)
+            assert kernel.registers * threads * 2 <= 65_536, what
+            assert kernel.spilled == 0, what
+            passes = 2 if kind in ("forward_kl", "reverse_kl") else 3
+            assert len(kernel.instructions) == passes, what
+            assert kernel.vector_accesses == passes * 4 + 1, what
 """
 
 
@@ -54,5 +53,6 @@ def test_the_kernels_are_right_on_a_gpu():
     run(*PYTEST)
 
 
-def test_the_kernels_compile_without_a_warning_for_a_gpu_that_is_not_here():
+def test_two_programs_fit_on_a_multiprocessor_without_spills_and_read_16_bytes_at_once():
+    # Per pass and thread, two loads for the eight logits of each side; one store for eight halves.
     run("-W", "error", "-c", COMPILE)

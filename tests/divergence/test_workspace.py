@@ -1,7 +1,9 @@
 """The sizes of tiles and buffers that a budget of memory allows."""
 
+import pytest
 import torch
 
+from gkd_trainer.divergence import workspace
 from gkd_trainer.divergence.several import Term
 from gkd_trainer.divergence.workspace import plan_for, planned_tile
 from gkd_trainer.signals import Head, HiddenSignal, TopKSignal
@@ -49,3 +51,51 @@ def test_the_default_tile_is_that_of_the_plan():
     many = planned_tile(10**6, V, torch.device("cpu"))
     assert many <= plan([signal()], workspace_mb=None).tile
     assert planned_tile(7, V, torch.device("cpu")) == 7
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def gpu_with(monkeypatch):
+    """Make a GPU of some free memory, of which torch has cached a part."""
+
+    def make(free, cached=0):
+        workspace._cuda_workspace_mb.cache_clear()
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, 80 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: cached + 3 * GIB)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 3 * GIB)
+        return torch.device("cuda", 0)
+
+    yield make
+    workspace._cuda_workspace_mb.cache_clear()
+
+
+@pytest.mark.parametrize(("free", "cached", "budget"), [(8, 0, 1024), (4, 4, 1024), (60, 0, 3072), (0.5, 0, 256)])
+def test_a_gpu_gives_an_eighth_of_its_free_memory_within_limits(gpu_with, free, cached, budget):
+    device = gpu_with(int(free * GIB), int(cached * GIB))
+    assert workspace.default_workspace_mb(device) == budget
+
+
+def test_the_budget_on_a_gpu_stays_as_it_was_first(gpu_with):
+    device = gpu_with(8 * GIB)
+    first = workspace.default_workspace_mb(device)
+    torch.cuda.mem_get_info = lambda index: (GIB, 80 * GIB)
+    assert workspace.default_workspace_mb(device) == first
+
+
+@pytest.mark.parametrize(("N", "V", "free", "tile"), [(8192, 151_936, 60, 2048), (1000, 151_936, 60, 1000)])
+def test_tiles_on_a_gpu_are_a_multiple_of_128_tokens(gpu_with, N, V, free, tile):
+    assert planned_tile(N, V, gpu_with(free * GIB)) == tile
+
+
+def test_where_128_tokens_do_not_fit_tiles_are_smaller(gpu_with):
+    assert planned_tile(1000, 262_144, gpu_with(0)) == 100
+
+
+def test_rows_are_padded_on_a_gpu_only(monkeypatch):
+    assert plan([signal()]).stride(151_665) == 151_665
+    monkeypatch.setattr(workspace, "_padding", lambda device: 16)
+    padded = plan([signal()])
+    assert [padded.stride(columns) for columns in (151_665, 151_936, 1)] == [151_680, 151_936, 16]
+    assert padded.scratch == 1008

@@ -4,29 +4,38 @@ Shapes: R rows, V vocabulary.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import triton.language as tl
 from torch.nn import functional
+from triton import jit
 
-from gkd_trainer.divergence import reference_jsd, triton
+from gkd_trainer.divergence import linear, reference_jsd, rows, token_divergence, triton
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.options import checked_objective
-from gkd_trainer.divergence.rows import LogitsComparison
+from gkd_trainer.divergence.rows import LogitsComparison, gradient_of
+from gkd_trainer.divergence.workspace import plan_for
+from gkd_trainer.signals import Head, HiddenSignal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 R = 5
 
 
-def pair(V, *, seed=0):
+# Qwen2.5's tokens, its heads' rows, and Gemma's tokens, of which the kernel's chunk divides only the last.
+VOCABULARIES = [151_665, 151_936, 262_144]
+
+
+def pair(V, *, R=R, seed=0):
     generator = torch.Generator().manual_seed(seed)
     student_RV = 3 * torch.randn(R, V, generator=generator)
     return student_RV, student_RV + 2 * torch.randn(R, V, generator=generator)
 
 
 def compare(student_RV, teacher_RV, objective, *, labels_R=None, value_weight_R=None, label_weight_R=None, **options):
-    """Return the fields by name, and the student's rows after the comparison."""
-    softcap = options.get("softcap")
+    """Return the fields by name, and the student's rows, or the gradient, after the comparison."""
+    softcap, half = options.get("softcap"), options.get("half")
     rows_RV = student_RV.to(DEVICE, copy=True)
     result = triton.compare_rows(
         rows_RV,
@@ -36,9 +45,11 @@ def compare(student_RV, teacher_RV, objective, *, labels_R=None, value_weight_R=
         kind=objective.kind,
         is_tempered=objective.temperature != 1,
         is_capped=softcap is not None,
-        chunk=64,
+        half=half,
+        chunk=options.get("chunk", 64),
     )
-    return {name: None if field is None else field.cpu() for name, field in vars(result).items()}, rows_RV.cpu()
+    gradient_RV = gradient_of(rows_RV, half)
+    return {name: None if field is None else field.cpu() for name, field in vars(result).items()}, gradient_RV.cpu()
 
 
 def assert_close_in_norm(actual, expected, *, tolerance):
@@ -73,6 +84,181 @@ def test_values_and_gradient_equal_the_oracle(beta, temperature, V):
         assert_close_in_norm(gradient_RV, expected_RV.double(), tolerance=5e-6)
     else:
         assert gradient_RV.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("V", "beta", "temperature"),
+    [
+        *((V, 0.5, 1.0) for V in VOCABULARIES),
+        (VOCABULARIES[0], 0.0, 2.0),
+        (VOCABULARIES[0], 1.0, 1.0),
+        (2048, 0.5, 1.0),
+    ],
+)
+def test_rows_of_the_largest_vocabularies_equal_the_oracle_in_chunks_of_the_default_size(V, beta, temperature):
+    student_RV, teacher_RV = pair(V, R=1)
+    student_RV[0, 5], teacher_RV[0, 7] = 14.0, 14.0  # a token with mass, as in a model's predictions
+    objective = Objective(beta=beta, temperature=temperature)
+    fields, gradient_RV = compare(
+        student_RV,
+        teacher_RV,
+        objective,
+        value_weight_R=torch.ones(1),
+        labels_R=torch.tensor([V - 1]),
+        chunk=triton.CHUNK,
+    )
+    student_RV.requires_grad_()
+    expected_R = reference_jsd(student_RV, teacher_RV, beta=beta, temperature=temperature)
+    (expected_RV,) = torch.autograd.grad(expected_R.sum(), student_RV)
+    cross_entropy_R = functional.cross_entropy(student_RV.double(), torch.tensor([V - 1]), reduction="none")
+    torch.testing.assert_close(fields["values_N"].double(), expected_R, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fields["cross_entropy_N"].double(), cross_entropy_R, rtol=1e-6, atol=1e-6)
+    assert_close_in_norm(gradient_RV, expected_RV.double(), tolerance=5e-6)
+    q_V = (student_RV.double() / temperature).softmax(dim=1)
+    entropy_R = torch.special.entr(q_V).sum(dim=1)
+    torch.testing.assert_close(fields["student_entropy_N"].double(), entropy_R, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(triton.KINDS))
+def test_a_repeat_gives_the_same_bits(kind):
+    student_RV, teacher_RV = pair(5000, R=2)
+    inputs = {"value_weight_R": torch.ones(2), "labels_R": torch.tensor([3, 4]), "label_weight_R": torch.ones(2)}
+    objective = {"forward_kl": Objective(beta=0.0), "reverse_kl": Objective(beta=1.0)}.get(kind)
+    objective = objective or checked_objective(kind)
+    first, again = (compare(student_RV, teacher_RV, objective, **inputs, chunk=triton.CHUNK) for _ in range(2))
+    assert torch.equal(first[1], again[1])
+    for name, field in first[0].items():
+        assert field is None or torch.equal(field, again[0][name]), name
+
+
+def test_no_rows_give_no_values():
+    student_RV, teacher_RV = pair(150, R=0)
+    fields, gradient_RV = compare(student_RV, teacher_RV, Objective(), value_weight_R=torch.ones(0))
+    assert gradient_RV.shape == (0, 150)
+    assert all(field is None or len(field) == 0 for field in fields.values())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_rows_beyond_two_to_the_31_elements_are_found(beta):
+    V, stride, R = 70, 2**30, 3
+    if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("needs 10 GiB of GPU memory")
+    # 8 GiB of addresses; on a CPU only the pages that are written become memory.
+    memory = torch.empty((R - 1) * stride + 2 * V, device=DEVICE)
+    student_RV, teacher_RV = (memory.as_strided((R, V), (stride, 1), offset) for offset in (0, V))
+    near_RV, teacher_near_RV = pair(V, R=R)
+    student_RV.copy_(near_RV)
+    teacher_RV.copy_(teacher_near_RV)
+    objective = Objective(beta=beta)
+    options = {"kind": objective.kind, "is_tempered": False, "is_capped": False}
+    ones_R = torch.ones(R, device=DEVICE)
+    result = triton.compare_rows(student_RV, teacher_RV, None, ones_R, None, objective.numbers(None), **options)
+    fields, gradient_RV = compare(near_RV, teacher_near_RV, objective, value_weight_R=torch.ones(R), chunk=triton.CHUNK)
+    assert torch.equal(result.values_N.cpu(), fields["values_N"])
+    assert torch.equal(student_RV.cpu(), gradient_RV)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("beta", "V"), [(0.0, 150), (0.5, 150), (1.0, 64), (0.5, 1)])
+def test_a_gradient_in_half_precision_is_the_float32_one_rounded(half, beta, V):
+    student_RV, teacher_RV = pair(V)
+    weights = {
+        "labels_R": torch.tensor([0, V - 1, 0, V // 2, -100]),
+        "value_weight_R": torch.linspace(-1, 2, R),
+        "label_weight_R": torch.linspace(2, -1, R),
+    }
+    objective = Objective(beta=beta)
+    expected, whole_RV = compare(student_RV, teacher_RV, objective, **weights)
+    fields, half_RV = compare(student_RV, teacher_RV, objective, **weights, half=half)
+    assert half_RV.dtype == half
+    if DEVICE == "cpu" and half == torch.bfloat16:  # the interpreter cuts bits off
+        torch.testing.assert_close(half_RV.float(), whole_RV, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(half_RV, whole_RV.to(half))
+    assert torch.equal(fields["values_N"], expected["values_N"])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("trained", [{"hidden_NH", "weight_VH", "bias_V"}, {"hidden_NH"}])
+def test_hidden_states_in_padded_rows_of_halves_give_the_gradient_of_plain_torch(beta, trained, monkeypatch):
+    N, V, H = 9, 37, 8
+    generator = torch.Generator().manual_seed(0)
+
+    def signal(*, is_trained):
+        tensors = {"hidden_NH": (N, H), "weight_VH": (V + 3, H), "bias_V": (V + 3,)}
+        for name, shape in tensors.items():
+            tensors[name] = torch.randn(shape, generator=generator).to(DEVICE)
+            tensors[name].requires_grad_(is_trained and name in trained)
+        return HiddenSignal(tensors["hidden_NH"], Head(tensors["weight_VH"], tensors["bias_V"], scale=0.7)).sliced(V)
+
+    student, teacher = signal(is_trained=True), signal(is_trained=False)
+    leaves = [
+        tensor for tensor in (student.hidden_NH, student.head.weight_VH, student.head.bias_V) if tensor.requires_grad
+    ]
+    monkeypatch.setattr(
+        linear, "plan_for", lambda *options: replace(plan_for(*options), padding=16, scratch=48, multiple=4, tile=4)
+    )
+    stored = []
+    add_gradient = linear.Projection.add_gradient
+    monkeypatch.setattr(
+        linear.Projection,
+        "add_gradient",
+        lambda self, slope_RV, *rest: (
+            stored.append((slope_RV.dtype, slope_RV.stride())),
+            add_gradient(self, slope_RV, *rest),
+        ),
+    )
+    gradients = {}
+    for engine, product_dtype in (("triton", torch.bfloat16), ("eager", None)):
+        monkeypatch.setattr(rows, "_engine", engine)
+        values_N = token_divergence(student, teacher, beta=beta, product_dtype=product_dtype).values_N
+        gradients[engine] = torch.autograd.grad(values_N.sum(), leaves)
+    assert stored[:3] == [(torch.bfloat16, (96, 1))] * 3  # two halves to a float32, in rows of 48
+    assert stored[3:] == [(torch.float32, (48, 1))] * 3
+    for actual, expected in zip(gradients["triton"], gradients["eager"], strict=True):
+        assert_close_in_norm(actual, expected.double(), tolerance=1e-2)
+
+
+@jit
+def _mixture_kernel(gap_ptr, q_ptr, p_ptr, share, SIZE: tl.constexpr):
+    ids = tl.arange(0, SIZE)
+    log_q_over_m, log_p_over_m = triton._log_over_mixture(tl.load(gap_ptr + ids), share)
+    tl.store(q_ptr + ids, log_q_over_m)
+    tl.store(p_ptr + ids, log_p_over_m)
+
+
+@jit
+def _rough_exp2(x):
+    return tl.exp2(x) * (1 + 2.0**-22)
+
+
+@jit
+def _rough_log2(x):
+    return tl.log2(x) * (1 + 2.0**-22) + 2.0**-22
+
+
+@pytest.mark.parametrize("share", [2**-20, 2**-10, 0.125, 0.5, 0.875, 1 - 2**-10])
+@pytest.mark.parametrize("is_rough", [False, True])
+def test_logarithms_over_the_mixture_are_right_to_a_millionth_even_with_a_processors_approximations(
+    share, is_rough, monkeypatch
+):
+    if is_rough and DEVICE == "cuda":
+        pytest.skip("a GPU has its own approximations")
+    if is_rough:  # by the largest errors that the PTX ISA states for ex2.approx and lg2.approx
+        monkeypatch.setattr(triton, "_exp2", _rough_exp2)
+        monkeypatch.setattr(triton, "_log2", _rough_log2)
+    gap = torch.cat([torch.linspace(-20, 20, 3500), torch.logspace(-8, 0, 298), torch.logspace(-8, 0, 298).neg()])
+    gap = functional.pad(gap, (0, 4096 - len(gap))).to(DEVICE)
+    actual_q, actual_p = torch.empty_like(gap), torch.empty_like(gap)
+    with torch.cuda.device_of(gap):
+        _mixture_kernel[(1,)](gap, actual_q, actual_p, share, SIZE=4096, **triton.LAUNCH)
+    exact = gap.double()
+    expected_q = -torch.log1p(share * torch.expm1(-exact))
+    for actual, expected in ((actual_q, expected_q), (actual_p, expected_q - exact)):
+        assert ((actual.double() - expected).abs() <= 1e-6 * exact.abs().clamp_min(1)).all()
+    # It is as small as the other share, and counts as much.
+    actual, expected = (actual_q, expected_q) if share <= 0.5 else (actual_p, expected_q - exact)
+    assert ((actual.double() - expected).abs() <= 2e-6 * expected.abs() + 1e-12).all()
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.03])
