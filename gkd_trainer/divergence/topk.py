@@ -81,6 +81,7 @@ class TopKComparison(RowComparison):
     tail: str = "bucket"
     softcap: float | None = None
     temporary: int | None = None
+    half: torch.dtype | None = None
 
     def __call__(
         self,
@@ -92,7 +93,7 @@ class TopKComparison(RowComparison):
         label_weight_R: Tensor | None = None,
     ) -> TokenDivergence:
         """Compare; see `RowComparison`."""
-        compare = self._by_kernels if _has_kernels(student_RV, *teacher) else self._in_plain_torch
+        compare = self._by_kernels if has_kernels(student_RV, *teacher) else self._in_plain_torch
         return compare(student_RV, *teacher, labels_R, value_weight_R, label_weight_R)
 
     def _by_kernels(
@@ -115,7 +116,9 @@ class TopKComparison(RowComparison):
             slope_RC, (rows.teacher_RC,), value_weight_R=value_weight_R
         )
         if value_weight_R is not None:
-            triton_topk.write_gradient(student_RV, slope_RC, rows, labels_R, label_weight_R, softcap=self.softcap)
+            triton_topk.write_gradient(
+                student_RV, slope_RC, rows, labels_R, label_weight_R, softcap=self.softcap, half=self.half
+            )
         return replace(
             result,
             cross_entropy_N=rows.cross_entropy_R,
@@ -218,7 +221,7 @@ class TopKComparison(RowComparison):
         return tiles(len(student_RV), max(1, _TILES * largest))
 
 
-def _has_kernels(student_RV: Tensor, ids_RK: Tensor, log_p_RK: Tensor) -> bool:
+def has_kernels(student_RV: Tensor, ids_RK: Tensor, log_p_RK: Tensor) -> bool:
     """Return whether kernels do the passes over the vocabulary; they do any divergence, but only in float32."""
     if not runs_in_triton(student_RV) or log_p_RK.dtype != torch.float32:
         return False

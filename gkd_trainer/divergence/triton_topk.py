@@ -36,7 +36,7 @@ class RowCategories(NamedTuple):
     """Both sides of each row over the categories, and statistics of the row; see `topk.py` for their meaning.
 
     The logits of a side that is not finite are NaN. `shift_R` is subtracted from the student's, and `log_z_R` is their
-    log-normaliser. `rest_shift_R` and `rest_total_R` are the largest logit outside the top k, zero if there is none, and
+    log-normaliser. `rest_shift_R` is the largest logit outside the top k, zero if there is none, and `rest_total_R` is
     Σ exp(logit - rest_shift) there. `sorted_ids_RK` are in ascending order, that of the entries `order_RK`.
     """
 
@@ -64,7 +64,6 @@ def categories(
     *,
     has_bucket: bool,
     max_mass: float,
-    chunk: int = CHUNK,
 ) -> RowCategories:
     """Reduce float32 rows of a student's logits to a teacher's categories; `log_p_RK` is float32, K at most MAX_TOP_K.
 
@@ -91,7 +90,7 @@ def categories(
                 HAS_BUCKET=has_bucket,
                 HAS_LABELS=labels_R is not None,
                 BLOCK_K=triton.next_power_of_2(K),
-                CHUNK=min(chunk, triton.next_power_of_2(V)),
+                CHUNK=min(CHUNK, triton.next_power_of_2(V)),
                 **LAUNCH,
             )
     shift_R, log_z_R, rest_shift_R, rest_total_R, cross_entropy_R, entropy_R, student_mass_R, teacher_mass_R = floats
@@ -110,16 +109,19 @@ def write_gradient(
     label_weight_R: Tensor | None,
     *,
     softcap: float | None,
-    chunk: int = CHUNK,
+    half: torch.dtype | None = None,
 ) -> None:
     """Overwrite logits by the gradient, given its part `slope_RC` of each category; see `rows.RowComparison`.
 
-    `reduced` is what `categories` returned for these logits, in which the student's may have been overwritten.
+    `reduced` is what `categories` returned for these logits, in which the student's may have been overwritten. With
+    `half`, the gradient is rounded to this dtype, and each row is at the start of the memory of the row of logits,
+    whose elements must be adjacent.
     """
     (R, V), K = student_RV.shape, reduced.order_RK.shape[1]
     if not R:
         return
     rows_RV = _with_adjacent_columns(student_RV)
+    gradient_RV = rows_RV if half is None else rows_RV.view(half)
     has_label_weight = labels_R is not None and label_weight_R is not None
     # The kernel never reads the placeholders for None.
     of_labels = [
@@ -128,14 +130,15 @@ def write_gradient(
     ]
     with torch.cuda.device_of(student_RV):
         _gradient_kernel[(R,)](
-            rows_RV,
+            *(rows_RV, gradient_RV),
             *(slope_RC.contiguous(), reduced.sorted_ids_RK, reduced.order_RK),
             *(reduced.shift_R, reduced.log_z_R, reduced.rest_shift_R, reduced.rest_total_R, *of_labels),
-            *(rows_RV.stride(0), V, K, 0.0 if softcap is None else 1 / softcap),
+            *(rows_RV.stride(0), gradient_RV.stride(0), V, K, 0.0 if softcap is None else 1 / softcap),
             HAS_BUCKET=slope_RC.shape[1] > K,
             HAS_LABEL_WEIGHT=has_label_weight,
             IS_CAPPED=softcap is not None,
-            CHUNK=min(chunk, triton.next_power_of_2(V)),
+            IS_HALF=half is not None,
+            CHUNK=min(CHUNK, triton.next_power_of_2(V)),
             **LAUNCH,
         )
     if rows_RV is not student_RV:
@@ -301,6 +304,7 @@ def _next_entry(sorted_ids_ptr, position, K):
 @triton.jit
 def _gradient_kernel(
     student_ptr,
+    gradient_ptr,
     slope_ptr,
     sorted_ids_ptr,
     order_ptr,
@@ -312,16 +316,19 @@ def _gradient_kernel(
     cross_entropy_ptr,
     label_weight_ptr,
     student_stride,
+    gradient_stride,
     V,
     K,
     per_softcap,
     HAS_BUCKET: tl.constexpr,
     HAS_LABEL_WEIGHT: tl.constexpr,
     IS_CAPPED: tl.constexpr,
+    IS_HALF: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
+    gradient_ptr += row * gradient_stride
     sorted_ids_ptr += row * K
     order_ptr += row * K
     slope_ptr += row * (K + 1 if HAS_BUCKET else K)
@@ -357,7 +364,10 @@ def _gradient_kernel(
             slope_L = tl.where(ids_L == entry, slope, slope_L)
             position, entry = _next_entry(sorted_ids_ptr, position, K)
         gradient_L = _gradient(slope_L, logits_L, ids_L, numbers, HAS_LABEL_WEIGHT, IS_CAPPED)
-        tl.store(student_ptr + ids_L, gradient_L)
+        if IS_HALF:
+            # Of half the size, it overwrites logits that other threads read, in this chunk or before.
+            tl.debug_barrier()
+        tl.store(gradient_ptr + ids_L, gradient_L)
     ids_L = last + columns_L
     logits_L = tl.load(student_ptr + ids_L, mask=ids_L < V, other=-float("inf"))
     slope_L = _rest_slope(logits_L, numbers)
@@ -366,7 +376,9 @@ def _gradient_kernel(
         slope_L = tl.where(ids_L == entry, slope, slope_L)
         position, entry = _next_entry(sorted_ids_ptr, position, K)
     gradient_L = _gradient(slope_L, logits_L, ids_L, numbers, HAS_LABEL_WEIGHT, IS_CAPPED)
-    tl.store(student_ptr + ids_L, gradient_L, mask=ids_L < V)
+    if IS_HALF:
+        tl.debug_barrier()
+    tl.store(gradient_ptr + ids_L, gradient_L, mask=ids_L < V)
 
 
 @triton.jit
