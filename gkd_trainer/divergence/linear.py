@@ -19,7 +19,7 @@ from gkd_trainer.divergence.mapped import MappedComparison
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.projection import HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss, reordered, weighted_sum
-from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, tiles
+from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, gradient_of, has_kernel, tiles
 from gkd_trainer.divergence.several import Form, Term, groups_of, tensors_of
 from gkd_trainer.divergence.topk import TopKComparison
 from gkd_trainer.divergence.workspace import Plan, plan_for
@@ -124,7 +124,7 @@ class _LinearDivergence(torch.autograd.Function):
         is_prepared = comparison.is_differentiable and any(needs) and (labels_N is None or label_weight_N is not None)
         gradient = value_weight_N = None
         if is_prepared:
-            gradient = HeadGradient.zeros(student, needs, comparison.plan.dtype)
+            gradient = HeadGradient.zeros(student, needs, comparison.plan.dtype, comparison.plan.half)
             value_weight_N = _value_weight(student, label_weight_N, comparison.plan.dtype)
         weights = _Weights(labels_N, value_weight_N, label_weight_N)
         result = comparison.run(student, groups, order_N, weights, gradient)
@@ -167,7 +167,8 @@ class _LinearDivergence(torch.autograd.Function):
                 return None, None, None, *others
             value_weight_N = torch.zeros_like(ce_weight_N)
         del gradient
-        gradient = HeadGradient.zeros(student, ctx.needs_input_grad[:3], comparison.plan.dtype)
+        needs = ctx.needs_input_grad[:3]
+        gradient = HeadGradient.zeros(student, needs, comparison.plan.dtype, comparison.plan.half)
         # Scaled to at most one: the weights of a scaled loss would overflow half-precision products.
         size = _largest(value_weight_N, ce_weight_N)
         ce_weight_N = None if ce_weight_N is None else ce_weight_N / size
@@ -186,6 +187,12 @@ class _Weights(NamedTuple):
     def at(self, index: slice | Tensor) -> _Weights:
         """Return those of some tokens."""
         return _Weights(*(None if tensor is None else tensor[index] for tensor in self))
+
+    def times(self, factor: float) -> _Weights:
+        """Return them with weights that are larger by a factor."""
+        if factor == 1:
+            return self
+        return _Weights(self.labels_N, *(None if weight_N is None else weight_N * factor for weight_N in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -232,21 +239,23 @@ class _Comparison:
             weights = weights.at(order_N)
         plan, N, V = self.plan, student.hidden_NH.shape[0], student.vocab_size
         project = Projection(student.head.cut(), plan.dtype, plan.chunk, plan.half)
-        if gradient is None:
-            weights = _Weights(weights.labels_N, None, None)
+        weights = _Weights(weights.labels_N, None, None) if gradient is None else weights.times(project.gain)
         tile_gradient = None if gradient is None else gradient.cut(V)
-        student_RV, scratch, *copies = (
-            student.hidden_NH.new_empty((min(plan.tile, max(N, 1)), columns), dtype=plan.dtype)
-            for columns in (V, plan.scratch, *([V] * (0 if gradient is None else plan.copies)))
+        scratch, student_RV, *copies = (
+            student.hidden_NH.new_empty((min(plan.tile, max(N, 1)), plan.stride(columns)), dtype=plan.dtype)[
+                :, :columns
+            ]
+            for columns in (plan.scratch, *([V] * (1 if gradient is None else 1 + plan.copies)))
         )
         parts: list[TokenDivergence] = []
         start = 0
         for terms, halves in zip(groups, plan.halves, strict=True):
-            compared = [self._compared(term, half, student) for term, half in zip(terms, halves, strict=True)]
+            stored = plan.half if _stores_half(terms, self.objective, student_RV) else None
+            compared = [self._compared(term, half, student, stored) for term, half in zip(terms, halves, strict=True)]
             size = scored_positions(terms[0].signal)
             if size == 0 and (N > 0 or parts):
                 continue
-            for tile_of_group in tiles(size, plan.tile):
+            for tile_of_group in tiles(size, plan.tile, plan.multiple):
                 R = tile_of_group.stop - tile_of_group.start
                 tile = slice(start + tile_of_group.start, start + tile_of_group.stop)
                 project.logits(student.hidden_NH[tile], student_RV[:R])
@@ -254,7 +263,8 @@ class _Comparison:
                 part = _compare_tile(compared, tile_of_group, buffers, weights.at(tile))
                 parts.append(part if len(groups) == 1 else replace(part, terms_NT=None))
                 if tile_gradient is not None:
-                    project.add_gradient(student_RV[:R], scratch[:R], student.hidden_NH[tile], tile, tile_gradient)
+                    slope_RV = gradient_of(student_RV[:R], stored)
+                    project.add_gradient(slope_RV, scratch[:R], student.hidden_NH[tile], tile, tile_gradient)
             start += size
         result = joined(parts)
         if order_N is None:
@@ -263,26 +273,29 @@ class _Comparison:
             gradient.hidden_NH = torch.empty_like(gradient.hidden_NH).index_copy_(0, order_N, gradient.hidden_NH)
         return reordered(result, order_N)
 
-    def _compared(self, term: Term, half: torch.dtype | None, student: HiddenSignal) -> _ComparedTerm:
+    def _compared(
+        self, term: Term, half: torch.dtype | None, student: HiddenSignal, stored: torch.dtype | None
+    ) -> _ComparedTerm:
         plan, softcap = self.plan, student.head.softcap
         if isinstance(term.signal, TopKSignal):
             compare: RowComparison = TopKComparison(self.objective, self.tail, softcap, plan.temporary)
-            return _ComparedTerm(term, None, compare)
+            return _ComparedTerm(term, None, compare, 0)
         project = Projection(term.signal.head.cut(), plan.dtype, plan.chunk, half)
         if term.mapping is not None:
             compare = MappedComparison(self.objective, term.mapping, softcap, plan.temporary)
         else:
-            compare = LogitsComparison(self.objective, softcap, plan.temporary)
-        return _ComparedTerm(term, project, compare)
+            compare = LogitsComparison(self.objective, softcap, plan.temporary, stored)
+        return _ComparedTerm(term, project, compare, plan.stride(term.signal.vocab_size))
 
 
 @dataclass(frozen=True)
 class _ComparedTerm:
-    """A term, its head's products (None for top tokens), and its comparison."""
+    """A term, its head's products (None for top tokens), its comparison, and the stride of the rows of its logits."""
 
     term: Term
     project: Projection | None
     compare: RowComparison
+    stride: int
 
     def __call__(self, tile: slice, student_RV: Tensor, scratch: Tensor, weights: _Weights) -> TokenDivergence:
         """Compare the tile of a group; with weights, overwrite `student_RV` by the gradient."""
@@ -292,7 +305,7 @@ class _ComparedTerm:
         else:
             assert self.project is not None
             R, W = len(student_RV), signal.vocab_size
-            teacher_RW = scratch.view(-1)[: R * W].view(R, W)
+            teacher_RW = scratch.view(-1)[: R * self.stride].view(R, self.stride)[:, :W]
             self.project.logits(signal.hidden_NH[tile], teacher_RW)
             teacher = (teacher_RW,)
         if value_weight_R is not None and self.term.weight != 1:
@@ -304,6 +317,13 @@ class _ComparedTerm:
             value_weight_R=value_weight_R,
             label_weight_R=weights.cross_entropies_N,
         )
+
+
+def _stores_half(terms: Sequence[Term], objective: Objective, student_RV: Tensor) -> bool:
+    """Return whether the comparison itself can round its gradient: not if it is one of a sum."""
+    (term, *others) = terms
+    is_plain = isinstance(term.signal, HiddenSignal) and term.mapping is None and not others
+    return is_plain and has_kernel(objective, student_RV)
 
 
 def _compare_tile(terms: Sequence[_ComparedTerm], tile: slice, buffers: _Buffers, weights: _Weights) -> TokenDivergence:

@@ -17,9 +17,6 @@ from gkd_trainer.signals import Head, HiddenSignal
 HALVES = (torch.bfloat16, torch.float16)
 """The dtypes to which products may round their inputs."""
 
-_FLOAT16_GAIN = 2.0**12
-"""The factor by which a gradient is scaled before rounding to float16, whose smallest number is 6e-8."""
-
 
 @dataclass
 class HeadGradient:
@@ -30,13 +27,23 @@ class HeadGradient:
     bias_V: Tensor | None
 
     @classmethod
-    def zeros(cls, student: HiddenSignal, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> HeadGradient:
-        """Return zeros in `dtype` for each of hidden states, weight and bias that `needs` a gradient."""
+    def zeros(
+        cls, student: HiddenSignal, needs: tuple[bool, bool, bool], dtype: torch.dtype, half: torch.dtype | None = None
+    ) -> HeadGradient:
+        """Return zeros in `dtype` for each of hidden states, weight and bias that `needs` a gradient.
+
+        With the `half` of the student's `Projection`, the weight's may not be filled yet: the first tile overwrites it.
+        """
         head = student.head
         hidden_NH, weight_VH, bias_V = (
-            torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
+            torch.empty_like(tensor, dtype=dtype) if need and tensor is not None else None
             for need, tensor in zip(needs, (student.hidden_NH, head.weight_VH, head.bias_V), strict=True)
         )
+        first = student.vocab_size if _sums_halves(head, half) else 0
+        of_weight = None if weight_VH is None else weight_VH[first:]
+        for gradient in (hidden_NH, of_weight, bias_V):
+            if gradient is not None:
+                gradient.zero_()
         return cls(hidden_NH, weight_VH, bias_V)
 
     def cut(self, V: int) -> HeadGradient:
@@ -48,7 +55,7 @@ class HeadGradient:
         """Return the gradients times a factor, each in the dtype of its tensor; they are overwritten."""
         head = student.head
         hidden_NH, weight_VH, bias_V = (
-            None if gradient is None or tensor is None else gradient.mul_(factor).to(tensor.dtype)
+            None if gradient is None or tensor is None else _scaled(gradient, factor, tensor.dtype)
             for gradient, tensor in (
                 (self.hidden_NH, student.hidden_NH),
                 (self.weight_VH, head.weight_VH),
@@ -56,6 +63,13 @@ class HeadGradient:
             )
         )
         return hidden_NH, weight_VH, bias_V
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.is_cuda and gradient.dtype != dtype:
+        # Reads and writes once; on a CPU, torch would allocate the product first.
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return gradient.mul_(factor).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -72,10 +86,15 @@ class Projection:
     chunk: int
     half: torch.dtype | None = None
 
+    @property
+    def gain(self) -> float:
+        """The factor of slopes in `add_gradient`, so that float16, whose smallest number is 6e-8, can hold them."""
+        return 2.0**12 if self.half == torch.float16 else 1.0
+
     def logits(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
         """Write the logits of hidden states into `out_RV`, which has the dtype `dtype`."""
         head = self.head
-        if self.half is not None and head.weight_VH.is_cuda:
+        if _sums_halves(head, self.half):
             torch.mm(hidden_RH.to(self.half), self._half_weight_VH.T, out_dtype=self.dtype, out=out_RV)
         else:
             hidden_RH = hidden_RH.to(self.dtype)
@@ -89,20 +108,22 @@ class Projection:
             out_RV.div_(head.softcap).tanh_().mul_(head.softcap)
 
     def add_gradient(
-        self, slope_RV: Tensor, scratch_RV: Tensor, hidden_RH: Tensor, tile: slice, gradient: HeadGradient
+        self, slope_RV: Tensor, scratch: Tensor, hidden_RH: Tensor, tile: slice, gradient: HeadGradient
     ) -> None:
         """Add a tile's part to the gradients of hidden states, weight and bias.
 
-        `slope_RV` is the gradient of the logits before the soft-cap; it and `scratch_RV` may be overwritten.
+        `slope_RV` is the gradient of the logits before the soft-cap, times `gain`, in `dtype` or `half`. `scratch` has
+        as many rows and may be overwritten; with `half`, its rows hold V numbers of that dtype.
         """
-        scale = self.head.scale
+        scale = self.head.scale / self.gain
         if gradient.bias_V is not None:
-            gradient.bias_V.add_(slope_RV.sum(dim=0), alpha=scale)
+            gradient.bias_V.add_(slope_RV.sum(dim=0, dtype=self.dtype), alpha=scale)
         # A row that is not finite has a slope of zero, but 0·NaN is NaN.
         hidden_RH = torch.where(hidden_RH.isfinite(), hidden_RH, 0.0)
         if self.half is not None:
-            half_RV = scratch_RV.view(self.half)[:, : slope_RV.shape[1]]
-            self._add_half_gradient(slope_RV, half_RV, hidden_RH.to(self.half), tile, gradient)
+            if slope_RV.dtype != self.half:
+                slope_RV = scratch.view(self.half)[:, : slope_RV.shape[1]].copy_(slope_RV)
+            self._add_half_gradient(slope_RV, hidden_RH.to(self.half), tile, gradient, scale)
             return
         if gradient.hidden_NH is not None:
             for columns, weight_CH in self._weight_chunks(self.dtype):
@@ -111,22 +132,21 @@ class Projection:
             gradient.weight_VH.addmm_(slope_RV.T, hidden_RH.to(self.dtype), alpha=scale)
 
     def _add_half_gradient(
-        self, slope_RV: Tensor, half_RV: Tensor, half_RH: Tensor, tile: slice, gradient: HeadGradient
+        self, slope_RV: Tensor, hidden_RH: Tensor, tile: slice, gradient: HeadGradient, scale: float
     ) -> None:
-        gain = _FLOAT16_GAIN if half_RV.dtype == torch.float16 else 1.0
-        scale = self.head.scale / gain
-        half_RV.copy_(slope_RV if gain == 1 else slope_RV.mul_(gain))
+        if _sums_halves(self.head, self.half):
+            if gradient.hidden_NH is not None:
+                _add_product(gradient.hidden_NH[tile], slope_RV, self._half_weight_VH, scale)
+            if gradient.weight_VH is not None:
+                _add_product(gradient.weight_VH, slope_RV.T, hidden_RH, scale, is_first=tile.start == 0)
+            return
         if gradient.hidden_NH is not None:
-            for columns, weight_CH in self._weight_chunks(half_RV.dtype):
-                gradient.hidden_NH[tile].add_(self._product(half_RV[:, columns], weight_CH), alpha=scale)
+            for columns, weight_CH in self._weight_chunks(slope_RV.dtype):
+                gradient.hidden_NH[tile].add_(slope_RV[:, columns] @ weight_CH, alpha=scale)
         if gradient.weight_VH is not None:
             # Chunk by chunk: the full product would be as large as the gradient of the weight.
             for columns in self._columns:
-                gradient.weight_VH[columns].add_(self._product(half_RV[:, columns].T, half_RH), alpha=scale)
-
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return a product of halves: in `dtype` on CUDA, elsewhere summed in float32 and rounded once."""
-        return torch.mm(left, right, out_dtype=self.dtype) if left.is_cuda else torch.mm(left, right)
+                gradient.weight_VH[columns].add_(slope_RV[:, columns].T @ hidden_RH, alpha=scale)
 
     @cached_property
     def _half_weight_VH(self) -> Tensor:
@@ -137,8 +157,6 @@ class Projection:
         weight_VH = self.head.weight_VH
         if weight_VH.dtype == dtype:
             yield slice(None), weight_VH
-        elif dtype == self.half and weight_VH.is_cuda:
-            yield slice(None), self._half_weight_VH
         else:
             for columns in self._columns:
                 yield columns, weight_VH[columns].to(dtype)
@@ -147,3 +165,14 @@ class Projection:
     def _columns(self) -> list[slice]:
         V = self.head.weight_VH.shape[0]
         return [slice(start, min(start + self.chunk, V)) for start in range(0, V, self.chunk)]
+
+
+def _sums_halves(head: Head, half: torch.dtype | None) -> bool:
+    """Return whether products are of halves and summed in float32, for which torch has kernels on CUDA only."""
+    return half is not None and head.weight_VH.is_cuda
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float, *, is_first: bool = False) -> None:
+    """Add scale·left·right, a product of halves, to a float32 matrix, which the first one overwrites."""
+    # One tensor object for input and output: if they were two, torch would first copy one to the other.
+    torch.addmm(total, left, right, out_dtype=total.dtype, beta=0 if is_first else 1, alpha=scale, out=total)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import sys
@@ -69,12 +70,13 @@ class LogitsComparison(RowComparison):
     """Compares with a teacher's logits, one tensor [R, V] in the student's dtype, float32 or float64.
 
     `softcap` is the student's. `temporary` is the maximum number of elements of a temporary, but at least one row's;
-    None for a default.
+    None for a default. With `half`, which needs `has_kernel`, the gradient has this dtype (see `gradient_of`).
     """
 
     objective: Objective
     softcap: float | None = None
     temporary: int | None = None
+    half: torch.dtype | None = None
 
     def __call__(
         self,
@@ -89,7 +91,7 @@ class LogitsComparison(RowComparison):
         (teacher_RV,) = teacher
         numbers = self.objective.numbers(self.softcap)
         variant = _Variant(self.objective.kind, self.objective.temperature != 1, self.softcap is not None)
-        compare, largest = _implementation(variant, student_RV)
+        compare, largest = _implementation(variant, student_RV, self.half)
         if self.temporary is not None and largest != sys.maxsize:
             largest = max(1, min(largest, self.temporary // student_RV.shape[1]))
         if largest == 2:  # an odd number would leave a tile of one row, for which the compiler compiles again
@@ -110,16 +112,31 @@ class LogitsComparison(RowComparison):
         return result
 
 
+def has_kernel(objective: Objective, logits_RV: Tensor) -> bool:
+    """Return whether these rows are compared by a Triton kernel."""
+    return (_engine or _suitable_engine(objective.kind, logits_RV)) == "triton"
+
+
+def gradient_of(student_RV: Tensor, half: torch.dtype | None) -> Tensor:
+    """Return the gradient that a comparison left in the memory of the logits, each row at the start of its own."""
+    return student_RV if half is None else student_RV.view(half)[:, : student_RV.shape[1]]
+
+
 def tile_size(logits_RV: Tensor) -> int:
     """Return how many rows are compared at once."""
     elements = _CPU_TILE_ELEMENTS if logits_RV.device.type == "cpu" else _TILE_ELEMENTS
     return max(1, elements // logits_RV.shape[1])
 
 
-def tiles(N: int, largest: int) -> Iterator[slice]:
-    """Split N tokens into tiles of nearly equal size, at most `largest`; at least one tile, which may be empty."""
-    count = max(1, -(-N // largest))
-    return (slice(N * index // count, N * (index + 1) // count) for index in range(count))
+def tiles(N: int, largest: int, multiple: int = 1) -> Iterator[slice]:
+    """Split N tokens into tiles of nearly equal size, at most `largest`; at least one tile, which may be empty.
+
+    Each size but the last is a multiple of `multiple`, and so must `largest` be.
+    """
+    units = -(-N // multiple)
+    count = max(1, -(-units * multiple // largest))
+    ends = [min(N, units * index // count * multiple) for index in range(count + 1)]
+    return (slice(start, end) for start, end in itertools.pairwise(ends))
 
 
 def is_compiled(logits_RV: Tensor) -> bool:
@@ -278,13 +295,13 @@ def _softmax(logits_RV: Tensor) -> _Softmax:
     return _Softmax(weight_RV * (1 / z_R1), entropy_R1[:, 0], z_R1.log() + shift_R1, top_R1)
 
 
-def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_CompareTile, int]:
+def _implementation(variant: _Variant, student_RV: Tensor, half: torch.dtype | None) -> tuple[_CompareTile, int]:
     """Return the function that compares a tile, and the maximum number of rows to give it."""
-    engine = _engine or _suitable_engine(variant, student_RV)
+    engine = _engine or _suitable_engine(variant.kind, student_RV)
     if engine == "triton":
         from gkd_trainer.divergence import triton
 
-        return functools.partial(triton.compare_rows, **variant._asdict()), sys.maxsize
+        return functools.partial(triton.compare_rows, **variant._asdict(), half=half), sys.maxsize
     compare: _Compare = _compiled(variant) if engine == "compiled" else _compare
 
     def compare_tile(
@@ -302,9 +319,9 @@ def _implementation(variant: _Variant, student_RV: Tensor) -> tuple[_CompareTile
     return compare_tile, tile_size(student_RV)
 
 
-def _suitable_engine(variant: _Variant, student_RV: Tensor) -> str:
+def _suitable_engine(kind: str, student_RV: Tensor) -> str:
     if student_RV.is_cuda:
-        return "triton" if student_RV.dtype == torch.float32 and variant.kind in _triton_kinds() else "eager"
+        return "triton" if student_RV.dtype == torch.float32 and kind in _triton_kinds() else "eager"
     return "compiled" if is_compiled(student_RV) else "eager"
 
 

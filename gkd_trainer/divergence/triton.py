@@ -1,7 +1,8 @@
 """Compare rows of logits in one Triton kernel: the computation of `rows.py`, in float32 registers.
 
 Shapes: R rows of logits (one per token), V vocabulary, C a chunk of it. One program reads its row three times: for the
-normalisers and top tokens, for value, entropies and slope, and for the gradient, which it writes in place.
+normalisers, for the sums over the vocabulary, and for the gradient, which it writes in place. The KLs take two passes,
+since their values add up along with the normalisers. Each thread keeps its own sums until the end of a pass.
 """
 
 # Triton compiles the kernels from their source and has no types for it.
@@ -17,8 +18,20 @@ from gkd_trainer.divergence.result import TokenDivergence
 KINDS = frozenset({"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"})
 """The keys of `objective.TERMS` that `_terms` below also has; plain torch does the others."""
 
+CHUNK = 2048
+"""How many logits of each side a program holds at once: eight per thread, so that two programs fit on one SM."""
+
 LAUNCH: dict[str, int | bool] = {"num_warps": 8, "enable_fp_fusion": True}
 """How to compile the kernel. Fusion is Triton's default, but Triton 3.9 warns if it is not set."""
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_FAR = tl.constexpr(1e4)
+"""Stands for infinity when multiplied by probability zero, as in `objective.py`."""
+
+_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+"""Whether the processor's own exponential and logarithm, of base two, can be called."""
 
 
 def compare_rows(
@@ -32,32 +45,30 @@ def compare_rows(
     kind: str,
     is_tempered: bool,
     is_capped: bool,
-    chunk: int = 4096,
+    half: torch.dtype | None = None,
+    chunk: int = CHUNK,
 ) -> TokenDivergence:
-    """Compare float32 rows; `student_RV` is overwritten as in `RowComparison`.
+    """Compare float32 rows; `student_RV` is overwritten as by `LogitsComparison`, whose `half` this is.
 
     `numbers` are from `Objective.numbers`.
     """
     R, V = student_RV.shape
-    values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R, acceptance_R = (
-        student_RV.new_empty(8, R).unbind()
-    )
+    statistics = student_RV.new_empty(8, R)
     if R:
         per_temperature, per_softcap, factor, first, second = numbers
         rows_RV = _with_adjacent_columns(student_RV)
         teacher_RV = _with_adjacent_columns(teacher_RV)
+        gradient_RV = rows_RV if half is None else rows_RV.view(half)
         # The kernel assumes that their elements are adjacent. It never reads the placeholder for None.
         per_row = [
-            values_R if tensor is None else tensor.contiguous() for tensor in (labels_R, value_weight_R, label_weight_R)
+            statistics if tensor is None else tensor.contiguous()
+            for tensor in (labels_R, value_weight_R, label_weight_R)
         ]
         # Triton launches on the current device, which may not be that of the tensors.
         with torch.cuda.device_of(student_RV):
             _compare_kernel[(R,)](
-                rows_RV,
-                teacher_RV,
-                *per_row,
-                *(values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R, acceptance_R),
-                *(rows_RV.stride(0), teacher_RV.stride(0), V),
+                *(rows_RV, teacher_RV, gradient_RV, *per_row, statistics),
+                *(rows_RV.stride(0), teacher_RV.stride(0), gradient_RV.stride(0), R, V),
                 *(per_temperature, per_softcap, factor, first, second),
                 KIND=kind,
                 IS_TEMPERED=is_tempered,
@@ -70,6 +81,7 @@ def compare_rows(
             )
         if value_weight_R is not None and rows_RV is not student_RV:
             student_RV.copy_(rows_RV)
+    values_R, cross_entropy_R, entropy_q_R, entropy_p_R, log_z_q_R, log_z_p_R, agrees_R, acceptance_R = statistics
     is_teacher_finite_R = log_z_p_R.isfinite()
     return TokenDivergence(
         values_N=values_R,
@@ -92,19 +104,15 @@ def _with_adjacent_columns(logits_RV: Tensor) -> Tensor:
 def _compare_kernel(
     student_ptr,
     teacher_ptr,
+    gradient_ptr,
     labels_ptr,
     value_weight_ptr,
     label_weight_ptr,
-    values_ptr,
-    cross_entropy_ptr,
-    entropy_q_ptr,
-    entropy_p_ptr,
-    log_z_q_ptr,
-    log_z_p_ptr,
-    agrees_ptr,
-    acceptance_ptr,
+    statistics_ptr,
     student_stride,
     teacher_stride,
+    gradient_stride,
+    R,
     V,
     per_temperature,
     per_softcap,
@@ -119,114 +127,232 @@ def _compare_kernel(
     HAS_LABEL_WEIGHT: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    IS_KL: tl.constexpr = KIND == "forward_kl" or KIND == "reverse_kl"
+    row = tl.program_id(0).to(tl.int64)  # in 32 bits, the offset of a row beyond 2^31 elements would overflow
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
-    ids_C = tl.arange(0, CHUNK)
+    gradient_ptr += row * gradient_stride
+    statistics_ptr += row
 
-    top_q, z_q, top_p, z_p, top, z = -float("inf"), 0.0, -float("inf"), 0.0, -float("inf"), 0.0
-    for start in range(0, V, CHUNK):
-        is_inside_C = start + ids_C < V
-        logits_C = tl.load(student_ptr + start + ids_C, mask=is_inside_C, other=-float("inf"))
-        teacher_C = tl.load(teacher_ptr + start + ids_C, mask=is_inside_C, other=-float("inf"))
-        top_q, z_q = _normalise(logits_C * per_temperature, top_q, z_q)
-        top_p, z_p = _normalise(teacher_C * per_temperature, top_p, z_p)
-        if HAS_LABELS and IS_TEMPERED:
-            top, z = _normalise(logits_C, top, z)
-    log_z_q = tl.log(z_q) + tl.where(top_q == -float("inf"), 0.0, top_q)
-    log_z_p = tl.log(z_p) + tl.where(top_p == -float("inf"), 0.0, top_p)
+    top_q, z_q, top_p, z_p, z, mean_gap = _normalise(
+        student_ptr, teacher_ptr, V, per_temperature, KIND, HAS_LABELS and IS_TEMPERED, CHUNK
+    )
+    log_z_q, log_z_p = tl.log(z_q), tl.log(z_p)
+    gap_of_z = (top_q - top_p) * per_temperature + (log_z_q - log_z_p)
+    sides = (top_q, tl.log2(z_q), top_p, tl.log2(z_p), gap_of_z)
+    numbers = (per_temperature, per_softcap, first, second)
+    zero_C = tl.zeros([CHUNK], tl.float32)
+    sums = (zero_C, zero_C, zero_C, zero_C, zero_C, zero_C)
+    value, slope_sum = 0.0, 0.0
+    if not (IS_KL and HAS_GRADIENT):
+        sums = _add_up(student_ptr, teacher_ptr, V, sides, numbers, sums, KIND, CHUNK)
+    if KIND == "forward_kl":
+        value = mean_gap * per_temperature + gap_of_z
+    elif KIND == "reverse_kl":
+        value = mean_gap * per_temperature - gap_of_z
+        slope_sum = value
+    else:
+        value, slope_sum = tl.sum(sums[0], axis=0) * factor, tl.sum(sums[1], axis=0)
+    value += (log_z_q + log_z_p) * 0.0  # NaN if a side is not finite, which its terms may hide
 
-    value, slope_sum, entropy_q, entropy_p, agrees, acceptance = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, V, CHUNK):
-        is_inside_C = start + ids_C < V
-        student_C = tl.load(student_ptr + start + ids_C, mask=is_inside_C, other=-float("inf")) * per_temperature
-        teacher_C = tl.load(teacher_ptr + start + ids_C, mask=is_inside_C, other=-float("inf")) * per_temperature
-        log_q_C, log_p_C = student_C - log_z_q, teacher_C - log_z_p
-        q_C, p_C = tl.exp(log_q_C), tl.exp(log_p_C)
-        gap_C = _gap(student_C, teacher_C, q_C, p_C, log_z_q, log_z_p)
-        value_C, slope_C = _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND)
-        value += tl.sum(value_C, axis=0)
-        slope_sum += tl.sum(slope_C, axis=0)
-        entropy_q -= tl.sum(tl.where(q_C == 0, 0.0, q_C * log_q_C), axis=0)
-        entropy_p -= tl.sum(tl.where(p_C == 0, 0.0, p_C * log_p_C), axis=0)
-        acceptance += tl.sum(tl.minimum(q_C, p_C, propagate_nan=tl.PropagateNan.ALL), axis=0)
-        is_top_C = (student_C == top_q) & (teacher_C == top_p) & is_inside_C
-        agrees = tl.maximum(agrees, tl.max(is_top_C.to(tl.float32), axis=0))
-    value *= factor
-    tl.store(values_ptr + row, value)
-    tl.store(entropy_q_ptr + row, entropy_q)
-    tl.store(entropy_p_ptr + row, entropy_p)
-    tl.store(log_z_q_ptr + row, log_z_q)
-    tl.store(log_z_p_ptr + row, log_z_p)
-    tl.store(agrees_ptr + row, agrees)
-    tl.store(acceptance_ptr + row, acceptance)
-
-    label = -1
-    log_z = log_z_q
-    cross_entropy = 0.0
+    label, cross_entropy = -1, 0.0
     if HAS_LABELS:
         label = tl.load(labels_ptr + row)
-        if IS_TEMPERED:
-            log_z = tl.log(z) + tl.where(top == -float("inf"), 0.0, top)
         is_token = (label >= 0) & (label < V)
         label_logit = tl.load(student_ptr + label, mask=is_token, other=-float("inf"))
-        cross_entropy = tl.where(is_token, log_z - label_logit, float("inf"))
+        cross_entropy = tl.where(is_token, tl.log(z) - (label_logit - top_q), float("inf"))
         cross_entropy = tl.where(label == -100, 0.0, cross_entropy)
-        tl.store(cross_entropy_ptr + row, cross_entropy)
 
     if HAS_GRADIENT:
+        weight = tl.load(value_weight_ptr + row) * factor * per_temperature
+        of_value = (weight, slope_sum, tl.abs(value) < float("inf"))
+        of_label = (0.0, label, 0.0, False)
+        if HAS_LABEL_WEIGHT:
+            is_trained = (tl.abs(cross_entropy) < float("inf")) & (label != -100)
+            of_label = (tl.load(label_weight_ptr + row), label, tl.log2(z), is_trained)
         # All threads must read the label's logit before one overwrites it.
         tl.debug_barrier()
-        value_weight = tl.load(value_weight_ptr + row) * factor * per_temperature
-        is_finite = tl.abs(value) < float("inf")
-        is_student_finite = tl.abs(log_z_q) < float("inf")
-        is_trained = False
-        label_weight = 0.0
-        if HAS_LABEL_WEIGHT:
-            label_weight = tl.load(label_weight_ptr + row)
-            is_trained = (tl.abs(cross_entropy) < float("inf")) & (label != -100)
-        for start in range(0, V, CHUNK):
-            is_inside_C = start + ids_C < V
-            logits_C = tl.load(student_ptr + start + ids_C, mask=is_inside_C, other=-float("inf"))
-            teacher_C = tl.load(teacher_ptr + start + ids_C, mask=is_inside_C, other=-float("inf")) * per_temperature
-            student_C = logits_C * per_temperature
-            log_q_C, log_p_C = student_C - log_z_q, teacher_C - log_z_p
-            q_C, p_C = tl.exp(log_q_C), tl.exp(log_p_C)
-            gap_C = _gap(student_C, teacher_C, q_C, p_C, log_z_q, log_z_p)
-            _, slope_C = _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND)
-            gradient_C = tl.where(is_finite, (slope_C - q_C * slope_sum) * value_weight, 0.0)
-            if HAS_LABEL_WEIGHT:
-                label_slope_C = tl.exp(logits_C - log_z) - (start + ids_C == label).to(tl.float32)
-                gradient_C += tl.where(is_trained, label_slope_C * label_weight, 0.0)
-            if IS_CAPPED:
-                gradient_C *= 1.0 - (logits_C * per_softcap) * (logits_C * per_softcap)
-                # Last, because the factor of a non-finite logit turns zero into NaN.
-                gradient_C = tl.where(is_student_finite, gradient_C, 0.0)
-            tl.store(student_ptr + start + ids_C, gradient_C, mask=is_inside_C)
+        sums = _write_gradient(
+            student_ptr,
+            teacher_ptr,
+            gradient_ptr,
+            V,
+            sides,
+            numbers,
+            of_value,
+            of_label,
+            sums,
+            KIND,
+            IS_CAPPED,
+            HAS_LABEL_WEIGHT,
+            CHUNK,
+        )
+    _, _, entropy_q_C, entropy_p_C, acceptance_C, agrees_C = sums
+    tl.store(statistics_ptr, value)
+    tl.store(statistics_ptr + R, cross_entropy)
+    tl.store(statistics_ptr + 2 * R, tl.sum(entropy_q_C, axis=0) * -_LN_2)
+    tl.store(statistics_ptr + 3 * R, tl.sum(entropy_p_C, axis=0) * -_LN_2)
+    tl.store(statistics_ptr + 4 * R, log_z_q)
+    tl.store(statistics_ptr + 5 * R, log_z_p)
+    tl.store(statistics_ptr + 6 * R, tl.max(agrees_C, axis=0))
+    tl.store(statistics_ptr + 7 * R, tl.sum(acceptance_C, axis=0))
 
 
 @triton.jit
-def _normalise(logits_C, top, z):
-    new_top = tl.maximum(top, tl.max(logits_C, axis=0))
-    # While all are -inf, shift by nothing: -inf - -inf would be NaN.
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    return new_top, z * tl.exp(top - shift) + tl.sum(tl.exp(logits_C - shift), axis=0)
+def _normalise(
+    student_ptr, teacher_ptr, V, per_temperature, KIND: tl.constexpr, NEEDS_Z: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Return each side's largest logit and z, the student's z at temperature 1, and the mean gap between the logits.
 
-
-@triton.jit
-def _gap(student_C, teacher_C, q_C, p_C, log_z_q, log_z_p):
-    # Near-equal logits subtract without rounding. Tokens of probability zero on both sides have no gap: -inf - -inf.
-    return tl.where((q_C == 0) & (p_C == 0), 0.0, (student_C - teacher_C) - (log_z_q - log_z_p))
-
-
-@triton.jit
-def _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND: tl.constexpr):
-    """Return value and slope, like the functions in `objective.TERMS`."""
+    z is Σ exp((logit - largest) / temperature). The mean is the expectation that a KL needs.
+    """
+    scale = per_temperature * _LOG2_E
+    zero_C = tl.zeros([CHUNK], tl.float32)
+    top_q_C, top_p_C = zero_C + _LOWEST, zero_C + _LOWEST
+    z_q_C, z_p_C, z_C, gap_C = zero_C, zero_C, zero_C, zero_C
+    for start in range(0, V, CHUNK):
+        student_C, teacher_C = _load(student_ptr, start, V, CHUNK), _load(teacher_ptr, start, V, CHUNK)
+        kept_q_C, added_q_C = _rescaled(student_C, top_q_C, scale)
+        kept_p_C, added_p_C = _rescaled(teacher_C, top_p_C, scale)
+        z_q_C, z_p_C = z_q_C * kept_q_C + added_q_C, z_p_C * kept_p_C + added_p_C
+        if KIND == "forward_kl":
+            gap_C = gap_C * kept_p_C + added_p_C * tl.maximum(teacher_C - student_C, -_FAR)
+        elif KIND == "reverse_kl":
+            gap_C = gap_C * kept_q_C + added_q_C * tl.maximum(student_C - teacher_C, -_FAR)
+        if NEEDS_Z:
+            kept_C, added_C = _rescaled(student_C, top_q_C, _LOG2_E)
+            z_C = z_C * kept_C + added_C
+        top_q_C, top_p_C = tl.maximum(top_q_C, student_C), tl.maximum(top_p_C, teacher_C)
+    top_q, top_p = tl.max(top_q_C, axis=0), tl.max(top_p_C, axis=0)
+    share_q_C, share_p_C = _exp2((top_q_C - top_q) * scale), _exp2((top_p_C - top_p) * scale)
+    z_q, z_p = tl.sum(z_q_C * share_q_C, axis=0), tl.sum(z_p_C * share_p_C, axis=0)
+    z, mean_gap = z_q, 0.0
+    if NEEDS_Z:
+        z = tl.sum(z_C * _exp2((top_q_C - top_q) * _LOG2_E), axis=0)
     if KIND == "forward_kl":
-        value_C, slope_C = tl.where(p_C == 0, 0.0, -p_C * gap_C), q_C - p_C
+        mean_gap = tl.sum(gap_C * share_p_C, axis=0) / z_p
     elif KIND == "reverse_kl":
-        value_C = tl.where(q_C == 0, 0.0, q_C * gap_C)
-        slope_C = value_C
+        mean_gap = tl.sum(gap_C * share_q_C, axis=0) / z_q
+    return top_q, z_q, top_p, z_p, z, mean_gap
+
+
+@triton.jit
+def _rescaled(logits_C, top_C, scale):
+    """Return the factor of each sum of exponentials when its largest logit may rise, and what is added to it."""
+    above_C = logits_C - top_C
+    smaller_C = _exp2(-tl.abs(above_C) * scale)
+    is_higher_C = above_C > 0
+    return tl.where(is_higher_C, smaller_C, 1.0), tl.where(is_higher_C, 1.0, smaller_C)
+
+
+@triton.jit
+def _add_up(student_ptr, teacher_ptr, V, sides, numbers, sums, KIND: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the sums over the vocabulary."""
+    last = (V - 1) // CHUNK * CHUNK
+    for done in range(0, V, CHUNK):
+        # Backwards: what the pass before read last may still be in the cache.
+        student_C, teacher_C = _load(student_ptr, last - done, V, CHUNK), _load(teacher_ptr, last - done, V, CHUNK)
+        pair = _pair(student_C, teacher_C, sides, numbers)
+        sums = _plus(sums, student_C, teacher_C, sides, pair, _terms(pair, numbers, KIND))
+    return sums
+
+
+@triton.jit
+def _write_gradient(
+    student_ptr,
+    teacher_ptr,
+    gradient_ptr,
+    V,
+    sides,
+    numbers,
+    of_value,
+    of_label,
+    sums,
+    KIND: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
+    HAS_LABEL_WEIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write the gradient, and return the sums, to which only the KLs add."""
+    value_weight, slope_sum, is_finite = of_value
+    label_weight, label, log2_z, is_trained = of_label
+    top_q, log2_z_q, _, _, _ = sides
+    _, per_softcap, _, _ = numbers
+    for start in range(0, V, CHUNK):
+        student_C, teacher_C = _load(student_ptr, start, V, CHUNK), _load(teacher_ptr, start, V, CHUNK)
+        pair = _pair(student_C, teacher_C, sides, numbers)
+        terms = _terms(pair, numbers, KIND)
+        if KIND == "forward_kl" or KIND == "reverse_kl":
+            sums = _plus(sums, student_C, teacher_C, sides, pair, terms)
+        gradient_C = tl.where(is_finite, (terms[1] - pair[0] * slope_sum) * value_weight, 0.0)
+        if HAS_LABEL_WEIGHT:
+            is_label_C = start + tl.arange(0, CHUNK) == label
+            label_slope_C = _exp2((student_C - top_q) * _LOG2_E - log2_z) - is_label_C.to(tl.float32)
+            gradient_C += tl.where(is_trained, label_slope_C * label_weight, 0.0)
+        if IS_CAPPED:
+            capped_C = student_C * per_softcap
+            # Last, because the factor of a non-finite logit turns zero into NaN.
+            gradient_C = tl.where(tl.abs(log2_z_q) < float("inf"), gradient_C * (1.0 - capped_C * capped_C), 0.0)
+        if gradient_ptr.dtype.element_ty != tl.float32:
+            # Of half the size, it overwrites logits that other threads read: in this chunk or before.
+            tl.debug_barrier()
+        _store(gradient_ptr, gradient_C, start, V, CHUNK)
+    return sums
+
+
+@triton.jit
+def _load(ptr, start, V, CHUNK: tl.constexpr):
+    """Return a chunk, with -inf beyond the vocabulary. Loads with a mask are not vectorised: only the last has one."""
+    ids_C = start + tl.arange(0, CHUNK)
+    return tl.load(ptr + ids_C) if start + CHUNK <= V else tl.load(ptr + ids_C, mask=ids_C < V, other=-float("inf"))
+
+
+@triton.jit
+def _store(ptr, values_C, start, V, CHUNK: tl.constexpr):
+    ids_C = start + tl.arange(0, CHUNK)
+    if start + CHUNK <= V:
+        tl.store(ptr + ids_C, values_C.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + ids_C, values_C.to(ptr.dtype.element_ty), mask=ids_C < V)
+
+
+@triton.jit
+def _pair(student_C, teacher_C, sides, numbers):
+    """Return q and p, their logarithms of base two, and the gap: `objective.Pair`."""
+    top_q, log2_z_q, top_p, log2_z_p, gap_of_z = sides
+    per_temperature, _, _, _ = numbers
+    scale = per_temperature * _LOG2_E
+    log2_q_C, log2_p_C = (student_C - top_q) * scale - log2_z_q, (teacher_C - top_p) * scale - log2_z_p
+    # Near-equal logits subtract without rounding.
+    gap_C = (student_C - teacher_C) * per_temperature - gap_of_z
+    return _exp2(log2_q_C), _exp2(log2_p_C), log2_q_C, log2_p_C, gap_C
+
+
+@triton.jit
+def _plus(sums, student_C, teacher_C, sides, pair, terms):
+    """Return the sums with those of a chunk added; agreement is a sum of ones, where both sides have the largest."""
+    value_C, slope_sum_C, entropy_q_C, entropy_p_C, acceptance_C, agrees_C = sums
+    top_q, _, top_p, _, _ = sides
+    q_C, p_C, log2_q_C, log2_p_C, _ = pair
+    return (
+        value_C + terms[0],
+        slope_sum_C + terms[1],
+        entropy_q_C + q_C * tl.maximum(log2_q_C, -_FAR),
+        entropy_p_C + p_C * tl.maximum(log2_p_C, -_FAR),
+        acceptance_C + tl.minimum(q_C, p_C, propagate_nan=tl.PropagateNan.ALL),
+        tl.where((student_C == top_q) & (teacher_C == top_p), 1.0, agrees_C),
+    )
+
+
+@triton.jit
+def _terms(pair, numbers, KIND: tl.constexpr):
+    """Return the terms of the value and the slope, like the functions in `objective.TERMS`."""
+    q_C, p_C, log2_q_C, log2_p_C, gap_C = pair
+    _, _, first, second = numbers
+    if KIND == "forward_kl":
+        value_C, slope_C = q_C, q_C - p_C  # the value is known
+    elif KIND == "reverse_kl":
+        value_C, slope_C = q_C, q_C * tl.maximum(gap_C, -_FAR)
     elif KIND == "skew_kl":
         _, log_p_over_m_C = _log_over_mixture(gap_C, first)
         value_C, slope_C = p_C * log_p_over_m_C, (first - 1) * q_C * _expm1(log_p_over_m_C)
@@ -236,12 +362,13 @@ def _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND: tl.constexpr)
         slope_C = value_C - first * q_C * _expm1(log_q_over_m_C)
     elif KIND == "total_variation":
         value_C = 0.5 * tl.abs(q_C - p_C)
-        slope_C = 0.5 * q_C * tl.where(gap_C > 0, 1.0, tl.where(gap_C < 0, -1.0, 0.0))
+        slope_C = q_C * tl.where(gap_C > 0, 0.5, tl.where(gap_C < 0, -0.5, 0.0))
     elif KIND == "alpha_beta":
-        cross_C = tl.exp(first * log_p_C + second * log_q_C)
-        p_power_C, q_power_C = tl.exp((first + second) * log_p_C), tl.exp((first + second) * log_q_C)
-        value_C = (p_power_C * first + q_power_C * second) / (first + second) - cross_C
-        value_C, slope_C = value_C / (first * second), (q_power_C - cross_C) / first
+        total = first + second
+        cross_C = _exp2(first * log2_p_C + second * log2_q_C)
+        p_power_C, q_power_C = _exp2(total * log2_p_C), _exp2(total * log2_q_C)
+        value_C = (p_power_C * (first / total) + q_power_C * (second / total) - cross_C) * (1 / (first * second))
+        slope_C = (q_power_C - cross_C) * (1 / first)
     else:
         tl.static_assert(KIND == "jsd", "a kind without a kernel")
         log_q_over_m_C, log_p_over_m_C = _log_over_mixture(gap_C, first)
@@ -252,18 +379,38 @@ def _terms(q_C, p_C, log_q_C, log_p_C, gap_C, first, second, KIND: tl.constexpr)
 
 @triton.jit
 def _log_over_mixture(gap_C, share_p):
-    gap_C = tl.where(gap_C > 80.0, 80.0, tl.where(gap_C < -80.0, -80.0, gap_C))  # NaN stays NaN
+    # NaN becomes a number: no probability then, or a NaN that the probability has too.
+    gap_C = tl.minimum(tl.maximum(gap_C, -80.0), 80.0)
     log_q_over_m_C = -_log1p(share_p * _expm1(-gap_C))
     return log_q_over_m_C, log_q_over_m_C - gap_C
 
 
 @triton.jit
-def _expm1(x):
-    near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
-    return tl.where(tl.abs(x) < 0.1, near, tl.exp(x) - 1)
+def _expm1(x_C):
+    """Return exp(x) - 1 within 1e-6 of it, given exponentials within 2^-22. The polynomial is the minimax one."""
+    near_C = x_C * (1.0 + x_C * (0.4999965 + x_C * (0.16666818 + x_C * (0.04182287 + x_C * 0.008333326))))
+    return tl.where(tl.abs(x_C) < 0.3, near_C, _exp2(x_C * _LOG2_E) - 1)
 
 
 @triton.jit
-def _log1p(x):
-    near = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x * (1 / 7 - x / 8)))))))
-    return tl.where(tl.abs(x) < 0.1, near, tl.log(1 + x))
+def _log1p(x_C):
+    """Return log(1 + x) within 1e-6 of it, given logarithms within 2^-22. The polynomial is the minimax one."""
+    near_C = 0.1987018 + x_C * (-0.1651108 + x_C * (0.1651394 - x_C * 0.1475348))
+    near_C = -0.4999997 + x_C * (0.3333571 + x_C * (-0.2500387 + x_C * near_C))
+    return tl.where(tl.abs(x_C) < 0.3, x_C + x_C * x_C * near_C, _log2(1 + x_C) * _LN_2)
+
+
+@triton.jit
+def _exp2(x):
+    if _HAS_PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _log2(x):
+    if _HAS_PTX:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)

@@ -173,5 +173,5 @@ def test_the_oracles_share_no_code_with_the_terms():
 def test_on_a_gpu_a_divergence_without_a_kernel_is_compared_by_plain_torch(kind, monkeypatch):
     monkeypatch.setattr(rows, "_triton_kinds", lambda: frozenset({"jsd"}))
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    engine = rows._suitable_engine(rows._Variant(kind, is_tempered=False, is_capped=False), on_gpu)
+    engine = rows._suitable_engine(kind, on_gpu)
     assert engine == ("triton" if kind == "jsd" else "eager")
