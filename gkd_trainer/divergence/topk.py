@@ -93,8 +93,9 @@ class TopKComparison(RowComparison):
         label_weight_R: Tensor | None = None,
     ) -> TokenDivergence:
         """Compare; see `RowComparison`."""
-        compare = self._by_kernels if has_kernels(student_RV, *teacher) else self._in_plain_torch
-        return compare(student_RV, *teacher, labels_R, value_weight_R, label_weight_R)
+        ids_RK, log_p_RK = teacher
+        compare = self._by_kernels if has_kernels(student_RV, ids_RK, log_p_RK) else self._in_plain_torch
+        return compare(student_RV, ids_RK, log_p_RK, labels_R, value_weight_R, label_weight_R)
 
     def _by_kernels(
         self,
