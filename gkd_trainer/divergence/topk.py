@@ -74,7 +74,8 @@ def topk_divergence(
 class TopKComparison(RowComparison):
     """Compares with a teacher's top tokens, ids and log-probs [R, K]; see `LogitsComparison` for the other fields.
 
-    The categories are computed in the larger dtype of the two sides.
+    The categories are computed in the larger dtype of the two sides. With `half`, which needs `has_topk_kernels`, the
+    gradient has this dtype (see `rows.gradient_of`).
     """
 
     objective: Objective
@@ -94,7 +95,7 @@ class TopKComparison(RowComparison):
     ) -> TokenDivergence:
         """Compare; see `RowComparison`."""
         ids_RK, log_p_RK = teacher
-        compare = self._by_kernels if has_kernels(student_RV, ids_RK, log_p_RK) else self._in_plain_torch
+        compare = self._by_kernels if has_topk_kernels(student_RV, ids_RK, log_p_RK) else self._in_plain_torch
         return compare(student_RV, ids_RK, log_p_RK, labels_R, value_weight_R, label_weight_R)
 
     def _by_kernels(
@@ -222,7 +223,7 @@ class TopKComparison(RowComparison):
         return tiles(len(student_RV), max(1, _TILES * largest))
 
 
-def has_kernels(student_RV: Tensor, ids_RK: Tensor, log_p_RK: Tensor) -> bool:
+def has_topk_kernels(student_RV: Tensor, ids_RK: Tensor, log_p_RK: Tensor) -> bool:
     """Return whether kernels do the passes over the vocabulary; they do any divergence, but only in float32."""
     if not runs_in_triton(student_RV) or log_p_RK.dtype != torch.float32:
         return False

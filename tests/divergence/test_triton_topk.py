@@ -64,12 +64,12 @@ def assert_lean(binary, *, vectors):
 for capability in (80, 90):
     for top_k in (8, 64, kernels.MAX_TOP_K):
         for has_labels in (False, True):
-            options = {"HAS_BUCKET": True, "HAS_LABELS": has_labels, "BLOCK_K": top_k}
+            options = {"HAS_BUCKET": has_labels, "HAS_LABELS": has_labels, "BLOCK_K": top_k}
             binary = compiled(kernels._categories_kernel, capability, **options)
             assert_lean(binary, vectors=[r"ld\.global\.v4\.b32"])
     for gradient_type in ("*fp32", "*bf16", "*fp16"):
         for has_all in (False, True):
-            options = {"HAS_BUCKET": True, "HAS_LABEL_WEIGHT": has_all, "IS_CAPPED": has_all}
+            options = {"HAS_BUCKET": has_all, "HAS_LABEL_WEIGHT": has_all, "IS_CAPPED": has_all}
             options |= {"IS_HALF": gradient_type != "*fp32"}
             binary = compiled(kernels._gradient_kernel, capability, gradient_type, **options)
             store = r"st\.global\.v4\.b32" if gradient_type == "*fp32" else r"st\.global\.v[24]\.b32"

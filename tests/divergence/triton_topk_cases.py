@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gkd_trainer.divergence import reference_topk_jsd, rows, triton_topk
+from gkd_trainer.divergence import reference_topk_jsd, rows, token_divergence, triton_topk
 from gkd_trainer.divergence.objective import DIVERGENCES, Objective
 from gkd_trainer.divergence.options import checked_objective
-from gkd_trainer.divergence.topk import TopKComparison, has_kernels
+from gkd_trainer.divergence.topk import TopKComparison, has_topk_kernels
+from gkd_trainer.signals import Head, HiddenSignal, SummedSignal, TopKSignal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
@@ -268,6 +269,33 @@ def test_a_gradient_of_half_precision_is_the_rounded_one_at_the_start_of_each_ro
     torch.testing.assert_close(rounded_RV.view(half)[:, :V].float(), rows_RV, rtol=eps, atol=1e-7)
 
 
+@pytest.mark.parametrize("terms", [1, 2])
+def test_hidden_states_with_products_of_halves_have_a_gradient_right_to_a_percent(monkeypatch, terms):
+    generator = torch.Generator().manual_seed(0)
+    hidden_NH, weight_VH = torch.randn(21, 16, generator=generator), torch.randn(131, 16, generator=generator)
+    _, (ids_NK, log_p_NK) = pair(21, 131, 7)
+    leaves = [tensor.to(DEVICE).requires_grad_() for tensor in (hidden_NH, weight_VH)]
+    student = HiddenSignal(leaves[0], Head(leaves[1]))
+    teacher = TopKSignal(ids_NK.to(DEVICE), log_p_NK.to(DEVICE), 131)
+    monkeypatch.setattr(rows, "_engine", "triton")
+    stored = []
+    write = triton_topk.write_gradient
+    monkeypatch.setattr(
+        triton_topk,
+        "write_gradient",
+        lambda *args, half, **options: (stored.append(half), write(*args, half=half, **options)),
+    )
+    signal = teacher if terms == 1 else SummedSignal((teacher, teacher), (0.25, 0.75))
+    values_N = token_divergence(student, signal, beta=0.5, product_dtype=torch.bfloat16, token_block=8).values_N
+    gradients = torch.autograd.grad(values_N.sum(), leaves)
+    # The kernel rounds where its gradient is the one that the products take.
+    assert set(stored) == {torch.bfloat16 if terms == 1 else None}
+    doubles = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    expected_N = reference_topk_jsd(doubles[0] @ doubles[1].T, ids_NK, log_p_NK, beta=0.5)
+    for gradient, expected in zip(gradients, torch.autograd.grad(expected_N.sum(), doubles), strict=True):
+        assert_close_in_norm(gradient.cpu(), expected, tolerance=1e-2)
+
+
 def test_rows_beyond_two_to_the_31_elements_are_read_and_written(monkeypatch):
     if IN_INTERPRETER:
         # It copies arguments from the CPU to the CPU and back, which would touch all of the memory.
@@ -294,6 +322,6 @@ def test_rows_beyond_two_to_the_31_elements_are_read_and_written(monkeypatch):
 def test_float64_and_more_entries_than_fit_into_registers_keep_to_plain_torch(monkeypatch):
     monkeypatch.setattr(rows, "_engine", "triton")
     student_RV, (ids_RK, log_p_RK) = pair(2, 1500, 1025)
-    assert has_kernels(student_RV, ids_RK[:, 1:], log_p_RK[:, 1:])
-    assert not has_kernels(student_RV, ids_RK, log_p_RK)
-    assert not has_kernels(student_RV, ids_RK[:, 1:], log_p_RK[:, 1:].double())
+    assert has_topk_kernels(student_RV, ids_RK[:, 1:], log_p_RK[:, 1:])
+    assert not has_topk_kernels(student_RV, ids_RK, log_p_RK)
+    assert not has_topk_kernels(student_RV, ids_RK[:, 1:], log_p_RK[:, 1:].double())
