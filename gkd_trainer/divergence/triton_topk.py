@@ -74,9 +74,12 @@ def categories(
     ids_RK, log_p_RK = ids_RK.contiguous(), log_p_RK.contiguous()
     # A program meets the entries in the order of their ids as it walks along its row.
     sorted_ids_RK, order_RK = torch.where(log_p_RK == -math.inf, _NOWHERE, ids_RK).sort(dim=1)
-    student_RC, teacher_RC = student_RV.new_empty(2, R, K + has_bucket).unbind()
-    floats = student_RV.new_empty(8, R).unbind()
-    flags = student_RV.new_empty(2, R, dtype=torch.bool).unbind()
+    student_RC, teacher_RC = (student_RV.new_empty(R, K + has_bucket) for _ in range(2))
+    # For a pointer that is no multiple of 16 bytes Triton compiles again.
+    floats, flags = (
+        student_RV.new_empty(count, -(-R // 16) * 16, dtype=dtype)[:, :R].unbind()
+        for count, dtype in ((8, torch.float32), (2, torch.bool))
+    )
     if R:
         # Triton launches on the current device, which may not be that of the tensors.
         with torch.cuda.device_of(student_RV):
