@@ -1,9 +1,9 @@
-"""Off-policy distillation from a cache: the teacher scores the data once, then leaves the memory to the student.
+"""Off-policy distillation from a cache: the teacher scores the data once, then frees its memory for the student.
 
     python examples/cached_teacher.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
-The same on the command line: `gkd-trainer cache`, then `gkd-trainer train --teacher_cache_dir`. A second call finds the
-rows in the cache and scores none again. `--data` also takes a folder with train.jsonl.
+The same on the command line: `gkd-trainer cache`, then `gkd-trainer train --teacher_cache_dir`. A second run finds the
+rows in the cache, and scores none again. `--data` also takes a folder with train.jsonl.
 """
 
 from __future__ import annotations

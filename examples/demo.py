@@ -215,7 +215,7 @@ def build_trainer(
 def print_comparison(
     options: argparse.Namespace, held_out: list, samples: dict[str, list[tuple[str, bool]]], console: Console
 ) -> None:
-    """Print the first held-out prompts, each with the completions by the teacher and by the student at every stage."""
+    """Print the first held-out prompts, each with the completions by the teacher and the student at every stage."""
     for index in range(options.shown):
         teacher_sample = {"teacher (greedy)": (held_out[index]["completion"][0]["content"], True)}
         student_samples = {f"student, {stage}": texts[index] for stage, texts in samples.items()}
@@ -252,8 +252,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--off-policy-steps", type=int, default=54)
     parser.add_argument("--further-steps", type=int, default=24, help="in each of the two runs that follow")
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--held-out", type=int, default=24, help="how many answers are kept for measuring")
-    parser.add_argument("--shown", type=int, default=3, help="how many prompts are shown with their completions")
+    parser.add_argument("--held-out", type=int, default=24, help="number of answers to keep for measuring")
+    parser.add_argument("--shown", type=int, default=3, help="number of prompts to show with their completions")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     options = parser.parse_args()
     options.teacher = options.teacher or str(options.pair / "teacher")

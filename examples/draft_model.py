@@ -3,13 +3,13 @@ r"""A draft model for speculative decoding: a small model learns to draft what a
     python examples/draft_model.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
 The acceptance, and the tokens that each forward of the teacher gives while the student drafts for it, are printed
-before and after. What is served keeps the teacher's distribution; only its speed changes. To serve both with vLLM:
+before and after. The served text keeps the teacher's distribution; only the speed changes. To serve both with vLLM:
 
     vllm serve Qwen/Qwen2.5-7B-Instruct \
         --speculative-config '{"method": "draft_model", "model": "draft-gsm8k", "num_speculative_tokens": 4}'
 
 Acceptance is one minus the total variation, so `--divergence total_variation` trains on it directly; its gradient is
-small while the models hardly overlap, so begin with a divergence of another kind. `--data` also takes a folder with
+small while the models hardly overlap, so start with another divergence. `--data` also takes a folder with
 train.jsonl and test.jsonl.
 """
 

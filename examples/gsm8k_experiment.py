@@ -1,10 +1,10 @@
-r"""Compare ways to distil on GSM8K, by solved test problems: the arms of docs/evidence.md on a real pair, for a GPU.
+r"""Compare ways to distil on GSM8K by the test problems solved: the arms of docs/evidence.md on a real pair, for a GPU.
 
     python examples/gsm8k_experiment.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
 Every arm starts from the same student, trains for the same number of steps, and adds a line of JSON to
-OUTPUT_DIR/results.jsonl. Arms that are there already are left out, so the same command goes on after an interruption.
-`fresh-*` learns from new samples of the teacher in every step: without it, nothing can be said about on-policy.
+OUTPUT_DIR/results.jsonl. Arms that are already there are left out, so the same command continues after an interruption.
+`fresh-*` learns from new samples by the teacher in every step: without it, nothing can be said about on-policy.
 `--data` also takes a folder with train.jsonl and test.jsonl; `--vllm` generates with vLLM in this process.
 """
 
@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def trained(args: argparse.Namespace, options: Mapping[str, Any], seed: int) -> dict[str, float]:
-    """Train one student, and return its accuracy, divergence and acceptance on test problems, and the seconds."""
+    """Train one student; return its accuracy, agreement and acceptance on test problems, and the seconds.
+
+    The divergence is not among them: each arm evaluates its own.
+    """
     set_seed(seed)
     generates = options["lmbda"] > 0 or "lmbda_end" in options
     config = GKDConfig(
@@ -82,7 +85,7 @@ def trained(args: argparse.Namespace, options: Mapping[str, Any], seed: int) -> 
     measured = trainer.evaluate()
     return {
         "accuracy": accuracy(args, trainer),
-        "eval_loss": measured["eval_loss"],
+        "eval_top_token_agreement": measured["eval_top_token_agreement"],
         "eval_acceptance": measured["eval_acceptance"],
         "steps": args.max_steps,
         "seconds": seconds,
@@ -110,14 +113,15 @@ def lines_of(results: Path) -> list[dict[str, Any]]:
 
 def print_table(lines: Sequence[Mapping[str, Any]]) -> None:
     """Print the means over seeds by arm, with the lowest and highest accuracy."""
-    table = Table("arm", "seeds", "accuracy", "lowest to highest", "divergence", "acceptance", "seconds")
+    table = Table("arm", "seeds", "accuracy", "lowest to highest", "agreement", "acceptance", "seconds")
     for arm in ARMS:
         of_arm = [line for line in lines if line["arm"] == arm]
         if not of_arm:
             continue
         found = [line["accuracy"] for line in of_arm]
         means = [
-            sum(line[name] for line in of_arm) / len(of_arm) for name in ("eval_loss", "eval_acceptance", "seconds")
+            sum(line[name] for line in of_arm) / len(of_arm)
+            for name in ("eval_top_token_agreement", "eval_acceptance", "seconds")
         ]
         table.add_row(
             arm,

@@ -1,7 +1,7 @@
 r"""The whole distribution of a teacher behind an ordinary vLLM server: reverse KL on the student's own answers.
 
-Start the teacher, here or on another machine, so that it returns hidden states; then train. Its checkpoint is named
-too: the head is read from it. On a CPU, VLLM_CPU_KVCACHE_SPACE bounds its KV cache, in GiB:
+Start the teacher, here or on another machine, so that it returns hidden states; then train. Name its checkpoint
+too: the head is read from there. On a CPU, VLLM_CPU_KVCACHE_SPACE bounds its KV cache, in GiB:
 
     VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
         --model Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1 --port 8001 \

@@ -1,9 +1,9 @@
-"""A vision-language student of a larger one, on pictures of shapes, half on-policy.
+"""A vision-language student of a larger model, on pictures of shapes, half on-policy.
 
     python examples/images.py --teacher HuggingFaceTB/SmolVLM-500M-Instruct
 
-The pictures are drawn here; rows of your own have the same columns. On half of the samples the student learns on the
-caption, on the others on a description that it samples.
+The pictures are drawn here; your own rows need the same columns. On half of the samples the student learns from the
+caption, on the others from a description that it samples.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/other_vocabulary.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher google/gemma-3-4b-it
 
-The teacher reads the questions by its own chat template, and both are compared where a token of each begins at the same
+The teacher reads the questions in its own chat template, and both are compared where each begins a token at the same
 byte. The share of the tokens compared is printed. `--data` also takes a folder with train.jsonl.
 """
 

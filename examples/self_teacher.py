@@ -1,10 +1,10 @@
-"""A student that teaches itself: it answers GSM8K's problems, and reads its answers again beside the solution.
+"""A student that teaches itself: it answers GSM8K's problems, and reads its answers again next to the solution.
 
     python examples/self_teacher.py --student Qwen/Qwen2.5-0.5B-Instruct
 
-There is no second model. The teacher is the student's own base model, its LoRA adapter off, behind another prompt: the
+There is no second model. The teacher is the student's own base model, its LoRA adapter off, after another prompt: the
 problem, its solution, and the answer that the student gave. So it knows which of the student's tokens to prefer, and
-the adapter learns to prefer them without seeing the solution. `--source ema` takes the average of the adapter instead
+the adapter learns to prefer them without seeing the solution. `--source ema` uses the average of the adapter instead
 of none. `--data` also takes a folder with train.jsonl.
 """
 
@@ -40,7 +40,7 @@ def with_solution(row: Mapping[str, Any], answer: str) -> list[dict[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and save an adapter by self-distillation, and print how far teacher and student were apart."""
+    """Train and save an adapter by self-distillation, and print how far apart teacher and student were."""
     args = parse_args(argv)
     rows = gsm8k.load(args.data, "train", "conversation", limit=args.num_rows)
     rows = rows.add_column("row_key", list(range(len(rows))))

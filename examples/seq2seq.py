@@ -2,9 +2,9 @@
 
     python examples/seq2seq.py --student google/flan-t5-small --teacher google/flan-t5-xl
 
-The encoder reads the question. On half of the samples the decoder learns on GSM8K's solution, on the others on one that
-the student samples. Seq2SeqTrainer generates answers to test problems before and after, and counts those that are
-right. `--data` also takes a folder with train.jsonl and test.jsonl.
+The encoder reads the question. On half of the samples the decoder learns from GSM8K's solution, on the others from one
+that the student samples. Seq2SeqTrainer generates answers to test problems before and after, and counts the correct
+ones. `--data` also takes a folder with train.jsonl and test.jsonl.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
         --math_teacher Qwen/Qwen2.5-Math-1.5B-Instruct --chat_teacher Qwen/Qwen2.5-7B-Instruct
 
 Both teachers must have the student's tokenizer. Each row names its teacher in the column `teacher`, and is compared
-with that teacher only, so that two cost about as much as one. The divergence from each, on rows that are not trained
+only with that teacher, so two cost about as much as one. The divergence from each, on rows that are not trained
 on, is printed before and after. On a GPU, --teacher_offload keeps only the teacher at work in its memory. `--data` also
 takes a folder with train.jsonl; the conversations are the demo's.
 """

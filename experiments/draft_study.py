@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from experiments.arms import ARMS
+from experiments.arms import ARMS, is_timed
 from experiments.measures import compared, completions
 from experiments.studies import Grid, Run, Study, made_once
 from experiments.training import Setting, trained
 from gkd_trainer.report.drafting import tokens_per_forward
+from gkd_trainer.types import IGNORE_INDEX
 
 DATA = Path(__file__).parents[1] / "examples" / "demo_data" / "teacher_answers.jsonl"
 HELD_OUT = 24
@@ -45,7 +46,7 @@ class DraftStudy(Study):
     """
 
     name: ClassVar[str] = "drafts"
-    primary: ClassVar[str] = "acceptance"
+    decisive: ClassVar[tuple[str, ...]] = ("acceptance",)
     measures: ClassVar[Mapping[str, str]] = {
         "acceptance": "acceptance, teacher's samples",
         "forward_kl": "KL(teacher‖student), teacher's samples",
@@ -59,13 +60,14 @@ class DraftStudy(Study):
 
     def __init__(self, folder: Path, pair: Path) -> None:
         self._folder, self._pair = folder, pair
+        self._at_start: dict[int, dict[str, Any]] = {}
 
     def runs(self, grid: Grid) -> list[Run]:
         """Return a few arms with one seed, or all with three."""
         if grid == "small":
             return [Run(arm, 0, STEPS // 3, {}) for arm in ("sft", "fresh-forward", "own-forward")]
         runs = [Run(arm, seed, STEPS, {}) for seed in range(3) for arm in ARMS]
-        return sorted(runs, key=lambda run: ARMS[run.arm].as_long_as is not None)
+        return sorted(runs, key=lambda run: is_timed(run.arm))
 
     def setting(self, run: Run) -> Setting:
         """Return the setting of all runs."""
@@ -74,10 +76,12 @@ class DraftStudy(Study):
             teacher=self._teacher,
             pad_token_id=self._tokenizer.pad_token_id,
             rows={"data": self._rows, "teacher": self._teachers_rows},
-            measure=_Examination(self._teacher, self._held_out_prompts, self._tokenizer.pad_token_id),
+            measure=self._examination,
+            measure_at_end=self._examination.drafting,
             options={**_OPTIONS, "learning_rate": 5e-4},
             own_options={"max_new_tokens": MAX_NEW_TOKENS, "max_length": 192},
             measured_at=(0.5,),
+            at_start=self._at_start,
         )
         return pruned.starting_from(lambda seed: self._start(pruned, seed), options={**_OPTIONS, "learning_rate": 2e-4})
 
@@ -88,6 +92,10 @@ class DraftStudy(Study):
     @cached_property
     def _teacher(self) -> PreTrainedModel:
         return self._model("teacher")
+
+    @cached_property
+    def _examination(self) -> _Examination:
+        return _Examination(self._teacher, self._held_out_prompts, self._tokenizer.pad_token_id)
 
     @cached_property
     def _answers(self) -> list[dict[str, str]]:
@@ -110,8 +118,10 @@ class DraftStudy(Study):
     def _rows(self, seed: int) -> list[dict[str, Any]]:
         found = []
         for answer in self._answers[:-HELD_OUT]:
-            ids = self._tokenizer(answer["completion"], add_special_tokens=False)["input_ids"][:MAX_NEW_TOKENS]
-            found.append(_row(self._prompt(answer), [*ids, self._tokenizer.eos_token_id]))
+            ids = self._tokenizer(answer["completion"], add_special_tokens=False)["input_ids"]
+            # An answer that is cut has no end.
+            completion = [*ids, self._tokenizer.eos_token_id][:MAX_NEW_TOKENS]
+            found.append(_row(self._prompt(answer), completion))
         return found
 
     def _teachers_rows(self, seed: int) -> list[dict[str, Any]]:
@@ -144,26 +154,39 @@ class _Examination:
         self._teachers_rows = self._sampled(teacher, seed=0)
 
     def __call__(self, student: PreTrainedModel) -> dict[str, Any]:
-        """Return the measures, and the acceptance by prompt."""
+        """Return the measures on samples, and the acceptance by prompt."""
         by_prompt = [compared(student, self._teacher, [row], self._pad_token_id) for row in self._teachers_rows]
-        on_teachers = compared(student, self._teacher, self._teachers_rows, self._pad_token_id, batch_size=8)
+        lengths = [len(row["input_ids"]) - row["labels"].count(IGNORE_INDEX) for row in self._teachers_rows]
+        on_teachers = {
+            name: sum(length * each[name] for length, each in zip(lengths, by_prompt, strict=True)) / sum(lengths)
+            for name in by_prompt[0]
+        }
         on_own = compared(student, self._teacher, self._sampled(student, seed=1), self._pad_token_id, batch_size=8)
         return {
             **on_teachers,
             **{f"own_{name}": value for name, value in on_own.items()},
-            **{
-                f"{name}_{drafts}": tokens_per_forward(
-                    self._teacher,
-                    student,
-                    self._prompts[:ASSISTED],
-                    drafts=drafts,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    seed=seed,
-                )
-                for name, seed in (("sampled", 0), ("greedy", None))
-                for drafts in DRAFTS
+            # Scaled by length, so that their mean is that of all tokens.
+            "by_prompt": {
+                "acceptance": [
+                    each["acceptance"] * length * len(lengths) / sum(lengths)
+                    for each, length in zip(by_prompt, lengths, strict=True)
+                ]
             },
-            "by_prompt": [each["acceptance"] for each in by_prompt],
+        }
+
+    def drafting(self, student: PreTrainedModel) -> dict[str, Any]:
+        """Return the tokens per forward of the teacher, by how it chooses tokens and how many the student drafts."""
+        return {
+            f"{name}_{drafts}": tokens_per_forward(
+                self._teacher,
+                student,
+                self._prompts[:ASSISTED],
+                drafts=drafts,
+                max_new_tokens=MAX_NEW_TOKENS,
+                seed=seed,
+            )
+            for name, seed in (("sampled", 0), ("greedy", None))
+            for drafts in DRAFTS
         }
 
     def _sampled(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
@@ -174,4 +197,4 @@ class _Examination:
 
 
 def _row(prompt: Sequence[int], completion: Sequence[int]) -> dict[str, Any]:
-    return {"input_ids": [*prompt, *completion], "labels": [*[-100] * len(prompt), *completion]}
+    return {"input_ids": [*prompt, *completion], "labels": [*[IGNORE_INDEX] * len(prompt), *completion]}

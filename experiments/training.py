@@ -26,7 +26,8 @@ class Setting:
     """What all arms of an experiment share.
 
     `options` are of TrainingArguments, `own_options` of GKDConfig alone. `measured_at` are the shares of the steps
-    after which the student is measured; at the end it is anyway.
+    after which the student is measured; at the end it is anyway, and there by `measure_at_end` too. `at_start` keeps
+    the measurements before training, by seed, for runs in the same process that share them.
     """
 
     student: Callable[[int], PreTrainedModel]
@@ -37,6 +38,8 @@ class Setting:
     options: Mapping[str, Any]
     own_options: Mapping[str, Any] = field(default_factory=dict)
     measured_at: tuple[float, ...] = (0.25, 0.5, 0.75)
+    measure_at_end: Measure | None = None
+    at_start: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def starting_from(self, student: Callable[[int], PreTrainedModel], options: Mapping[str, Any]) -> Setting:
         """Return the same setting with other students, by seed, and other options of TrainingArguments."""
@@ -62,17 +65,23 @@ class _Meter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         if state.global_step not in self._steps:
             return
-        self._spent["seconds"] += time.perf_counter() - self._began
-        self._spent["cpu_seconds"] += time.process_time() - self._cpu_began
+        self.spend(time.perf_counter() - self._began, time.process_time() - self._cpu_began)
         self.add(model, state.global_step)
         self._resume()
 
-    def add(self, student: PreTrainedModel, step: int) -> None:
-        """Measure a student after a step."""
-        is_training = student.training
-        student.eval()
-        self.points.append({"step": step, "tokens": self.tokens, **self._spent, **self._measure(student)})
-        student.train(is_training)
+    def add(self, student: PreTrainedModel, step: int, measured: Mapping[str, Any] | None = None) -> None:
+        """Add a point: what is measured after a step, unless that is known."""
+        if measured is None:
+            is_training = student.training
+            student.eval()
+            measured = self._measure(student)
+            student.train(is_training)
+        self.points.append({"step": step, "tokens": self.tokens, **self._spent, **measured})
+
+    def spend(self, seconds: float, cpu_seconds: float) -> None:
+        """Add time to that of training."""
+        self._spent["seconds"] += seconds
+        self._spent["cpu_seconds"] += cpu_seconds
 
     def _resume(self) -> None:
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
@@ -105,23 +114,28 @@ def trained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Train a student in one way, and return it with its measurements.
 
-    `points` are the measurements, the first before training, with the steps, tokens and seconds up to them;
-    `data_cpu_seconds` is the time to make the rows.
+    `points` are the measurements, the first before training, with the steps, tokens and seconds up to them. The time in
+    which a teacher samples its rows counts as training.
     """
     student = setting.student(seed)
     shares = (*setting.measured_at, 1.0) if measures else ()
     meter = _Meter(setting.measure, [max(1, round(share * steps)) for share in shares])
     if measures:
-        meter.add(student, step=0)
-    data_began = time.process_time()
+        if seed not in setting.at_start:
+            setting.at_start[seed] = setting.measure(student.eval())
+        meter.add(student, 0, setting.at_start[seed])
+    began, cpu_began = time.perf_counter(), time.process_time()
     rows = Dataset.from_list([dict(row) for row in setting.rows[arm.data](seed)])
-    data_seconds = time.process_time() - data_began
+    if arm.data == "teacher":
+        meter.spend(time.perf_counter() - began, time.process_time() - cpu_began)
     with TemporaryDirectory() as folder:
         trainer = _trainer(setting, arm, student, rows, seed, steps, Path(folder))
         trainer.meter = meter
         trainer.add_callback(meter)
         trainer.train()
-    return student, {"data_cpu_seconds": data_seconds, "points": meter.points}
+    if measures and setting.measure_at_end is not None:
+        meter.points[-1] |= setting.measure_at_end(student.eval())
+    return student, {"points": meter.points}
 
 
 def _trainer(

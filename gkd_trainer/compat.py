@@ -23,9 +23,9 @@ def mark_loss_as_scaled(trainer: Any) -> None:
 
 
 def find_unused_parameters(args: Any) -> None:
-    """Have DDP look for weights without gradients, which the image encoder's are on a rank without images.
+    """Have DDP look for weights without gradients, such as the image encoder's on a rank without images.
 
-    Trainer does not if activations are recomputed. Reentrant checkpointing can't be combined with it.
+    Trainer does not do so if activations are recomputed. Reentrant checkpointing can't be combined with it.
     """
     options = (getattr(args, f"{kind}_checkpointing_kwargs", None) for kind in ("activation", "gradient"))
     is_reentrant = any((each or {}).get("use_reentrant") for each in options)

@@ -60,13 +60,13 @@ class GKDArguments(HidesSecrets):
     )
     lmbda_granularity: str = _option(
         "sample",
-        "Whether on-policy is drawn for each sample, or once for all samples of an optimizer step (Agarwal et al. "
-        "2023, algorithm 1).",
+        "Whether to draw on- or off-policy for each sample, or once for all samples of an optimizer step (Agarwal et "
+        "al. 2023, algorithm 1).",
         ["sample", "batch"],
     )
     beta: float = _option(
         0.5,
-        "Which divergence 'jsd' is, in [0, 1]: 0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), "
+        "The β of 'jsd', in [0, 1]: 0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), "
         "and values between are generalised JSDs.",
     )
     divergence: str = _option(
@@ -158,11 +158,11 @@ class GKDArguments(HidesSecrets):
     vllm_server_api_token: str | None = _option(None, "API key that the rollout servers were started with.")
     vllm_server_timeout: float = _option(
         240.0,
-        "Seconds (> 0) to keep trying to reach a server, such as one that is restarting; also a teacher's.",
+        "Seconds (> 0) to keep trying to reach a rollout or teacher server, such as one that is restarting.",
     )
     vllm_request_timeout: float = _option(
         300.0,
-        "Seconds (> 0) a server may take to answer one request, such as one completion; also a teacher's.",
+        "Seconds (> 0) that a rollout or teacher server may take to answer one request, such as one completion.",
     )
     vllm_weight_sync: str = _option(
         "auto",
@@ -192,8 +192,8 @@ class GKDArguments(HidesSecrets):
     max_length: int | None = _option(
         1024,
         "Maximum tokens of a sequence, prompt and completion together; None is no limit. Longer completions from the "
-        "data are cut at the end; where completions are generated, prompts longer than max_length − max_new_tokens "
-        "are dropped. The default gives way to a shorter context of the student or teacher.",
+        "data are cut at the end; if completions are generated, prompts longer than max_length − max_new_tokens are "
+        "dropped. The default is lowered to the context of the student or teacher if that is shorter.",
     )
     train_on: str = _option(
         "all_turns",
@@ -206,11 +206,11 @@ class GKDArguments(HidesSecrets):
     )
     self_teacher: str | None = _option(
         None,
-        "Take the student itself as the teacher, which needs an adapter: 'base' is its model with the adapter off, "
-        "'ema' the average of the adapter over the optimizer steps, and any other name another adapter of the student.",
+        "Use the student itself, which needs an adapter, as the teacher: 'base' is its model with the adapter off, "
+        "'ema' the average of the adapter over the optimizer steps, any other name another adapter of the student.",
     )
     self_teacher_ema_decay: float = _option(
-        0.99, "Share of the old average, in [0, 1), that stays in each optimizer step under self_teacher='ema'."
+        0.99, "Share of the old average, in [0, 1), that each optimizer step keeps under self_teacher='ema'."
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = _option(
         None,
@@ -230,14 +230,16 @@ class GKDArguments(HidesSecrets):
     )
     teachers: dict[str, Any] | str | None = _option(
         None,
-        "Several teachers: the name on the hub or the folder of each by a name of your own, such as "
+        "Several teachers: for each, a name of your own and its name on the hub or its folder, such as "
         '{"math": "my/math", "code": "my/code"}, as a dictionary or JSON. They replace a single teacher.',
     )
-    teacher_column: str = _option("teacher", "The column that holds the name of each row's teacher, one of teachers.")
+    teacher_column: str = _option(
+        "teacher", "The column with the name of each row's teacher, one of those in teachers."
+    )
     teacher_weights: dict[str, Any] | str | None = _option(
         None,
-        'Weights (> 0) of teachers by name, such as {"math": 2, "code": 1}, as a dictionary or JSON: all teachers '
-        "score every sample, and their divergences are averaged by weight, instead of one teacher per row.",
+        'Weights (> 0) of teachers by name, such as {"math": 2, "code": 1}, as a dictionary or JSON. Then all '
+        "teachers score every sample, instead of one per row, and their divergences are averaged by weight.",
     )
     teacher_offload: bool = _option(
         False, "Whether the weights of each of several teachers wait in the CPU's memory while the others work."
@@ -250,8 +252,8 @@ class GKDArguments(HidesSecrets):
     teacher_server_signal: str = _option(
         "top_k",
         "What the teacher's servers send: 'top_k' is the log-probs of its most probable tokens; 'hidden_states' is its "
-        "final hidden states, which give the whole distribution with the head of teacher_model_name_or_path, the "
-        "checkpoint that is served.",
+        "final hidden states. With the head of teacher_model_name_or_path, the checkpoint that is served, these give "
+        "the whole distribution.",
         ["top_k", "hidden_states"],
     )
     teacher_server_dtype: str = _option(
@@ -265,20 +267,20 @@ class GKDArguments(HidesSecrets):
     )
     teacher_vocabulary_mode: str = _option(
         "same",
-        "How a teacher with another tokenizer is compared, where a token of both begins at the same byte: 'matched' "
-        "over the tokens with the same bytes and one bucket for all others, 'next_byte' over the next byte, 'uld' and "
+        "How a teacher with another tokenizer is compared, where both begin a token at the same byte: 'matched' over "
+        "the tokens with the same bytes and one bucket for all others, 'next_byte' over the next byte, 'uld' and "
         "'gold' over sorted probabilities; 'same' refuses another tokenizer.",
         ["same", *MODES],
     )
     teacher_min_matched_mass: float = _option(
         0.9,
-        "Under teacher_vocabulary_mode='matched': the probability in [0, 1] of the tokens with the same bytes, by the "
-        "teacher, below which the next byte is compared instead.",
+        "Under teacher_vocabulary_mode='matched': where the teacher gives the tokens with the same bytes less than "
+        "this probability, in [0, 1], the next byte is compared instead.",
     )
     teacher_tokenizer_name_or_path: str | None = _option(
         None,
-        "The tokenizer of a teacher under another teacher_vocabulary_mode than 'same', by default the one stored with "
-        "the teacher; a teacher behind a server needs it.",
+        "The teacher's tokenizer, under a teacher_vocabulary_mode other than 'same'; by default the one stored with "
+        "the teacher. Required for a teacher behind a server.",
     )
     teacher_cache_dir: str | None = _option(
         None,
@@ -287,12 +289,12 @@ class GKDArguments(HidesSecrets):
     )
     teacher_cache_miss: str = _option(
         "error",
-        "What happens to a row that teacher_cache_dir lacks: 'error' ends the run, 'teacher' has the teacher score it, "
-        "which must be given too.",
+        "What happens to a row that teacher_cache_dir lacks: 'error' ends the run, 'teacher' has the teacher score "
+        "it. The teacher must then be given too.",
         ["error", "teacher"],
     )
     eval_on_policy: bool = _option(
-        False, "Whether evaluation also measures the divergence on new greedy completions of the student."
+        False, "Whether evaluation also measures the divergence on new greedy completions by the student."
     )
     log_completions: bool = _option(
         False,
@@ -433,6 +435,11 @@ class GKDConfig(GKDArguments, TrainingArguments):
         Unset(TrainingArguments.logging_steps),
         "Optimizer steps between log entries, or, below 1, their share of the run. By default a tenth of the run, "
         "and at most 500 steps.",
+    )
+    logging_nan_inf_filter: bool = _option(
+        False,
+        "Whether Trainer leaves non-finite losses out of its log, for which it waits for the device in every "
+        "micro-batch. Divergences that are not finite raise GKDNumericsError in any case.",
     )
     dataset_kwargs: dict[str, Any] | str | None = _option(
         None, "{'skip_prepare_dataset': true} leaves the data set as it is, for your own collator."

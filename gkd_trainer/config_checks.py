@@ -26,7 +26,7 @@ from gkd_trainer.urls import ServerURL
 
 REFUSED_UNUSED = ("ce_weight", "seq_kd")
 """Options that are refused if they have no effect: the run would not train on what was asked for. The trainer only
-warns of the others, since sweeps often leave them set."""
+warns about the others, since sweeps often leave them set."""
 
 # What generation_kwargs may not hold, and what to do instead.
 _REFUSED_GENERATION_KWARGS = {
@@ -214,7 +214,7 @@ def check_cache(run: Run) -> None:
     if is_alone and (args.teacher_model_name_or_path is not None or args.teacher_server_base_url is not None):
         raise GKDConfigError(
             "teacher_cache_dir replaces the teacher: leave teacher_model_name_or_path and teacher_server_base_url out, "
-            "or set teacher_cache_miss='teacher' to have it score the rows that the cache lacks"
+            "or set teacher_cache_miss='teacher' to have the teacher score rows that the cache lacks"
         )
     if args.teacher_cache_dir is not None and args.teachers is not None:
         raise GKDConfigError(
@@ -374,7 +374,7 @@ def _check_generation_config(generation_kwargs: dict[str, Any]) -> None:
             raise GKDConfigError(f"generation_kwargs can't hold {name!r}: {_REFUSED_GENERATION_KWARGS[name]}")
         if name not in known:
             raise GKDConfigError(
-                f"generation_kwargs holds {name!r}, which is no option of transformers.GenerationConfig: "
+                f"generation_kwargs holds {name!r}, which is not an option of transformers.GenerationConfig: "
                 "correct its name or leave it out"
             )
     try:

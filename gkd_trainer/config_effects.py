@@ -1,6 +1,6 @@
 """Which options have an effect in which runs: one table of what each needs.
 
-It refuses nothing. `config_checks` refuses some of what has no effect; the trainer warns of the rest.
+It refuses nothing. `config_checks` refuses some options without effect; the trainer warns about the rest.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
     ),
     (
         "teacher_tokenizer_name_or_path",
-        "another teacher_vocabulary_mode than 'same'",
+        "a teacher_vocabulary_mode other than 'same'",
         lambda run: run.args.teacher_vocabulary_mode != "same",
     ),
     ("teacher_cache_miss", "teacher_cache_dir", lambda run: run.args.teacher_cache_dir is not None),

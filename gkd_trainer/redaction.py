@@ -42,8 +42,8 @@ def is_secret(name: str) -> bool:
 def redacted(value: Any, name: str = "") -> Any:
     """Return a copy of an option's value with each secret replaced by its name in capitals, as transformers does.
 
-    Secrets are values under a name that says so, at any depth, and credentials inside a text. None, True and False are
-    kept, since `token=True` holds no secret.
+    Secrets are values under a name that indicates one, at any depth, and credentials inside a text. None, True and
+    False are kept, since `token=True` holds no secret.
     """
     return _replaced(value, name, lambda secret: f"<{secret.upper()}>")
 

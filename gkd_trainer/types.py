@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd_trainer.transfer import all_to_device, integers_to_host, to_device
+
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
@@ -32,7 +34,7 @@ TEACHER_INDEX = "teacher_index"
 """The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
 
 TEACHER_PROMPT_IDS = "teacher_prompt_ids"
-"""The key of a prompt that the teacher reads in place of the sample's own, in the teacher's token ids.
+"""The key of a prompt that the teacher reads instead of the sample's own, in the teacher's token ids.
 
 A teacher with another tokenizer reads it, and a Teacher of your own may. In a row, a list of token ids, empty if there
 is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
@@ -51,7 +53,7 @@ TEACHER_COLUMNS = "teacher_columns"
 
 @dataclass(frozen=True)
 class SideTensor:
-    """A value per sample that a batch carries beside its tokens, and that no model's forward gets.
+    """A value per sample that a batch carries with its tokens, and that no model's forward gets.
 
     `filling` stands for a missing value, and pads the shorter lists of a batch. `is_column` says that a data set may
     have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]), and
@@ -159,7 +161,7 @@ class MediaTokens:
 class PromptMedia:
     """The images of one prompt, for a model's forward.
 
-    `inputs` are values of MEDIA_INPUTS as a collator returns them for a batch of this prompt alone; `mm_token_type_ids`
+    `inputs` are values of MEDIA_INPUTS as a collator returns them for a batch of only this prompt; `mm_token_type_ids`
     has one value per token of the prompt, and is None if the model takes none.
     """
 
@@ -230,7 +232,8 @@ class TokenBatch:
     For an encoder-decoder, `input_ids` and `attention_mask` are the encoder's, of another length than the labels, and
     `decoder_input_ids` [B, L] the decoder's.
 
-    Derived values are computed once: finding the positions waits for the device.
+    Derived values are computed once. How many positions are scored depends on the labels, so they are found on the
+    host: see `on_host`.
     """
 
     model_inputs: Mapping[str, Tensor]
@@ -265,8 +268,46 @@ class TokenBatch:
         return is_scored_BL
 
     @cached_property
+    def on_host(self) -> TokenBatch:
+        """The same batch with its integers on the CPU, to be read by the host; itself if it is there.
+
+        Copying them waits for the device, unless they were `known_on_host`.
+        """
+        if self.labels_BL.device.type == "cpu":
+            return self
+        own = {"labels": self.labels_BL, IS_ON_POLICY: self.is_on_policy_B}
+        inputs, side, own = (integers_to_host(values) for values in (self.model_inputs, self.side, own))
+        return TokenBatch(inputs, own["labels"], own[IS_ON_POLICY], self.label_offset, side)
+
+    def known_on_host(self, host: TokenBatch) -> TokenBatch:
+        """Return this batch, whose values `host` has on the CPU: then nothing waits for the device to read them."""
+        batch = replace(self)
+        vars(batch)["on_host"] = host  # not a field: `dataclasses.replace` must not keep it beside other values
+        return batch
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return a batch from the CPU on a device, without waiting for it."""
+        if device.type == "cpu":
+            return self
+        moved = TokenBatch(
+            all_to_device(self.model_inputs, device),
+            to_device(self.labels_BL, device),
+            to_device(self.is_on_policy_B, device),
+            self.label_offset,
+            all_to_device(self.side, device),
+        )
+        return moved.known_on_host(self)
+
+    def with_side(self, name: str, value: Tensor) -> TokenBatch:
+        """Return the batch with one of SIDE_TENSORS, given on the CPU."""
+        batch = replace(self, side={**self.side, name: to_device(value, self.labels_BL.device)})
+        return batch if self.on_host is self else batch.known_on_host(self.on_host.with_side(name, value))
+
+    @cached_property
     def _positions_N2(self) -> Tensor:
-        return self.is_scored_BL.nonzero()
+        if self.on_host is self:
+            return self.is_scored_BL.nonzero()
+        return to_device(self.on_host._positions_N2, self.labels_BL.device)
 
     @property
     def rows_N(self) -> Tensor:
@@ -286,7 +327,7 @@ class TokenBatch:
     @property
     def n_scored(self) -> int:
         """How many positions are scored: N."""
-        return len(self._positions_N2)
+        return len(self._positions_N2 if self.on_host is self else self.on_host._positions_N2)
 
     def of_samples(self, rows: Sequence[int]) -> TokenBatch:
         """Return the batch of some samples, given in ascending order: the scored positions are theirs, in order.
@@ -294,7 +335,11 @@ class TokenBatch:
         Columns stay, padding included. If the forward takes tensors whose samples are unknown, such as images, all
         samples stay in the batch, and the other samples' labels are masked; but no samples are always an empty batch.
         """
-        chosen = torch.tensor(rows, dtype=torch.long, device=self.labels_BL.device)
+        batch = self._of_samples(rows)
+        return batch if self.on_host is self else batch.known_on_host(self.on_host._of_samples(rows))
+
+    def _of_samples(self, rows: Sequence[int]) -> TokenBatch:
+        chosen = to_device(torch.tensor(rows, dtype=torch.long), self.labels_BL.device)
         is_tensor = {name: isinstance(value, Tensor) for name, value in self.model_inputs.items()}
         is_known = {name: name in PER_TOKEN | PER_LABEL or not is_tensor[name] for name in self.model_inputs}
         if not rows or all(is_known.values()):
@@ -329,10 +374,10 @@ def may_be_per_token(name: str, value: Any) -> bool:
 
 
 def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a collated batch with each row's padding, by its `attention_mask` [B, L], moved behind the row's tokens.
+    """Return a collated batch with each row's padding, by its `attention_mask` [B, L], moved after the row's tokens.
 
     Padding before the tokens changes the logits of a model that counts positions by column or carries a state from
-    token to token, and lets a padding position predict the first token. No causal model sees padding behind them.
+    token to token, and lets a padding position predict the first token. No causal model sees padding after them.
     PER_TOKEN values move along. A batch with a tensor that `may_be_per_token` is left as it is: the tensor's values
     would no longer match their tokens. If the batch `has_decoder_inputs`, only the encoder's values move.
     """

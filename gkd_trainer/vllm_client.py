@@ -346,7 +346,7 @@ class _Stream(httpcore.NetworkStream):
 def _time_left(timeout: float | None, timeout_error: type[Exception]) -> float:
     left = _deadline.get() - time.monotonic()
     if left <= 0:
-        raise timeout_error("the request's time is over")
+        raise timeout_error("the request's time is up")
     return left if timeout is None else min(left, timeout)
 
 

@@ -296,7 +296,9 @@ def test_generation_kwargs_cannot_break_the_engine(name, value, remedy):
 
 @pytest.mark.parametrize("name", ["min_tokens", "_from_model_config", "__class__"])
 def test_generation_kwargs_of_unknown_names_are_refused(name):
-    with pytest.raises(GKDConfigError, match=f"generation_kwargs holds '{name}', which is no option of transformers"):
+    with pytest.raises(
+        GKDConfigError, match=f"generation_kwargs holds '{name}', which is not an option of transformers"
+    ):
         GKDArguments(generation_kwargs={name: 1})
 
 

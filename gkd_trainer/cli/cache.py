@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         SystemExit: With status 2, for options that can't be parsed; with status 0, after help.
-        GKDError: Input that can't be used, or a teacher or disk that failed; the same command continues the cache.
+        GKDError: Input that can't be used, or a failed teacher or disk; running the command again continues the cache.
     """
     with quiet_imports():
         importlib.import_module("gkd_trainer.config")

@@ -44,7 +44,7 @@ class CacheOptions:
     """The folder to write, and what to store."""
 
     output_dir: str | None = _option(
-        None, "Folder of the cache; one that has some of the rows is continued (required)."
+        None, "Folder of the cache; a cache that has some of the rows is continued (required)."
     )
     kind: str | None = _option(
         None,
@@ -75,8 +75,8 @@ class RowOptions:
     train_split: str = _option("train", "Split to cache, or part of one, such as train[:100].")
     model_name_or_path: str | None = _option(
         None,
-        "The student, whose tokenizer, context and stop tokens prepare the rows; by default those of the teacher. A "
-        "teacher behind a server needs it.",
+        "The student, whose tokenizer, context and stop tokens prepare the rows; by default the teacher's do. "
+        "Required for a teacher behind a server.",
     )
 
     def source(self) -> RowSource:
@@ -125,9 +125,7 @@ def parse(arguments: Sequence[str]) -> CacheRun:
             f"teacher_top_k={options.teacher_top_k} has no effect on kind={cache.kind!r}: leave one of them out"
         )
     if has_server and rows.model_name_or_path is None:
-        raise GKDConfigError(
-            "a teacher behind a server needs the student, for which the rows are prepared: set --model"
-        )
+        raise GKDConfigError("with a teacher behind a server, the rows are prepared for the student: set --model")
     given = {name: getattr(options, name) for name in (*_TEACHER, *_ROWS)}
     with refusing_as_configuration():
         config = GKDConfig(output_dir=cache.output_dir, lmbda=0.0, report_to="none", **given)

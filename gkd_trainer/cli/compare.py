@@ -1,4 +1,4 @@
-"""`gkd-trainer compare`: what several students of a teacher have become, in the terminal and as an HTML file."""
+"""`gkd-trainer compare`: several students of a teacher compared, in the terminal and in an HTML file."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="gkd-trainer compare",
         usage="gkd-trainer compare MODEL... --teacher TEACHER --dataset DATA [OPTION ...]",
         description="Compare students with their teacher on the same rows: both KLs, agreement, acceptance, the task's "
-        "score where the rows have a ground_truth or are GSM8K's, and completions side by side.",
+        "score if the rows have a ground_truth or are GSM8K's, and completions side by side.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With status 2 for arguments that can't be parsed; 1 after a GKDError, whose message goes to stderr;
-            130 or 143 after SIGINT or SIGTERM, with how to resume on stderr; 0 after help.
+            130 or 143 after SIGINT or SIGTERM, with instructions to resume on stderr; 0 after help.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     # A command parses its own options: building them needs the libraries that define them.

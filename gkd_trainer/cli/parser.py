@@ -50,7 +50,7 @@ def build_parser(
         prog=prog,
         usage=usage,
         description=description,
-        epilog="Options may be written with - in place of _.",
+        epilog="Options may be written with - instead of _.",
         formatter_class=_Help,
         allow_abbrev=False,  # a misspelt option must not match another
     )

@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="gkd-trainer report",
         description="Write one HTML file, which loads nothing from anywhere, with a run's curves and completions. "
-        "Several folders are stages: runs that each went on with the student of the one before.",
+        "Several folders are stages: runs that each continued with the previous run's student.",
         allow_abbrev=False,
     )
     parser.add_argument("output_dirs", metavar="OUTPUT_DIR", nargs="+", help="the output_dir of a run")
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def require_folder_of(path: Path) -> None:
-    """Raise GKDConfigError if a file can't be written since its folder is missing: known before any work."""
+    """Raise GKDConfigError if a file's folder is missing, so that this is known before any work."""
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise GKDConfigError(f"--output_file: expected a file in a folder that exists; got {path}")
 

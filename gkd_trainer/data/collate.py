@@ -76,7 +76,7 @@ class KeepSideTensors(Wrapper):
 
 @dataclass
 class EncoderDecoderCollator:
-    """Pads rows on the right: `input_ids` with `pad_token_id`, `labels`, of another length, with IGNORE_INDEX."""
+    """Pads rows on the right: `input_ids` with `pad_token_id`, and `labels`, of another length, with IGNORE_INDEX."""
 
     pad_token_id: int
 

@@ -56,7 +56,7 @@ def load(
 
 
 def to_prompt(row: Mapping[str, Any], instruction: str | None = None) -> dict[str, Any]:
-    """Return a question as a prompt alone, with the answer's number as `ground_truth`."""
+    """Return a question as a prompt without a completion, with the answer's number as `ground_truth`."""
     return {"prompt": [_question(row, instruction)], "ground_truth": ground_truth(row["answer"])}
 
 

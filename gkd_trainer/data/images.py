@@ -26,7 +26,7 @@ _IMAGE_TYPE = 1
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """Return a row's images, of which `images` holds a list, or `image` one; both may be missing or empty."""
+    """Return a row's images: the list in `images`, or the one in `image`; both may be missing or empty."""
     images = row.get("images")
     if images is None:
         image = row.get("image")
@@ -38,8 +38,8 @@ def require_readable(images: Sequence[Any], processing: ImageProcessing | None, 
     """Raise GKDDataError if a row has images that can't become tokens of a decoder."""
     if images and is_encoder_decoder:
         raise GKDDataError(
-            "the rows have images, which are only prepared for decoders that read them among their tokens, but the "
-            "student is an encoder-decoder: remove the columns `image` and `images`"
+            "the rows have images, but the student is an encoder-decoder, and only decoders that read images among "
+            "their tokens can take them: remove the columns `image` and `images`"
         )
     if images and processing is None:
         raise GKDDataError(
@@ -87,7 +87,7 @@ class ImageProcessing:
         return tokenizer
 
     def expanded(self, tokens: RowTokens, images: Sequence[Any], *, is_generating: bool) -> RowTokens:
-        """Return a row's tokens with those of its images in place of their placeholders, which are not trained on.
+        """Return a row's tokens, with placeholders replaced by the images' tokens, which are not trained on.
 
         Args:
             tokens: The tokens of a row, with a placeholder for each image; those of a prepared row stay as they are.
@@ -96,19 +96,19 @@ class ImageProcessing:
 
         Raises:
             RowDropped: There are more or fewer placeholders than images, in the row or in its on-policy prompt.
-            GKDDataError: An image is not one of PIL, or the processor writes text around it.
+            GKDDataError: An image is not a PIL image, or the processor writes text around it.
         """
         pieces = [self._tokens_of(image) for image in images]
         behind = tokens.ids[prompt_length(tokens.labels) :] if prompt_length(tokens.labels) else ()
         if is_generating and not tokens.prompt_ids and self.token_id in behind:
-            raise RowDropped("an image behind the prompt")
+            raise RowDropped("an image after the prompt")
         n_given = tokens.ids.count(self.token_id)
         # Rows of a data set that is already prepared.
         if n_given != len(images) and n_given == sum(piece.count(self.token_id) for piece in pieces):
             labels = [IGNORE_INDEX if label == self.token_id else label for label in tokens.labels]
             return replace(tokens, labels=labels)
         if images and tokens.per_token:
-            raise RowDropped(f"image placeholders beside {', '.join(sorted(tokens.per_token))}")
+            raise RowDropped(f"image placeholders together with {', '.join(sorted(tokens.per_token))}")
         ids, labels = self._replaced(tokens.ids, tokens.labels, pieces)
         prompt_ids = self._replaced(tokens.prompt_ids, [], pieces)[0] if tokens.prompt_ids else []
         return replace(tokens, ids=ids, labels=labels, prompt_ids=prompt_ids)
@@ -120,7 +120,7 @@ class ImageProcessing:
             raise RowDropped(f"an image that does not end within max_length ({max_length})", last + 1)
 
     def inputs(self, images: Sequence[Sequence[Any]], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return what a model's forward takes of the images of a batch, beside the batch's own tensors.
+        """Return what a model's forward takes for the images of a batch, besides the batch's own tensors.
 
         Args:
             images: The images of each sample; of at least one.
@@ -164,7 +164,7 @@ class ImageProcessing:
         size = getattr(image, "size", None)
         if not (isinstance(size, tuple) and hasattr(image, "convert")):
             raise GKDDataError(
-                f"expected images of PIL; got {type(image).__name__}: cast a column of paths or bytes with "
+                f"expected PIL images; got {type(image).__name__}: cast a column of paths or bytes with "
                 'dataset.cast_column("images", datasets.List(datasets.Image()))'
             )
         if size not in self._tokens_by_size:
@@ -177,7 +177,7 @@ class ImageProcessing:
         # Texts are split at added tokens before anything else, so the tokens around them don't depend on them.
         if self.token_id not in ids or ids[0] not in added or ids[-1] not in added:
             raise GKDDataError(
-                f"{type(self.processor).__name__} writes text around an image, whose tokens depend on those beside it: "
+                f"{type(self.processor).__name__} writes text around an image, whose tokens depend on those around it: "
                 "pass a data_collator of your own, such as trl's DataCollatorForVisionLanguageModeling"
             )
         return ids
@@ -249,7 +249,7 @@ def with_image_parts(messages: list[dict[str, Any]], n_images: int) -> list[dict
 
 
 def _for_all_samples(value: Tensor, rows: Sequence[int], n_samples: int) -> Tensor:
-    """Return values [B, ...] from those of the samples `rows`, which alone have images; zeros are padding."""
+    """Return values [B, ...] from those of the samples `rows`, the only ones with images; zeros are padding."""
     if len(rows) == n_samples:
         return value
     values = value.new_zeros((n_samples, *value.shape[1:]))

@@ -15,7 +15,7 @@ def checked_key(value: Any, row: str, name: str = ROW_KEY) -> int:
     """Return a row's key, or another integer of the column `name`, as an int.
 
     Raises:
-        GKDDataError: It is not an integer of 64 bits; the error names the row by `row`.
+        GKDDataError: It is not a 64-bit integer; the error calls the row `row`.
 
     """
     try:
@@ -24,6 +24,6 @@ def checked_key(value: Any, row: str, name: str = ROW_KEY) -> int:
         key = None
     if key is None or not _FIRST <= key <= _LAST:
         raise GKDDataError(
-            f"{row}: expected an integer of 64 bits as {name}; got {value!r}: number the rows, or rename the column"
+            f"{row}: expected a 64-bit integer as {name}; got {value!r}: number the rows, or rename the column"
         )
     return key

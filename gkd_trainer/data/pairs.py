@@ -14,11 +14,11 @@ _NOT_FOR_PAIRS = ("completion_mask", "assistant_masks", "decoder_input_ids", "de
 
 
 def held_pair(row: Mapping[str, Any]) -> RowTokens:
-    """Return a row's `input_ids`, which the encoder reads, and its `labels`, none of a row without any.
+    """Return a row's `input_ids`, which the encoder reads, and its `labels`, empty if it has none.
 
     Raises:
         RowDropped: A column is not a list of token ids, or not as long as `input_ids`.
-        GKDDataError: The row has a column that only a causal LM has, or inputs of the decoder.
+        GKDDataError: The row has a column that only causal LMs use, or decoder inputs.
 
     """
     for column in _NOT_FOR_PAIRS:

@@ -37,7 +37,7 @@ _NEW_FEATURES = {
 }
 
 _KEY_COLUMNS = {side.name for side in SIDE_TENSORS.values() if side.is_column and not side.is_list}
-"""The columns of integers that a batch carries beside its tokens."""
+"""The columns of integers that a batch carries with its tokens."""
 
 _N_REASONS_SHOWN = 8
 
@@ -70,8 +70,8 @@ def prepare_dataset(
 
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
-        beside its own. Labels are IGNORE_INDEX for tokens that are not trained on: all tokens of a row that is only a
-        prompt. Where completions are generated there is also PROMPT_IDS: the prompt of a row's completion if it
+        besides its own. Labels are IGNORE_INDEX for tokens that are not trained on: all tokens of a row that is only a
+        prompt. If completions are generated there is also PROMPT_IDS: the prompt of a row's completion if it
         differs from the tokens before the row's last trained run, else empty. A row with a `teacher_prompt` gets
         TEACHER_PROMPT_IDS, and is trained on only in its last run, since that prompt replaces all before it. Rows that
         can't be used are left out and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
@@ -92,8 +92,8 @@ def prepare_dataset(
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
         if route is not None and TEACHER_INDEX not in next(iter(dataset)):
             raise GKDDataError(
-                f"{name}: a {type(dataset).__name__} is used as it is, so its rows must have a {TEACHER_INDEX}, the "
-                f"place of one of the teachers {', '.join(route.names)}, from 0: add it, or convert the rows with "
+                f"{name}: a {type(dataset).__name__} is used as is, so its rows must have a {TEACHER_INDEX}, the "
+                f"index of one of the teachers {', '.join(route.names)}, from 0: add it, or convert the rows with "
                 "datasets.Dataset.from_list(rows)"
             )
         return dataset

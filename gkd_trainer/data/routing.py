@@ -12,7 +12,7 @@ from gkd_trainer.types import TEACHER_INDEX
 
 @dataclass(frozen=True)
 class TeacherRoute:
-    """How a row gets one of several teachers, by its index in `names`; can be pickled if `function` can.
+    """How a row gets one of several teachers, as an index into `names`; can be pickled if `function` can.
 
     `function` returns the name for a row as the data set has it; None reads the row's `column`. Without that column, a
     row's own TEACHER_INDEX counts.
@@ -36,7 +36,7 @@ class TeacherRoute:
                 return index
             if index is not None:
                 raise GKDDataError(
-                    f"expected as {TEACHER_INDEX} the place of one of the teachers {known}, from 0 to "
+                    f"expected {TEACHER_INDEX} to be the index of one of the teachers {known}, from 0 to "
                     f"{len(self.names) - 1}; got {index!r}"
                 )
             raise GKDDataError(

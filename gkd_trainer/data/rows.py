@@ -71,7 +71,7 @@ class PreparedRow:
 
     `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or if empty, the tokens before the last trained
     run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` names the token
-    that ends its last turn in place of a stop token, or is empty. `teacher_prompt_ids` is the teacher's own prompt,
+    that ends its last turn instead of a stop token, or is empty. `teacher_prompt_ids` is the teacher's own prompt,
     or empty.
     """
 

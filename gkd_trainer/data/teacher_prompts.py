@@ -1,4 +1,4 @@
-"""The prompt that the teacher reads in place of a row's own, from the row's column `teacher_prompt`."""
+"""The prompt that the teacher reads instead of a row's own, from the row's column `teacher_prompt`."""
 
 from __future__ import annotations
 

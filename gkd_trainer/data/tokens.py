@@ -34,8 +34,8 @@ class RowTokens:
     """A row's tokens before they are cut to a length; an encoder-decoder's `labels` are not as long as its `ids`.
 
     `prompt_ids` are its on-policy prompt if that differs from the tokens before its last trained run, else empty.
-    `per_token` holds its other columns with one value per token. `unended` names the token that ends its last turn in
-    place of a stop token, or is empty.
+    `per_token` holds its other columns with one value per token. `unended` names the token that ends its last turn
+    instead of a stop token, or is empty.
     """
 
     ids: list[int]

@@ -85,8 +85,8 @@ def render_turns(
         if ordinary.preserves_prefixes(is_last_only=True):
             remedy += ', or set train_on="last_turn"'
         raise GKDDataError(
-            "expected a chat template that has {% generation %} markers or preserves prefixes (the text of "
-            "the first messages alone is how the text of all messages begins); this one rewrites "
+            "expected a chat template that has {% generation %} markers or preserves prefixes (the text "
+            "of all messages begins with the text of the first ones); this one rewrites "
             "earlier turns or its own generation prompt, so the assistant's turns can't be found: "
             f"{remedy}"
         ) from None
@@ -103,7 +103,7 @@ def render_prompt(
 
 
 def encode_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
-    """Tokenise a text such that each span gets its own tokens, as if generated after the text before it.
+    """Tokenise a text so that each span gets its own tokens, as if generated after the text before it.
 
     A tokenizer that would read the text differently in pieces (such as one that puts a space before each text)
     reads it in one piece; a token that partly belongs to a span then belongs to it.

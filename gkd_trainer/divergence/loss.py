@@ -359,7 +359,7 @@ def _check_signal(name: str, signal: StudentSignal) -> None:
     if head.bias_V is not None and head.bias_V.shape != head.weight_VH.shape[:1]:
         raise GKDConfigError(
             f"the {name}'s head bias must have the shape [{len(head.weight_VH)}], one entry per token of the "
-            f"weight; got {list(head.bias_V.shape)}: slice both alike"
+            f"weight; got {list(head.bias_V.shape)}: slice both in the same way"
         )
     if head.softcap is not None and not head.softcap > 0:
         raise GKDConfigError(f"the {name}'s softcap must be positive, or None for no cap; got {head.softcap}")

@@ -75,11 +75,11 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_mode(mode: str, divergence: str, name: str = "mode") -> None:
-    """Raise GKDConfigError for a mode that is not one of MODES, or that the divergence does not go with."""
+    """Raise GKDConfigError for a mode that is not one of MODES, or that does not go with the divergence."""
     check_choice(name, mode, MODES)
     if mode == "gold" and divergence != "jsd":
         raise GKDConfigError(
-            f"{name}='gold' needs divergence='jsd', which GOLD has for tokens that match; got {divergence!r}: use "
+            f"{name}='gold' needs divergence='jsd', which GOLD uses for tokens that match; got {divergence!r}: use "
             f"{name}='matched' for others"
         )
 

@@ -36,8 +36,8 @@ def read_head(
     """Return the head of a checkpoint in safetensors, in the dtype in which it is stored, on the CPU.
 
     Only its tensors are read (of a name on the hub, only their files are downloaded). A tied head is the input
-    embeddings. The scale and soft-cap are those of the config. That they are all that happens between final hidden
-    states and logits is checked on a model of the same architecture, without layers and with random weights.
+    embeddings. The scale and soft-cap are those of the config. A model of the same architecture, without layers and
+    with random weights, is used to check that nothing else happens between final hidden states and logits.
 
     Args:
         name_or_path: A folder or a name on the hub.

@@ -46,7 +46,7 @@ def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, A
     """Return a collated batch with the decoder inputs that an encoder-decoder makes from labels; else as it is.
 
     Decoder inputs that the collator gave are kept. Padding before the labels, which a tokenizer that pads on the left
-    leads DataCollatorForSeq2Seq to put there, is moved behind them: the decoder would read it. With given decoder
+    leads DataCollatorForSeq2Seq to put there, is moved after them: the decoder would read it. With given decoder
     inputs, `decoder_attention_mask` decides what is padding; without that mask, inputs that equal the shifted labels
     are made again, and any others stay.
     """

@@ -29,7 +29,7 @@ class SeparableHead:
     """A head whose logits were found to be softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
     `is_sharded`: FSDP shards its weight over ranks, and gathers it inside the model's forward. `biased`: the model that
-    adds its `final_logits_bias` [1, V] behind the head, as BART and Marian do; None if there is none.
+    adds its `final_logits_bias` [1, V] after the head, as BART and Marian do; None if there is none.
     """
 
     module: nn.Linear
@@ -96,7 +96,7 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
     try:
         explains_logits = _explains_logits(model, head)
     except Exception as error:  # a forward that needs more than ids and a mask may raise anything
-        return InseparableHead(f"its forward of token ids and mask alone failed with {type(error).__name__}: {error}")
+        return InseparableHead(f"its forward of only token ids and mask failed with {type(error).__name__}: {error}")
     if not explains_logits:
         return InseparableHead("its logits are not its head applied to the head's input")
     return head

@@ -231,7 +231,7 @@ def media_tokens(model: nn.Module) -> MediaTokens:
 def refuse_unread_media(model: nn.Module, model_inputs: Mapping[str, Any], role: str) -> None:
     """Raise GKDDataError for a batch with images or other media that a model's forward does not take.
 
-    Forwards ignore arguments that they don't know: the model would read the placeholders alone.
+    Forwards ignore arguments that they don't know: the model would read only the placeholders.
     """
     media = MEDIA_INPUTS & model_inputs.keys()
     if not media:
@@ -253,7 +253,7 @@ def uncompiled(model: nn.Module, role: str, remedy: str = "") -> nn.Module:
     inner = getattr(model, "_orig_mod", None)
     if not isinstance(inner, nn.Module):
         return model
-    logger.warning("The %s was compiled, but runs uncompiled, or all its logits would be built%s.", role, remedy)
+    logger.warning("The %s was compiled, but runs uncompiled; otherwise all its logits would be built%s.", role, remedy)
     return inner
 
 

@@ -18,12 +18,12 @@ def prompt_ids(
 
     Args:
         tokenizer: The model's tokenizer; for messages, with a chat template.
-        prompt: A text, which is taken as it is behind the tokenizer's special tokens such as bos; or messages, which
+        prompt: A text, which is used as is after the tokenizer's special tokens such as bos; or messages, which
             the template renders with the header of the next turn.
         tools: The tools that the template describes, if any.
         template_kwargs: Further variables of the template.
         is_source: Whether the encoder of an encoder-decoder reads it: a text then has all special tokens of the
-            tokenizer, such as the eos behind it.
+            tokenizer, such as the eos after it.
     """
     if isinstance(prompt, str) and is_source:
         return list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []

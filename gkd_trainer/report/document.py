@@ -16,7 +16,7 @@ MAX_MAP_BYTES = 600_000
 
 
 def run_page(runs: Sequence[Run]) -> str:
-    """Return the report of runs as HTML: several runs are stages of one student, in their order."""
+    """Return the report of runs as HTML: several runs are stages of one student, in order."""
     drawn = chart_values(charts(runs))
     columns, rows = stage_table(runs)
     return rendered(

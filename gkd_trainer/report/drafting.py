@@ -1,4 +1,4 @@
-"""How much a student speeds up its teacher as the draft model of speculative decoding.
+"""How much a student speeds up its teacher when it drafts in speculative decoding.
 
 Shapes: L length.
 """

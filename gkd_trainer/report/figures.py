@@ -165,7 +165,7 @@ def starts(runs: Sequence[Run]) -> list[int]:
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Return the charts of which the runs, one after another, have values."""
+    """Return the charts for which the runs, one after another, have values."""
     marks = tuple((start, run.name) for start, run in zip(starts(runs), runs, strict=True)) if len(runs) > 1 else ()
     drawn = []
     for plan in PLANS:

@@ -41,7 +41,7 @@ class HeatMap:
     caption: str
 
     def to_html(self) -> str:
-        """Return a page that stands alone, with all text escaped."""
+        """Return a self-contained page, with all text escaped."""
         data = {"maps": [map_values(self.tokens, self.caption)]}
         return rendered("heat_map.html", self.caption, data=data)
 
@@ -82,7 +82,7 @@ def heat_map(
         student: The model, or its name or folder.
         teacher: A Teacher, a model, or its name or folder; its parameters stop requiring gradients.
         prompt: Text, messages (with the tokenizer's chat template), or token ids.
-        completion: Text, or token ids if the prompt is given so; None for the student's own, greedy.
+        completion: Text, or token ids if the prompt is; None for the student's own greedy one.
         tokenizer: The student's; by default the one stored with it.
         beta: See `token_divergence`.
         divergence: See `token_divergence`.

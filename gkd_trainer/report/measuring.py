@@ -1,4 +1,4 @@
-"""What a student has become, measured against its teacher: on given completions, and on its own."""
+"""A student measured against its teacher, on given completions and on its own."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def sample_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics of SAMPLE_SUMS, of which some are left out if nothing was lost.
+    """Return the metrics of SAMPLE_SUMS, leaving out some if nothing was lost.
 
     These are `samples_without_prompt` and `rollout_staleness` if zero, and `compared_share` if one; that also needs the
     sum of TOKEN_SUMS' "tokens".

@@ -1,4 +1,4 @@
-"""HTML files that stand alone: every text escaped, one style and one script inside, nothing loaded from anywhere."""
+"""Self-contained HTML files: every text escaped, one style and one script inside, nothing loaded from anywhere."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ _REPLACEMENT = "\ufffd"
 def text_pieces(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """Return the text that each token adds to the text of those before it; token ids without a tokenizer.
 
-    A character of several tokens is the last one's; the others get U+FFFD, as do bytes that are no UTF-8. Special
-    tokens are shown.
+    A character made of several tokens belongs to the last one; the others get U+FFFD, as do bytes that are not UTF-8.
+    Special tokens are shown.
     """
     if tokenizer is None:
         return [f" {token_id}" for token_id in token_ids]

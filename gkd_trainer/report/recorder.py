@@ -45,8 +45,8 @@ FACTS = (
 class Recorder(TrainerCallback):
     """Writes `_report.jsonl` in `output_dir`: on the first rank, a line for each log entry.
 
-    The samples of an entry are the first ones of the first optimizer step after the entry before, so that they are
-    known without knowing what will be logged. Only those wait for the device.
+    The samples of an entry are the first ones of the first optimizer step after the previous entry, so that they are
+    known before it is known what will be logged. Only those wait for the device.
 
     Args:
         args: The options; `report_samples` is how many samples an entry keeps.
@@ -84,7 +84,7 @@ class Recorder(TrainerCallback):
             teacher,
             result,
             # Some may have no tokens to train on.
-            list(dict.fromkeys(batch.rows_N.tolist()))[:wanted],
+            list(dict.fromkeys(batch.on_host.rows_N.tolist()))[:wanted],
             self._tokenizer,
             temperature=self._args.loss_temperature,
             max_tokens=MAX_TOKENS,
@@ -108,7 +108,7 @@ class Recorder(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write an entry: one of training with what was kept since the one before, and any other by itself."""
+        """Write an entry: a training entry with what was kept since the previous one, any other on its own."""
         metrics = {
             name: float(value)
             for name, value in (logs or {}).items()
@@ -132,7 +132,7 @@ class Recorder(TrainerCallback):
             write(self._file)
         except OSError as error:
             # A report is not worth a run.
-            logger.warning("%s is not written any more: %s", FILE_NAME, error)
+            logger.warning("%s is no longer written: %s", FILE_NAME, error)
             self._file = None
 
 

@@ -78,7 +78,7 @@ class Record:
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, GKDDataError):
                 raise
-            raise GKDDataError(f"expected a line of {FILE_NAME}, as JSON; got another ({error!r})") from error
+            raise GKDDataError(f"expected a JSON line of {FILE_NAME}; got something else ({error!r})") from error
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _facts(line: str) -> RunFacts:
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, _LaterFormatError):
             raise
-        raise GKDDataError(f"expected the first line of {FILE_NAME}; got another ({error!r})") from error
+        raise GKDDataError(f"expected the first line of {FILE_NAME}; got something else ({error!r})") from error
 
 
 def _means(values: Any) -> PositionMeans:

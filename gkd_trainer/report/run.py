@@ -61,16 +61,16 @@ def read_run(folder: str | Path) -> Run:
     path = folder / FILE_NAME
     held = read_records(path) if path.is_file() else Records(None, (), 0)
     if held.unreadable:
-        notes.append(f"Lines of {FILE_NAME} that could not be read, and are left out: {held.unreadable}.")
+        notes.append(f"Lines of {FILE_NAME} that could not be read and are left out: {held.unreadable}.")
     log = list(_entries(state.get("log_history", [])))
     recorded = list(_entries({**record.metrics, "step": record.step} for record in held.records))
     if _contradict(log, recorded):
         assert state_path is not None  # it has entries
         if path.stat().st_mtime >= state_path.stat().st_mtime:
-            notes.append(f"{_relative(state_path, folder)} is of an earlier run, and is left out.")
+            notes.append(f"{_relative(state_path, folder)} is from an earlier run, and is left out.")
             log, state = [], {}
         else:
-            notes.append(f"{FILE_NAME} is of an earlier run, and is left out.")
+            notes.append(f"{FILE_NAME} is from an earlier run, and is left out.")
             held, recorded = Records(None, (), 0), []
     last = max((entry["step"] for entry in log), default=-1)
     log += [entry for entry in recorded if entry["step"] > last]

@@ -34,7 +34,7 @@ class TokenMap:
     """The tokens of one completion; every tuple has one entry per token, None for a number that is unknown.
 
     Attributes:
-        prompt: The text before the completion; a long one without its beginning.
+        prompt: The text before the completion; if it is long, its beginning is left out.
         is_on_policy: Whether the student wrote the completion.
         is_cut: Whether further tokens were left out.
         text: The text of each token (see `pieces.text_pieces`).
@@ -78,7 +78,7 @@ class TokenMap:
             given |= {name: tuple(map(_top, values[name])) for name in TOPS}
             token_map = cls(**given)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise GKDDataError(f"expected a recorded sample with {_names()}; got another ({error!r})") from error
+            raise GKDDataError(f"expected a recorded sample with {_names()}; got something else ({error!r})") from error
         if {len(getattr(token_map, name)) for name in (*NUMBERS, *TOPS)} != {len(token_map)}:
             raise GKDDataError("expected a recorded sample whose lists have one entry per token; got several lengths")
         return token_map

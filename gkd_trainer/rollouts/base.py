@@ -15,7 +15,7 @@ class RolloutEngine(ABC):
     """Turns prompts into completions of a model. It knows no data format and no loss."""
 
     takes_media: bool = False
-    """Whether `generate` takes `media`. An engine that does not never gets any, and needs no such parameter: prompts
+    """Whether `generate` takes `media`. An engine without it never gets any, and needs no such parameter: prompts
     with images are refused when they are planned."""
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""From options to a rollout engine: the student's, and under `seq_kd` the teacher's."""
+"""Build rollout engines from options: the student's, and under `seq_kd` the teacher's."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def refuse_engine(engine: RolloutEngine | None, args: GKDArguments, student: nn.
     if own_start is not None and own_start != start_token_id(student):
         raise GKDConfigError(
             f"{name} starts to generate with token {own_start} (decoder_start_token_id in its generation_config), but "
-            f"trains its labels behind token {start_token_id(student)}: set decoder_start_token_id to the same in its "
+            f"trains its labels after token {start_token_id(student)}: set decoder_start_token_id to the same in its "
             "config and generation_config, or generate nothing (lmbda=0, seq_kd=False, eval_on_policy=False)"
         )
 
@@ -100,7 +100,7 @@ def build_student_engine(
         stop_ids: A completion ends with the first of these tokens.
         pad_token_id: Pads the prompts of a batch.
         vocab_size: Number of token ids that may be sampled (see `sampled_vocabulary_size`).
-        never_sampled: Token ids below it that may not, such as that of an image.
+        never_sampled: Token ids below it that are never sampled, such as that of an image.
         rank: The rank of this process.
         is_sharded: Whether the student's weights are sharded over ranks.
         fsdp_version: 1 or 2 under FSDP, else None.
@@ -167,7 +167,7 @@ def build_teacher_engine(
         stop_ids: The student's stop ids, which end the teacher's completions in addition to its own.
         pad_token_id: Pads the prompts of a batch.
         vocab_size: Number of token ids that may be sampled.
-        never_sampled: Token ids below it that may not.
+        never_sampled: Token ids below it that are never sampled.
     """
     model = base_model(teacher)
     engine = HFRollouts(

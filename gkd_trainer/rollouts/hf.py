@@ -57,7 +57,7 @@ class HFRollouts(RolloutEngine):
 
     Args:
         stop_ids: A completion ends with the first of these tokens.
-        pad_token_id: Pads the prompts of a batch, on the left, for an encoder on the right; masked out.
+        pad_token_id: Pads the prompts of a batch on the left, or on the right for an encoder; masked out.
         vocab_size: Ids of this value or above, which only pad the head, are never sampled; None allows all.
         batch_size: Maximum number of prompts in one call of `generate`; None is no limit.
         is_sharded: Whether the model's weights are sharded over ranks, which must then run the same number of forwards:
@@ -66,7 +66,7 @@ class HFRollouts(RolloutEngine):
         never_sampled: Ids below `vocab_size` that are never sampled, such as that of an image.
 
     Prompts share a batch only if that changes nothing. Recurrent models may read padding or mix the prompts of a batch.
-    This is tested once, on the logits of a few tokens generated alone, beside another prompt, and behind padding with
+    This is tested once, on the logits of a few tokens generated alone, next to another prompt, and after padding with
     two different ids. The tolerance is the rounding between batches without padding.
 
     The encoder of an encoder-decoder reads the prompts, and completions leave out the decoder's start token.
@@ -129,7 +129,7 @@ class HFRollouts(RolloutEngine):
     def _batches(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, media: Sequence[PromptMedia | None]
     ) -> list[list[int]]:
-        """Return the prompts of each call of transformers' `generate`; none for a call that only other ranks need.
+        """Return the prompts for each call of transformers' `generate`; none for a call that only other ranks need.
 
         Prompts with images do not share one with those without.
         """

@@ -60,7 +60,7 @@ def media_of(
         if sum(token_id == tokens.image for token_id in prompt) != counts[row]:
             raise GKDDataError(
                 f"sample {row} of a batch has {counts[row]} image tokens, but its prompt does not have as many: an "
-                "image behind the prompt stands in the tokens that a completion replaces, so its pixels would be left "
+                "image after the prompt is among the tokens that a completion replaces, so its pixels would be left "
                 "over. Put images before the last assistant turn"
             )
     layout = _Layout(inputs, counts)
@@ -68,7 +68,7 @@ def media_of(
 
 
 def require_media_taken(holds_media: bool, takes_media: bool, image_token: int | None) -> None:
-    """Raise GKDDataError if a prompt with an image would go to an engine that gets token ids alone."""
+    """Raise GKDDataError if a prompt with an image would go to an engine that gets only token ids."""
     if holds_media and not takes_media:
         raise GKDDataError(
             f"a prompt to be completed holds token {image_token}, which stands for an image, but this rollout engine "
@@ -79,7 +79,7 @@ def require_media_taken(holds_media: bool, takes_media: bool, image_token: int |
 
 
 def refuse_media(media: Sequence[PromptMedia | None] | None) -> None:
-    """Raise GKDDataError if an engine that gets token ids alone is called with images."""
+    """Raise GKDDataError if an engine that gets only token ids is called with images."""
     if media is not None and any(item is not None for item in media):
         raise GKDDataError(
             "vLLM engines only get token ids, but a prompt has images: use HFRollouts for it (use_vllm=False)"
@@ -109,7 +109,7 @@ class _Layout:
             raise _unknown(f"{', '.join(sorted(found))}, for which there is no rule")
         if self._grids is not None:
             if self._mask is not None or self._sizes is not None:
-                raise _unknown("pixel_attention_mask or image_sizes beside image_grid_thw")
+                raise _unknown("pixel_attention_mask or image_sizes with image_grid_thw")
             # Placeholders of one merged patch stand for merge² patches.
             self._images = _by_tokens(self._grids.prod(dim=1).tolist(), counts)
         elif self._pixels.dim() == 4 and (self._sizes is None or bool((self._sizes == self._sizes[0]).all())):
@@ -119,7 +119,7 @@ class _Layout:
             raise _unknown(f"pixel_values {list(self._pixels.shape)}{sizes}")
 
     def of(self, row: int) -> dict[str, Tensor]:
-        """Return the inputs of a sample alone."""
+        """Return the inputs of a single sample."""
         if self._images is None:
             per_sample = {"pixel_values": self._pixels, "pixel_attention_mask": self._mask}
             return {name: value[row : row + 1] for name, value in per_sample.items() if value is not None}

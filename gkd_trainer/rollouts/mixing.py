@@ -272,7 +272,7 @@ def _modalities(types: Tensor, sample: _Sample) -> Tensor:
     of_prompt = _of_prompt("mm_token_type_ids", types, sample)
     if types[len(of_prompt) :].any():
         raise GKDDataError(
-            "mm_token_type_ids mark an image or a video behind the prompt, in the tokens that a completion replaces, "
+            "mm_token_type_ids mark an image or a video after the prompt, among the tokens that a completion replaces, "
             "so its pixels would be left over: put it before the last assistant turn"
         )
     return torch.cat([of_prompt, torch.zeros_like(sample.completion)])  # text

@@ -46,7 +46,7 @@ class Sharing(IntEnum):
 def find_sharing(model: Any, pad_token_id: int, is_sharded: bool) -> Sharing:
     """Return which prompts may share a batch of a model that is ready to generate; log it if not all may.
 
-    This is tested on the logits of a few tokens, generated alone, beside another prompt, and behind padding. A model
+    This is tested on the logits of a few tokens generated alone, next to another prompt, and after padding. A model
     that can't be probed generates one completion at a time.
     """
     probe = functools.partial(_probe, model, pad_token_id, is_sharded)

@@ -1,4 +1,4 @@
-"""The rollouts of windows. A window is all micro-batches of an optimizer step on one rank; one call may do several."""
+"""The rollouts of windows: a window is all micro-batches of an optimizer step on one rank; a call may do several."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Draw:
 
         That is its place in the global batch, (micro-batch · world_size + rank) · batch_size + row, the same for any
         layout of ranks. Samples beyond `batch_size`, from a user's data loader or a balancing sampler, have unique
-        positions behind all of these.
+        positions after all of these.
         """
         batch = micro_batch * self.world_size + self.rank
         if row < self.batch_size:

@@ -38,9 +38,9 @@ class AlignedRow:
 class Aligner:
     """Writes a student's rows in the teacher's tokens.
 
-    A special token becomes the teacher's of the same name, the end of a turn its end of a turn, and any other the
-    tokens of its name. The bytes between them, decoded and encoded, are the same in both rows; a character that the
-    teacher's tokenizer changes or does not know has no shared boundary inside.
+    A special token becomes the teacher's of the same name, the end of a turn becomes its end of a turn, and any other
+    becomes the tokens of its name. The bytes between them, decoded and encoded, are the same in both rows; a character
+    that the teacher's tokenizer changes or does not know has no shared boundary inside.
 
     Args:
         student: The student's tokenizer.
@@ -72,7 +72,7 @@ class Aligner:
             ids: The student's tokens, L of them.
             breaks: Columns at which the teacher begins a token too, such as the first of a completion.
             start: Where the teacher's own prompt ends in `ids`; the tokens before it are not written.
-            prompt_ids: What the teacher reads in their place. None writes all of `ids`, behind the special tokens that
+            prompt_ids: What the teacher reads in their place. None writes all of `ids`, after the special tokens that
                 the teacher's tokenizer puts before a text, such as bos.
             limit: The maximum number of the teacher's tokens; the others are cut.
         """
@@ -143,7 +143,7 @@ class Aligner:
             position += len(raw)
 
     def _known_begins(self, text: str, position: int) -> list[int]:
-        """Return where tokens begin in a text that the teacher's tokenizer changes; -1 inside of a character."""
+        """Return where tokens begin in a text that the teacher's tokenizer changes; -1 inside a character."""
         starts = np.cumsum([position, *(len(character.encode()) for character in text)]).tolist()
         begins, end = [], 0
         for first, last in self.teacher.offsets(text):
@@ -193,7 +193,7 @@ class _Writing:
 def matched_ids(aligner: Aligner) -> list[tuple[int, int]]:
     """Return the pairs of ids, student's and teacher's, that stand for the same bytes or the same special token.
 
-    Each id is in one pair at most. If several tokens of a tokenizer have the same bytes, such as A and <0x41>, they are
+    Each id is in at most one pair. If several tokens of a tokenizer have the same bytes, such as A and <0x41>, they are
     paired in the order of `TokenBytes.by_bytes`.
     """
     pairs = list(aligner.special_ids.items())

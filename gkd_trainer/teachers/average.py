@@ -84,7 +84,7 @@ class AdapterAverage:
         return max((product.relative_error for product in self._products.values()), default=0.0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors from which `load_state` goes on to the bit."""
+        """Return the tensors from which `load_state` continues bit for bit."""
         return {
             f"{name}.{part}": tensor
             for name, product in self._products.items()
@@ -92,7 +92,7 @@ class AdapterAverage:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state`; raise GKDTeacherError if it belongs to an adapter on other layers."""
+        """Continue from a `state`; raise GKDTeacherError if it belongs to an adapter on other layers."""
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in state.items():
             name, _, part = key.rpartition(".")
@@ -279,7 +279,7 @@ def _adapted_layers(student: Any) -> dict[str, _AdaptedLayer]:
             raise _not_averaged(f"{name} is trained as a whole (modules_to_save or trainable_token_indices)")
         if isinstance(module, LoraLayer) and adapter in _adapters_of(module):
             if not _is_plain(module, adapter):
-                raise _not_averaged(f"{name} is adapted otherwise ({type(module).__name__})")
+                raise _not_averaged(f"{name} is adapted in another way ({type(module).__name__})")
             layers[name] = _AdaptedLayer(module, adapter)
     return layers
 

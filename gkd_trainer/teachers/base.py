@@ -22,7 +22,7 @@ class Teacher(ABC):
     def score(self, batch: TokenBatch) -> Signal:
         """Return the predictions at the batch's scored positions, in order, without gradients.
 
-        There may be no positions, and among several teachers not even a sample: what ranks do together, all still do.
+        There may be no positions and, among several teachers, no samples; what ranks do together must still be done.
         """
 
     @property
@@ -59,7 +59,7 @@ class Teacher(ABC):
     """Whether it uses the student's own weights, so that freezing them would freeze the student."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
-    """Its tokenizer if that is in this process; its chat template renders the prompts of the teacher's own."""
+    """Its tokenizer if that is in this process; its chat template renders the teacher's own prompts."""
 
     longest_sequence: int | None = None
     """How many tokens of a sequence it scores, if its `model` does not say; known after `prepare`."""
@@ -112,11 +112,11 @@ class StudentTeacher(Teacher):
 
     @abstractmethod
     def state(self) -> Mapping[str, Tensor]:
-        """Return the tensors from which `load_state` goes on to the bit, equal on all ranks; all call it together."""
+        """Return the tensors from which `load_state` continues bit for bit, equal on all ranks; all call together."""
 
     @abstractmethod
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the `state` of a checkpoint; from the student's current weights if it is empty."""
+        """Continue from the `state` of a checkpoint, or from the student's current weights if it is empty."""
 
 
 class CompositeTeacher(Teacher):
@@ -129,14 +129,14 @@ class CompositeTeacher(Teacher):
 
 
 class AligningTeacher(CompositeTeacher):
-    """A teacher that reads samples in tokens of its own, and is only compared at some positions of the student's."""
+    """A teacher that reads samples in its own tokens, and is compared at only some of the student's positions."""
 
     @abstractmethod
     def comparable(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a collated batch with what this teacher reads, and only the labels of tokens that it can score.
 
         It must come before the tokens trained on are counted, and after completions were put into the batch; `score`
-        needs it. A batch that was returned by it is returned as it is.
+        needs it. A batch that it returned is returned unchanged.
         """
 
     tokenizer: PreTrainedTokenizerBase

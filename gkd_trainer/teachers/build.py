@@ -1,4 +1,4 @@
-"""From options and arguments to a teacher."""
+"""Build a teacher from options and arguments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build_teacher(
     teacher_model: TeacherModel | None = None,
     trust_remote_code: bool = False,
 ) -> Teacher:
-    """Return the teacher that the arguments give.
+    """Return the teacher that the arguments specify.
 
     Args:
         args: The options, which may name a model, servers, the student or a cache.

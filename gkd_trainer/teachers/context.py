@@ -30,10 +30,10 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class ContextTeacher(CompositeTeacher):
-    """A teacher that reads a prompt made by a function of the row and the completion, in place of the sample's own.
+    """A teacher that reads a prompt made by a function of the row and the completion, instead of the sample's own.
 
-    It scores the same tokens of the completion, by their ids, behind another prompt. A row's own `teacher_prompt` comes
-    first: the function is not called for it.
+    It scores the same tokens of the completion, by their ids, after another prompt. A row's own `teacher_prompt` takes
+    precedence: the function is not called for it.
 
     Args:
         teacher: The teacher that reads the prompts. Its vocabulary must be the student's.
@@ -136,14 +136,14 @@ class ContextTeacher(CompositeTeacher):
 
     def _prompted(self, batch: TokenBatch) -> TokenBatch:
         """Return the batch with a teacher's prompt for each scored sample for which there is one."""
-        given_BP = batch.side.get(TEACHER_PROMPT_IDS)
-        keys_B = batch.side.get(ROW_KEY)
+        host = batch.on_host
+        given_BP, keys_B = host.side.get(TEACHER_PROMPT_IDS), host.side.get(ROW_KEY)
         lists = []
-        for row, (start, end) in enumerate(_completions(batch)):
+        for row, (start, end) in enumerate(_completions(host)):
             given = [] if given_BP is None else [i for i in given_BP[row].tolist() if i != IGNORE_INDEX]
             if not given and start < end:
                 key = None if keys_B is None else int(keys_B[row])
-                ids = _completion_ids(batch, row, start, end)
+                ids = _completion_ids(host, row, start, end)
                 given = self._made_prompt(key, ids, is_source=batch.label_offset == 0)
                 needed = len(given) + len(ids) * batch.label_offset  # an encoder reads no completion
                 if given and self._limit is not None and needed > self._limit:
@@ -153,15 +153,15 @@ class ContextTeacher(CompositeTeacher):
         if not lists:  # one of several teachers, which has no sample in this batch
             return batch
         prompts_BP = pad_sequence(lists, batch_first=True, padding_value=IGNORE_INDEX)
-        return replace(batch, side={**batch.side, TEACHER_PROMPT_IDS: prompts_BP.to(batch.labels_BL.device)})
+        return batch.with_side(TEACHER_PROMPT_IDS, prompts_BP)
 
     def _made_prompt(self, key: int | None, completion_ids: list[int], *, is_source: bool) -> list[int]:
         position = None if key is None else self._position_by_key.get(key)
         if position is None:
             raise GKDDataError(
-                f"a ContextTeacher finds a sample's row by its {ROW_KEY}; got {key}, which is none of its "
-                f"{len(self._position_by_key)} rows': give the rows trained and evaluated on the column {ROW_KEY}, and "
-                "pass all of them as rows"
+                f"a ContextTeacher finds a sample's row by its {ROW_KEY}; got {key}, which none of its "
+                f"{len(self._position_by_key)} rows has: give the rows trained and evaluated on a column {ROW_KEY}, "
+                "and pass all of them as rows"
             )
         text = self._students_tokenizer.decode(completion_ids, skip_special_tokens=True)
         prompt = self._prompt(self._rows[position], text)
@@ -206,13 +206,19 @@ def with_teacher_prompts(batch: TokenBatch) -> TokenBatch:
     Raises:
         GKDDataError: The batch holds more than token ids, which can't be moved to another prompt.
     """
-    prompts_BP = batch.side.get(TEACHER_PROMPT_IDS)
-    if prompts_BP is None or prompts_BP.numel() == 0:
+    if batch.side.get(TEACHER_PROMPT_IDS) is None:
         return batch
-    sizes = (prompts_BP != IGNORE_INDEX).sum(dim=1).tolist()
+    host = batch.on_host
+    sizes = (host.side[TEACHER_PROMPT_IDS] != IGNORE_INDEX).sum(dim=1).tolist()
     if not any(sizes):
         return batch
     _require_only_tokens(batch)
+    return _with_prompts(host, sizes).to(batch.labels_BL.device)
+
+
+def _with_prompts(batch: TokenBatch, sizes: list[int]) -> TokenBatch:
+    """Return a batch on the CPU with the teacher's prompts, of so many tokens, before the completions."""
+    prompts_BP = batch.side[TEACHER_PROMPT_IDS]
     ids_BL, labels_BL = batch.model_inputs["input_ids"], _scored_labels(batch)
     mask_BL = batch.model_inputs.get("attention_mask")
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
@@ -291,7 +297,7 @@ def _positions_by_key(rows: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     is_keyed = ROW_KEY in columns if columns is not None else all(ROW_KEY in row for row in rows)
     if not is_keyed or len(rows) == 0:
         raise GKDTeacherError(
-            f"a ContextTeacher finds rows by their {ROW_KEY}, but its rows have none: number them, such as with "
+            f"a ContextTeacher finds rows by their {ROW_KEY}, but its rows have none: number them, for example with "
             f"rows.add_column({ROW_KEY!r}, list(range(len(rows))))"
         )
     keys = rows[ROW_KEY] if columns is not None else [row[ROW_KEY] for row in rows]  # type: ignore[call-overload]

@@ -20,7 +20,7 @@ class WaitingWeights:
     """The weights of models that wait on the CPU between their turns.
 
     They never change, so they are copied to the CPU only once, and then only to the device. On CUDA the copies are in
-    pinned memory, from which that takes the least time.
+    pinned memory, from which copying is fastest.
 
     Args:
         weights: The weights, on their device; the originals are released from it.

@@ -41,7 +41,7 @@ class OtherTokenizerTeacher(AligningTeacher):
     """A teacher whose tokens are not the student's.
 
     A row's completion is decoded to bytes, and these are encoded by the teacher's tokenizer. Student and teacher are
-    compared where a token of both begins at the same byte; other positions are not trained on. The teacher reads its
+    compared where both begin a token at the same byte; other positions are not trained on. The teacher reads its
     own prompt (TEACHER_PROMPT_IDS), which rows of messages get from its chat template, and then only the completion
     after it is compared; without one it reads the student's prompt in its tokens, after its bos.
 
@@ -74,8 +74,8 @@ class OtherTokenizerTeacher(AligningTeacher):
             raise GKDConfigError(f"min_matched_mass must be in [0, 1] (0 never compares bytes); got {min_matched_mass}")
         if isinstance(teacher, CompositeTeacher) or teacher.shares_weights:
             raise GKDTeacherError(
-                f"a teacher with another tokenizer is one model of its own; got {type(teacher).__name__}: pass a "
-                "FrozenTeacher, or one behind a server"
+                "a teacher with another tokenizer must be a single model of its own; got "
+                f"{type(teacher).__name__}: pass a FrozenTeacher, or one behind a server"
             )
         if teacher.top_k is not None and mode != "matched":
             raise GKDTeacherError(
@@ -123,7 +123,7 @@ class OtherTokenizerTeacher(AligningTeacher):
         }
 
     def score(self, batch: TokenBatch) -> Signal:
-        """Return the teacher's predictions for the tokens of both that begin at the same byte."""
+        """Return the teacher's predictions where both begin a token at the same byte."""
         prepared = self._ready()
         if TEACHER_COLUMNS not in batch.side:
             raise RuntimeError("OtherTokenizerTeacher.score got a batch that did not come from its `comparable`")
@@ -141,7 +141,7 @@ class OtherTokenizerTeacher(AligningTeacher):
     ) -> None:
         """Prepare the teacher inside, and match the tokens of both.
 
-        Rows longer than the teacher takes are cut: what comes behind is not compared.
+        Rows longer than the teacher takes are cut: what comes after is not compared.
 
         Raises:
             GKDTeacherError: The student's tokenizer is unknown, or the bytes of its tokens are, or the teacher inside
@@ -200,19 +200,20 @@ class OtherTokenizerTeacher(AligningTeacher):
 
 def teacher_batch(batch: TokenBatch) -> TokenBatch:
     """Return a batch in the teacher's tokens, whose scored positions are those of the student's batch, in order."""
-    ids_BP, columns_BP = batch.side[TEACHER_IDS], batch.side[TEACHER_COLUMNS]
+    host = batch.on_host
+    ids_BP, columns_BP = host.side[TEACHER_IDS], host.side[TEACHER_COLUMNS]
     is_real_BP = ids_BP != IGNORE_INDEX
     rows_N, places_N = (columns_BP != IGNORE_INDEX).nonzero(as_tuple=True)
-    if len(rows_N) != batch.n_scored:
+    if len(rows_N) != host.n_scored:
         raise RuntimeError(
-            f"the batch has {len(rows_N)} positions of the teacher for {batch.n_scored} scored positions: its labels "
+            f"the batch has {len(rows_N)} positions of the teacher for {host.n_scored} scored positions: its labels "
             "were changed after OtherTokenizerTeacher.comparable"
         )
     columns_N = columns_BP[rows_N, places_N]
     labels_BP = torch.full_like(ids_BP, IGNORE_INDEX)
     labels_BP[rows_N, columns_N] = ids_BP[rows_N, columns_N]
     model_inputs = {"input_ids": ids_BP.where(is_real_BP, 0), "attention_mask": is_real_BP.long()}
-    return TokenBatch(model_inputs, labels_BP, batch.is_on_policy_B)
+    return TokenBatch(model_inputs, labels_BP, host.is_on_policy_B).to(batch.labels_BL.device)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class TeacherServers:
         api_token: The key that the servers were started with, if any.
         server_timeout: Seconds to keep trying to reach a server.
         request_timeout: Seconds within which one request must be answered in full.
-        unsent: How many of a sequence's tokens need no place in the server's context, or -1 if one more does.
+        unsent: How many of a sequence's tokens need no room in the server's context, or -1 if one more does.
 
     Raises:
         GKDConfigError: There is no URL, or one that no request can be sent to.

@@ -47,7 +47,8 @@ class SeveralTeachers(CompositeTeacher):
             if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
                 raise GKDTeacherError(
                     f"the teacher {name!r} reads other tokens than the student's, but several teachers are compared at "
-                    "the same tokens of the student: train with it alone, or use teachers with the student's tokenizer"
+                    "the same tokens of the student: train with only that one, or use teachers with the student's "
+                    "tokenizer"
                 )
         self._teachers = dict(teachers)
         self._offload = offload

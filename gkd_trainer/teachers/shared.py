@@ -124,7 +124,7 @@ class SelfTeacher(StudentTeacher):
         return self._average.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the average of a checkpoint, or from the student's adapter if there is none.
+        """Continue from the average of a checkpoint, or from the student's adapter if there is none.
 
         Raises:
             GKDTeacherError: It is the average of an adapter on other layers.
@@ -135,7 +135,7 @@ class SelfTeacher(StudentTeacher):
         if state:
             self._average.load_state(state)
         else:
-            logger.warning("The checkpoint holds no average of the adapter: it begins again at the adapter itself.")
+            logger.warning("The checkpoint holds no average of the adapter: it starts again from the adapter itself.")
 
     @property
     def vocab_size(self) -> int | None:
@@ -199,7 +199,7 @@ class SelfTeacher(StudentTeacher):
                 trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
         if trained:
             raise GKDTeacherError(
-                f"the student trains weights of its own beside its adapter ({', '.join(trained[:3])}), so turning the "
+                f"the student trains weights of its own besides its adapter ({', '.join(trained[:3])}), so turning the "
                 "adapter off does not give back the model that it was: freeze them (for LoRA, bias='none')"
             )
 

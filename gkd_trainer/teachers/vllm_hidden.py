@@ -32,6 +32,7 @@ from gkd_trainer.teachers.prompt_states import (
     states_request,
 )
 from gkd_trainer.teachers.served import TeacherServers
+from gkd_trainer.transfer import to_device
 from gkd_trainer.types import TokenBatch
 from gkd_trainer.vllm_client import RawAnswer, RequestRefusedError, VLLMServer
 
@@ -46,14 +47,14 @@ class HiddenStateServerTeacher(Teacher):
 
     The server sends the hidden states; the head is read from the checkpoint that is served, and takes memory here. The
     server must be started with `--runner pooling --convert embed --pooler-config '{"task": "token_embed"}'`. Its
-    tokenizer must be the student's. A server is recognised by its states of a fixed text, which goes with every
-    request: a server that returns with another model is noticed at its first answer.
+    tokenizer must be the student's. A server is identified by its states of a fixed text, which goes with every
+    request: a server that comes back with another model is noticed at its first answer.
 
     Args:
         base_url: The URL of a server, such as "http://127.0.0.1:8000", or of several; all must serve the same model,
             and each scores its share of a batch.
         checkpoint: The model served: its name on the hub or its folder, with its head in safetensors, not quantised.
-        dtype: What the states are sent in: "auto" is the narrowest dtype that holds them exactly (bfloat16 from a
+        dtype: The dtype of the states as sent: "auto" is the narrowest dtype that holds them exactly (bfloat16 from a
             server in bfloat16); or "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2".
         model: The name under which the model is served; by default the first that the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
@@ -119,7 +120,7 @@ class HiddenStateServerTeacher(Teacher):
         """
         states = self._servers.score_each(sequences_of(batch), self._score)
         hidden_NH = torch.cat(states) if states else torch.empty(0, self._width)
-        return HiddenSignal(hidden_NH.to(batch.labels_BL.device), self._head)
+        return HiddenSignal(to_device(hidden_NH, batch.labels_BL.device), self._head)
 
     @property
     def base_urls(self) -> list[str]:
@@ -133,7 +134,7 @@ class HiddenStateServerTeacher(Teacher):
 
     @property
     def dtype(self) -> str | None:
-        """What the hidden states are sent in; None before `prepare`."""
+        """The dtype in which hidden states are sent; None before `prepare`."""
         return self._dtype
 
     @property
@@ -156,7 +157,7 @@ class HiddenStateServerTeacher(Teacher):
 
     @property
     def is_local(self) -> bool:
-        """False: a server may fail for one rank alone."""
+        """False: a server may fail for only one rank."""
         return False
 
     @property

@@ -25,6 +25,7 @@ from gkd_trainer.teachers.prompt_scores import (
     total_variation,
 )
 from gkd_trainer.teachers.served import NOISE, TeacherServers
+from gkd_trainer.transfer import to_device
 from gkd_trainer.types import TokenBatch
 from gkd_trainer.vllm_answers import CompletionAnswer
 from gkd_trainer.vllm_client import VLLMServer
@@ -45,8 +46,8 @@ _NEUTRAL_GREEDY = {
 class VLLMServerTeacher(Teacher):
     """A model served by vLLM; it gives its top tokens at temperature 1, whatever its sampling defaults.
 
-    Its tokenizer must be the student's. A server is recognised by its scores of a fixed text, which goes with every
-    request: a server that returns with another model is noticed at its first answer.
+    Its tokenizer must be the student's. A server is identified by its scores of a fixed text, which goes with every
+    request: a server that comes back with another model is noticed at its first answer.
 
     Args:
         base_url: The URL of a server, such as "http://127.0.0.1:8000", or of several; all must serve the same model,
@@ -114,8 +115,8 @@ class VLLMServerTeacher(Teacher):
         ids_NK = np.concatenate([each.ids_PK for each in scores])
         known = max(self._vocabulary.values())
         return TopKSignal(
-            ids_NK=torch.from_numpy(ids_NK).to(device),
-            log_p_NK=torch.from_numpy(np.concatenate([each.log_p_PK for each in scores])).to(device, torch.float32),
+            ids_NK=to_device(torch.from_numpy(ids_NK), device),
+            log_p_NK=to_device(torch.from_numpy(np.concatenate([each.log_p_PK for each in scores])).float(), device),
             vocab_size=int(ids_NK.max(initial=known)) + 1,
         )
 
@@ -149,12 +150,12 @@ class VLLMServerTeacher(Teacher):
 
     @property
     def is_local(self) -> bool:
-        """False: a server may fail for one rank alone."""
+        """False: a server may fail for only one rank."""
         return False
 
     @property
     def can_generate(self) -> bool:
-        """False: it is asked for scores alone."""
+        """False: it is asked only for scores."""
         return False
 
     def prepare(

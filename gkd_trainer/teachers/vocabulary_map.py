@@ -57,7 +57,7 @@ def _groups(tokens: TokenBytes, special_ids: list[int], other: int) -> Tensor:
 
 
 def _common(student_group_V: Tensor, teacher_group_W: Tensor, other: int) -> tuple[Tensor, Tensor]:
-    """Return the groups, with those of one side alone joined to others: there the other side could predict nothing."""
+    """Return the groups; those of only one side are joined to others, since the other side can't predict them."""
     shared = set(student_group_V.tolist()) & set(teacher_group_W.tolist())
     joined_to = other if other in shared else min(shared, default=other)
     table = torch.tensor([group if group in shared else joined_to for group in range(other + 1)])

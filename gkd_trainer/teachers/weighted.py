@@ -22,12 +22,12 @@ class WeightedTeachers(SeveralTeachers):
     Args:
         teachers: The teachers by name.
         weights: The weight of each teacher, by the same names, positive and finite. Only their ratios matter; None
-            weights all alike.
+            weights all equally.
         offload: See SeveralTeachers.
 
     Raises:
         GKDTeacherError: See SeveralTeachers; or a teacher contains several itself.
-        GKDConfigError: The weights are not such.
+        GKDConfigError: The weights are not as described.
     """
 
     def __init__(

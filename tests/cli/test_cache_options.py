@@ -50,7 +50,7 @@ def test_top_tokens_are_64_unless_a_number_is_given():
         ([*REQUIRED, "--kind", "hidden", "--teacher_top_k", "5"], "teacher_top_k=5 has no effect on kind='hidden'"),
         (
             [*REQUIRED[2:], "--teacher_server_base_url", "http://a:1"],
-            "a teacher behind a server needs the student, for which the rows are prepared: set --model",
+            "with a teacher behind a server, the rows are prepared for the student: set --model",
         ),
         ([*REQUIRED, "--max_length", "1"], "max_length must be at least 2"),
     ],

@@ -120,7 +120,7 @@ def test_keys_and_prompts_go_together_and_rows_without_either_are_filled_up():
 
 
 def test_a_key_that_is_not_an_integer_is_refused_by_its_row():
-    with pytest.raises(GKDDataError, match=r"row 1 of a batch: expected an integer of 64 bits as row_key; got 1\.5"):
+    with pytest.raises(GKDDataError, match=r"row 1 of a batch: expected a 64-bit integer as row_key; got 1\.5"):
         KeepSideTensors(TRLCollator(pad_token_id=0))(with_keys(1, 1.5))
 
 

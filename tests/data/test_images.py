@@ -143,7 +143,7 @@ def test_rows_of_a_data_set_are_prepared(qwen):
         ),
         ({"images": [], "prompt": f"{IMAGE} a", "completion": "b"}, {}, "1 image placeholders for 0 images"),
         (TWO, {"max_length": 20, "max_new_tokens": 2}, "prompt longer than max_length"),
-        ({"images": [picture(1, 24, 24)], "prompt": "a", "completion": f"b{IMAGE}"}, {}, "an image behind the prompt"),
+        ({"images": [picture(1, 24, 24)], "prompt": "a", "completion": f"b{IMAGE}"}, {}, "an image after the prompt"),
         (
             {"images": [picture(1, 24, 24)], "prompt": "a", "completion": f"b{IMAGE}"},
             {"is_generating": False, "max_length": 6},
@@ -171,7 +171,7 @@ def test_images_without_a_processor_are_refused(qwen):
 
 
 def test_paths_are_refused_with_a_remedy(qwen):
-    with pytest.raises(GKDDataError, match=r"expected images of PIL; got str: .*cast_column"):
+    with pytest.raises(GKDDataError, match=r"expected PIL images; got str: .*cast_column"):
         preparer_of(qwen).prepare({**TWO, "images": ["a.png", "b.png"]})
 
 

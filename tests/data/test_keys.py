@@ -19,6 +19,6 @@ def test_integers_of_any_type_are_keys(value):
 
 @pytest.mark.parametrize("value", [None, "5", 5.0, True, [5], 2**63, -(2**63) - 1])
 def test_anything_but_an_integer_of_64_bits_is_refused_with_the_row_and_the_value(value):
-    message = f"train: row 3: expected an integer of 64 bits as row_key; got {value!r}: number the rows"
+    message = f"train: row 3: expected a 64-bit integer as row_key; got {value!r}: number the rows"
     with pytest.raises(GKDDataError, match=re.escape(message)):
         checked_key(value, "train: row 3")

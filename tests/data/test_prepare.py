@@ -143,7 +143,7 @@ def test_keys_of_any_width_become_int64(byte_level, rules):
 @pytest.mark.parametrize("kind", [list, iterable])
 def test_a_key_that_is_not_an_integer_is_refused_with_its_row_also_in_a_stream(byte_level, rules, kind, value):
     rows = [*keyed(10, 11), {**ROWS[4], ROW_KEY: value}]
-    with pytest.raises(GKDDataError, match="eval: row 2: expected an integer of 64 bits as row_key"):
+    with pytest.raises(GKDDataError, match="eval: row 2: expected a 64-bit integer as row_key"):
         list(prepare_dataset(kind(rows), byte_level(), rules(), name="eval"))
 
 

@@ -120,7 +120,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(make_trainer, monkeypatc
     trainer = make_trainer(report_samples=1, max_steps=3)
     with caplog.at_level(logging.WARNING):
         assert trainer.train().global_step == 3
-    assert caplog.text.count("_report.jsonl is not written any more: [Errno 28] No space left") == 1
+    assert caplog.text.count("_report.jsonl is no longer written: [Errno 28] No space left") == 1
 
 
 def test_an_evaluations_entry_is_kept_too(make_trainer, token_rows):

@@ -55,7 +55,7 @@ def test_broken_files_are_named_and_left_out(tmp_path):
     run = read_run(tmp_path)
     assert [entry["step"] for entry in run.log] == [1]
     assert "trainer_state.json could not be read, and is left out" in run.notes[1]
-    assert run.notes[2] == "Lines of _report.jsonl that could not be read, and are left out: 1."
+    assert run.notes[2] == "Lines of _report.jsonl that could not be read and are left out: 1."
 
 
 def test_a_broken_state_gives_way_to_an_older_one(tmp_path):
@@ -75,7 +75,7 @@ def test_files_of_different_runs_are_not_mixed(tmp_path, newer):
     run = read_run(tmp_path)
     assert [entry["loss"] for entry in run.log] == ([1.0, 0.5, 1 / 3] if newer == "state" else [7.0, 7.0])
     older = "_report.jsonl" if newer == "state" else "trainer_state.json"
-    assert f"{older} is of an earlier run, and is left out." in run.notes
+    assert f"{older} is from an earlier run, and is left out." in run.notes
 
 
 def test_numbers_that_are_not_finite_are_gaps(tmp_path):

@@ -339,7 +339,7 @@ def test_positions_of_packed_samples_are_refused_if_one_must_be_completed():
 
 def test_an_image_behind_the_prompt_is_refused():
     inputs = {**RIGHT, "mm_token_type_ids": torch.tensor([[0, 0, 0, 1, 0], [0] * 5])}
-    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*behind the prompt.*before the last assistant turn"):
+    with pytest.raises(GKDDataError, match=r"mm_token_type_ids.*after the prompt.*before the last assistant turn"):
         with_completions(inputs, generated(0, [11, 12], [9]), PAD)
 
 

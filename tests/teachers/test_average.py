@@ -108,9 +108,9 @@ def test_an_adapters_average_includes_its_scaling(tiny_model):
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (LoraConfig(**{**LORA, "use_dora": True}), "q_proj is adapted otherwise"),
-        (LoraConfig(**{**LORA, "target_modules": ["embed_tokens"]}), "embed_tokens is adapted otherwise"),
-        (LoraConfig(**{**LORA, "lora_bias": True, "target_modules": ["fc1"]}), "fc1 is adapted otherwise"),
+        (LoraConfig(**{**LORA, "use_dora": True}), "q_proj is adapted in another way"),
+        (LoraConfig(**{**LORA, "target_modules": ["embed_tokens"]}), "embed_tokens is adapted in another way"),
+        (LoraConfig(**{**LORA, "lora_bias": True, "target_modules": ["fc1"]}), "fc1 is adapted in another way"),
         (LoraConfig(**LORA, modules_to_save=["lm_head"]), "lm_head is trained as a whole"),
         (
             IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),

@@ -250,7 +250,7 @@ def test_a_teacher_that_reads_other_tokens_is_refused(tiny_model, byte_level):
 
 def test_samples_without_a_known_key_are_refused(tiny_model, byte_level):
     teacher = in_context(tiny_model(), lambda row, completion: None, byte_level())
-    with pytest.raises(GKDDataError, match="finds a sample's row by its row_key; got 8, which is none of its 3 rows'"):
+    with pytest.raises(GKDDataError, match="finds a sample's row by its row_key; got 8, which none of its 3 rows has"):
         teacher.score(batch_of(SAMPLES, keys=[5, 8, 7]))
     with pytest.raises(GKDDataError, match="got None"):
         teacher.score(batch_of(SAMPLES))

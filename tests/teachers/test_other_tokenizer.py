@@ -245,12 +245,14 @@ def test_a_teacher_whose_tokenizer_is_unknown_is_refused(tiny_model):
 
 @pytest.mark.parametrize("several", [RoutedTeachers, WeightedTeachers])
 def test_it_is_refused_among_several_teachers_and_several_inside_of_it(make, tiny_model, byte_level, several):
-    with pytest.raises(GKDTeacherError, match=r"the teacher 'b' reads other tokens.*train with it alone"):
+    with pytest.raises(GKDTeacherError, match=r"the teacher 'b' reads other tokens.*train with only that one"):
         several({"a": FrozenTeacher(tiny_model(), byte_level()), "b": make()})
     inside = several({"a": FrozenTeacher(tiny_model(), byte_level())})
-    with pytest.raises(GKDTeacherError, match=f"is one model of its own; got {several.__name__}: pass a FrozenTeacher"):
+    with pytest.raises(
+        GKDTeacherError, match=f"must be a single model of its own; got {several.__name__}: pass a FrozenTeacher"
+    ):
         OtherTokenizerTeacher(inside, byte_level())
-    with pytest.raises(GKDTeacherError, match="is one model of its own; got OtherTokenizerTeacher"):
+    with pytest.raises(GKDTeacherError, match="must be a single model of its own; got OtherTokenizerTeacher"):
         OtherTokenizerTeacher(make(), byte_level())
 
 
@@ -258,7 +260,7 @@ def test_a_teacher_that_is_the_student_is_refused(tiny_model, byte_level):
     class Shared(FrozenTeacher):
         shares_weights = True
 
-    with pytest.raises(GKDTeacherError, match="is one model of its own; got Shared"):
+    with pytest.raises(GKDTeacherError, match="must be a single model of its own; got Shared"):
         OtherTokenizerTeacher(Shared(tiny_model(), byte_level()))
 
 

@@ -267,7 +267,7 @@ def test_a_student_whose_own_weights_are_trained_too_is_refused(tiny_model, sour
     model = get_peft_model(tiny_model("phi"), LoraConfig(**{**LORA, "target_modules": ["fc1"], "bias": "lora_only"}))
     model.add_adapter("reference", LoraConfig(**{**LORA, "target_modules": ["fc1"]}))
     flags = [weight.requires_grad for weight in model.parameters()]
-    with pytest.raises(GKDTeacherError, match=r"trains weights of its own beside its adapter \(.*bias"):
+    with pytest.raises(GKDTeacherError, match=r"trains weights of its own besides its adapter \(.*bias"):
         SelfTeacher(source).attach(model)
     assert flags == [weight.requires_grad for weight in model.parameters()]
 
@@ -306,7 +306,7 @@ def test_a_checkpoint_without_an_average_begins_it_again_with_a_warning(student,
     teacher.score(batch)
     move(student, 0)
     teacher.load_state({})
-    assert "begins again at the adapter itself" in caplog.text
+    assert "starts again from the adapter itself" in caplog.text
     expected_NV = logits_of_frozen(copy.deepcopy(student), batch)
     torch.testing.assert_close(logits_NV(teacher.score(batch)), expected_NV, atol=1e-4, rtol=1e-4)
 

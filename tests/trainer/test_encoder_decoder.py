@@ -496,7 +496,7 @@ def test_vllm_is_refused(make):
 def test_generation_that_starts_with_another_token_than_the_labels_is_refused(make, tiny_encoder_decoder):
     student = tiny_encoder_decoder("t5")
     student.generation_config.decoder_start_token_id = 5
-    with pytest.raises(GKDConfigError, match=r"starts to generate with token 5 .*behind token 0"):
+    with pytest.raises(GKDConfigError, match=r"starts to generate with token 5 .*after token 0"):
         make(trainer_args={"model": student}, lmbda=0.5)
     make(trainer_args={"model": student})  # nothing is generated
 

@@ -60,7 +60,7 @@ class CacheReader:
     def read(self, sequence: TokenSequence) -> Values | None:
         """Return the values at the positions before a sequence's targets; None if no row has them.
 
-        A longer row serves its beginnings: a prediction depends only on the tokens before it.
+        A longer row serves its prefixes: a prediction depends only on the tokens before it.
 
         Raises:
             GKDTeacherError: The row was changed.

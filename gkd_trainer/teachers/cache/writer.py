@@ -54,7 +54,7 @@ _MIB = 2**20
 class CacheWriter:
     """Writes a teacher's predictions to a folder, shard by shard; a folder that has some rows already is continued.
 
-    Use it in a `with` block, whose regular end marks the cache as complete. If the process ends otherwise, the rows of
+    Use it in a `with` block, whose normal end marks the cache as complete. If the process ends otherwise, the rows of
     the last, incomplete shard are lost, and no others. Shards that were damaged are removed, so that their rows can be
     added again.
 
