@@ -21,7 +21,7 @@ from gkd_trainer.divergence.projection import HeadGradient, Projection
 from gkd_trainer.divergence.result import TokenDivergence, joined, mixed_loss, reordered, weighted_sum
 from gkd_trainer.divergence.rows import LogitsComparison, RowComparison, gradient_of, has_kernel, tiles
 from gkd_trainer.divergence.several import Form, Term, groups_of, tensors_of
-from gkd_trainer.divergence.topk import TopKComparison
+from gkd_trainer.divergence.topk import TopKComparison, has_topk_kernels
 from gkd_trainer.divergence.workspace import Plan, plan_for
 from gkd_trainer.signals import Head, HiddenSignal, MappedSignal, TopKSignal, scored_positions
 
@@ -277,7 +277,7 @@ class _Comparison:
     ) -> _ComparedTerm:
         plan, softcap = self.plan, student.head.softcap
         if isinstance(term.signal, TopKSignal):
-            compare: RowComparison = TopKComparison(self.objective, self.tail, softcap, plan.temporary)
+            compare: RowComparison = TopKComparison(self.objective, self.tail, softcap, plan.temporary, stored)
             return _ComparedTerm(term, None, compare, 0)
         project = Projection(term.signal.head.cut(), plan.dtype, plan.chunk, half)
         if term.mapping is not None:
@@ -321,8 +321,11 @@ class _ComparedTerm:
 def _stores_half(terms: Sequence[Term], objective: Objective, student_RV: Tensor) -> bool:
     """Return whether the comparison itself can round its gradient: not if it is one of a sum."""
     (term, *others) = terms
-    is_plain = isinstance(term.signal, HiddenSignal) and term.mapping is None and not others
-    return is_plain and has_kernel(objective, student_RV)
+    if others or term.mapping is not None:
+        return False
+    if isinstance(term.signal, TopKSignal):
+        return has_topk_kernels(student_RV, term.signal.ids_NK, term.signal.log_p_NK)
+    return has_kernel(objective, student_RV)
 
 
 def _compare_tile(terms: Sequence[_ComparedTerm], tile: slice, buffers: _Buffers, weights: _Weights) -> TokenDivergence:

@@ -147,6 +147,13 @@ def is_compiled(logits_RV: Tensor) -> bool:
     return logits_RV.device.type == "cpu" and logits_RV.shape[1] >= _COMPILED_VOCABULARY and logits_RV.shape[0] > 1
 
 
+def runs_in_triton(logits_RV: Tensor) -> bool:
+    """Return whether these rows are compared by kernels, if there is one for the comparison."""
+    if _engine is not None:
+        return _engine == "triton"
+    return logits_RV.is_cuda and logits_RV.dtype == torch.float32 and bool(_triton_kinds())
+
+
 def mask_cross_entropy(cross_entropy_R: Tensor, labels_R: Tensor, V: int) -> Tensor:
     """Return the cross entropy, with +inf where the label is outside the vocabulary, and 0 where it is IGNORE_INDEX."""
     is_outside_R = (labels_R < 0) | (labels_R >= V)

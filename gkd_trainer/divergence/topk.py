@@ -5,7 +5,7 @@ categories, J the tokens picked from a row: the K, and the label.
 p = teacher, q = student, both at temperature 1. The rest is every token that is not an entry of the top k; the tail is
 its category. The categories' logits are the student's logits at the K ids, and the log-sum-exp of the rest's. The
 divergence over categories is the dense one of these logits, and the gradient of the tail's logit spreads over the rest
-in proportion to q.
+in proportion to q. On a GPU the passes over the vocabulary are kernels, in `triton_topk.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gkd_trainer.divergence.rows import (
     RowComparison,
     is_compiled,
     mask_cross_entropy,
+    runs_in_triton,
     tile_size,
     tiles,
 )
@@ -73,13 +74,15 @@ def topk_divergence(
 class TopKComparison(RowComparison):
     """Compares with a teacher's top tokens, ids and log-probs [R, K]; see `LogitsComparison` for the other fields.
 
-    The categories are computed in the larger dtype of the two sides.
+    The categories are computed in the larger dtype of the two sides. With `half`, which needs `has_topk_kernels`, the
+    gradient has this dtype (see `rows.gradient_of`).
     """
 
     objective: Objective
     tail: str = "bucket"
     softcap: float | None = None
     temporary: int | None = None
+    half: torch.dtype | None = None
 
     def __call__(
         self,
@@ -92,6 +95,51 @@ class TopKComparison(RowComparison):
     ) -> TokenDivergence:
         """Compare; see `RowComparison`."""
         ids_RK, log_p_RK = teacher
+        compare = self._by_kernels if has_topk_kernels(student_RV, ids_RK, log_p_RK) else self._in_plain_torch
+        return compare(student_RV, ids_RK, log_p_RK, labels_R, value_weight_R, label_weight_R)
+
+    def _by_kernels(
+        self,
+        student_RV: Tensor,
+        ids_RK: Tensor,
+        log_p_RK: Tensor,
+        labels_R: Tensor | None,
+        value_weight_R: Tensor | None,
+        label_weight_R: Tensor | None,
+    ) -> TokenDivergence:
+        from gkd_trainer.divergence import triton_topk
+
+        has_bucket = self.tail == "bucket"
+        rows = triton_topk.categories(
+            student_RV, ids_RK, log_p_RK, labels_R, has_bucket=has_bucket, max_mass=1 + _EXCESS_MASS
+        )
+        slope_RC = rows.student_RC
+        result = LogitsComparison(self.objective, temporary=self.temporary)(
+            slope_RC, (rows.teacher_RC,), value_weight_R=value_weight_R
+        )
+        if value_weight_R is not None:
+            triton_topk.write_gradient(
+                student_RV, slope_RC, rows, labels_R, label_weight_R, softcap=self.softcap, half=self.half
+            )
+        return replace(
+            result,
+            cross_entropy_N=rows.cross_entropy_R,
+            student_entropy_N=rows.student_entropy_R,
+            agrees_N=rows.agrees_R,
+            is_teacher_finite_N=rows.is_teacher_finite_R,
+            teacher_mass_N=rows.teacher_mass_R,
+            student_mass_N=rows.student_mass_R,
+        )
+
+    def _in_plain_torch(
+        self,
+        student_RV: Tensor,
+        ids_RK: Tensor,
+        log_p_RK: Tensor,
+        labels_R: Tensor | None,
+        value_weight_R: Tensor | None,
+        label_weight_R: Tensor | None,
+    ) -> TokenDivergence:
         K, V = ids_RK.shape[1], student_RV.shape[1]
         dtype = torch.promote_types(student_RV.dtype, log_p_RK.dtype)
         entries = _Entries.of(ids_RK, log_p_RK, V)
@@ -173,6 +221,15 @@ class TopKComparison(RowComparison):
         if self.temporary is not None:
             largest = min(largest, self.temporary // student_RV.shape[1])
         return tiles(len(student_RV), max(1, _TILES * largest))
+
+
+def has_topk_kernels(student_RV: Tensor, ids_RK: Tensor, log_p_RK: Tensor) -> bool:
+    """Return whether kernels do the passes over the vocabulary; they do any divergence, but only in float32."""
+    if not runs_in_triton(student_RV) or log_p_RK.dtype != torch.float32:
+        return False
+    from gkd_trainer.divergence import triton_topk
+
+    return ids_RK.shape[1] <= triton_topk.MAX_TOP_K
 
 
 class _Entries(NamedTuple):

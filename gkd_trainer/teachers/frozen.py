@@ -1,7 +1,4 @@
-"""A teacher whose model runs in this process.
-
-Shapes: N tokens trained on, V vocabulary, H hidden width, K top tokens.
-"""
+"""A teacher whose model runs in this process."""
 
 from __future__ import annotations
 
@@ -10,13 +7,12 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
 from peft import PeftMixedModel, PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
@@ -38,14 +34,12 @@ from gkd_trainer.models.loading import (
     refuse_unread_media,
     uncompiled,
 )
-from gkd_trainer.signals import LogitsSignal, Signal, StudentSignal, TopKSignal
+from gkd_trainer.models.top_tokens import top_tokens
+from gkd_trainer.signals import Signal
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.types import DECODER_INPUT_IDS, IGNORE_INDEX, TokenBatch, has_decoder_inputs
 
 logger = logging.getLogger(__name__)
-
-_CHUNK_ELEMENTS = 2**24
-"""Number of logits to take top tokens from at once: 64 MiB in float32."""
 
 
 class FrozenTeacher(Teacher):
@@ -127,7 +121,7 @@ class FrozenTeacher(Teacher):
         self._model.eval()
         with torch.no_grad():
             signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
-            return signal if self._top_k is None else _top_tokens(signal, self._top_k)
+            return signal if self._top_k is None else top_tokens(signal, self._top_k)
 
     @property
     def vocab_size(self) -> int:
@@ -223,28 +217,3 @@ def _checked(model: object) -> nn.Module:
         )
     refuse_prompt_learning(model, "teacher")
     return model
-
-
-def _top_tokens(signal: StudentSignal, k: int) -> TopKSignal:
-    ids, log_p = [], []
-    device = signal.logits_NV.device if isinstance(signal, LogitsSignal) else signal.hidden_NH.device
-    # Autocast would round the projection to bfloat16.
-    with torch.autocast(device.type, enabled=False):
-        for logits_NV in _logits_in_chunks(signal):
-            top = logits_NV.float().log_softmax(dim=1).topk(k, dim=1)
-            ids.append(top.indices)
-            log_p.append(top.values)
-    return TopKSignal(torch.cat(ids), torch.cat(log_p), signal.vocab_size)
-
-
-def _logits_in_chunks(signal: StudentSignal) -> Iterator[Tensor]:
-    chunk_size = max(1, _CHUNK_ELEMENTS // signal.vocab_size)
-    if isinstance(signal, LogitsSignal):
-        yield from signal.logits_NV.split(chunk_size)
-        return
-    head = signal.head.cut()
-    # Upcast once, not once per chunk.
-    dtype = torch.promote_types(torch.promote_types(signal.hidden_NH.dtype, head.weight_VH.dtype), torch.float32)
-    head = replace(head, weight_VH=head.weight_VH.to(dtype))
-    for hidden_NH in signal.hidden_NH.split(chunk_size):
-        yield head.logits(hidden_NH)

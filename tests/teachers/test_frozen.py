@@ -11,7 +11,7 @@ from torch.ao.quantization import quantize_dynamic
 
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, TopKSignal
+from gkd_trainer.signals import HiddenSignal, LogitsSignal, TopKSignal
 from gkd_trainer.teachers import FrozenTeacher, Teacher
 from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 
@@ -223,11 +223,7 @@ def test_tokenizer_comes_from_the_place_that_the_init_kwargs_name(tiny_model, by
 
 
 @pytest.mark.parametrize("is_separable", [True, False])
-@pytest.mark.parametrize("chunk_elements", [1, 3 * 368, 2**24])
-def test_top_tokens_are_those_of_the_models_log_probs_in_chunks_of_any_size(
-    tiny_model, monkeypatch, is_separable, chunk_elements
-):
-    monkeypatch.setattr("gkd_trainer.teachers.frozen._CHUNK_ELEMENTS", chunk_elements)
+def test_top_tokens_are_those_of_the_models_log_probs(tiny_model, is_separable):
     model, batch = tiny_model() if is_separable else adapted_head(tiny_model()), batch_of_two()
     signal = prepared(model, top_k=5).score(batch)
     assert isinstance(signal, TopKSignal)
@@ -248,16 +244,6 @@ def test_top_tokens_of_a_bfloat16_teacher_are_projected_and_normalised_in_float3
     torch.testing.assert_close(top.log_p_NK.exp().sum(dim=1), torch.ones(len(batch.targets_N)))
     expected_NV = whole.head.logits(whole.hidden_NH).log_softmax(dim=1)
     torch.testing.assert_close(top.log_p_NK, expected_NV.gather(1, top.ids_NK), atol=1e-6, rtol=1e-6)
-
-
-def test_the_logits_for_top_tokens_exist_for_one_chunk_at_a_time(tiny_model, monkeypatch):
-    monkeypatch.setattr("gkd_trainer.teachers.frozen._CHUNK_ELEMENTS", 2 * 368)
-    teacher, batch = prepared(tiny_model(), top_k=5), batch_of_two()
-    sizes, logits = [], Head.logits
-    monkeypatch.setattr(Head, "logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden))
-    teacher.score(batch)
-    assert max(sizes) == 2
-    assert sum(sizes) == len(batch.targets_N)
 
 
 def test_a_batch_without_trained_tokens_has_no_top_tokens(tiny_model):
