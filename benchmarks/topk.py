@@ -1,6 +1,6 @@
 """The work of top-k: launches and bytes on a GPU, counted without one, and the time of a teacher's top tokens on a CPU.
 
-    python benchmarks/topk.py
+    python -m benchmarks.topk
 
 Operations of the student's side are counted as torch dispatches them, for tensors on the CPU; a kernel of Triton reads
 and writes what its passes say. Each reads its inputs and writes its outputs once: no cache is modelled.
