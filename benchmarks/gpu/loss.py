@@ -144,7 +144,7 @@ def time_block(where: Where, shape: str, block: int) -> dict[str, Any]:
 
 
 def time_kernel(where: Where, divergence: str, tile: int, warps: int) -> dict[str, Any]:
-    """Return the seconds of the kernel alone, value and gradient, and the bytes per second if it read each row once."""
+    """Return the seconds of only the kernel, with a gradient in bf16, and bytes per second if it read each row once."""
     from gkd_trainer.divergence import triton
 
     R, V = where.pick((2048, VOCABULARY), (3, 300))
@@ -166,12 +166,13 @@ def time_kernel(where: Where, divergence: str, tile: int, warps: int) -> dict[st
             kind=objective.kind,
             is_tempered=False,
             is_capped=False,
+            half=torch.bfloat16,
             chunk=tile,
         )
 
     with launched_with(triton, warps):
         seconds = median_seconds(run, device, turns)
-    return {"seconds": seconds, "bytes_per_second": 3 * 4 * R * V / seconds}
+    return {"seconds": seconds, "bytes_per_second": (2 * 4 + 2) * R * V / seconds}
 
 
 @contextmanager

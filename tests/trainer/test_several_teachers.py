@@ -148,7 +148,7 @@ def test_rows_without_the_column_are_refused_with_what_to_do(make_trainer, teach
     with pytest.raises(GKDDataError, match=r"expected a column 'domain' .* 'math', 'code'; got the columns"):
         make_trainer(trainer_args={"teacher": RoutedTeachers(teachers("math", "code"), column="domain")})
     rows = torch.utils.data.Subset(make_rows(4), range(4))
-    with pytest.raises(GKDDataError, match="a Subset is used as it is, so its rows must have a teacher_index"):
+    with pytest.raises(GKDDataError, match="a Subset is used as is, so its rows must have a teacher_index"):
         make_trainer(trainer_args={"train_dataset": rows, "teacher": RoutedTeachers(teachers("math", "code"))})
 
 
