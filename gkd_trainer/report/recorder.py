@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from gkd_trainer.divergence import TokenDivergence
 from gkd_trainer.report.positions import PositionSums
-from gkd_trainer.report.records import FILE_NAME, MAX_TOKENS, Record, RecordFile, RunFacts
+from gkd_trainer.report.records import FILE_NAME, MAX_TOKENS, Record, RecordFile, RunFacts, finite
 from gkd_trainer.report.token_map import TokenMap, token_maps
 from gkd_trainer.signals import Signal, StudentSignal
 from gkd_trainer.types import TokenBatch
@@ -109,11 +109,7 @@ class Recorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write an entry: a training entry with what was kept since the previous one, any other on its own."""
-        metrics = {
-            name: float(value)
-            for name, value in (logs or {}).items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
+        metrics = finite(logs or {})
         record = Record(state.global_step, metrics)
         if "loss" in metrics and "learning_rate" in metrics:
             positions = self._positions.read(self._args.device, self._reduce)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +17,9 @@ FILE_NAME = "_report.jsonl"
 """Its name in `output_dir`. Trainer leaves files that begin with _ out of what it pushes to the hub."""
 
 FORMAT = 1
+MAX_NUMBER = 1e300
+"""Larger numbers count as infinite: charts could not compute with them."""
+
 MAX_BYTES = 16 * 2**20
 MAX_TOKENS = 512
 """How many tokens of a sample are kept."""
@@ -55,7 +57,7 @@ class Record:
         """Return it as a line of JSON."""
         values = {
             "step": self.step,
-            "metrics": {name: value for name, value in self.metrics.items() if math.isfinite(value)},
+            "metrics": finite(self.metrics),
             "sampled_step": self.sampled_step,
             "samples": [sample.to_json() for sample in self.samples],
             "positions": {name: asdict(means) for name, means in self.positions.items()},
@@ -70,12 +72,12 @@ class Record:
             sampled_step = values["sampled_step"]
             return cls(
                 step=int(values["step"]),
-                metrics={str(name): float(value) for name, value in values["metrics"].items()},
+                metrics=finite(values["metrics"]),
                 sampled_step=None if sampled_step is None else int(sampled_step),
                 samples=tuple(TokenMap.from_json(sample) for sample in values["samples"]),
                 positions={str(name): _means(means) for name, means in values["positions"].items()},
             )
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, GKDDataError):
                 raise
             raise GKDDataError(f"expected a JSON line of {FILE_NAME}; got something else ({error!r})") from error
@@ -108,6 +110,11 @@ def read_records(path: Path) -> Records:
             except GKDDataError:
                 unreadable += 1
     return Records(facts, tuple(records), unreadable)
+
+
+def finite(values: Mapping[Any, Any]) -> dict[str, float]:
+    """Return the numbers by name, without those that are not finite, or that no float can hold."""
+    return {str(name): float(value) for name, value in values.items() if _is_finite(value)}
 
 
 class RecordFile:
@@ -191,10 +198,14 @@ def _facts(line: str) -> RunFacts:
         return RunFacts(
             str(values["student"]), str(values["teacher"]), int(values["max_steps"]), dict(values["options"])
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, _LaterFormatError):
             raise
         raise GKDDataError(f"expected the first line of {FILE_NAME}; got something else ({error!r})") from error
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= MAX_NUMBER
 
 
 def _means(values: Any) -> PositionMeans:

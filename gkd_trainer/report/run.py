@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.report.records import FILE_NAME, Record, Records, RunFacts, read_records
+from gkd_trainer.report.records import FILE_NAME, Record, Records, RunFacts, finite, read_records
 
 Entry = Mapping[str, float]
 """The finite numbers of a log entry, with its optimizer step as "step"."""
+
+
+_MAX_STEP = 2**53
+"""A log entry of a later step is none of Trainer's: no float holds it exactly."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,8 @@ def _last_state(folder: Path, notes: list[str]) -> tuple[Path | None, dict[str, 
 
 def _entries(log: Iterable[Any]) -> Iterator[dict[str, float]]:
     for entry in log:
-        if isinstance(entry, Mapping) and isinstance(entry.get("step"), int):
-            yield {
-                str(name): value
-                for name, value in entry.items()
-                if isinstance(value, int | float) and math.isfinite(value)
-            }
+        if isinstance(entry, Mapping) and isinstance(entry.get("step"), int) and 0 <= entry["step"] < _MAX_STEP:
+            yield {**finite(entry), "step": entry["step"]}
 
 
 def _contradict(log: Sequence[Entry], recorded: Sequence[Entry]) -> bool:

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.report.document import run_page
 from gkd_trainer.report.run import read_run
 from tests.report.samples import FACTS, record, write_records, write_state
 
@@ -99,3 +100,18 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     write_state(tmp_path / "trainer_state.json", ())
     with pytest.raises(GKDDataError, match="has no log entries"):
         read_run(tmp_path)
+
+
+def test_numbers_that_no_float_holds_are_gaps(tmp_path):
+    path = write_state(tmp_path / "trainer_state.json", (1, 2), max_steps=2)
+    state = json.loads(path.read_text())
+    state["log_history"][0].update(loss=10**400, grad_norm=1e308)
+    state["log_history"] += [{"step": 10**400, "loss": 1.0}, {"step": -1, "loss": 1.0}]
+    path.write_text(json.dumps(state))
+    records = write_records(tmp_path, [record(1), record(2)])
+    lines = records.read_text().splitlines()
+    records.write_text("\n".join([lines[0], lines[1].replace('"loss":1.0', f'"loss":1{"0" * 400}'), lines[2]]) + "\n")
+    run = read_run(tmp_path)
+    assert [(entry["step"], entry.get("loss")) for entry in run.log] == [(1, None), (2, 0.5)]
+    assert "loss" not in run.records[0].metrics
+    run_page([run])
