@@ -246,12 +246,25 @@ def stage_table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[fl
 
 
 def shortened(chart: Chart, max_points: int) -> Chart:
-    """Return a chart whose curves have at most this many points, every n-th and the last."""
-    return replace(
-        chart, series=tuple(replace(each, points=_every_nth(each.points, max_points)) for each in chart.series)
-    )
+    """Return a chart whose curves have at most this many points, with the peaks and the ends of each curve.
+
+    All curves keep the same places on the x axis, so that they can be compared at each.
+    """
+    if len({x for each in chart.series for x, _ in each.points}) <= max_points:
+        return chart
+    share = max_points // len(chart.series)
+    kept = {x for each in chart.series for x in _telling(each.points, share)}
+    series = (replace(each, points=tuple(point for point in each.points if point[0] in kept)) for each in chart.series)
+    return replace(chart, series=tuple(series))
 
 
-def _every_nth(points: Points, max_points: int) -> Points:
-    step = -(-len(points) // max_points)
-    return points if step <= 1 else (*points[:-1:step], points[-1])
+def _telling(points: Points, max_points: int) -> set[float]:
+    """Return the x of at most `max_points` points: the ends, and the lowest and highest of each part."""
+    if len(points) <= max_points:
+        return {x for x, _ in points}
+    parts = max(1, (max_points - 2) // 2)
+    kept = {points[0][0], points[-1][0]}
+    for part in range(parts):
+        inside = points[len(points) * part // parts : len(points) * (part + 1) // parts]
+        kept |= {extreme(inside, key=lambda point: point[1])[0] for extreme in (min, max)}
+    return kept

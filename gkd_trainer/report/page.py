@@ -18,7 +18,7 @@ from gkd_trainer.report.pieces import readable
 from gkd_trainer.report.token_map import NUMBERS, TokenMap
 
 MAX_POINTS = 400
-"""How many points of a curve a page draws: it has no more pixels for them."""
+"""How many points of a curve a page draws at most: it has no more pixels for them."""
 
 
 def rendered(template: str, title: str, **values: Any) -> str:
