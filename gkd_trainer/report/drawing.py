@@ -119,10 +119,10 @@ def _number(value: float) -> str:
 
 
 def places_by_x(drawing: Drawing) -> list[tuple[float, float, list[tuple[int, float, float]]]]:
-    """Return, for each x that has points: x, its place, and (series, y, place) of each point there."""
+    """Return, for each x that has points: x, its place, and (series, y, place) of each; y has six digits."""
     found: dict[float, tuple[float, list[tuple[int, float, float]]]] = {}
     for index, each in enumerate(drawing.series):
         points: Sequence[tuple[float, float]] = each.series.points
         for (x, y), (at, up) in zip(points, each.dots, strict=True):
-            found.setdefault(x, (at, []))[1].append((index, y, up))
+            found.setdefault(x, (at, []))[1].append((index, float(f"{y:.6g}"), up))
     return [(x, at, values) for x, (at, values) in sorted(found.items())]

@@ -50,6 +50,10 @@ class Chart:
     note: str = ""
 
 
+_LEAST_SHARE = 16
+"""How many places on the x axis each curve chooses at least, if all curves of a chart keep the same ones."""
+
+
 @dataclass(frozen=True)
 class _Curve:
     metric: str
@@ -248,13 +252,19 @@ def stage_table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[fl
 def shortened(chart: Chart, max_points: int) -> Chart:
     """Return a chart whose curves have at most this many points, with the peaks and the ends of each curve.
 
-    All curves keep the same places on the x axis, so that they can be compared at each.
+    Unless there are many, all curves keep the same places on the x axis, so that they can be compared at each.
     """
     if len({x for each in chart.series for x, _ in each.points}) <= max_points:
         return chart
     share = max_points // len(chart.series)
-    kept = {x for each in chart.series for x in _telling(each.points, share)}
-    series = (replace(each, points=tuple(point for point in each.points if point[0] in kept)) for each in chart.series)
+    if share >= _LEAST_SHARE:
+        kept = [{x for each in chart.series for x in _telling(each.points, share)}] * len(chart.series)
+    else:
+        kept = [_telling(each.points, max_points) for each in chart.series]
+    series = (
+        replace(each, points=tuple(point for point in each.points if point[0] in places))
+        for each, places in zip(chart.series, kept, strict=True)
+    )
     return replace(chart, series=tuple(series))
 
 
