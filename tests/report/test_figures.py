@@ -90,6 +90,28 @@ def test_each_of_several_teachers_has_a_curve():
     assert [series.name for series in chart.series] == ["math", "code"]
 
 
+def test_each_of_several_evaluation_sets_has_its_curves():
+    values = {
+        "eval_math_loss": 0.5,
+        "eval_code_loss": 0.7,
+        "eval_math_on_policy_loss": 0.3,
+        "eval_math_acceptance": 0.9,
+        "eval_math_runtime": 1.0,
+    }
+    runs = [run(**{name: lambda step, value=value: value for name, value in values.items()})]
+    chart = chart_of(runs, "evaluation")
+    assert {series.name: series.points[0][1] for series in chart.series} == {
+        "math: off-policy (the data's text)": 0.5,
+        "code: off-policy (the data's text)": 0.7,
+        "math: on-policy (the student's own text)": 0.3,
+    }
+    of_math, of_code, own_math = chart.series
+    assert of_math.colour == own_math.colour != of_code.colour
+    assert of_math.is_dashed != own_math.is_dashed
+    assert [series.name for series in chart_of(runs, "agreement").series] == ["math: acceptance, evaluation"]
+    assert ("Divergence in evaluation: code: off-policy (the data's text)", [0.7, 0.7]) in stage_table(runs)[1]
+
+
 def test_the_table_has_the_first_entry_and_the_last_of_each_stage():
     runs = [
         run("a", divergence_on_policy=lambda step: step / 10),
