@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class Recorder(TrainerCallback):
         self._step = 0
         self._positions, self._samples = PositionSums(), list[TokenMap]()
         self._sampled_step: int | None = None
+        self._is_training = False
 
     def observe(self, batch: TokenBatch, student: StudentSignal, teacher: Signal, result: TokenDivergence) -> None:
         """Take a micro-batch that is trained on, with both models' predictions and their comparison."""
@@ -93,7 +95,9 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin the file, or continue that of the run that is resumed."""
         self._clear()
-        facts = RunFacts(*self._names, state.max_steps, {name: _plain(getattr(self._args, name)) for name in FACTS})
+        options = {name: _plain(getattr(self._args, name)) for name in FACTS}
+        facts = RunFacts(*self._names, state.max_steps, options, time.time())
+        self._is_training = True
         self._write(lambda file: file.start(facts, state.global_step))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -108,7 +112,12 @@ class Recorder(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write an entry: a training entry with what was kept since the previous one, any other on its own."""
+        """Write an entry: a training entry with what was kept since the previous one, any other on its own.
+
+        A process that only evaluates writes none: the file is that of the run that trained.
+        """
+        if not self._is_training:
+            return
         metrics = finite(logs or {})
         record = Record(state.global_step, metrics)
         if "loss" in metrics and "learning_rate" in metrics:

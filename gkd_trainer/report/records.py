@@ -27,12 +27,16 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The first line: the names of both models, the steps of the whole run, and its options of distillation."""
+    """The first line: the names of both models, the steps of the whole run, and its options of distillation.
+
+    `started` is when the run began, in seconds since 1970; None if this is unknown.
+    """
 
     student: str
     teacher: str
     max_steps: int
     options: Mapping[str, Any]
+    started: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,12 @@ class RecordFile:
         self._path, self._max_bytes = path, max_bytes
 
     def start(self, facts: RunFacts, step: int) -> None:
-        """Begin the file of a run; one that resumes after `step` steps keeps the entries up to there."""
+        """Begin the file of a run; one that resumes after `step` steps keeps the entries up to there, and its start."""
         earlier: Sequence[Record] = ()
-        if step > 0 and self._path.is_file():
-            earlier = [record for record in read_records(self._path).records if record.step <= step]
+        if step > 0:
+            held = read_records(self._path) if self._path.is_file() else Records(None, (), 0)
+            earlier = [record for record in held.records if record.step <= step]
+            facts = replace(facts, started=held.facts.started if held.facts else None)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite(facts, earlier)
 
@@ -196,7 +202,11 @@ def _facts(line: str) -> RunFacts:
                 "gkd_trainer"
             )
         return RunFacts(
-            str(values["student"]), str(values["teacher"]), int(values["max_steps"]), dict(values["options"])
+            str(values["student"]),
+            str(values["teacher"]),
+            int(values["max_steps"]),
+            dict(values["options"]),
+            finite({"started": values.get("started")}).get("started"),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, _LaterFormatError):

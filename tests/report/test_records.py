@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,17 @@ def test_a_resumed_run_goes_on_behind_its_last_step(tmp_path):
     file.start(FACTS, 2)
     file.append(record(3, loss=9.0))
     assert [(each.step, each.metrics["loss"]) for each in read_records(path).records] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_a_resumed_run_keeps_the_time_of_its_start(tmp_path):
+    path = write_records(tmp_path, [record(1)], replace(FACTS, started=100.0))
+    RecordFile(path).start(replace(FACTS, started=200.0), 1)
+    assert read_records(path).facts.started == 100.0
+    RecordFile(path).start(replace(FACTS, started=200.0), 0)
+    assert read_records(path).facts.started == 200.0
+    path.unlink()
+    RecordFile(path).start(replace(FACTS, started=300.0), 1)
+    assert read_records(path).facts.started is None  # the checkpoint it resumed from is older
 
 
 def test_a_new_run_replaces_an_older_ones_file(tmp_path):
