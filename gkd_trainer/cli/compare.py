@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="gkd-trainer compare",
         usage="gkd-trainer compare MODEL... --teacher TEACHER --dataset DATA [OPTION ...]",
         description="Compare students with their teacher on the same rows: both KLs, agreement, acceptance, the task's "
-        "score if the rows have a ground_truth or are GSM8K's, and completions side by side.",
+        "score if the rows have a ground_truth that is a number or are GSM8K's, and completions side by side.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

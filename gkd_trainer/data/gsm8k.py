@@ -94,6 +94,11 @@ def final_number(text: str) -> Decimal | None:
     return _decimal(numbers[-1]) if numbers else None
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text is one number and nothing else, so that `is_correct` can compare with it."""
+    return _NUMBER.fullmatch(text.strip()) is not None
+
+
 def is_correct(completion: str, ground_truth: str) -> bool:
     """Return whether a completion's final number equals `ground_truth` (as `to_prompt` gives it)."""
     number = final_number(completion)

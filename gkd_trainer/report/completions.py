@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from gkd_trainer.report.pieces import readable
 from gkd_trainer.types import Generated
 
 
@@ -49,7 +50,9 @@ def print_completions(rows: Sequence[CompletionRow], title: str | None = None, c
         table.add_column(name, ratio=ratio, overflow="fold")
     for row in rows:
         # Text, not str: brackets in a completion are not markup.
-        table.add_row(row.generated_by, Text(row.prompt), Text(row.completion), "yes" if row.is_finished else "cut off")
+        # Readable: a terminal would obey their control characters.
+        prompt, completion = Text(readable(row.prompt)), Text(readable(row.completion))
+        table.add_row(row.generated_by, prompt, completion, "yes" if row.is_finished else "cut off")
     (console or Console()).print(table)
 
 

@@ -12,7 +12,7 @@ from gkd_trainer.report.page import chart_values, map_values, rendered
 from gkd_trainer.report.run import Run
 
 MAX_MAP_BYTES = 600_000
-"""How much of a page its completions may take: with it, a page stays below a megabyte."""
+"""How much of a page its completions may take: with it and MAX_PAGE_POINTS, a page stays below a megabyte."""
 
 
 def run_page(runs: Sequence[Run]) -> str:

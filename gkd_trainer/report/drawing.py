@@ -17,6 +17,9 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 40
 MAX_DOTS = 80
 """How many points a chart may have for each to be marked."""
 
+_SHORTEST_SPAN = 1e-300
+"""A range of less is drawn as if all its values were the same: floats can't divide it further."""
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -53,7 +56,7 @@ def drawn(chart: Chart) -> Drawing:
     ys = [y for series in chart.series for _, y in series.points]
     x_ticks = log_ticks(max(xs)) if chart.is_log_x else nice_ticks(0.0, max(xs), 5, is_whole=True)
     low, high = min(0.0, *ys), chart.top if chart.top is not None else max(*ys, 0.0)
-    y_ticks = nice_ticks(low, high if high > low else low + 1.0, 4)
+    y_ticks = nice_ticks(low, high if high - low > _SHORTEST_SPAN else low + 1.0, 4)
     first = 1.0 if chart.is_log_x else 0.0
     x_end = max(*xs, first + 1)
     across = _scale(first, x_end, LEFT, WIDTH - RIGHT, is_log=chart.is_log_x)
@@ -83,14 +86,15 @@ def _drawn_series(
 
 def nice_ticks(low: float, high: float, count: int, *, is_whole: bool = False) -> list[float]:
     """Return about `count` round numbers that cover a range, each one step apart; `high` is above `low`."""
-    span = high - low if high > low else 1.0
+    span = high - low if high - low > _SHORTEST_SPAN else 1.0
     raw = span / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
     if is_whole:
         step = max(1.0, float(math.ceil(step)))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    # Without the last bits of the product, which would show in a label.
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def log_ticks(high: float) -> list[float]:
@@ -106,18 +110,19 @@ def _scale(first: float, last: float, start: float, end: float, *, is_log: bool 
 
 
 def _number(value: float) -> str:
-    if value and abs(value) < 1e-3:
-        return f"{value:.0e}"
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
+        digits, exponent = f"{value:.1e}".split("e")
+        return f"{digits.removesuffix('.0')}e{int(exponent)}"
     if abs(value) >= 1e4:
         return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"
     return f"{value:.4g}"
 
 
 def places_by_x(drawing: Drawing) -> list[tuple[float, float, list[tuple[int, float, float]]]]:
-    """Return, for each x that has points: x, its place, and (series, y, place) of each point there."""
+    """Return, for each x that has points: x, its place, and (series, y, place) of each; y has six digits."""
     found: dict[float, tuple[float, list[tuple[int, float, float]]]] = {}
     for index, each in enumerate(drawing.series):
         points: Sequence[tuple[float, float]] = each.series.points
         for (x, y), (at, up) in zip(points, each.dots, strict=True):
-            found.setdefault(x, (at, []))[1].append((index, y, up))
+            found.setdefault(x, (at, []))[1].append((index, float(f"{y:.6g}"), up))
     return [(x, at, values) for x, (at, values) in sorted(found.items())]

@@ -50,6 +50,13 @@ class Chart:
     note: str = ""
 
 
+_LEAST_SHARE = 16
+"""How many places on the x axis each curve chooses at least, if all curves of a chart keep the same ones."""
+
+
+_EVALUATION = "eval_"
+
+
 @dataclass(frozen=True)
 class _Curve:
     metric: str
@@ -67,6 +74,7 @@ class _Plan:
     curves: tuple[_Curve, ...]
     top: float | None = None
     is_summarised: bool = True
+    has_sets: bool = False
     extra: Callable[[Sequence[Run]], tuple[Series, ...]] = field(default=lambda runs: ())
 
 
@@ -104,6 +112,7 @@ PLANS = (
             _Curve("eval_on_policy_loss", "on-policy (the student's own text)", 0),
             _Curve("eval_loss", "off-policy (the data's text)", 1, is_dashed=True),
         ),
+        has_sets=True,
     ),
     _Plan(
         "lmbda",
@@ -124,6 +133,7 @@ PLANS = (
             _Curve("eval_acceptance", "acceptance, evaluation", 2, is_dots=True),
         ),
         top=1.0,
+        has_sets=True,
     ),
     _Plan(
         "entropy",
@@ -169,13 +179,32 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     marks = tuple((start, run.name) for start, run in zip(starts(runs), runs, strict=True)) if len(runs) > 1 else ()
     drawn = []
     for plan in PLANS:
-        measured = [_series(runs, curve) for curve in plan.curves]
+        measured = [_series(runs, curve) for curve in _curves(runs, plan)]
         series = tuple(each for each in measured if each.points)
         if series:
             series += plan.extra(runs)
             drawn.append(Chart(plan.key, plan.title, plan.unit, "optimizer step", series, plan.top, marks=marks))
     # Beside the divergences, in the first line of a wide page.
     return [*drawn[:2], *position_charts(runs), *drawn[2:], *_teachers_chart(runs, marks)]
+
+
+def _curves(runs: Sequence[Run], plan: _Plan) -> list[_Curve]:
+    """Return the curves of a plan, with one more of each metric of evaluation for each named set: eval_math_loss."""
+    curves = list(plan.curves)
+    if not plan.has_sets:
+        return curves
+    kinds = {curve.metric.removeprefix(_EVALUATION): curve for curve in curves if curve.metric.startswith(_EVALUATION)}
+    names = dict.fromkeys(name for run in runs for entry in run.log for name in entry if name.startswith(_EVALUATION))
+    colours: dict[str, int] = {}
+    for name in names:
+        # The longest: eval_math_on_policy_loss also ends with _loss.
+        kind = max((each for each in kinds if name.endswith(f"_{each}")), key=len, default=None)
+        if kind is not None and name != f"{_EVALUATION}{kind}":
+            data = name.removeprefix(_EVALUATION).removesuffix(f"_{kind}")
+            # Dots of one colour look the same; lines may be dashed.
+            colour = colours.setdefault(name if kinds[kind].is_dots else data, (len(colours) + 2) % 4)
+            curves.append(replace(kinds[kind], metric=name, name=f"{data}: {kinds[kind].name}", colour=colour))
+    return curves
 
 
 def _series(runs: Sequence[Run], curve: _Curve) -> Series:
@@ -233,7 +262,10 @@ def _mean_by_position(records: Iterable[Record], policy: str) -> Points:
 def stage_table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
     """Return the columns and rows of a table: each measure at the first log entry, and at the last of each run."""
     wanted = [
-        (f"{plan.title}: {curve.name}", curve.metric) for plan in PLANS if plan.is_summarised for curve in plan.curves
+        (f"{plan.title}: {curve.name}", curve.metric)
+        for plan in PLANS
+        if plan.is_summarised
+        for curve in _curves(runs, plan)
     ]
     columns = ["first entry", *(run.name for run in runs)] if len(runs) > 1 else ["first entry", "last entry"]
     rows = []
@@ -246,12 +278,31 @@ def stage_table(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[fl
 
 
 def shortened(chart: Chart, max_points: int) -> Chart:
-    """Return a chart whose curves have at most this many points, every n-th and the last."""
-    return replace(
-        chart, series=tuple(replace(each, points=_every_nth(each.points, max_points)) for each in chart.series)
+    """Return a chart whose curves have at most this many points, with the peaks and the ends of each curve.
+
+    Unless there are many, all curves keep the same places on the x axis, so that they can be compared at each.
+    """
+    if len({x for each in chart.series for x, _ in each.points}) <= max_points:
+        return chart
+    share = max_points // len(chart.series)
+    if share >= _LEAST_SHARE:
+        kept = [{x for each in chart.series for x in _telling(each.points, share)}] * len(chart.series)
+    else:
+        kept = [_telling(each.points, max_points) for each in chart.series]
+    series = (
+        replace(each, points=tuple(point for point in each.points if point[0] in places))
+        for each, places in zip(chart.series, kept, strict=True)
     )
+    return replace(chart, series=tuple(series))
 
 
-def _every_nth(points: Points, max_points: int) -> Points:
-    step = -(-len(points) // max_points)
-    return points if step <= 1 else (*points[:-1:step], points[-1])
+def _telling(points: Points, max_points: int) -> set[float]:
+    """Return the x of at most `max_points` points: the ends, and the lowest and highest of each part."""
+    if len(points) <= max_points:
+        return {x for x, _ in points}
+    parts = max(1, (max_points - 2) // 2)
+    kept = {points[0][0], points[-1][0]}
+    for part in range(parts):
+        inside = points[len(points) * part // parts : len(points) * (part + 1) // parts]
+        kept |= {extreme(inside, key=lambda point: point[1])[0] for extreme in (min, max)}
+    return kept

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gkd_trainer.data.gsm8k import INSTRUCTION, ground_truth, is_correct, to_conversation
+from gkd_trainer.data.gsm8k import INSTRUCTION, ground_truth, is_correct, is_number, to_conversation
 from gkd_trainer.data.rows import PreparedRow
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.errors import GKDDataError
@@ -144,7 +144,7 @@ def _of_completions(completions: Sequence[Completion], right: Sequence[bool | No
 
 def _is_right(text: str, row: Mapping[str, Any]) -> bool | None:
     truth = row.get(GROUND_TRUTH)
-    return None if truth is None else is_correct(text, str(truth))
+    return is_correct(text, str(truth)) if is_number(str(truth)) else None
 
 
 def _means(

@@ -18,7 +18,10 @@ from gkd_trainer.report.pieces import readable
 from gkd_trainer.report.token_map import NUMBERS, TokenMap
 
 MAX_POINTS = 400
-"""How many points of a curve a page draws: it has no more pixels for them."""
+"""How many points of a curve a page draws at most: it has no more pixels for them."""
+
+MAX_PAGE_POINTS = 5000
+"""How many points the curves of a page have together at most: they take some 60 bytes each."""
 
 
 def rendered(template: str, title: str, **values: Any) -> str:
@@ -47,7 +50,9 @@ def rendered(template: str, title: str, **values: Any) -> str:
 
 def chart_values(charts: Sequence[Chart]) -> dict[str, Any]:
     """Return what the template of charts needs."""
-    drawings = [drawn(shortened(chart, MAX_POINTS)) for chart in charts]
+    curves = sum(len(chart.series) for chart in charts)
+    max_points = min(MAX_POINTS, MAX_PAGE_POINTS // max(1, curves))
+    drawings = [drawn(shortened(chart, max_points)) for chart in charts]
     return {
         "drawings": drawings,
         "frame": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},

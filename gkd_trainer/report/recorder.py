@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from gkd_trainer.divergence import TokenDivergence
 from gkd_trainer.report.positions import PositionSums
-from gkd_trainer.report.records import FILE_NAME, MAX_TOKENS, Record, RecordFile, RunFacts
+from gkd_trainer.report.records import FILE_NAME, MAX_TOKENS, Record, RecordFile, RunFacts, finite
 from gkd_trainer.report.token_map import TokenMap, token_maps
 from gkd_trainer.signals import Signal, StudentSignal
 from gkd_trainer.types import TokenBatch
@@ -70,6 +71,7 @@ class Recorder(TrainerCallback):
         self._step = 0
         self._positions, self._samples = PositionSums(), list[TokenMap]()
         self._sampled_step: int | None = None
+        self._is_training = False
 
     def observe(self, batch: TokenBatch, student: StudentSignal, teacher: Signal, result: TokenDivergence) -> None:
         """Take a micro-batch that is trained on, with both models' predictions and their comparison."""
@@ -93,7 +95,9 @@ class Recorder(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin the file, or continue that of the run that is resumed."""
         self._clear()
-        facts = RunFacts(*self._names, state.max_steps, {name: _plain(getattr(self._args, name)) for name in FACTS})
+        options = {name: _plain(getattr(self._args, name)) for name in FACTS}
+        facts = RunFacts(*self._names, state.max_steps, options, time.time())
+        self._is_training = True
         self._write(lambda file: file.start(facts, state.global_step))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -108,12 +112,13 @@ class Recorder(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write an entry: a training entry with what was kept since the previous one, any other on its own."""
-        metrics = {
-            name: float(value)
-            for name, value in (logs or {}).items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
+        """Write an entry: a training entry with what was kept since the previous one, any other on its own.
+
+        A process that only evaluates writes none: the file is that of the run that trained.
+        """
+        if not self._is_training:
+            return
+        metrics = finite(logs or {})
         record = Record(state.global_step, metrics)
         if "loss" in metrics and "learning_rate" in metrics:
             positions = self._positions.read(self._args.device, self._reduce)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.report.records import FILE_NAME, Record, Records, RunFacts, read_records
+from gkd_trainer.report.records import FILE_NAME, Record, Records, RunFacts, finite, read_records
 
 Entry = Mapping[str, float]
 """The finite numbers of a log entry, with its optimizer step as "step"."""
+
+
+_OF_EVERY_ENTRY = frozenset(("step", "epoch", "num_input_tokens_seen"))
+
+_CLOCK_SLACK = 2.0
+"""By how many seconds a file system's clock may be behind this machine's."""
+
+_MAX_STEP = 2**53
+"""A log entry of a later step is none of Trainer's: no float holds it exactly."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Run:
         log: its log entries, by step.
         records: what it kept token by token, by step.
         notes: what a reader should know about gaps.
+        saved_step: the optimizer step of its last checkpoint.
     """
 
     name: str
@@ -38,11 +47,12 @@ class Run:
     log: tuple[Entry, ...]
     records: tuple[Record, ...]
     notes: tuple[str, ...]
+    saved_step: int = 0
 
     @property
     def last_step(self) -> int:
-        """The last step that was logged."""
-        return max(int(entry["step"]) for entry in self.log)
+        """The last step that was logged or saved."""
+        return max(self.saved_step, *(int(entry["step"]) for entry in self.log))
 
 
 def read_run(folder: str | Path) -> Run:
@@ -62,18 +72,18 @@ def read_run(folder: str | Path) -> Run:
     held = read_records(path) if path.is_file() else Records(None, (), 0)
     if held.unreadable:
         notes.append(f"Lines of {FILE_NAME} that could not be read and are left out: {held.unreadable}.")
-    log = list(_entries(state.get("log_history", [])))
+    log: list[Entry] = list(_entries(state.get("log_history", [])))
     recorded = list(_entries({**record.metrics, "step": record.step} for record in held.records))
-    if _contradict(log, recorded):
-        assert state_path is not None  # it has entries
-        if path.stat().st_mtime >= state_path.stat().st_mtime:
+    if state_path is not None and path.is_file():
+        state_time, started = state_path.stat().st_mtime, (held.facts and held.facts.started) or 0.0
+        is_older = state_time < started - _CLOCK_SLACK
+        if is_older or (_contradict(log, recorded) and path.stat().st_mtime >= state_time):
             notes.append(f"{_relative(state_path, folder)} is from an earlier run, and is left out.")
             log, state = [], {}
-        else:
+        elif _contradict(log, recorded):
             notes.append(f"{FILE_NAME} is from an earlier run, and is left out.")
             held, recorded = Records(None, (), 0), []
-    last = max((entry["step"] for entry in log), default=-1)
-    log += [entry for entry in recorded if entry["step"] > last]
+    log = _merged(log, recorded)
     if not log:
         raise GKDDataError(
             f"expected the output_dir of a run that has logged something: a folder with {TRAINER_STATE_NAME}, "
@@ -84,10 +94,14 @@ def read_run(folder: str | Path) -> Run:
         notes.append("This run kept no completions: report_samples=4, for example, keeps four per log entry.")
     steps = state.get("max_steps") or (held.facts.max_steps if held.facts else None)
     max_steps = steps if isinstance(steps, int) and steps > 0 else None
-    run = Run(folder.resolve().name, held.facts, max_steps, tuple(log), held.records, tuple(notes))
-    if max_steps is not None and run.last_step < max_steps:
-        unfinished = f"The last log entry is of step {run.last_step} of {max_steps}: the run is not finished."
-        run = Run(run.name, run.facts, max_steps, run.log, run.records, (unfinished, *notes))
+    saved = state.get("global_step")
+    saved_step = saved if isinstance(saved, int) and 0 < saved < _MAX_STEP else 0
+    run = Run(folder.resolve().name, held.facts, max_steps, tuple(log), held.records, tuple(notes), saved_step)
+    # Trainer's summary of a run: one that stopped early has it before max_steps.
+    has_ended = any("train_runtime" in entry and entry["step"] == run.last_step for entry in log)
+    if max_steps is not None and run.last_step < max_steps and not has_ended:
+        unfinished = f"The last known step is {run.last_step} of {max_steps}: the run is not finished."
+        run = replace(run, notes=(unfinished, *notes))
     return run
 
 
@@ -108,18 +122,28 @@ def _last_state(folder: Path, notes: list[str]) -> tuple[Path | None, dict[str, 
 
 def _entries(log: Iterable[Any]) -> Iterator[dict[str, float]]:
     for entry in log:
-        if isinstance(entry, Mapping) and isinstance(entry.get("step"), int):
-            yield {
-                str(name): value
-                for name, value in entry.items()
-                if isinstance(value, int | float) and math.isfinite(value)
-            }
+        if isinstance(entry, Mapping) and isinstance(entry.get("step"), int) and 0 <= entry["step"] < _MAX_STEP:
+            yield {**finite(entry), "step": entry["step"]}
 
 
 def _contradict(log: Sequence[Entry], recorded: Sequence[Entry]) -> bool:
-    """Return whether both have an entry of the same step with different losses."""
+    """Return whether a loss was recorded that the log should have, up to its last step, and does not."""
     losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
-    return any(losses.get(entry["step"], entry["loss"]) != entry["loss"] for entry in recorded if "loss" in entry)
+    last = max(losses, default=-1)
+    return any(
+        entry["step"] <= last and losses.get(entry["step"]) != entry["loss"] for entry in recorded if "loss" in entry
+    )
+
+
+def _merged(log: Sequence[Entry], recorded: Sequence[Entry]) -> list[Entry]:
+    """Return the log with the recorded entries that it lacks, such as an evaluation after training, by step."""
+    known = {(entry["step"], name) for entry in log for name in entry.keys() - _OF_EVERY_ENTRY}
+    lacking = [
+        entry
+        for entry in recorded
+        if not any((entry["step"], name) in known for name in entry.keys() - _OF_EVERY_ENTRY)
+    ]
+    return sorted([*log, *lacking], key=lambda entry: entry["step"])
 
 
 def _relative(path: Path, folder: Path) -> str:

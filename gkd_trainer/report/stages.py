@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.report.pieces import readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,11 +44,12 @@ def print_samples(prompt: str, samples: Mapping[str, tuple[str, bool]], console:
     console = console or Console()
     console.rule()
     # Text, not str: brackets in a completion are not markup.
-    console.print(Text(prompt, style="bold"))
+    # Readable: a terminal would obey a completion's control characters.
+    console.print(Text(readable(prompt), style="bold"))
     for name, (text, is_finished) in samples.items():
-        console.print(Text(name, style="cyan"))
+        console.print(Text(readable(name), style="cyan"))
         text = re.sub(r"\n\s*\n", "\n", text.strip()) + ("" if is_finished else " …")
-        console.print(Padding(Text(text), (0, 0, 0, 4)))
+        console.print(Padding(Text(readable(text)), (0, 0, 0, 4)))
 
 
 def plot_curves(curves: Mapping[str, Curve], path: Path, *, logarithmic: Collection[str] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class TokenMap:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
-        return asdict(self)
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
     def from_json(cls, values: Any) -> TokenMap:
@@ -77,7 +77,7 @@ class TokenMap:
             given |= {name: tuple(map(_number, values[name])) for name in NUMBERS}
             given |= {name: tuple(map(_top, values[name])) for name in TOPS}
             token_map = cls(**given)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise GKDDataError(f"expected a recorded sample with {_names()}; got something else ({error!r})") from error
         if {len(getattr(token_map, name)) for name in (*NUMBERS, *TOPS)} != {len(token_map)}:
             raise GKDDataError("expected a recorded sample whose lists have one entry per token; got several lengths")

@@ -116,6 +116,16 @@ def test_no_texts_of_a_chart_overlap(opened, tmp_path):
         assert all(0 <= box["x"] - figure.bounding_box()["x"] <= width - box["width"] for _, box in boxes)
 
 
+def test_a_curve_with_a_long_name_does_not_widen_a_narrow_page(chromium, tmp_path):
+    teacher = {f"divergence_teacher_{'a_long_name_' * 8}": 0.5}
+    write_records(tmp_path, [record(step, **teacher) for step in (1, 2)])
+    page = chromium.new_page(viewport={"width": 320, "height": 640})
+    page.set_content(run_page([read_run(tmp_path)]))
+    assert page.locator("#chart-teachers .legend li").count() == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    page.close()
+
+
 def test_a_tokens_tooltip_has_both_models_top_tokens(opened, tmp_path):
     page = opened("report", report(tmp_path))
     tip, token = page.locator("#tip"), page.locator("#maps .t").first

@@ -113,3 +113,11 @@ def test_wandb_is_not_imported_for_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     send_completions(ROWS, 7, [])
     assert "wandb" not in sys.modules
+
+
+def test_a_completion_can_not_control_the_terminal():
+    console = Console(file=io.StringIO(), width=80)
+    print_completions([CompletionRow("student", "\x1b[2Jprompt", "\x1b]0;title\x07", True)], console=console)
+    text = console.file.getvalue()
+    assert "\x1b" not in text
+    assert "␛[2Jprompt" in text

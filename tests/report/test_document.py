@@ -1,10 +1,14 @@
 """The report of one or several runs."""
 
 import math
+import random
+
+import pytest
 
 from gkd_trainer.report.document import MAX_MAP_BYTES, run_page
-from gkd_trainer.report.run import read_run
-from tests.report.samples import NASTY, record, token_map, write_records, write_state
+from gkd_trainer.report.figures import PLANS
+from gkd_trainer.report.run import Run, read_run
+from tests.report.samples import FACTS, NASTY, record, token_map, write_records, write_state
 from tests.report.test_page import data_of
 
 
@@ -74,3 +78,18 @@ def test_a_runs_name_and_facts_are_escaped(tmp_path):
 def test_a_long_run_is_a_small_page(tmp_path):
     page = run_page([reported(tmp_path, [record(step, samples=()) for step in range(1, 1001)])])
     assert len(page.encode()) < 500_000
+
+
+@pytest.mark.parametrize("teachers", [4, 40, 200])
+def test_the_curves_of_many_metrics_leave_room_for_completions(teachers):
+    names = [f"divergence_teacher_{index}" for index in range(teachers)]
+    names += [curve.metric for plan in PLANS for curve in plan.curves]
+    draw = random.Random(0).random
+    log = tuple({"step": step, **{name: draw() for name in names}} for step in range(1, 2001))
+    records = [record(step, samples=(token_map(("<<<<&",) * 500),) * 2) for step in range(1, 41)]
+    run = Run("run", FACTS, 2000, log, tuple(records), ())
+    page = run_page([run])
+    assert len(page.encode()) < 1_000_000
+    points = data_of(page)["charts"]["teachers"]
+    assert len(points) > 20
+    assert teachers > 4 or all(len(values) == teachers for _, _, values in points)

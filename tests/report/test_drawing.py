@@ -100,3 +100,21 @@ def test_only_dots_have_no_line():
 def test_no_line_joins_two_stages():
     given = chart([(10, 1.0), (40, 1.0), (41, 2.0), (80, 2.0)], marks=((0, "first"), (40, "second")))
     assert re.sub(r"[\d.,]", "", drawn(given).series[0].path) == "MLML"
+
+
+@pytest.mark.parametrize("high", [1e-13, 3e-13, 7e-9, 5e4, 2e9, 1e300])
+def test_every_tick_has_a_label_of_its_own_that_says_its_value(high):
+    drawing = drawn(chart([(1, high), (2, high / 3)]))
+    labels = [tick.label for tick in drawing.y_ticks]
+    ticks = nice_ticks(0.0, high, 4)
+    assert len(set(labels)) == len(labels) == len(ticks) >= 3
+    factors = {"k": 1e3, "M": 1e6}
+    shown = [float(label.rstrip("kM")) * factors.get(label[-1], 1) for label in labels]
+    assert shown == pytest.approx(ticks, rel=0.01)
+
+
+@pytest.mark.parametrize("high", [5e-324, 1e-323, 1e-310])
+def test_values_too_small_to_divide_are_drawn_as_zero(high):
+    drawing = drawn(chart([(1, high), (2, -high)]))
+    assert {tick.label for tick in drawing.y_ticks} >= {"0", "1"}
+    assert all(TOP <= y <= HEIGHT - BOTTOM for _, y in drawing.series[0].dots)

@@ -90,6 +90,28 @@ def test_each_of_several_teachers_has_a_curve():
     assert [series.name for series in chart.series] == ["math", "code"]
 
 
+def test_each_of_several_evaluation_sets_has_its_curves():
+    values = {
+        "eval_math_loss": 0.5,
+        "eval_code_loss": 0.7,
+        "eval_math_on_policy_loss": 0.3,
+        "eval_math_acceptance": 0.9,
+        "eval_math_runtime": 1.0,
+    }
+    runs = [run(**{name: lambda step, value=value: value for name, value in values.items()})]
+    chart = chart_of(runs, "evaluation")
+    assert {series.name: series.points[0][1] for series in chart.series} == {
+        "math: off-policy (the data's text)": 0.5,
+        "code: off-policy (the data's text)": 0.7,
+        "math: on-policy (the student's own text)": 0.3,
+    }
+    of_math, of_code, own_math = chart.series
+    assert of_math.colour == own_math.colour != of_code.colour
+    assert of_math.is_dashed != own_math.is_dashed
+    assert [series.name for series in chart_of(runs, "agreement").series] == ["math: acceptance, evaluation"]
+    assert ("Divergence in evaluation: code: off-policy (the data's text)", [0.7, 0.7]) in stage_table(runs)[1]
+
+
 def test_the_table_has_the_first_entry_and_the_last_of_each_stage():
     runs = [
         run("a", divergence_on_policy=lambda step: step / 10),
@@ -103,9 +125,38 @@ def test_the_table_has_the_first_entry_and_the_last_of_each_stage():
     ]
 
 
-def test_a_long_curve_keeps_every_nth_point_and_the_last():
-    chart = chart_of([run(steps=range(1, 1001), divergence_on_policy=lambda step: float(step))], "divergence")
-    points = shortened(chart, 300).series[0].points
-    assert len(points) <= 300
-    assert (points[0], points[-1]) == ((1, 1.0), (1000, 1000.0))
-    assert shortened(chart, 1000) == chart
+@pytest.mark.parametrize("spike", [1, 501, 50_001, 99_999])
+@pytest.mark.parametrize("height", [1001.0, -1001.0])
+def test_a_long_curve_keeps_its_ends_and_every_spike(spike, height):
+    values = {spike: height}
+    chart = chart_of(
+        [
+            run(
+                steps=range(1, 100_001),
+                divergence_on_policy=lambda step: values.get(step, 1 / step),
+                divergence_off_policy=lambda step: 1.0,
+            )
+        ],
+        "divergence",
+    )
+    on_policy, off_policy = (each.points for each in shortened(chart, 400).series)
+    assert (spike, height) in on_policy
+    assert [on_policy[0][0], on_policy[-1][0]] == [1, 100_000]
+    assert 150 < len(on_policy) <= 400
+    assert [x for x, _ in on_policy] == [x for x, _ in off_policy] == sorted({x for x, _ in on_policy})
+
+
+def test_a_sparse_curve_beside_a_long_one_stays_whole():
+    log = tuple(
+        {"step": step, "acceptance": 0.5, **({"eval_acceptance": step} if step % 100 == 0 else {})}
+        for step in range(1, 5001)
+    )
+    chart = shortened(chart_of([Run("run", None, 5000, log, (), ())], "agreement"), 400)
+    dense, sparse = (each.points for each in chart.series)
+    assert [y for _, y in sparse] == list(range(100, 5001, 100))
+    assert len(dense) <= 400
+
+
+def test_a_short_curve_stays_as_it_is():
+    chart = chart_of([run(steps=range(1, 301), divergence_on_policy=lambda step: float(step))], "divergence")
+    assert shortened(chart, 300) == chart

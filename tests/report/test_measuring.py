@@ -110,6 +110,19 @@ def test_the_score_counts_right_answers_of_rows_that_have_one(models, monkeypatc
     assert measured(models, "student", rows, max_new_tokens=2).measures["task_score"] == 0.5
 
 
+@pytest.mark.parametrize("truth", ["Paris", "", "Paris 2024", None, float("nan")])
+def test_an_answer_that_is_no_number_is_not_scored(models, truth):
+    found = measured(models, "student", [{"prompt": "hello", "ground_truth": truth}], max_new_tokens=2)
+    assert "task_score" not in found.measures
+    assert found.samples[0].is_right is None
+
+
+@pytest.mark.parametrize("truth", ["7", "-1,234.50", "$3", 7, 7.0])
+def test_an_answer_that_is_a_number_is_scored(models, truth):
+    rows = [{"prompt": "a", "ground_truth": truth}]
+    assert "task_score" in measured(models, "student", rows, max_new_tokens=2).measures
+
+
 def test_gsm8ks_own_rows_become_conversations_with_their_answer():
     [row, other] = usable_rows(
         [{"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}, {"question": "Who?", "answer": "Me."}]

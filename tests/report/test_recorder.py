@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_the_file_names_no_paths_and_only_listed_options(make_trainer, tiny_mode
     trainer.model.config._name_or_path = str(tmp_path / "private" / "student")
     trainer.train()
     first = json.loads(file_of(trainer).read_text().splitlines()[0])
-    assert set(first) == {"format", "student", "teacher", "max_steps", "options"}
+    assert set(first) == {"format", "student", "teacher", "max_steps", "options", "started"}
     assert set(first["options"]) == set(FACTS)
     text = file_of(trainer).read_text()
     assert "hunter2" not in text
@@ -130,6 +131,19 @@ def test_an_evaluations_entry_is_kept_too(make_trainer, token_rows):
     trainer.train()
     evaluated = [record for record in read_records(file_of(trainer)).records if "eval_loss" in record.metrics]
     assert [(record.step, record.samples) for record in evaluated] == [(2, ())]
+
+
+def test_a_process_that_only_evaluates_leaves_the_file_of_the_run_as_it_is(make_trainer, token_rows):
+    options = {"report_samples": 1, "max_steps": 2, "trainer_args": {"eval_dataset": token_rows(3)}}
+    trainer = make_trainer(**options)
+    trainer.train()
+    trainer.evaluate()
+    before = file_of(trainer).read_bytes()
+    [*_, last] = read_records(file_of(trainer)).records
+    assert (last.step, "eval_loss" in last.metrics) == (2, True)
+    assert "eval_loss" in read_run(trainer.args.output_dir).log[-1]
+    make_trainer(**options).evaluate()
+    assert file_of(trainer).read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", ["top_k", "weighted"])
@@ -166,7 +180,7 @@ def test_two_ranks_that_share_the_student_keep_the_positions_of_both_and_samples
     _, _, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **ONE_STEP, **FSDP)
     assert process.returncode == 0, process.stderr
     one, two = (read_records(tmp_path / name / "run" / FILE_NAME) for name in ("one", "two"))
-    assert (one.facts, two.unreadable) == (two.facts, 0)
+    assert (replace(one.facts, started=None), two.unreadable) == (replace(two.facts, started=None), 0)
     [one], [two] = ([record for record in held.records if record.positions] for held in (one, two))
     assert (len(one.samples), len(two.samples)) == (3, 2)
     assert one.positions.keys() == two.positions.keys()

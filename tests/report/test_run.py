@@ -1,11 +1,14 @@
 """What is read from the output folders of runs, complete or not."""
 
+import dataclasses
 import json
 import os
 
 import pytest
 
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.report.document import run_page
+from gkd_trainer.report.records import Record
 from gkd_trainer.report.run import read_run
 from tests.report.samples import FACTS, record, write_records, write_state
 
@@ -24,7 +27,7 @@ def test_a_run_killed_before_any_checkpoint_has_what_it_recorded(tmp_path):
     write_records(tmp_path, [record(1), record(2)])
     run = read_run(tmp_path)
     assert [entry["loss"] for entry in run.log] == [1.0, 0.5]
-    assert run.notes == ("The last log entry is of step 2 of 40: the run is not finished.",)
+    assert run.notes == ("The last known step is 2 of 40: the run is not finished.",)
 
 
 def test_a_run_killed_after_a_checkpoint_continues_with_what_it_recorded(tmp_path):
@@ -78,6 +81,51 @@ def test_files_of_different_runs_are_not_mixed(tmp_path, newer):
     assert f"{older} is from an earlier run, and is left out." in run.notes
 
 
+def test_a_run_whose_last_steps_were_not_logged_is_finished(tmp_path):
+    path = write_state(tmp_path / "checkpoint-13" / "trainer_state.json", (5, 10), max_steps=13)
+    path.write_text(path.read_text().replace('"global_step": 10', '"global_step": 13'))
+    run = read_run(tmp_path)
+    assert run.last_step == 13
+    assert not any("not finished" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("summary", [{}, {"train_runtime": 1.0}])
+def test_a_run_that_stopped_early_is_finished(tmp_path, summary):
+    write_records(tmp_path, [record(1), record(2), Record(2, {"epoch": 1.0, **summary})])
+    assert any("not finished" in note for note in read_run(tmp_path).notes) == (not summary)
+
+
+def test_an_evaluation_after_training_is_in_the_log(tmp_path):
+    write_state(tmp_path / "checkpoint-2" / "trainer_state.json", (1, 2), max_steps=2)
+    late = [Record(2, {"eval_math_loss": 0.5, "epoch": 1.0}), Record(2, {"eval_code_loss": 0.7, "epoch": 1.0})]
+    write_records(tmp_path, [record(1), record(2), *late])
+    log = read_run(tmp_path).log
+    assert [entry["step"] for entry in log] == [1, 2, 2, 2]
+    assert [entry.get("eval_math_loss", entry.get("eval_code_loss")) for entry in log[2:]] == [0.5, 0.7]
+
+
+def test_the_log_is_in_the_order_of_steps(tmp_path):
+    write_records(tmp_path, [record(1), record(2), Record(0, {"eval_loss": 0.5})])
+    assert [entry["step"] for entry in read_run(tmp_path).log] == [0, 1, 2]
+
+
+def test_an_old_checkpoint_that_logged_other_steps_is_of_another_run(tmp_path):
+    state = write_state(tmp_path / "checkpoint-100" / "trainer_state.json", range(10, 101, 10), loss=9.0)
+    os.utime(state, (1, 1))
+    write_records(tmp_path, [record(step, loss=1.0) for step in range(7, 64, 7)])
+    run = read_run(tmp_path)
+    assert {entry["loss"] for entry in run.log} == {1.0}
+    assert any("checkpoint-100/trainer_state.json is from an earlier run" in note for note in run.notes)
+
+
+@pytest.mark.parametrize(("started", "losses"), [(1000.0, [1.0]), (10.0, [9.0, 1.0]), (None, [9.0, 1.0])])
+def test_a_checkpoint_older_than_the_run_is_of_another_run(tmp_path, started, losses):
+    state = write_state(tmp_path / "checkpoint-5" / "trainer_state.json", (5,), loss=9.0)
+    os.utime(state, (500, 500))
+    write_records(tmp_path, [record(50, loss=1.0)], dataclasses.replace(FACTS, started=started))
+    assert [entry["loss"] for entry in read_run(tmp_path).log] == losses
+
+
 def test_numbers_that_are_not_finite_are_gaps(tmp_path):
     path = write_state(tmp_path / "trainer_state.json", (1, 2), max_steps=2)
     state = json.loads(path.read_text())
@@ -99,3 +147,18 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     write_state(tmp_path / "trainer_state.json", ())
     with pytest.raises(GKDDataError, match="has no log entries"):
         read_run(tmp_path)
+
+
+def test_numbers_that_no_float_holds_are_gaps(tmp_path):
+    path = write_state(tmp_path / "trainer_state.json", (1, 2), max_steps=2)
+    state = json.loads(path.read_text())
+    state["log_history"][0].update(loss=10**400, grad_norm=1e308)
+    state["log_history"] += [{"step": 10**400, "loss": 1.0}, {"step": -1, "loss": 1.0}]
+    path.write_text(json.dumps(state))
+    records = write_records(tmp_path, [record(1), record(2)])
+    lines = records.read_text().splitlines()
+    records.write_text("\n".join([lines[0], lines[1].replace('"loss":1.0', f'"loss":1{"0" * 400}'), lines[2]]) + "\n")
+    run = read_run(tmp_path)
+    assert [(entry["step"], entry.get("loss")) for entry in run.log] == [(1, None), (2, 0.5)]
+    assert "loss" not in run.records[0].metrics
+    run_page([run])

@@ -54,6 +54,14 @@ def test_samples_are_printed_at_full_width_below_their_prompt():
     ]
 
 
+def test_a_sample_can_not_control_the_terminal():
+    console = Console(file=io.StringIO(), force_terminal=False, width=80)
+    print_samples("\x1b[2Jprompt", {"\x1b]0;name\x07": ("\x1b]0;title\x07 \x9b31m", True)}, console)
+    text = console.file.getvalue()
+    assert not any(character in text for character in "\x1b\x07\x9b")
+    assert "␛[2Jprompt" in text
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved, in order."""
