@@ -43,8 +43,13 @@ def whole_text(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase | No
 
 
 def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return a single token's text, with spaces at its ends; its id without a tokenizer."""
-    return str(token_id) if tokenizer is None else readable(_decoded(tokenizer, [token_id]))
+    """Return a single token's text inside a text, with spaces at its ends; its id without a tokenizer."""
+    if tokenizer is None:
+        return str(token_id)
+    # Decoders of SentencePiece drop the space at a text's start; bytes of a character would join to one.
+    first, both = (_decoded(tokenizer, [token_id] * count) for count in (1, 2))
+    is_whole = both.startswith(first) and _REPLACEMENT not in both
+    return readable(both[len(first) :] if is_whole else first)
 
 
 def readable(text: str) -> str:

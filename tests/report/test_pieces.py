@@ -3,6 +3,7 @@
 import pytest
 
 from gkd_trainer.report.pieces import readable, text_pieces, token_text, whole_text
+from tests.vocabularies import sentencepiece_backend, sentencepiece_like, unigram_backend
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,28 @@ def test_special_tokens_are_shown(byte_level):
     tokenizer = byte_level()
     assert token_text(tokenizer.eos_token_id, tokenizer) == "<|im_end|>"
     assert whole_text([tokenizer.eos_token_id], tokenizer) == "<|im_end|>"
+
+
+def sentencepiece(prepends_space):
+    return sentencepiece_like(sentencepiece_backend(prepends_space=prepends_space))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: sentencepiece(False), lambda: sentencepiece(True), lambda: sentencepiece_like(unigram_backend())]
+)
+def test_a_tokens_leading_space_is_shown_though_decoders_drop_it(make):
+    tokenizer = make()
+    vocabulary = tokenizer.get_vocab()
+    words = [token for token in vocabulary if token.startswith("▁") and token[1:] in vocabulary]
+    assert len(words) > 3
+    for word in words:
+        assert token_text(vocabulary[word], tokenizer) == word.replace("▁", " ")
+        assert token_text(vocabulary[word[1:]], tokenizer) == word[1:]
+    assert token_text(vocabulary["<0xC3>"], tokenizer) == "\ufffd"
+    assert token_text(vocabulary["<eos>"], tokenizer) == "<eos>"
+
+
+def test_every_token_of_a_byte_level_vocabulary_is_shown_as_its_own_bytes(byte_level):
+    tokenizer = byte_level()
+    for token_id in range(len(tokenizer)):
+        assert token_text(token_id, tokenizer) == readable(tokenizer.decode([token_id]))
