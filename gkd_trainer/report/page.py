@@ -15,7 +15,7 @@ from gkd_trainer import __version__
 from gkd_trainer.report.drawing import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, drawn, places_by_x
 from gkd_trainer.report.figures import Chart, shortened
 from gkd_trainer.report.pieces import readable
-from gkd_trainer.report.token_map import NUMBERS, TokenMap
+from gkd_trainer.report.token_map import NUMBERS, RANKS, TokenMap
 
 MAX_POINTS = 400
 """How many points of a curve a page draws at most: it has no more pixels for them."""
@@ -67,12 +67,13 @@ def map_values(token_map: TokenMap, caption: str) -> dict[str, Any]:
         "prompt": readable(token_map.prompt),
         "isCut": token_map.is_cut,
         "tokens": [
-            [readable(text), *numbers, _tops(student_top), _tops(teacher_top)]
-            for text, *numbers, student_top, teacher_top in zip(
+            [readable(text), *numbers, _tops(student_top), _tops(teacher_top), student_rank, teacher_rank]
+            for text, *numbers, student_top, teacher_top, student_rank, teacher_rank in zip(
                 token_map.text,
                 *(getattr(token_map, name) for name in NUMBERS),
                 token_map.student_top,
                 token_map.teacher_top,
+                *(getattr(token_map, name) for name in RANKS),
                 strict=True,
             )
         ],

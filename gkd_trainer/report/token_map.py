@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,6 +27,8 @@ Top = tuple[tuple[str, float], ...]
 
 Numbers = tuple[float | None, ...]
 
+Ranks = tuple[int | None, ...]
+
 _PROMPT_CHARACTERS = 4000
 
 
@@ -46,6 +49,8 @@ class TokenMap:
         teacher_p: likewise for the teacher; None if it gave only other top tokens.
         student_top: the student's most probable tokens.
         teacher_top: the teacher's.
+        student_rank: the place of the token in `student_top`, from 0; None if it is not there, or in an older file.
+        teacher_rank: likewise in `teacher_top`.
     """
 
     prompt: str
@@ -60,6 +65,8 @@ class TokenMap:
     teacher_p: Numbers
     student_top: tuple[Top, ...]
     teacher_top: tuple[Top, ...]
+    student_rank: Ranks
+    teacher_rank: Ranks
 
     def __len__(self) -> int:
         return len(self.text)
@@ -76,10 +83,12 @@ class TokenMap:
             given |= {"prompt": str(values["prompt"]), "text": tuple(map(str, values["text"]))}
             given |= {name: tuple(map(_number, values[name])) for name in NUMBERS}
             given |= {name: tuple(map(_top, values[name])) for name in TOPS}
+            # Older files have none.
+            given |= {name: tuple(map(_rank, values.get(name, [None] * len(given["text"])))) for name in RANKS}
             token_map = cls(**given)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise GKDDataError(f"expected a recorded sample with {_names()}; got something else ({error!r})") from error
-        if {len(getattr(token_map, name)) for name in (*NUMBERS, *TOPS)} != {len(token_map)}:
+        if {len(getattr(token_map, name)) for name in (*NUMBERS, *TOPS, *RANKS)} != {len(token_map)}:
             raise GKDDataError("expected a recorded sample whose lists have one entry per token; got several lengths")
         return token_map
 
@@ -89,6 +98,9 @@ NUMBERS = ("divergence", "student_entropy", "teacher_entropy", "acceptance", "st
 
 TOPS = ("student_top", "teacher_top")
 """The fields with top tokens per token."""
+
+RANKS = ("student_rank", "teacher_rank")
+"""The fields with the token's place among the top tokens."""
 
 
 def token_maps(
@@ -154,17 +166,20 @@ def _values(
         for name, value_N in measured.items()
     }
     texts: dict[int, str] = {}
+    targets = targets_N[index_n].tolist()
     for side, signal in (("student", student), ("teacher", teacher)):
         found = top_tokens(signal, index_n, targets_N[index_n], top, temperature)
         values[f"{side}_p"] = _rounded(found.target_p_N)
-        tops = []
-        for ids, probabilities in zip(found.ids_NK.tolist(), found.p_NK.tolist(), strict=True):
+        tops, ranks = [], []
+        for target, ids, probabilities in zip(targets, found.ids_NK.tolist(), found.p_NK.tolist(), strict=True):
             pairs = [(token_id, p) for token_id, p in zip(ids, probabilities, strict=True) if p > 0]
             for token_id, _ in pairs:
                 if token_id not in texts:
                     texts[token_id] = token_text(token_id, tokenizer)
             tops.append(tuple((texts[token_id], _significant(p)) for token_id, p in pairs))
-        values[f"{side}_top"] = tops
+            # By id: several tokens may have the same text.
+            ranks.append(next((rank for rank, (token_id, _) in enumerate(pairs) if token_id == target), None))
+        values[f"{side}_top"], values[f"{side}_rank"] = tops, ranks
     return values
 
 
@@ -214,6 +229,10 @@ def _number(value: Any) -> float | None:
         return None
     number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _rank(value: Any) -> int | None:
+    return None if value is None else operator.index(value)
 
 
 def _top(pairs: Any) -> Top:

@@ -24,6 +24,8 @@ def token_map(text=("one", " two"), *, is_on_policy=True, prompt="Count:", **fie
         "teacher_p": (None,) * count,
         "student_top": (top,) * count,
         "teacher_top": (top,) * count,
+        "student_rank": (0,) * count,
+        "teacher_rank": (None,) * count,
     }
     return TokenMap(prompt=prompt, is_on_policy=is_on_policy, is_cut=False, text=tuple(text), **{**values, **fields})
 

@@ -10,6 +10,7 @@ import pytest
 from gkd_trainer.report import heat_map
 from gkd_trainer.report.comparison import comparison_page
 from gkd_trainer.report.document import run_page
+from gkd_trainer.report.heat_maps import HeatMap
 from gkd_trainer.report.pieces import readable
 from gkd_trainer.report.run import read_run
 from tests.report.samples import NASTY, record, token_map, write_records
@@ -152,6 +153,18 @@ def test_a_tokens_tooltip_has_both_models_top_tokens(opened, tmp_path):
     assert tip.inner_text().startswith("␣word")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") in ("prompt", "one")  # not the next token
+
+
+def test_only_the_token_itself_is_marked_among_top_tokens_of_the_same_text(opened):
+    top = (("\ufffd", 0.5), ("\ufffd", 0.25), ("a", 0.125))
+    fields = {"student_top": (top,) * 2, "teacher_top": (top,) * 2, "student_rank": (1, 2), "teacher_rank": (None, 0)}
+    page = opened("heat-map", HeatMap(token_map(("\ufffd", "a"), **fields), "caption").to_html())
+    for index, expected in ((0, [(0, 1)]), (1, [(0, 2), (1, 0)])):
+        page.locator(".t").nth(index).hover()
+        sides = page.locator("#tip .sides > div").all()
+        marked = [[code.get_attribute("class") == "is" for code in side.locator("code").all()] for side in sides]
+        found = [(side, rank) for side, codes in enumerate(marked) for rank, is_marked in enumerate(codes) if is_marked]
+        assert found == expected
 
 
 def test_a_completion_is_text_whatever_it_holds(opened, tmp_path):

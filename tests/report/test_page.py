@@ -32,6 +32,11 @@ def test_a_completion_reaches_the_page_only_as_data():
     assert [token[0] for token in found["tokens"]] == list(map(readable, NASTY))
 
 
+def test_the_page_is_told_which_top_token_is_the_token_itself():
+    [first, second] = map_values(token_map(student_rank=(1, None), teacher_rank=(None, 0)), "caption")["tokens"]
+    assert (first[-2:], second[-2:]) == ([1, None], [None, 0])
+
+
 def test_the_policy_allows_only_the_pages_own_style_and_script():
     page = page_of()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1].replace("&#39;", "'")

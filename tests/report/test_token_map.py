@@ -28,6 +28,13 @@ def maps_of(batch, rows, tokenizer=None, **options):
     return token_maps(batch, student, teacher, result, rows, tokenizer, **options), student, teacher, result
 
 
+class SameText:
+    """A tokenizer all of whose tokens have the same text, like bytes of characters."""
+
+    def decode(self, token_ids, **options):
+        return "\ufffd" * len(token_ids)
+
+
 def close(found, expected):
     torch.testing.assert_close(torch.tensor(found).double(), expected.double(), rtol=1e-3, atol=1e-6)
 
@@ -50,6 +57,23 @@ def test_a_map_has_the_numbers_of_each_of_its_tokens():
         assert [[text for text, _ in pairs] for pairs in top] == [
             [str(token_id) for token_id in ids] for ids in p_nV.topk(5, dim=1).indices.tolist()
         ]
+
+
+def test_a_tokens_place_among_the_top_tokens_is_found_by_its_id():
+    batch = batch_of_six()
+    [found], student, teacher, _ = maps_of(batch, [1], SameText(), top=100)
+    for side, signal in (("student", student), ("teacher", teacher)):
+        ranks = getattr(found, f"{side}_rank")
+        assert ranks[3:7] == (None,) * 4  # between turns
+        here = batch.rows_N == 1
+        expected = [
+            ids.index(target) if target in ids else None
+            for ids, target in zip(
+                signal.logits_NV[here].topk(100, dim=1).indices.tolist(), batch.targets_N[here].tolist(), strict=True
+            )
+        ]
+        assert [*ranks[:3], *ranks[7:]] == expected
+        assert {rank is None for rank in expected} == {True, False}
 
 
 def test_tokens_between_turns_are_kept_without_numbers():
@@ -105,6 +129,8 @@ def test_a_map_survives_json():
         {"divergence": None},
         {"student_p": ["much"]},
         {"student_top": [[["one"]]]},
+        {"student_rank": [0]},
+        {"teacher_rank": [0.5, None]},
         {"prompt": ...},
         {"acceptance": [1.0]},
     ],
@@ -116,6 +142,13 @@ def test_anything_else_is_refused(change):
         del values["prompt"]
     with pytest.raises(GKDDataError, match="expected a recorded sample"):
         TokenMap.from_json(values)
+
+
+def test_an_older_file_has_no_places_among_the_top_tokens():
+    values = token_map().to_json()
+    del values["student_rank"], values["teacher_rank"]
+    found = TokenMap.from_json(values)
+    assert found.student_rank == found.teacher_rank == (None, None)
 
 
 def test_nan_in_a_file_is_an_unknown_number():

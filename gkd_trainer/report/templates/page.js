@@ -86,20 +86,20 @@ const rescale = () => {
 const level = number => number === null ? "" : "h" + Math.max(0, Math.min(9, Math.floor(10 * number / high)));
 
 const row = (name, shown) => make("tr", "", make("td", "mute", name), make("td", "", shown));
-const side = (name, entropy, p, top, text) => {
+const side = (name, entropy, p, top, rank) => {
   const table = make("table", "", row("entropy", short(entropy) + " nats"), row("this token", percent(p)));
-  for (const [candidate, p] of top) {
-    const code = make("code", candidate === text ? "is" : "", visible(candidate));
+  top.forEach(([candidate, p], index) => {
+    const code = make("code", index === rank ? "is" : "", visible(candidate));
     table.append(make("tr", "", make("td", "", code), make("td", "", percent(p))));
-  }
+  });
   return make("div", "", make("p", "", name), table);
 };
 const details = token => {
-  const [text, divergence, student, teacher, acceptance, studentP, teacherP, studentTop, teacherTop] = token;
+  const [text, divergence, student, teacher, acceptance, studentP, teacherP, studentTop, teacherTop, studentRank, teacherRank] = token;
   const head = make("div", "", make("code", "is", visible(text)));
   if (divergence === null && !studentTop.length) return [head, make("div", "mute", "not compared")];
   const table = make("table", "", row("divergence", short(divergence) + " nats"), row("acceptance", short(acceptance)));
-  return [head, table, make("div", "sides", side("Student", student, studentP, studentTop, text), side("Teacher", teacher, teacherP, teacherTop, text))];
+  return [head, table, make("div", "sides", side("Student", student, studentP, studentTop, studentRank), side("Teacher", teacher, teacherP, teacherTop, teacherRank))];
 };
 
 const drawMap = map => {
