@@ -35,7 +35,9 @@ def run(arguments: Sequence[str]) -> None:
     with quiet_imports():
         from gkd_trainer.cli.train_options import refusing_as_configuration
         from gkd_trainer.data.sources import RowSource, naming_broken_lines
+        from gkd_trainer.models.heads import find_context
         from gkd_trainer.report.comparison import comparison_page, print_comparison
+        from gkd_trainer.report.fitting import fitting_rows, reader_of
         from gkd_trainer.report.measuring import usable_rows
         from gkd_trainer.report.model_card import public_name
     from rich.console import Console
@@ -44,11 +46,16 @@ def run(arguments: Sequence[str]) -> None:
     with refusing_as_configuration(), naming_broken_lines(source):
         loaded = source.load()
         rows = usable_rows(list(loaded.select(range(min(options.rows, len(loaded))))))
+        readers = [reader_of(model, options.trust_remote_code) for model in options.models]
         teacher = _teacher(options)
-        students = [_measured(model, teacher, rows, options) for model in options.models]
+        context = None if teacher.model is None else find_context(teacher.model)
+        limit = None if context is None else context.limit
+        fitting = fitting_rows(rows, readers, limit, options.max_new_tokens)
+        students = [_measured(model, teacher, rows, fitting.kept, options) for model in options.models]
     name = public_name(options.teacher)
-    print_comparison(students, name, len(rows), Console())
-    write_page(Path(options.output_file), comparison_page(students, name, len(rows)))
+    n_rows, note = len(fitting.kept), fitting.note
+    print_comparison(students, name, n_rows, Console(), note=note)
+    write_page(Path(options.output_file), comparison_page(students, name, n_rows, note=note))
 
 
 def _teacher(options: argparse.Namespace) -> Teacher:
@@ -60,7 +67,7 @@ def _teacher(options: argparse.Namespace) -> Teacher:
 
 
 def _measured(
-    model: str, teacher: Teacher, rows: list[dict[str, object]], options: argparse.Namespace
+    model: str, teacher: Teacher, rows: list[dict[str, object]], kept: Sequence[int], options: argparse.Namespace
 ) -> MeasuredStudent:
     """Load one student, and measure it; its memory is free again afterwards."""
     import torch
@@ -81,6 +88,7 @@ def _measured(
         pair(student, teacher, find_tokenizer(model, trusts)),
         name,
         rows,
+        kept=kept,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         shown=options.samples,

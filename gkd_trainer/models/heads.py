@@ -182,11 +182,16 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def find_context(model: nn.Module) -> Context | None:
-    """Return the context of a causal LM from its config; None if unstated or unlimited.
+    """Return the context of a model from its config; None if unstated or unlimited."""
+    return context_of(getattr(model, "config", None))
+
+
+def context_of(config: Any) -> Context | None:
+    """Return the context of the models of a config; None if unstated or unlimited.
 
     RoPE scaling raises it. ALiBi, a recurrent state, and sliding attention in every layer have no limit.
     """
-    config = _text_config(model)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     stated = getattr(config, "max_position_embeddings", None)  # also reads GPT-2's n_positions
     if not isinstance(stated, int) or stated <= 0:
         return None

@@ -77,15 +77,7 @@ def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
 
     Raises what AutoConfig.from_pretrained raises if there is no config.
     """
-    config = init_kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        read = {key: value for key, value in init_kwargs.items() if key in (*PLACE, *_CONFIG_OPTIONS)}
-        place = {key: value for key, value in init_kwargs.items() if key in PLACE}
-        if find_adapter_config_file(name_or_path, **place) is not None:
-            # The auto classes also load an adapter's folder, which names the model that it belongs to.
-            base = PeftConfig.from_pretrained(name_or_path, **place).base_model_name_or_path
-            return auto_class(base, {key: value for key, value in init_kwargs.items() if key not in PLACE})
-        config = AutoConfig.from_pretrained(config or name_or_path, **read)
+    config = stored_config(name_or_path, init_kwargs)
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM
     kind = type(config)
@@ -95,6 +87,23 @@ def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
     own: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
     is_named = getattr(own, "__name__", None) in (getattr(config, "architectures", None) or ())
     return AutoModelForImageTextToText if is_named or kind not in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForCausalLM
+
+
+def stored_config(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
+    """Return the config with which a model is loaded by name: that of the base model for an adapter.
+
+    Raises what AutoConfig.from_pretrained raises if there is none.
+    """
+    config = init_kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    read = {key: value for key, value in init_kwargs.items() if key in (*PLACE, *_CONFIG_OPTIONS)}
+    place = {key: value for key, value in init_kwargs.items() if key in PLACE}
+    if find_adapter_config_file(name_or_path, **place) is not None:
+        # The auto classes also load an adapter's folder, which names the model that it belongs to.
+        base = PeftConfig.from_pretrained(name_or_path, **place).base_model_name_or_path
+        return stored_config(base, {key: value for key, value in init_kwargs.items() if key not in PLACE})
+    return AutoConfig.from_pretrained(config or name_or_path, **read)
 
 
 def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:

@@ -26,9 +26,15 @@ class Bar:
     is_best: bool
 
 
-def print_comparison(students: Sequence[MeasuredStudent], teacher: str, n_rows: int, console: Console) -> None:
-    """Print a row for each measure and a column for each student, then their samples, prompt by prompt."""
-    table = Table(title=Text(f"Compared with {teacher} on {n_rows} rows"), caption="Own text: greedy completions.")
+def print_comparison(
+    students: Sequence[MeasuredStudent], teacher: str, n_rows: int, console: Console, *, note: str = ""
+) -> None:
+    """Print a row for each measure and a column for each student, then their samples, prompt by prompt.
+
+    `note` says which rows were left out.
+    """
+    caption = f"Own text: greedy completions. {note}".strip()
+    table = Table(title=Text(f"Compared with {teacher} on {n_rows} rows"), caption=Text(caption))
     table.add_column("")
     for student in students:
         table.add_column(Text(student.name), justify="right", overflow="fold")
@@ -46,8 +52,8 @@ def print_comparison(students: Sequence[MeasuredStudent], teacher: str, n_rows: 
         print_samples(samples[0].prompt, texts, console)
 
 
-def comparison_page(students: Sequence[MeasuredStudent], teacher: str, n_rows: int) -> str:
-    """Return the comparison as HTML."""
+def comparison_page(students: Sequence[MeasuredStudent], teacher: str, n_rows: int, *, note: str = "") -> str:
+    """Return the comparison as HTML; `note` says which rows were left out."""
     sides = {
         f"{row}-{column}": [_without_prompt(sample, _named(student, sample))]
         for column, student in enumerate(students)
@@ -61,6 +67,7 @@ def comparison_page(students: Sequence[MeasuredStudent], teacher: str, n_rows: i
         "compare.html",
         f"Students of {teacher}",
         n_rows=n_rows,
+        note=note,
         measures=measure_bars(students),
         students=students,
         prompts=prompts,

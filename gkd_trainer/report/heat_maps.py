@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -140,7 +140,20 @@ def _sequence(
     return completed(models, prompt_ids, generated.token_ids)
 
 
-def prepared_row(models: Pair, row: Mapping[str, Any], max_new_tokens: int, *, is_generating: bool) -> PreparedRow:
+class Reading(Protocol):
+    """How rows are turned into tokens for a student: what `Pair` says of it, or what its files say."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None: ...
+    @property
+    def stop_ids(self) -> list[int]: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+    @property
+    def is_encoder_decoder(self) -> bool: ...
+
+
+def prepared_row(models: Reading, row: Mapping[str, Any], max_new_tokens: int, *, is_generating: bool) -> PreparedRow:
     """Return a row of any format of training as tokens; raise GKDDataError if it can't be used."""
     rules = RowRules(
         stop_ids=frozenset(models.stop_ids),

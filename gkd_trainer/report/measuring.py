@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.data.gsm8k import INSTRUCTION, ground_truth, is_correct, is_number, to_conversation
-from gkd_trainer.data.rows import PreparedRow
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.report.heat_maps import completed, prepared_row, prompt_of
+from gkd_trainer.report.fitting import prepared_prompt
+from gkd_trainer.report.heat_maps import completed, prompt_of
 from gkd_trainer.report.pair import Pair
 from gkd_trainer.report.pieces import whole_text
 from gkd_trainer.report.token_map import TokenMap, token_maps
@@ -84,6 +84,7 @@ def measured(
     name: str,
     rows: Sequence[Mapping[str, Any]],
     *,
+    kept: Sequence[int] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 8,
     shown: int = 4,
@@ -96,6 +97,7 @@ def measured(
         models: The student and its teacher.
         name: The student's name.
         rows: From `usable_rows`; those without a completion are only completed by the student.
+        kept: The rows to measure on, by index, such as those of `fitting.fitting_rows`; None for all.
         max_new_tokens: The longest completion.
         batch_size: How many rows are scored at once.
         shown: How many samples to return.
@@ -103,7 +105,9 @@ def measured(
     Raises:
         GKDError: A row can't be used, is longer than a context, or the teacher can't score it.
     """
-    prepared = [_prepared(models, row, index, max_new_tokens) for index, row in enumerate(rows)]
+    kept = range(len(rows)) if kept is None else kept
+    prepared = [prepared_prompt(models, rows[index], index, max_new_tokens) for index in kept]
+    rows = [rows[index] for index in kept]
     in_data = [(row.input_ids, row.labels) for row in prepared if any(label != IGNORE_INDEX for label in row.labels)]
     measures = _means(models, "data", in_data, batch_size, is_on_policy=False)
     prompts = [prompt_of(row) for row in prepared]
@@ -189,16 +193,6 @@ def _both_kls(
     # One by one: a sample at which the teacher is compared nowhere has no map.
     found = {row: token_maps(batch, student, teacher, reverse, [row], tokenizer) for row in rows}
     return forward, reverse, {row: maps[0] for row, maps in found.items() if maps}
-
-
-def _prepared(models: Pair, row: Mapping[str, Any], index: int, max_new_tokens: int) -> PreparedRow:
-    try:
-        prepared = prepared_row(models, row, max_new_tokens, is_generating=True)
-    except GKDDataError as error:
-        raise GKDDataError(f"row {index}: {error}") from error
-    if not prompt_of(prepared):
-        raise GKDDataError(f"row {index}: expected a prompt for the student to complete; it has none")
-    return prepared
 
 
 def _with_ground_truth(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError
@@ -21,7 +21,12 @@ from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
 
 def find_stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
     """Return every id that ends a completion: the eos ids of the model's generation config, and the tokenizer's."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return stop_ids_of(getattr(model, "generation_config", None), tokenizer)
+
+
+def stop_ids_of(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Return every id that ends a completion: the eos ids of a generation config, and the tokenizer's."""
+    eos = getattr(generation_config, "eos_token_id", None)
     ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)

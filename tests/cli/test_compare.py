@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gkd_trainer.cli import main
-from tests.cli.command import exit_of, write_rows
+from tests.cli.command import ROWS, exit_of, write_rows
 from tests.report.test_page import data_of
 
 
@@ -37,6 +37,27 @@ def test_the_task_is_scored_on_gsm8ks_rows(command, tmp_path, capsys):
     main([*command, "--dataset", str(path), "--samples", "0", "--output_file", "page.html"])
     assert "task score (share of completions)" in capsys.readouterr().out
     assert (tmp_path / "page.html").exists()
+
+
+def test_rows_that_do_not_fit_the_shortest_context_are_left_out_for_all_students(command, tmp_path, tiny_model, capsys):
+    tiny_model(max_position_embeddings=24).save_pretrained(tmp_path / "student")
+    rows = [*ROWS, {"prompt": "a " * 30, "completion": " b"}, {"prompt": "a", "completion": " b" * 30}]
+    path = write_rows(tmp_path / "long.jsonl", [rows[4], *ROWS, rows[5]])
+    models = [command[2], command[1]]  # the shorter context is the second's
+    main(["compare", *models, *command[3:], "--dataset", str(path), "--samples", "1"])
+    note = "Left out: 2 rows that do not fit the shortest context (24 tokens), whole or with 4 new tokens."
+    out = capsys.readouterr().out
+    assert "Compared with teacher on 4 rows" in out
+    assert note in " ".join(out.split())
+    assert "one and one is" in out
+    assert f"4 rows of the data. {note}" in (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_rows_of_which_none_fits_are_refused(command, capsys):
+    code, error = exit_of([*command, "--max_new_tokens", "100000"], capsys)
+    assert code == 1
+    assert "expected rows that fit the shortest context of the models" in error
+    assert "lower max_new_tokens" in error
 
 
 def test_folders_of_one_name_are_told_apart(command, tmp_path, capsys):

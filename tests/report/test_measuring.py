@@ -88,6 +88,13 @@ def test_samples_are_the_first_rows_with_their_maps(models):
     assert measured(models, "student", ROWS, max_new_tokens=4, shown=0).samples == ()
 
 
+def test_only_the_rows_that_are_kept_are_measured_and_named_by_their_own_index(models):
+    found = measured(models, "student", ROWS, kept=(1, 2), max_new_tokens=4)
+    assert found == measured(models, "student", ROWS[1:], max_new_tokens=4)
+    with pytest.raises(GKDDataError, match="row 3: "):
+        measured(models, "student", [*ROWS, {"prompt": ""}], kept=(0, 3))
+
+
 def test_an_empty_completion_is_a_sample_without_a_map(models, monkeypatch):
     generated = [Completion([], True), Completion([5, 6], False), Completion([], True)]
     monkeypatch.setattr(type(models), "completed", lambda self, prompts, max_new_tokens: generated)
