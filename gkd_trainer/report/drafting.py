@@ -47,8 +47,8 @@ def tokens_per_forward(
         seed: The seed of the sampling, which leaves torch's global generator as it was; None completes greedily.
 
     Raises:
-        GKDConfigError: There is no prompt, `drafts` is below 1, a sampling's temperature is not above 0, both models are
-            the same object, or one of them is an encoder-decoder.
+        GKDConfigError: There is no prompt, `drafts` is below 1, a sampling's temperature is not above 0, both models
+            are the same object, or one of them is an encoder-decoder.
     """
     if not prompts or drafts < 1:
         raise GKDConfigError(f"expected prompts, and at least 1 draft; got {len(prompts)} prompts and drafts={drafts}")
