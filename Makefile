@@ -15,7 +15,7 @@ WORKERS ?= 2
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile
 export VLLM_NO_USAGE_STATS = 1
 
-.PHONY: help install demo experiment experiment-full test test-oldest test-newest test-servers test-notebooks test-browser bench docs lint types format build clean
+.PHONY: help install demo experiment experiment-full test test-oldest test-newest test-servers test-notebooks test-browser bench gpu docs lint types format build clean
 
 help: ## Show the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -90,6 +90,15 @@ experiment: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## Compare way
 
 experiment-full: $(VENV)/installed-demo $(SMOLLM2)/student/config.json ## The whole grid of docs/evidence.md (hours; goes on after an interruption).
 	$(BIN)/python -m experiments run --grid full --results experiments/results --pair $(SMOLLM2) $(ARGS)
+
+# Without an environment of its own, since a machine for GPUs has its packages and perhaps no network: that of this clone
+# if there is one, else PYTHON's. WHEELS is a folder from `python -m benchmarks.gpu gather`.
+DEVICE ?= cuda
+gpu: ## Check and measure everything on a GPU, in three stages of 9 minutes (DEVICE=cpu SMALL=1 tries the code).
+	@failed=; for stage in $(or $(STAGES),checks loss steps); do \
+	    $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $$stage --device $(DEVICE) $(if $(SMALL),--small) \
+	        $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS) || failed="$$failed $$stage"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 bench: $(VENV)/installed ## Compare the divergence's time and memory with its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)

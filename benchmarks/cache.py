@@ -1,6 +1,6 @@
 """An epoch from a cache against an epoch with the live teacher: time, bytes, and errors of the gradient.
 
-    python benchmarks/cache.py --data GSM8K            # one thread on one core; about ten minutes
+    python -m benchmarks.cache --data GSM8K            # one thread on one core; about ten minutes
 
 prints two tables for the SmolLM2 pair, in processor time, which excludes waiting, so that a busy machine changes it
 little. The first has, for each kind, the time to write the cache, without loading the teacher; the bytes of its shards
@@ -25,7 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pair import announce, fitting_conversations, in_turns, load, our_trainer, parser, pin, ratio, table, tokenizer_of
+from benchmarks.pair import (
+    announce,
+    fitting_conversations,
+    in_turns,
+    load,
+    our_trainer,
+    parser,
+    pin,
+    ratio,
+    table,
+    tokenizer_of,
+)
 
 ARGUMENTS: dict[str, Any] = {"per_device_train_batch_size": 4, "max_length": 512, "max_new_tokens": 8, "lmbda": 0.0}
 TOKENS_FOR_ERRORS = 128

@@ -1,9 +1,9 @@
 """The cost of the divergence: time relative to its matrix products alone, and peak memory, compared with its peers.
 
-    taskset -c 1 python benchmarks/loss.py            # CPU, float32, one thread on one core; about 20 minutes
-    python benchmarks/loss.py --threads 2             # two threads on two cores
-    python benchmarks/loss.py --cuda                  # the same on a GPU, in bfloat16
-    python benchmarks/loss.py --contenders ours ours-frozen --shapes 49152,576,576
+    taskset -c 1 python -m benchmarks.loss            # CPU, float32, one thread on one core; about 20 minutes
+    python -m benchmarks.loss --threads 2             # two threads on two cores
+    python -m benchmarks.loss --cuda                  # the same on a GPU, in bfloat16
+    python -m benchmarks.loss --contenders ours ours-frozen --shapes 49152,576,576
 
 Forward and backward of N tokens at beta 0.5. All contenders take turns in one process; a ratio is the median of the
 ratios in each turn. Memory is measured in a separate process for each: the peak above weights, inputs and gradients.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -26,15 +27,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.clocks import measured_memory, median_ratio, seconds_of
 from gkd_trainer.divergence import reference_jsd, token_divergence
 from gkd_trainer.divergence.workspace import planned_tile
 from gkd_trainer.signals import Head, HiddenSignal
@@ -79,14 +81,14 @@ class Problem:
         self.hidden_NH.grad = self.weight_VH.grad = None
 
 
-def ours(problem: Problem, product_dtype: torch.dtype | None = None) -> None:
+def ours(problem: Problem, **options: Any) -> None:
     student = HiddenSignal(problem.hidden_NH, Head(problem.weight_VH))
     teacher = HiddenSignal(problem.teacher_hidden_NG, Head(problem.teacher_weight_VG))
-    token_divergence(student, teacher, beta=BETA, product_dtype=product_dtype).values_N.sum().backward()
+    token_divergence(student, teacher, beta=BETA, **options).values_N.sum().backward()
 
 
 def ours_bf16_products(problem: Problem) -> None:
-    ours(problem, torch.bfloat16)
+    ours(problem, product_dtype=torch.bfloat16)
 
 
 @torch.no_grad()
@@ -109,16 +111,32 @@ def products_alone(problem: Problem) -> None:
             weight_gradient_VH.addmm_(logits_RV.T, hidden_RH)
 
 
+@torch.no_grad()
+def unblocked_products(problem: Problem) -> None:
+    """Make the same products whole, as fast as the library can: nothing with these products is faster."""
+    logits_NV = problem.hidden_NH @ problem.weight_VH.T
+    problem.teacher_hidden_NG @ problem.teacher_weight_VG.T
+    logits_NV @ problem.weight_VH
+    if problem.weight_VH.requires_grad:
+        logits_NV.T @ problem.hidden_NH
+
+
 def plain_torch(problem: Problem) -> None:
-    log_q_NV = torch.log_softmax(problem.hidden_NH.float() @ problem.weight_VH.float().T, dim=1)
+    student_logits_NV = problem.hidden_NH.float() @ problem.weight_VH.float().T
     with torch.no_grad():
         teacher_logits_NV = problem.teacher_hidden_NG.float() @ problem.teacher_weight_VG.float().T
-        log_p_NV = torch.log_softmax(teacher_logits_NV, dim=1)
+    plain_divergence(student_logits_NV, teacher_logits_NV).backward()
+
+
+def plain_divergence(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
+    """Return the sum of the divergences of all tokens, from whole logits by torch's own functions."""
+    log_q_NV = torch.log_softmax(student_logits_NV.float(), dim=1)
+    log_p_NV = torch.log_softmax(teacher_logits_NV.float(), dim=1)
     log_m_NV = torch.logaddexp(log_p_NV + math.log(BETA), log_q_NV + math.log(1 - BETA))
     kl = torch.nn.functional.kl_div
     kl_p = kl(log_m_NV, log_p_NV, reduction="sum", log_target=True)
     kl_q = kl(log_m_NV, log_q_NV, reduction="sum", log_target=True)
-    (BETA * kl_p + (1 - BETA) * kl_q).backward()
+    return BETA * kl_p + (1 - BETA) * kl_q
 
 
 def trl_gkd(problem: Problem) -> None:
@@ -167,6 +185,7 @@ class Contender:
 
 CONTENDERS = {
     "products": Contender(products_alone, "products alone", floor=None),
+    "unblocked": Contender(unblocked_products, "products alone, unblocked", floor=None, is_slow=True),
     "products-frozen": Contender(products_alone, "products alone, frozen head", is_frozen=True, floor=None),
     "ours": Contender(ours, "ours"),
     "ours-frozen": Contender(ours, "ours, frozen head", is_frozen=True, floor="products-frozen"),
@@ -209,7 +228,7 @@ def main() -> None:
     console = Console(width=120)
     where = torch.cuda.get_device_name() if args.cuda else f"cores {cores}, {torch.get_num_threads()} thread(s)"
     console.print(f"torch {torch.__version__}, {where}, {dtype}, beta {BETA}, load average {os.getloadavg()[0]:.1f}")
-    names = [name for name in args.contenders if _is_installed(CONTENDERS[name])]
+    names = [name for name in args.contenders if is_installed(CONTENDERS[name])]
     if args.cuda:
         names = [name for name in names if CONTENDERS[name].dtype is None and "bf16" not in name]
     for shape in args.shapes:
@@ -237,7 +256,7 @@ def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtyp
             if contender.is_slow and turn > 2:
                 continue
             problem = problems[contender.is_frozen, contender.dtype or dtype]
-            elapsed = _seconds(contender.run, problem)
+            elapsed = seconds_of(functools.partial(contender.run, problem), torch.device(device))
             problem.clear()
             if turn > 0:  # the first turn compiles
                 seconds[name].append(elapsed)
@@ -257,8 +276,8 @@ def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtyp
         table.add_row(
             contender.title,
             f"{statistics.median(seconds[name]):.3f}",
-            "" if floor is None else f"{_median_ratio(seconds[name], seconds[floor]):.2f}",
-            f"{_median_ratio(seconds[name], seconds['ours']):.2f}" if "ours" in seconds else "",
+            "" if floor is None else f"{median_ratio(seconds[name], seconds[floor]):.2f}",
+            f"{median_ratio(seconds[name], seconds['ours']):.2f}" if "ours" in seconds else "",
             f"{_memory_elsewhere(name, shape, N, args):.0f}",
             large,
         )
@@ -277,19 +296,9 @@ def measure_memory(contender: Contender, shape: tuple[int, int, int], N: int, de
     contender.run(few)  # compiles, and loads whatever is loaded only once
     few.clear()
     problem.clear()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with measured_memory(torch.device(device)) as memory:
         contender.run(problem)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = _status_bytes("VmRSS")
-        contender.run(problem)
-        peak = _status_bytes("VmHWM") - before
-    return (peak - problem.gradient_bytes) / 2**20
+    return (memory.added - problem.gradient_bytes) / 2**20
 
 
 def first_call_seconds(shape: str, threads: int) -> float:
@@ -303,11 +312,13 @@ def first_call_seconds(shape: str, threads: int) -> float:
         return float(_output([sys.executable, "-c", code], TORCHINDUCTOR_CACHE_DIR=cache))
 
 
-def gradient_errors(device: str) -> dict[float, tuple[float, ...]]:
-    """Return, for each logit gap, the relative error in norm of the gradients of bfloat16 inputs."""
+def gradient_errors(
+    device: str, V: int = 49152, H: int = 576, run: Callable[[Problem], None] = ours
+) -> dict[float, tuple[float, ...]]:
+    """Return, for each logit gap, the relative error in norm of the gradients of bfloat16 inputs, from float64."""
     errors = {}
     for sigma in SIGMAS:
-        problem = Problem.random(64, 49152, 576, 576, device, torch.bfloat16, is_frozen=False)
+        problem = Problem.random(64, V, H, H, device, torch.bfloat16, is_frozen=False)
         noise_NH = sigma / 2 * torch.randn_like(problem.hidden_NH)
         # The head turns hidden states of size 1 into logits of size 2.
         problem = Problem(
@@ -316,7 +327,7 @@ def gradient_errors(device: str) -> dict[float, tuple[float, ...]]:
             (problem.hidden_NH + noise_NH).detach(),
             problem.weight_VH.detach(),
         )
-        ours(problem)
+        run(problem)
         actual = (problem.hidden_NH.grad, problem.weight_VH.grad)
         leaves = [tensor.detach().double().requires_grad_() for tensor in (problem.hidden_NH, problem.weight_VH)]
         teacher_logits_NV = problem.teacher_hidden_NG.double() @ problem.teacher_weight_VG.double().T
@@ -333,28 +344,10 @@ def sizes(shape: str) -> tuple[int, int, int]:
     return V, H, G
 
 
-def _seconds(run: Callable[[Problem], None], problem: Problem) -> float:
-    if problem.hidden_NH.is_cuda:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(problem)
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    before = time.perf_counter()
-    run(problem)
-    return time.perf_counter() - before
-
-
-def _median_ratio(seconds: list[float], of: list[float]) -> float:
-    # The slow contenders took fewer turns.
-    return statistics.median(a / b for a, b in zip(seconds, of, strict=False))
-
-
 def _memory_elsewhere(name: str, shape: str, N: int, args: argparse.Namespace) -> float:
     # The process inherits the cores.
     arguments = ["--memory-of", name, shape, str(N), "--threads", str(args.threads), *(["--cuda"] if args.cuda else [])]
-    return float(json.loads(_output([sys.executable, __file__, *arguments])))
+    return float(json.loads(_output([sys.executable, "-m", "benchmarks.loss", *arguments])))
 
 
 def _output(command: list[str], **environment: str) -> str:
@@ -368,13 +361,8 @@ def _output(command: list[str], **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _status_bytes(key: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def _is_installed(contender: Contender) -> bool:
+def is_installed(contender: Contender) -> bool:
+    """Return whether the package that a contender needs is there."""
     return contender.needs is None or importlib.util.find_spec(contender.needs) is not None
 
 

@@ -36,6 +36,7 @@ def parser(description: str | None, parts: Sequence[str]) -> argparse.ArgumentPa
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--cores", type=int, nargs="+", default=[0], help="the cores to run on")
+    options.set_defaults(cuda=False)
     return options
 
 
@@ -127,7 +128,7 @@ def our_trainer(
     return GKDTrainer(
         model=load(options.pair / "student", "float32"),
         teacher_model=load(options.pair / "teacher", teacher_dtype) if teacher is None else None,
-        args=GKDConfig(**common_arguments(), **arguments),
+        args=GKDConfig(**common_arguments(is_on_cuda=options.cuda), **arguments),
         train_dataset=fitting_conversations(options, arguments),
         processing_class=tokenizer_of(options),
         teacher=teacher,
@@ -149,14 +150,14 @@ def trl_trainer(
     return GKDTrainer(
         model=load(options.pair / "student", "float32"),
         teacher_model=load(options.pair / "teacher", teacher_dtype),
-        args=GKDConfig(**common_arguments(), gradient_checkpointing=False, **arguments),
+        args=GKDConfig(**common_arguments(is_on_cuda=options.cuda), gradient_checkpointing=False, **arguments),
         train_dataset=fitting_conversations(options, arguments),
         processing_class=tokenizer_of(options),
         peft_config=peft_config,
     )
 
 
-def common_arguments() -> dict[str, Any]:
+def common_arguments(*, is_on_cuda: bool = False) -> dict[str, Any]:
     """Return the options that both trainers always get: the same rows in the same order, nothing saved or reported."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="benchmark-"),
@@ -166,7 +167,7 @@ def common_arguments() -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
-        "use_cpu": True,
+        "use_cpu": not is_on_cuda,
         "disable_tqdm": True,
     }
 

@@ -1,6 +1,6 @@
 """The speed of rollouts, the cost of a weight sync, and the cost of a teacher behind a server.
 
-    python benchmarks/rollouts.py --pair .cache/smollm2
+    python -m benchmarks.rollouts --pair .cache/smollm2
 
 prints four tables: tokens per second of vLLM in process and of `transformers.generate`; seconds per sync; seconds per
 on-policy step, compared with TRL's GKDTrainer; and seconds to score 32 sequences of 200 tokens by a server, compared
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from pair import (
+from benchmarks.pair import (
     ON_POLICY,
     announce,
     conversations,

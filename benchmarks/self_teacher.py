@@ -1,6 +1,6 @@
 """The memory of a student that is its own teacher, beside that of a second copy of it.
 
-    python benchmarks/self_teacher.py --data GSM8K        # one thread on one core; some minutes
+    python -m benchmarks.self_teacher --data GSM8K        # one thread on one core; some minutes
 
 prints one table: SmolLM2-135M with a LoRA adapter on all linear layers learns from itself, off-policy, 4 sequences a
 step. Each teacher has its own process, since memory is that of the process. "models GB" is what the process grew by as
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
-from pair import announce, common_arguments, fitting_conversations, load, parser, pin, table, tokenizer_of
+from benchmarks.pair import announce, common_arguments, fitting_conversations, load, parser, pin, table, tokenizer_of
 
 TEACHERS = {"a second copy": None, "SelfTeacher, base": "base", "SelfTeacher, ema": "ema"}
 ARGUMENTS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 512, "lmbda": 0.0}

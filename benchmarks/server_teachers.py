@@ -1,6 +1,6 @@
 """A teacher in this process, behind a server of top tokens, and behind one of hidden states: time, bytes, errors.
 
-    python benchmarks/server_teachers.py --pair .cache/smollm2
+    python -m benchmarks.server_teachers --pair .cache/smollm2
 
 prints one table per dtype of the teacher. "s" is the time of `score` for 4 sequences of 200 tokens, all of which are
 trained on; all teachers take turns in one run, on one pinned core, which the servers share. "CPU s" is processor time,
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pair import announce, in_turns, load, parser, pin, table, tokenizer_of
-from rollouts import token_rows, vllm_server
+from benchmarks.pair import announce, in_turns, load, parser, pin, table, tokenizer_of
+from benchmarks.rollouts import token_rows, vllm_server
 
 DTYPES = ("float32", "bfloat16")
 SEQUENCES, LENGTH, NOISE = 4, 200, 0.2

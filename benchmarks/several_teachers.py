@@ -1,7 +1,7 @@
 """The cost of several teachers: training steps with three of them, relative to the same steps with one.
 
-    python benchmarks/several_teachers.py --data GSM8K           # one thread on one core; about 15 minutes
-    python benchmarks/several_teachers.py --parts routed --repeats 1
+    python -m benchmarks.several_teachers --data GSM8K           # one thread on one core; about 15 minutes
+    python -m benchmarks.several_teachers --parts routed --repeats 1
 
 All contenders train the same student on the same tokens, and take turns in one process; a turn is one `train` of
 `--steps` optimizer steps of `--batch-size` sequences. The teachers are copies of the pair's, so that each costs the
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pair import (
+from benchmarks.pair import (
     announce,
     common_arguments,
     fitting_conversations,

@@ -1,20 +1,21 @@
 """Whole training steps, ours and those of TRL's GKDTrainer: seconds, where they go, and peak memory.
 
-    python benchmarks/step.py --data GSM8K            # one thread on one core; about 40 minutes
-    python benchmarks/step.py --parts lora --repeats 1
+    python -m benchmarks.step --data GSM8K            # one thread on one core; about 40 minutes
+    python -m benchmarks.step --parts lora --repeats 1
 
 prints one table per part, for the SmolLM2 pair: off-policy steps, on-policy steps, and off-policy steps of a LoRA
-student. Every contender has its own process, since mixed precision is a state of the process and memory is its size.
-The contenders take turns on the same core and the same rows. A turn is one `train` of `--steps` optimizer steps,
-measured from its `on_train_begin` to its `on_train_end`; a first turn, which compiles, is not counted. Ratios are
-medians of the turns' ratios. TRL runs with its best settings: the KV cache on, and no gradient checkpointing.
+student; with `--cuda`, on a GPU. Every contender has its own process, since mixed precision is a state of the process
+and memory is its size. The contenders take turns on the same core and the same rows. A turn is one `train` of `--steps`
+optimizer steps, measured from its `on_train_begin` to its `on_train_end`; a first turn, which compiles, is not counted.
+Ratios are medians of the turns' ratios. TRL runs with its best settings: the KV cache on, no gradient checkpointing.
 
 Of a step, "rollout" is the generation; "teacher" the teacher's forward (TRL's to logits, ours to hidden states);
 "student" the rest of `training_step` (forward, divergence, backward); "rest" everything else: optimizer, clipping,
-data. "peak GB" is the peak of the resident set during a turn. "added" is the part that was not there when the turn
-began, as libraries, models and the optimizer's state were. Beside each is its ratio to TRL's. "CPU s" is processor
-time, which excludes waiting: where it is well below the seconds, the cores were shared, and its ratio is more reliable.
-TRL also trains on the newline that the chat template puts after a turn, hence its additional tokens.
+data. On CUDA the first three are measured between events. "peak GB" is the peak of the resident set during a turn, on
+CUDA that of torch's tensors. "added" is the part that was not there when the turn began, as libraries, models and the
+optimizer's state were. Beside each is its ratio to TRL's. "CPU s" is processor time, which excludes waiting: where it
+is well below the seconds, the cores were shared, and its ratio is more reliable. TRL also trains on the newline that
+the chat template puts after a turn, hence its additional tokens.
 
 Shapes: B batch, L length.
 """
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import multiprocessing
 import statistics
 import time
@@ -34,7 +34,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pair import ON_POLICY, announce, in_turns, our_trainer, parser, pin, ratio, table, trl_trainer
+import torch
+
+from benchmarks.clocks import measured_memory
+from benchmarks.pair import ON_POLICY, announce, in_turns, our_trainer, parser, pin, ratio, table, trl_trainer
 
 SPLIT = ("rollout", "teacher", "student")
 OFF_POLICY = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 512, "lmbda": 0.0}
@@ -88,7 +91,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Turn:
-    """The measurements of one turn: seconds and tokens per step, and the bytes of the process."""
+    """The measurements of one turn: seconds and tokens per step, and the bytes of the process, or of a GPU."""
 
     seconds: float
     cpu_seconds: float
@@ -184,7 +187,6 @@ def serve(connection: Connection, options: argparse.Namespace, part: str, index:
 def build(options: argparse.Namespace, part: Part, contender: Contender) -> tuple[Any, Stopwatch]:
     """Return a contender's trainer, and the stopwatch that times it."""
     from peft import LoraConfig
-    from transformers import PrinterCallback
 
     trainer = (trl_trainer if contender.is_trl else our_trainer)(
         options,
@@ -192,31 +194,35 @@ def build(options: argparse.Namespace, part: Part, contender: Contender) -> tupl
         teacher_dtype=contender.teacher_dtype,
         peft_config=None if part.lora is None else LoraConfig(**part.lora),
     )
-    stopwatch = Stopwatch()
+    return trainer, timed(trainer, is_trl=contender.is_trl)
+
+
+def timed(trainer: Any, *, is_trl: bool = False) -> Stopwatch:
+    """Return a stopwatch that measures the trainer whenever it trains."""
+    from transformers import PrinterCallback
+
+    stopwatch = Stopwatch(trainer.args.device)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stopwatch.callback())
     trainer.compute_loss = stopwatch.counting(trainer.compute_loss)
-    if contender.is_trl:
+    if is_trl:
         trainer.generate_on_policy_outputs = stopwatch.measured("rollout", trainer.generate_on_policy_outputs)
         trainer.teacher_model.forward = stopwatch.measured("teacher", trainer.teacher_model.forward)
         # It includes the two above, which our `seconds_student` does not.
         trainer.training_step = stopwatch.measured("step", trainer.training_step)
-    return trainer, stopwatch
+    return stopwatch
 
 
 def take_turn(trainer: Any, stopwatch: Stopwatch, steps: int) -> Turn:
     """Train for some steps."""
-    stopwatch.sums.clear()
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that is already free counts in neither figure
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak
-    bytes_before = _status_bytes("VmRSS")
-    trainer.train()
-    sums = {name: amount / steps for name, amount in stopwatch.sums.items()}
+    with measured_memory(trainer.args.device) as memory:
+        trainer.train()
+    sums = {name: amount / steps for name, amount in stopwatch.read().items()}
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     if "seconds_student" in logged[0]:
-        split = {name: sum(entry[f"seconds_{name}"] for entry in logged) / steps for name in SPLIT}
+        # Steps that generate nothing log no seconds of rollouts.
+        split = {name: sum(entry.get(f"seconds_{name}", 0.0) for entry in logged) / steps for name in SPLIT}
     else:
         rollout, teacher = sums.get("rollout", 0.0), sums["teacher"]
         split = {"rollout": rollout, "teacher": teacher, "student": sums["step"] - rollout - teacher}
@@ -224,8 +230,8 @@ def take_turn(trainer: Any, stopwatch: Stopwatch, steps: int) -> Turn:
         sums["train"],
         sums["train_cpu"],
         split,
-        _status_bytes("VmHWM"),
-        bytes_before,
+        memory.peak,
+        memory.before,
         sums["sequences"],
         sums["tokens"],
         sums["trained_tokens"],
@@ -233,10 +239,18 @@ def take_turn(trainer: Any, stopwatch: Stopwatch, steps: int) -> Turn:
 
 
 class Stopwatch:
-    """Seconds and tokens by name, added up while a trainer trains."""
+    """Seconds and tokens by name, added up while a trainer trains; on CUDA, `measured` calls are timed by events."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
+    def __init__(self, device: torch.device) -> None:
+        from gkd_trainer.report.metrics import Stopwatch as Clock
+
+        self._device, self._clock = device, Clock(device)
+        self._sums: dict[str, float] = {}
+
+    def read(self) -> dict[str, float]:
+        """Return the sums since the last call."""
+        sums, self._sums = {**self._sums, **self._clock.read()}, {}
+        return sums
 
     def callback(self) -> Any:
         """Return a callback that adds the seconds of the training loop, without what `train` does around it."""
@@ -246,10 +260,12 @@ class Stopwatch:
 
         class TimeOfLoop(TrainerCallback):
             def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                stopwatch._wait()
                 stopwatch._add("train", -time.perf_counter())
                 stopwatch._add("train_cpu", -time.process_time())
 
             def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+                stopwatch._wait()
                 stopwatch._add("train", time.perf_counter())
                 stopwatch._add("train_cpu", time.process_time())
 
@@ -259,11 +275,8 @@ class Stopwatch:
         """Return the call wrapped so that its seconds are added to `name`."""
 
         def measured_call(*args: Any, **kwargs: Any) -> Any:
-            self._add(name, -time.perf_counter())
-            try:
+            with self._clock.measure(name):
                 return call(*args, **kwargs)
-            finally:
-                self._add(name, time.perf_counter())
 
         return measured_call
 
@@ -279,8 +292,12 @@ class Stopwatch:
 
         return counting_call
 
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _add(self, name: str, amount: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + amount
+        self._sums[name] = self._sums.get(name, 0.0) + amount
 
 
 def _memory(turns: list[Turn]) -> tuple[float, float]:
@@ -293,17 +310,12 @@ def _median(turns: list[Turn], figure: Callable[[Turn], float]) -> float:
     return statistics.median(map(figure, turns))
 
 
-def _status_bytes(key: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def parse_options() -> argparse.Namespace:
     """Return the options of the command line."""
     options = parser(__doc__, list(PARTS))
     options.add_argument("--steps", type=int, default=2, help="optimizer steps per turn")
     options.add_argument("--beta", type=float, default=0.5, help="0.5 is the default of both trainers")
+    options.add_argument("--cuda", action="store_true", help="train on the GPU")
     options.add_argument("--only-float32", action="store_true", help="leave out the contenders that use bf16")
     return options.parse_args()
 

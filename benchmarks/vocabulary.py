@@ -1,6 +1,6 @@
 """How much of GSM8K can be compared with a teacher of another tokenizer, and what aligning costs.
 
-    python benchmarks/vocabulary.py --data FOLDER [--teacher FOLDER]
+    python -m benchmarks.vocabulary --data FOLDER [--teacher FOLDER]
 
 FOLDER has GSM8K's train.jsonl and test.jsonl. The student is SmolLM2 (examples/smollm2.py). `--teacher` is a folder
 with another tokenizer; by default a SentencePiece-like one with byte fallback is trained on the training split. It

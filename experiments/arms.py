@@ -58,6 +58,12 @@ ARMS: dict[str, Arm] = {
 }
 """All arms by name, in the order of the tables."""
 
+TEACHER = "teacher"
+"""In place of an arm: the teacher itself is measured."""
+
+START = "start"
+"""In tables, beside the arms: what all of them start from."""
+
 DECISIVE = ("fixed-forward", "fresh-forward", "own-forward")
 """The arms of grids that vary something else: the same loss on the three kinds of samples."""
 
@@ -76,3 +82,8 @@ PAIRS: tuple[tuple[str, str], ...] = (
     ("seq-kd", "sft"),
 )
 """Pairs (an arm, its control) that differ in one thing."""
+
+
+def is_timed(arm: str) -> bool:
+    """Return whether a run needs the processor time of another one, and so comes after it."""
+    return arm != TEACHER and ARMS[arm].as_long_as is not None

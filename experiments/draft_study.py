@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from experiments.arms import ARMS
+from experiments.arms import ARMS, is_timed
 from experiments.measures import compared, completions
 from experiments.studies import Grid, Run, Study, made_once
 from experiments.training import Setting, trained
@@ -46,7 +46,7 @@ class DraftStudy(Study):
     """
 
     name: ClassVar[str] = "drafts"
-    primary: ClassVar[str] = "acceptance"
+    decisive: ClassVar[tuple[str, ...]] = ("acceptance",)
     measures: ClassVar[Mapping[str, str]] = {
         "acceptance": "acceptance, teacher's samples",
         "forward_kl": "KL(teacher‖student), teacher's samples",
@@ -67,7 +67,7 @@ class DraftStudy(Study):
         if grid == "small":
             return [Run(arm, 0, STEPS // 3, {}) for arm in ("sft", "fresh-forward", "own-forward")]
         runs = [Run(arm, seed, STEPS, {}) for seed in range(3) for arm in ARMS]
-        return sorted(runs, key=lambda run: ARMS[run.arm].as_long_as is not None)
+        return sorted(runs, key=lambda run: is_timed(run.arm))
 
     def setting(self, run: Run) -> Setting:
         """Return the setting of all runs."""
@@ -118,8 +118,10 @@ class DraftStudy(Study):
     def _rows(self, seed: int) -> list[dict[str, Any]]:
         found = []
         for answer in self._answers[:-HELD_OUT]:
-            ids = self._tokenizer(answer["completion"], add_special_tokens=False)["input_ids"][:MAX_NEW_TOKENS]
-            found.append(_row(self._prompt(answer), [*ids, self._tokenizer.eos_token_id]))
+            ids = self._tokenizer(answer["completion"], add_special_tokens=False)["input_ids"]
+            # An answer that is cut has no end.
+            completion = [*ids, self._tokenizer.eos_token_id][:MAX_NEW_TOKENS]
+            found.append(_row(self._prompt(answer), completion))
         return found
 
     def _teachers_rows(self, seed: int) -> list[dict[str, Any]]:
@@ -163,7 +165,13 @@ class _Examination:
         return {
             **on_teachers,
             **{f"own_{name}": value for name, value in on_own.items()},
-            "by_prompt": [each["acceptance"] for each in by_prompt],
+            # Scaled by length, so that their mean is that of all tokens.
+            "by_prompt": {
+                "acceptance": [
+                    each["acceptance"] * length * len(lengths) / sum(lengths)
+                    for each, length in zip(by_prompt, lengths, strict=True)
+                ]
+            },
         }
 
     def drafting(self, student: PreTrainedModel) -> dict[str, Any]:

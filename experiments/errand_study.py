@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments import errands
-from experiments.arms import ARMS, DECISIVE, FEW
+from experiments.arms import ARMS, DECISIVE, FEW, TEACHER, is_timed
 from experiments.errands import MAX_NEW_TOKENS, PAD
 from experiments.measures import compared, completions
 from experiments.studies import Grid, Run, Study, made_once
@@ -23,6 +23,7 @@ TEACHER_STEPS = 1200
 START_STEPS = 1000
 STEPS = 500
 SMALL_STEPS = 200
+MAIN = {"width": 32, "demonstrations": 1000}
 _OPTIONS = {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant_with_warmup", "use_cpu": True}
 
 
@@ -34,7 +35,7 @@ class ErrandStudy(Study):
     """
 
     name: ClassVar[str] = "errands"
-    primary: ClassVar[str] = "success"
+    decisive: ClassVar[tuple[str, ...]] = ("success", "recovery")
     measures: ClassVar[Mapping[str, str]] = {
         "success": "success",
         "recovery": "recovery",
@@ -50,17 +51,16 @@ class ErrandStudy(Study):
     def runs(self, grid: Grid) -> list[Run]:
         """Return all arms in the main setting, and a few of them in the others."""
         if grid == "small":
-            return [
-                Run(arm, seed, SMALL_STEPS, {"width": 32, "demonstrations": 1000}) for seed in range(2) for arm in FEW
-            ]
-        main = [Run(arm, seed, STEPS, {"width": 32, "demonstrations": 1000}) for seed in range(5) for arm in ARMS]
+            runs = [Run(arm, seed, SMALL_STEPS, MAIN) for seed in range(2) for arm in FEW]
+            return [Run(TEACHER, 0, SMALL_STEPS, MAIN), *runs]
+        main = [Run(TEACHER, 0, STEPS, MAIN), *(Run(arm, seed, STEPS, MAIN) for seed in range(5) for arm in ARMS)]
         others = [
             Run(arm, seed, STEPS, {"width": width, "demonstrations": count})
-            for width, count in ((32, 250), (32, 4000), (16, 1000), (64, 1000))
+            for width, count in ((32, 250), (32, 4000), (24, 1000), (64, 1000))
             for seed in range(5)
             for arm in DECISIVE
         ]
-        return [*sorted(main, key=lambda run: ARMS[run.arm].as_long_as is not None), *others]
+        return [*sorted(main, key=lambda run: is_timed(run.arm)), *others]
 
     def setting(self, run: Run) -> Setting:
         """Return the setting of a run's width and number of demonstrations."""
@@ -119,7 +119,7 @@ class _Examination:
         self._teachers_rows = self._rows(teacher, seed=0)
 
     def __call__(self, student: PreTrainedModel) -> dict[str, Any]:
-        """Return the measures, and success by errand."""
+        """Return the measures, and the decisive ones by errand."""
         walks = self._walks(student, [errand.prompt for errand in self._errands])
         successes = [errand.is_done_by(walk) for errand, walk in zip(self._errands, walks, strict=True)]
         begun = list(zip(self._errands, self._corrupted, strict=True))
@@ -134,7 +134,7 @@ class _Examination:
             "exact_match": _share(matches),
             **on_teachers,
             **{f"own_{name}": value for name, value in on_own.items()},
-            "by_prompt": [float(success) for success in successes],
+            "by_prompt": {"success": [*map(float, successes)], "recovery": [*map(float, recoveries)]},
         }
 
     def _walks(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], seed: int | None = None) -> Any:

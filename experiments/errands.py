@@ -1,9 +1,10 @@
 """A task in which the student's own mistakes matter: walk to several places on a grid, in order, without a map.
 
 A prompt names a start and PLACES places by their coordinates. The answer is a walk: one token per step (east, west,
-north, south), a visit at each place, and a stop. Nothing in the answer says where the walker is, so a model that once
-steps aside is at places that no demonstration passes. Demonstrations go straight: along x, then along y. The teacher
-learnt from walks with random steps among them, which it had to make good, so it knows the way from anywhere.
+north, south), a visit at each place, and a stop. Any tokens are a walk: a step off the grid stays where it is, and a
+visit to anything but the next place changes nothing. Nothing in the answer says where the walker is, so a model that
+once goes wrong is where no demonstration passes. Demonstrations go straight: along x, then along y. The teacher learnt
+from walks with random tokens among them, which it had to make good, so it knows the way from anywhere.
 
 Shapes: B batch, L length.
 """
@@ -61,7 +62,11 @@ class Errand:
     def is_done_by(self, tokens: Sequence[int]) -> bool:
         """Return whether a walk visits all places in order and then stops, by whatever way."""
         walk = Walk(self)
-        return all(walk.take(token) for token in tokens) and walk.is_over
+        for token in tokens:
+            if walk.is_over:
+                return False
+            walk.take(token)
+        return walk.is_over and walk.visited == len(self.places)
 
 
 class Walk:
@@ -83,33 +88,20 @@ class Walk:
             return 6 if y < goal_y else 7
         return VISIT
 
-    def take(self, token: int) -> bool:
-        """Go on by a token; return False if that is impossible: off the grid, a visit elsewhere, a stop too early."""
+    def take(self, token: int) -> None:
+        """Go on by a token."""
         self.tokens.append(token)
-        is_complete = self.visited == len(self.errand.places)
-        if self.is_over:
-            return False
         if token == STOP:
             self.is_over = True
-            return is_complete
-        if token == VISIT:
-            if is_complete or self.at != self.errand.places[self.visited]:
-                return False
+        elif token == VISIT and token == self.best():
             self.visited += 1
-            return True
-        if token not in MOVES:
-            return False
-        there = (self.at[0] + MOVES[token][0], self.at[1] + MOVES[token][1])
-        if not all(0 <= coordinate < SIZE for coordinate in there):
-            return False
-        self.at = there
-        return True
+        elif token in MOVES:
+            (x, y), (east, north) = self.at, MOVES[token]
+            self.at = (_on_grid(x + east), _on_grid(y + north))
 
-    def possible_moves(self) -> list[int]:
-        """Return the steps that stay on the grid."""
-        return [
-            token for token, (dx, dy) in MOVES.items() if 0 <= self.at[0] + dx < SIZE and 0 <= self.at[1] + dy < SIZE
-        ]
+
+def _on_grid(coordinate: int) -> int:
+    return min(max(coordinate, 0), SIZE - 1)
 
 
 def errands(count: int, seed: int | str) -> list[Errand]:
@@ -125,14 +117,11 @@ def row_of(errand: Errand, completion: Sequence[int]) -> dict[str, Any]:
 
 
 def corrupted(errand: Errand, numbers: random.Random) -> list[int]:
-    """Return the beginning of the direct walk, with a wrong but possible step as its last, in the walk's first half."""
+    """Return the beginning of the direct walk, with a wrong step as its last, in the walk's first half."""
     tokens = errand.demonstration()
     steps = [index for index, token in enumerate(tokens[: max(1, len(tokens) // 2)]) if token in MOVES] or [0]
     cut = numbers.choice(steps)
-    walk = Walk(errand)
-    for token in tokens[:cut]:
-        walk.take(token)
-    wrong = [token for token in walk.possible_moves() if token != tokens[cut]]
+    wrong = [token for token in MOVES if token != tokens[cut]]
     return [*tokens[:cut], numbers.choice(wrong)]
 
 
@@ -158,7 +147,7 @@ def model(hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
 
 
 def trained_teacher(steps: int, seed: int, *, hidden: int = 128, layers: int = 4) -> LlamaForCausalLM:
-    """Return a teacher trained on walks with wrong steps among them, which are not trained on themselves."""
+    """Return a teacher trained on walks with random tokens among them, which are not trained on themselves."""
     teacher = model(hidden, layers, seed)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = min(100, steps)
@@ -198,7 +187,7 @@ def _noisy_row(errand: Errand, numbers: random.Random, noise: float) -> dict[str
     while not walk.is_over:
         best = walk.best()
         if numbers.random() < noise and best != STOP:
-            walk.take(numbers.choice(walk.possible_moves()))
+            walk.take(numbers.choice([VISIT, *MOVES]))
             labels.append(IGNORE_INDEX)
         else:
             walk.take(best)

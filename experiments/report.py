@@ -9,8 +9,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
-from experiments.arms import ARMS, PAIRS
+from experiments.arms import ARMS, PAIRS, START, TEACHER
 from experiments.studies import Study
 
 matplotlib.use("Agg")
@@ -27,23 +28,21 @@ def write_report(study: Study, results: Sequence[Result], folder: Path) -> Path:
     """Write the tables of a study as Markdown, and its plots beside them; return the file."""
     parts = [f"# {study.name}", ""]
     for factors, group in sorted(grouped(results).items()):
-        title = ", ".join(f"{name} {value}" for name, value in factors) or "all runs"
+        title = ", ".join(f"{name} {value}" for name, value in factors)
         limit = common_time(group)
         parts += [
             f"## {title}",
             "",
-            "Means over seeds, after the same number of steps; `sft-longer` takes more.",
+            "Means over seeds, after the same number of steps (`sft-longer` takes more).",
             "",
             *table_of_ends(study, group),
             "",
-            f"The same after {limit:.0f} s of processor time at most, by the last measurement before.",
+            f"The same after {limit:.0f} s of processor time, interpolated between two measurements; an arm that takes "
+            "less is shown at its end.",
             "",
             *table_of_ends(study, group, limit),
             "",
-            f"Differences in {study.measures[study.primary]}, paired by seed and prompt, with 95 % intervals.",
-            "",
-            *table_of_differences(group, limit),
-            "",
+            *(line for measure in study.decisive for line in _section_of_differences(study, group, limit, measure)),
         ]
         name = "-".join([study.name, *(f"{name}{value}" for name, value in factors)])
         plot(study, group, title, folder / f"{name}.png")
@@ -52,25 +51,61 @@ def write_report(study: Study, results: Sequence[Result], folder: Path) -> Path:
     return file
 
 
+def _section_of_differences(study: Study, group: Group, limit: float, measure: str) -> list[str]:
+    return [
+        f"Differences in {study.measures[measure]}, paired by seed and prompt, with 95 % intervals; by chance, one in "
+        "twenty would miss 0.",
+        "",
+        *table_of_differences(group, limit, measure),
+        "",
+    ]
+
+
 def grouped(results: Sequence[Result]) -> dict[tuple[tuple[str, int], ...], Group]:
-    """Return results by what else varies, then by arm and seed."""
+    """Return results by the number of steps and what else varies, then by arm and seed."""
     found: dict[tuple[tuple[str, int], ...], dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
-        found[tuple(result["factors"].items())][result["arm"]][result["seed"]] = result
-    return {factors: {arm: group[arm] for arm in ARMS if arm in group} for factors, group in found.items()}
+        factors = {**result["factors"], "steps": result["steps"]}
+        found[tuple(factors.items())][result["arm"]][result["seed"]] = result
+    return {factors: _with_start(group) for factors, group in found.items()}
+
+
+def _with_start(group: Group) -> Group:
+    """Return a group in the order of the tables: the teacher, what all arms start from, and the arms."""
+    start = {
+        seed: {**result, "points": result["points"][:1]}
+        for arm, by_seed in group.items()
+        for seed, result in by_seed.items()
+        if arm != TEACHER
+    }
+    return {arm: ({START: start} | group)[arm] for arm in (TEACHER, START, *ARMS) if arm == START or arm in group}
 
 
 def common_time(group: Group) -> float:
     """Return the time, in seconds, at which arms are compared: what supervised KD on the data takes for its steps."""
-    reference = group.get("fixed-forward") or next(iter(group.values()))
+    reference = group.get("fixed-forward") or group[next(reversed(group))]
     return float(np.median([result["points"][-1]["cpu_seconds"] for result in reference.values()]))
 
 
 def point_of(result: Result, limit: float | None = None) -> Mapping[str, Any]:
-    """Return the last measurement, or the last within a processor time."""
-    points = [point for point in result["points"] if limit is None or point["cpu_seconds"] <= 1.05 * limit]
+    """Return the last measurement, or what it was at a processor time: between two, by linear interpolation."""
+    points = result["points"]
     last: Mapping[str, Any] = points[-1]
-    return last
+    if limit is None or last["cpu_seconds"] <= limit:
+        return last
+    after = next(index for index, point in enumerate(points) if point["cpu_seconds"] > limit)
+    before, later = points[after - 1], points[after]
+    share = (limit - before["cpu_seconds"]) / (later["cpu_seconds"] - before["cpu_seconds"])
+    return {name: _between(value, later[name], share) for name, value in before.items()}
+
+
+def _between(value: Any, later: Any, share: float) -> Any:
+    """Return what is at a share of the way between two numbers, or two equal collections of numbers."""
+    if isinstance(value, Mapping):
+        return {name: _between(each, later[name], share) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_between(one, other, share) for one, other in zip(value, later, strict=True)]
+    return value + share * (later - value)
 
 
 def table_of_ends(study: Study, group: Group, limit: float | None = None) -> list[str]:
@@ -81,7 +116,8 @@ def table_of_ends(study: Study, group: Group, limit: float | None = None) -> lis
         points = [point_of(result, limit) for result in by_seed.values()]
         steps, seconds = (np.mean([point[name] for point in points]) for name in ("step", "cpu_seconds"))
         values = [_mean([point.get(name) for point in points]) for name in study.measures]
-        rows.append([arm, ARMS[arm].description, str(len(points)), f"{steps:.0f}", f"{seconds:.0f}", *values])
+        description = ARMS[arm].description if arm in ARMS else ""
+        rows.append([arm, description, str(len(points)), f"{steps:.0f}", f"{seconds:.0f}", *values])
     return table(titles, rows)
 
 
@@ -92,7 +128,7 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{np.mean(values):.3f}"
 
 
-def table_of_differences(group: Group, limit: float) -> list[str]:
+def table_of_differences(group: Group, limit: float, measure: str) -> list[str]:
     """Return the rows of a table of paired differences at equal steps and at equal time."""
     rows = []
     for arm, control in PAIRS:
@@ -103,7 +139,7 @@ def table_of_differences(group: Group, limit: float) -> list[str]:
         for at in (None, limit):
             differences_SP = np.array(
                 [
-                    np.subtract(*(point_of(group[name][seed], at)["by_prompt"] for name in (arm, control)))
+                    np.subtract(*(point_of(group[name][seed], at)["by_prompt"][measure] for name in (arm, control)))
                     for seed in seeds
                 ]
             )
@@ -114,40 +150,46 @@ def table_of_differences(group: Group, limit: float) -> list[str]:
 
 
 def interval(differences_SP: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of differences by seed and prompt, drawing both anew (bootstrap).
+    """Return a 95 % interval of the mean of differences by seed and prompt: at each end the wider of two.
 
-    Shapes: S seeds, P prompts.
+    One draws seeds and prompts anew (bootstrap), the other is Student's t over the means of the seeds: from a few seeds
+    alone, the first is too narrow. Shapes: S seeds, P prompts.
     """
     numbers = np.random.default_rng(seed)
     n_seeds, n_prompts = differences_SP.shape
-    seeds_RS = numbers.integers(n_seeds, size=(_RESAMPLES, n_seeds))
-    prompts_RP = numbers.integers(n_prompts, size=(_RESAMPLES, n_prompts))
-    means_R = [
-        differences_SP[seeds_S].mean(axis=0)[prompts_P].mean()
-        for seeds_S, prompts_P in zip(seeds_RS, prompts_RP, strict=True)
-    ]
+    counts_RS, counts_RP = (
+        numbers.multinomial(size, np.full(size, 1 / size), size=_RESAMPLES) for size in (n_seeds, n_prompts)
+    )
+    means_R = ((counts_RS @ differences_SP) * counts_RP).sum(axis=1) / (n_seeds * n_prompts)
     low, high = np.percentile(means_R, [2.5, 97.5])
+    if n_seeds > 1:
+        means_S = differences_SP.mean(axis=1)
+        reach = stats.t.ppf(0.975, n_seeds - 1) * means_S.std(ddof=1) / np.sqrt(n_seeds)
+        low, high = min(low, means_S.mean() - reach), max(high, means_S.mean() + reach)
     return float(low), float(high)
 
 
 def plot(study: Study, group: Group, title: str, file: Path) -> None:
-    """Draw the primary measure against processor time: one curve per arm, the mean over its seeds."""
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    """Draw the decisive measures against processor time: one curve per arm, the mean over its seeds."""
+    n_plots = len(study.decisive)
+    figure, all_axes = pyplot.subplots(n_plots, figsize=(9, 4.5 * n_plots), layout="constrained", squeeze=False)
     styles = {"fixed": "-", "fresh": "--", "own": "-", "mixed": "-.", "rising": "-.", "sft": ":", "seq": ":"}
     colours = pyplot.get_cmap("tab20").colors
-    for index, (arm, by_seed) in enumerate(group.items()):
-        curves = [result["points"] for result in by_seed.values()]
-        seconds, values = (
-            np.mean([[point[name] for point in curve] for curve in curves], axis=0)
-            for name in ("cpu_seconds", study.primary)
-        )
-        style = styles[arm.partition("-")[0]]
-        axes.plot(seconds, values, style, color=colours[index % 20], marker="o", markersize=3, label=arm)
-    axes.set_xlabel("processor time of training, s")
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_ylabel(study.measures[study.primary])
-    axes.set_title(f"{study.name}: {title}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    arms = [(arm, by_seed) for arm, by_seed in group.items() if arm in ARMS]
+    for axes, measure in zip(all_axes[:, 0], study.decisive, strict=True):
+        for index, (arm, by_seed) in enumerate(arms):
+            curves = [result["points"] for result in by_seed.values()]
+            seconds, values = (
+                np.mean([[point[name] for point in curve] for curve in curves], axis=0)
+                for name in ("cpu_seconds", measure)
+            )
+            style = styles[arm.partition("-")[0]]
+            axes.plot(seconds, values, style, color=colours[index % 20], marker="o", markersize=3, label=arm)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_ylabel(study.measures[measure])
+    all_axes[0, 0].set_title(f"{study.name}: {title}")
+    all_axes[0, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    all_axes[-1, 0].set_xlabel("processor time of training, s")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
 

@@ -14,7 +14,7 @@ import datasets
 import torch
 from rich.console import Console
 
-from experiments.arms import ARMS
+from experiments.arms import ARMS, TEACHER, is_timed
 from experiments.draft_study import DraftStudy
 from experiments.errand_study import ErrandStudy
 from experiments.lines import Lines
@@ -30,7 +30,7 @@ def run_all(options: argparse.Namespace, name: str) -> None:
     runs = [run for run in study.runs(options.grid) if lines.find(**run.key) is None]
     console.print(f"{name}: {len(runs)} runs to do")
     # Those that train for as long as another one come after it, and need its result.
-    for _, due in groupby(runs, key=lambda run: ARMS[run.arm].as_long_as is not None):
+    for _, due in groupby(runs, key=lambda run: is_timed(run.arm)):
         batch = list(due)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.workers, mp_context=context, initializer=_begin_process) as pool:
@@ -47,6 +47,11 @@ def _begin_process() -> None:
 def do(options: argparse.Namespace, name: str, run: Run) -> Run:
     """Do one run, add its result, and return it."""
     lines, study = Lines(options.results / f"{name}.jsonl"), study_of(options, name)
+    if run.arm == TEACHER:
+        setting = study.setting(run)
+        spent = {"step": 0, "tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+        lines.add({**run.key, "trained_steps": 0, "points": [{**spent, **setting.measure(setting.teacher)}]})
+        return run
     arm, steps = ARMS[run.arm], run.steps
     if arm.as_long_as is not None:
         steps = steps_in_its_time(lines, run, arm.as_long_as)

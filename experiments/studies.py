@@ -37,8 +37,8 @@ class Study(ABC):
     name: ClassVar[str]
     """The name of its file of results."""
 
-    primary: ClassVar[str]
-    """The measure that decides, higher is better; each point also has it by prompt, as `by_prompt`."""
+    decisive: ClassVar[tuple[str, ...]]
+    """The measures that decide, higher is better; each point also has them by prompt, in `by_prompt`."""
 
     measures: ClassVar[Mapping[str, str]]
     """The measures of the tables, with their titles."""

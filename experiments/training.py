@@ -65,8 +65,7 @@ class _Meter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         if state.global_step not in self._steps:
             return
-        self._spent["seconds"] += time.perf_counter() - self._began
-        self._spent["cpu_seconds"] += time.process_time() - self._cpu_began
+        self.spend(time.perf_counter() - self._began, time.process_time() - self._cpu_began)
         self.add(model, state.global_step)
         self._resume()
 
@@ -78,6 +77,11 @@ class _Meter(TrainerCallback):
             measured = self._measure(student)
             student.train(is_training)
         self.points.append({"step": step, "tokens": self.tokens, **self._spent, **measured})
+
+    def spend(self, seconds: float, cpu_seconds: float) -> None:
+        """Add time to that of training."""
+        self._spent["seconds"] += seconds
+        self._spent["cpu_seconds"] += cpu_seconds
 
     def _resume(self) -> None:
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
@@ -110,8 +114,8 @@ def trained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Train a student in one way, and return it with its measurements.
 
-    `points` are the measurements, the first before training, with the steps, tokens and seconds up to them;
-    `data_cpu_seconds` is the time to make the rows.
+    `points` are the measurements, the first before training, with the steps, tokens and seconds up to them. The time in
+    which a teacher samples its rows counts as training.
     """
     student = setting.student(seed)
     shares = (*setting.measured_at, 1.0) if measures else ()
@@ -120,9 +124,10 @@ def trained(
         if seed not in setting.at_start:
             setting.at_start[seed] = setting.measure(student.eval())
         meter.add(student, 0, setting.at_start[seed])
-    data_began = time.process_time()
+    began, cpu_began = time.perf_counter(), time.process_time()
     rows = Dataset.from_list([dict(row) for row in setting.rows[arm.data](seed)])
-    data_seconds = time.process_time() - data_began
+    if arm.data == "teacher":
+        meter.spend(time.perf_counter() - began, time.process_time() - cpu_began)
     with TemporaryDirectory() as folder:
         trainer = _trainer(setting, arm, student, rows, seed, steps, Path(folder))
         trainer.meter = meter
@@ -130,7 +135,7 @@ def trained(
         trainer.train()
     if measures and setting.measure_at_end is not None:
         meter.points[-1] |= setting.measure_at_end(student.eval())
-    return student, {"data_cpu_seconds": data_seconds, "points": meter.points}
+    return student, {"points": meter.points}
 
 
 def _trainer(

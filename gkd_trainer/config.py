@@ -436,6 +436,11 @@ class GKDConfig(GKDArguments, TrainingArguments):
         "Optimizer steps between log entries, or, below 1, their share of the run. By default a tenth of the run, "
         "and at most 500 steps.",
     )
+    logging_nan_inf_filter: bool = _option(
+        False,
+        "Whether Trainer leaves non-finite losses out of its log, for which it waits for the device in every "
+        "micro-batch. Divergences that are not finite raise GKDNumericsError in any case.",
+    )
     dataset_kwargs: dict[str, Any] | str | None = _option(
         None, "{'skip_prepare_dataset': true} leaves the data set as it is, for your own collator."
     )

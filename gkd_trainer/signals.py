@@ -9,7 +9,7 @@ Shapes: N tokens trained on, V vocabulary, H hidden width, K top tokens of a tea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -177,6 +177,7 @@ class VocabularyMap:
     groups: int
     mode: str = "matched"
     min_matched_mass: float = 0.0
+    _slices: dict[int, VocabularyMap] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def student_rest(self) -> Tensor:
@@ -190,25 +191,31 @@ class VocabularyMap:
 
     def to(self, device: torch.device) -> VocabularyMap:
         """Return the map on a device."""
-        return replace(
+        moved = replace(
             self,
             student_ids_M=self.student_ids_M.to(device),
             teacher_ids_M=self.teacher_ids_M.to(device),
             student_group_V=self.student_group_V.to(device),
             teacher_group_W=self.teacher_group_W.to(device),
         )
+        # Found here, where finding them does not wait for the device.
+        vars(moved).update(student_rest=self.student_rest.to(device), teacher_rest=self.teacher_rest.to(device))
+        return moved
 
     def sliced(self, student_size: int) -> VocabularyMap:
-        """Return the map of the student's first `student_size` tokens."""
+        """Return the map of the student's first `student_size` tokens; the same object for the same size."""
         if student_size >= len(self.student_group_V):
             return self
-        is_kept_M = self.student_ids_M < student_size
-        return replace(
-            self,
-            student_ids_M=self.student_ids_M[is_kept_M],
-            teacher_ids_M=self.teacher_ids_M[is_kept_M],
-            student_group_V=self.student_group_V[:student_size],
-        )
+        if student_size not in self._slices:
+            # The first time, this waits for the device.
+            is_kept_M = self.student_ids_M < student_size
+            self._slices[student_size] = replace(
+                self,
+                student_ids_M=self.student_ids_M[is_kept_M],
+                teacher_ids_M=self.teacher_ids_M[is_kept_M],
+                student_group_V=self.student_group_V[:student_size],
+            )
+        return self._slices[student_size]
 
 
 def _left_out(ids_M: Tensor, of_V: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd_trainer.transfer import all_to_device, integers_to_host, to_device
+
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
 
@@ -230,7 +232,8 @@ class TokenBatch:
     For an encoder-decoder, `input_ids` and `attention_mask` are the encoder's, of another length than the labels, and
     `decoder_input_ids` [B, L] the decoder's.
 
-    Derived values are computed once: finding the positions waits for the device.
+    Derived values are computed once. How many positions are scored depends on the labels, so they are found on the
+    host: see `on_host`.
     """
 
     model_inputs: Mapping[str, Tensor]
@@ -265,8 +268,46 @@ class TokenBatch:
         return is_scored_BL
 
     @cached_property
+    def on_host(self) -> TokenBatch:
+        """The same batch with its integers on the CPU, to be read by the host; itself if it is there.
+
+        Copying them waits for the device, unless they were `known_on_host`.
+        """
+        if self.labels_BL.device.type == "cpu":
+            return self
+        own = {"labels": self.labels_BL, IS_ON_POLICY: self.is_on_policy_B}
+        inputs, side, own = (integers_to_host(values) for values in (self.model_inputs, self.side, own))
+        return TokenBatch(inputs, own["labels"], own[IS_ON_POLICY], self.label_offset, side)
+
+    def known_on_host(self, host: TokenBatch) -> TokenBatch:
+        """Return this batch, whose values `host` has on the CPU: then nothing waits for the device to read them."""
+        batch = replace(self)
+        vars(batch)["on_host"] = host  # not a field: `dataclasses.replace` must not keep it beside other values
+        return batch
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return a batch from the CPU on a device, without waiting for it."""
+        if device.type == "cpu":
+            return self
+        moved = TokenBatch(
+            all_to_device(self.model_inputs, device),
+            to_device(self.labels_BL, device),
+            to_device(self.is_on_policy_B, device),
+            self.label_offset,
+            all_to_device(self.side, device),
+        )
+        return moved.known_on_host(self)
+
+    def with_side(self, name: str, value: Tensor) -> TokenBatch:
+        """Return the batch with one of SIDE_TENSORS, given on the CPU."""
+        batch = replace(self, side={**self.side, name: to_device(value, self.labels_BL.device)})
+        return batch if self.on_host is self else batch.known_on_host(self.on_host.with_side(name, value))
+
+    @cached_property
     def _positions_N2(self) -> Tensor:
-        return self.is_scored_BL.nonzero()
+        if self.on_host is self:
+            return self.is_scored_BL.nonzero()
+        return to_device(self.on_host._positions_N2, self.labels_BL.device)
 
     @property
     def rows_N(self) -> Tensor:
@@ -286,7 +327,7 @@ class TokenBatch:
     @property
     def n_scored(self) -> int:
         """How many positions are scored: N."""
-        return len(self._positions_N2)
+        return len(self._positions_N2 if self.on_host is self else self.on_host._positions_N2)
 
     def of_samples(self, rows: Sequence[int]) -> TokenBatch:
         """Return the batch of some samples, given in ascending order: the scored positions are theirs, in order.
@@ -294,7 +335,11 @@ class TokenBatch:
         Columns stay, padding included. If the forward takes tensors whose samples are unknown, such as images, all
         samples stay in the batch, and the other samples' labels are masked; but no samples are always an empty batch.
         """
-        chosen = torch.tensor(rows, dtype=torch.long, device=self.labels_BL.device)
+        batch = self._of_samples(rows)
+        return batch if self.on_host is self else batch.known_on_host(self.on_host._of_samples(rows))
+
+    def _of_samples(self, rows: Sequence[int]) -> TokenBatch:
+        chosen = to_device(torch.tensor(rows, dtype=torch.long), self.labels_BL.device)
         is_tensor = {name: isinstance(value, Tensor) for name, value in self.model_inputs.items()}
         is_known = {name: name in PER_TOKEN | PER_LABEL or not is_tensor[name] for name in self.model_inputs}
         if not rows or all(is_known.values()):

@@ -44,7 +44,8 @@ def anchors(page):
     return found
 
 
-PLAIN_OPTIONS = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs", "logging_steps"}
+PLAIN_OPTIONS = {"model_init_kwargs", "trust_remote_code", "dataset_num_proc", "dataset_kwargs"}
+PLAIN_OPTIONS |= {"logging_steps", "logging_nan_inf_filter"}
 OWN_OPTIONS = [
     *dataclasses.fields(GKDArguments),
     *(option for option in dataclasses.fields(GKDConfig) if option.name in PLAIN_OPTIONS),

@@ -16,7 +16,7 @@ STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
     {"redaction", "config_effects", "quiet", "compat"},
-    {"errors"},
+    {"errors", "transfer"},
     {"signals", "types", "urls", "vllm_answers"},
     {"divergence"},
     {"config_checks"},

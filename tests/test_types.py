@@ -114,6 +114,32 @@ def test_no_side_tensor_is_taken_for_values_per_token_or_for_a_model_input():
     assert batch.model_inputs == {}
 
 
+def test_a_batch_sent_to_a_device_is_still_read_on_the_host():
+    host = replace(labelled_batch(), side={ROW_KEY: torch.tensor([7, 8, 9])})
+    moved = host.to(torch.device("meta"))
+    assert {moved.labels_BL.device.type, moved.model_inputs["input_ids"].device.type} == {"meta"}
+    assert moved.on_host is host
+    assert (moved.n_scored, moved.rows_N.device.type, len(moved.targets_N)) == (4, "meta", 4)
+    assert host.to(torch.device("cpu")) is host.on_host is host
+
+    chosen = moved.of_samples([1, 2])
+    assert (chosen.labels_BL.device.type, chosen.n_scored) == ("meta", 2)
+    assert chosen.on_host.labels_BL.tolist() == host.labels_BL[1:].tolist()
+    assert chosen.on_host.side[ROW_KEY].tolist() == [8, 9]
+
+    marked = moved.with_side(ROW_KEY, torch.tensor([1, 2, 3]))
+    assert marked.side[ROW_KEY].device.type == "meta"
+    assert marked.on_host.side[ROW_KEY].tolist() == [1, 2, 3]
+    assert moved.on_host.side[ROW_KEY].tolist() == [7, 8, 9]
+
+
+def test_a_changed_batch_does_not_keep_its_copy_on_the_host():
+    moved = labelled_batch().to(torch.device("meta"))
+    changed = replace(moved, labels_BL=moved.labels_BL + 1)
+    with pytest.raises(NotImplementedError, match="no data"):
+        changed.n_scored  # noqa: B018
+
+
 @pytest.mark.parametrize("label_offset", [0, 1])
 def test_nothing_is_scored_in_a_batch_of_no_tokens(label_offset):
     batch = TokenBatch({}, torch.empty(2, 0, dtype=torch.long), torch.zeros(2, dtype=torch.bool), label_offset)

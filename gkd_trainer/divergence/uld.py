@@ -77,7 +77,7 @@ class SortedTerms:
         q_RM, p_RM = log_q_RM.exp(), log_p_RM.exp()
         gap_RM = torch.where(q_RM + p_RM == 0, 0.0, log_q_RM - log_p_RM)
         pair = Pair(q_RM, p_RM, log_q_RM, log_p_RM, gap_RM)
-        values_RM, slope_RM = TERMS[self.objective.kind](pair, q_RM.new_tensor(first), q_RM.new_tensor(second))
+        values_RM, slope_RM = TERMS[self.objective.kind](pair, q_RM.new_full((), first), q_RM.new_full((), second))
         # The slopes leave out multiples of q, which cancel only in a sum over all tokens.
         slope_RM = slope_RM + {"forward_kl": -q_RM, "reverse_kl": q_RM}.get(self.objective.kind, 0.0)
         return values_RM.sum(dim=1) * factor, slope_RM * factor

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gkd_trainer.transfer import to_device
 from gkd_trainer.types import TokenBatch
 
 _SINGLE = 16
@@ -55,8 +56,7 @@ class PositionSums:
         dtype = torch.float32 if divergence_N.device.type == "mps" else torch.float64
         divergence_N = divergence_N.detach().to(dtype)
         is_finite_N = divergence_N.isfinite()
-        # Moved once: a copy in each micro-batch might wait for the device.
-        self._first_P = first_P = self._first_P.to(divergence_N.device)
+        self._first_P = first_P = to_device(self._first_P, divergence_N.device)
         position_N = positions_in_runs(batch.rows_N, batch.columns_N, _samples_N(batch))
         bin_N = torch.bucketize(position_N, first_P, right=True) - 1
         is_on_policy_N = batch.is_on_policy_B[batch.rows_N].long()

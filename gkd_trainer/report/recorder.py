@@ -84,7 +84,7 @@ class Recorder(TrainerCallback):
             teacher,
             result,
             # Some may have no tokens to train on.
-            list(dict.fromkeys(batch.rows_N.tolist()))[:wanted],
+            list(dict.fromkeys(batch.on_host.rows_N.tolist()))[:wanted],
             self._tokenizer,
             temperature=self._args.loss_temperature,
             max_tokens=MAX_TOKENS,

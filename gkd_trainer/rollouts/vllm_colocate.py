@@ -57,7 +57,9 @@ class VLLMColocateRollouts(RolloutEngine):
         gpu_memory_utilization: Share of a GPU's memory for weights and KV cache. On a CPU the cache takes 1 GiB, unless
             set by `kv_cache_memory_bytes` in `engine_kwargs` or by the variable VLLM_CPU_KVCACHE_SPACE.
         tensor_parallel_size: Number of ranks that share an engine; it generates their completions together.
-        enable_sleep_mode: Whether the engine frees the device's memory while the student trains (CUDA).
+        enable_sleep_mode: Whether the engine frees the device's memory while the student trains (CUDA). With "full"
+            weights it then drops them, since the next sync sends all again; with "adapter" the base model, which is
+            sent only once, waits on the CPU.
         weight_sync: "full" sends all weights with adapters merged; "adapter" sends the base model once, then only a
             LoRA adapter; "auto" is "adapter" if the student has a plain LoRA adapter and the device is CUDA.
         trust_remote_code: Whether the engine may run Python code that comes with the model.
@@ -98,6 +100,7 @@ class VLLMColocateRollouts(RolloutEngine):
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size = vocab_size
         self._sleeps, self._is_asleep = enable_sleep_mode, False
+        self._student: weakref.ref[nn.Module] | None = None
         self._ranks = _TensorParallelGroup(tensor_parallel_size)
         self._folder = PrivateFolder()
         self._synced = 0
@@ -129,7 +132,8 @@ class VLLMColocateRollouts(RolloutEngine):
             GKDRolloutError: The engine failed, or an adapter could not be written for it.
         """
         with _failing_as("take weights"), _undisturbed():
-            self._wake_up()
+            # Not its cache yet: that would take the memory which sending the weights needs.
+            self._wake_up("weights")
             if not self._sends_adapter or self._synced == 0:
                 weights = checkpoint_weights(model, with_adapters=not self._sends_adapter)
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -139,6 +143,9 @@ class VLLMColocateRollouts(RolloutEngine):
                 raise GKDRolloutError(
                     "the vLLM engine kept its cache of older weights, since other requests are running"
                 )
+            self._wake_up("kv_cache")
+            self._is_asleep = False
+        self._student = weakref.ref(model)
         self._synced += 1
 
     def generate(
@@ -168,18 +175,19 @@ class VLLMColocateRollouts(RolloutEngine):
             SamplingParams(**fields)
         except (TypeError, ValueError) as error:
             raise GKDConfigError(f"vLLM refuses these sampling options: {error}") from error
-        if not jobs:
-            return []
+        if self._is_asleep:  # there is no sync between two batches of an evaluation
+            self._wake_up_unchanged()
         with _failing_as("generate"), _undisturbed():
-            self._wake_up()  # there is no sync between two batches of an evaluation
-            outputs = self._llm.generate(
-                [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
-                [SamplingParams(**fields, seed=seed) for _, seed in jobs],
-                use_tqdm=False,
-                lora_request=self._lora_request,
-            )
-            if self._sleeps:
-                self._llm.sleep(level=1)
+            outputs = []
+            if jobs:
+                outputs = self._llm.generate(
+                    [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
+                    [SamplingParams(**fields, seed=seed) for _, seed in jobs],
+                    use_tqdm=False,
+                    lora_request=self._lora_request,
+                )
+            if self._sleeps:  # without prompts too: ranks that share a sharded student wake up together
+                self._llm.sleep(level=1 if self._sends_adapter else 2)
                 self._is_asleep = True
             return [
                 parse_completion(
@@ -200,9 +208,23 @@ class VLLMColocateRollouts(RolloutEngine):
             _LIVE_ENGINES.discard(self)
         self._folder.close()
 
-    def _wake_up(self) -> None:
+    def _wake_up(self, part: str) -> None:
+        """Give the engine its memory for "weights" or "kv_cache" again, after sleep."""
         if self._is_asleep:
-            self._llm.wake_up()
+            # The engine can't take memory that torch keeps but does not use. (vLLM 0.32 frees it by itself.)
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=[part])
+
+    def _wake_up_unchanged(self) -> None:
+        if not self._sends_adapter:
+            student = None if self._student is None else self._student()
+            if student is None:
+                raise GKDRolloutError("the student is gone whose weights the vLLM engine dropped: call sync(model)")
+            self.sync(student)
+            return
+        with _failing_as("wake up"), _undisturbed():
+            self._wake_up("weights")
+            self._wake_up("kv_cache")
             self._is_asleep = False
 
     def _load_adapter(self, model: nn.Module) -> None:

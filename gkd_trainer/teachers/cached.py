@@ -29,6 +29,7 @@ from gkd_trainer.teachers.cache.format import (
 from gkd_trainer.teachers.cache.kinds import Values, values_of
 from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
+from gkd_trainer.transfer import to_device
 from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class CachedTeacher(CompositeTeacher):
             raise RuntimeError("CachedTeacher.score was called before prepare(device)")
         if batch.label_offset != 1:
             raise GKDDataError("the rows of an encoder-decoder can't be cached: use its teacher in this process")
-        prompts_BP = batch.side.get(TEACHER_PROMPT_IDS)
+        prompts_BP = batch.on_host.side.get(TEACHER_PROMPT_IDS)
         if prompts_BP is not None and bool((prompts_BP != IGNORE_INDEX).any()):
             raise GKDDataError(
                 f"the cache in {self._folder} holds predictions for the rows' own prompts, but this batch has prompts "
@@ -210,12 +211,12 @@ class CachedTeacher(CompositeTeacher):
             if known is None:  # a server's
                 largest = int(ids_NK.max()) if ids_NK.numel() > 0 else 0
                 known = max(largest, *(self._vocabulary or {}).values()) + 1
-            return TopKSignal(ids_NK.to(device), log_p_NK.to(device), known)
+            return TopKSignal(to_device(ids_NK, device), to_device(log_p_NK, device), known)
         assert self._head is not None
         dtype: torch.dtype = getattr(torch, manifest.dtype)
         nothing_NH = torch.empty(0, manifest.width, dtype=dtype)
         hidden_NH = torch.cat([nothing_NH, *(hidden_PH.to(dtype) for (hidden_PH,) in rows)])
-        return HiddenSignal(hidden_NH.to(device), self._head)
+        return HiddenSignal(to_device(hidden_NH, device), self._head)
 
     def _scored_live(self, batch: TokenBatch, sequences: list[TokenSequence], missing: list[int]) -> list[Values]:
         if self._fallback is None:
@@ -232,8 +233,8 @@ class CachedTeacher(CompositeTeacher):
     def _missing_row(self, batch: TokenBatch, sequences: list[TokenSequence], index: int) -> str:
         sequence = sequences[index]
         names = [f"{len(sequence.token_ids)} tokens, {sequence.token_ids[:8]}…"]
-        keys_B = batch.side.get(ROW_KEY)
-        rows = batch.rows_N.unique().tolist()
+        keys_B = batch.on_host.side.get(ROW_KEY)
+        rows = batch.on_host.rows_N.unique().tolist()
         if keys_B is not None and len(rows) == len(sequences):
             names.insert(0, f"{ROW_KEY} {int(keys_B[rows[index]])}")
         if self._tokenizer is not None:
@@ -259,7 +260,7 @@ def _batch_of(sequences: Sequence[TokenSequence], device: torch.device) -> Token
         "attention_mask": pad_sequence([torch.ones_like(ids_L) for ids_L in ids], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
     }
-    return TokenBatch.from_inputs({name: value.to(device) for name, value in inputs.items()})
+    return TokenBatch.from_inputs(inputs).to(device)
 
 
 def _moved(head: Head, device: torch.device) -> Head:

@@ -136,14 +136,14 @@ class ContextTeacher(CompositeTeacher):
 
     def _prompted(self, batch: TokenBatch) -> TokenBatch:
         """Return the batch with a teacher's prompt for each scored sample for which there is one."""
-        given_BP = batch.side.get(TEACHER_PROMPT_IDS)
-        keys_B = batch.side.get(ROW_KEY)
+        host = batch.on_host
+        given_BP, keys_B = host.side.get(TEACHER_PROMPT_IDS), host.side.get(ROW_KEY)
         lists = []
-        for row, (start, end) in enumerate(_completions(batch)):
+        for row, (start, end) in enumerate(_completions(host)):
             given = [] if given_BP is None else [i for i in given_BP[row].tolist() if i != IGNORE_INDEX]
             if not given and start < end:
                 key = None if keys_B is None else int(keys_B[row])
-                ids = _completion_ids(batch, row, start, end)
+                ids = _completion_ids(host, row, start, end)
                 given = self._made_prompt(key, ids, is_source=batch.label_offset == 0)
                 needed = len(given) + len(ids) * batch.label_offset  # an encoder reads no completion
                 if given and self._limit is not None and needed > self._limit:
@@ -153,7 +153,7 @@ class ContextTeacher(CompositeTeacher):
         if not lists:  # one of several teachers, which has no sample in this batch
             return batch
         prompts_BP = pad_sequence(lists, batch_first=True, padding_value=IGNORE_INDEX)
-        return replace(batch, side={**batch.side, TEACHER_PROMPT_IDS: prompts_BP.to(batch.labels_BL.device)})
+        return batch.with_side(TEACHER_PROMPT_IDS, prompts_BP)
 
     def _made_prompt(self, key: int | None, completion_ids: list[int], *, is_source: bool) -> list[int]:
         position = None if key is None else self._position_by_key.get(key)
@@ -206,13 +206,19 @@ def with_teacher_prompts(batch: TokenBatch) -> TokenBatch:
     Raises:
         GKDDataError: The batch holds more than token ids, which can't be moved to another prompt.
     """
-    prompts_BP = batch.side.get(TEACHER_PROMPT_IDS)
-    if prompts_BP is None or prompts_BP.numel() == 0:
+    if batch.side.get(TEACHER_PROMPT_IDS) is None:
         return batch
-    sizes = (prompts_BP != IGNORE_INDEX).sum(dim=1).tolist()
+    host = batch.on_host
+    sizes = (host.side[TEACHER_PROMPT_IDS] != IGNORE_INDEX).sum(dim=1).tolist()
     if not any(sizes):
         return batch
     _require_only_tokens(batch)
+    return _with_prompts(host, sizes).to(batch.labels_BL.device)
+
+
+def _with_prompts(batch: TokenBatch, sizes: list[int]) -> TokenBatch:
+    """Return a batch on the CPU with the teacher's prompts, of so many tokens, before the completions."""
+    prompts_BP = batch.side[TEACHER_PROMPT_IDS]
     ids_BL, labels_BL = batch.model_inputs["input_ids"], _scored_labels(batch)
     mask_BL = batch.model_inputs.get("attention_mask")
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL

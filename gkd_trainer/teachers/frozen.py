@@ -200,12 +200,13 @@ def _loading_unsharded() -> Iterator[None]:
 
 def masked_token(batch: TokenBatch) -> TokenBatch:
     """Return a batch of one token to which nothing is compared, on the device of an empty batch."""
-    id_BL = batch.labels_BL.new_zeros(1, 1)
-    is_on_policy_B = batch.is_on_policy_B.new_zeros(1)
+    id_BL = torch.zeros(1, 1, dtype=torch.long)
     inputs = {"input_ids": id_BL, "attention_mask": torch.ones_like(id_BL)}
     if has_decoder_inputs(batch.model_inputs):
         inputs[DECODER_INPUT_IDS] = id_BL
-    return TokenBatch(inputs, torch.full_like(id_BL, IGNORE_INDEX), is_on_policy_B, batch.label_offset)
+    is_on_policy_B = torch.zeros(1, dtype=torch.bool)
+    host = TokenBatch(inputs, torch.full_like(id_BL, IGNORE_INDEX), is_on_policy_B, batch.label_offset)
+    return host.to(batch.labels_BL.device)
 
 
 def _checked(model: object) -> nn.Module:

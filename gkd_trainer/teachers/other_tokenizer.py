@@ -200,19 +200,20 @@ class OtherTokenizerTeacher(AligningTeacher):
 
 def teacher_batch(batch: TokenBatch) -> TokenBatch:
     """Return a batch in the teacher's tokens, whose scored positions are those of the student's batch, in order."""
-    ids_BP, columns_BP = batch.side[TEACHER_IDS], batch.side[TEACHER_COLUMNS]
+    host = batch.on_host
+    ids_BP, columns_BP = host.side[TEACHER_IDS], host.side[TEACHER_COLUMNS]
     is_real_BP = ids_BP != IGNORE_INDEX
     rows_N, places_N = (columns_BP != IGNORE_INDEX).nonzero(as_tuple=True)
-    if len(rows_N) != batch.n_scored:
+    if len(rows_N) != host.n_scored:
         raise RuntimeError(
-            f"the batch has {len(rows_N)} positions of the teacher for {batch.n_scored} scored positions: its labels "
+            f"the batch has {len(rows_N)} positions of the teacher for {host.n_scored} scored positions: its labels "
             "were changed after OtherTokenizerTeacher.comparable"
         )
     columns_N = columns_BP[rows_N, places_N]
     labels_BP = torch.full_like(ids_BP, IGNORE_INDEX)
     labels_BP[rows_N, columns_N] = ids_BP[rows_N, columns_N]
     model_inputs = {"input_ids": ids_BP.where(is_real_BP, 0), "attention_mask": is_real_BP.long()}
-    return TokenBatch(model_inputs, labels_BP, batch.is_on_policy_B)
+    return TokenBatch(model_inputs, labels_BP, host.is_on_policy_B).to(batch.labels_BL.device)
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,13 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
             f"a teacher behind a server or in a cache knows only token ids, but this batch also holds "
             f"{', '.join(media)}: it would score the text without them. Use a teacher in this process"
         )
-    ids_BL = batch.model_inputs["input_ids"].cpu().numpy()
-    is_target_BL = batch.is_scored_BL.roll(batch.label_offset, dims=1).cpu().numpy()
-    mask_BL = batch.model_inputs.get("attention_mask")
-    is_real_BL = np.ones_like(is_target_BL) if mask_BL is None else mask_BL.bool().cpu().numpy()
-    position_ids_BL = batch.model_inputs.get("position_ids")
-    is_start_BL = np.zeros_like(is_target_BL) if position_ids_BL is None else position_ids_BL.cpu().numpy() == 0
+    host = batch.on_host
+    ids_BL = host.model_inputs["input_ids"].numpy()
+    is_target_BL = host.is_scored_BL.roll(host.label_offset, dims=1).numpy()
+    mask_BL = host.model_inputs.get("attention_mask")
+    is_real_BL = np.ones_like(is_target_BL) if mask_BL is None else mask_BL.bool().numpy()
+    position_ids_BL = host.model_inputs.get("position_ids")
+    is_start_BL = np.zeros_like(is_target_BL) if position_ids_BL is None else position_ids_BL.numpy() == 0
     if (is_target_BL & ~is_real_BL).any():
         raise GKDDataError("the attention mask hides tokens that are trained on: set their labels to -100")
     sequences = []

@@ -59,8 +59,6 @@ class RoutedTeachers(SeveralTeachers):
     def score(self, batch: TokenBatch) -> Signal:
         """Return the predictions of each sample's teacher: a GroupedSignal, or a plain one if there is only one group.
 
-        Waits for the device once per batch, as finding the scored positions does.
-
         Raises:
             GKDTeacherError: The batch does not say which sample has which teacher.
             GKDDataError: A sample's teacher is missing, or not one of these.
@@ -72,9 +70,8 @@ class RoutedTeachers(SeveralTeachers):
                 f"from their column {self.column!r} or from `route`; a collator that makes its own samples, or a data "
                 "set that is not prepared here (skip_prepare_dataset), must return it"
             )
-        samples = self._samples_by_teacher(index_B)
+        samples = self._samples_by_teacher(batch.on_host.side[TEACHER_INDEX].tolist())
         parts = [batch.of_samples(rows) for rows in samples]
-        # Before any teacher runs: finding the positions waits for the device.
         counts = [part.n_scored for part in parts]
         signals = {}
         for name, rows, part, count in zip(self.names, samples, parts, counts, strict=True):
@@ -87,9 +84,9 @@ class RoutedTeachers(SeveralTeachers):
         order_N = torch.argsort(index_B[batch.rows_N], stable=True)
         return GroupedSignal(order_N, tuple(signal for signal, _ in signals.values()))
 
-    def _samples_by_teacher(self, index_B: torch.Tensor) -> list[list[int]]:
+    def _samples_by_teacher(self, indices: list[int]) -> list[list[int]]:
         samples: list[list[int]] = [[] for _ in self.names]
-        for row, index in enumerate(index_B.tolist()):
+        for row, index in enumerate(indices):
             if not 0 <= index < len(samples):
                 raise GKDDataError(
                     f"sample {row} of a batch has the {TEACHER_INDEX} {index}, but there are {len(samples)} teachers, "

@@ -32,6 +32,7 @@ from gkd_trainer.teachers.prompt_states import (
     states_request,
 )
 from gkd_trainer.teachers.served import TeacherServers
+from gkd_trainer.transfer import to_device
 from gkd_trainer.types import TokenBatch
 from gkd_trainer.vllm_client import RawAnswer, RequestRefusedError, VLLMServer
 
@@ -119,7 +120,7 @@ class HiddenStateServerTeacher(Teacher):
         """
         states = self._servers.score_each(sequences_of(batch), self._score)
         hidden_NH = torch.cat(states) if states else torch.empty(0, self._width)
-        return HiddenSignal(hidden_NH.to(batch.labels_BL.device), self._head)
+        return HiddenSignal(to_device(hidden_NH, batch.labels_BL.device), self._head)
 
     @property
     def base_urls(self) -> list[str]:

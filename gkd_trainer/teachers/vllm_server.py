@@ -25,6 +25,7 @@ from gkd_trainer.teachers.prompt_scores import (
     total_variation,
 )
 from gkd_trainer.teachers.served import NOISE, TeacherServers
+from gkd_trainer.transfer import to_device
 from gkd_trainer.types import TokenBatch
 from gkd_trainer.vllm_answers import CompletionAnswer
 from gkd_trainer.vllm_client import VLLMServer
@@ -114,8 +115,8 @@ class VLLMServerTeacher(Teacher):
         ids_NK = np.concatenate([each.ids_PK for each in scores])
         known = max(self._vocabulary.values())
         return TopKSignal(
-            ids_NK=torch.from_numpy(ids_NK).to(device),
-            log_p_NK=torch.from_numpy(np.concatenate([each.log_p_PK for each in scores])).to(device, torch.float32),
+            ids_NK=to_device(torch.from_numpy(ids_NK), device),
+            log_p_NK=to_device(torch.from_numpy(np.concatenate([each.log_p_PK for each in scores])).float(), device),
             vocab_size=int(ids_NK.max(initial=known)) + 1,
         )
 

@@ -136,8 +136,7 @@ def cache_predictions(
     with writer:
         new = _new_rows(rows, writer, is_quiet=args.disable_tqdm)
         for examples in _batches_by_length(new, batch_size):
-            inputs = {name: value.to(args.device) for name, value in collate(examples).items()}
-            batch = TokenBatch.from_inputs(inputs)
+            batch = TokenBatch.from_inputs(collate(examples)).to(args.device)
             writer.add(batch, teacher.score(batch))
     manifest = writer.manifest
     assert manifest is not None  # a cache without rows is an error

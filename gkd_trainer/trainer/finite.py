@@ -1,4 +1,4 @@
-"""The check that logits and divergences are finite: flagged on the device, read once per window.
+"""The check that logits and divergences are finite: flagged on the device, read before the optimizer steps.
 
 Shapes: B batch, N tokens trained on.
 """
@@ -11,34 +11,52 @@ import torch
 from torch import Tensor
 
 from gkd_trainer.errors import GKDNumericsError
+from gkd_trainer.transfer import HostCopy
 
 
 class FiniteCheck:
-    """Collects which samples of a window's micro-batches had non-finite values."""
+    """Collects which samples of a window's micro-batches had non-finite values.
+
+    `begin_reading` after the window's last forward, and `raise_if_not` after its backward: then the host waits for the
+    forward alone, while the device still has the whole backward before it, and is never idle for it.
+    """
 
     def __init__(self) -> None:
         self._bad_B2: list[Tensor] = []
+        self._is_bad: HostCopy | None = None
 
     def add(self, rows_N: Tensor, batch_size: int, is_teacher_finite_N: Tensor, is_finite_N: Tensor) -> None:
         """Add a micro-batch: the sample of each token, and whether the teacher's logits and the value were finite."""
         bad_N2 = torch.stack([~is_teacher_finite_N, ~is_finite_N], dim=1).long()
         self._bad_B2.append(bad_N2.new_zeros(batch_size, 2).index_add_(0, rows_N, bad_N2))
+        self._is_bad = None
 
     def clear(self) -> None:
         """Forget the window."""
-        self._bad_B2 = []
+        self._bad_B2, self._is_bad = [], None
+
+    def begin_reading(self, reduce: Callable[[Tensor], Tensor] = lambda flag: flag) -> None:
+        """Begin to read whether any flag is set, on any rank: if one must raise, all do.
+
+        Otherwise the others would wait for it in their next exchange.
+
+        Args:
+            reduce: Sums a tensor over ranks, which all call this together.
+        """
+        if self._bad_B2:
+            self._is_bad = HostCopy(reduce(torch.cat(self._bad_B2).any().long()))
 
     def raise_if_not(self, step: int, rank: int, reduce: Callable[[Tensor], Tensor] = lambda flag: flag) -> None:
-        """Read the flags and raise GKDNumericsError for the first flagged sample.
-
-        If one rank must raise, all raise: otherwise the others would wait for it in their next exchange.
+        """Raise GKDNumericsError for the first flagged sample, if any is flagged.
 
         Args:
             step: The next optimizer step, from 1, for the message.
             rank: This rank, for the message.
-            reduce: Sums a tensor over ranks.
+            reduce: As in `begin_reading`, which this calls if nothing has begun since the last flags were added.
         """
-        if not self._bad_B2 or not reduce(torch.cat(self._bad_B2).any().long()):
+        if self._is_bad is None:
+            self.begin_reading(reduce)
+        if self._is_bad is None or not self._is_bad.read():
             return
         for micro_batch, bad_B2 in enumerate(self._bad_B2):
             for sample, (teacher_tokens, tokens) in enumerate(bad_B2.tolist()):

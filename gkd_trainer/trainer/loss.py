@@ -145,7 +145,10 @@ def divided(loss_sum: Tensor, divisor: Tensor | int, averaging_ranks: int = 1) -
 
     `averaging_ranks` is the number of ranks over which the gradient is averaged although the divisor counts all ranks.
     """
-    loss = loss_sum / torch.as_tensor(divisor, device=loss_sum.device).clamp_min(1)
+    if isinstance(divisor, Tensor):
+        loss = loss_sum / divisor.to(loss_sum.device).clamp_min(1)
+    else:  # not made a tensor, whose copy would wait for the device
+        loss = loss_sum / max(divisor, 1)
     return loss if averaging_ranks == 1 else loss * averaging_ranks
 
 

@@ -64,6 +64,7 @@ from gkd_trainer.trainer.evaluation import Evaluation
 from gkd_trainer.trainer.finite import FiniteCheck
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
 from gkd_trainer.trainer.parts import build_parts
+from gkd_trainer.trainer.placement import Placement, keep_on_host
 from gkd_trainer.trainer.preparation import (
     is_stream,
     keeping_columns,
@@ -223,6 +224,7 @@ class GKDMixin(AnyTrainer):
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
+        self._placement, self._is_last_of_window = Placement(self.args.device), False
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
         self._generated: list[Generated] = []
         self._has_trained = False
@@ -360,7 +362,8 @@ class GKDMixin(AnyTrainer):
         return output
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *sizes: Any) -> tuple[Any, ...]:
-        """Return the lengths of the run, and log every tenth of it by default."""
+        """Return the lengths of the run, log every tenth of it by default, and keep its batches on the CPU for now."""
+        keep_on_host(dataloader)
         lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader, *sizes)
         if isinstance(args.logging_steps, Unset):  # also if an earlier run set it
             args.logging_steps = Unset(tenth_of(lengths[-1]))
@@ -369,7 +372,7 @@ class GKDMixin(AnyTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """Return the window's batches after their rollouts, and the number of tokens trained on in them.
+        """Return the window's batches after their rollouts, on the device, and the number of tokens trained on in them.
 
         With `average_tokens_across_devices`, the count is over all ranks. Tokens are counted after the rollouts, which
         replace completions from the data set.
@@ -391,10 +394,10 @@ class GKDMixin(AnyTrainer):
             return batches, None
         for batch in batches:
             require_labels(batch)
-        batches = self._comparable(batches)
+        placed = self._placement.placed(self._comparable(batches))
         self._has_trained = True
         self._finite_check.clear()
-        return batches, self._count_trained_tokens(batches, device)
+        return placed, self._count_trained_tokens(device)
 
     def _rolled_out(self, epoch: Epoch) -> list[dict[str, Any]]:
         with self._meter.measure("rollout"), self._saving_before_it_fails():
@@ -414,8 +417,8 @@ class GKDMixin(AnyTrainer):
                 self._meter.add_samples(incomparable_tokens=scored[0] - scored[1])
         return found
 
-    def _count_trained_tokens(self, batches: list[Any], device: torch.device) -> Tensor:
-        count = torch.stack([TokenBatch.from_inputs(batch).is_scored_BL.sum() for batch in batches]).sum().to(device)
+    def _count_trained_tokens(self, device: torch.device) -> Tensor:
+        count = torch.full((), self._placement.scored_tokens, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self._ranks.gather(count).sum()
             # These ranks see the same tokens.
@@ -426,9 +429,11 @@ class GKDMixin(AnyTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward of a micro-batch; at the window's last, raise if any values were not finite."""
+        self._is_last_of_window = self.accelerator.sync_gradients
         with self._meter.measure("step"), self._saving_before_it_fails():
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+        if self._is_last_of_window:
+            self._is_last_of_window = False
             self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
         return loss
 
@@ -455,6 +460,7 @@ class GKDMixin(AnyTrainer):
         require_labels(inputs)
         decoded = inputs if has_decoder_inputs(inputs) else self._decoded(inputs)
         batch = TokenBatch.from_inputs(comparable(self.teacher, decoded))
+        batch = self._placement.recognised(inputs, batch)
         self._pairing = pairing = self._pairing.with_student(self.model, self._ranks)
         self._student_teachers.attach(self.model, self._ranks, pairing.head)
         with (
@@ -503,6 +509,8 @@ class GKDMixin(AnyTrainer):
         if result.cross_entropy_N is not None:
             is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
         self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
+        if self._is_last_of_window:  # before the backward: see FiniteCheck
+            self._finite_check.begin_reading(self._ranks.sum)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; training entries get the metrics since the last one."""

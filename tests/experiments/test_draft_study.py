@@ -34,7 +34,7 @@ def test_a_student_is_measured_as_a_draft_model_only_at_the_end(options):
         for point in earlier:
             assert not {"sampled_2", "greedy_2"} & point.keys()
             assert 0 < point["acceptance"] < 1
-            assert len(point["by_prompt"]) == 3
+            assert len(point["by_prompt"]["acceptance"]) == 3
 
 
 def test_the_means_are_over_the_tokens_of_all_prompts(options):

@@ -7,16 +7,22 @@ import pytest
 
 from experiments.report import common_time, grouped, interval, point_of, write_report
 
-STUDY = Namespace(name="toy", primary="success", measures={"success": "success"})
+STUDY = Namespace(name="toy", decisive=("success",), measures={"success": "success"})
 
 
-def result(arm, seed, curve, by_prompt):
+def result(arm, seed, curve, by_prompt, steps=20):
     """A run measured at (step, seconds, success)."""
     points = [
-        {"step": step, "seconds": seconds, "cpu_seconds": seconds, "success": value, "by_prompt": by_prompt}
+        {
+            "step": step,
+            "seconds": seconds,
+            "cpu_seconds": seconds,
+            "success": value,
+            "by_prompt": {"success": by_prompt},
+        }
         for step, seconds, value in curve
     ]
-    return {"arm": arm, "seed": seed, "factors": {"width": 8}, "points": points}
+    return {"arm": arm, "seed": seed, "steps": steps, "factors": {"width": 8}, "points": points}
 
 
 RESULTS = [
@@ -30,20 +36,36 @@ RESULTS = [
 def test_arms_are_compared_at_the_time_that_supervised_training_takes():
     [group] = grouped(RESULTS).values()
     assert common_time(group) == 11.0
-    assert point_of(group["own-forward"][0], 11.0)["success"] == 0.6
-    assert point_of(group["own-forward"][1], 11.0)["success"] == 0.1
+    assert point_of(group["own-forward"][0], 15.0)["success"] == pytest.approx(0.75)  # halfway between two
+    assert point_of(group["own-forward"][1], 15.0)["success"] == pytest.approx(0.35)
+    assert point_of(group["own-forward"][1], 15.0)["step"] == 5
     assert point_of(group["own-forward"][1])["success"] == 0.8
+    assert point_of(group["fixed-forward"][0], 15.0)["success"] == 0.5  # has ended by then
+
+
+def test_results_of_other_numbers_of_steps_are_not_mixed_in():
+    short = [result(arm, 0, [(0, 0.0, 0.1), (5, 2.0, 0.3)], [1, 0, 0, 0], steps=5) for arm in ("sft", "own-forward")]
+    groups = grouped([*RESULTS, *short])
+    assert [dict(factors)["steps"] for factors in groups] == [20, 5]
+    assert [sorted(group["own-forward"]) for group in groups.values()] == [[0, 1], [0]]
+
+
+def test_the_teacher_and_what_all_arms_start_from_come_first():
+    teacher = result("teacher", 0, [(0, 0.0, 0.99)], [1, 1, 1, 1])
+    [group] = grouped([*RESULTS, teacher]).values()
+    assert list(group) == ["teacher", "start", "fixed-forward", "own-forward"]
+    assert {point_of(by_seed)["success"] for by_seed in group["start"].values()} == {0.1}
 
 
 def test_a_report_has_both_tables_and_the_paired_difference(tmp_path):
     text = write_report(STUDY, RESULTS, tmp_path).read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     ends = [row for row in rows if row[0] == "own-forward"]
-    assert [(row[3], row[5]) for row in ends] == [("20", "0.850"), ("5", "0.350")]
+    assert [(row[3], row[5]) for row in ends] == [("20", "0.850"), ("7", "0.457")]
     [difference] = [row for row in rows if row[0] == "own-forward − fixed-forward"]
     assert difference[1] == "2"
     assert difference[2].startswith("+0.500 [")
-    assert (tmp_path / "toy-width8.png").stat().st_size > 1000
+    assert (tmp_path / "toy-width8-steps20.png").stat().st_size > 1000
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_data():
@@ -56,7 +78,15 @@ def test_an_interval_holds_the_mean_and_narrows_with_data():
     assert interval(np.full((3, 4), 0.25)) == pytest.approx((0.25, 0.25))
 
 
-def test_seeds_that_differ_widen_the_interval():
-    differences_SP = np.array([[0.0] * 50, [1.0] * 50])
-    low, high = interval(differences_SP)
-    assert (low, high) == (0.0, 1.0)
+def test_prompts_that_differ_widen_the_interval_of_equal_seeds():
+    low, high = interval(np.tile([0.0, 1.0], (3, 50)))
+    assert low < 0.42
+    assert high > 0.58
+
+
+@pytest.mark.parametrize("n_seeds", [3, 5])
+def test_an_interval_from_few_seeds_misses_the_mean_about_once_in_twenty(n_seeds):
+    numbers = np.random.default_rng(1)
+    draws = [numbers.normal(0.0, 1.0, size=(n_seeds, 1)) + np.zeros((n_seeds, 8)) for _ in range(60)]
+    misses = [not low <= 0 <= high for low, high in map(interval, draws)]
+    assert sum(misses) <= 8  # 3 expected; the bootstrap by itself would miss it 10 to 15 times

@@ -1,14 +1,16 @@
 """An experiment from end to end, tiny: every arm of the errands trains, and a second call has nothing to do."""
 
+import contextlib
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from experiments import errand_study, runner
-from experiments.arms import ARMS
+from experiments.arms import ARMS, is_timed
 from experiments.draft_study import DraftStudy
 from experiments.lines import Lines
 from experiments.studies import Run
@@ -38,7 +40,7 @@ def test_arms_of_every_kind_train_from_one_start_and_are_measured_on_the_way(opt
         last = result["points"][-1]
         assert last["step"] == result["trained_steps"]
         assert last["cpu_seconds"] > 0
-        assert len(last["by_prompt"]) == 3
+        assert {len(values) for values in last["by_prompt"].values()} == {3}
     by_arm = {result["arm"]: result for result in results}
     assert by_arm["sft-longer"]["trained_steps"] > by_arm["sft"]["trained_steps"] == 2
 
@@ -56,8 +58,48 @@ def test_a_run_with_a_result_is_not_done_again(options, monkeypatch):
     runs = [Run("sft", seed, 2, FACTORS) for seed in range(2)]
     monkeypatch.setattr(errand_study.ErrandStudy, "runs", lambda self, grid: runs)
     runner.do(options, "errands", runs[0])
-    lines = Lines(options.results / "errands.jsonl")
-    assert [run for run in runs if lines.find(**run.key) is None] == runs[1:]
+    done = []
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", _Pool)
+    monkeypatch.setattr(runner, "do", lambda options, name, run: done.append(run) or run)
+    runner.run_all(options, "errands")
+    assert done == runs[1:]
+
+
+class _Pool(contextlib.nullcontext):
+    """A pool of this process alone."""
+
+    def __init__(self, *args, **options):
+        super().__init__(self)
+
+    def map(self, function, *inputs):
+        return map(function, *inputs)
+
+
+def test_the_time_of_measuring_is_not_counted_and_that_of_the_teachers_samples_is(options, monkeypatch):
+    def busy(seconds):
+        began = time.process_time()
+        while time.process_time() - began < seconds:
+            pass
+
+    examined = errand_study._Examination.__call__
+    monkeypatch.setattr(errand_study._Examination, "__call__", lambda *args: busy(3) or examined(*args))
+    runner.do(options, "errands", Run("sft", 0, 2, FACTORS))
+    sampled = errand_study.completions
+    monkeypatch.setattr(errand_study, "completions", lambda *args, **kw: busy(5) or sampled(*args, **kw))
+    monkeypatch.setattr(errand_study, "_Examination", lambda teacher: lambda student: {"by_prompt": {}})
+    runner.do(options, "errands", Run("seq-kd", 0, 2, FACTORS))
+    sft, seq_kd = Lines(options.results / "errands.jsonl").read()
+    assert sft["points"][-1]["cpu_seconds"] < 3
+    assert 5 < seq_kd["points"][-1]["cpu_seconds"] < 8
+    assert seq_kd["points"][0]["cpu_seconds"] == 0
+
+
+def test_the_teacher_is_measured_like_a_student(options):
+    runner.do(options, "errands", Run("teacher", 0, 2, FACTORS))
+    [result] = Lines(options.results / "errands.jsonl").read()
+    [point] = result["points"]
+    assert point["forward_kl"] == pytest.approx(0, abs=1e-6)
+    assert point["acceptance"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_command_runs_in_processes_of_its_own_and_writes_its_tables(tmp_path):
@@ -89,7 +131,8 @@ def test_runs_of_a_grid_are_distinct_and_those_that_need_a_time_come_after_it(gr
         keys = [run.key for run in study.runs(grid)]
         assert len({*map(str, keys)}) == len(keys)
         for run in study.runs(grid):
-            if (reference := ARMS[run.arm].as_long_as) is not None:
+            if is_timed(run.arm):
+                reference = ARMS[run.arm].as_long_as
                 place = keys.index(run.key)
                 assert all(keys.index({**run.key, "arm": needed}) < place for needed in (reference, "sft"))
 

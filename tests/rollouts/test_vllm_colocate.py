@@ -472,35 +472,102 @@ def test_without_vllm_the_error_says_what_to_install(model, monkeypatch):
 
 
 class SleepyEngine:
-    """Stands in for vLLM's engine on a GPU, which must not be asked for anything while it sleeps."""
+    """Stands in for vLLM's engine on a GPU: it must not be asked for anything while what it needs for that sleeps.
+
+    Level 2 drops the weights: here they become zero, as memory that was given back may hold anything.
+    """
 
     def __init__(self, llm):
-        self._llm, self.is_awake, self.calls = llm, True, []
+        self._llm, self.awake, self.calls = llm, {"weights", "kv_cache"}, []
 
     def sleep(self, level):
-        self.is_awake = False
-        self.calls.append("sleep")
+        self.awake = set()
+        self.calls.append(f"sleep at level {level}")
+        if level == 2:
+            self._llm.collective_rpc(drop_weights)
 
-    def wake_up(self):
-        self.is_awake = True
-        self.calls.append("wake up")
+    def wake_up(self, tags):
+        assert not self.awake & set(tags)
+        self.awake |= set(tags)
+        self.calls.append(f"wake up {', '.join(tags)}")
+
+    def collective_rpc(self, method, **options):
+        assert "weights" in self.awake
+        self.calls.append(method)
+        return self._llm.collective_rpc(method, **options)
+
+    def generate(self, *args, **options):
+        assert self.awake == {"weights", "kv_cache"}
+        self.calls.append("generate")
+        return self._llm.generate(*args, **options)
 
     def __getattr__(self, name):
-        assert self.is_awake
         return getattr(self._llm, name)
 
 
-def test_an_engine_that_sleeps_is_woken_up_for_each_sync_and_each_rollout(engine, model, monkeypatch):
-    sleepy = SleepyEngine(engine._llm)
-    monkeypatch.setattr(engine, "_llm", sleepy)
+def drop_weights(worker):
+    for weight in worker.model_runner.model.parameters():
+        weight.data.zero_()
+
+
+@pytest.fixture
+def sleepy(engine, monkeypatch):
+    """The engine of the module, asleep between its calls; it must be synced again afterwards."""
+    stand_in = SleepyEngine(engine._llm)
+    monkeypatch.setattr(engine, "_llm", stand_in)
     monkeypatch.setattr(engine, "_sleeps", True)
-    engine.sync(model)
-    greedy(engine)
-    greedy(engine)
-    engine.sync(model)
-    greedy(engine)
-    assert sleepy.calls == ["sleep", "wake up", "sleep", "wake up", "sleep"]
+    emptied = torch.cuda.empty_cache
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: (stand_in.calls.append("free memory"), emptied()))
     monkeypatch.setattr(engine, "_is_asleep", False)
+    return stand_in
+
+
+_SYNC = ["free memory", "wake up weights", "reload_weights", "free memory", "wake up kv_cache"]
+
+
+def test_an_engine_that_sleeps_gets_its_memory_for_weights_then_weights_then_its_cache(sleepy, engine, model):
+    engine.sync(model)
+    expected = greedy(engine)
+    sleepy.calls.clear()
+    engine.sync(model)
+    assert greedy(engine) == expected
+    assert sleepy.calls == [*_SYNC, "generate", "sleep at level 2"]
+
+
+def test_weights_that_sleep_dropped_are_sent_again_before_the_next_batch(sleepy, engine, model):
+    engine.sync(model)
+    expected = greedy(engine)
+    sleepy.calls.clear()
+    assert greedy(engine) == expected
+    assert sleepy.calls == [*_SYNC, "generate", "sleep at level 2"]
+
+
+def test_a_rank_without_prompts_wakes_up_and_sleeps_with_the_others(sleepy, engine, model):
+    engine.sync(model)
+    for _ in range(2):
+        sleepy.calls.clear()
+        assert engine.generate([], Sampling(2), []) == []
+        assert sleepy.calls[-1] == "sleep at level 2"
+        assert "generate" not in sleepy.calls
+    assert sleepy.calls == [*_SYNC, "sleep at level 2"]
+
+
+def test_the_base_model_of_an_adapter_sleeps_on_the_cpu(sleepy, engine, model, monkeypatch):
+    engine.sync(model)
+    monkeypatch.setattr(engine, "_sends_adapter", True)
+    expected = greedy(engine)
+    sleepy.calls.clear()
+    assert greedy(engine) == expected
+    woken = ["free memory", "wake up weights", "free memory", "wake up kv_cache"]
+    assert sleepy.calls == [*woken, "generate", "sleep at level 1"]
+
+
+def test_an_engine_whose_student_is_gone_says_so(sleepy, engine, make):
+    engine.sync(make())
+    greedy(engine)
+    gc.collect()
+    with pytest.raises(GKDRolloutError, match="the student is gone whose weights the vLLM engine dropped"):
+        greedy(engine)
 
 
 # Engines that fail

@@ -93,6 +93,27 @@ def test_the_client_has_the_calls_of_vllms_own_and_asks_the_endpoints_behind_the
     ]
 
 
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        ("init_weight_transfer_engine", ({"master_port": 5},)),
+        ("start_weight_update", ()),
+        ("update_weights", ({"names": ["a"]},)),
+        ("finish_weight_update", ("v2",)),
+    ],
+)
+def test_each_call_is_sent_once_although_others_of_its_server_are_repeated(fake, call, arguments):
+    fake._rules.clear()
+    fake.next(status(500, b"no peer"), times=None)
+    server = client(fake)
+    with pytest.raises(GKDServerError, match=f"POST /{call}, which can't be sent twice"):
+        getattr(_Client(server), call)(*arguments)
+    assert fake.paths() == [f"/{call}"]
+    with pytest.raises(GKDServerError, match="gave up after 4 attempts"):
+        server.get("/get_world_size", lambda answer: answer)
+    assert fake.paths() == [f"/{call}", *["/get_world_size"] * 4]
+
+
 @pytest.fixture
 def sync(fake, monkeypatch):
     """NCCLSync whose broadcast is a note in `fake.requests`."""

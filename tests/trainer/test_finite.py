@@ -73,3 +73,36 @@ def test_every_rank_raises_if_one_must():
     add(check, teacher=[True, True, True, True], value=[True, True, True, True])
     with pytest.raises(GKDNumericsError, match="step 4, rank 1: stopped, since another rank"):
         check.raise_if_not(step=4, rank=1, reduce=lambda flag: flag + 1)
+
+
+def test_flags_that_are_being_read_are_not_reduced_again():
+    reduced = []
+
+    def reduce(flag):
+        reduced.append(int(flag))
+        return flag
+
+    check = FiniteCheck()
+    add(check)
+    check.begin_reading(reduce)
+    check.raise_if_not(step=1, rank=0, reduce=reduce)
+    assert reduced == [0]
+
+
+def test_flags_added_after_the_reading_began_are_read_too():
+    check = FiniteCheck()
+    add(check)
+    check.begin_reading()
+    add(check, value=[True, True, True, False])
+    with pytest.raises(GKDNumericsError, match="micro-batch 1, sample 1"):
+        check.raise_if_not(step=1, rank=0)
+
+
+def test_another_rank_s_flag_that_was_being_read_raises_here():
+    check = FiniteCheck()
+    add(check)
+    check.begin_reading(lambda flag: flag + 1)
+    with pytest.raises(GKDNumericsError, match="stopped, since another rank"):
+        check.raise_if_not(step=4, rank=1)
+    check.clear()
+    check.raise_if_not(step=5, rank=1)

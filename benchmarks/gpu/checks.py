@@ -1,0 +1,139 @@
+"""The stage `checks`: what the card can do, the tests marked `gpu`, and a sanitizer's search for memory errors.
+
+Shapes: N tokens, V vocabulary, H hidden width, K top tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.card import copy_bandwidth, product_rate
+from benchmarks.gpu.cells import Cell, NotMeasuredError, Where
+from gkd_trainer.divergence import token_divergence
+from gkd_trainer.divergence.objective import DIVERGENCES
+from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
+
+ROOT = Path(__file__).parents[2]
+
+TOOLS = ("memcheck", "racecheck")
+"""compute-sanitizer's tools: accesses outside of allocations, and races in shared memory."""
+
+_SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+
+
+def cells(where: Where) -> list[Cell]:
+    """Return the cells of the stage, the card's own figures first."""
+    sizes = where.pick([(8192, 8192, 8192), (8192, 4096, 151936), (8192, 896, 151936)], [(8, 8, 8)])
+    files = files_with_gpu_tests()
+    return [
+        Cell("copy", copy_bandwidth, 5),
+        *(Cell("product", product_rate, 5, {"M": M, "K": K, "N": N}) for M, K, N in sizes),
+        *(Cell("tests", run_tests, 40, {"file": file}) for file in where.pick(files, files[:1])),
+        *(Cell("sanitizer", sanitize, 60, {"tool": tool}) for tool in where.pick(TOOLS, TOOLS[:1])),
+    ]
+
+
+def files_with_gpu_tests() -> list[str]:
+    """Return the test files with tests that are marked `gpu`, relative to the repository."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if re.search(r"\bmark\.gpu\b", file.read_text("utf-8"))]
+
+
+def run_tests(where: Where, file: str) -> dict[str, Any]:
+    """Run a file's tests marked `gpu`; return how many passed, failed and were skipped, and why some failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", file]
+        done = _run(command)
+        if missing := re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", done.stdout, re.M):
+            raise NotMeasuredError(f"not installed: {missing[1]}")
+        if not report.exists():
+            raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}")
+        tests = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failures = [
+        f"{test.get('name')}: {(found.get('message') or found.tag).splitlines()[0][:300]}"
+        for test in tests
+        for found in [test.find("failure") if test.find("failure") is not None else test.find("error")]
+        if found is not None
+    ]
+    skipped = sum(test.find("skipped") is not None for test in tests)
+    return {
+        "passed": len(tests) - skipped - len(failures),
+        "failed": len(failures),
+        "skipped": skipped,
+        "failures": failures,
+    }
+
+
+def sanitize(where: Where, tool: str) -> dict[str, Any]:
+    """Run `exercise` under a tool of compute-sanitizer; return the errors that it found. On a CPU, without the tool."""
+    command = [sys.executable, "-c", f"from benchmarks.gpu.checks import exercise; exercise({where.device!r})"]
+    if where.device == "cuda":
+        sanitizer = next((path for path in map(shutil.which, _SANITIZERS) if path is not None), None)
+        if sanitizer is None:
+            raise NotMeasuredError("compute-sanitizer is not installed: it comes with CUDA's toolkit")
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *command]
+    # Without torch's cache each tensor is an allocation of its own, whose end the tool knows.
+    done = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if done.returncode not in (0, 99):
+        raise RuntimeError(f"the command ended with {done.returncode}: {done.stdout[-500:]}")
+    lines = [line.removeprefix("=" * 9).strip() for line in done.stdout.splitlines() if line.startswith("=" * 9)]
+    found = [line for line in lines if line and line != "COMPUTE-SANITIZER"]
+    return {"failed": int(done.returncode == 99), "found": found[:20]}
+
+
+def exercise(device: str) -> None:
+    """Compute the loss and its gradient at odd sizes, for each divergence and kind of teacher."""
+    torch.manual_seed(0)
+    for N, V, H in ((1, 5, 8), (7, 150, 16), (5, 4099, 24)):
+        for options in _options():
+            for teacher in _teachers(N, V, H, device, is_top_k_taken=options.get("divergence", "jsd") == "jsd"):
+                student = HiddenSignal(
+                    torch.randn(N, H, device=device, dtype=torch.bfloat16, requires_grad=True),
+                    Head(torch.randn(V, H, device=device, dtype=torch.bfloat16, requires_grad=True)),
+                )
+                labels_N = torch.randint(V, (N,), device=device)
+                result = token_divergence(student, teacher, labels_N=labels_N, **options)
+                assert result.cross_entropy_N is not None
+                (result.values_N + result.cross_entropy_N).sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _options() -> Iterator[dict[str, Any]]:
+    for beta in (0.0, 0.5, 1.0):
+        yield {"beta": beta}
+    for name in sorted(DIVERGENCES.keys() - {"jsd"}):
+        yield {"divergence": name}
+
+
+def _teachers(N: int, V: int, H: int, device: str, *, is_top_k_taken: bool) -> Iterator[Signal]:
+    weight_VH = torch.randn(V, H, device=device, dtype=torch.bfloat16)
+    yield HiddenSignal(torch.randn(N, H, device=device, dtype=torch.bfloat16), Head(weight_VH))
+    if is_top_k_taken:
+        log_p_NK, ids_NK = torch.randn(N, V, device=device).log_softmax(dim=1).topk(min(V, 3))
+        yield TopKSignal(ids_NK, log_p_NK, V)
+
+
+def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )

@@ -1,0 +1,139 @@
+"""The stages of `make gpu`: whole, in tiny sizes on the CPU, as they run on a card."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.gpu import checks, loss, steps
+from benchmarks.gpu.card import description
+from benchmarks.gpu.cells import NotMeasuredError, Where
+from benchmarks.gpu.models import SIZES, random_model, vocabulary_size
+from gkd_trainer.types import TokenBatch
+
+ROOT = Path(__file__).parents[2]
+TINY = Where("cpu", is_small=True)
+FULL = Where("cuda", is_small=False)
+
+
+def test_make_gpu_measures_each_cell_of_each_stage(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
+    done = subprocess.run(
+        ["make", "gpu", "DEVICE=cpu", "SMALL=1", f"PYTHON={sys.executable}", f"ARGS=--results {tmp_path}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage, module in (("checks", checks), ("loss", loss), ("steps", steps)):
+        results = json.loads((tmp_path / f"{stage}.json").read_text())
+        outcomes = [(outcome["part"], outcome["key"], outcome["status"]) for outcome in results["cells"]]
+        assert [(part, key) for part, key, _ in outcomes] == [
+            (cell.part, dict(cell.key)) for cell in module.cells(TINY)
+        ]
+        absent = {name for name, package in (("liger", "liger_kernel"), ("trl", "trl")) if find_spec(package) is None}
+        for part, key, status in outcomes:
+            is_absent = key.get("contender") in absent or (absent & {"trl"} and key.get("contender") == "trl-gkd")
+            assert status == ("not measured" if is_absent else "measured"), (part, key)
+    for title in ("Tests marked `gpu`", "Forward and backward of the divergence", "Steps of a 0.5B student"):
+        assert title in done.stdout
+
+
+@pytest.mark.parametrize("stage", [checks, loss, steps])
+def test_all_cells_of_a_stage_fit_into_its_minutes(stage):
+    assert sum(cell.seconds for cell in stage.cells(FULL)) <= 8.5 * 60
+
+
+def test_the_full_stages_have_all_shapes_teachers_policies_and_contenders():
+    timed = {(cell.key["shape"], cell.key["contender"]) for cell in loss.cells(FULL) if cell.part == "time"}
+    assert {(shape, contender) for shape in loss.SHAPES for contender in ("ours", "torch", "trl", "liger")} <= timed
+    stepped = {tuple(cell.key.values()) for cell in steps.cells(FULL)}
+    assert len(stepped) == 2 * 2 * 2 * 3
+    assert ("7B", "on", "LoRA", "logits") in stepped
+
+
+def test_the_tests_marked_gpu_are_found():
+    assert {"tests/divergence/test_triton.py", "tests/report/test_metrics.py"} <= set(checks.files_with_gpu_tests())
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_the_result_of_a_test_file_is_read_from_its_report(tmp_path, is_failing):
+    file = tmp_path / "test_something.py"
+    file.write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_right(): pass\n@pytest.mark.skip\ndef test_skipped(): pass\n"
+        f"def test_other(): assert 1 == {2 if is_failing else 1}\n"
+    )
+    figures = checks.run_tests(TINY, str(file))
+    assert (figures["passed"], figures["failed"], figures["skipped"]) == ((1, 1, 1) if is_failing else (2, 0, 1))
+    assert any("test_other: assert 1 == 2" in failure for failure in figures["failures"]) == is_failing
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_what_a_sanitizer_finds_is_reported(tmp_path, monkeypatch, tool):
+    """A program in the sanitizer's place, which finds what its second argument says."""
+    found = "Invalid __global__ write of size 4 bytes" if tool == "memcheck" else ""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        f"#!/bin/sh\necho '========= COMPUTE-SANITIZER'\necho '========= {found}'\n"
+        'case "$*" in "--tool memcheck --error-exitcode 99 "*exercise*cuda*) exit 99;; *exercise*cuda*) exit 0;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    expected = {"failed": 1, "found": [found]} if found else {"failed": 0, "found": []}
+    assert checks.sanitize(FULL, tool) == expected
+
+
+def test_a_machine_without_the_sanitizer_is_told_so(monkeypatch):
+    monkeypatch.setattr(checks, "_SANITIZERS", ("no-such-sanitizer",))
+    with pytest.raises(NotMeasuredError, match="compute-sanitizer is not installed"):
+        checks.sanitize(FULL, "memcheck")
+
+
+def test_a_card_is_described_with_its_driver_and_architecture(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 580.159.04\necho 580.159.04\n")  # one line for each card
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    properties = SimpleNamespace(name="H100", total_memory=2**36, multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    about = description(FULL)
+    assert (about["card"], about["driver"], about["capability"]) == ("H100", "580.159.04", "sm_90")
+    assert about["l2_bytes"] is None
+    assert json.dumps(about)
+
+
+def test_plain_logits_and_hidden_states_give_the_same_loss_with_and_without_adapters():
+    sizes = steps.Sizes.of(TINY, "off")
+    for tuned in (False, True):
+        torch.manual_seed(0)
+        student = random_model(TINY, "0.5B", torch.float32)
+        # Weights of this size tell a loss from its neighbour's: those of a new model predict almost uniformly.
+        teacher = random_model(TINY, "7B", torch.float32)
+        for model in (student, teacher):
+            model.get_output_embeddings().weight.data.normal_()
+        if tuned:
+            student = steps.get_peft_model(student, steps.LoraConfig(**steps.LORA))
+        found = {}
+        for name, of_batch in steps.losses().items():
+            loop = steps.Loop(TINY, sizes, "off", student, teacher, of_batch)
+            batch = TokenBatch.from_inputs(steps.random_rows(TINY, sizes.B, sizes.L, sizes.prompt))
+            found[name] = of_batch(loop.models, batch, loop.clock).item() / batch.n_scored
+        assert found["ours"] > 0.05
+        assert found["ours"] == pytest.approx(found["logits"], rel=2e-2)  # autocast rounds the logits to bfloat16
+
+
+def test_random_models_keep_the_relations_of_the_real_ones():
+    heads = {size: random_model(TINY, size, torch.bfloat16).get_output_embeddings().weight for size in SIZES}
+    assert heads["0.5B"].shape[0] == heads["1.5B"].shape[0] < heads["7B"].shape[0]
+    assert heads["0.5B"].shape[1] < heads["1.5B"].shape[1] < heads["7B"].shape[1]
+    assert vocabulary_size(TINY) < heads["0.5B"].shape[0]
+    assert vocabulary_size(FULL) < SIZES["0.5B"]["vocab_size"]
