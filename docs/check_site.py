@@ -53,9 +53,8 @@ class Page(HTMLParser):
             if not is_loaded and name not in ("href", "src"):
                 continue
             # A list of images holds each address with its width or density.
-            targets = (
-                [item.split()[0] for item in re.split(r"(?<=\d[wx]),\s*|,\s+", value)] if name in LISTS else [value]
-            )
+            items = re.split(r"(?<=\d[wx]),\s*|,\s+", value) if name in LISTS else [value]
+            targets = [item.split()[0] for item in items if item.strip()] if name in LISTS else items
             self.links.update(targets)
             if is_loaded:
                 self.loads.update(targets)

@@ -48,7 +48,7 @@ def site(tmp_path):
     (tmp_path / "page.html").write_text(
         '<link rel="stylesheet" href="style.css?v=1"><a href="folder/other.html#there">x</a>'
         '<p>url(https://example.org/x)</p><form action="https://example.org/form"></form>'
-        '<img srcset="style.css 1x, style.css 2x" style="background: url(data:image/svg+xml,x)">'
+        '<img srcset="style.css 1x, style.css 2x, " style="background: url(data:image/svg+xml,x)">'
         '<a href="https://example.org/elsewhere">far</a><link rel="canonical" href="https://example.org/page.html">'
     )
     return tmp_path
