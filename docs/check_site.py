@@ -13,8 +13,20 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 # Attributes whose target a browser fetches by itself. Of <link>, only these relations are fetched.
-LOADED = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("link", "href")}
-LOADED_BY_CSS = r"(?:url\(\s*|@import\s+)[\"']?((?:https?:)?//[^\"')]*)"
+LOADED = {
+    *(
+        (tag, "src")
+        for tag in ("script", "img", "iframe", "frame", "source", "video", "audio", "track", "embed", "input")
+    ),
+    *((tag, "srcset") for tag in ("img", "source")),
+    *((tag, "href") for tag in ("image", "use", "feimage")),  # of SVG
+    ("link", "href"),
+    ("link", "imagesrcset"),
+    ("video", "poster"),
+    ("object", "data"),
+}
+LISTS = {"srcset", "imagesrcset"}
+LOADED_BY_CSS = re.compile(r"(?:url\(\s*|@import\s+)[\"']?\s*((?:https?:)?//[^\"')\s;]*)", re.IGNORECASE)
 FETCHED_RELATIONS = {"stylesheet", "preload", "icon", "modulepreload", "prefetch", "preconnect", "dns-prefetch"}
 
 
@@ -26,19 +38,35 @@ class Page(HTMLParser):
         self.links: set[str] = set()
         self.loads: set[str] = set()
         self.anchors: set[str] = set()
+        self._is_in_style = False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note what a tag refers to."""
-        values = {name: value for name, value in attrs if value}
+        self._is_in_style = tag == "style"
+        values = {name.removeprefix("xlink:"): value for name, value in attrs if value}
         self.anchors.update(values[name] for name in ("id", "name") if name in values)
-        for name in ("href", "src"):
-            if name not in values:
+        self.loads.update(LOADED_BY_CSS.findall(values.get("style", "")))
+        relations = set(values.get("rel", "").lower().split())
+        for name, value in values.items():
+            is_loaded = (tag, name) in LOADED and (tag != "link" or bool(relations & FETCHED_RELATIONS))
+            if not is_loaded and name not in ("href", "src"):
                 continue
-            relations = set(values.get("rel", "").split())
-            if (tag, name) in LOADED and (tag != "link" or relations & FETCHED_RELATIONS):
-                self.loads.add(values[name])
-            self.links.add(values[name])
+            # A list of images holds each address with its width or density.
+            items = re.split(r"(?<=\d[wx]),\s*|,\s+", value) if name in LISTS else [value]
+            targets = [item.split()[0] for item in items if item.strip()] if name in LISTS else items
+            self.links.update(targets)
+            if is_loaded:
+                self.loads.update(targets)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Note the end of a style sheet."""
+        self._is_in_style = self._is_in_style and tag != "style"
+
+    def handle_data(self, data: str) -> None:
+        """Note what a style sheet in the page loads."""
+        if self._is_in_style:
+            self.loads.update(LOADED_BY_CSS.findall(data))
 
 
 def problems(site: Path) -> Iterator[str]:
@@ -48,7 +76,7 @@ def problems(site: Path) -> Iterator[str]:
         yield f"{site} has no pages"
     for path, page in pages.items():
         name = path.relative_to(site.resolve())
-        for link in sorted(page.links):
+        for link in sorted(page.links | page.loads):
             url = urlsplit(link)
             if url.scheme or url.netloc:
                 if link in page.loads and url.scheme != "data":
@@ -60,9 +88,7 @@ def problems(site: Path) -> Iterator[str]:
             elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].anchors:
                 yield f"{name} links to {link}, a page without that anchor"
     for path in sorted(site.rglob("*.css")):
-        for url in re.findall(
-            r"(?:url\(\s*|@import\s+)[\"']?((?:https?:)?//[^\"')]*)", path.read_text(encoding="utf-8")
-        ):
+        for url in LOADED_BY_CSS.findall(path.read_text(encoding="utf-8")):
             yield f"{path.relative_to(site)} loads {url}"
 
 

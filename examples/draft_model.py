@@ -3,10 +3,11 @@ r"""A draft model for speculative decoding: a small model learns to draft what a
     python examples/draft_model.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
 The acceptance, and the tokens that each forward of the teacher gives while the student drafts for it, are printed
-before and after. The served text keeps the teacher's distribution; only the speed changes. To serve both with vLLM:
+before and after. The served text keeps the teacher's distribution; only the speed changes. vLLM requires heads
+of equal size, so the saved student's is padded, or cut, to the teacher's. To serve both:
 
-    vllm serve Qwen/Qwen2.5-7B-Instruct \
-        --speculative-config '{"method": "draft_model", "model": "draft-gsm8k", "num_speculative_tokens": 4}'
+    vllm serve Qwen/Qwen2.5-7B-Instruct --speculative-config '{"method": "draft_model", "model": "draft-gsm8k",
+        "num_speculative_tokens": 4, "draft_sample_method": "probabilistic"}'
 
 Acceptance is one minus the total variation, so `--divergence total_variation` trains on it directly; its gradient is
 small while the models hardly overlap, so start with another divergence. `--data` also takes a folder with
@@ -19,6 +20,7 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from gkd_trainer import GKDConfig, GKDTrainer
 from gkd_trainer.data import gsm8k
@@ -70,10 +72,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     before = measured()
     trainer.train()
-    trainer.save_model()
     after = measured()
+    resize_head_like(trainer.teacher_model, trainer.model)
+    trainer.save_model()
     for name, value in before.items():
         print(f"{name}: {value:.3f} before, {after[name]:.3f} after")
+
+
+def resize_head_like(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Give the student's head the teacher's size: both are the tokenizer's, padded differently."""
+    size = teacher.get_output_embeddings().weight.shape[0]
+    if student.get_output_embeddings().weight.shape[0] != size:
+        student.resize_token_embeddings(size)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

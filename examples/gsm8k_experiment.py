@@ -3,7 +3,8 @@ r"""Compare ways to distil on GSM8K by the test problems solved: the arms of doc
     python examples/gsm8k_experiment.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
 Every arm starts from the same student, trains for the same number of steps, and adds a line of JSON to
-OUTPUT_DIR/results.jsonl. Arms that are already there are left out, so the same command continues after an interruption.
+OUTPUT_DIR/results.jsonl. Arms that are already there with the same options are left out, so the same command continues
+after an interruption.
 `fresh-*` learns from new samples by the teacher in every step: without it, nothing can be said about on-policy.
 `--data` also takes a folder with train.jsonl and test.jsonl; `--vllm` generates with vLLM in this process.
 """
@@ -41,13 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     results = Path(args.output_dir) / "results.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
+    options = {name: value for name, value in vars(args).items() if name not in ("output_dir", "arms", "seeds")}
     for seed in range(args.seeds):
         for arm in args.arms:
-            if not any((line["arm"], line["seed"]) == (arm, seed) for line in lines_of(results)):
-                line = {"arm": arm, "seed": seed, **trained(args, ARMS[arm], seed)}
+            if not any((line["arm"], line["seed"]) == (arm, seed) for line in lines_of(results, options)):
+                line = {"arm": arm, "seed": seed, "options": options, **trained(args, ARMS[arm], seed)}
                 with results.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-    print_table(lines_of(results))
+    print_table(lines_of(results, options))
 
 
 def trained(args: argparse.Namespace, options: Mapping[str, Any], seed: int) -> dict[str, float]:
@@ -79,17 +81,19 @@ def trained(args: argparse.Namespace, options: Mapping[str, Any], seed: int) -> 
         train_dataset=gsm8k.load(args.data, "train", "conversation"),
         eval_dataset=gsm8k.load(args.data, "test", "conversation", args.num_eval),
     )
-    began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - began
-    measured = trainer.evaluate()
-    return {
-        "accuracy": accuracy(args, trainer),
-        "eval_top_token_agreement": measured["eval_top_token_agreement"],
-        "eval_acceptance": measured["eval_acceptance"],
-        "steps": args.max_steps,
-        "seconds": seconds,
-    }
+    try:
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+        measured = trainer.evaluate()
+        return {
+            "accuracy": accuracy(args, trainer),
+            "eval_top_token_agreement": measured["eval_top_token_agreement"],
+            "eval_acceptance": measured["eval_acceptance"],
+            "seconds": seconds,
+        }
+    finally:
+        trainer.rollouts.close()  # a vLLM engine would keep its memory, and break that of the next arm
 
 
 def accuracy(args: argparse.Namespace, trainer: GKDTrainer) -> float:
@@ -106,9 +110,10 @@ def accuracy(args: argparse.Namespace, trainer: GKDTrainer) -> float:
     return sum(map(gsm8k.is_correct, solutions, problems["ground_truth"])) / len(problems)
 
 
-def lines_of(results: Path) -> list[dict[str, Any]]:
-    """Return the results so far."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+def lines_of(results: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results so far with these options."""
+    lines = map(json.loads, results.read_text().splitlines()) if results.exists() else ()
+    return [line for line in lines if line.get("options") == options]
 
 
 def print_table(lines: Sequence[Mapping[str, Any]]) -> None:

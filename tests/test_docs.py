@@ -121,7 +121,8 @@ def hub(tmp_path, monkeypatch, tiny_model, tiny_encoder_decoder, byte_level):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     # Padded differently, as the heads of these two are.
-    sizes = {"Qwen/Qwen2.5-0.5B-Instruct": {}, "Qwen/Qwen2.5-7B-Instruct": {"hidden": 48, "vocab": 384, "seed": 1}}
+    larger = {"hidden": 48, "vocab": 384, "seed": 1}
+    sizes = {"Qwen/Qwen2.5-0.5B-Instruct": {}, "Qwen/Qwen2.5-7B-Instruct": larger, "draft": {}}
     for name, size in sizes.items():
         tiny_model("qwen2", **size).save_pretrained(tmp_path / name)
         byte_level().save_pretrained(tmp_path / name)

@@ -154,6 +154,20 @@ def test_draft_model_example_prints_acceptance_and_tokens_per_forward(run, capsy
     assert all(1 <= rate <= 5 for rate in printed["tokens per forward of the teacher"])
 
 
+@pytest.mark.parametrize("padding", [-3, 8])
+def test_draft_model_example_saves_a_head_of_the_teachers_size(run, capsys, tiny_model, byte_level, tmp_path, padding):
+    folders = {"student": tmp_path / "small", "teacher": tmp_path / "large"}
+    used = max(byte_level().get_vocab().values()) + 1
+    for name, vocab in (("student", used + 3), ("teacher", used + 3 + padding)):
+        tiny_model(vocab=vocab, seed=vocab).save_pretrained(folders[name])
+        byte_level().save_pretrained(folders[name])
+    options = ["--student", folders["student"], "--max_new_tokens", 8, "--num_eval", 2, "--num_assisted", 1]
+    output_dir = run("draft_model", *options, "--lmbda", 0, teacher=("--teacher", folders["teacher"]))
+    saved = AutoModelForCausalLM.from_pretrained(output_dir)
+    assert saved.config.vocab_size == len(saved.get_output_embeddings().weight) == used + 3 + padding
+    assert "tokens per forward of the teacher" in capsys.readouterr().out
+
+
 def test_gsm8k_experiment_adds_a_line_per_arm_and_goes_on_where_it_stopped(run, capsys, served_dir, tiny_teacher_dir):
     teacher = ("--teacher", tiny_teacher_dir)
     options = ["--student", served_dir, "--seeds", 1, "--num_eval", 2, "--max_new_tokens", 4]
@@ -165,9 +179,30 @@ def test_gsm8k_experiment_adds_a_line_per_arm_and_goes_on_where_it_stopped(run, 
     assert longer[:2] == lines
     assert [json.loads(line)["arm"] for line in longer[2:]] == ["fresh-0"]
     measured = [json.loads(line) for line in longer]
-    assert {line["steps"] for line in measured} == {2}
+    assert {line["options"]["max_steps"] for line in measured} == {2}
     assert len({line["eval_acceptance"] for line in measured}) == 3  # trained in three ways
     assert "fresh-0" in capsys.readouterr().out
+
+
+def test_gsm8k_experiment_neither_skips_nor_prints_an_arm_with_other_options(run, capsys, served_dir, tiny_teacher_dir):
+    options = ["--student", served_dir, "--seeds", 1, "--num_eval", 2, "--max_new_tokens", 4]
+    teacher = ("--teacher", tiny_teacher_dir)
+    run("gsm8k_experiment", *options, "--arms", "sft", teacher=teacher)
+    capsys.readouterr()
+    output_dir = run("gsm8k_experiment", *options, "--arms", "fixed-0", "--max_steps", 1, teacher=teacher)
+    printed = capsys.readouterr().out
+    assert "fixed-0" in printed
+    assert "sft" not in printed
+    run("gsm8k_experiment", *options, "--arms", "sft", "--max_steps", 1, teacher=teacher)
+    lines = [json.loads(line) for line in (output_dir / "results.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["options"]["max_steps"]) for line in lines] == [("sft", 2), ("fixed-0", 1), ("sft", 1)]
+
+
+@pytest.mark.vllm
+def test_gsm8k_experiment_closes_the_engine_of_each_arm(run, caplog, served_dir, tiny_teacher_dir):
+    options = ["--student", served_dir, "--seeds", 1, "--num_eval", 2, "--max_new_tokens", 4, "--vllm"]
+    run("gsm8k_experiment", *options, "--arms", "own-0", "own-1", teacher=("--teacher", tiny_teacher_dir))
+    assert "already has a vLLM engine" not in caplog.text
 
 
 def test_seq2seq_example_generates_answers_and_lowers_the_divergence(

@@ -47,6 +47,8 @@ def site(tmp_path):
     (tmp_path / "folder" / "other.html").write_text('<h2 id="there">There</h2><a href="#there">up</a>')
     (tmp_path / "page.html").write_text(
         '<link rel="stylesheet" href="style.css?v=1"><a href="folder/other.html#there">x</a>'
+        '<p>url(https://example.org/x)</p><form action="https://example.org/form"></form>'
+        '<img srcset="style.css 1x, style.css 2x, " style="background: url(data:image/svg+xml,x)">'
         '<a href="https://example.org/elsewhere">far</a><link rel="canonical" href="https://example.org/page.html">'
     )
     return tmp_path
@@ -67,6 +69,31 @@ def test_a_site_whose_links_hold_has_no_problems(site):
         ('<script src="//cdn.example.org/a.js"></script>', "bad.html loads //cdn.example.org/a.js"),
         ('<link rel="stylesheet" href="https://fonts.example.org/f">', "bad.html loads https://fonts.example.org/f"),
         ('<img src="https://example.org/pixel.gif">', "bad.html loads https://example.org/pixel.gif"),
+        ('<img srcset="page.html 1x, gone.png 2x">', "bad.html links to gone.png, which does not exist"),
+        *(
+            (html, "bad.html loads https://example.org/x")
+            for html in (
+                '<img srcset="page.html 1x, https://example.org/x 2x">',
+                '<img srcset="page.html 1x,https://example.org/x 2x">',
+                '<source srcset="https://example.org/x">',
+                '<link rel="preload" imagesrcset="https://example.org/x 2x">',
+                '<link rel="STYLESHEET" href="https://example.org/x">',
+                '<video src="https://example.org/x"></video>',
+                '<video poster="https://example.org/x"></video>',
+                '<audio src="https://example.org/x"></audio>',
+                '<track src="https://example.org/x">',
+                '<object data="https://example.org/x"></object>',
+                '<embed src="https://example.org/x">',
+                '<input type="image" src="https://example.org/x">',
+                '<svg><image href="https://example.org/x"/></svg>',
+                '<svg><use xlink:href="https://example.org/x"/></svg>',
+                "<style>@import url(https://example.org/x);</style>",
+                "<style>@import 'https://example.org/x';</style>",
+                "<style>a { background: url( 'https://example.org/x' ) }</style>",
+                '<div style="background: url(https://example.org/x)"></div>',
+                "<div style=\"background: URL('https://example.org/x')\"></div>",
+            )
+        ),
     ],
 )
 def test_a_dead_link_and_a_file_from_another_host_are_found(site, html, problem):

@@ -39,7 +39,7 @@ def cells(where: Where) -> list[Cell]:
     return [
         Cell("copy", copy_bandwidth, 5),
         *(Cell("product", product_rate, 5, {"M": M, "K": K, "N": N}) for M, K, N in sizes),
-        *(Cell("tests", run_tests, 40, {"file": file}) for file in where.pick(files, files[:1])),
+        *(Cell("tests", run_tests, 30, {"file": file}) for file in where.pick(files, files[:1])),
         *(Cell("sanitizer", sanitize, 60, {"tool": tool}) for tool in where.pick(TOOLS, TOOLS[:1])),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,14 +49,39 @@ def run(arguments: Sequence[str]) -> None:
         rows = usable_rows(list(loaded.select(range(min(options.rows, len(loaded))))))
         readers = [reader_of(model, options.trust_remote_code) for model in options.models]
         teacher = _teacher(options)
+        names = distinct_names(options.models)
         context = None if teacher.model is None else find_context(teacher.model)
         limit = None if context is None else context.limit
         fitting = fitting_rows(rows, readers, limit, options.max_new_tokens)
-        students = [_measured(model, teacher, rows, fitting.kept, options) for model in options.models]
+        students = [
+            _measured(model, name, teacher, rows, fitting.kept, options)
+            for model, name in zip(options.models, names, strict=True)
+        ]
     name = public_name(options.teacher)
     n_rows, note = len(fitting.kept), fitting.note
     print_comparison(students, name, n_rows, Console(), note=note)
     write_page(Path(options.output_file), comparison_page(students, name, n_rows, note=note))
+
+
+def distinct_names(models: Sequence[str]) -> list[str]:
+    """Return a name for each student, with as much of its path as tells it apart, or with a number.
+
+    Folders of different runs may share a name, such as checkpoint-100.
+    """
+    from gkd_trainer.report.model_card import public_name
+
+    paths = [Path(os.path.abspath(model)) for model in models]
+    names, parts = [public_name(model) for model in models], 1
+    while len(set(names)) < len(names) and parts < max(len(path.parts) for path in paths):
+        parts += 1
+        shared = {name for name in names if names.count(name) > 1}
+        names = [
+            "/".join(path.parts[-parts:]) if name in shared else name for name, path in zip(names, paths, strict=True)
+        ]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
+        for index, name in enumerate(names)
+    ]
 
 
 def _teacher(options: argparse.Namespace) -> Teacher:
@@ -67,23 +93,24 @@ def _teacher(options: argparse.Namespace) -> Teacher:
 
 
 def _measured(
-    model: str, teacher: Teacher, rows: list[dict[str, object]], kept: Sequence[int], options: argparse.Namespace
+    model: str,
+    name: str,
+    teacher: Teacher,
+    rows: list[dict[str, object]],
+    kept: Sequence[int],
+    options: argparse.Namespace,
 ) -> MeasuredStudent:
     """Load one student, and measure it; its memory is free again afterwards."""
     import torch
 
     from gkd_trainer.models.loading import find_tokenizer, load_student
     from gkd_trainer.report.measuring import measured
-    from gkd_trainer.report.model_card import public_name
     from gkd_trainer.report.pair import pair
 
     trusts = options.trust_remote_code
     student: torch.nn.Module = load_student(model, {"dtype": options.dtype}, trusts)
     device = None if options.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     student.to(device or "cpu")
-    names = [public_name(each) for each in options.models]
-    # Students in folders of the same name, such as checkpoint-100 of two runs.
-    name = public_name(model) if names.count(public_name(model)) == 1 else "/".join(Path(model).parts[-2:])
     return measured(
         pair(student, teacher, find_tokenizer(model, trusts)),
         name,

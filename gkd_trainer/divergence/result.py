@@ -35,7 +35,8 @@ class TokenDivergence:
         is_finite_N: False where the value is not finite; its gradient is then zero.
         acceptance_N: Σ min(p, q), the probability that speculative decoding accepts a token that the student drafts for
             the teacher (Leviathan et al. 2023, arXiv 2211.17192); for a top-k teacher over the categories compared: an
-            upper bound. None for a comparison that is not token by token.
+            upper bound if the tail is one of them, no bound if both sides are renormalized. None for a comparison that
+            is not token by token.
         teacher_mass_N: the mass of p on a top-k teacher's entries; None for other teachers, and NaN at their positions
             if only some are such teachers.
         student_mass_N: likewise for q.

@@ -57,7 +57,8 @@ class PositionSums:
         divergence_N = divergence_N.detach().to(dtype)
         is_finite_N = divergence_N.isfinite()
         self._first_P = first_P = to_device(self._first_P, divergence_N.device)
-        bin_N = torch.bucketize(positions_in_runs(batch.rows_N, batch.columns_N), first_P, right=True) - 1
+        position_N = positions_in_runs(batch.rows_N, batch.columns_N, _samples_N(batch))
+        bin_N = torch.bucketize(position_N, first_P, right=True) - 1
         is_on_policy_N = batch.is_on_policy_B[batch.rows_N].long()
         added_N2 = torch.stack([torch.where(is_finite_N, divergence_N, 0.0), is_finite_N.to(dtype)], dim=1)
         sums = torch.zeros(2 * len(first_P), 2, dtype=dtype, device=divergence_N.device)
@@ -86,15 +87,30 @@ class PositionSums:
         return means
 
 
-def positions_in_runs(rows_N: Tensor, columns_N: Tensor) -> Tensor:
+def positions_in_runs(rows_N: Tensor, columns_N: Tensor, samples_N: Tensor | None = None) -> Tensor:
     """Return the position of each token in its run of trained tokens, such as a turn or a completion.
 
-    Untrained tokens inside a run count, _MAX_GAP of them in a row at most.
+    Untrained tokens inside a run count, _MAX_GAP of them in a row at most. `samples_N` numbers the samples of a packed
+    row, each of which starts a run; None if each row is one sample.
     """
     index_N = torch.arange(len(rows_N), device=rows_N.device)
     if len(index_N) == 0:
         return index_N
     is_first_N = torch.ones_like(index_N, dtype=torch.bool)
     is_first_N[1:] = (rows_N[1:] != rows_N[:-1]) | (columns_N[1:] > columns_N[:-1] + 1 + _MAX_GAP)
+    if samples_N is not None:
+        is_first_N[1:] |= samples_N[1:] != samples_N[:-1]
     first_N = torch.where(is_first_N, index_N, 0).cummax(dim=0).values
     return columns_N - columns_N[first_N]
+
+
+def _samples_N(batch: TokenBatch) -> Tensor | None:
+    """Return which sample of its row each scored position belongs to; None without `position_ids`.
+
+    Samples packed in a row are told apart by their position ids, which start again at 0.
+    """
+    position_ids = batch.model_inputs.get("position_ids")
+    if not isinstance(position_ids, Tensor) or position_ids.shape[-2:] != batch.labels_BL.shape:
+        return None
+    position_ids_BL = position_ids.reshape(-1, *batch.labels_BL.shape)[0]
+    return (position_ids_BL == 0).cumsum(dim=1)[batch.rows_N, batch.columns_N]

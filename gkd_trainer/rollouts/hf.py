@@ -108,7 +108,7 @@ class HFRollouts(RolloutEngine):
             raise RuntimeError("HFRollouts.generate was called before sync(model)")
         media = media or [None] * len(prompts)
         completions: dict[int, Completion] = {}
-        with _ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
+        with ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
             for indices in self._batches(prompts, sampling, media):
                 if not indices:  # other ranks generate, and need this rank's forwards
                     self._generate_batch([[self._pad_token_id]], sampling, [0], [])
@@ -222,6 +222,27 @@ class HFRollouts(RolloutEngine):
         return Completion(new_ids, is_finished=False)
 
 
+@contextmanager
+def ready_to_generate(model: Any) -> Iterator[None]:
+    """Set eval mode, no gradient checkpointing, and a neutral generation config; restore all on exit."""
+    in_training = [module for module in model.modules() if module.training]
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    generation_config = model.generation_config
+    model.eval()
+    for module in checkpointing:
+        module.gradient_checkpointing = False
+    # generate takes every unset field from the model's own config: its penalties and top-k would leak in.
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = generation_config
+        for module in checkpointing:
+            module.gradient_checkpointing = True
+        for module in in_training:
+            module.training = True
+
+
 def _grouped(order: list[int], sharing: Sharing, length: Callable[[int], int]) -> dict[int, list[int]]:
     """Return the prompts that may share a batch, by a key that is the same on all ranks."""
     if sharing is Sharing.ANY:
@@ -305,27 +326,6 @@ def _of_all_ranks(value: T) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-@contextmanager
-def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Set eval mode, no gradient checkpointing, and a neutral generation config; restore all on exit."""
-    in_training = [module for module in model.modules() if module.training]
-    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    generation_config = model.generation_config
-    model.eval()
-    for module in checkpointing:
-        module.gradient_checkpointing = False
-    # generate takes every unset field from the model's own config: its penalties and top-k would leak in.
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = generation_config
-        for module in checkpointing:
-            module.gradient_checkpointing = True
-        for module in in_training:
-            module.training = True
 
 
 @contextmanager

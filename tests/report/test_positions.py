@@ -3,9 +3,11 @@
 import itertools
 from dataclasses import replace
 
+import pytest
 import torch
 
 from gkd_trainer.report.positions import FIRST_POSITIONS, PositionSums, positions_in_runs
+from gkd_trainer.types import IGNORE_INDEX, TokenBatch
 from tests.teachers.batches import batch_of, batch_of_six, token_rows
 
 CPU = torch.device("cpu")
@@ -24,6 +26,27 @@ def test_positions_begin_again_in_each_run_of_trained_tokens():
     assert positions_in_runs(batch.rows_N, batch.columns_N).tolist() == expected
     apart = batch_of(token_rows([30]), [[3, 4, 13, 14, 24, 25]])
     assert positions_in_runs(apart.rows_N, apart.columns_N).tolist() == [0, 1, 10, 11, 0, 1]
+
+
+@pytest.mark.parametrize("axes", [(), (3,)])
+def test_samples_packed_in_a_row_begin_again_however_short_their_prompts(axes):
+    # Two samples of a prompt of 4 tokens and a completion of 3, and one whose first token is all its prompt.
+    position_ids_BL = torch.tensor([[*range(7), *range(7), *range(3)]])
+    labels = [IGNORE_INDEX] * 4 + [5] * 3
+    batch = TokenBatch(
+        model_inputs={
+            "input_ids": torch.full((1, 17), 5),
+            "position_ids": position_ids_BL.expand(*axes, *position_ids_BL.shape),
+        },
+        labels_BL=torch.tensor([labels + labels + [IGNORE_INDEX, 5, 5]]),
+        is_on_policy_B=torch.tensor([False]),
+    )
+    sums = PositionSums()
+    sums.add(batch, torch.arange(8.0))
+    means = sums.read(CPU, lambda tensor: tensor)["off_policy"]
+    assert means.position == (0, 1, 2)
+    assert means.tokens == (3, 3, 2)
+    assert means.divergence == (3.0, 4.0, 3.5)
 
 
 def test_means_are_those_of_each_policys_tokens_by_position():
