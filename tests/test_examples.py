@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import datasets
@@ -199,7 +200,9 @@ def test_gsm8k_experiment_neither_skips_nor_prints_an_arm_with_other_options(run
 
 
 @pytest.mark.vllm
-def test_gsm8k_experiment_closes_the_engine_of_each_arm(run, caplog, served_dir, tiny_teacher_dir):
+def test_gsm8k_experiment_closes_the_engine_of_each_arm(run, caplog, monkeypatch, served_dir, tiny_teacher_dir):
+    # Without those of other tests.
+    monkeypatch.setattr("gkd_trainer.rollouts.vllm_colocate._LIVE_ENGINES", weakref.WeakSet())
     options = ["--student", served_dir, "--seeds", 1, "--num_eval", 2, "--max_new_tokens", 4, "--vllm"]
     run("gsm8k_experiment", *options, "--arms", "own-0", "own-1", teacher=("--teacher", tiny_teacher_dir))
     assert "already has a vLLM engine" not in caplog.text
