@@ -64,7 +64,7 @@ from gkd_trainer.trainer.evaluation import Evaluation
 from gkd_trainer.trainer.finite import FiniteCheck
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
 from gkd_trainer.trainer.parts import build_parts
-from gkd_trainer.trainer.placement import Placement, keep_on_host
+from gkd_trainer.trainer.placement import Placement
 from gkd_trainer.trainer.preparation import (
     is_stream,
     keeping_columns,
@@ -362,8 +362,7 @@ class GKDMixin(AnyTrainer):
         return output
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *sizes: Any) -> tuple[Any, ...]:
-        """Return the lengths of the run, log every tenth of it by default, and keep its batches on the CPU for now."""
-        keep_on_host(dataloader)
+        """Return the lengths of the run, and log every tenth of it by default."""
         lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader, *sizes)
         if isinstance(args.logging_steps, Unset):  # also if an earlier run set it
             args.logging_steps = Unset(tenth_of(lengths[-1]))
@@ -434,8 +433,11 @@ class GKDMixin(AnyTrainer):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self._is_last_of_window:
             self._is_last_of_window = False
-            self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
+            self._raise_if_not_finite()
         return loss
+
+    def _raise_if_not_finite(self) -> None:
+        self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
 
     def compute_loss(
         self,
@@ -511,6 +513,8 @@ class GKDMixin(AnyTrainer):
         self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
         if self._is_last_of_window:  # before the backward: see FiniteCheck
             self._finite_check.begin_reading(self._ranks.sum)
+            if self.is_deepspeed_enabled:  # its backward takes the optimizer's step
+                self._raise_if_not_finite()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; training entries get the metrics since the last one."""

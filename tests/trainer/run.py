@@ -21,7 +21,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gkd_trainer import GKDConfig, GKDTrainer, RoutedTeachers, SelfTeacher
+from gkd_trainer import GKDConfig, GKDNumericsError, GKDTrainer, RoutedTeachers, SelfTeacher
+from gkd_trainer.trainer.finite import FiniteCheck
 from gkd_trainer.vllm_client import VLLMServer
 
 FSDP = {
@@ -119,6 +120,18 @@ def routed_between(sources):
     )
 
 
+def fail_in_first_step(trainer):
+    """Train on values that are not finite, and end with a message that says whether the weights have changed."""
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    add = FiniteCheck.add
+    FiniteCheck.add = lambda check, rows_N, B, *flags: add(check, rows_N, B, *(flag_N & False for flag_N in flags))
+    try:
+        trainer.train()
+    except GKDNumericsError:
+        is_changed = any(not parameter.equal(before[name]) for name, parameter in trainer.model.named_parameters())
+        raise SystemExit(f"GKDNumericsError, weights changed: {is_changed}") from None
+
+
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     die_at, resume = options.pop("die_at", None), options.pop("resume", False)
@@ -129,6 +142,7 @@ def main(folder: Path) -> None:
     is_lora = options.pop("is_lora", False)
     names_teacher = options.pop("names_teacher", False)
     self_teachers = options.pop("self_teachers", None)
+    is_non_finite = options.pop("is_non_finite", False)
     callbacks = [DieAfterSaving(die_at)] if die_at else []
     if loses_server is not None:
         callbacks.append(LoseServer(loses_server))
@@ -187,6 +201,8 @@ def main(folder: Path) -> None:
         callback.trainer = trainer
     if evaluates_first:
         trainer.evaluate()
+    if is_non_finite:
+        fail_in_first_step(trainer)
     trainer.train(resume_from_checkpoint=resume)
     result = {"log": trainer.state.log_history, "evaluation": trainer.evaluate()}
     trainer.save_model(str(folder / "result"))

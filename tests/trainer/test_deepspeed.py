@@ -69,6 +69,20 @@ def test_two_ranks_with_a_teacher_by_name_train_like_one(full_run, tiny_model, t
             assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
 
 
+def test_values_that_are_not_finite_end_the_run_before_the_step_that_a_backward_takes(full_run, tmp_path):
+    two, _, process = full_run(
+        tmp_path / "two",
+        ranks=2,
+        environment=ENVIRONMENT,
+        per_device_train_batch_size=2,
+        deepspeed=zero(2),
+        is_non_finite=True,
+        **{**OPTIONS, "lmbda": 0.0, "optim": "sgd"},
+    )
+    assert two is None
+    assert process.stderr.count("GKDNumericsError, weights changed: False") == 2
+
+
 def test_a_sharded_teacher_is_refused(full_run, tmp_path):
     two, _, process = full_run(
         tmp_path / "two",
