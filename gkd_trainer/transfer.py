@@ -17,7 +17,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if tensor.device.type != "cpu" or device.type != "cuda" or tensor.numel() == 0:
         return tensor.to(device)
-    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    # Contiguous, since memory of its own would have the strides of an expanded tensor.
+    pinned = tensor if tensor.is_pinned() else tensor.contiguous().pin_memory()
     return pinned.to(device, non_blocking=True)
 
 

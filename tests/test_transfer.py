@@ -51,6 +51,8 @@ def test_copies_to_and_from_a_gpu_are_queued_in_order_without_waiting(is_pinned)
         copy = HostCopy(moved * 2 + busy[0, 0].long())
         moved.zero_()  # must not reach the copy
         assert to_device(torch.empty(0), device).device.type == "cuda"
+        expanded = to_device(torch.arange(3).expand(2, 3), device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(copy.read(), 2 * torch.arange(1000) + 1)
+    assert expanded.tolist() == [[0, 1, 2]] * 2

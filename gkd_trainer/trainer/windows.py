@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.trainer.placement import kept_on_host
 from gkd_trainer.trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class WindowLoader:
         if self.has_ended(epoch):
             return []
         self._ended_epoch = None
-        batches = list(itertools.islice(epoch, num_batches))
+        with kept_on_host(epoch):
+            batches = list(itertools.islice(epoch, num_batches))
         lacking = 0 if has_length else self._ranks.count(len(batches) < num_batches)
         if is_first and (lacking or not batches):
             raise self._too_few(lacking, num_batches)

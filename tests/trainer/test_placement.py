@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
+from transformers import BatchEncoding
 
-from gkd_trainer.trainer.placement import Placement, keep_on_host
+from gkd_trainer.trainer.placement import Placement, kept_on_host
 from gkd_trainer.types import ROW_KEY, TokenBatch
 
 META = torch.device("meta")
@@ -73,12 +74,42 @@ def test_an_earlier_window_is_forgotten():
     assert placement.recognised(inputs, made) is made
 
 
-def test_accelerate_leaves_batches_where_the_collator_made_them():
+def test_accelerate_leaves_batches_where_the_collator_made_them_and_only_for_a_window():
     accelerator = Accelerator(cpu=True)
-    loader = accelerator.prepare(torch.utils.data.DataLoader([{"x": torch.zeros(2)}] * 2))
-    assert loader.device is not None
+    loader = accelerator.prepare(torch.utils.data.DataLoader([{"x": torch.zeros(2)}] * 3))
     loader.device = META  # as for a run on a GPU
-    assert next(iter(loader))["x"].device == META
-    keep_on_host(loader)
-    assert next(iter(loader))["x"].device.type == "cpu"
-    keep_on_host([batch()])  # a loader of the user's own
+    for batches in (iter(loader), iter(skip_first_batches(loader, 1))):  # the latter for a resumed epoch
+        with kept_on_host(batches):
+            assert next(batches)["x"].device.type == "cpu"
+        assert next(batches)["x"].device == META
+    assert loader.device == META
+    with kept_on_host(iter([batch()])):  # a loader of the user's own
+        pass
+
+
+def test_a_batch_keeps_its_type_and_what_is_no_tensor():
+    given = BatchEncoding({**batch(), "names": ["a", "b"]})
+    [placed] = Placement(META).placed([given])
+    assert isinstance(placed, BatchEncoding)
+    assert placed.input_ids.device == META
+    assert placed["names"] == ["a", "b"]
+    assert given["input_ids"].device.type == "cpu"  # as it was
+
+
+def test_a_batch_made_in_inference_mode_is_read_again():
+    placement = Placement(torch.device("cpu"))
+    with torch.inference_mode():
+        inputs = batch()
+        made = TokenBatch.from_inputs(inputs)
+        assert placement.recognised(inputs, made) is made
+        [placed] = placement.placed([inputs])
+        made = TokenBatch.from_inputs(placed)
+        assert placement.recognised(placed, made) is made
+
+
+def test_an_evaluation_in_inference_mode_measures_the_same(make_trainer, token_rows):
+    trainer = make_trainer(trainer_args={"eval_dataset": token_rows()}, max_steps=1)
+    trainer.train()
+    expected = trainer.evaluate()["eval_loss"]
+    with torch.inference_mode():
+        assert trainer.evaluate()["eval_loss"] == expected
