@@ -82,7 +82,7 @@ class GKDArguments(HidesSecrets):
     loss_workspace_mb: float | None = _option(
         None,
         "Memory in MiB (at least 1) that the divergence may use besides hidden states and gradients; by default 256 "
-        "on the CPU, an eighth of what is free on CUDA but at most 3072, and 1024 elsewhere.",
+        "on the CPU, a 24th of the GPU's memory on CUDA but at most 3072, and 1024 elsewhere.",
     )
     loss_product_dtype: str = _option(
         "auto",

@@ -97,7 +97,7 @@ def test_numbers_that_other_prose_calls_defaults_are_those_of_the_code():
     assert f"`loss_temperature`, {config['loss_temperature']} by default" in migrating
     assert f"| unset `max_new_tokens` | {config['max_new_tokens']}, for which a `max_length` of 128 or" in migrating
     docstring = " ".join((token_divergence.__doc__ or "").split())
-    of_cuda = f"an eighth of what is free on CUDA ({CPU_WORKSPACE_MB} to {CUDA_WORKSPACE_MB})"
+    of_cuda = f"a 24th of the memory on CUDA ({CPU_WORKSPACE_MB} to {CUDA_WORKSPACE_MB})"
     assert f"None for {CPU_WORKSPACE_MB} on the CPU, {of_cuda}, and {WORKSPACE_MB} elsewhere" in docstring
 
 

@@ -99,7 +99,7 @@ def token_divergence(
             states or top tokens, None for as many as fit into `workspace_mb`; or how many positions of logits to
             compare with top tokens at once, None for a default.
         workspace_mb: the memory in MiB for projecting positions, besides inputs and gradients; None for 256 on the CPU,
-            an eighth of what is free on CUDA (256 to 3072), and 1024 elsewhere. These three don't change the result.
+            a 24th of the memory on CUDA (256 to 3072), and 1024 elsewhere. These three don't change the result.
 
     Raises:
         GKDConfigError: an option out of range, or shapes or dtypes that don't fit together.

@@ -1,5 +1,7 @@
 """The sizes of tiles and buffers that a budget of memory allows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,35 +60,24 @@ GIB = 2**30
 
 @pytest.fixture
 def gpu_with(monkeypatch):
-    """Make a GPU of some free memory, of which torch has cached a part."""
+    """Make a GPU of some memory."""
 
-    def make(free, cached=0):
-        workspace._cuda_workspace_mb.cache_clear()
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free, 80 * GIB))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: cached + 3 * GIB)
-        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 3 * GIB)
+    def make(total):
+        properties = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         return torch.device("cuda", 0)
 
-    yield make
-    workspace._cuda_workspace_mb.cache_clear()
+    return make
 
 
-@pytest.mark.parametrize(("free", "cached", "budget"), [(8, 0, 1024), (4, 4, 1024), (60, 0, 3072), (0.5, 0, 256)])
-def test_a_gpu_gives_an_eighth_of_its_free_memory_within_limits(gpu_with, free, cached, budget):
-    device = gpu_with(int(free * GIB), int(cached * GIB))
-    assert workspace.default_workspace_mb(device) == budget
+@pytest.mark.parametrize(("total", "budget"), [(24, 1024), (48, 2048), (80, 3072), (4, 256)])
+def test_a_gpu_gives_a_24th_of_its_memory_within_limits(gpu_with, total, budget):
+    assert workspace.default_workspace_mb(gpu_with(total * GIB)) == budget
 
 
-def test_the_budget_on_a_gpu_stays_as_it_was_first(gpu_with):
-    device = gpu_with(8 * GIB)
-    first = workspace.default_workspace_mb(device)
-    torch.cuda.mem_get_info = lambda index: (GIB, 80 * GIB)
-    assert workspace.default_workspace_mb(device) == first
-
-
-@pytest.mark.parametrize(("N", "V", "free", "tile"), [(8192, 151_936, 60, 2048), (1000, 151_936, 60, 1000)])
-def test_tiles_on_a_gpu_are_a_multiple_of_128_tokens(gpu_with, N, V, free, tile):
-    assert planned_tile(N, V, gpu_with(free * GIB)) == tile
+@pytest.mark.parametrize(("N", "V", "total", "tile"), [(8192, 151_936, 80, 2048), (1000, 151_936, 80, 1000)])
+def test_tiles_on_a_gpu_are_a_multiple_of_128_tokens(gpu_with, N, V, total, tile):
+    assert planned_tile(N, V, gpu_with(total * GIB)) == tile
 
 
 def test_where_128_tokens_do_not_fit_tiles_are_smaller(gpu_with):
