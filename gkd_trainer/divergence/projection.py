@@ -14,6 +14,9 @@ from torch import Tensor
 
 from gkd_trainer.signals import Head, HiddenSignal
 
+FLOAT16_LIMIT = torch.finfo(torch.float16).max
+"""A larger slope is cut to it: an infinity would end in NaN, whatever the scale of the loss."""
+
 HALVES = (torch.bfloat16, torch.float16)
 """The dtypes to which products may round their inputs."""
 
@@ -122,6 +125,8 @@ class Projection:
         hidden_RH = torch.where(hidden_RH.isfinite(), hidden_RH, 0.0)
         if self.half is not None:
             if slope_RV.dtype != self.half:
+                if self.half == torch.float16:
+                    slope_RV = slope_RV.clamp_(-FLOAT16_LIMIT, FLOAT16_LIMIT)
                 slope_RV = scratch.view(self.half)[:, : slope_RV.shape[1]].copy_(slope_RV)
             self._add_half_gradient(slope_RV, hidden_RH.to(self.half), tile, gradient, scale)
             return

@@ -314,6 +314,8 @@ def _load(ptr, start, V, CHUNK: tl.constexpr):
 @triton.jit
 def _store(ptr, values_C, start, V, CHUNK: tl.constexpr):
     ids_C = start + tl.arange(0, CHUNK)
+    if ptr.dtype.element_ty == tl.float16:  # see projection.FLOAT16_LIMIT
+        values_C = tl.minimum(tl.maximum(values_C, -65504.0), 65504.0)
     if start + CHUNK <= V:
         tl.store(ptr + ids_C, values_C.to(ptr.dtype.element_ty))
     else:

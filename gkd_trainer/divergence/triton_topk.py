@@ -25,6 +25,9 @@ MAX_TOP_K = 1024
 LAUNCH: dict[str, int | bool] = {"num_warps": 8, "enable_fp_fusion": True}
 """How to compile the kernels. Fusion is Triton's default, but Triton 3.9 warns if it is not set."""
 
+if torch.version.hip is None:
+    LAUNCH["maxnreg"] = 65_536 // (4 * 8 * 32)  # an SM's registers, over the threads of four programs
+
 CHUNK = 2048
 """The elements of a row that a program holds at once: 8 per thread."""
 
@@ -370,7 +373,7 @@ def _gradient_kernel(
         if IS_HALF:
             # Of half the size, it overwrites logits that other threads read, in this chunk or before.
             tl.debug_barrier()
-        tl.store(gradient_ptr + ids_L, gradient_L)
+        _store(gradient_ptr, gradient_L, ids_L, None)
     ids_L = last + columns_L
     logits_L = tl.load(student_ptr + ids_L, mask=ids_L < V, other=-float("inf"))
     slope_L = _rest_slope(logits_L, numbers)
@@ -381,7 +384,14 @@ def _gradient_kernel(
     gradient_L = _gradient(slope_L, logits_L, ids_L, numbers, HAS_LABEL_WEIGHT, IS_CAPPED)
     if IS_HALF:
         tl.debug_barrier()
-    tl.store(gradient_ptr + ids_L, gradient_L, mask=ids_L < V)
+    _store(gradient_ptr, gradient_L, ids_L, ids_L < V)
+
+
+@triton.jit
+def _store(gradient_ptr, gradient_L, ids_L, mask_L):
+    if gradient_ptr.dtype.element_ty == tl.float16:  # see projection.FLOAT16_LIMIT
+        gradient_L = tl.minimum(tl.maximum(gradient_L, -65504.0), 65504.0)
+    tl.store(gradient_ptr + ids_L, gradient_L, mask=mask_L)
 
 
 @triton.jit

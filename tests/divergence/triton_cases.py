@@ -158,6 +158,33 @@ def test_rows_beyond_two_to_the_31_elements_are_found(beta):
     assert torch.equal(student_RV.cpu(), gradient_RV)
 
 
+def test_a_slope_beyond_the_range_of_float16_is_cut():
+    student_RV, teacher_RV = pair(64)
+    student_RV[:, :2] += 60
+    teacher_RV[:, 0] += 70
+    weights = {"value_weight_R": torch.full((R,), 4096.0)}
+    _, whole_RV = compare(student_RV, teacher_RV, Objective(beta=1.0), **weights)
+    fields, half_RV = compare(student_RV, teacher_RV, Objective(beta=1.0), **weights, half=torch.float16)
+    assert fields["is_finite_N"].all()
+    limit = torch.finfo(torch.float16).max
+    assert whole_RV.abs().max() > limit
+    assert torch.equal(half_RV, whole_RV.clamp(-limit, limit).half())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program at a time")
+def test_gradients_in_half_precision_of_many_rows_are_those_of_float32_rounded_and_repeat():
+    R, V = 1000, 151_665
+    student_RV, teacher_RV = (torch.randn(R, V, generator=torch.Generator().manual_seed(seed)) * 3 for seed in range(2))
+    weights = {"value_weight_R": torch.ones(R)}
+    _, whole_RV = compare(student_RV, teacher_RV, Objective(beta=0.5), **weights, chunk=triton.CHUNK)
+    for _ in range(5):
+        _, half_RV = compare(
+            student_RV, teacher_RV, Objective(beta=0.5), **weights, half=torch.bfloat16, chunk=triton.CHUNK
+        )
+        assert torch.equal(half_RV, whole_RV.bfloat16())
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("beta", "V"), [(0.0, 150), (0.5, 150), (1.0, 64), (0.5, 1)])
 def test_a_gradient_in_half_precision_is_the_float32_one_rounded(half, beta, V):

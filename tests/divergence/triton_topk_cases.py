@@ -267,6 +267,20 @@ def test_a_gradient_of_half_precision_is_the_rounded_one_at_the_start_of_each_ro
     torch.testing.assert_close(rounded_RV.view(half)[:, :V].float(), rows_RV, rtol=eps, atol=1e-7)
 
 
+def test_a_slope_beyond_the_range_of_float16_is_cut():
+    student_RV, (ids_RK, log_p_RK) = pair(R, 64, 9)
+    rows_RV, rounded_RV = student_RV.to(DEVICE, copy=True), student_RV.to(DEVICE, copy=True)
+    teacher = ids_RK.to(DEVICE), log_p_RK.to(DEVICE)
+    reduced = triton_topk.categories(rows_RV, *teacher, None, has_bucket=True, max_mass=1.001)
+    slope_RC = torch.full((R, 10), 1e6, device=DEVICE)
+    triton_topk.write_gradient(rows_RV, slope_RC, reduced, None, None, softcap=None)
+    triton_topk.write_gradient(rounded_RV, slope_RC, reduced, None, None, softcap=None, half=torch.float16)
+    limit = torch.finfo(torch.float16).max
+    assert rows_RV.max() > limit
+    found_RV = rounded_RV.view(torch.float16)[:, :64].float()
+    torch.testing.assert_close(found_RV, rows_RV.clamp(-limit, limit), rtol=2**-10, atol=1e-7)
+
+
 @pytest.mark.parametrize("terms", [1, 2])
 def test_hidden_states_with_products_of_halves_have_a_gradient_right_to_a_percent(monkeypatch, terms):
     generator = torch.Generator().manual_seed(0)
