@@ -58,8 +58,9 @@ class VLLMColocateRollouts(RolloutEngine):
             set by `kv_cache_memory_bytes` in `engine_kwargs` or by the variable VLLM_CPU_KVCACHE_SPACE.
         tensor_parallel_size: Number of ranks that share an engine; it generates their completions together.
         enable_sleep_mode: Whether the engine frees the device's memory while the student trains (CUDA). With "full"
-            weights it then drops them, since the next sync sends all again; with "adapter" the base model, which is
-            sent only once, waits on the CPU.
+            weights it drops them after the first batch, since the next sync sends all again; if further batches come
+            before that, they are sent again once, and then wait on the CPU. With "adapter" the base model, which is
+            sent only once, waits there.
         weight_sync: "full" sends all weights with adapters merged; "adapter" sends the base model once, then only a
             LoRA adapter; "auto" is "adapter" if the student has a plain LoRA adapter and the device is CUDA.
         trust_remote_code: Whether the engine may run Python code that comes with the model.
@@ -100,6 +101,7 @@ class VLLMColocateRollouts(RolloutEngine):
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size = vocab_size
         self._sleeps, self._is_asleep = enable_sleep_mode, False
+        self._keeps_weights = False  # when it sleeps
         self._student: weakref.ref[nn.Module] | None = None
         self._ranks = _TensorParallelGroup(tensor_parallel_size)
         self._folder = PrivateFolder()
@@ -145,6 +147,7 @@ class VLLMColocateRollouts(RolloutEngine):
                 )
             self._wake_up("kv_cache")
             self._is_asleep = False
+        self._keeps_weights = False
         self._student = weakref.ref(model)
         self._synced += 1
 
@@ -187,7 +190,7 @@ class VLLMColocateRollouts(RolloutEngine):
                     lora_request=self._lora_request,
                 )
             if self._sleeps:  # without prompts too: ranks that share a sharded student wake up together
-                self._llm.sleep(level=1 if self._sends_adapter else 2)
+                self._llm.sleep(level=1 if self._sends_adapter or self._keeps_weights else 2)
                 self._is_asleep = True
             return [
                 parse_completion(
@@ -216,11 +219,12 @@ class VLLMColocateRollouts(RolloutEngine):
             self._llm.wake_up(tags=[part])
 
     def _wake_up_unchanged(self) -> None:
-        if not self._sends_adapter:
+        if not self._sends_adapter and not self._keeps_weights:
             student = None if self._student is None else self._student()
             if student is None:
                 raise GKDRolloutError("the student is gone whose weights the vLLM engine dropped: call sync(model)")
             self.sync(student)
+            self._keeps_weights = True  # for the further batches of an evaluation
             return
         with _failing_as("wake up"), _undisturbed():
             self._wake_up("weights")

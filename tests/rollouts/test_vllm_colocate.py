@@ -534,22 +534,29 @@ def test_an_engine_that_sleeps_gets_its_memory_for_weights_then_weights_then_its
     assert sleepy.calls == [*_SYNC, "generate", "sleep at level 2"]
 
 
-def test_weights_that_sleep_dropped_are_sent_again_before_the_next_batch(sleepy, engine, model):
+_WOKEN = ["free memory", "wake up weights", "free memory", "wake up kv_cache"]
+
+
+def test_weights_that_sleep_dropped_are_sent_again_once_for_all_further_batches(sleepy, engine, model):
     engine.sync(model)
     expected = greedy(engine)
-    sleepy.calls.clear()
-    assert greedy(engine) == expected
-    assert sleepy.calls == [*_SYNC, "generate", "sleep at level 2"]
+    for woken in (_SYNC, _WOKEN, _WOKEN):
+        sleepy.calls.clear()
+        assert greedy(engine) == expected
+        assert sleepy.calls == [*woken, "generate", "sleep at level 1"]
+    engine.sync(model)
+    greedy(engine)
+    assert sleepy.calls[-1] == "sleep at level 2"
 
 
 def test_a_rank_without_prompts_wakes_up_and_sleeps_with_the_others(sleepy, engine, model):
     engine.sync(model)
-    for _ in range(2):
+    for level in (2, 1):
         sleepy.calls.clear()
         assert engine.generate([], Sampling(2), []) == []
-        assert sleepy.calls[-1] == "sleep at level 2"
+        assert sleepy.calls[-1] == f"sleep at level {level}"
         assert "generate" not in sleepy.calls
-    assert sleepy.calls == [*_SYNC, "sleep at level 2"]
+    assert sleepy.calls == [*_SYNC, "sleep at level 1"]
 
 
 def test_the_base_model_of_an_adapter_sleeps_on_the_cpu(sleepy, engine, model, monkeypatch):
@@ -558,8 +565,7 @@ def test_the_base_model_of_an_adapter_sleeps_on_the_cpu(sleepy, engine, model, m
     expected = greedy(engine)
     sleepy.calls.clear()
     assert greedy(engine) == expected
-    woken = ["free memory", "wake up weights", "free memory", "wake up kv_cache"]
-    assert sleepy.calls == [*woken, "generate", "sleep at level 1"]
+    assert sleepy.calls == [*_WOKEN, "generate", "sleep at level 1"]
 
 
 def test_an_engine_whose_student_is_gone_says_so(sleepy, engine, make):
