@@ -86,6 +86,8 @@ def sanitize(where: Where, tool: str) -> dict[str, Any]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *command]
     # Without torch's cache each tensor is an allocation of its own, whose end the tool knows.
     done = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if "Device not supported" in done.stdout:
+        raise NotMeasuredError("compute-sanitizer does not support this device, or what it runs under")
     if done.returncode not in (0, 99):
         raise RuntimeError(f"the command ended with {done.returncode}: {done.stdout[-500:]}")
     lines = [line.removeprefix("=" * 9).strip() for line in done.stdout.splitlines() if line.startswith("=" * 9)]

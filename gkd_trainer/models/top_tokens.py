@@ -49,7 +49,8 @@ def _logits_in_blocks(signal: StudentSignal, N: int, block: int) -> Iterator[tup
     half = of_weight if hidden_NH.is_cuda and hidden_NH.dtype == of_weight and of_weight in HALVES else None
     # A slice that is converted is an eighth as large as a block's logits.
     project = Projection(head, dtype, max(1, block * V // (8 * H)), half)
-    logits_RV = hidden_NH.new_empty(min(block, N), V, dtype=dtype)
+    # Rows start at multiples of 16 elements, for loads and products of several at once.
+    logits_RV = hidden_NH.new_empty(min(block, N), -(-V // 16) * 16, dtype=dtype)[:, :V]
     for tile in tiles(N, block):
         out_RV = logits_RV[: tile.stop - tile.start]
         project.logits(hidden_NH[tile], out_RV)
