@@ -67,6 +67,11 @@ class Plan:
         return _rounded_up(columns, self.padding)
 
 
+def row_stride(columns: int, device: torch.device) -> int:
+    """Return the number of elements from one row of logits to the next."""
+    return _rounded_up(columns, _padding(device))
+
+
 def plan_for(
     student: HiddenSignal,
     groups: Sequence[tuple[Term, ...]],

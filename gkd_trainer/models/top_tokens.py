@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gkd_trainer.divergence.projection import HALVES, Projection
 from gkd_trainer.divergence.rows import tiles
-from gkd_trainer.divergence.workspace import planned_tile
+from gkd_trainer.divergence.workspace import planned_tile, row_stride
 from gkd_trainer.signals import HiddenSignal, StudentSignal, TopKSignal, scored_positions
 
 
@@ -49,8 +49,7 @@ def _logits_in_blocks(signal: StudentSignal, N: int, block: int) -> Iterator[tup
     half = of_weight if hidden_NH.is_cuda and hidden_NH.dtype == of_weight and of_weight in HALVES else None
     # A slice that is converted is an eighth as large as a block's logits.
     project = Projection(head, dtype, max(1, block * V // (8 * H)), half)
-    # Rows start at multiples of 16 elements, for loads and products of several at once.
-    logits_RV = hidden_NH.new_empty(min(block, N), -(-V // 16) * 16, dtype=dtype)[:, :V]
+    logits_RV = hidden_NH.new_empty(min(block, N), row_stride(V, hidden_NH.device), dtype=dtype)[:, :V]
     for tile in tiles(N, block):
         out_RV = logits_RV[: tile.stop - tile.start]
         project.logits(hidden_NH[tile], out_RV)

@@ -86,6 +86,8 @@ def test_where_128_tokens_do_not_fit_tiles_are_smaller(gpu_with):
 
 def test_rows_are_padded_on_a_gpu_only(monkeypatch):
     assert plan([signal()]).stride(151_665) == 151_665
+    assert workspace.row_stride(151_665, torch.device("cpu")) == 151_665
+    assert workspace.row_stride(151_665, torch.device("cuda")) == 151_680
     monkeypatch.setattr(workspace, "_padding", lambda device: 16)
     padded = plan([signal()])
     assert [padded.stride(columns) for columns in (151_665, 151_936, 1)] == [151_680, 151_936, 16]
