@@ -73,7 +73,8 @@ $(NEWEST)/installed: setup.cfg constraints-newest.txt
 	touch $@
 
 # Tests of what a new version can break, in a few minutes: construction, training, adapters, resuming, evaluation, rows, the loss.
-SHORT := $(addprefix tests/, test_api.py test_compat.py test_config.py test_config_checks.py cli/test_parser.py \
+SHORT := $(addprefix tests/, test_api.py test_compat.py test_config.py test_config_checks.py test_config_values.py \
+    test_teacher_checks.py cli/test_parser.py \
     data/test_prepare.py data/test_turns.py divergence/test_loss.py models/test_heads.py models/test_loading.py \
     trainer/test_compat.py trainer/test_evaluation.py trainer/test_loss.py trainer/test_on_policy.py \
     trainer/test_resume.py trainer/test_trainer.py trainer/test_drop_in.py)

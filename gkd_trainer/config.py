@@ -11,15 +11,9 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from gkd_trainer.config_checks import (
-    check_combinations,
-    check_ranges,
-    check_room_for_prompts,
-    check_types,
-    parsed_json,
-    parsed_urls,
-)
+from gkd_trainer.config_checks import check_combinations, check_room_for_prompts
 from gkd_trainer.config_effects import Run
+from gkd_trainer.config_values import check_ranges, check_types, parsed_json, parsed_urls
 from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.options import PRODUCT_DTYPES, SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError

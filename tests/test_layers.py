@@ -19,6 +19,8 @@ LAYERS = [
     {"errors", "transfer"},
     {"signals", "types", "urls", "vllm_answers"},
     {"divergence"},
+    {"config_values"},
+    {"teacher_checks"},
     {"config_checks"},
     {"config"},
     {"models", "vllm_client"},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from gkd_trainer.config_checks import check_teacher_weights
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import Signal, SummedSignal
+from gkd_trainer.teacher_checks import check_teacher_weights
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.several import SeveralTeachers
 from gkd_trainer.types import TokenBatch

@@ -19,7 +19,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations, find_unused_parameters
 from gkd_trainer.config import GKDArguments, GKDConfig
-from gkd_trainer.config_checks import check_cache, check_loss_temperature
 from gkd_trainer.config_effects import Run
 from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
@@ -35,6 +34,7 @@ from gkd_trainer.models.loading import (
     wrap_in_adapter,
 )
 from gkd_trainer.redaction import redacted
+from gkd_trainer.teacher_checks import check_cache, check_loss_temperature
 from gkd_trainer.teachers import CachedTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.trainer.preparation import pad_token_id
