@@ -36,8 +36,9 @@ from transformers import (
 )
 
 from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.report.stages import plot_curves, print_samples, print_stages
-from gkd_trainer.types import IGNORE_INDEX, Sampling
+from gkd_trainer.types import Sampling
 
 HERE = Path(__file__).parent
 TEXT_KL, SAMPLES_KL = "forward KL, teacher's text", "reverse KL, own samples"

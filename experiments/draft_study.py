@@ -19,8 +19,8 @@ from experiments.arms import ARMS, is_timed
 from experiments.measures import compared, completions
 from experiments.studies import Grid, Run, Study, made_once
 from experiments.training import Setting, trained
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.report.drafting import tokens_per_forward
-from gkd_trainer.types import IGNORE_INDEX
 
 DATA = Path(__file__).parents[1] / "examples" / "demo_data" / "teacher_answers.jsonl"
 HELD_OUT = 24

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gkd_trainer.types import IGNORE_INDEX
+from gkd_trainer.batch_keys import IGNORE_INDEX
 
 SIZE = 6
 PLACES = 4

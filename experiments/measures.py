@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.signals import LogitsSignal
-from gkd_trainer.types import IGNORE_INDEX
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -1,6 +1,6 @@
 """The typed values passed between stages: token batches and completions.
 
-Shapes: B batch, L length, N tokens trained on, P length of a sample's own prompt.
+Shapes: B batch, L length, N tokens trained on.
 """
 
 from __future__ import annotations
@@ -13,134 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd_trainer.batch_keys import (
+    IGNORE_INDEX,
+    IS_ON_POLICY,
+    NOT_MODEL_INPUTS,
+    PER_LABEL,
+    PER_TOKEN,
+    SIDE_TENSORS,
+    has_decoder_inputs,
+)
+from gkd_trainer.right_padding import right_padded
 from gkd_trainer.transfer import all_to_device, integers_to_host, to_device
-
-IGNORE_INDEX = -100
-"""The label of a token that is not trained on."""
-
-IS_ON_POLICY = "is_on_policy"
-"""The key of a batch's mask of samples that the student generated."""
-
-PROMPT_IDS = "on_policy_prompt_ids"
-"""The key of a sample's own prompt, if it differs from the tokens before the sample's last trained run.
-
-In a row, a list of token ids, empty if there is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
-"""
-
-ROW_KEY = "row_key"
-"""The key of the integer that identifies a row of a data set; in a batch, an int64 tensor [B]."""
-
-TEACHER_INDEX = "teacher_index"
-"""The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
-
-TEACHER_PROMPT_IDS = "teacher_prompt_ids"
-"""The key of a prompt that the teacher reads instead of the sample's own, in the teacher's token ids.
-
-A teacher with another tokenizer reads it, and a Teacher of your own may. In a row, a list of token ids, empty if there
-is none; in a batch, a tensor [B, P] padded with IGNORE_INDEX.
-"""
-
-TEACHER_IDS = "teacher_ids"
-"""The key of a sample in the teacher's tokens, if these are not the student's: int64 [B, P], padded with IGNORE_INDEX.
-
-It comes with TEACHER_COLUMNS, int64 [B, P] likewise: the column in it of the token that the teacher predicts at each
-scored position of the sample, in order.
-"""
-
-TEACHER_COLUMNS = "teacher_columns"
-"""The key of the teacher's columns; see TEACHER_IDS."""
-
-
-@dataclass(frozen=True)
-class SideTensor:
-    """A value per sample that a batch carries with its tokens, and that no model's forward gets.
-
-    `filling` stands for a missing value, and pads the shorter lists of a batch. `is_column` says that a data set may
-    have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]), and
-    `survives_completion` that a sample keeps its value, instead of getting `filling`, when it gets a completion.
-    """
-
-    name: str
-    filling: int
-    is_column: bool
-    is_list: bool
-    survives_completion: bool
-
-
-SIDE_TENSORS: Mapping[str, SideTensor] = {
-    side.name: side
-    for side in (
-        SideTensor(IS_ON_POLICY, filling=False, is_column=False, is_list=False, survives_completion=False),
-        # A generated completion stands right after its prompt.
-        SideTensor(PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=False),
-        SideTensor(ROW_KEY, filling=-1, is_column=True, is_list=False, survives_completion=True),
-        SideTensor(TEACHER_INDEX, filling=-1, is_column=True, is_list=False, survives_completion=True),
-        SideTensor(TEACHER_PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=True),
-        SideTensor(TEACHER_IDS, filling=IGNORE_INDEX, is_column=False, is_list=True, survives_completion=False),
-        SideTensor(TEACHER_COLUMNS, filling=IGNORE_INDEX, is_column=False, is_list=True, survives_completion=False),
-    )
-}
-"""All side tensors, by name."""
-
-MEDIA_INPUTS = frozenset(
-    {
-        "pixel_values",
-        "pixel_values_images",
-        "pixel_values_videos",
-        "pixel_attention_mask",
-        "image_sizes",
-        "image_grid_thw",
-        "image_position_ids",
-        "video_grid_thw",
-        "video_position_ids",
-        "video_second_per_grid",
-        "second_per_grid_ts",
-        "spatial_shapes",
-        "aspect_ratio_ids",
-        "aspect_ratio_mask",
-        "input_features",
-        "input_features_mask",
-        "feature_attention_mask",
-    }
-)
-"""A collator's values, sizes and masks of images, videos and sound, per sample or per image."""
-
-PER_SAMPLE = MEDIA_INPUTS.union(SIDE_TENSORS, {"prompts", "prompt_attention_mask"})
-"""Keys of a batch that are known to hold values per sample or image, whatever their shape."""
-
-PER_TOKEN = frozenset(
-    {
-        "input_ids",
-        "labels",
-        "attention_mask",
-        "completion_mask",
-        "assistant_masks",
-        "position_ids",
-        "token_type_ids",
-        "mm_token_type_ids",
-        "byte_offsets",
-    }
-)
-"""Keys of a batch that are known to hold values per token [B, L, ...]; `position_ids` may be [..., B, L]."""
-
-DECODER_INPUT_IDS = "decoder_input_ids"
-"""The key of a decoder's inputs, which shows that a batch is for an encoder-decoder."""
-
-PER_LABEL = frozenset({"labels", DECODER_INPUT_IDS, "decoder_attention_mask"})
-"""Keys of an encoder-decoder's batch whose values are per label; its other values per token are the encoder's."""
-
-_NOT_MODEL_INPUTS = frozenset(SIDE_TENSORS).union(
-    {
-        "labels",
-        # Rows of tokens may have these in place of labels.
-        "completion_mask",
-        "assistant_masks",
-        # Added by TRL's DataCollatorForChatML.
-        "prompts",
-        "prompt_attention_mask",
-        "byte_offsets",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -251,7 +134,7 @@ class TokenBatch:
         if label_offset is None:
             label_offset = 0 if has_decoder_inputs(inputs) else 1
         inputs = right_padded(inputs)
-        model_inputs = {key: value for key, value in inputs.items() if key not in _NOT_MODEL_INPUTS}
+        model_inputs = {key: value for key, value in inputs.items() if key not in NOT_MODEL_INPUTS}
         labels_BL = inputs["labels"]
         is_on_policy_B = inputs.get(IS_ON_POLICY)
         if is_on_policy_B is None:
@@ -358,81 +241,6 @@ class TokenBatch:
 def _of_rows(name: str, values: Tensor, rows: Tensor) -> Tensor:
     """Return the values per token of some rows; those of `position_ids` may be [..., B, L]."""
     return values.index_select(values.dim() - 2 if name == "position_ids" else 0, rows)
-
-
-def has_decoder_inputs(inputs: Mapping[str, Any]) -> bool:
-    """Return whether a collated batch is for an encoder-decoder, and has its decoder's inputs."""
-    return inputs.get(DECODER_INPUT_IDS) is not None
-
-
-def may_be_per_token(name: str, value: Any) -> bool:
-    """Return whether a collated value is a tensor of unknown name that may have one value per token.
-
-    Its shape does not decide: a dimension may equal L by chance.
-    """
-    return isinstance(value, Tensor) and value.dim() > 1 and name not in PER_TOKEN | PER_SAMPLE | PER_LABEL
-
-
-def right_padded(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a collated batch with each row's padding, by its `attention_mask` [B, L], moved after the row's tokens.
-
-    Padding before the tokens changes the logits of a model that counts positions by column or carries a state from
-    token to token, and lets a padding position predict the first token. No causal model sees padding after them.
-    PER_TOKEN values move along. A batch with a tensor that `may_be_per_token` is left as it is: the tensor's values
-    would no longer match their tokens. If the batch `has_decoder_inputs`, only the encoder's values move.
-    """
-    per_token = _names_per_token(inputs)
-    column_BL = _columns_when_right_padded(inputs)
-    if column_BL is None:
-        return dict(inputs)
-    row_B1 = _rows_B1(column_BL)
-
-    def moved(name: str, value: Any) -> Any:
-        if name not in per_token or not isinstance(value, Tensor):
-            return value
-        return value[..., row_B1, column_BL] if name == "position_ids" else value[row_B1, column_BL]
-
-    return {name: moved(name, value) for name, value in inputs.items()}
-
-
-def in_columns_of(inputs: Mapping[str, Any], values_BL: Tensor) -> Tensor:
-    """Return values [B, L, ...] of the `right_padded` batch, moved back to the columns of their tokens in `inputs`.
-
-    An encoder-decoder's values are per label, and stay: only its encoder's tokens were moved.
-    """
-    if has_decoder_inputs(inputs):
-        return values_BL
-    column_BL = _columns_when_right_padded(inputs)
-    if column_BL is None or values_BL.shape[:2] != column_BL.shape or not column_BL[:, 0].any():
-        return values_BL
-    return values_BL[_rows_B1(column_BL), column_BL.argsort(dim=1)]
-
-
-def _columns_when_right_padded(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return, for each column of the right-padded batch, its column in `inputs`; None if nothing moves."""
-    mask_BL, labels_BL = inputs.get("attention_mask"), inputs.get("labels")
-    if not isinstance(mask_BL, Tensor) or not isinstance(labels_BL, Tensor) or mask_BL.dim() != 2:
-        return None
-    per_token = _names_per_token(inputs)
-    for name, value in inputs.items():
-        if may_be_per_token(name, value):
-            return None
-        if name in per_token and isinstance(value, Tensor):
-            shape = value.shape[-2:] if name == "position_ids" else value.shape[:2]
-            if shape != mask_BL.shape:
-                return None
-    length = mask_BL.shape[1]
-    first_B1 = (mask_BL != 0).int().argmax(dim=1, keepdim=True)  # 0 in a row of padding alone
-    return (torch.arange(length, device=mask_BL.device) + first_B1) % length
-
-
-def _names_per_token(inputs: Mapping[str, Any]) -> frozenset[str]:
-    """Return the names of the values per token of `input_ids`."""
-    return PER_TOKEN - PER_LABEL if has_decoder_inputs(inputs) else PER_TOKEN
-
-
-def _rows_B1(column_BL: Tensor) -> Tensor:
-    return torch.arange(len(column_BL), device=column_BL.device)[:, None]
 
 
 def prompt_length(labels: Sequence[int]) -> int:

@@ -16,7 +16,8 @@ STAGES = {"data", "rollouts", "teachers", "divergence"}
 # What a module or folder of the package stands on. Those of one layer do not import one another, unless named below.
 LAYERS = [
     {"redaction", "config_effects", "quiet", "compat"},
-    {"errors", "transfer"},
+    {"errors", "transfer", "batch_keys"},
+    {"right_padding"},
     {"signals", "types", "urls", "vllm_answers"},
     {"divergence"},
     {"config_values"},
@@ -106,14 +107,14 @@ def test_the_stages_do_not_know_one_another(path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "divergence"], ids=name_in_package)
 def test_the_divergence_depends_only_on_torch(path):
-    assert parts_imported_by(path) <= {"divergence", "errors", "signals", "types"}
+    assert parts_imported_by(path) <= {"divergence", "errors", "signals", "types", "batch_keys"}
     others = {name.split(".")[0] for name in imported_by(path)} - {"gkd_trainer", "torch"}
     if path.name in ("triton.py", "triton_topk.py"):  # which are imported where there is a GPU to run it on
         others -= {"triton"}
     assert others <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", ["types.py", "signals.py", "errors.py"])
+@pytest.mark.parametrize("name", ["types.py", "batch_keys.py", "right_padding.py", "signals.py", "errors.py"])
 def test_the_divergences_dependencies_need_only_torch_too(name):
     others = {imported.split(".")[0] for imported in imported_by(PACKAGE / name)} - {"gkd_trainer", "torch"}
     assert others <= set(sys.stdlib_module_names)

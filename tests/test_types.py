@@ -5,19 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gkd_trainer.types import (
-    IGNORE_INDEX,
-    IS_ON_POLICY,
-    PROMPT_IDS,
-    ROW_KEY,
-    SIDE_TENSORS,
-    Completion,
-    TokenBatch,
-    in_columns_of,
-    may_be_per_token,
-    prompt_length,
-    right_padded,
-)
+from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY, PROMPT_IDS, ROW_KEY
+from gkd_trainer.right_padding import in_columns_of, right_padded
+from gkd_trainer.types import Completion, TokenBatch, prompt_length
 
 X = IGNORE_INDEX
 
@@ -107,13 +97,6 @@ def test_the_side_tensors_of_the_data_set_are_at_hand_by_name(side):
     assert TokenBatch.from_inputs({"input_ids": ids_BL, "labels": ids_BL}).side == {}
 
 
-def test_no_side_tensor_is_taken_for_values_per_token_or_for_a_model_input():
-    sides = {name: torch.zeros(2, 3, dtype=torch.long) for name in SIDE_TENSORS}
-    assert not any(may_be_per_token(name, value) for name, value in sides.items())
-    batch = TokenBatch.from_inputs({"labels": torch.zeros(2, 3, dtype=torch.long), **sides})
-    assert batch.model_inputs == {}
-
-
 def test_a_batch_sent_to_a_device_is_still_read_on_the_host():
     host = replace(labelled_batch(), side={ROW_KEY: torch.tensor([7, 8, 9])})
     moved = host.to(torch.device("meta"))
@@ -201,70 +184,6 @@ def test_only_the_encoders_padding_moves_in_a_batch_with_decoder_inputs():
     assert moved["labels"] is inputs["labels"]
     assert moved["decoder_input_ids"] is inputs["decoder_input_ids"]
     assert in_columns_of(inputs, inputs["labels"]) is inputs["labels"]
-
-
-MASK_BL = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
-COLUMNS_BL = torch.arange(4).expand(4, 4)
-COLUMNS_MOVED_BL = torch.tensor([[2, 3, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3, 0]])
-
-
-def padded_anywhere(**others):
-    labels_BL = COLUMNS_BL.masked_fill(MASK_BL == 0, X)
-    return {"input_ids": COLUMNS_BL, "attention_mask": MASK_BL, "labels": labels_BL, **others}
-
-
-def test_padding_moves_behind_the_tokens_with_all_that_is_known_to_be_per_token():
-    inputs = padded_anywhere(
-        position_ids=torch.stack([COLUMNS_BL, COLUMNS_BL * 10]),
-        byte_offsets=COLUMNS_BL[..., None] + torch.tensor([0.0, 0.5]),
-        row_weight=torch.ones(4),
-        names=["a", "b", "c", "d"],
-    )
-    moved = right_padded(inputs)
-    assert moved["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
-    assert torch.equal(moved["input_ids"], COLUMNS_MOVED_BL)
-    assert torch.equal(moved["position_ids"], torch.stack([COLUMNS_MOVED_BL, COLUMNS_MOVED_BL * 10]))
-    assert torch.equal(moved["byte_offsets"], COLUMNS_MOVED_BL[..., None] + torch.tensor([0.0, 0.5]))
-    assert moved["labels"].tolist() == [[2, 3, X, X], [0, 1, 2, X], [X] * 4, [1, 2, X, X]]
-    assert moved["row_weight"] is inputs["row_weight"]
-    assert moved["names"] is inputs["names"]
-
-
-@pytest.mark.parametrize("name", [PROMPT_IDS, "prompts", "prompt_attention_mask", "pixel_values"])
-def test_per_sample_values_stay_even_if_shaped_like_tokens(name):
-    value = torch.arange(16).view(4, 4)
-    moved = right_padded(padded_anywhere(**{name: value}))
-    assert torch.equal(moved["input_ids"], COLUMNS_MOVED_BL)
-    assert moved[name] is value
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("attention_bias", (4, 1, 4, 4)),
-        ("mrope_position_ids", (3, 4, 4)),
-        ("token_embeddings", (4, 4, 2)),
-        ("sample_features", (4, 3)),
-        ("position_ids", (1, 4)),
-        ("token_type_ids", (4, 1, 4)),
-    ],
-)
-def test_padding_stays_where_a_tensor_could_lose_its_tokens(name, shape):
-    inputs = padded_anywhere(**{name: torch.zeros(shape)})
-    moved = right_padded(inputs)
-    assert moved.keys() == inputs.keys()
-    assert all(moved[key] is inputs[key] for key in inputs)
-    values_BL = torch.rand(4, 4)
-    assert in_columns_of(inputs, values_BL) is values_BL
-
-
-def test_values_of_right_padded_rows_come_back_to_the_columns_of_their_tokens():
-    inputs = padded_anywhere()
-    moved = right_padded(inputs)
-    assert torch.equal(in_columns_of(inputs, moved["labels"]), inputs["labels"])
-    logits_BLV = moved["input_ids"][..., None] + torch.tensor([0.0, 0.5])
-    assert torch.equal(in_columns_of(inputs, logits_BLV), inputs["input_ids"][..., None] + torch.tensor([0.0, 0.5]))
-    assert in_columns_of(moved, logits_BLV) is logits_BLV  # no copy of logits that are in place
 
 
 def test_no_padding_position_is_scored_for_the_first_token():

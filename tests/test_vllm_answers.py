@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
 from gkd_trainer.rollouts import VLLMServerRollouts
 from gkd_trainer.rollouts.vllm_nccl import _transfer_backend
 from gkd_trainer.rollouts.vllm_sync import forget_cache, name_version, weight_version
 from gkd_trainer.teachers import VLLMServerTeacher
-from gkd_trainer.types import IGNORE_INDEX, Sampling, TokenBatch
+from gkd_trainer.types import Sampling, TokenBatch
 from gkd_trainer.vllm_answers import Models, ServedModel, ServerInfo, WeightInfo
 from gkd_trainer.vllm_client import VLLMServer
 from tests.serving import Answer, FaultyProxy

@@ -10,8 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, SIDE_TENSORS, SideTensor
 from gkd_trainer.data.keys import checked_key
-from gkd_trainer.types import IGNORE_INDEX, SIDE_TENSORS, SideTensor
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 

@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, MEDIA_INPUTS
 from gkd_trainer.data.collate import Collator, Wrapper
 from gkd_trainer.data.tokens import RowDropped, RowTokens
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, MEDIA_INPUTS, prompt_length
+from gkd_trainer.types import prompt_length
 
 IMAGE_COLUMNS = ("images", "image")
 """The columns of a row's images: a list of them, or one."""

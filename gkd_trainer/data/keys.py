@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from gkd_trainer.batch_keys import ROW_KEY
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import ROW_KEY
 
 _FIRST, _LAST = -(2**63), 2**63 - 1
 

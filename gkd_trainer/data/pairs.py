@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens, id_list
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, prompt_length
+from gkd_trainer.types import prompt_length
 
 _NOT_FOR_PAIRS = ("completion_mask", "assistant_masks", "decoder_input_ids", "decoder_attention_mask")
 

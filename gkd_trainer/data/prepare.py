@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.routing import TeacherRoute
@@ -17,7 +18,6 @@ from gkd_trainer.data.rows import RowPreparer, RowRules
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 
 logger = logging.getLogger(__name__)
 

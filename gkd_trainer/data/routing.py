@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gkd_trainer.batch_keys import TEACHER_INDEX
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import TEACHER_INDEX
 
 
 @dataclass(frozen=True)

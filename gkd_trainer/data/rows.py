@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing, images_of, require_readable, with_image_parts
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
@@ -27,7 +28,7 @@ from gkd_trainer.data.turns import (
 )
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.models.prompts import leading_ids
-from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, prompt_length
+from gkd_trainer.types import prompt_length
 
 NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "

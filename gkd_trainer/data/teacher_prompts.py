@@ -8,12 +8,13 @@ from typing import Any
 
 from trl.data_utils import maybe_convert_to_chatml
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.tokens import RowDropped, id_list
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.models.prompts import prompt_ids
-from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, prompt_length
+from gkd_trainer.types import prompt_length
 
 TEACHER_PROMPT = "teacher_prompt"
 """The column of a row that holds the prompt that the teacher reads: a text, or messages."""

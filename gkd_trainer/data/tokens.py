@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS
+from gkd_trainer.batch_keys import IGNORE_INDEX, PROMPT_IDS
 
 _PER_TOKEN_COLUMNS = (
     "attention_mask",

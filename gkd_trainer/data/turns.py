@@ -9,8 +9,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import apply_chat_template
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX
 
 Span = tuple[int, int]
 """A half-open range: of characters in a text, or of tokens in a sequence."""

@@ -22,9 +22,9 @@ from typing import Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.divergence.objective import TERMS, Objective, Pair
 from gkd_trainer.divergence.result import TokenDivergence
-from gkd_trainer.types import IGNORE_INDEX
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.divergence.dense import compare_logits
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.result import TokenDivergence
@@ -32,7 +33,6 @@ from gkd_trainer.divergence.rows import (
     tiles,
 )
 from gkd_trainer.signals import TopKSignal
-from gkd_trainer.types import IGNORE_INDEX
 
 _EXCESS_MASS = 1e-3
 """How far rounding may raise the mass of a teacher's top k above one; more is not a distribution."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.divergence.loss import generalized_jsd
 from gkd_trainer.divergence.options import checked_objective
 from gkd_trainer.divergence.reference import elementwise_jsd
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.types import IGNORE_INDEX
 
 _REDUCTIONS = ("batchmean", "sum", "mean", "none")
 

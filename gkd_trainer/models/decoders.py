@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkd_trainer.batch_keys import DECODER_INPUT_IDS, IGNORE_INDEX, PER_LABEL, has_decoder_inputs
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.types import DECODER_INPUT_IDS, IGNORE_INDEX, PER_LABEL, has_decoder_inputs
 
 
 def is_encoder_decoder(model: nn.Module | None) -> bool:

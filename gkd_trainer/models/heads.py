@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gkd_trainer.batch_keys import DECODER_INPUT_IDS
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, StudentSignal
-from gkd_trainer.types import DECODER_INPUT_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 T = TypeVar("T")
 

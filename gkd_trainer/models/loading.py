@@ -33,8 +33,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from gkd_trainer.batch_keys import MEDIA_INPUTS
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
-from gkd_trainer.types import MEDIA_INPUTS, MediaTokens
+from gkd_trainer.types import MediaTokens
 
 logger = logging.getLogger(__name__)
 

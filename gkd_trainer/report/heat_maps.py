@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data import RowRules
 from gkd_trainer.data.rows import PreparedRow, RowPreparer
 from gkd_trainer.data.tokens import RowDropped
@@ -24,7 +25,6 @@ from gkd_trainer.report.pair import Pair, pair
 from gkd_trainer.report.token_map import TOP, TokenMap, token_maps
 from gkd_trainer.signals import Signal, StudentSignal
 from gkd_trainer.teachers import Teacher
-from gkd_trainer.types import IGNORE_INDEX
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text, messages, or token ids."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data.gsm8k import INSTRUCTION, ground_truth, is_correct, is_number, to_conversation
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.errors import GKDDataError
@@ -18,7 +19,7 @@ from gkd_trainer.report.pair import Pair
 from gkd_trainer.report.pieces import whole_text
 from gkd_trainer.report.token_map import TokenMap, token_maps
 from gkd_trainer.signals import Signal, StudentSignal
-from gkd_trainer.types import IGNORE_INDEX, Completion, TokenBatch
+from gkd_trainer.types import Completion, TokenBatch
 
 GROUND_TRUTH = "ground_truth"
 """The column of a row's true answer, as `gsm8k.to_prompt` makes it."""

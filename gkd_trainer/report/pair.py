@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder, with_decoder_inputs
 from gkd_trainer.models.heads import (
@@ -40,7 +41,7 @@ from gkd_trainer.teachers import (
     comparable,
     shared_vocabulary_size,
 )
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, Completion, TokenBatch
+from gkd_trainer.types import Completion, TokenBatch
 
 T = TypeVar("T")
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gkd_trainer.batch_keys import has_decoder_inputs
 from gkd_trainer.divergence import TokenDivergence
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.report.pieces import text_pieces, token_text, whole_text
 from gkd_trainer.report.predictions import top_tokens
 from gkd_trainer.signals import Signal, StudentSignal
-from gkd_trainer.types import TokenBatch, has_decoder_inputs
+from gkd_trainer.types import TokenBatch
 
 TOP = 5
 """How many of each model's most probable tokens are kept."""

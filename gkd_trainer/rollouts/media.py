@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkd_trainer.batch_keys import MEDIA_INPUTS
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import MEDIA_INPUTS, MediaTokens, PromptMedia
+from gkd_trainer.types import MediaTokens, PromptMedia
 
 _INSTEAD = "Generate nothing for such rows (lmbda=0, seq_kd=False, eval_on_policy=False)"
 

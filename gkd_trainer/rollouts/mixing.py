@@ -17,20 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import (
+from gkd_trainer.batch_keys import (
     DECODER_INPUT_IDS,
     IGNORE_INDEX,
     IS_ON_POLICY,
     PER_LABEL,
     PROMPT_IDS,
     SIDE_TENSORS,
-    Completion,
-    Generated,
     has_decoder_inputs,
     may_be_per_token,
-    prompt_length,
 )
+from gkd_trainer.errors import GKDDataError
+from gkd_trainer.types import Completion, Generated, prompt_length
 
 _CHOICE, _SAMPLING = 0, 1
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.rollouts import mixing
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.media import media_of
-from gkd_trainer.types import IGNORE_INDEX, Completion, Generated, MediaTokens, PromptMedia, Sampling
+from gkd_trainer.types import Completion, Generated, MediaTokens, PromptMedia, Sampling
 
 # The first position of samples beyond the batch size; each micro-batch of each rank has 32 bits for them.
 _BEYOND_BATCH = 1 << 62

@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
@@ -30,7 +31,7 @@ from gkd_trainer.teachers.cache.kinds import Values, values_of
 from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
 from gkd_trainer.transfer import to_device
-from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 logger = logging.getLogger(__name__)
 

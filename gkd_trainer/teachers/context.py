@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, PER_LABEL, ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import find_context
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.models.prompts import prompt_ids
 from gkd_trainer.signals import Signal
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, StudentTeacher, Teacher, all_teachers
-from gkd_trainer.types import IGNORE_INDEX, PER_LABEL, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 logger = logging.getLogger(__name__)
 

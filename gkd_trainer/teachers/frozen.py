@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import deepspeed
 
+from gkd_trainer.batch_keys import DECODER_INPUT_IDS, IGNORE_INDEX, has_decoder_inputs
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import (
     InseparableHead,
@@ -37,7 +38,7 @@ from gkd_trainer.models.loading import (
 from gkd_trainer.models.top_tokens import top_tokens
 from gkd_trainer.signals import Signal
 from gkd_trainer.teachers.base import Teacher
-from gkd_trainer.types import DECODER_INPUT_IDS, IGNORE_INDEX, TokenBatch, has_decoder_inputs
+from gkd_trainer.types import TokenBatch
 
 logger = logging.getLogger(__name__)
 

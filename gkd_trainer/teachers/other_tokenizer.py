@@ -16,6 +16,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_trainer.batch_keys import (
+    IGNORE_INDEX,
+    IS_ON_POLICY,
+    MEDIA_INPUTS,
+    TEACHER_COLUMNS,
+    TEACHER_IDS,
+    TEACHER_PROMPT_IDS,
+)
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import find_context
 from gkd_trainer.models.loading import base_model, find_tokenizer, name_of
@@ -25,16 +33,7 @@ from gkd_trainer.teachers.alignment import Aligner, Ints
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vocabulary_map import map_of, top_tokens_mapped
-from gkd_trainer.types import (
-    IGNORE_INDEX,
-    IS_ON_POLICY,
-    MEDIA_INPUTS,
-    TEACHER_COLUMNS,
-    TEACHER_IDS,
-    TEACHER_PROMPT_IDS,
-    TokenBatch,
-    prompt_length,
-)
+from gkd_trainer.types import TokenBatch, prompt_length
 
 
 class OtherTokenizerTeacher(AligningTeacher):

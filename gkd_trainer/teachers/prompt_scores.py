@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gkd_trainer.batch_keys import MEDIA_INPUTS
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import MEDIA_INPUTS, TokenBatch
+from gkd_trainer.types import TokenBatch
 from gkd_trainer.vllm_answers import ScoreAnswer
 
 _MINUS_INFINITY = -9999.0

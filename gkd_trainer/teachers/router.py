@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from gkd_trainer.batch_keys import TEACHER_INDEX
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import GroupedSignal, Signal
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.several import SeveralTeachers
-from gkd_trainer.types import TEACHER_INDEX, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 
 class RoutedTeachers(SeveralTeachers):

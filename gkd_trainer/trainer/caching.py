@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils.logging import tqdm
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, MEDIA_INPUTS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data import ImageProcessing
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
@@ -25,7 +26,7 @@ from gkd_trainer.teachers.cache.format import Kind
 from gkd_trainer.teachers.prompt_scores import TokenSequence
 from gkd_trainer.trainer.pairing import fitted_into, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
-from gkd_trainer.types import IGNORE_INDEX, MEDIA_INPUTS, TEACHER_INDEX, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 logger = logging.getLogger(__name__)
 

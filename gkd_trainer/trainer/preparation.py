@@ -12,6 +12,7 @@ import datasets
 import torch
 from trl import pack_dataset
 
+from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.data import (
     IMAGE_COLUMNS,
@@ -26,7 +27,7 @@ from gkd_trainer.data import (
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.pairing import OwnedContext
-from gkd_trainer.types import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS, prompt_length
+from gkd_trainer.types import prompt_length
 
 logger = logging.getLogger(__name__)
 

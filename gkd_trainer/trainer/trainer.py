@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
+from gkd_trainer.batch_keys import PER_LABEL, SIDE_TENSORS, TEACHER_INDEX, has_decoder_inputs
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
@@ -42,6 +43,7 @@ from gkd_trainer.report.interval import tenth_of
 from gkd_trainer.report.metrics import TrainingMeter, sums_by_sample
 from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.report.recorder import Recorder
+from gkd_trainer.right_padding import in_columns_of
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher, comparable
 from gkd_trainer.teachers.context import with_teacher_prompts
@@ -75,15 +77,7 @@ from gkd_trainer.trainer.preparation import (
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
-from gkd_trainer.types import (
-    PER_LABEL,
-    SIDE_TENSORS,
-    TEACHER_INDEX,
-    Generated,
-    TokenBatch,
-    has_decoder_inputs,
-    in_columns_of,
-)
+from gkd_trainer.types import Generated, TokenBatch
 
 if TYPE_CHECKING:
 

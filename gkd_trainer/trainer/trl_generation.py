@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.compat import checkpoints_activations
-from gkd_trainer.types import IGNORE_INDEX
 
 
 def generate_on_policy_outputs(

@@ -7,9 +7,9 @@ import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
+from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
 from gkd_trainer.data import KeepSideTensors, keeping_labels
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, ROW_KEY
 
 ROWS = [
     {"input_ids": [5, 6, 7, 2], "labels": [-100, -100, 7, 2]},

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data import gsm8k, prepare_dataset
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX
 
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[3] / "shared" / "data" / "gsm8k"))
 

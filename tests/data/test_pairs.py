@@ -3,12 +3,12 @@
 import pytest
 from tokenizers import processors
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, PROMPT_IDS
 from gkd_trainer.data import EncoderDecoderCollator, prepare_dataset
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.tokens import RowDropped, RowTokens
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS
 
 X = IGNORE_INDEX
 QUESTION = {"role": "user", "content": "hello"}

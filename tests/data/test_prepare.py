@@ -6,9 +6,9 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
+from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import PROMPT_IDS, ROW_KEY
 from tests.data.templates import CHATS
 
 REWRITING = (

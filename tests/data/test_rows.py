@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, prompt_length
+from gkd_trainer.types import prompt_length
 
 # Writes what it was given, so that a test can see it.
 SHOWING = (

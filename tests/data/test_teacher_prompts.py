@@ -3,10 +3,10 @@
 import pytest
 from datasets import Dataset
 
+from gkd_trainer.batch_keys import TEACHER_PROMPT_IDS
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, only_last_run
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import TEACHER_PROMPT_IDS
 
 CHAT = [
     {"role": "user", "content": "hello"},

@@ -2,9 +2,10 @@
 
 import pytest
 
+from gkd_trainer.batch_keys import PROMPT_IDS
 from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.tokens import RowDropped
-from gkd_trainer.types import PROMPT_IDS, prompt_length
+from gkd_trainer.types import prompt_length
 from tests.data.templates import ANSWER, CHATS
 from tests.data.test_turns import trained_runs
 

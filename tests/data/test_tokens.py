@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, PROMPT_IDS
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
-from gkd_trainer.types import IGNORE_INDEX, PROMPT_IDS
 
 X = IGNORE_INDEX
 

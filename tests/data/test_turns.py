@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data import prepare_dataset
 from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.turns import encode_spans, turn_labels
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.types import IGNORE_INDEX, prompt_length
+from gkd_trainer.types import prompt_length
 from tests.conftest import CHATML
 from tests.data.templates import trl_template
 from tests.versions import TRL

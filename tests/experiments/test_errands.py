@@ -18,7 +18,7 @@ from experiments.errands import (
     model,
     row_of,
 )
-from gkd_trainer.types import IGNORE_INDEX
+from gkd_trainer.batch_keys import IGNORE_INDEX
 
 EAST, WEST, NORTH, SOUTH = MOVES
 

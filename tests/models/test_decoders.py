@@ -10,6 +10,7 @@ from transformers import (
     MBartForConditionalGeneration,
 )
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.decoders import (
     has_fixed_start,
@@ -18,7 +19,6 @@ from gkd_trainer.models.decoders import (
     start_token_id,
     with_decoder_inputs,
 )
-from gkd_trainer.types import IGNORE_INDEX
 
 X = IGNORE_INDEX
 FAMILIES = ["t5", "t5_untied", "mt5", "bart"]

@@ -28,6 +28,7 @@ from transformers import (
     RwkvConfig,
 )
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.models.decoders import with_decoder_inputs
 from gkd_trainer.models.heads import (
     InseparableHead,
@@ -40,7 +41,7 @@ from gkd_trainer.models.heads import (
 )
 from gkd_trainer.signals import HiddenSignal, LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"]
 

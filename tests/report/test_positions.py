@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.report.positions import FIRST_POSITIONS, PositionSums, positions_in_runs
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import TokenBatch
 from tests.teachers.batches import batch_of, batch_of_six, token_rows
 
 CPU = torch.device("cpu")

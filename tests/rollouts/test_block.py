@@ -6,8 +6,9 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.rollouts import Block, Draw, completed_future, plan_window
-from gkd_trainer.types import IGNORE_INDEX, Completion
+from gkd_trainer.types import Completion
 
 X = IGNORE_INDEX
 PAD = 0

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from gkd_trainer import GKDDataError
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.rollouts.block import Block
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.media import joined, media_of, refuse_media, require_media_taken
 from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
 from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
 from gkd_trainer.rollouts.window import Draw, plan_window
-from gkd_trainer.types import IGNORE_INDEX, MediaTokens, PromptMedia, Sampling
+from gkd_trainer.types import MediaTokens, PromptMedia, Sampling
 from tests.vision import FAMILIES, IMAGE, make_pair, picture
 
 X = IGNORE_INDEX

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, ROW_KEY
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts.mixing import (
     _EXTENDED,
@@ -18,7 +19,7 @@ from gkd_trainer.rollouts.mixing import (
     sampling_seed,
     with_completions,
 )
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, ROW_KEY, Completion, Generated
+from gkd_trainer.types import Completion, Generated
 
 X = IGNORE_INDEX
 PAD = 0

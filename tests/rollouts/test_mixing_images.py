@@ -12,8 +12,9 @@ from transformers import (
     set_seed,
 )
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.rollouts.mixing import with_completions
-from gkd_trainer.types import IGNORE_INDEX, Completion, Generated, TokenBatch
+from gkd_trainer.types import Completion, Generated, TokenBatch
 
 X = IGNORE_INDEX
 PAD, START, IMAGE, END = 0, 60, 62, 61

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts import Draw, RolloutEngine, complete_greedily, generate_jobs, greedy_jobs, plan_window
 from gkd_trainer.rollouts.mixing import is_on_policy, sampling_seed
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, Completion, Generated, MediaTokens, Sampling
+from gkd_trainer.types import Completion, Generated, MediaTokens, Sampling
 
 X = IGNORE_INDEX
 PAD = 0

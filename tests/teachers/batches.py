@@ -2,7 +2,8 @@
 
 import torch
 
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.batch_keys import IGNORE_INDEX
+from gkd_trainer.types import TokenBatch
 
 
 def token_rows(lengths, seed=0):

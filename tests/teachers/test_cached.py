@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import HiddenSignal, TopKSignal
 from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, OtherTokenizerTeacher
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, source_of
-from gkd_trainer.types import IGNORE_INDEX, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 from tests.teachers.cache.rows import batch_of, cut, make_rows
 
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.models.decoders import with_decoder_inputs
 from gkd_trainer.models.heads import find_head
@@ -20,7 +21,7 @@ from gkd_trainer.teachers import (
 )
 from gkd_trainer.teachers.context import longest_context, with_teacher_prompts
 from gkd_trainer.teachers.prompt_scores import sequences_of
-from gkd_trainer.types import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 CPU = torch.device("cpu")
 

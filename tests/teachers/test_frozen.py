@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.ao.quantization import quantize_dynamic
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import HiddenSignal, LogitsSignal, TopKSignal
 from gkd_trainer.teachers import FrozenTeacher, Teacher
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 CPU = torch.device("cpu")
 

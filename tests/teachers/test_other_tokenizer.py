@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY, TEACHER_COLUMNS, TEACHER_IDS, TEACHER_PROMPT_IDS
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import find_head, predict
@@ -16,7 +17,7 @@ from gkd_trainer.teachers import (
     comparable,
     describe,
 )
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, TEACHER_COLUMNS, TEACHER_IDS, TEACHER_PROMPT_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 from tests.vocabularies import permuted, sentencepiece_backend, sentencepiece_like
 
 CPU = torch.device("cpu")

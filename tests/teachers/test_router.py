@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import GroupedSignal, HiddenSignal, TopKSignal, scored_positions
 from gkd_trainer.teachers import FrozenTeacher, RoutedTeachers, Teacher, VLLMServerTeacher, WeightedTeachers
 from gkd_trainer.teachers.served import _Served
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 4, 7, 2, 8, 6, 9)  # of the rows

@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import SeparableHead, find_head
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.signals import HiddenSignal, LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher, SelfTeacher
-from gkd_trainer.types import IGNORE_INDEX, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 LORA = {
     "r": 2,

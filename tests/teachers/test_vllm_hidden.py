@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
 from gkd_trainer.signals import LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher, HiddenStateServerTeacher, RoutedTeachers, Teacher
 from gkd_trainer.teachers.context import longest_context, with_teacher_prompts
 from gkd_trainer.teachers.prompt_states import STATE_DTYPES
-from gkd_trainer.types import IGNORE_INDEX, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from tests.serving import MAX_MODEL_LENGTH, FaultyProxy, cut_in_half, status
 from tests.teachers.batches import batch_of, batch_of_six, token_rows
 

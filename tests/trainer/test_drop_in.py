@@ -15,7 +15,7 @@ from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
 from trl.experimental.utils import DataCollatorForChatML
 
 from gkd_trainer import GKDArguments, GKDConfigError, GKDMixin, GKDTrainer
-from gkd_trainer.types import ROW_KEY
+from gkd_trainer.batch_keys import ROW_KEY
 from tests.versions import TRL
 
 MESSAGES = [

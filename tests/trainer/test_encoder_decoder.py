@@ -28,11 +28,11 @@ from gkd_trainer import (
     HFRollouts,
     VLLMServerTeacher,
 )
+from gkd_trainer.batch_keys import IS_ON_POLICY, ROW_KEY
 from gkd_trainer.divergence import reference_jsd
 from gkd_trainer.models.heads import SeparableHead
 from gkd_trainer.teachers import RoutedTeachers, Teacher
 from gkd_trainer.trainer.pairing import require_same_kind
-from gkd_trainer.types import IS_ON_POLICY, ROW_KEY
 
 FAMILIES = ["t5", "t5_untied", "mt5", "bart"]
 ROWS = [

@@ -9,7 +9,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from gkd_trainer import GKDArguments, GKDDataError, GKDMixin, GKDTrainer
-from gkd_trainer.types import IGNORE_INDEX, IS_ON_POLICY, TokenBatch
+from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY
+from gkd_trainer.types import TokenBatch
 from tests.vision import FAMILIES, VOCAB, conversation, make_pair, picture
 
 ROWS = [

@@ -22,7 +22,7 @@ from gkd_trainer import (
     WeightedTeachers,
     cache_predictions,
 )
-from gkd_trainer.types import IGNORE_INDEX
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from tests.trainer.image_ranks import main as run_rank
 from tests.trainer.test_images import ROWS, kl_alone, row_of, samples_of, window_of
 from tests.vision import VOCAB, conversation, make_model, make_pair, picture

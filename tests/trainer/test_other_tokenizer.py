@@ -9,12 +9,13 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from gkd_trainer import FrozenTeacher, OtherTokenizerTeacher
+from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_IDS
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers import comparable
 from gkd_trainer.trainer.pairing import require_same_kind
 from gkd_trainer.trainer.parts import teacher_prompts
-from gkd_trainer.types import IGNORE_INDEX, TEACHER_IDS, TokenBatch
+from gkd_trainer.types import TokenBatch
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 ROWS = [

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
 
-from gkd_trainer.types import PROMPT_IDS
+from gkd_trainer.batch_keys import PROMPT_IDS
 
 RECURRENT = ["rwkv", "recurrent_gemma", "mamba"]
 FAMILIES = ["llama", "gpt2", *RECURRENT]

@@ -5,8 +5,9 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from transformers import BatchEncoding
 
+from gkd_trainer.batch_keys import ROW_KEY
 from gkd_trainer.trainer.placement import Placement, kept_on_host
-from gkd_trainer.types import ROW_KEY, TokenBatch
+from gkd_trainer.types import TokenBatch
 
 META = torch.device("meta")
 

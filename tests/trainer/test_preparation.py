@@ -8,6 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorWithPadding
 
 from gkd_trainer import GKDArguments, GKDConfigError, GKDDataError
+from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.data import unwrapped
 from gkd_trainer.models.heads import Context
 from gkd_trainer.trainer.pairing import OwnedContext
@@ -21,7 +22,6 @@ from gkd_trainer.trainer.preparation import (
     require_labels,
     tokenizer_of,
 )
-from gkd_trainer.types import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
 
 X, STOP = -100, 2
 PROMPT_ALONE = {"input_ids": [5, 6], "labels": [X, X]}

@@ -10,9 +10,10 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer import GKDArguments, GKDMixin, GKDTrainer, HFRollouts
+from gkd_trainer.batch_keys import PROMPT_IDS
 from gkd_trainer.data import unwrapped
 from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.types import PROMPT_IDS, Completion
+from gkd_trainer.types import Completion
 from tests.data.templates import CHATS
 from tests.versions import IN_ORDER
 

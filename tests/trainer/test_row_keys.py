@@ -3,8 +3,8 @@
 import pytest
 from transformers import DataCollatorWithPadding
 
+from gkd_trainer.batch_keys import ROW_KEY
 from gkd_trainer.teachers import FrozenTeacher
-from gkd_trainer.types import ROW_KEY
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from gkd_trainer import FrozenTeacher, GKDTeacherError, GKDTrainer, RoutedTeachers, WeightedTeachers
+from gkd_trainer.batch_keys import TEACHER_PROMPT_IDS
 from gkd_trainer.teachers import SelfTeacher
 from gkd_trainer.trainer.student_teachers import StudentTeachers
-from gkd_trainer.types import TEACHER_PROMPT_IDS
 from tests.trainer.conftest import make_rows
 from tests.trainer.run import FSDP
 from tests.trainer.test_deepspeed import ENVIRONMENT, PACKAGE, zero

@@ -6,10 +6,10 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from gkd_trainer import ContextTeacher, GKDDataError
+from gkd_trainer.batch_keys import ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.signals import LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher, SelfTeacher
-from gkd_trainer.types import ROW_KEY, TEACHER_PROMPT_IDS
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
