@@ -55,8 +55,8 @@ def resources(cubin):
 
 def assert_lean(binary, *, vectors):
     used = resources(binary.asm["cubin"])
-    # Four programs of 256 threads share the 65,536 registers of a multiprocessor.
-    assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0, used
+    # Three programs of 256 threads share the 65,536 registers of a multiprocessor.
+    assert used["REG"] <= 80 and used["STACK"] == used["LOCAL"] == 0, used
     assert all(re.search(vector, binary.asm["ptx"]) for vector in vectors), vectors
     assert "convert_layout" not in binary.asm["ttgir"]
 
@@ -89,5 +89,5 @@ def test_the_kernels_are_right_on_a_gpu():
     run(*PYTEST)
 
 
-def test_for_gpus_that_are_not_here_four_programs_fit_and_none_spills_and_rows_are_read_as_vectors():
+def test_for_gpus_that_are_not_here_three_programs_fit_and_none_spills_and_rows_are_read_as_vectors():
     run("-W", "error", "-c", COMPILE)
