@@ -213,7 +213,7 @@ def table(card: Card, kernel: Kernel, R: int) -> str:
     Its last column is what a kernel would reach that reads rows from memory once, and later from the cache.
     """
     rows = [
-        "| H student / teacher | floor | products | comparison | rest | total | over the floor | goal | rows read once |",
+        "| H student / teacher | floor | products | comparison | rest | total | over the floor | goal | read once |",
         "|---" * 9 + "|",
     ]
     for shape in SHAPES:
