@@ -314,12 +314,12 @@ def test_rows_beyond_two_to_the_31_elements_are_read_and_written(monkeypatch):
         from triton.runtime.interpreter import GridExecutor
 
         monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *arguments: None)
-    student_RV, (ids_RK, log_p_RK) = pair(2, 150, 5)
+    student_RV, (ids_RK, log_p_RK) = pair(3, 150, 5)
     expected_RV = student_RV.to(DEVICE, copy=True)
-    # Only two rows of these 8 GiB are ever touched.
-    far_RV = torch.empty(2**31 + 200, device=DEVICE).as_strided((2, 150), (2**31 + 5, 1))
+    # Only three rows of these 8 GiB are ever touched. Their stride fits into 32 bits, or Triton would take 64 for it.
+    far_RV = torch.empty(2**31 + 200, device=DEVICE).as_strided((3, 150), (2**30 + 8, 1))
     far_RV.copy_(student_RV)
-    slope_RC = torch.randn(2, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    slope_RC = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     both = []
     for rows_RV in (far_RV, expected_RV):
         reduced = triton_topk.categories(
