@@ -18,9 +18,12 @@ from packaging.requirements import Requirement
 from packaging.tags import sys_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-ROOTS = ("trl", "datasets", "liger-kernel", "tenacity", "pydantic", "httpcore")
+ROOTS = ("trl", "datasets", "liger-kernel", "tenacity", "pydantic", "httpcore", "pytest", "pytest-timeout")
 
-NEEDS = ("dill", "multiprocess", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "h11")
+NEEDS = (
+    *("dill", "multiprocess", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "h11"),
+    *("iniconfig", "pluggy", "pygments"),
+)
 """What ROOTS need and a machine with transformers may lack. Only pydantic-core is compiled, and it takes 2 MB."""
 
 

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from benchmarks.gpu.command import main
-from benchmarks.gpu.wheels import install
+from benchmarks.gpu.wheels import ROOTS, install
 
 
 def wheel(folder, name, tag="py3-none-any", needs=()):
@@ -53,8 +53,9 @@ def test_without_a_package_index_gather_says_plainly_what_it_lacks(tmp_path, mon
 def test_what_the_carried_packages_need_is_gathered_at_the_versions_that_they_name(tmp_path, monkeypatch):
     index = tmp_path / "index"
     index.mkdir()
-    for name in ("trl", "liger_kernel", "tenacity", "pydantic", "httpcore"):
-        wheel(index, name)
+    for name in ROOTS:
+        if name != "datasets":
+            wheel(index, name.replace("-", "_"))
     wheel(index, "datasets", needs=["dill<2", "pyarrow", "multiprocess; extra == 'tests'"])
     wheel(index, "dill", needs=["typing-extensions"])
     wheel(index, "typing_extensions")
