@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.arms import ARMS, is_timed
-from experiments.measures import compared, completions
+from experiments.measures import Remembering, compared, completions
 from experiments.studies import Grid, Run, Study, made_once
 from experiments.training import Setting, trained
 from gkd_trainer.batch_keys import IGNORE_INDEX
@@ -24,7 +24,7 @@ from gkd_trainer.report.drafting import tokens_per_forward
 
 DATA = Path(__file__).parents[1] / "examples" / "demo_data" / "teacher_answers.jsonl"
 HELD_OUT = 24
-ASSISTED = 6
+ASSISTED = 4
 DRAFTS = (4, 8)
 MAX_NEW_TOKENS = 48
 START_STEPS = 40
@@ -77,7 +77,7 @@ class DraftStudy(Study):
             pad_token_id=self._tokenizer.pad_token_id,
             rows={"data": self._rows, "teacher": self._teachers_rows},
             measure=self._examination,
-            measure_at_end=self._examination.drafting,
+            measure_at_end=self._examination.in_full,
             options={**_OPTIONS, "learning_rate": 5e-4},
             own_options={"max_new_tokens": MAX_NEW_TOKENS, "max_length": 192},
             measured_at=(0.5,),
@@ -152,19 +152,19 @@ class _Examination:
     def __init__(self, teacher: PreTrainedModel, prompts: Sequence[list[int]], pad_token_id: int) -> None:
         self._teacher, self._prompts, self._pad_token_id = teacher, prompts, pad_token_id
         self._teachers_rows = self._sampled(teacher, seed=0)
+        self._remembering_teacher = Remembering(teacher)
 
     def __call__(self, student: PreTrainedModel) -> dict[str, Any]:
-        """Return the measures on samples, and the acceptance by prompt."""
-        by_prompt = [compared(student, self._teacher, [row], self._pad_token_id) for row in self._teachers_rows]
+        """Return the measures on the teacher's samples, and the acceptance by prompt."""
+        by_prompt = [
+            compared(student, self._remembering_teacher, [row], self._pad_token_id) for row in self._teachers_rows
+        ]
         lengths = [len(row["input_ids"]) - row["labels"].count(IGNORE_INDEX) for row in self._teachers_rows]
-        on_teachers = {
-            name: sum(length * each[name] for length, each in zip(lengths, by_prompt, strict=True)) / sum(lengths)
-            for name in by_prompt[0]
-        }
-        on_own = compared(student, self._teacher, self._sampled(student, seed=1), self._pad_token_id, batch_size=8)
         return {
-            **on_teachers,
-            **{f"own_{name}": value for name, value in on_own.items()},
+            **{
+                name: sum(length * each[name] for length, each in zip(lengths, by_prompt, strict=True)) / sum(lengths)
+                for name in by_prompt[0]
+            },
             # Scaled by length, so that their mean is that of all tokens.
             "by_prompt": {
                 "acceptance": [
@@ -174,9 +174,13 @@ class _Examination:
             },
         }
 
-    def drafting(self, student: PreTrainedModel) -> dict[str, Any]:
-        """Return the tokens per forward of the teacher, by how it chooses tokens and how many the student drafts."""
-        return {
+    def in_full(self, student: PreTrainedModel) -> dict[str, Any]:
+        """Return what takes longer: the measures on the student's samples, and the tokens per forward of the teacher.
+
+        These are given by how the teacher chooses tokens and how many the student drafts.
+        """
+        on_own = compared(student, self._teacher, self._sampled(student, seed=1), self._pad_token_id, batch_size=8)
+        drafting = {
             f"{name}_{drafts}": tokens_per_forward(
                 self._teacher,
                 student,
@@ -188,6 +192,7 @@ class _Examination:
             for name, seed in (("sampled", 0), ("greedy", None))
             for drafts in DRAFTS
         }
+        return {**{f"own_{name}": value for name, value in on_own.items()}, **drafting}
 
     def _sampled(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
         sampled = completions(

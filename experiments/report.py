@@ -88,7 +88,10 @@ def common_time(group: Group) -> float:
 
 
 def point_of(result: Result, limit: float | None = None) -> Mapping[str, Any]:
-    """Return the last measurement, or what it was at a processor time: between two, by linear interpolation."""
+    """Return the last measurement, or what it was at a processor time: between two, by linear interpolation.
+
+    What only one of the two has is left out.
+    """
     points = result["points"]
     last: Mapping[str, Any] = points[-1]
     if limit is None or last["cpu_seconds"] <= limit:
@@ -96,7 +99,7 @@ def point_of(result: Result, limit: float | None = None) -> Mapping[str, Any]:
     after = next(index for index, point in enumerate(points) if point["cpu_seconds"] > limit)
     before, later = points[after - 1], points[after]
     share = (limit - before["cpu_seconds"]) / (later["cpu_seconds"] - before["cpu_seconds"])
-    return {name: _between(value, later[name], share) for name, value in before.items()}
+    return {name: _between(value, later[name], share) for name, value in before.items() if name in later}
 
 
 def _between(value: Any, later: Any, share: float) -> Any:

@@ -26,8 +26,8 @@ class Setting:
     """What all arms of an experiment share.
 
     `options` are of TrainingArguments, `own_options` of GKDConfig alone. `measured_at` are the shares of the steps
-    after which the student is measured; at the end it is anyway, and there by `measure_at_end` too. `at_start` keeps
-    the measurements before training, by seed, for runs in the same process that share them.
+    after which the student is measured. Before and after training it is anyway, and there by `measure_at_end` too.
+    `at_start` keeps the measurements before training, by seed, for runs in the same process that share them.
     """
 
     student: Callable[[int], PreTrainedModel]
@@ -118,11 +118,12 @@ def trained(
     which a teacher samples its rows counts as training.
     """
     student = setting.student(seed)
+    at_end = setting.measure_at_end or (lambda student: {})
     shares = (*setting.measured_at, 1.0) if measures else ()
     meter = _Meter(setting.measure, [max(1, round(share * steps)) for share in shares])
     if measures:
         if seed not in setting.at_start:
-            setting.at_start[seed] = setting.measure(student.eval())
+            setting.at_start[seed] = {**setting.measure(student.eval()), **at_end(student)}
         meter.add(student, 0, setting.at_start[seed])
     began, cpu_began = time.perf_counter(), time.process_time()
     rows = Dataset.from_list([dict(row) for row in setting.rows[arm.data](seed)])
@@ -133,8 +134,8 @@ def trained(
         trainer.meter = meter
         trainer.add_callback(meter)
         trainer.train()
-    if measures and setting.measure_at_end is not None:
-        meter.points[-1] |= setting.measure_at_end(student.eval())
+    if measures:
+        meter.points[-1] |= at_end(student.eval())
     return student, {"points": meter.points}
 
 

@@ -23,16 +23,17 @@ def options(tiny_model, byte_level, monkeypatch, tmp_path):
     return Namespace(results=tmp_path / "results", models=tmp_path / "models", pair=tmp_path, grid="small")
 
 
-def test_a_student_is_measured_as_a_draft_model_only_at_the_end(options):
+def test_a_student_is_measured_as_a_draft_model_before_and_after_training(options):
     for arm in ("sft", "own-forward"):
         runner.do(options, "drafts", Run(arm, 0, 2, {}))
     for result in Lines(options.results / "drafts.jsonl").read():
         assert [point["step"] for point in result["points"]] == [0, 1, 2]
-        *earlier, last = result["points"]
-        assert {"sampled_2", "greedy_2"} <= last.keys()
-        assert 1 <= last["greedy_2"] <= 3
-        for point in earlier:
-            assert not {"sampled_2", "greedy_2"} & point.keys()
+        start, half, end = result["points"]
+        assert not {"sampled_2", "greedy_2", "own_reverse_kl"} & half.keys()
+        for point in (start, end):
+            assert {"sampled_2", "greedy_2", "own_reverse_kl"} <= point.keys()
+            assert 1 <= point["greedy_2"] <= 3
+        for point in (start, half, end):
             assert 0 < point["acceptance"] < 1
             assert len(point["by_prompt"]["acceptance"]) == 3
 

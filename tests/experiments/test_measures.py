@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.measures import compared, completions, padded
+from experiments.measures import Remembering, compared, completions, padded
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]},
@@ -33,6 +33,18 @@ def test_means_over_tokens_are_those_of_plain_torch(tiny_model):
             sums["student_entropy"] -= float((log_q_V.exp() * log_q_V).sum())
             count += 1
     assert found == pytest.approx({name: total / count for name, total in sums.items()}, rel=1e-4)
+
+
+def test_a_teacher_that_remembers_runs_once_for_each_row(tiny_model):
+    student, teacher = tiny_model(seed=0).eval(), tiny_model(seed=1).eval()
+    forwards = []
+    teacher.register_forward_pre_hook(lambda module, inputs: forwards.append(None))
+    remembering = Remembering(teacher)
+    for row in (*ROWS, *ROWS):
+        assert compared(student, remembering, [row], pad_token_id=2) == compared(student, teacher, [row], 2)
+    assert len(forwards) == 3 + 6
+    with pytest.raises(AssertionError):
+        compared(student, remembering, ROWS, pad_token_id=2)  # padded
 
 
 def test_rows_are_padded_on_the_right():

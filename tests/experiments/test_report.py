@@ -43,6 +43,14 @@ def test_arms_are_compared_at_the_time_that_supervised_training_takes():
     assert point_of(group["fixed-forward"][0], 15.0)["success"] == 0.5  # has ended by then
 
 
+def test_a_measure_that_one_of_two_points_lacks_is_not_interpolated():
+    start, half, end = ({"step": step, "cpu_seconds": step, "acceptance": step / 2} for step in (0, 1, 2))
+    run = {"points": [start | {"greedy_4": 2.0}, half, end | {"greedy_4": 3.0}]}
+    for limit, step in ((0.5, 0.5), (1.5, 1.5)):
+        assert point_of(run, limit) == {"step": step, "cpu_seconds": step, "acceptance": step / 2}
+    assert point_of(run, 2.0)["greedy_4"] == 3.0
+
+
 def test_results_of_other_numbers_of_steps_are_not_mixed_in():
     short = [result(arm, 0, [(0, 0.0, 0.1), (5, 2.0, 0.3)], [1, 0, 0, 0], steps=5) for arm in ("sft", "own-forward")]
     groups = grouped([*RESULTS, *short])
