@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 # Processes that run tests, for two cores. A file's tests stay together, since they share slow fixtures.
 WORKERS ?= 2
-PARALLEL := --numprocesses $(WORKERS) --dist loadfile
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 export VLLM_NO_USAGE_STATS = 1
 
 .PHONY: help install demo experiment experiment-full test test-oldest test-newest test-servers test-notebooks test-browser bench gpu docs lint types format build clean

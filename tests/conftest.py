@@ -126,8 +126,29 @@ _FAMILIES = {
 _VLLM_FILES = {"test_vllm_colocate.py", "test_vllm_nccl.py", "test_vllm_own_servers.py", "test_vllm.py"}
 
 
+# The slowest, in this order.
+_FIRST_FILES = (
+    "test_distributed.py",
+    "test_vllm.py",
+    "test_examples.py",
+    "test_gpu_stages.py",
+    "test_resume.py",
+    "test_smollm2.py",
+    "test_vllm_answers.py",
+    "test_deepspeed.py",
+    "test_student_teachers.py",
+    "test_triton.py",
+    "test_triton_topk.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Mark what needs vLLM: the tests of its engines, and those that take its server."""
+    """Mark what needs vLLM: the tests of its engines, and those that take its server. Begin with the slowest files.
+
+    If one of them came last, the other processes would have nothing to do.
+    """
+    order = {name: index for index, name in enumerate(_FIRST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         takes_server = {"vllm_server", "hidden_server"} & {*getattr(item, "fixturenames", ())}
         if takes_server or item.path.name in _VLLM_FILES:
