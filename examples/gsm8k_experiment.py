@@ -1,4 +1,4 @@
-r"""Compare ways to distil on GSM8K by the test problems solved: the arms of docs/evidence.md on a real pair, for a GPU.
+r"""Compare ways to distil on GSM8K by the test problems solved: arms as in docs/evidence.md on a real pair, for a GPU.
 
     python examples/gsm8k_experiment.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 

@@ -28,7 +28,7 @@ _OPTIONS = {"per_device_train_batch_size": 64, "lr_scheduler_type": "constant_wi
 
 
 class ErrandStudy(Study):
-    """Students of two sizes, and two numbers of demonstrations; all start from one that learnt from these by SFT.
+    """Students of three widths and three numbers of demonstrations; each starts from SFT on its demonstrations.
 
     Args:
         folder: Where the teacher and the starting points are kept.

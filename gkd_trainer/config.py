@@ -130,8 +130,8 @@ class GKDArguments(HidesSecrets):
     )
     rollout_steps: int = _option(
         1,
-        "Number of optimizer steps to generate completions for at once; those of the last step are then "
-        "rollout_steps − 1 steps old.",
+        "Number of optimizer steps whose completions are generated in one call; those of the last step are then "
+        "rollout_steps − 1 steps old when they are trained on.",
     )
     rollout_overlap: bool = _option(
         False,
@@ -261,9 +261,9 @@ class GKDArguments(HidesSecrets):
     )
     teacher_vocabulary_mode: str = _option(
         "same",
-        "How a teacher with another tokenizer is compared, where both begin a token at the same byte: 'matched' over "
-        "the tokens with the same bytes and one bucket for all others, 'next_byte' over the next byte, 'uld' and "
-        "'gold' over sorted probabilities; 'same' refuses another tokenizer.",
+        "'same' refuses a teacher with another tokenizer; the others compare it wherever both begin a token at the "
+        "same byte: 'matched' over the tokens with the same bytes and one bucket for all others, 'next_byte' over the "
+        "next byte, 'uld' and 'gold' over sorted probabilities.",
         ["same", *MODES],
     )
     teacher_min_matched_mass: float = _option(
@@ -436,7 +436,8 @@ class GKDConfig(GKDArguments, TrainingArguments):
         "micro-batch. Divergences that are not finite raise GKDNumericsError in any case.",
     )
     dataset_kwargs: dict[str, Any] | str | None = _option(
-        None, "{'skip_prepare_dataset': true} leaves the data set as it is, for your own collator."
+        None,
+        '{"skip_prepare_dataset": true} leaves the data set as it is, for your own collator; a dictionary or JSON.',
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
