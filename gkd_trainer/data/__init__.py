@@ -1,6 +1,12 @@
 """Rows in any of the usual formats, turned into token ids and labels."""
 
-from gkd_trainer.data.collate import EncoderDecoderCollator, KeepSideTensors, keeping_labels, unwrapped
+from gkd_trainer.data.collate import (
+    EncoderDecoderCollator,
+    KeepSideTensors,
+    columns_read_by,
+    keeping_token_values,
+    unwrapped,
+)
 from gkd_trainer.data.images import IMAGE_COLUMNS, ImageProcessing, WithImages
 from gkd_trainer.data.prepare import prepare_dataset
 from gkd_trainer.data.routing import TeacherRoute
@@ -14,7 +20,8 @@ __all__ = [
     "RowRules",
     "TeacherRoute",
     "WithImages",
-    "keeping_labels",
+    "columns_read_by",
+    "keeping_token_values",
     "prepare_dataset",
     "unwrapped",
 ]

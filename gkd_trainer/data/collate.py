@@ -1,17 +1,23 @@
-"""Wrappers of collators that keep what the collators would drop: the rows' labels and side tensors."""
+"""Wrappers of collators that keep what the collators would drop: the rows' values per token and side tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
-from gkd_trainer.batch_keys import IGNORE_INDEX, SIDE_TENSORS, SideTensor
+from gkd_trainer.batch_keys import IGNORE_INDEX, PER_TOKEN, SIDE_TENSORS, SideTensor
 from gkd_trainer.data.keys import checked_key
+from gkd_trainer.data.pairs import held_pair
+from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
+from gkd_trainer.errors import GKDDataError
+from gkd_trainer.right_padding import right_padded
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 
@@ -33,20 +39,52 @@ class Wrapper:
         setattr(self.collator, name, value)
 
 
-class KeepLabels(Wrapper):
-    """Pads rows with a collator of transformers, and aligns their labels with their tokens.
+class KeepTokenValues(Wrapper):
+    """Pads rows with a collator of transformers or TRL, and aligns their labels and other values with their tokens.
 
-    DataCollatorWithPadding can't pad labels, and DataCollatorForLanguageModeling would label all tokens.
+    DataCollatorWithPadding can't pad labels, DataCollatorForLanguageModeling would label all tokens, and TRL's reads
+    only tokens and labels. None of them knows `completion_mask`, or takes a row's own padding out.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the collated batch with labels [B, L]; padding may be on either side."""
-        batch = self.collator([{key: value for key, value in row.items() if key != "labels"} for row in rows])
-        labels_BL = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-        labels = [label for row in rows for label in row.get("labels", row["input_ids"])]
-        labels_BL[batch["attention_mask"].bool()] = torch.as_tensor(labels)
-        batch["labels"] = labels_BL
+        """Return the collated batch with labels [B, L]; padding may be on either side.
+
+        Rows whose `position_ids` start again hold several samples. Models tell these apart only without an
+        `attention_mask`, so their batch has none, and is padded on the right.
+
+        Raises:
+            GKDDataError: A row's columns don't fit its tokens, or the collator changes those.
+
+        """
+        tokens = [read_row(held_tokens, row, f"row {index} of a batch") for index, row in enumerate(rows)]
+        batch = self.collator([self._to_pad(row, own) for row, own in zip(rows, tokens, strict=True)])
+        is_packed = any(map(holds_several_samples, tokens))
+        if getattr(self.collator, "padding_free", False):
+            if is_packed:
+                raise GKDDataError(
+                    "padding_free=True numbers each row's tokens from 0, but the position_ids of these rows start "
+                    "again: give one sample per row, or set padding_free=False"
+                )
+            return batch
+        if "attention_mask" not in batch:
+            raise GKDDataError(
+                f"{type(self.collator).__name__} returned no attention_mask, which shows the rows' tokens: make "
+                "it return one"
+            )
+        mask_BL = batch["attention_mask"].bool()
+        batch["labels"] = _aligned(mask_BL, [_trained(own) for own in tokens], IGNORE_INDEX)
+        for name in sorted(_CARRIED):
+            if any(name in own.per_token for own in tokens):
+                batch[name] = _aligned(mask_BL, [own.per_token.get(name, _usual(name, own)) for own in tokens], 0)
+        if is_packed:
+            batch = right_padded(batch)
+            del batch["attention_mask"]
         return batch
+
+    def _to_pad(self, row: Mapping[str, Any], tokens: RowTokens) -> dict[str, Any]:
+        others = {key: value for key, value in row.items() if key not in PER_TOKEN}
+        labels = {"labels": tokens.labels} if isinstance(self.collator, TRLCollator) else {}
+        return {**others, "input_ids": tokens.ids, "attention_mask": [1] * len(tokens.ids), **labels}
 
 
 class KeepSideTensors(Wrapper):
@@ -81,9 +119,15 @@ class EncoderDecoderCollator:
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `input_ids` and `attention_mask` [B, L] and `labels`, of a length of their own, of at least 1."""
-        ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
-        labels = [torch.as_tensor(row.get("labels", []), dtype=torch.long) for row in rows]
+        """Return `input_ids` and `attention_mask` [B, L] and `labels`, of a length of their own, of at least 1.
+
+        Raises:
+            GKDDataError: A row's columns are not those of an encoder-decoder, or don't fit its tokens.
+
+        """
+        pairs = [read_row(held_pair, row, f"row {index} of a batch") for index, row in enumerate(rows)]
+        ids = [torch.tensor(pair.ids) for pair in pairs]
+        labels = [torch.tensor(pair.labels, dtype=torch.long) for pair in pairs]
         # No label stands for a prompt, but a decoder needs one position.
         labels = [label_L if len(label_L) else torch.tensor([IGNORE_INDEX]) for label_L in labels]
         return {
@@ -94,18 +138,96 @@ class EncoderDecoderCollator:
 
 
 def unwrapped(collator: Any) -> Any:
-    """Return the collator inside the wrappers that keep labels and side tensors."""
+    """Return the collator inside the wrappers that keep values per token and side tensors."""
     while isinstance(collator, Wrapper):
         collator = collator.collator
     return collator
 
 
-def keeping_labels(collator: Collator) -> Collator:
-    """Return the collator, wrapped if it is one of transformers that would lose the labels."""
-    loses_labels = isinstance(collator, DataCollatorWithPadding) or (
-        isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm
+def keeping_token_values(collator: Collator) -> Collator:
+    """Return the collator, wrapped if it is one of transformers or TRL that would lose labels or other columns.
+
+    A class that collates in a way of its own makes its own labels. From DataCollatorForLanguageModeling, which can't
+    pad labels, it inherits that its rows have none.
+    """
+    loses_labels = isinstance(collator, DataCollatorForLanguageModeling) and not collator.mlm
+    if loses_labels or _collates_as(collator, DataCollatorWithPadding) or _collates_as(collator, TRLCollator):
+        return KeepTokenValues(collator)
+    return collator
+
+
+def columns_read_by(collator: Any, forward: Callable[..., Any]) -> frozenset[str]:
+    """Return the columns per token that one of our collators reads: the masks, and what a model's forward takes."""
+    while isinstance(collator, Wrapper) and not isinstance(collator, KeepTokenValues):
+        collator = collator.collator
+    if not isinstance(collator, KeepTokenValues | EncoderDecoderCollator):
+        return frozenset()
+    return _MASKS | (PER_TOKEN & signature(forward).parameters.keys())
+
+
+def read_row(read: Callable[[Mapping[str, Any]], RowTokens], row: Mapping[str, Any], name: str) -> RowTokens:
+    """Return the tokens of a row, which may come from a data set that is used as is; an error calls it `name`.
+
+    Raises GKDDataError if `read` drops the row.
+    """
+    try:
+        tokens = read(row)
+        if not tokens.ids:
+            raise RowDropped("no tokens")
+    except RowDropped as dropped:
+        raise GKDDataError(
+            f"{name} can't be used: {dropped.reason}. Correct the data set, or convert it with "
+            "datasets.Dataset.from_list(list(rows)), which drops such rows"
+        ) from dropped
+    return tokens
+
+
+def holds_several_samples(tokens: RowTokens) -> bool:
+    """Return whether a row holds several samples: its `position_ids` start again."""
+    return len(_joints(tokens)) > 0
+
+
+_MASKS = frozenset({"attention_mask", "completion_mask", "assistant_masks"})
+_CARRIED = frozenset({"position_ids", "token_type_ids", "mm_token_type_ids"})
+
+
+def _collates_as(collator: Collator, kind: type) -> bool:
+    """Return whether a collator is of a class, and collates as that does."""
+    overridable = ("__call__", "torch_call")
+    return isinstance(collator, kind) and all(
+        getattr(type(collator), name, None) is getattr(kind, name, None) for name in overridable
     )
-    return KeepLabels(collator) if loses_labels else collator
+
+
+def _aligned(mask_BL: torch.Tensor, rows: Sequence[Sequence[int]], filling: int) -> torch.Tensor:
+    """Return the rows' values at the tokens of a batch, and `filling` at its padding."""
+    if mask_BL.sum(dim=1).tolist() != [len(values) for values in rows]:
+        raise GKDDataError(
+            f"rows of {[len(values) for values in rows]} tokens were collated to samples of "
+            f"{mask_BL.sum(dim=1).tolist()}: make the data collator keep the rows' tokens, or return labels of its own"
+        )
+    values_BL = torch.full(mask_BL.shape, filling)
+    values_BL[mask_BL] = torch.tensor([value for values in rows for value in values], dtype=torch.long)
+    return values_BL
+
+
+def _usual(name: str, tokens: RowTokens) -> Sequence[int]:
+    """Return what a row without a column would have in it."""
+    return range(len(tokens.ids)) if name == "position_ids" else [0] * len(tokens.ids)
+
+
+def _joints(tokens: RowTokens) -> list[int]:
+    """Return the indices of tokens before which a row's `position_ids` start again."""
+    positions = tokens.per_token.get("position_ids", [])
+    return [index for index in range(1, len(positions)) if positions[index] != positions[index - 1] + 1]
+
+
+def _trained(tokens: RowTokens) -> list[int]:
+    """Return a row's labels without those of the first tokens of samples, which nothing predicts."""
+    labels = list(tokens.labels)
+    for index in _joints(tokens):
+        labels[index] = IGNORE_INDEX
+    return labels
 
 
 def _side_tensor(side: SideTensor, values: list[Any]) -> torch.Tensor | None:
@@ -132,7 +254,10 @@ def _has_tokens_of(batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) 
     if not isinstance(mask_BL, torch.Tensor) or mask_BL.shape != ids_BL.shape:
         mask_BL = torch.ones_like(ids_BL)
     for ids_L, mask_L, row in zip(ids_BL, mask_BL, rows, strict=True):
-        sample, expected = ids_L[mask_L.bool()].tolist(), torch.as_tensor(row["input_ids"]).tolist()
+        own_L = torch.as_tensor(row["input_ids"])
+        if row.get("attention_mask") is not None:
+            own_L = own_L[torch.as_tensor(row["attention_mask"]).bool()]
+        sample, expected = ids_L[mask_L.bool()].tolist(), own_L.tolist()
         # Without a mask, padding is at the end.
         if not sample or sample[: len(expected)] != expected[: len(sample)]:
             return False

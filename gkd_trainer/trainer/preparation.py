@@ -21,7 +21,7 @@ from gkd_trainer.data import (
     RowRules,
     TeacherRoute,
     WithImages,
-    keeping_labels,
+    keeping_token_values,
     prepare_dataset,
 )
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
@@ -185,10 +185,10 @@ def is_stream(dataset: Any) -> bool:
 
 
 def keeping_columns(collator: Any, images: ImageProcessing | None = None) -> Any:
-    """Return a collator wrapped to keep the rows' labels and side tensors, and with `images`, their images."""
+    """Return a collator wrapped to keep rows' values per token and side tensors, and with `images`, their images."""
     if isinstance(collator, KeepSideTensors | WithImages):
         return collator
-    collator = KeepSideTensors(keeping_labels(collator))
+    collator = KeepSideTensors(keeping_token_values(collator))
     return collator if images is None else WithImages(collator, images)
 
 

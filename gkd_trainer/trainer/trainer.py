@@ -24,7 +24,7 @@ from gkd_trainer.batch_keys import PER_LABEL, SIDE_TENSORS, TEACHER_INDEX, has_d
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
-from gkd_trainer.data import IMAGE_COLUMNS, unwrapped
+from gkd_trainer.data import IMAGE_COLUMNS, columns_read_by, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
@@ -292,7 +292,7 @@ class GKDMixin(AnyTrainer):
 
     @property
     def data_collator(self) -> Any:
-        """The collator, wrapped to keep labels and side tensors, also if it is set later."""
+        """The collator, wrapped to keep values per token and side tensors, also if it is set later."""
         return self._data_collator
 
     @data_collator.setter
@@ -318,6 +318,7 @@ class GKDMixin(AnyTrainer):
         own = ["input_ids", "labels"]
         if self._prepares_rows:
             own += [side.name for side in SIDE_TENSORS.values() if side.is_column]
+            own += sorted(columns_read_by(self.data_collator, base_model(self.model).forward))
             own += [] if self._images is None else IMAGE_COLUMNS
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
 

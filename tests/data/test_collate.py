@@ -1,14 +1,18 @@
-"""Collators keep the labels of the rows, the prompts of their completions, and their keys."""
+"""Collators keep the rows' labels and other values per token, the prompts of their completions, and their keys."""
 
 import pickle
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
-from gkd_trainer.data import KeepSideTensors, keeping_labels
+from gkd_trainer.data import EncoderDecoderCollator, KeepSideTensors, columns_read_by, keeping_token_values
 from gkd_trainer.errors import GKDDataError
 
 ROWS = [
@@ -23,14 +27,144 @@ def test_labels_are_aligned_with_their_tokens(byte_level, kind, side):
     tokenizer = byte_level()
     tokenizer.padding_side = side
     options = {"mlm": False} if kind is DataCollatorForLanguageModeling else {}
-    batch = keeping_labels(kind(tokenizer, **options))(ROWS)
+    batch = keeping_token_values(kind(tokenizer, **options))(ROWS)
     short = [-100, -100, -100, 2] if side == "left" else [-100, 2, -100, -100]
     assert batch["labels"].tolist() == [[-100, -100, 7, 2], short]
 
 
 def test_other_collators_are_left_as_they_are(byte_level):
     seq2seq = DataCollatorForSeq2Seq(byte_level())
-    assert keeping_labels(seq2seq) is seq2seq
+    assert keeping_token_values(seq2seq) is seq2seq
+
+
+class OwnPadding(DataCollatorWithPadding):
+    """Pads the labels itself."""
+
+    def __call__(self, features):
+        labels = [torch.tensor(row["labels"]) for row in features]
+        batch = super().__call__([{"input_ids": row["input_ids"]} for row in features])
+        batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1)
+        return batch
+
+
+def test_a_subclass_that_pads_labels_itself_gets_them_and_keeps_its_own(byte_level):
+    batch = keeping_token_values(OwnPadding(byte_level()))(ROWS)
+    assert batch["labels"].tolist() == [[-100, -100, 7, 2], [-100, 2, -1, -1]]
+
+
+def test_a_subclass_that_changes_the_rows_tokens_without_labels_of_its_own_is_refused(byte_level):
+    class Cutting(DataCollatorForLanguageModeling):
+        def torch_call(self, examples):
+            return super().torch_call([{"input_ids": row["input_ids"][-3:]} for row in examples])
+
+    with pytest.raises(GKDDataError, match=r"rows of \[4, 2\] tokens were collated to samples of \[3, 2\]: make the"):
+        keeping_token_values(Cutting(byte_level(), mlm=False))(ROWS)
+
+
+def test_a_subclass_that_returns_no_attention_mask_is_refused(byte_level):
+    class WithoutMask(DataCollatorForLanguageModeling):
+        def torch_call(self, examples):
+            return {name: value for name, value in super().torch_call(examples).items() if name != "attention_mask"}
+
+    with pytest.raises(GKDDataError, match=r"WithoutMask returned no attention_mask, .* make it return one"):
+        keeping_token_values(WithoutMask(byte_level(), mlm=False))(ROWS)
+
+
+def padding_collators(tokenizer):
+    return {
+        "trl": TRLCollator(pad_token_id=0),
+        "padding": DataCollatorWithPadding(tokenizer),
+        "language modeling": DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    }
+
+
+@pytest.fixture(params=["trl", "padding", "language modeling"])
+def padding_collator(request, byte_level):
+    """A collator of TRL or transformers, as the trainer wraps it."""
+    return keeping_token_values(padding_collators(byte_level())[request.param])
+
+
+def test_the_rows_own_padding_is_taken_out_on_either_side(padding_collator):
+    rows = [
+        {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]},
+        {"input_ids": torch.tensor([8, 9, 0, 0, 0]), "attention_mask": torch.tensor([1, 1, 0, 0, 0])},
+    ]
+    batch = padding_collator(rows)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["input_ids"][0].tolist() == [5, 6, 7]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, 9, -100]]
+
+
+@pytest.mark.parametrize("column", ["completion_mask", "assistant_masks"])
+def test_masks_say_what_is_trained_on_in_rows_without_labels(padding_collator, column):
+    batch = padding_collator([{"input_ids": [5, 6, 7], column: [0, 0, 1]}, {"input_ids": [8, 9], column: [0, 1]}])
+    assert batch["labels"].tolist() == [[-100, -100, 7], [-100, 9, -100]]
+    assert column not in batch
+
+
+def test_positions_and_token_types_are_padded_and_filled_up(padding_collator):
+    rows = [{**ROWS[0], "position_ids": [3, 4, 5, 6], "token_type_ids": [1, 1, 2, 2]}, ROWS[1]]
+    batch = padding_collator(rows)
+    assert batch["position_ids"].tolist() == [[3, 4, 5, 6], [0, 1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[1, 1, 2, 2], [0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert padding_collator(ROWS).keys() == {"input_ids", "attention_mask", "labels"}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["trl", "padding", "language modeling"])
+def test_samples_that_share_a_row_are_told_apart_by_their_positions_alone(byte_level, kind, side):
+    tokenizer = byte_level()
+    tokenizer.padding_side = side
+    packed = {"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1]}
+    batch = keeping_token_values(padding_collators(tokenizer)[kind])([packed, ROWS[1]])
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+    # Nothing predicts the first token of the second sample.
+    assert batch["labels"].tolist() == [[5, 6, 7, -100, 9], [-100, 2, -100, -100, -100]]
+
+
+def test_padding_free_batches_have_no_padding_of_the_rows_and_take_one_sample_per_row():
+    collator = keeping_token_values(TRLCollator(pad_token_id=0, padding_free=True))
+    padded = {"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0], "completion_mask": [0, 1, 1, 0]}
+    batch = collator([padded, ROWS[1]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 2]]
+    with pytest.raises(GKDDataError, match="position_ids of these rows start again: give one sample per row"):
+        collator([{**ROWS[0], "position_ids": [0, 1, 0, 1]}])
+
+
+def test_only_the_collators_that_pad_them_get_values_per_token_that_a_forward_does_not_take():
+    def forward(input_ids, position_ids=None, inputs_embeds=None):
+        pass
+
+    masks = {"attention_mask", "completion_mask", "assistant_masks"}
+    padding = KeepSideTensors(keeping_token_values(TRLCollator(pad_token_id=0)))
+    assert columns_read_by(padding, forward) == {*masks, "input_ids", "position_ids"}
+    assert columns_read_by(EncoderDecoderCollator(0), forward) >= masks
+    assert not columns_read_by(KeepSideTensors(own), forward)
+
+
+def test_a_row_whose_columns_do_not_fit_is_refused_with_the_remedy(padding_collator):
+    for row, reason in (
+        ({"input_ids": [5, 6], "completion_mask": [1]}, "completion_mask is not as long as input_ids"),
+        ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "no tokens"),
+    ):
+        with pytest.raises(GKDDataError, match=rf"row 1 of a batch can't be used: {reason}\. Correct the data set, or"):
+            padding_collator([ROWS[0], row])
+
+
+def test_an_encoder_reads_no_padding_of_the_rows():
+    rows = [
+        {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": [7, 2, -100, -100]},
+        {"input_ids": [0, 0, 8], "attention_mask": [0, 0, 1], "labels": [2, -100, -100, -100]},
+    ]
+    batch = EncoderDecoderCollator(0)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6], [8, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert batch["labels"].tolist() == [[7, 2], [2, -100]]
+    with pytest.raises(GKDDataError, match="got completion_mask: leave it out"):
+        EncoderDecoderCollator(0)([{**rows[0], "completion_mask": [0, 1, 1]}])
 
 
 def with_prompts(*prompts):
@@ -44,7 +178,7 @@ def test_prompts_go_around_any_collator(byte_level, kind, side):
     tokenizer.padding_side = side
     collators = {
         "trl": TRLCollator(pad_token_id=2),
-        "keeping labels": keeping_labels(DataCollatorWithPadding(tokenizer)),
+        "keeping labels": keeping_token_values(DataCollatorWithPadding(tokenizer)),
         "seq2seq": DataCollatorForSeq2Seq(tokenizer),
     }
     batch = KeepSideTensors(collators[kind])(with_prompts([], [8, 9, 10]))
@@ -99,7 +233,7 @@ def test_keys_go_around_any_collator(byte_level, kind, side):
     tokenizer.padding_side = side
     collators = {
         "trl": TRLCollator(pad_token_id=2),
-        "keeping labels": keeping_labels(DataCollatorWithPadding(tokenizer)),
+        "keeping labels": keeping_token_values(DataCollatorWithPadding(tokenizer)),
         "seq2seq": DataCollatorForSeq2Seq(tokenizer),
         "own": own,
     }

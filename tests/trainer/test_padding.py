@@ -1,10 +1,14 @@
 """Neither completions nor losses depend on which rows share a batch, whatever the architecture does with padding."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling
+from trl import SFTConfig, SFTTrainer
 
+from gkd_trainer import GKDArguments, GKDDataError, GKDMixin, GKDTrainer
 from gkd_trainer.batch_keys import PROMPT_IDS
 
 RECURRENT = ["rwkv", "recurrent_gemma", "mamba"]
@@ -114,3 +118,66 @@ def test_an_evaluation_completes_prompts_as_long_as_its_padded_rows(make_trainer
     monkeypatch.setattr(trainer.rollouts, "generate", recorded)
     trainer.evaluate(Dataset.from_list(rows))
     assert completed == [row[PROMPT_IDS] for row in rows]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of a data set that is used as is."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@dataclass
+class SFTOptions(GKDArguments, SFTConfig):
+    pass
+
+
+class SFT(GKDMixin, SFTTrainer):
+    pass
+
+
+@pytest.mark.parametrize("padding", ["before", "behind"])
+def test_a_torch_data_set_gives_the_batches_of_its_rows_in_a_list(make_trainer, padding):
+    rows = []
+    for length in (3, 5, 4, 2):
+        answer, zeros = [0] + [1] * (length - 1), [0] * (6 - length)
+        columns = {"input_ids": [*range(5, 5 + length)], "attention_mask": [1] * length, "completion_mask": answer}
+        rows.append(
+            {name: zeros + values if padding == "before" else values + zeros for name, values in columns.items()}
+        )
+    batches = []
+    for dataset in (rows, Rows(rows)):
+        [batch] = make_trainer(trainer_args={"eval_dataset": dataset}).get_eval_dataloader()
+        batches.append(batch)
+    assert batches[0]["labels"].tolist()[0] == [-100, 6, 7, -100, -100]
+    assert batches[0].keys() == batches[1].keys()
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
+
+
+@pytest.mark.parametrize("trainer_class", [GKDTrainer, SFT])
+def test_samples_that_share_a_row_do_not_see_one_another(make_trainer, config, trainer_class):
+    args = config(SFTOptions) if trainer_class is SFT else config()
+    apart = [{"input_ids": ids} for ids in ([5, 6, 7, 8], [9, 10, 11], [12, 13])]
+    packed = [
+        {"input_ids": [5, 6, 7, 8, 9, 10, 11], "position_ids": [0, 1, 2, 3, 0, 1, 2]},
+        {"input_ids": [12, 13], "position_ids": [0, 1]},
+    ]
+    losses = [
+        make_trainer(
+            trainer_class=trainer_class, trainer_args={"args": args, "eval_dataset": Dataset.from_list(rows)}
+        ).evaluate()["eval_loss"]
+        for rows in (apart, packed)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_samples_that_share_a_row_are_refused_if_they_are_to_be_completed(make_trainer):
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8], "position_ids": [0, 1, 0, 1]}
+    with pytest.raises(GKDDataError, match=r"position_ids .* must count up by one, .* got \[0, 1, 0, 1\]: give each"):
+        make_trainer(trainer_args={"train_dataset": [row] * 4}, lmbda=1.0).train()
