@@ -72,7 +72,8 @@ class KeepTokenValues(Wrapper):
                 "it return one"
             )
         mask_BL = batch["attention_mask"].bool()
-        batch["labels"] = _aligned(mask_BL, [_trained(own) for own in tokens], IGNORE_INDEX)
+        if not self._has_own_labels(batch):
+            batch["labels"] = _aligned(mask_BL, [_trained(own) for own in tokens], IGNORE_INDEX)
         for name in sorted(_CARRIED):
             if any(name in own.per_token for own in tokens):
                 batch[name] = _aligned(mask_BL, [own.per_token.get(name, _usual(name, own)) for own in tokens], 0)
@@ -85,6 +86,14 @@ class KeepTokenValues(Wrapper):
         others = {key: value for key, value in row.items() if key not in PER_TOKEN}
         labels = {"labels": tokens.labels} if isinstance(self.collator, TRLCollator) else {}
         return {**others, "input_ids": tokens.ids, "attention_mask": [1] * len(tokens.ids), **labels}
+
+    def _has_own_labels(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether a subclass of DataCollatorForLanguageModeling chose what is trained on."""
+        if not isinstance(self.collator, DataCollatorForLanguageModeling) or "labels" not in batch:
+            return False
+        ids_BL, pad_id = batch["input_ids"], self.collator.tokenizer.pad_token_id
+        all_BL = ids_BL if pad_id is None else ids_BL.masked_fill(ids_BL == pad_id, IGNORE_INDEX)
+        return not torch.equal(batch["labels"], all_BL)
 
 
 class KeepSideTensors(Wrapper):

@@ -37,6 +37,23 @@ def test_other_collators_are_left_as_they_are(byte_level):
     assert keeping_token_values(seq2seq) is seq2seq
 
 
+class CompletionOnly(DataCollatorForLanguageModeling):
+    """Masks all tokens up to token 6, as TRL's former DataCollatorForCompletionOnlyLM did up to a template."""
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        for ids_L, labels_L in zip(batch["input_ids"], batch["labels"], strict=True):
+            labels_L[: ids_L.tolist().index(6) + 1] = -100
+        return batch
+
+
+class WithLengths(DataCollatorForLanguageModeling):
+    """Adds to the batch, and chooses no labels."""
+
+    def torch_call(self, examples):
+        return {**super().torch_call(examples), "lengths": torch.tensor([len(row["input_ids"]) for row in examples])}
+
+
 class OwnPadding(DataCollatorWithPadding):
     """Pads the labels itself."""
 
@@ -45,6 +62,18 @@ class OwnPadding(DataCollatorWithPadding):
         batch = super().__call__([{"input_ids": row["input_ids"]} for row in features])
         batch["labels"] = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1)
         return batch
+
+
+def test_a_subclass_that_masks_labels_trains_on_what_it_leaves(byte_level):
+    collator = keeping_token_values(CompletionOnly(byte_level(), mlm=False))
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}, {"input_ids": [6, 9], "labels": [6, 9]}]
+    assert collator(rows)["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
+
+
+def test_a_subclass_that_chooses_no_labels_gets_those_of_the_rows(byte_level):
+    batch = keeping_token_values(WithLengths(byte_level(), mlm=False))(ROWS)
+    assert batch["labels"].tolist() == [[-100, -100, 7, 2], [-100, 2, -100, -100]]
+    assert batch["lengths"].tolist() == [4, 2]
 
 
 def test_a_subclass_that_pads_labels_itself_gets_them_and_keeps_its_own(byte_level):
