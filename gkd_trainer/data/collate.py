@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
-from gkd_trainer.batch_keys import IGNORE_INDEX, PER_TOKEN, SIDE_TENSORS, SideTensor
+from gkd_trainer.batch_keys import IGNORE_INDEX, PER_TOKEN, SIDE_TENSORS, TEACHER_PROMPT_IDS, SideTensor
 from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.pairs import held_pair
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
@@ -100,14 +100,16 @@ class KeepSideTensors(Wrapper):
     """Collates rows with any collator, and adds to the batch the SIDE_TENSORS that the rows have as columns.
 
     If a collator makes its own samples, with other tokens than the rows have, the batch gets none: prompts are then the
-    tokens before the last trained run, and no key tells which rows a sample comes from.
+    tokens before the last trained run, and no key tells which rows a sample comes from. Only a prompt of the teacher's
+    own can't be left out: the teacher would read another.
     """
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """Return the collated batch, with each side tensor for which any row has a value.
 
         Raises:
-            GKDDataError: A row's value of a side tensor is not an integer.
+            GKDDataError: A row's value of a side tensor is not an integer, or the collator joins or changes rows with
+                a prompt of the teacher's own.
 
         """
         if not all(isinstance(row, Mapping) for row in rows):
@@ -118,7 +120,16 @@ class KeepSideTensors(Wrapper):
         batch = self.collator([{key: value for key, value in row.items() if key not in names} for row in rows])
         tensors = {name: _side_tensor(SIDE_TENSORS[name], [row.get(name) for row in rows]) for name in sorted(names)}
         found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return {**batch, **found} if found and _has_tokens_of(batch, rows) else batch
+        if not found or _has_tokens_of(batch, rows):
+            return {**batch, **found}
+        if TEACHER_PROMPT_IDS in found and TEACHER_PROMPT_IDS not in batch:
+            raise GKDDataError(
+                "the teacher reads a prompt of its own for each row (a teacher_prompt, or the row in the tokens of "
+                f"another tokenizer), but {type(unwrapped(self)).__name__} did not return the rows' tokens in order, "
+                "one row per sample, cut at most at the end: make the data collator return them so, leave it out, or "
+                "set padding_free=False"
+            )
+        return batch
 
 
 @dataclass

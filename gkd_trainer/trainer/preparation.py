@@ -112,6 +112,12 @@ class Preparation:
         packs = getattr(args, "packing", False)
         if not is_training and getattr(args, "eval_packing", None) is not None:
             packs = args.eval_packing
+        joins = "packing" if packs else "padding_free" if getattr(args, "padding_free", False) else None
+        if joins is not None and TEACHER_PROMPT_IDS in (getattr(dataset, "column_names", None) or ()):
+            raise GKDConfigError(
+                f"{name}: {joins} joins rows, so the teacher can't read a prompt of its own for each: set "
+                f"{joins}=False, or remove the column teacher_prompt"
+            )
         if not packs:
             return dataset
         if isinstance(dataset, list):  # a stream, read into memory
@@ -126,11 +132,6 @@ class Preparation:
             raise GKDConfigError(
                 f"{name}: packing joins token ids, and would leave out the images of the rows: set packing=False (and "
                 "eval_packing=False)"
-            )
-        if TEACHER_PROMPT_IDS in (dataset.column_names or ()):
-            raise GKDConfigError(
-                f"{name}: packing joins rows, so the teacher can't read a prompt of its own for each: set "
-                "packing=False, or remove the column teacher_prompt"
             )
         for side in SIDE_TENSORS.values():
             if side.is_column and side.name in (dataset.column_names or ()):

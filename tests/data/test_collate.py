@@ -7,11 +7,12 @@ import torch
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     DataCollatorWithPadding,
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
-from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
+from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.data import EncoderDecoderCollator, KeepSideTensors, columns_read_by, keeping_token_values
 from gkd_trainer.errors import GKDDataError
 
@@ -235,6 +236,41 @@ def test_a_collator_whose_samples_are_other_rows_gives_no_prompts_and_keys(chang
 
     assert PROMPT_IDS not in KeepSideTensors(collator)(with_prompts([5], [8]))
     assert ROW_KEY not in KeepSideTensors(collator)(with_keys(5, 8))
+
+
+def with_teacher_prompts(*prompts):
+    return [{**row, TEACHER_PROMPT_IDS: prompt} for row, prompt in zip(ROWS, prompts, strict=True)]
+
+
+def cut_at_the_front(rows):
+    return TRLCollator(pad_token_id=0)([{"input_ids": row["input_ids"][-2:]} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("name", "collator"),
+    [
+        ("DataCollatorWithFlattening", DataCollatorWithFlattening()),
+        ("DataCollatorForLanguageModeling", keeping_token_values(TRLCollator(pad_token_id=0, padding_free=True))),
+        ("function", cut_at_the_front),
+    ],
+)
+def test_a_collator_that_loses_the_teachers_prompts_is_refused_by_name(name, collator):
+    with pytest.raises(GKDDataError, match=f"prompt of its own for each row .* {name} did not return the rows' tokens"):
+        KeepSideTensors(collator)(with_teacher_prompts([], [9]))
+    assert TEACHER_PROMPT_IDS not in KeepSideTensors(collator)(with_teacher_prompts([], []))
+
+
+def test_prompts_of_the_teacher_that_a_collator_makes_itself_are_kept():
+    def own(rows):
+        return {**cut_at_the_front(rows), TEACHER_PROMPT_IDS: torch.tensor([[4], [4]])}
+
+    assert KeepSideTensors(own)(with_teacher_prompts([8], [9]))[TEACHER_PROMPT_IDS].tolist() == [[4], [4]]
+
+
+def test_side_tensors_go_with_rows_that_are_padded_on_the_left():
+    row = {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], TEACHER_PROMPT_IDS: [9], ROW_KEY: 3}
+    batch = KeepSideTensors(keeping_token_values(TRLCollator(pad_token_id=0)))([row])
+    assert (batch[TEACHER_PROMPT_IDS].tolist(), batch[ROW_KEY].tolist()) == ([[9]], [3])
 
 
 def with_keys(*keys):

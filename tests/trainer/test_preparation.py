@@ -32,7 +32,11 @@ SHORTER = OwnedContext("student", Context(16, has_rope=False))
 
 def preparation(tokenizer=None, stop_ids=frozenset({STOP}), vocab_size=368, has_ranks=False, **options):
     rest = {name: options.pop(name, None) for name in ("formatting_func", "shorter")}
-    extra = {name: options.pop(name) for name in ("packing", "eval_packing", "packing_strategy") if name in options}
+    extra = {
+        name: options.pop(name)
+        for name in ("packing", "eval_packing", "packing_strategy", "padding_free")
+        if name in options
+    }
     args = GKDArguments(**{"lmbda": 0.0, "max_length": 16, "max_new_tokens": 4, **options})
     for name, value in extra.items():  # of trl.SFTConfig
         setattr(args, name, value)
@@ -290,7 +294,9 @@ def test_iterable_datasets_are_streams():
     assert not is_stream([BOTH])
 
 
-def test_packing_rows_with_prompts_for_the_teacher_is_refused():
+@pytest.mark.parametrize("option", ["packing", "padding_free"])
+def test_joining_rows_with_prompts_for_the_teacher_is_refused(option):
     rows = Dataset.from_list([{**BOTH, TEACHER_PROMPT_IDS: [8, 9]}])
-    with pytest.raises(GKDConfigError, match="packing joins rows, so the teacher can't read a prompt of its own"):
-        preparation(packing=True, packing_strategy="bfd").prepared(rows, "train", is_training=True)
+    message = f"{option} joins rows, so the teacher can't read a prompt of its own for each: set {option}=False"
+    with pytest.raises(GKDConfigError, match=message):
+        preparation(packing_strategy="bfd", **{option: True}).prepared(rows, "train", is_training=True)
