@@ -14,6 +14,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, MEDIA_INPUTS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data import ImageProcessing
+from gkd_trainer.data.collate import holds_several_samples, read_row
+from gkd_trainer.data.tokens import held_tokens
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
@@ -147,17 +149,22 @@ def cache_predictions(
 def _new_rows(rows: Any, writer: CacheWriter, *, is_quiet: bool) -> Iterator[dict[str, Any]]:
     """Yield token ids and labels of the rows that the cache lacks."""
     total = len(rows) if hasattr(rows, "__len__") else None
-    for row in tqdm(rows, desc="Caching", total=total, disable=is_quiet):
+    for index, row in enumerate(tqdm(rows, desc="Caching", total=total, disable=is_quiet)):
         if unread := sorted(name for name in _MORE_THAN_TOKENS & row.keys() if _is_given(row[name])):
             raise GKDDataError(
                 f"rows of the data to cache have {', '.join(unread)}, but a cache holds one teacher's predictions for "
                 "the row's own tokens alone: remove the column and cache each teacher by itself, or train with the "
                 "teacher in this process"
             )
-        ids, labels = list(row["input_ids"]), list(row.get("labels", row["input_ids"]))
-        sequence = _sequence(ids, labels)
+        tokens = read_row(held_tokens, row, f"row {index} of the data to cache")
+        if holds_several_samples(tokens):
+            raise GKDDataError(
+                f"the position_ids of row {index} of the data to cache start again, so it holds several samples: cache "
+                "rows of one sample each; packed rows then find theirs"
+            )
+        sequence = _sequence(tokens.ids, tokens.labels)
         if sequence is not None and not writer.has(sequence):
-            yield {"input_ids": ids, "labels": labels}
+            yield {"input_ids": tokens.ids, "labels": tokens.labels}
 
 
 def _is_given(value: Any) -> bool:

@@ -199,3 +199,20 @@ def test_the_predictions_of_an_encoder_decoder_are_not_cached(cached, tiny_model
         cached(FrozenTeacher(tiny_encoder_decoder()))
     with pytest.raises(GKDConfigError, match="BartForConditionalGeneration is an encoder-decoder, but a cache holds"):
         cached(student=tiny_encoder_decoder("bart"))
+
+
+def test_a_cache_of_padded_rows_serves_the_rows_without_their_padding(make_trainer, cached):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return [{"input_ids": [2, 2, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}][index]
+
+    given = {"teacher": CachedTeacher(cached(rows=Rows())), "train_dataset": [{"input_ids": [5, 6, 7]}] * 4}
+    make_trainer(trainer_args=given, max_steps=1).train()
+
+
+def test_rows_of_several_samples_are_not_cached(cached):
+    with pytest.raises(GKDDataError, match="the position_ids of row 0 of the data to cache start again"):
+        cached(rows=[{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}])
