@@ -13,7 +13,7 @@ from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing, images_of, require_readable, with_image_parts
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
-from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts, only_last_run
+from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
     Span,
@@ -351,7 +351,7 @@ class RowPreparer:
 
     def _fitted(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
         rules, ids, prompt_ids = self.rules, tokens.ids, tokens.prompt_ids
-        labels = only_last_run(tokens.labels) if teacher_ids else tokens.labels
+        labels = self.teacher_prompts.trained(tokens.labels, teacher_ids)
         if not ids:
             raise RowDropped("no tokens")
         shared_ids = teacher_ids if self.teacher_prompts.rendered is None else []
