@@ -245,12 +245,12 @@ class Stopwatch:
         from gkd_trainer.report.metrics import Stopwatch as Clock
 
         self._device, self._clock = device, Clock(device)
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, float | torch.Tensor] = {}
 
     def read(self) -> dict[str, float]:
         """Return the sums since the last call."""
-        sums, self._sums = {**self._sums, **self._clock.read()}, {}
-        return sums
+        sums, self._sums = self._sums, {}
+        return {**{name: float(amount) for name, amount in sums.items()}, **self._clock.read()}
 
     def callback(self) -> Any:
         """Return a callback that adds the seconds of the training loop, without what `train` does around it."""
@@ -286,8 +286,9 @@ class Stopwatch:
         def counting_call(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             labels_BL = inputs["labels"]
             self._add("sequences", len(labels_BL))
-            self._add("tokens", int(inputs["attention_mask"].sum()))
-            self._add("trained_tokens", int((labels_BL[:, 1:] != -100).sum()))
+            # Read later, so as not to wait for the device here.
+            self._add("tokens", inputs["attention_mask"].sum())
+            self._add("trained_tokens", (labels_BL[:, 1:] != -100).sum())
             return compute_loss(model, inputs, *args, **kwargs)
 
         return counting_call
@@ -296,7 +297,7 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _add(self, name: str, amount: float) -> None:
+    def _add(self, name: str, amount: float | torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + amount
 
 

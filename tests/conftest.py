@@ -249,6 +249,29 @@ def tiny_model():
     return make
 
 
+@pytest.fixture
+def flash_like(monkeypatch):
+    """The name of an attention that, like FlashAttention, takes only halves."""
+    from transformers.integrations.flash_attention import get_target_dtype
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(module, query, key, value, *args, **kwargs):
+        dtype = get_target_dtype(query, module)  # autocast's, if rotary embeddings made these float32
+        if dtype is not None:
+            query, key, value = (states.to(dtype) for states in (query, key, value))
+        if query.dtype == torch.float32:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    name = "only_halves"  # a name with "flash" would have transformers look for the library
+    monkeypatch.setattr("gkd_trainer.models.heads._TAKES_HALVES", name)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, attend)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, sdpa_mask)
+    return name
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder_decoder():
     """Make an encoder-decoder with random weights, on the CPU in float32.

@@ -36,14 +36,15 @@ def test_of_several_values_tensors_are_moved_and_integers_read():
 
 @pytest.mark.gpu
 @NEEDS_CUDA
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("is_pinned", [False, True])
 def test_copies_to_and_from_a_gpu_are_queued_in_order_without_waiting(is_pinned):
     given = torch.arange(1000)
     given = given.pin_memory() if is_pinned else given
     device = torch.device("cuda")
     to_device(given, device)  # allocates pinned memory, which may wait the first time
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         busy = torch.ones(4096, 4096, device=device)
         for _ in range(20):
             busy = busy @ busy / 4096

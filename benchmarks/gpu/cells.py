@@ -36,6 +36,9 @@ MEASURED, OUT_OF_MEMORY, NOT_MEASURED, FAILED, SKIPPED, WAITING = (
 )
 """What can come of a cell: NOT_MEASURED means that something it needs is not there, SKIPPED that time ran out."""
 
+_LACK_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors of CUDA, cuBLAS and Triton say if the card is full, beside torch's own."""
+
 _LONGEST = 6
 """How many times its expected duration a cell may take before it is stopped."""
 
@@ -226,6 +229,8 @@ def _outcome(cell: Cell, where: Where) -> dict[str, Any]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         return {"status": OUT_OF_MEMORY, "why": _first_line(error)}
     except Exception as error:
+        if any(words in str(error) for words in _LACK_OF_MEMORY):
+            return {"status": OUT_OF_MEMORY, "why": _first_line(error)}
         return {
             "status": FAILED,
             "why": f"{type(error).__name__}: {_first_line(error)}",

@@ -95,6 +95,7 @@ def _gather(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     where = Where(options.device, options.small)
     os.environ |= QUIET
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # GKDTrainer refuses DataParallel
     if options.device == "cuda":
         _require_cuda()
     else:  # the kernels run in Triton's interpreter, and what torch would compile runs as it is written

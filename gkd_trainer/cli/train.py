@@ -41,6 +41,8 @@ def run(arguments: Sequence[str]) -> None:
     train_source, eval_source = options.data.sources(config)
     resumed_from = checkpoint_to_resume(config)
     _require_models(options)
+    if peft_config is not None and _is_encoder_decoder(options):
+        peft_config.task_type = "SEQ_2_SEQ_LM"  # by which PEFT's auto classes load the adapter
     train_rows, eval_rows = _load(train_source, eval_source)
 
     from gkd_trainer.data.sources import naming_broken_lines
@@ -88,6 +90,15 @@ def _require_models(options: TrainOptions) -> None:
     ):
         if name is not None:  # the teacher may be behind a server
             require_model(option, name, init_kwargs, config.trust_remote_code)
+
+
+def _is_encoder_decoder(options: TrainOptions) -> bool:
+    from gkd_trainer.models.loading import stored_config
+
+    given: Any = options.config.model_init_kwargs or {}
+    kwargs = {"trust_remote_code": options.config.trust_remote_code, **given}
+    with refusing_as_configuration():  # an adapter's folder may name a model that does not exist
+        return bool(stored_config(options.student.model_name_or_path or "", kwargs).is_encoder_decoder)
 
 
 def require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: bool) -> None:

@@ -45,7 +45,7 @@ class StudentOptions:
     use_dora: bool = _option(False, "Whether to train the magnitudes of the weights separately (DoRA).")
 
     def lora_config(self, disable_dropout: bool) -> LoraConfig | None:
-        """Return the adapter to train, or None for all weights; refuse options that have no effect."""
+        """Return the adapter of a causal LM to train, or None for all weights; refuse options that have no effect."""
         if not self.use_peft:
             unused = [
                 option.name

@@ -49,6 +49,17 @@ def require_readable(images: Sequence[Any], processing: ImageProcessing | None, 
         )
 
 
+def require_own(formatted: Mapping[str, Any], images: Sequence[Any]) -> None:
+    """Raise GKDDataError if a formatting_func returned other images than its row has: batches would lack them."""
+    if set(IMAGE_COLUMNS).isdisjoint(formatted) or (returned := images_of(formatted)) == list(images):
+        return
+    raise GKDDataError(
+        f"formatting_func returned other images ({len(returned)}) than the row's column `images` or `image` holds "
+        f"({len(images)}), but pixels are read from the data set's columns: make that column first, for example by "
+        'dataset.rename_column("picture", "image") or dataset.map'
+    )
+
+
 @dataclass(frozen=True)
 class ImageProcessing:
     """Turns a row's images into tokens, and those of a batch into a model's inputs, by a processor of transformers.

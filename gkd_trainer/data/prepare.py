@@ -73,8 +73,9 @@ def prepare_dataset(
         besides its own. Labels are IGNORE_INDEX for tokens that are not trained on: all tokens of a row that is only a
         prompt. If completions are generated there is also PROMPT_IDS: the prompt of a row's completion if it
         differs from the tokens before the row's last trained run, else empty. A row with a `teacher_prompt` gets
-        TEACHER_PROMPT_IDS, and is trained on only in its last run, since that prompt replaces all before it. Rows that
-        can't be used are left out and counted in the log. Columns of SIDE_TENSORS such as ROW_KEY are kept, as int64.
+        TEACHER_PROMPT_IDS, and is trained on only in its last run, since that prompt replaces all before it; so is any
+        row that may get such a prompt later. Rows that can't be used are left out and counted in the log. Columns of
+        SIDE_TENSORS such as ROW_KEY are kept, as int64.
 
     Raises:
         GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, a row's

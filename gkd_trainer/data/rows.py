@@ -10,10 +10,10 @@ from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
-from gkd_trainer.data.images import ImageProcessing, images_of, require_readable, with_image_parts
+from gkd_trainer.data.images import ImageProcessing, images_of, require_own, require_readable, with_image_parts
 from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
-from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts, only_last_run
+from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
 from gkd_trainer.data.turns import (
     Span,
@@ -130,7 +130,10 @@ class RowPreparer:
         """
         images = images_of(row)
         require_readable(images, self.images, is_encoder_decoder=self.rules.is_encoder_decoder)
-        formatted = row if self.formatting_func is None else self._formatted(row)
+        formatted = row
+        if self.formatting_func is not None:
+            formatted = self._formatted(row)
+            require_own(formatted, images)
         teacher_ids = self.teacher_prompts.ids_of(_without_none({**_teachers_columns(row), **formatted}))
         if images and teacher_ids:
             raise GKDDataError(
@@ -351,7 +354,7 @@ class RowPreparer:
 
     def _fitted(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
         rules, ids, prompt_ids = self.rules, tokens.ids, tokens.prompt_ids
-        labels = only_last_run(tokens.labels) if teacher_ids else tokens.labels
+        labels = self.teacher_prompts.trained(tokens.labels, teacher_ids)
         if not ids:
             raise RowDropped("no tokens")
         shared_ids = teacher_ids if self.teacher_prompts.rendered is None else []

@@ -27,13 +27,15 @@ class TeacherPrompts:
     `tokenizer` is the teacher's, or the student's if the teacher's has no chat template; None suffices for rows that
     hold token ids. The teacher takes `limit` tokens, prompt and completion together, or the prompt if
     `is_encoder_decoder`, whose encoder reads it; None is unlimited. For a teacher with another tokenizer, `rendered`
-    gives the prompt of a row that has none of its own.
+    gives the prompt of a row that has none of its own. `may_follow` says that a teacher makes prompts from the
+    completions later (a ContextTeacher), so that any row may get one.
     """
 
     tokenizer: Any = None
     limit: int | None = None
     is_encoder_decoder: bool = False
     rendered: RenderedPrompts | None = None
+    may_follow: bool = False
 
     def ids_of(self, row: Mapping[str, Any]) -> list[int]:
         """Return the teacher's prompt of a row; empty if it has none.
@@ -75,6 +77,10 @@ class TeacherPrompts:
         if not ids:
             raise RowDropped(f"empty {TEACHER_PROMPT}")
         return ids
+
+    def trained(self, labels: list[int], prompt: list[int]) -> list[int]:
+        """Return a row's labels, limited to the last run if the teacher reads a prompt of its own, or may do so."""
+        return only_last_run(labels) if prompt or self.may_follow else labels
 
     def require_room(self, prompt: Sequence[int], n_completion: int) -> None:
         """Raise RowDropped if the teacher can't take a prompt with a completion of `n_completion` tokens."""

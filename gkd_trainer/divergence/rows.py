@@ -332,6 +332,16 @@ def _triton_kinds() -> frozenset[str]:
     except ImportError:
         logger.warning("Triton can't be imported, and the divergence will be slower: pip install triton")
         return frozenset()
+    try:
+        triton.build_launcher()
+    except Exception as error:  # of the compiler, of the linker, or Triton's own
+        logger.warning(
+            "Triton can't launch kernels here, and the divergence will be slower: it needs a C compiler and Python's "
+            "headers (apt install gcc python3-dev). %s: %s",
+            type(error).__name__,
+            error,
+        )
+        return frozenset()
     return triton.KINDS
 
 

@@ -37,6 +37,11 @@ _HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip
 """Whether the processor's own exponential and logarithm, of base two, can be called."""
 
 
+def build_launcher() -> None:
+    """Build what launches kernels, once per machine; raise what Triton raises without a C compiler or a GPU."""
+    triton.runtime.driver.active.get_current_target()
+
+
 def compare_rows(
     student_RV: Tensor,
     teacher_RV: Tensor,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 _PROBE_LENGTH = 4
 _PROBE_LOGIT = 100.0
+
+_TAKES_HALVES = "flash"
+"""A part of the names of attention implementations that take only half precision."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,14 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
     if not explains_logits:
         return InseparableHead("its logits are not its head applied to the head's input")
     return head
+
+
+def needs_autocast(model: nn.Module) -> bool:
+    """Return whether a model runs only under autocast: FlashAttention takes halves, and the weights are float32."""
+    implementation = getattr(_text_config(model), "_attn_implementation", None) or ""
+    return _TAKES_HALVES in implementation and all(
+        weight.dtype == torch.float32 for weight in model.parameters() if weight.is_floating_point()
+    )
 
 
 def predict(
@@ -253,12 +264,17 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
         hidden.append(hidden_BLH)
         return (hidden_BLH,)
 
+    dtype, device = head.module.weight.dtype, head.module.weight.device
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if needs_autocast(model):
+        dtype = torch.bfloat16
+        autocast = torch.autocast(device.type, dtype)
     hook = head.module.register_forward_pre_hook(rescale)
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            ids_BL = torch.arange(_PROBE_LENGTH, device=head.module.weight.device)[None]
+        with torch.no_grad(), autocast:
+            ids_BL = torch.arange(_PROBE_LENGTH, device=device)[None]
             ids_BL = ids_BL % head.module.weight.shape[0]
             decoder = {DECODER_INPUT_IDS: ids_BL} if is_encoder_decoder(model) else {}
             logits_BLV = logits_of(model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), **decoder))
@@ -272,7 +288,7 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
     if logits_BLV.shape != expected_BLV.shape:
         return False
     # With bf16 weights (eps 0.008) the two round differently; a missing scale or soft-cap is far outside that.
-    tolerance = max(4 * torch.finfo(head.module.weight.dtype).eps, 1e-3)
+    tolerance = max(4 * torch.finfo(dtype).eps, 1e-3)
     error_BL, largest_BL = (logits_BLV - expected_BLV).abs().amax(dim=-1), expected_BLV.abs().amax(dim=-1)
     return bool((error_BL <= tolerance * largest_BL).all())
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
@@ -279,10 +280,12 @@ def give_pad_token(model: nn.Module, token_id: int) -> None:
 
 def wrap_in_adapter(model: nn.Module, peft_config: PeftConfig) -> PeftModel:
     """Return the student with a new adapter; refuse one that already has an adapter."""
-    if isinstance(model, PeftModel):
+    # AutoModel loads an adapter's folder as a plain model whose layers PEFT would initialise again.
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise GKDConfigError(
-            "got peft_config and a model that already has an adapter: pass one or the other "
-            "(merge_and_unload() merges the adapter into the model)"
+            "got peft_config and a model that already has an adapter. To train that adapter, leave peft_config out and "
+            "pass peft.AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True); for a new one, pass the "
+            "model that .merge_and_unload() of it returns"
         )
     return get_peft_model(model, peft_config)
 

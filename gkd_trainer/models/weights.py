@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
@@ -110,8 +110,7 @@ def is_plain_lora(model: nn.Module) -> bool:
         return False
     if any(getattr(config, name, None) for name in _NOT_PLAIN_LORA) or config.bias != "none":
         return False
-    # Other initialisations, such as PiSSA, change the base model's weights, which a server does not have.
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in _INITS_OF_ADAPTER_ONLY:
+    if changes_base_weights(config):  # which a server does not have
         return False
     if any(parameter.requires_grad and ".lora_" not in name for name, parameter in model.named_parameters()):
         return False
@@ -120,6 +119,15 @@ def is_plain_lora(model: nn.Module) -> bool:
         isinstance(module, BaseTunerLayer)
         for module in (student.get_input_embeddings(), student.get_output_embeddings())
     )
+
+
+def changes_base_weights(config: PeftConfig) -> bool:
+    """Return whether PEFT changes the frozen weights of a model to add this adapter, as PiSSA and KaSA do."""
+    if not isinstance(config, LoraConfig):
+        return False
+    init = config.init_lora_weights
+    is_changing = isinstance(init, str) and init.lower() not in _INITS_OF_ADAPTER_ONLY
+    return is_changing or getattr(config, "kasa_config", None) is not None
 
 
 def write_weights(model: nn.Module, folder: Path) -> None:

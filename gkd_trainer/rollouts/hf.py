@@ -290,13 +290,29 @@ class _SeededChoice(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._prompt_length
-        cumulative_BV = scores.to(self._device, torch.float64).softmax(dim=-1).cumsum(dim=-1)
+        with _nondeterministic_allowed():
+            cumulative_BV = scores.to(self._device, torch.float64).softmax(dim=-1).cumsum(dim=-1)
         threshold_B1 = self._uniforms_BT[:, step : step + 1] * cumulative_BV[:, -1:]
         # The first token whose cumulative probability exceeds the threshold: never one of probability zero.
         chosen_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True).to(scores.device)
         # Past the end if the logits hold NaN: any token will do, since the loss reports the error.
         chosen_B1 %= scores.shape[1]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)
+
+
+@contextmanager
+def _nondeterministic_allowed() -> Iterator[None]:
+    """Allow CUDA's cumsum under `full_determinism`, which refuses it.
+
+    In float64, its sums may differ between runs in their last bits: next to never enough to change a choice.
+    """
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_enabled, warn_only=warns)
 
 
 def _media_inputs(media: list[PromptMedia], ids_BL: Tensor) -> dict[str, Tensor]:

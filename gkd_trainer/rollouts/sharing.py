@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from gkd_trainer.models.heads import vocabulary_size, without_router_logits
+from gkd_trainer.models.heads import needs_autocast, vocabulary_size, without_router_logits
 from gkd_trainer.rollouts.prompts import PromptBatch
 
 logger = logging.getLogger(__name__)
@@ -122,13 +122,23 @@ def _probe(
 
 @contextmanager
 def _unrounded(model: Any) -> Iterator[None]:
-    """Disable autocast if the weights are float32: it affects rounding, but not which inputs a model reads.
+    """Disable autocast and TF32 if the weights are float32: they affect rounding, but not which inputs a model reads.
 
-    In bfloat16, the effect of padding can be smaller than the rounding between two lengths.
+    In bfloat16, the effect of padding can be smaller than the rounding between two lengths. A model that
+    `needs_autocast` keeps it.
     """
     is_float32 = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
-    with torch.autocast(model.device.type, enabled=False) if is_float32 else nullcontext():
+    if not is_float32 or needs_autocast(model):
         yield
+        return
+    products = torch.backends.cuda.matmul
+    precision = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        products.fp32_precision = precision
 
 
 def _tolerance(model: Any, is_sharded: bool) -> float:

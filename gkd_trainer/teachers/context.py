@@ -34,7 +34,8 @@ class ContextTeacher(CompositeTeacher):
     """A teacher that reads a prompt made by a function of the row and the completion, instead of the sample's own.
 
     It scores the same tokens of the completion, by their ids, after another prompt. A row's own `teacher_prompt` takes
-    precedence: the function is not called for it.
+    precedence: the function is not called for it. The completion begins at the sample's first trained token, so
+    GKDTrainer prepares conversations to be trained on only in their last turn.
 
     Args:
         teacher: The teacher that reads the prompts. Its vocabulary must be the student's.

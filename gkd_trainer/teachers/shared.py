@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import InseparableHead, SeparableHead, compare, vocabulary_size
 from gkd_trainer.models.loading import base_model
+from gkd_trainer.models.weights import changes_base_weights
 from gkd_trainer.signals import HiddenSignal, LogitsSignal, StudentSignal
 from gkd_trainer.teachers.average import AdapterAverage
 from gkd_trainer.teachers.base import StudentTeacher
@@ -63,7 +64,7 @@ class SelfTeacher(StudentTeacher):
 
         Raises:
             GKDTeacherError: The student has no adapter, or not that of this name, or only that; its own weights are
-                trained too; or its adapter can't be averaged.
+                trained too, or were changed to add an adapter; or its adapter can't be averaged.
         """
         if student is not self._student:
             self._require_usable(student)
@@ -193,6 +194,14 @@ class SelfTeacher(StudentTeacher):
                     f"the adapter {self._source!r} is the one that the student trains, so it would always equal its "
                     f"teacher: name another one, or use SelfTeacher({BASE!r}) or SelfTeacher({EMA!r})"
                 )
+        # The average adds its own B·A to the changed weights, as the student does.
+        changing = [] if self._source == EMA else [n for n in adapters if changes_base_weights(student.peft_config[n])]
+        if changing:
+            raise GKDTeacherError(
+                f"PEFT changed the student's own weights to add the adapter {changing[0]!r} (init_lora_weights or "
+                "kasa_config), so turning it off does not give back the model that it was: leave those options out, or "
+                f"use SelfTeacher({EMA!r}), or pass a copy of the model as teacher_model"
+            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")  # refused below
             with _frozen(student, student.disable_adapter(), keeps_flags=False):

@@ -27,7 +27,7 @@ from gkd_trainer.rollouts.build import (
     sampled_vocabulary_size,
 )
 from gkd_trainer.teachers import AligningTeacher, RoutedTeachers, Teacher, all_teachers, several_in
-from gkd_trainer.teachers.context import longest_context, template_tokenizer
+from gkd_trainer.teachers.context import ContextTeacher, longest_context, template_tokenizer
 from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
@@ -158,7 +158,12 @@ def teacher_prompts(teacher: Teacher, tokenizer: Any, args: Any, student: nn.Mod
         _refuse_joined_samples(args, "a teacher with another tokenizer reads each sample in tokens of its own")
         return TeacherPrompts(teacher.tokenizer, rendered=RenderedPrompts(teacher.tokenizer))
     limit = longest_context(teacher, args.max_length)
-    return TeacherPrompts(template_tokenizer(teacher, tokenizer), limit, is_encoder_decoder(student))
+    return TeacherPrompts(
+        template_tokenizer(teacher, tokenizer),
+        limit,
+        is_encoder_decoder(student),
+        may_follow=any(isinstance(each, ContextTeacher) for each in all_teachers(teacher)),
+    )
 
 
 def _refuse_joined_samples(args: Any, reason: str) -> None:

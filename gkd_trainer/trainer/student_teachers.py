@@ -42,11 +42,11 @@ class StudentTeachers:
         """Return the callback that updates them after each optimizer step; None if there are none."""
         return _UpdateTeachers(self._teachers) if self._teachers else None
 
-    def save(self, checkpoint: str | Path, *, is_first_rank: bool) -> None:
-        """Save their states in a checkpoint; all ranks call this."""
+    def save(self, checkpoint: str | Path, *, is_writer: bool) -> None:
+        """Save their states in a checkpoint; all ranks call this, and one of those that see its folder writes it."""
         for number, teacher in enumerate(self._teachers):
             state = teacher.state()
-            if state and is_first_rank:
+            if state and is_writer:
                 file = _file(checkpoint, number)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, default_compute_objective, has_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from gkd_trainer.batch_keys import PER_LABEL, SIDE_TENSORS, TEACHER_INDEX, has_decoder_inputs
@@ -220,6 +220,7 @@ class GKDMixin(AnyTrainer):
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
         self._placement, self._is_last_of_window = Placement(self.args.device), False
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
+        self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
         self._has_trained = False
         self._recorder: Recorder | None = None
@@ -580,8 +581,24 @@ class GKDMixin(AnyTrainer):
         if not self.is_in_train and self._ranks.size > 1 and self.model_wrapped is self.model:
             # Evaluation marks the model as prepared, so training would not wrap it in DDP, and ranks would drift apart.
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        (output.metrics or {}).update(self._evaluation.metrics(metric_key_prefix))
+        metrics, measured = output.metrics or {}, self._evaluation.metrics(metric_key_prefix)
+        self._own_metrics |= measured.keys() - metrics.keys()
+        metrics.update(measured)
         return output
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], Any] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Search as Trainer does; its default objective is of the metrics that it has itself, not of entropies."""
+        return super().hyperparameter_search(hp_space, compute_objective or self._default_objective, *args, **kwargs)
+
+    def _default_objective(self, metrics: dict[str, float]) -> float:
+        # Trainer's is the sum of all metrics beside the loss, if there are any.
+        return default_compute_objective({name: metrics[name] for name in metrics if name not in self._own_metrics})
 
     def _saving_before_it_fails(self) -> contextlib.AbstractContextManager[None]:
         step = self.state.global_step if self.is_in_train else None
@@ -598,7 +615,7 @@ class GKDMixin(AnyTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_rollouts(output_dir, self._ranks.index, self._queue.state(self.state.global_step))
-        self._student_teachers.save(output_dir, is_first_rank=self._ranks.index == 0)
+        self._student_teachers.save(output_dir, is_writer=self.args.should_save)
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # next, the first rank writes Trainer's state, which vouches for all ranks
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_trainer.cli import main
@@ -83,6 +83,20 @@ def test_a_lora_run_saves_an_adapter_that_loads(pair, data, tmp_path):
     assert (config.r, config.lora_alpha) == (2, 4)
     adapted = {name.rpartition(".")[2] for name in config.target_modules}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_adapter_of_an_encoder_decoder_is_saved_so_that_it_loads(pair, data, tiny_encoder_decoder, tmp_path):
+    for name, seed in (("student", 0), ("teacher", 1)):
+        tiny_encoder_decoder(seed=seed).save_pretrained(tmp_path / name)
+    main(["train", *pair, *data, "--use_peft", "--lmbda", "0", "--save_strategy", "no", "--max_steps", "1"])
+    assert AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "output").active_adapter == "default"
+
+
+def test_an_adapters_folder_whose_model_does_not_exist_exits_1_with_one_message(pair, data, tmp_path, capsys):
+    LoraConfig(base_model_name_or_path=str(tmp_path / "nowhere")).save_pretrained(tmp_path / "adapter")
+    code, error = exit_of(["train", "--model", tmp_path / "adapter", *pair[2:], *data, "--use_peft"], capsys)
+    assert code == 1
+    assert "nowhere" in error.partition("gkd-trainer train: error: ")[2]
 
 
 def test_a_run_from_a_served_teacher_names_no_teacher_model(vllm_server, served_dir, data, tmp_path):

@@ -221,6 +221,57 @@ def test_images_that_can_not_be_prepared_are_refused(qwen, changes, reason):
         preparer.prepare(TWO)
 
 
+def test_a_formatting_func_may_return_the_images_of_its_row_or_leave_them_out(qwen):
+    rows = Dataset.from_list([TWO])
+    images = ImageProcessing.of(qwen)
+    expected = prepare_dataset(rows, images.tokenizer, rules_of(qwen), images=images)["input_ids"]
+    for formatted in (
+        dict,
+        lambda row: {"images": row["images"], "messages": row["messages"]},
+        lambda row: row["messages"],
+    ):
+        prepared = prepare_dataset(
+            rows, images.tokenizer, rules_of(qwen), images=images, formatting_func=lambda row, f=formatted: f(row)
+        )
+        assert prepared["input_ids"] == expected
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("formatted", "counts"),
+    [
+        (lambda row: {"images": [row["picture"]], "messages": row["messages"]}, r"\(1\) .* \(2\)"),
+        (lambda row: {"image": row["picture"], "messages": row["messages"]}, r"\(1\) .* \(2\)"),
+        (lambda row: {"images": row["images"][:1], "messages": row["messages"]}, r"\(1\) .* \(2\)"),
+        (lambda row: {"images": [image.rotate(90) for image in row["images"]]}, r"\(2\) .* \(2\)"),
+        (lambda row: {"images": [], "messages": row["messages"]}, r"\(0\) .* \(2\)"),
+    ],
+)
+def test_other_images_from_a_formatting_func_are_refused(qwen, formatted, counts, is_stream):
+    rows = Dataset.from_list([{**TWO, "picture": picture(3)}])
+    images = ImageProcessing.of(qwen)
+    with pytest.raises(GKDDataError, match=f"formatting_func returned other images {counts}, but.*rename_column"):
+        prepare_dataset(
+            rows.to_iterable_dataset() if is_stream else rows,
+            images.tokenizer,
+            rules_of(qwen),
+            images=images,
+            formatting_func=formatted,
+        )
+
+
+def test_images_that_only_a_formatting_func_gives_are_refused(qwen):
+    images = ImageProcessing.of(qwen)
+    with pytest.raises(GKDDataError, match=r"other images \(1\) than .* holds \(0\), but pixels"):
+        prepare_dataset(
+            [{"picture": picture(1), "q": "Hi"}],
+            images.tokenizer,
+            rules_of(qwen),
+            images=images,
+            formatting_func=lambda row: {"images": [row["picture"]], "messages": conversation(row["q"], "Yes.")},
+        )
+
+
 def test_a_prompt_of_the_teachers_own_beside_images_is_refused(qwen):
     with pytest.raises(GKDDataError, match="a row has images, but its teacher reads a prompt of its own"):
         preparer_of(qwen).prepare({**TWO, "teacher_prompt": "Say yes."})

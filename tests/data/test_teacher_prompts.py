@@ -34,6 +34,16 @@ def test_a_conversation_with_a_prompt_for_the_teacher_is_trained_on_in_its_last_
     assert second[TEACHER_PROMPT_IDS] == []
 
 
+def test_where_prompts_are_made_from_completions_every_conversation_is_trained_on_in_its_last_turn_only(
+    byte_level, rules
+):
+    tokenizer = byte_level()
+    [row] = prepare_dataset(
+        [{"messages": CHAT}], tokenizer, rules(), teacher_prompts=TeacherPrompts(tokenizer, may_follow=True)
+    )
+    assert trained(tokenizer, row) == "two three<|im_end|>"
+
+
 def test_only_the_last_run_of_labels_stays():
     assert only_last_run([5, -100, 6, 7, -100]) == [-100, -100, 6, 7, -100]
     assert only_last_run([5, 6]) == [5, 6]

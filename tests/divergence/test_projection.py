@@ -26,21 +26,49 @@ def test_gradients_from_bfloat16_products_are_right_to_a_percent_and_logits_are_
     student = signal(N=16, width=64, V=2003, dtype=dtype, device=device)
     noise_NH = torch.randn(16, 64, generator=torch.Generator().manual_seed(2)).to(device)
     # The head turns hidden states of size 1 into logits of size 2.
-    other = HiddenSignal((student.hidden_NH + sigma / 2 * noise_NH).detach(), Head(student.head.weight_VH.detach()))
+    hidden_NH = (student.hidden_NH + sigma / 2 * noise_NH).detach().to(dtype)
+    other = HiddenSignal(hidden_NH, Head(student.head.weight_VH.detach()))
     options = {"beta": 0.5, "token_block": token_block}
     values_N = token_divergence(student, other, product_dtype=torch.bfloat16, **options).values_N
-    if device == "cpu" or dtype == torch.bfloat16:  # on CUDA the inputs of the logits round too
+    oracle, of_other = student, other
+    if device == "cpu" or dtype == torch.bfloat16:
         assert torch.equal(values_N, token_divergence(student, other, **options).values_N)
-    expected_N = reference_jsd(logits(student), logits(other), beta=0.5)
+    else:  # on CUDA the inputs of the logits round too
+        oracle, of_other = in_bfloat16(student), in_bfloat16(other)
+    expected_N = reference_jsd(logits(oracle), logits(of_other), beta=0.5)
     pairs = zip(
         torch.autograd.grad(values_N.sum(), leaves(student)),
-        torch.autograd.grad(expected_N.sum(), leaves(student)),
+        torch.autograd.grad(expected_N.sum(), leaves(oracle)),
         strict=True,
     )
     for actual, expected in pairs:
         assert actual.dtype == dtype
         assert_close_in_norm(actual, expected, tolerance=1e-2)
         assert (actual.double() - expected).norm() > 1e-4 * expected.norm()  # they are rounded
+
+
+def in_bfloat16(side):
+    """The same predictions from inputs that were rounded, in new leaves."""
+    hidden_NH, weight_VH = (leaf.detach().bfloat16().float().requires_grad_() for leaf in leaves(side))
+    return HiddenSignal(hidden_NH, Head(weight_VH))
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.1, 0.03])
+def test_gradients_of_inputs_that_cuda_rounds_are_those_of_rounded_inputs(products, sigma):
+    student = signal(N=16, width=64, V=2003)
+    noise_NH = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    other = HiddenSignal((student.hidden_NH + sigma / 2 * noise_NH).detach(), Head(student.head.weight_VH.detach()))
+    values_N = token_divergence(student, other, beta=0.5, product_dtype=torch.bfloat16).values_N
+    assert products
+    oracle = in_bfloat16(student)
+    expected_N = reference_jsd(logits(oracle), logits(in_bfloat16(other)), beta=0.5)
+    pairs = zip(
+        torch.autograd.grad(values_N.sum(), leaves(student)),
+        torch.autograd.grad(expected_N.sum(), leaves(oracle)),
+        strict=True,
+    )
+    for actual, expected in pairs:
+        assert_close_in_norm(actual, expected, tolerance=1e-2)
 
 
 def test_float64_is_never_rounded_and_float16_not_on_a_cpu():

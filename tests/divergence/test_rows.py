@@ -11,6 +11,19 @@ from gkd_trainer.divergence import reference_jsd, rows, token_divergence
 from tests.divergence.test_engine import V, assert_close_in_norm, leaves, logits, signal, teacher, top_teacher
 
 
+def test_without_what_launches_kernels_there_are_none_and_a_warning_says_what_to_install(monkeypatch, caplog):
+    triton = pytest.importorskip("gkd_trainer.divergence.triton")
+
+    def build_launcher():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(triton, "build_launcher", build_launcher)
+    assert rows._triton_kinds.__wrapped__() == frozenset()
+    assert "apt install gcc python3-dev). RuntimeError: Failed to find C compiler" in caplog.text
+    monkeypatch.setattr(triton, "build_launcher", lambda: None)
+    assert rows._triton_kinds.__wrapped__() == triton.KINDS
+
+
 @pytest.mark.parametrize(("make", "temperature"), [(teacher, 2.0), (top_teacher, 1.0)])
 def test_compiled_and_eager_agree_and_one_compilation_serves_any_size(monkeypatch, make, temperature):
     def run(engine, N, V, beta=0.3):

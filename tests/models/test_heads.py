@@ -144,6 +144,17 @@ def test_a_bf16_model_is_separable_and_gives_its_logits_up_to_their_rounding(tin
     torch.testing.assert_close(signal.head.logits(signal.hidden_NH), expected_NV, atol=0.05, rtol=0.02)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_attention_that_takes_only_halves_does_not_hide_the_head_of_float32_weights(tiny_model, flash_like, family):
+    model = tiny_model(family, attn_implementation=flash_like)
+    with pytest.raises(RuntimeError, match="FlashAttention"):
+        model(input_ids=torch.arange(4)[None])
+    assert isinstance(find_head(model), SeparableHead)
+    assert not torch.is_autocast_enabled("cpu")
+    model.lm_head.register_forward_hook(lambda module, args, output: 1.1 * output)
+    assert isinstance(find_head(model), InseparableHead)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_model_with_tiny_logits_is_separable(tiny_model, family):
     assert isinstance(find_head(tiny_model(family, head_scale=1e-3)), SeparableHead)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -116,6 +116,18 @@ def test_a_second_adapter_is_refused(tiny_model):
     student = wrap_in_adapter(tiny_model(), config)
     with pytest.raises(GKDConfigError, match=r"already has an adapter.*merge_and_unload"):
         wrap_in_adapter(student, config)
+
+
+def test_a_second_adapter_on_a_model_loaded_from_an_adapters_folder_is_refused(tiny_model, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"])
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = load_student(str(tmp_path / "base"), None, trust_remote_code=False)
+    wrap_in_adapter(base, config).save_pretrained(tmp_path / "adapter")
+    student = load_student(str(tmp_path / "adapter"), None, trust_remote_code=False)
+    with pytest.raises(GKDConfigError, match=r"already has an adapter.*is_trainable=True.*merge_and_unload"):
+        wrap_in_adapter(student, config)
+    merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").merge_and_unload()
+    assert wrap_in_adapter(merged, config).active_adapters == ["default"]
 
 
 def test_the_base_of_an_adapted_student_is_its_causal_lm(tiny_model):

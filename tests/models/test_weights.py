@@ -20,6 +20,7 @@ from transformers import (
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.models.weights import (
+    changes_base_weights,
     checkpoint_weights,
     has_tied_head,
     is_plain_lora,
@@ -359,6 +360,26 @@ def test_lora_that_changed_the_base_model_is_not_plain(student, init):
     model = get_peft_model(student(), lora(init_lora_weights=init))
     assert any(not torch.equal(weight, base[name]) for name, weight in checkpoint_weights(model, with_adapters=False))
     assert not is_plain_lora(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, False),
+        ({"init_lora_weights": False}, False),
+        ({"init_lora_weights": "Gaussian"}, False),
+        ({"init_lora_weights": "orthogonal"}, False),
+        ({"init_lora_weights": "pissa_niter_4"}, True),
+        ({"init_lora_weights": "lora_ga"}, True),
+        ({"kasa_config": {"beta": 1e-4}}, True),
+    ],
+)
+def test_some_adapters_change_the_weights_that_they_are_added_to(options, changes):
+    config = LoraConfig()
+    for name, value in options.items():
+        setattr(config, name, value)  # older versions of PEFT lack some
+    assert changes_base_weights(config) is changes
+    assert not changes_base_weights(IA3Config())
 
 
 def test_lora_beside_other_trained_weights_is_not_plain(student):

@@ -363,6 +363,8 @@ def test_a_stopwatch_adds_up_by_name_and_starts_again_when_read():
 def test_on_cuda_a_stopwatch_measures_the_device_and_does_not_wait_for_it():
     device = torch.device("cuda")
     stopwatch = Stopwatch(device)
+    torch.cuda._sleep(1)  # the first call starts CUDA
+    torch.cuda.synchronize()
     began = time.perf_counter()
     with stopwatch.measure("sleep"):
         torch.cuda._sleep(2_000_000_000)

@@ -499,3 +499,27 @@ def test_the_start_token_of_a_decoder_is_not_penalised_as_a_repetition(tiny_enco
     engine.sync(model)
     [completion] = engine.generate([[5, 6]], Sampling(4, temperature=0.0, repetition_penalty=100.0), [0])
     assert completion.token_ids == [2]
+
+
+def test_completions_can_be_sampled_where_only_deterministic_operations_are_allowed(tiny_model, monkeypatch):
+    # CUDA's cumsum is none; it raises only there.
+    allowed = []
+    cumsum = torch.Tensor.cumsum
+
+    def noting(*args, **kwargs):
+        allowed.append(not torch.are_deterministic_algorithms_enabled())
+        return cumsum(*args, **kwargs)
+
+    model = tiny_model()
+    engine = HFRollouts([2])
+    engine.sync(model)
+    expected = engine.generate([[5, 6, 7]], Sampling(4), [0])
+    monkeypatch.setattr(torch.Tensor, "cumsum", noting)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert engine.generate([[5, 6, 7]], Sampling(4), [0]) == expected
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert any(allowed)

@@ -83,6 +83,29 @@ def test_padding_that_is_read_is_not_taken_for_rounding_under_autocast(tiny_mode
     assert [call[:2] for call in calls[len(PROBES) :]] == BY_LENGTH
 
 
+def test_attention_that_takes_only_halves_is_probed_under_the_autocast_of_training(tiny_model, flash_like, monkeypatch):
+    model = tiny_model(attn_implementation=flash_like)
+    calls = calls_of(model, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+    assert [call[:2] for call in calls[len(PROBES) :]] == [(6, 7)]
+
+
+def test_the_probe_is_of_products_in_float32_even_if_training_takes_tf32(tiny_model, monkeypatch):
+    model, products = tiny_model(), torch.backends.cuda.matmul
+    before = products.fp32_precision
+    precisions = []
+    model.register_forward_pre_hook(lambda module, args: precisions.append(products.fp32_precision))
+    products.fp32_precision = "tf32"
+    try:
+        engine_of(model).generate(PROMPTS, Sampling(2), SEEDS)
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.fp32_precision = before
+    assert precisions[0] == "ieee"
+    assert precisions[-1] == "tf32"
+
+
 def change_logits(model, monkeypatch, change):
     """Have the forward's logits [B, L, V] changed by `change(logits_BLV, ids_BL, is_padded_B)`."""
     forward = model.forward

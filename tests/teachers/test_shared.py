@@ -273,6 +273,26 @@ def test_a_student_whose_own_weights_are_trained_too_is_refused(tiny_model, sour
     assert flags == [weight.requires_grad for weight in model.parameters()]
 
 
+@pytest.mark.parametrize("source", ["base", "reference"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_the_students_weights_is_refused_where_it_is_turned_off(
+    tiny_model, batch, source, init
+):
+    original_NV = logits_of_frozen(tiny_model(), batch)
+    model = get_peft_model(tiny_model(), LoraConfig(**{**LORA, "init_lora_weights": init}))
+    model.add_adapter("reference", LoraConfig(**LORA))
+    with model.disable_adapter():
+        assert (logits_of_frozen(copy.deepcopy(model), batch) - original_NV).abs().max() > 0.1
+    with pytest.raises(GKDTeacherError, match="own weights to add the adapter 'default'"):
+        SelfTeacher(source).attach(model)
+
+
+def test_the_average_of_an_adapter_that_changed_the_students_weights_begins_at_the_original_model(tiny_model, batch):
+    original_NV = logits_of_frozen(tiny_model(), batch)
+    model = get_peft_model(tiny_model(), LoraConfig(**{**LORA, "init_lora_weights": "pissa"}))
+    torch.testing.assert_close(logits_NV(attached("ema", model).score(batch)), original_NV, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_out_of_range_is_refused(decay):
     with pytest.raises(GKDTeacherError, match=r"ema_decay must be in \[0, 1\)"):

@@ -46,6 +46,20 @@ def autocast_of_meta(monkeypatch):
     )
 
 
+@pytest.fixture(autouse=True)
+def queued_masks(monkeypatch):
+    """Have eager attention make its masks on the device: transformers copies a zero to it, and waits."""
+
+    def additive_mask(*args, dtype=torch.float32, **options):
+        options.pop("allow_is_causal_skip", None)
+        mask = masking_utils.sdpa_mask(*args, allow_is_causal_skip=False, **options)
+        if mask is None:
+            return None
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "eager", additive_mask)
+
+
 @pytest.fixture
 def student(tiny_model):
     """Make a student whose attention does not read the mask, as transformers' SDPA does."""
@@ -322,6 +336,7 @@ def test_the_flag_begins_to_be_read_before_the_last_backward_of_a_window(make_tr
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize(
     ("options", "top_k"),
     [({"lmbda": 0.0}, None), ({"lmbda": 0.5}, None), ({"lmbda": 0.5, "ce_weight": 0.2}, 5), ({"beta": 1.0}, None)],

@@ -166,6 +166,17 @@ def test_a_resumed_run_ends_with_the_weights_and_average_of_an_uninterrupted_one
     assert any(not torch.equal(first[name], started[name]) for name in first)
 
 
+@pytest.mark.parametrize("should_save", [True, False])
+def test_the_average_is_saved_by_each_rank_that_saves_for_its_node(make_trainer, tmp_path, monkeypatch, should_save):
+    trainer = make_trainer(trainer_args={"teacher_model": None, "peft_config": LORA}, self_teacher="ema", max_steps=1)
+    trainer.train()
+    # With save_on_each_node, the first rank of another node.
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda args: should_save))
+    monkeypatch.setattr(type(trainer._ranks), "index", property(lambda ranks: 8))
+    trainer._save_rng_state(str(tmp_path / "checkpoint-1"))
+    assert (tmp_path / "checkpoint-1" / "teacher-0.safetensors").exists() is should_save
+
+
 def test_the_average_follows_each_optimizer_step_once(make_trainer):
     seen = []
 

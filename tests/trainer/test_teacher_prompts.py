@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from gkd_trainer import ContextTeacher, GKDDataError
+from gkd_trainer import ContextTeacher, GKDDataError, RoutedTeachers
 from gkd_trainer.batch_keys import ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.signals import LogitsSignal
@@ -92,6 +92,37 @@ def test_a_function_shows_the_teacher_what_the_student_wrote(make_trainer, tiny_
         shown = tokenizer.decode(ids[: len(ids) - len(scored)])
         assert shown == f"<|im_start|>user\n{row_prompt}: {len(completion)} letters<|im_end|>\n<|im_start|>assistant\n"
         assert tokenizer.decode(scored, skip_special_tokens=True) == completion
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+@pytest.mark.parametrize("is_routed", [False, True])
+def test_a_function_gets_only_the_last_turn_of_a_conversation_as_the_completion(
+    make_trainer, tiny_model, byte_level, read, lmbda, is_routed
+):
+    turns = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = Dataset.from_list([{"row_key": 0, "teacher": "hinted", "messages": messages}])
+    completions = []
+
+    def prompt(row, completion):
+        completions.append(completion)
+        return [{"role": "system", "content": "hint"}, *row["messages"][:-1]]
+
+    teacher = ContextTeacher(FrozenTeacher(tiny_model(hidden=48, seed=1)), prompt, rows)
+    if is_routed:
+        teacher = RoutedTeachers({"hinted": teacher, "plain": FrozenTeacher(tiny_model(hidden=48, seed=2))})
+    trainer = make_trainer(
+        trainer_args={"train_dataset": rows, "teacher": teacher}, lmbda=lmbda, max_length=200, max_steps=1
+    )
+    trainer.train()
+    [completion], [(ids, scored), *_] = completions, read
+    tokenizer = byte_level()
+    hinted = [{"role": "system", "content": "hint"}, *messages[:-1]]
+    expected = tokenizer.apply_chat_template(hinted, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids[: len(ids) - len(scored)]) == expected
+    assert tokenizer.decode(scored, skip_special_tokens=True) == completion
+    if lmbda == 0:
+        assert completion == "four"
 
 
 @pytest.mark.parametrize("source", ["base", "ema"])

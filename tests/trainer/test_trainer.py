@@ -358,3 +358,24 @@ def test_a_teacher_and_its_name_may_be_spelled_differently(make_trainer, tiny_mo
     monkeypatch.chdir(tmp_path)
     options = {"trainer_args": {"teacher_model": str(tmp_path / "teacher")}}
     make_trainer(**options, teacher_model_name_or_path="./teacher/")
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_a_search_minimises_the_loss_or_the_users_metrics(make_trainer, token_rows, monkeypatch, has_own):
+    searched = []
+    monkeypatch.setattr(
+        Trainer,
+        "hyperparameter_search",
+        lambda self, hp_space, compute_objective, **options: searched.append((compute_objective, options)),
+    )
+    own = {"compute_metrics": lambda predictions: {"exact": 0.25, "partial": 0.5}} if has_own else {}
+    trainer = make_trainer(trainer_args={"eval_dataset": token_rows(4), **own}, eval_on_policy=True, max_new_tokens=3)
+    trainer.hyperparameter_search(direction="minimize")
+    metrics = trainer.evaluate()
+    metrics.pop("eval_model_preparation_time")  # which an evaluation in training lacks
+    assert {"eval_acceptance", "eval_on_policy_loss", "eval_top_token_agreement"} < metrics.keys()
+    [(objective, options)] = searched
+    assert options == {"direction": "minimize"}
+    assert objective(metrics) == (0.75 if has_own else metrics["eval_loss"])
+    trainer.hyperparameter_search(None, len)
+    assert searched[1][0] is len
