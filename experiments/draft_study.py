@@ -27,8 +27,10 @@ HELD_OUT = 24
 ASSISTED = 4
 DRAFTS = (4, 8)
 MAX_NEW_TOKENS = 48
-START_STEPS = 40
 STEPS = 24
+STARTING = 5
+"""How many times as long a student learns before all arms begin."""
+
 _OPTIONS = {
     "per_device_train_batch_size": 4,
     "lr_scheduler_type": "constant_with_warmup",
@@ -77,13 +79,15 @@ class DraftStudy(Study):
             pad_token_id=self._tokenizer.pad_token_id,
             rows={"data": self._rows, "teacher": self._teachers_rows},
             measure=self._examination,
-            measure_at_end=self._examination.in_full,
+            measure_at_end=self._examination.in_full if run.seed == 0 else self._examination.of_own_samples,
             options={**_OPTIONS, "learning_rate": 5e-4},
             own_options={"max_new_tokens": MAX_NEW_TOKENS, "max_length": 192},
             measured_at=(0.5,),
             at_start=self._at_start,
         )
-        return pruned.starting_from(lambda seed: self._start(pruned, seed), options={**_OPTIONS, "learning_rate": 2e-4})
+        return pruned.starting_from(
+            lambda seed: self._start(pruned, seed, STARTING * run.steps), options={**_OPTIONS, "learning_rate": 2e-4}
+        )
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -136,11 +140,11 @@ class DraftStudy(Study):
         )
         return [_row(prompt, completion) for prompt, completion in zip(prompts, sampled, strict=True)]
 
-    def _start(self, pruned: Setting, seed: int) -> PreTrainedModel:
-        folder = self._folder / f"start-{seed}"
+    def _start(self, pruned: Setting, seed: int, steps: int) -> PreTrainedModel:
+        folder = self._folder / f"start-{seed}-{steps}"
         with made_once(folder) as is_missing:
             if is_missing:
-                student, _ = trained(pruned, ARMS["fixed-forward"], seed, START_STEPS, measures=False)
+                student, _ = trained(pruned, ARMS["fixed-forward"], seed, steps, measures=False)
                 student.save_pretrained(folder)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return model
@@ -174,12 +178,16 @@ class _Examination:
             },
         }
 
-    def in_full(self, student: PreTrainedModel) -> dict[str, Any]:
-        """Return what takes longer: the measures on the student's samples, and the tokens per forward of the teacher.
-
-        These are given by how the teacher chooses tokens and how many the student drafts.
-        """
+    def of_own_samples(self, student: PreTrainedModel) -> dict[str, Any]:
+        """Return the measures on samples of the student."""
         on_own = compared(student, self._teacher, self._sampled(student, seed=1), self._pad_token_id, batch_size=8)
+        return {f"own_{name}": value for name, value in on_own.items()}
+
+    def in_full(self, student: PreTrainedModel) -> dict[str, Any]:
+        """Return these and, what takes longest, the tokens per forward of the teacher.
+
+        They are given by how the teacher chooses tokens and how many the student drafts.
+        """
         drafting = {
             f"{name}_{drafts}": tokens_per_forward(
                 self._teacher,
@@ -192,7 +200,7 @@ class _Examination:
             for name, seed in (("sampled", 0), ("greedy", None))
             for drafts in DRAFTS
         }
-        return {**{f"own_{name}": value for name, value in on_own.items()}, **drafting}
+        return {**self.of_own_samples(student), **drafting}
 
     def _sampled(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
         sampled = completions(

@@ -125,10 +125,9 @@ def table_of_ends(study: Study, group: Group, limit: float | None = None) -> lis
 
 
 def _mean(values: Sequence[float | None]) -> str:
-    """Return a mean for a table; some measures are taken only at the end."""
-    if None in values:
-        return "–"
-    return f"{np.mean(values):.3f}"
+    """Return a mean for a table; some measures are taken only at the end, or only with the first seed."""
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.3f}" if known else "–"
 
 
 def table_of_differences(group: Group, limit: float, measure: str) -> list[str]:

@@ -14,7 +14,7 @@ from experiments.studies import Run
 @pytest.fixture
 def options(tiny_model, byte_level, monkeypatch, tmp_path):
     """Options of the command, for a study shrunk to seconds, and a pair of tiny models."""
-    shrunk = {"HELD_OUT": 3, "ASSISTED": 1, "DRAFTS": (2,), "MAX_NEW_TOKENS": 6, "START_STEPS": 1}
+    shrunk = {"HELD_OUT": 3, "ASSISTED": 1, "DRAFTS": (2,), "MAX_NEW_TOKENS": 6, "STARTING": 1}
     for name, value in shrunk.items():
         monkeypatch.setattr(draft_study, name, value)
     for seed, name in enumerate(("teacher", "student")):
@@ -36,6 +36,14 @@ def test_a_student_is_measured_as_a_draft_model_before_and_after_training(option
         for point in (start, half, end):
             assert 0 < point["acceptance"] < 1
             assert len(point["by_prompt"]["acceptance"]) == 3
+
+
+def test_other_seeds_do_not_draft(options):
+    runner.do(options, "drafts", Run("sft", 1, 1, {}))
+    [result] = Lines(options.results / "drafts.jsonl").read()
+    for point in (result["points"][0], result["points"][-1]):
+        assert "own_reverse_kl" in point
+        assert not {"sampled_2", "greedy_2"} & point.keys()
 
 
 def test_the_means_are_over_the_tokens_of_all_prompts(options):

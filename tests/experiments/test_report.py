@@ -5,7 +5,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from experiments.report import common_time, grouped, interval, point_of, write_report
+from experiments.report import common_time, grouped, interval, point_of, table_of_ends, write_report
 
 STUDY = Namespace(name="toy", decisive=("success",), measures={"success": "success"})
 
@@ -49,6 +49,14 @@ def test_a_measure_that_one_of_two_points_lacks_is_not_interpolated():
     for limit, step in ((0.5, 0.5), (1.5, 1.5)):
         assert point_of(run, limit) == {"step": step, "cpu_seconds": step, "acceptance": step / 2}
     assert point_of(run, 2.0)["greedy_4"] == 3.0
+
+
+def test_a_measure_that_only_some_seeds_have_is_their_mean_in_a_table():
+    study = Namespace(measures={"success": "success", "greedy_4": "greedy", "sampled_4": "sampled"})
+    points = [{"step": 1, "cpu_seconds": 1.0, "success": seed / 2} for seed in range(3)]
+    points[0]["greedy_4"] = 2.5
+    group = {"sft": {seed: {"points": [point]} for seed, point in enumerate(points)}}
+    assert table_of_ends(study, group)[2].endswith("| 3 | 1 | 1 | 0.500 | 2.500 | – |")
 
 
 def test_results_of_other_numbers_of_steps_are_not_mixed_in():
