@@ -193,6 +193,14 @@ def test_steps_and_colours_are_chosen_with_the_keyboard(opened, tmp_path):
     assert page.locator("#scale-high").text_content() == "1"
 
 
+def test_the_tooltip_of_a_long_run_has_the_exact_step(opened, tmp_path):
+    write_records(tmp_path, [record(1), record(123_456)])
+    page = opened("report", run_page([read_run(tmp_path)]))
+    page.locator("svg.plot").first.focus()
+    page.keyboard.press("End")
+    assert page.locator("#tip").inner_text().startswith("optimizer step 123456\n")
+
+
 CONTRAST = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
   const rgb = (colour, under) => {

@@ -50,7 +50,7 @@ for (const plot of document.querySelectorAll("svg.plot")) {
       table.append(make("tr", "", make("td", "", swatch), make("td", "", labels[series].textContent.trim()), make("td", "", make("b", "", short(y)))));
     }
     const box = plot.getBoundingClientRect(), scale = box.width / plot.viewBox.baseVal.width;
-    show([make("div", "mute", `${xLabel} ${short(x)}`), table], { left: box.left + at * scale, top: box.top }, true);
+    show([make("div", "mute", `${xLabel} ${x}`), table], { left: box.left + at * scale, top: box.top }, true);
   };
   const leave = () => { cursor.setAttribute("visibility", "hidden"); hide(); };
   const nearest = event => {
