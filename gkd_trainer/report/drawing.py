@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,20 +64,18 @@ def drawn(chart: Chart) -> Drawing:
         chart,
         tuple(Tick(across(x), _number(x)) for x in x_ticks if first <= x <= x_end),
         tuple(Tick(up(y), _number(y)) for y in y_ticks),
-        tuple(_drawn_series(series, across, up, [x for x, _ in chart.marks]) for series in chart.series),
+        tuple(_drawn_series(series, across, up) for series in chart.series),
         tuple(Tick(across(x), name) for x, name in chart.marks),
         has_dots=len(xs) <= MAX_DOTS,
     )
 
 
-def _drawn_series(
-    series: Series, across: Callable[[float], float], up: Callable[[float], float], marks: Sequence[float]
-) -> DrawnSeries:
+def _drawn_series(series: Series, across: Callable[[float], float], up: Callable[[float], float]) -> DrawnSeries:
     places = tuple((round(across(x), 1), round(up(y), 1)) for x, y in series.points)
     if series.is_dots:
         return DrawnSeries(series, "", places)
     # No line joins two stages: what happened between them is unknown.
-    stages = [bisect_left(marks, x) for x, _ in series.points]
+    stages = series.stages or (0,) * len(places)
     moves = ["L" if index and stages[index] == stages[index - 1] else "M" for index in range(len(places))]
     path = "".join(f"{move}{x:g},{y:g}" for move, (x, y) in zip(moves, places, strict=True))
     return DrawnSeries(series, path, places)

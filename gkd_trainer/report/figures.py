@@ -14,13 +14,23 @@ Points = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: its name, its points by ascending x, its colour (0 to 3), and whether it is dashed or only dots."""
+    """A curve.
+
+    Attributes:
+        name: its name.
+        points: its points by ascending x.
+        colour: 0 to 3.
+        is_dashed: whether its line is dashed.
+        is_dots: whether it has no line.
+        stages: the index of the run that each point is from; empty if all are from one.
+    """
 
     name: str
     points: Points
     colour: int = 0
     is_dashed: bool = False
     is_dots: bool = False
+    stages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ class _Plan:
 def _drawn_lmbda(runs: Sequence[Run]) -> tuple[Series, ...]:
     """Return λ as the options set it, at the steps of the run."""
     points: list[tuple[float, float]] = []
-    for start, run in zip(starts(runs), runs, strict=True):
+    stages: list[int] = []
+    for stage, (start, run) in enumerate(zip(starts(runs), runs, strict=True)):
         options = run.facts.options if run.facts else {}
         first, last, steps = options.get("lmbda"), options.get("lmbda_end"), run.max_steps
         if not isinstance(first, int | float):
@@ -91,7 +102,8 @@ def _drawn_lmbda(runs: Sequence[Run]) -> tuple[Series, ...]:
         slope = (last - first) / max(1, (steps or 1) - 1)
         end = run.last_step
         points += [(start + 1, first), (start + end, first + slope * (end - 1))]
-    return (Series("λ set", tuple(points), colour=3, is_dashed=True),) if points else ()
+        stages += [stage, stage]
+    return (Series("λ set", tuple(points), 3, is_dashed=True, stages=tuple(stages)),) if points else ()
 
 
 PLANS = (
@@ -208,13 +220,14 @@ def _curves(runs: Sequence[Run], plan: _Plan) -> list[_Curve]:
 
 
 def _series(runs: Sequence[Run], curve: _Curve) -> Series:
-    points = tuple(
-        (start + entry["step"], entry[curve.metric])
-        for start, run in zip(starts(runs), runs, strict=True)
+    found = [
+        (stage, (start + entry["step"], entry[curve.metric]))
+        for stage, (start, run) in enumerate(zip(starts(runs), runs, strict=True))
         for entry in run.log
         if curve.metric in entry
-    )
-    return Series(curve.name, points, curve.colour, curve.is_dashed, curve.is_dots)
+    ]
+    points, stages = tuple(point for _, point in found), tuple(stage for stage, _ in found)
+    return Series(curve.name, points, curve.colour, curve.is_dashed, curve.is_dots, stages)
 
 
 def _teachers_chart(runs: Sequence[Run], marks: tuple[tuple[float, str], ...]) -> list[Chart]:
@@ -289,11 +302,15 @@ def shortened(chart: Chart, max_points: int) -> Chart:
         kept = [{x for each in chart.series for x in _telling(each.points, share)}] * len(chart.series)
     else:
         kept = [_telling(each.points, max_points) for each in chart.series]
-    series = (
-        replace(each, points=tuple(point for point in each.points if point[0] in places))
-        for each, places in zip(chart.series, kept, strict=True)
-    )
-    return replace(chart, series=tuple(series))
+    series = tuple(_at(each, places) for each, places in zip(chart.series, kept, strict=True))
+    return replace(chart, series=series)
+
+
+def _at(series: Series, places: set[float]) -> Series:
+    """Return a curve with only its points at these places on the x axis."""
+    kept = [index for index, (x, _) in enumerate(series.points) if x in places]
+    points = tuple(series.points[index] for index in kept)
+    return replace(series, points=points, stages=tuple(series.stages[index] for index in kept if series.stages))
 
 
 def _telling(points: Points, max_points: int) -> set[float]:

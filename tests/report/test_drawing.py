@@ -98,7 +98,9 @@ def test_only_dots_have_no_line():
 
 
 def test_no_line_joins_two_stages():
-    given = chart([(10, 1.0), (40, 1.0), (41, 2.0), (80, 2.0)], marks=((0, "first"), (40, "second")))
+    points = ((0, 1.0), (40, 1.0), (40, 3.0), (80, 2.0))  # each stage from its baseline on
+    series = Series("a", points, stages=(0, 0, 1, 1))
+    given = Chart("key", "title", "nats", "step", (series,), marks=((0, "first"), (40, "second")))
     assert re.sub(r"[\d.,]", "", drawn(given).series[0].path) == "MLML"
 
 

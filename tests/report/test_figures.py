@@ -63,6 +63,27 @@ def test_several_runs_are_one_after_another_with_marks():
     assert chart_of(runs[:1], "divergence").marks == ()
 
 
+def test_an_evaluation_before_training_belongs_to_the_stage_that_it_begins():
+    options = facts(lmbda=0.5)
+    runs = [
+        run(name, steps=(0, 20, 40), facts=options, eval_loss=lambda step: 1.0, on_policy_share=lambda step: 0.5)
+        for name in ("first", "second")
+    ]
+    [series] = chart_of(runs, "evaluation").series
+    assert [x for x, _ in series.points] == [0, 20, 40, 40, 60, 80]
+    assert series.stages == (0, 0, 0, 1, 1, 1)
+    assert chart_of(runs, "lmbda").series[1].stages == (0, 0, 1, 1)
+
+
+def test_a_shortened_curve_keeps_its_stages():
+    runs = [run(name, steps=range(1001), divergence_on_policy=lambda step: step) for name in ("first", "second")]
+    [series] = shortened(chart_of(runs, "divergence"), 100).series
+    assert len(series.points) <= 102
+    assert list(zip([x for x, _ in series.points], series.stages, strict=True))[-1] == (2000, 1)
+    assert [y for (x, y), stage in zip(series.points, series.stages, strict=True) if x == 1000] == [1000, 0]
+    assert [stage for (x, _), stage in zip(series.points, series.stages, strict=True) if x == 1000] == [0, 1]
+
+
 def means(*divergences, tokens=1):
     return PositionMeans(tuple(range(len(divergences))), divergences, (tokens,) * len(divergences))
 
