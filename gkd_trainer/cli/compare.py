@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gkd_trainer.cli.report import require_folder_of, write_page
+from gkd_trainer.cli.report import distinct_names, require_folder_of, write_page
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.quiet import quiet_imports
 
@@ -61,27 +60,6 @@ def run(arguments: Sequence[str]) -> None:
     n_rows, note = len(fitting.kept), fitting.note
     print_comparison(students, name, n_rows, Console(), note=note)
     write_page(Path(options.output_file), comparison_page(students, name, n_rows, note=note))
-
-
-def distinct_names(models: Sequence[str]) -> list[str]:
-    """Return a name for each student, with as much of its path as tells it apart, or with a number.
-
-    Folders of different runs may share a name, such as checkpoint-100.
-    """
-    from gkd_trainer.report.model_card import public_name
-
-    paths = [Path(os.path.abspath(model)) for model in models]
-    names, parts = [public_name(model) for model in models], 1
-    while len(set(names)) < len(names) and parts < max(len(path.parts) for path in paths):
-        parts += 1
-        shared = {name for name in names if names.count(name) > 1}
-        names = [
-            "/".join(path.parts[-parts:]) if name in shared else name for name, path in zip(names, paths, strict=True)
-        ]
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
-        for index, name in enumerate(names)
-    ]
 
 
 def _teacher(options: argparse.Namespace) -> Teacher:

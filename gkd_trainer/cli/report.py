@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from gkd_trainer.errors import GKDConfigError
@@ -40,8 +42,28 @@ def run(arguments: Sequence[str]) -> None:
     with quiet_imports():
         from gkd_trainer.report.document import run_page
         from gkd_trainer.report.run import read_run
-    page = run_page([read_run(folder) for folder in options.output_dirs])
-    write_page(path, page)
+    names = distinct_names([os.path.realpath(folder) for folder in options.output_dirs])
+    runs = [replace(read_run(folder), name=name) for folder, name in zip(options.output_dirs, names, strict=True)]
+    write_page(path, run_page(runs))
+
+
+def distinct_names(models: Sequence[str]) -> list[str]:
+    """Return a name for each model or folder, with as much of its path as tells it apart from the others.
+
+    Folders of different runs may share a name, such as checkpoint-100. What is given twice is numbered.
+    """
+    from gkd_trainer.report.model_card import is_on_hub, public_name
+
+    paths = [Path(os.path.abspath(model)) for model in models]
+    names = dict(zip(paths, map(public_name, models), strict=True))
+    folders = [path for path, model in zip(paths, models, strict=True) if not is_on_hub(model)]
+    for depth in range(2, max(len(path.parts) for path in paths) + 1):
+        taken = list(names.values())
+        names |= {path: str(Path(*path.parts[-depth:])) for path in folders if taken.count(names[path]) > 1}
+    return [
+        names[path] if paths.count(path) == 1 else f"{names[path]} ({paths[: index + 1].count(path)})"
+        for index, path in enumerate(paths)
+    ]
 
 
 def require_folder_of(path: Path) -> None:

@@ -32,7 +32,7 @@ class Run:
     """A run.
 
     Attributes:
-        name: the last part of its folder's path.
+        name: the last part of its folder's path, or more of it if other runs share that.
         facts: its models and options, if it kept any (`report_samples`).
         max_steps: how many optimizer steps it was to take; None if unknown.
         log: its log entries, by step.

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from gkd_trainer.cli import main
-from gkd_trainer.cli.compare import distinct_names
 from tests.cli.command import ROWS, exit_of, write_rows
 from tests.report.test_page import data_of
 
@@ -68,22 +67,6 @@ def test_folders_of_one_name_are_told_apart(command, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "run/teacher" in out
     assert f"{tmp_path.name}/teacher" in out.replace("\n", "")
-
-
-@pytest.mark.parametrize(
-    ("models", "names"),
-    [
-        (["/a/run/checkpoint-1", "/b/run/checkpoint-1"], ["a/run/checkpoint-1", "b/run/checkpoint-1"]),
-        (["/a/x", "/b/x", "/c/y"], ["a/x", "b/x", "y"]),
-        (["/a/x", "/a/x/", "/b/x"], ["/a/x (1)", "/a/x (2)", "b/x"]),
-        (["org/model", "org/other"], ["org/model", "org/other"]),
-        (["org/model", "org/model"], ["org/model (1)", "org/model (2)"]),
-    ],
-)
-def test_every_student_has_a_name_of_its_own(models, names, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = distinct_names(models)
-    assert [name.replace("//", "/").removeprefix(f"{tmp_path}/") for name in found] == names
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 
 from gkd_trainer.cli import main
+from gkd_trainer.cli.report import distinct_names
 from tests.cli.command import exit_of
 from tests.report.samples import record, write_records, write_state
 from tests.report.test_page import data_of
@@ -27,6 +28,33 @@ def test_several_folders_make_one_file_in_the_last(tmp_path, capsys):
     page = (tmp_path / "second" / "_report.html").read_text()
     assert "first → second" in page
     assert not (tmp_path / "first" / "_report.html").exists()
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    for name in ("first", "second"):
+        write_state(tmp_path / name / "out" / "trainer_state.json", (10, 40), divergence_off_policy=1.0)
+    main(["report", str(tmp_path / "first" / "out"), str(tmp_path / "second" / "out")])
+    page = (tmp_path / "second" / "out" / "_report.html").read_text()
+    assert "<h1>first/out → second/out</h1>" in page
+    assert '<th scope="col">first/out</th><th scope="col">second/out</th>' in page
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["/a/run/checkpoint-1", "/b/run/checkpoint-1"], ["a/run/checkpoint-1", "b/run/checkpoint-1"]),
+        (["/a/x", "/b/x", "/c/y"], ["a/x", "b/x", "y"]),
+        (["/x", "/a/x"], ["/x", "a/x"]),
+        (["/a/x", "/a/x/", "/b/x"], ["a/x (1)", "a/x (2)", "b/x"]),
+        (["/a/x", "/a/x"], ["x (1)", "x (2)"]),
+        (["org/model", "org/other"], ["org/model", "org/other"]),
+        (["org/model", "org/model"], ["org/model (1)", "org/model (2)"]),
+        (["gpt2", "/a/gpt2"], ["gpt2", "a/gpt2"]),
+    ],
+)
+def test_every_model_or_folder_has_a_name_of_its_own(models, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert distinct_names(models) == names
 
 
 def test_the_file_may_be_named(tmp_path):
