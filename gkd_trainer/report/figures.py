@@ -213,6 +213,9 @@ def _curves(runs: Sequence[Run], plan: _Plan) -> list[_Curve]:
         kind = max((each for each in kinds if name.endswith(f"_{each}")), key=len, default=None)
         if kind is not None and name != f"{_EVALUATION}{kind}":
             data = name.removeprefix(_EVALUATION).removesuffix(f"_{kind}")
+            # Trainer logs a time for each set: otherwise it is a metric of the user's own, such as eval_mlm_loss.
+            if f"eval{f'_{data}'.removesuffix('_on_policy')}_runtime" not in names:
+                continue
             # Dots of one colour look the same; lines may be dashed.
             colour = colours.setdefault(name if kinds[kind].is_dots else data, (len(colours) + 2) % 4)
             curves.append(replace(kinds[kind], metric=name, name=f"{data}: {kinds[kind].name}", colour=colour))

@@ -117,7 +117,9 @@ def test_each_of_several_evaluation_sets_has_its_curves():
         "eval_code_loss": 0.7,
         "eval_math_on_policy_loss": 0.3,
         "eval_math_acceptance": 0.9,
+        "eval_math_on_policy_acceptance": 0.8,
         "eval_math_runtime": 1.0,
+        "eval_code_runtime": 1.0,
     }
     runs = [run(**{name: lambda step, value=value: value for name, value in values.items()})]
     chart = chart_of(runs, "evaluation")
@@ -129,8 +131,18 @@ def test_each_of_several_evaluation_sets_has_its_curves():
     of_math, of_code, own_math = chart.series
     assert of_math.colour == own_math.colour != of_code.colour
     assert of_math.is_dashed != own_math.is_dashed
-    assert [series.name for series in chart_of(runs, "agreement").series] == ["math: acceptance, evaluation"]
+    assert [series.name for series in chart_of(runs, "agreement").series] == [
+        "math: acceptance, evaluation",
+        "math_on_policy: acceptance, evaluation",
+    ]
     assert ("Divergence in evaluation: code: off-policy (the data's text)", [0.7, 0.7]) in stage_table(runs)[1]
+
+
+def test_a_users_own_metric_of_an_evaluation_is_no_evaluation_set():
+    names = ("loss", "runtime", "mlm_loss", "speech_acceptance", "on_policy_acceptance", "math_mlm_loss")
+    runs = [run(**{f"eval_{name}": lambda step: 400.0 for name in names})]
+    assert [series.name for series in chart_of(runs, "evaluation").series] == ["off-policy (the data's text)"]
+    assert [series.name for series in chart_of(runs, "agreement").series] == ["on_policy: acceptance, evaluation"]
 
 
 def test_the_table_has_the_first_entry_and_the_last_of_each_stage():
