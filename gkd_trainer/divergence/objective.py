@@ -61,6 +61,7 @@ class Divergence:
         terms: the formula as computed by the loss.
         oracle: the formula that the loss is tested against.
         options: up to two numbers of the formula that users can choose, in the order of `terms`' arguments.
+        is_in_nats: whether the value is in nats; otherwise it has no unit.
     """
 
     formula: str
@@ -68,6 +69,7 @@ class Divergence:
     terms: Terms
     oracle: formulas.Oracle
     options: Mapping[str, Option] = field(default_factory=dict)
+    is_in_nats: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a third option: the compiled code and the kernel take two."""
@@ -209,6 +211,7 @@ DIVERGENCES: dict[str, Divergence] = {
         source="",
         terms=_total_variation,
         oracle=formulas.total_variation,
+        is_in_nats=False,
     ),
     "alpha_beta": Divergence(
         formula="Σ ((alpha·pˢ + beta·qˢ) / s − p^alpha·q^beta) / (alpha·beta), s = alpha + beta",
@@ -216,6 +219,7 @@ DIVERGENCES: dict[str, Divergence] = {
         terms=_alpha_beta,
         oracle=formulas.alpha_beta,
         options={"alpha": Option(0.2, below=math.inf), "beta": Option(0.7, below=math.inf)},
+        is_in_nats=False,
     ),
     "adaptive_kl": Divergence(
         formula="w·KL(p‖q) + (1 − w)·KL(q‖p), w = the share of Σ abs(p − q) in p's top tokens, of a mass up to mu",

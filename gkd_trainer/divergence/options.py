@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
 
 import torch
@@ -82,6 +82,16 @@ def check_mode(mode: str, divergence: str, name: str = "mode") -> None:
             f"{name}='gold' needs divergence='jsd', which GOLD uses for tokens that match; got {divergence!r}: use "
             f"{name}='matched' for others"
         )
+
+
+def unit_of(divergence: str, modes: Iterable[str] = ()) -> str:
+    """Return the unit of a token's value: "nats", or an empty string for a value without one.
+
+    `modes` are those (of MODES) in which teachers with another vocabulary are compared.
+    """
+    # Sums of differences between sorted probabilities have no unit.
+    has_none = not DIVERGENCES[divergence].is_in_nats or any(mode in ("uld", "gold") for mode in modes)
+    return "" if has_none else "nats"
 
 
 def check_top_k_temperature(temperature: float, name: str = "temperature") -> None:

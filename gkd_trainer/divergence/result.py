@@ -24,7 +24,7 @@ class TokenDivergence:
     device.
 
     Attributes:
-        values_N: in nats; float32, or float64 for float64 inputs.
+        values_N: in nats if the divergence is (see `options.unit_of`); float32, or float64 for float64 inputs.
         cross_entropy_N: in nats at temperature 1; None if no labels were given.
         student_entropy_N: in nats, of q as compared: at the loss temperature.
         teacher_entropy_N: likewise for p; for a top-k teacher over the categories compared, where the tail counts as

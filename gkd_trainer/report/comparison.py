@@ -71,7 +71,7 @@ def comparison_page(students: Sequence[MeasuredStudent], teacher: str, n_rows: i
         measures=measure_bars(students),
         students=students,
         prompts=prompts,
-        data={"sides": sides},
+        data={"sides": sides, "unit": "nats"},
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
 
-from gkd_trainer.report.figures import charts, stage_table, starts
+from gkd_trainer.report.figures import charts, divergence_unit, stage_table, starts
 from gkd_trainer.report.page import chart_values, map_values, rendered
 from gkd_trainer.report.run import Run
 
@@ -25,7 +25,7 @@ def run_page(runs: Sequence[Run]) -> str:
         facts=_facts(runs[-1]),
         notes=[note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes],
         stages={"columns": columns, "rows": rows},
-        data={"charts": drawn.pop("chart_data"), "entries": _entries(runs)},
+        data={"charts": drawn.pop("chart_data"), "entries": _entries(runs), "unit": divergence_unit(runs)},
         **drawn,
     )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from gkd_trainer.divergence.objective import DIVERGENCES
+from gkd_trainer.divergence.options import unit_of
 from gkd_trainer.report.positions import PositionMeans
 from gkd_trainer.report.records import Record
 from gkd_trainer.report.run import Run
@@ -80,7 +83,8 @@ class _Curve:
 class _Plan:
     key: str
     title: str
-    unit: str
+    unit: str | None
+    """None: that of the divergence."""
     curves: tuple[_Curve, ...]
     top: float | None = None
     is_summarised: bool = True
@@ -110,7 +114,7 @@ PLANS = (
     _Plan(
         "divergence",
         "Divergence in training",
-        "nats per token",
+        None,
         (
             _Curve("divergence_on_policy", "on-policy", 0),
             _Curve("divergence_off_policy", "off-policy", 1, is_dashed=True),
@@ -119,7 +123,7 @@ PLANS = (
     _Plan(
         "evaluation",
         "Divergence in evaluation",
-        "nats per token",
+        None,
         (
             _Curve("eval_on_policy_loss", "on-policy (the student's own text)", 0),
             _Curve("eval_loss", "off-policy (the data's text)", 1, is_dashed=True),
@@ -195,9 +199,24 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         series = tuple(each for each in measured if each.points)
         if series:
             series += plan.extra(runs)
-            drawn.append(Chart(plan.key, plan.title, plan.unit, "optimizer step", series, plan.top, marks=marks))
+            unit = plan.unit or _divergence_per_token(runs)
+            drawn.append(Chart(plan.key, plan.title, unit, "optimizer step", series, plan.top, marks=marks))
     # Beside the divergences, in the first line of a wide page.
     return [*drawn[:2], *position_charts(runs), *drawn[2:], *_teachers_chart(runs, marks)]
+
+
+def divergence_unit(runs: Sequence[Run]) -> str:
+    """Return "nats" if the divergences of all runs are known to be in nats, else an empty string."""
+    return "nats" if all(_is_in_nats(run.facts.options if run.facts else {}) for run in runs) else ""
+
+
+def _is_in_nats(options: Mapping[str, Any]) -> bool:
+    divergence = str(options.get("divergence"))
+    return divergence in DIVERGENCES and unit_of(divergence, options.get("vocabulary_modes", ())) == "nats"
+
+
+def _divergence_per_token(runs: Sequence[Run]) -> str:
+    return f"{divergence_unit(runs)} per token".strip()
 
 
 def _curves(runs: Sequence[Run], plan: _Plan) -> list[_Curve]:
@@ -242,7 +261,8 @@ def _teachers_chart(runs: Sequence[Run], marks: tuple[tuple[float, str], ...]) -
     )
     if not series:
         return []
-    return [Chart("teachers", "Divergence from each teacher", "nats per token", "optimizer step", series, marks=marks)]
+    title = "Divergence from each teacher"
+    return [Chart("teachers", title, _divergence_per_token(runs), "optimizer step", series, marks=marks)]
 
 
 def position_charts(runs: Sequence[Run]) -> list[Chart]:
@@ -262,7 +282,8 @@ def position_charts(runs: Sequence[Run]) -> list[Chart]:
     series = tuple(each for each in series if each.points)
     title, label = "Divergence by position", "position in the completion, in tokens"
     note = "Solid: the last quarter of the log entries; dashed: the first. Later positions share bins."
-    return [Chart("positions", title, "nats per token", label, series, is_log_x=True, note=note)] if series else []
+    per_token = _divergence_per_token(runs)
+    return [Chart("positions", title, per_token, label, series, is_log_x=True, note=note)] if series else []
 
 
 def _mean_by_position(records: Iterable[Record], policy: str) -> Points:

@@ -19,12 +19,14 @@ from gkd_trainer.data import RowRules
 from gkd_trainer.data.rows import PreparedRow, RowPreparer
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.divergence import token_divergence
+from gkd_trainer.divergence.options import unit_of
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.report.page import map_values, rendered
 from gkd_trainer.report.pair import Pair, pair
 from gkd_trainer.report.token_map import TOP, TokenMap, token_maps
 from gkd_trainer.signals import Signal, StudentSignal
 from gkd_trainer.teachers import Teacher
+from gkd_trainer.teachers.other_tokenizer import vocabulary_modes
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """Text, messages, or token ids."""
@@ -34,15 +36,17 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 class HeatMap:
     """A completion as a coloured text whose tokens show, on hover, what both models would have written there.
 
-    `tokens` has the numbers; a notebook shows the object, and `save` writes it as a page.
+    `tokens` has the numbers; a notebook shows the object, and `save` writes it as a page. `unit` is that of the
+    divergence: "nats", or an empty string if it has none.
     """
 
     tokens: TokenMap
     caption: str
+    unit: str = "nats"
 
     def to_html(self) -> str:
         """Return a self-contained page, with all text escaped."""
-        data = {"maps": [map_values(self.tokens, self.caption)]}
+        data = {"maps": [map_values(self.tokens, self.caption)], "unit": self.unit}
         return rendered("heat_map.html", self.caption, data=data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -124,7 +128,7 @@ def heat_map(
     if not maps:
         raise GKDDataError("expected a completion of at least one token; got an empty one")
     caption = "By the student" if completion is None else "Given completion"
-    return HeatMap(maps[0], caption)
+    return HeatMap(maps[0], caption, unit_of(divergence, vocabulary_modes(models.teacher)))
 
 
 def _sequence(

@@ -32,7 +32,7 @@ FIRST_POSITIONS = (
 class PositionMeans:
     """The mean divergence of the tokens in each bin that has any.
 
-    `position` holds the first position of each bin, from 0; `divergence` is in nats; `tokens` counts them.
+    `position` holds the first position of each bin, from 0; `divergence` is in its own unit; `tokens` counts them.
     """
 
     position: tuple[int, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ FACTS = (
     "learning_rate",
     "seed",
 )
-"""The options in the file: only these, none of which can hold a secret or a path."""
+"""The options in the file: only these and the modes of the teachers, none of which can hold a secret or a path."""
 
 
 class Recorder(TrainerCallback):
@@ -52,6 +52,7 @@ class Recorder(TrainerCallback):
     Args:
         args: The options; `report_samples` is how many samples an entry keeps.
         names: The names of student and teacher.
+        modes: How the vocabularies of teachers with another one are compared.
         tokenizer: The student's, or None.
         reduce: Sums a tensor over ranks.
         is_first: Whether this is the first rank.
@@ -61,12 +62,14 @@ class Recorder(TrainerCallback):
         self,
         args: Any,
         names: tuple[str, str],
+        modes: Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None,
         reduce: Callable[[Tensor], Tensor],
         *,
         is_first: bool,
     ) -> None:
-        self._args, self._names, self._tokenizer, self._reduce = args, names, tokenizer, reduce
+        self._args, self._names, self._modes = args, names, list(modes)
+        self._tokenizer, self._reduce = tokenizer, reduce
         self._file = RecordFile(Path(args.output_dir) / FILE_NAME) if is_first else None
         self._step = 0
         self._positions, self._samples = PositionSums(), list[TokenMap]()
@@ -96,6 +99,7 @@ class Recorder(TrainerCallback):
         """Begin the file, or continue that of the run that is resumed."""
         self._clear()
         options = {name: _plain(getattr(self._args, name)) for name in FACTS}
+        options["vocabulary_modes"] = self._modes
         facts = RunFacts(*self._names, state.max_steps, options, time.time())
         self._is_training = True
         self._write(lambda file: file.start(facts, state.global_step))

@@ -42,7 +42,7 @@ class TokenMap:
         is_on_policy: Whether the student wrote the completion.
         is_cut: Whether further tokens were left out.
         text: The text of each token (see `pieces.text_pieces`).
-        divergence: in nats; None for a token that was not compared, such as those of another turn.
+        divergence: in nats, if it has a unit; None for a token that was not compared, such as those of another turn.
         student_entropy: in nats.
         teacher_entropy: in nats.
         acceptance: Σ min(p, q) (see TokenDivergence).

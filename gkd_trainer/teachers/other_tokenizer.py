@@ -30,7 +30,7 @@ from gkd_trainer.models.loading import base_model, find_tokenizer, name_of
 from gkd_trainer.models.token_bytes import token_bytes
 from gkd_trainer.signals import MODES, HiddenSignal, LogitsSignal, MappedSignal, Signal, TopKSignal, VocabularyMap
 from gkd_trainer.teachers.alignment import Aligner, Ints
-from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher
+from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vocabulary_map import map_of, top_tokens_mapped
 from gkd_trainer.types import TokenBatch, prompt_length
@@ -162,6 +162,11 @@ class OtherTokenizerTeacher(AligningTeacher):
         return self._prepared
 
     @property
+    def mode(self) -> str:
+        """What is compared, one of MODES."""
+        return self._mode
+
+    @property
     def teachers(self) -> Sequence[Teacher]:
         """The teacher that scores."""
         return (self._teacher,)
@@ -195,6 +200,11 @@ class OtherTokenizerTeacher(AligningTeacher):
     def can_generate(self) -> bool:
         """False: its model would read the student's token ids."""
         return False
+
+
+def vocabulary_modes(teacher: Teacher) -> list[str]:
+    """Return the modes (of MODES) in which a teacher, or those inside it, are compared over other vocabularies."""
+    return sorted({each.mode for each in all_teachers(teacher) if isinstance(each, OtherTokenizerTeacher)})
 
 
 def teacher_batch(batch: TokenBatch) -> TokenBatch:

@@ -47,6 +47,7 @@ from gkd_trainer.right_padding import in_columns_of
 from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher, comparable
 from gkd_trainer.teachers.context import with_teacher_prompts
+from gkd_trainer.teachers.other_tokenizer import vocabulary_modes
 from gkd_trainer.trainer import publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
 from gkd_trainer.trainer.construction import (
@@ -228,6 +229,7 @@ class GKDMixin(AnyTrainer):
             self._recorder = Recorder(
                 self.args,
                 publishing.public_names(self.model, teacher),
+                vocabulary_modes(teacher),
                 tokenizer_of(self.processing_class),
                 self._ranks.sum,
                 is_first=self.is_world_process_zero(),

@@ -11,9 +11,9 @@ import torch
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.divergence import reference_divergence, token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES
-from gkd_trainer.divergence.options import SCALES, TAILS, check_top_k_temperature, checked_objective
+from gkd_trainer.divergence.options import SCALES, TAILS, check_top_k_temperature, checked_objective, unit_of
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.signals import LogitsSignal, TopKSignal
+from gkd_trainer.signals import MODES, LogitsSignal, TopKSignal
 
 N, V = 3, 7
 
@@ -144,3 +144,11 @@ def test_top_tokens_are_compared_at_temperature_one_only():
     teacher = TopKSignal(torch.zeros(N, 1, dtype=torch.long), torch.zeros(N, 1), V)
     with pytest.raises(GKDConfigError, match=r"^temperature=2\.0 can't be applied to a teacher's top tokens"):
         token_divergence(signal(), teacher, temperature=2.0)
+
+
+def test_kls_and_their_mixtures_are_in_nats_and_other_values_have_no_unit():
+    in_nats = {"jsd", "skew_kl", "skew_reverse_kl", "adaptive_kl"}
+    assert {name for name in DIVERGENCES if unit_of(name) == "nats"} == in_nats
+    assert {name for name in DIVERGENCES if unit_of(name) == ""} == DIVERGENCES.keys() - in_nats
+    assert [mode for mode in MODES if unit_of("jsd", [mode]) == "nats"] == ["matched", "next_byte"]
+    assert unit_of("jsd", ["matched", "uld"]) == ""

@@ -193,6 +193,19 @@ def test_steps_and_colours_are_chosen_with_the_keyboard(opened, tmp_path):
     assert page.locator("#scale-high").text_content() == "1"
 
 
+@pytest.mark.parametrize(("unit", "end"), [("nats", " nats"), ("", "")])
+def test_a_divergence_has_its_unit_everywhere_and_entropies_are_in_nats(opened, unit, end):
+    page = opened("heat-map", HeatMap(token_map(divergence=(0.5, 0.25)), "caption", unit).to_html())
+    assert page.locator("#scale-high").text_content() == f"0.25{end} or more"
+    assert page.locator(".numbers").text_content() == f"2 tokens, mean divergence 0.375{end}"
+    page.locator(".t").first.hover()
+    rows = page.locator("#tip tr").all_text_contents()
+    assert rows[0] == f"divergence0.5{end}"
+    assert "entropy1.5 nats" in rows
+    page.locator("#measure").select_option("student entropy")
+    assert page.locator("#scale-high").text_content() == "1.5 nats or more"
+
+
 def test_the_tooltip_of_a_long_run_has_the_exact_step(opened, tmp_path):
     write_records(tmp_path, [record(1), record(123_456)])
     page = opened("report", run_page([read_run(tmp_path)]))

@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +38,14 @@ def test_several_runs_are_stages(tmp_path):
     assert '<h2 id="stages">Stages</h2>' in page
     assert "off → on" in page
     assert [entry["step"] for entry in data_of(page)["entries"]] == [20, 40, 60, 80]
+
+
+def test_a_page_has_the_unit_of_its_runs_divergence(tmp_path):
+    run = reported(tmp_path, [record(1)])
+    assert data_of(run_page([run]))["unit"] == "nats"
+    other = replace(run, facts=replace(FACTS, options={"divergence": "total_variation"}))
+    assert data_of(run_page([run, other]))["unit"] == ""
+    assert "nats" not in re.sub(r"<script>.*?</script>", "", run_page([other]), flags=re.DOTALL)
 
 
 def test_a_log_alone_is_enough(tmp_path):

@@ -27,9 +27,34 @@ def test_on_and_off_policy_divergences_are_two_curves_of_one_chart():
     )
     assert [series.name for series in chart.series] == ["on-policy", "off-policy"]
     assert chart.series[1].points == ((10, 0.2), (20, 0.1), (30, 2 / 30), (40, 0.05))
-    assert chart.unit == "nats per token"
     assert chart.series[0].colour != chart.series[1].colour
     assert chart.series[0].is_dashed != chart.series[1].is_dashed  # not only by colour
+
+
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [
+        ({"divergence": "jsd"}, "nats per token"),
+        ({"divergence": "adaptive_kl", "vocabulary_modes": ["matched"]}, "nats per token"),
+        ({"divergence": "total_variation"}, "per token"),
+        ({"divergence": "alpha_beta"}, "per token"),
+        ({"divergence": "jsd", "vocabulary_modes": ["matched", "uld"]}, "per token"),
+        ({"divergence": "jsd", "vocabulary_modes": ["gold"]}, "per token"),
+        ({"divergence": ["jsd"]}, "per token"),
+        (None, "per token"),
+    ],
+    ids=str,
+)
+def test_a_divergence_is_in_nats_only_if_its_run_says_so(options, unit):
+    records = [Record(1, positions={"on_policy": means(1.0)})]
+    names = ("divergence_on_policy", "eval_loss", "divergence_teacher_math", "student_entropy")
+    metrics = dict.fromkeys(names, lambda step: 1.0)
+    own = run(facts=None if options is None else facts(**options), records=records, **metrics)
+    in_nats = run(facts=facts(divergence="jsd"), **metrics)
+    for runs in ([own], [in_nats, own]):
+        units = {chart.key: chart.unit for chart in charts(runs)}
+        assert units.pop("entropy") == "nats per token"
+        assert units == dict.fromkeys(("divergence", "evaluation", "positions", "teachers"), unit)
 
 
 def test_a_chart_without_values_is_left_out():

@@ -123,6 +123,17 @@ def test_options_are_those_of_the_divergence(models):
         heat_map(student, teacher, "a", "b", tokenizer=tokenizer, beta=2.0)
 
 
+def test_a_page_has_the_unit_of_its_divergence(models, tiny_model):
+    student, teacher, tokenizer = models
+    shown = heat_map(student, teacher, "a", "b", tokenizer=tokenizer, divergence="total_variation")
+    assert data_of(shown.to_html())["unit"] == shown.unit == ""
+    assert data_of(heat_map(student, teacher, "a", "b", tokenizer=tokenizer).to_html())["unit"] == "nats"
+    other = sentencepiece_like(sentencepiece_backend())
+    model = tiny_model(hidden=48, vocab=len(other), seed=1)
+    sorted_teacher = OtherTokenizerTeacher(FrozenTeacher(model, tokenizer=other), mode="uld")
+    assert heat_map(student, sorted_teacher, "one two", " three four", tokenizer=tokenizer).unit == ""
+
+
 def test_a_notebook_gets_a_frame_of_its_own_with_all_text_escaped(models):
     student, teacher, tokenizer = models
     text = "<script>alert('x')</script>\"&"

@@ -106,7 +106,7 @@ def test_the_file_names_no_paths_and_only_listed_options(make_trainer, tiny_mode
     trainer.train()
     first = json.loads(file_of(trainer).read_text().splitlines()[0])
     assert set(first) == {"format", "student", "teacher", "max_steps", "options", "started"}
-    assert set(first["options"]) == set(FACTS)
+    assert set(first["options"]) == {*FACTS, "vocabulary_modes"}
     text = file_of(trainer).read_text()
     assert "hunter2" not in text
     assert "secret-run" not in text
@@ -163,8 +163,11 @@ def test_a_teacher_with_another_tokenizer_is_recorded(trained, tiny_model):
     inner = FrozenTeacher(tiny_model(hidden=48, vocab=len(other), seed=1), tokenizer=other)
     rows = Dataset.from_list([{"prompt": "one two", "completion": " three four five"}] * 4)
     _, held = trained(
-        trainer_args={"teacher": OtherTokenizerTeacher(inner), "train_dataset": rows}, max_steps=1, lmbda=0.0
+        trainer_args={"teacher": OtherTokenizerTeacher(inner, mode="uld"), "train_dataset": rows},
+        max_steps=1,
+        lmbda=0.0,
     )
+    assert held.facts.options["vocabulary_modes"] == ["uld"]
     [sample, _] = held.records[0].samples
     assert "".join(sample.text).startswith(" three four five")
     assert any(sample.teacher_top)

@@ -2,6 +2,8 @@
 (() => {
 const data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
+// Of the divergence; some have none.
+const unit = data.unit ? ` ${data.unit}` : "";
 // Text reaches the page only as text, never as markup: completions are untrusted.
 const make = (name, className, ...content) => {
   const element = document.createElement(name);
@@ -81,7 +83,7 @@ const rescale = () => {
   const values = maps.flatMap(map => map.tokens.map(value)).filter(each => each !== null).sort((a, b) => a - b);
   high = Number(measure.value) === 4 ? 1 : Math.max(1e-6, values[Math.floor(0.99 * (values.length - 1))] || 0);
   document.getElementById("scale-low").textContent = "0";
-  document.getElementById("scale-high").textContent = short(Number(high.toPrecision(2))) + (Number(measure.value) === 4 ? "" : " nats or more");
+  document.getElementById("scale-high").textContent = short(Number(high.toPrecision(2))) + (Number(measure.value) === 4 ? "" : `${Number(measure.value) === 1 ? unit : " nats"} or more`);
 };
 const level = number => number === null ? "" : "h" + Math.max(0, Math.min(9, Math.floor(10 * number / high)));
 
@@ -98,7 +100,7 @@ const details = token => {
   const [text, divergence, student, teacher, acceptance, studentP, teacherP, studentTop, teacherTop, studentRank, teacherRank] = token;
   const head = make("div", "", make("code", "is", visible(text)));
   if (divergence === null && !studentTop.length) return [head, make("div", "mute", "not compared")];
-  const table = make("table", "", row("divergence", short(divergence) + " nats"), row("acceptance", short(acceptance)));
+  const table = make("table", "", row("divergence", short(divergence) + unit), row("acceptance", short(acceptance)));
   return [head, table, make("div", "sides", side("Student", student, studentP, studentTop, studentRank), side("Teacher", teacher, teacherP, teacherTop, teacherRank))];
 };
 
@@ -106,7 +108,7 @@ const drawMap = map => {
   const article = make("article", "map");
   const compared = map.tokens.filter(token => token[1] !== null);
   const mean = compared.length ? compared.reduce((sum, token) => sum + token[1], 0) / compared.length : null;
-  article.append(make("p", "", map.caption), make("p", "numbers", `${map.isCut ? "first " : ""}${map.tokens.length} tokens` + (mean === null ? "" : `, mean divergence ${short(mean)} nats`)));
+  article.append(make("p", "", map.caption), make("p", "numbers", `${map.isCut ? "first " : ""}${map.tokens.length} tokens` + (mean === null ? "" : `, mean divergence ${short(mean)}${unit}`)));
   if (map.prompt) {
     const prompt = make("pre", "", map.prompt);
     prompt.dir = "auto";
