@@ -48,6 +48,11 @@ class ErrandStudy(Study):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def kinds(self) -> Mapping[str, Sequence[str]]:
+        """What the wrong step does that a student must recover from."""
+        return {"recovery": [errands.effect_of_wrong_step(errand, beginning) for errand, beginning in _begun()]}
+
     def runs(self, grid: Grid) -> list[Run]:
         """Return all arms in the main setting, and a few of them in the others."""
         if grid == "small":
@@ -108,14 +113,18 @@ class ErrandStudy(Study):
         return copy.deepcopy(_loaded(folder))
 
 
+def _begun() -> list[tuple[errands.Errand, list[int]]]:
+    """Return the errands that no student learns on, each with a beginning that ends in a wrong step."""
+    numbers = random.Random(0)
+    return [(errand, errands.corrupted(errand, numbers)) for errand in errands.errands(HELD_OUT, "held out")]
+
+
 class _Examination:
     """Measures a student on errands that no student learns on."""
 
     def __init__(self, teacher: PreTrainedModel) -> None:
         self._teacher = teacher
-        self._errands = errands.errands(HELD_OUT, "held out")
-        numbers = random.Random(0)
-        self._corrupted = [errands.corrupted(errand, numbers) for errand in self._errands]
+        self._errands, self._corrupted = zip(*_begun(), strict=True)
         self._teachers_rows = self._rows(teacher, seed=0)
 
     def __call__(self, student: PreTrainedModel) -> dict[str, Any]:

@@ -88,6 +88,11 @@ class Walk:
             return 6 if y < goal_y else 7
         return VISIT
 
+    def distance(self) -> int:
+        """Return the number of steps to the next place."""
+        (x, y), (goal_x, goal_y) = self.at, self.errand.places[self.visited]
+        return abs(x - goal_x) + abs(y - goal_y)
+
     def take(self, token: int) -> None:
         """Go on by a token."""
         self.tokens.append(token)
@@ -123,6 +128,16 @@ def corrupted(errand: Errand, numbers: random.Random) -> list[int]:
     cut = numbers.choice(steps)
     wrong = [token for token in MOVES if token != tokens[cut]]
     return [*tokens[:cut], numbers.choice(wrong)]
+
+
+def effect_of_wrong_step(errand: Errand, beginning: Sequence[int]) -> str:
+    """Return where the last step of a `corrupted` beginning leads: "away" from the goal, "nearer", or "nowhere"."""
+    walk = Walk(errand)
+    for token in beginning[:-1]:
+        walk.take(token)
+    before = walk.distance()
+    walk.take(beginning[-1])
+    return {1: "away", -1: "nearer", 0: "nowhere"}[walk.distance() - before]
 
 
 def model(hidden: int, layers: int, seed: int) -> LlamaForCausalLM:

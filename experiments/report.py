@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def write_report(study: Study, results: Sequence[Result], folder: Path) -> Path:
             *table_of_ends(study, group, limit),
             "",
             *(line for measure in study.decisive for line in _section_of_differences(study, group, limit, measure)),
+            *(line for measure in study.kinds for line in _section_of_kinds(study, group, measure)),
         ]
         name = "-".join([study.name, *(f"{name}{value}" for name, value in factors)])
         plot(study, group, title, folder / f"{name}.png")
@@ -57,6 +58,23 @@ def _section_of_differences(study: Study, group: Group, limit: float, measure: s
         "twenty would miss 0.",
         "",
         *table_of_differences(group, limit, measure),
+        "",
+    ]
+
+
+def _section_of_kinds(study: Study, group: Group, measure: str) -> list[str]:
+    kinds = study.kinds[measure]
+    counts = sorted(Counter(kinds).items())
+    rows = []
+    for arm, by_seed in group.items():
+        values_SP = np.array([point_of(result)["by_prompt"][measure] for result in by_seed.values()])
+        means = [values_SP[:, [each == kind for each in kinds]].mean() for kind, _ in counts]
+        rows.append([arm, *(f"{mean:.3f}" for mean in means)])
+    titles = [f"{kind} ({count})" for kind, count in counts]
+    return [
+        f"{study.measures[measure].capitalize()} by kind of prompt (how many), after the same number of steps.",
+        "",
+        *table(["arm", *titles], rows),
         "",
     ]
 

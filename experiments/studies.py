@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,11 @@ class Study(ABC):
 
     measures: ClassVar[Mapping[str, str]]
     """The measures of the tables, with their titles."""
+
+    @property
+    def kinds(self) -> Mapping[str, Sequence[str]]:
+        """The kind of each prompt, in order, for decisive measures that are also shown by kind."""
+        return {}
 
     @abstractmethod
     def runs(self, grid: Grid) -> list[Run]:

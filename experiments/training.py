@@ -129,6 +129,8 @@ def trained(
     rows = Dataset.from_list([dict(row) for row in setting.rows[arm.data](seed)])
     if arm.data == "teacher":
         meter.spend(time.perf_counter() - began, time.process_time() - cpu_began)
+        if measures:  # nothing was learnt meanwhile
+            meter.add(student, 0, setting.at_start[seed])
     with TemporaryDirectory() as folder:
         trainer = _trainer(setting, arm, student, rows, seed, steps, Path(folder))
         trainer.meter = meter

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +69,7 @@ def _options_by_name(parser: HfArgumentParser, path: str) -> dict[str, tuple[str
     import yaml
 
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        loader = _loader_class()(Path(path).read_text(encoding="utf-8"))
         root = loader.get_single_node()
         if root is None:
             return {}
@@ -85,6 +87,19 @@ def _options_by_name(parser: HfArgumentParser, path: str) -> dict[str, tuple[str
         parser.error(f"--config: could not read {path}{line}: {error.problem}")
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config: could not read {path}: {error}")
+
+
+@functools.cache
+def _loader_class() -> type[yaml.SafeLoader]:
+    """Return a loader that reads 1e-6 as a number, as JSON and YAML 1.2 do; PyYAML takes it for text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
 
 
 def _name_of(key: yaml.Node) -> str:

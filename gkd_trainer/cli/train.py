@@ -141,11 +141,11 @@ def _train_and_save(trainer: GKDTrainer, resumed_from: str | None, evaluates: bo
     trainer.save_model(_internal_call=True)  # not pushed yet: that is done at the end, with the name of the data set
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
-    trainer.save_state()
     if evaluates:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.save_state()  # with the evaluation, for a report
 
 
 @contextmanager

@@ -72,5 +72,10 @@ def send_completions(rows: Sequence[CompletionRow], step: int, callbacks: Iterab
         wandb.log({"completions": table}, commit=False)
 
 
+# Whatever Markdown or HTML reads as more than itself, as numeric entities: a completion must not load an image.
+_ENTITIES = {ord(character): f"&#{ord(character)};" for character in "\\`*_[]<>&!|~#"}
+
+
 def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", "<br>")
+    lines = str(value).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "<br>".join(readable(line).translate(_ENTITIES) for line in lines)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
-from gkd_trainer.data.gsm8k import INSTRUCTION, ground_truth, is_correct, is_number, to_conversation
+from gkd_trainer.data.gsm8k import INSTRUCTION, is_correct, is_number, to_conversation
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.report.fitting import prepared_prompt
@@ -77,7 +77,7 @@ def usable_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     if not rows:
         raise GKDDataError("expected rows to compare on; the data set has none")
-    return [_with_ground_truth(row) if {"question", "answer"} <= row.keys() else dict(row) for row in rows]
+    return [dict(row) if _FORMATS & row.keys() else _of_question(row) for row in rows]
 
 
 def measured(
@@ -196,12 +196,19 @@ def _both_kls(
     return forward, reverse, {row: maps[0] for row, maps in found.items() if maps}
 
 
-def _with_ground_truth(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of GSM8K as a conversation; another data set's question and answer as a prompt and a completion."""
+_FORMATS = frozenset({"messages", "prompt", "text", "input_ids"})
+"""Columns of the formats of training."""
+
+
+def _of_question(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of GSM8K as a conversation, and any other question and answer as a prompt and a completion."""
+    if not {"question", "answer"} <= row.keys():
+        return dict(row)
+    others = {name: value for name, value in row.items() if name not in ("question", "answer")}
     try:
-        return {**to_conversation(row, INSTRUCTION), GROUND_TRUTH: ground_truth(str(row["answer"]))}
+        return {**others, **to_conversation(row, INSTRUCTION)}
     except GKDDataError:
-        return {"prompt": str(row["question"]), "completion": str(row["answer"])}
+        return {**others, "prompt": str(row["question"]), "completion": str(row["answer"])}
 
 
 def _text(models: Pair, completion: Completion) -> str:

@@ -78,10 +78,14 @@ def test_yaml_switches_are_on_and_off_in_every_spelling(written, is_on, given_to
 
 def test_yaml_lists_hold_text_as_it_is_written_and_mappings_hold_values(given_to_trainer, pair, data, tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text("use_peft: true\nlora_target_modules: [on, 1e-4, q]\nmodel_init_kwargs: {use_cache: no, n: 3}\n")
+    file.write_text(
+        "use_peft: true\nlora_target_modules: [on, 1e-4, q]\n"
+        "model_init_kwargs: {use_cache: no, n: 3, a: 1e-6, b: -2E3, c: 1.5e+2, d: 2024-e1}\n"
+    )
     given = given_to_trainer("--config", file, *pair, *data)
     assert given["peft_config"].target_modules == {"on", "1e-4", "q"}
-    assert given["args"].model_init_kwargs == {"use_cache": False, "n": 3}
+    numbers = {"n": 3, "a": 1e-6, "b": -2000.0, "c": 150.0}
+    assert given["args"].model_init_kwargs == {"use_cache": False, **numbers, "d": "2024-e1"}
 
 
 @pytest.mark.parametrize("written", ["false", "no", "off", "False", "null"])

@@ -14,6 +14,7 @@ from experiments.errands import (
     Walk,
     _noisy_row,
     corrupted,
+    effect_of_wrong_step,
     errands,
     model,
     row_of,
@@ -21,6 +22,13 @@ from experiments.errands import (
 from gkd_trainer.batch_keys import IGNORE_INDEX
 
 EAST, WEST, NORTH, SOUTH = MOVES
+
+
+def test_a_wrong_step_leads_away_or_nearer_by_another_way_or_off_the_grid_and_so_nowhere():
+    errand = Errand((0, 0), ((2, 2), (0, 0), (0, 0), (0, 0)))
+    assert effect_of_wrong_step(errand, [EAST, WEST]) == "away"
+    assert effect_of_wrong_step(errand, [NORTH]) == "nearer"
+    assert effect_of_wrong_step(errand, [SOUTH]) == "nowhere"
 
 
 def test_demonstrations_do_their_errands_within_the_vocabulary_and_the_length():

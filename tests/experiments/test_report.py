@@ -7,7 +7,7 @@ import pytest
 
 from experiments.report import common_time, grouped, interval, point_of, table_of_ends, write_report
 
-STUDY = Namespace(name="toy", decisive=("success",), measures={"success": "success"})
+STUDY = Namespace(name="toy", decisive=("success",), measures={"success": "success"}, kinds={})
 
 
 def result(arm, seed, curve, by_prompt, steps=20):
@@ -82,6 +82,14 @@ def test_a_report_has_both_tables_and_the_paired_difference(tmp_path):
     assert difference[1] == "2"
     assert difference[2].startswith("+0.500 [")
     assert (tmp_path / "toy-width8-steps20.png").stat().st_size > 1000
+
+
+def test_a_measure_is_also_shown_by_the_kind_of_prompt(tmp_path):
+    results = [result("sft", seed, [(0, 0.0, 0.0), (20, 1.0, 0.5)], [1.0, 0.0, float(seed)]) for seed in range(2)]
+    study = Namespace(**vars(STUDY) | {"kinds": {"success": ["near", "far", "far"]}})
+    text = write_report(study, results, tmp_path).read_text()
+    assert "| arm | far (2) | near (1) |" in text
+    assert "| sft | 0.250 | 1.000 |" in text
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_data():

@@ -1,5 +1,6 @@
 """Completions to read: printed as they are, and sent to the active trackers."""
 
+import html
 import io
 import sys
 from types import SimpleNamespace
@@ -84,9 +85,24 @@ def test_tensorboard_gets_a_markdown_table_whose_cells_stay_cells():
     lines = text.split("\n")
     assert lines[0] == "| generated_by | prompt | completion | is_finished |"
     assert lines[1] == "| --- | --- | --- | --- |"
-    assert lines[2] == "| student | What is [i][0], [1]? | It is [bold]1[/bold], or [/red] so. | True |"
-    assert lines[3] == "| teacher | a\\|b<br>c | one \\| two | False |"
+    assert html.unescape(lines[2]) == "| student | What is [i][0], [1]? | It is [bold]1[/bold], or [/red] so. | True |"
+    assert "[" not in lines[2]
+    assert lines[3] == "| teacher | a&#124;b<br>c | one &#124; two | False |"
     assert len(lines) == 4
+
+
+def test_a_completion_is_text_in_tensorboard_whatever_markdown_it_holds():
+    writer = Writer()
+    prompt = "![x](http://evil/p.png)\r\n`one` 2*3*4 __init__"
+    completion = "<img src=x>\ra \\|x\\| `b`\x1b[2J"
+    send_completions([CompletionRow("student", prompt, completion, True)], 7, [tensorboard_callback(writer)])
+    [(_, text, _)] = writer.texts
+    cells = text.split("\n")[2].split(" | ")
+    assert len(cells) == 4
+    for cell, written in zip(cells[1:3], (prompt, completion), strict=True):
+        assert not set("![]`*_<>\\~") & set(cell.replace("<br>", ""))
+        expected = written.replace("\r\n", "\n").replace("\r", "\n").replace("\x1b", "\u241b")
+        assert html.unescape(cell.replace("<br>", "\n")) == expected
 
 
 def test_tensorboard_without_a_writer_yet_gets_nothing():

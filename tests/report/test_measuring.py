@@ -139,6 +139,13 @@ def test_gsm8ks_own_rows_become_conversations_with_their_answer():
     assert other == {"prompt": "Who?", "completion": "Me."}
 
 
+def test_a_row_keeps_its_format_of_training_and_its_ground_truth_beside_a_question():
+    asked = {"question": "1 + 1?", "answer": "It is 2"}
+    [formatted, scored] = usable_rows([{**asked, "prompt": "Sum", "completion": "2"}, {**asked, "ground_truth": "2"}])
+    assert formatted == {**asked, "prompt": "Sum", "completion": "2"}
+    assert scored == {"prompt": "1 + 1?", "completion": "It is 2", "ground_truth": "2"}
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
