@@ -323,6 +323,10 @@ class EvaluationMeter:
         return {**_ratios(loss=(sums["loss"], sums["tokens"])), **metrics, **by_teacher}
 
 
+_MOST_EVENTS = 1000
+"""How many pairs of events a stopwatch keeps before it adds up those of work that is done."""
+
+
 class Stopwatch:
     """Sums of seconds by name; on CUDA measured between events of the stream, without stopping it."""
 
@@ -340,6 +344,8 @@ class Stopwatch:
             yield
             end.record()
             self._events.append((name, start, end))
+            if len(self._events) > _MOST_EVENTS and self._events[_MOST_EVENTS // 2][2].query():
+                self._fold(_MOST_EVENTS // 2)
         else:
             began = perf_counter()
             yield
@@ -347,11 +353,16 @@ class Stopwatch:
 
     def read(self) -> dict[str, float]:
         """Return the seconds by name since the last call."""
-        for name, start, end in self._events:
+        self._fold(len(self._events))
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _fold(self, count: int) -> None:
+        """Add up the first events, which must be waited for if the device has not come to them yet."""
+        for name, start, end in self._events[:count]:
             end.synchronize()
             self._add(name, start.elapsed_time(end) / 1000)
-        seconds, self._seconds, self._events = self._seconds, {}, []
-        return seconds
+        del self._events[:count]
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -46,7 +46,11 @@ class NCCLSync(WeightSync):
     def _send(self, model: nn.Module) -> None:
         self._source.model = model
         if not self._engines:
-            self._engines = [self._connected(server) for server in self._servers]
+            try:
+                self._engines = [self._connected(server) for server in self._servers]
+            except Exception:
+                self._gather(model)  # in which ranks that share the model await this one
+                raise
         self._version = secrets.token_hex(8)
         for server, engine in zip(self._servers, self._engines, strict=True):
             self._broadcast(server, engine, self._version)

@@ -162,8 +162,12 @@ class FullSync(FolderSync):
                 ) from error
 
     def _write(self, model: nn.Module, folder: Path) -> None:
-        for server in self._servers:
-            self._refuse_stale_head(server, model)
+        try:
+            for server in self._servers:
+                self._refuse_stale_head(server, model)
+        except Exception:
+            gather_weights(model)  # in which ranks that share the model await this one
+            raise
         write_weights(model, folder)
 
     def _gather(self, model: nn.Module) -> None:

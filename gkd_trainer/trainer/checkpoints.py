@@ -7,13 +7,17 @@ import logging
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from gkd_trainer.errors import GKDConfigError
+
+if TYPE_CHECKING:
+    from gkd_trainer.trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +112,20 @@ def checkpoint_to_resume(resume_from_checkpoint: str | Path | bool | None, outpu
     if resume_from_checkpoint is True:
         return str(last_complete_checkpoint(output_dir))
     return str(required_complete(resume_from_checkpoint)) if resume_from_checkpoint else None
+
+
+def require_one_step(checkpoint: str | None, ranks: Ranks) -> None:
+    """Raise GKDConfigError if the ranks would resume from different steps, as nodes with disks of their own may."""
+    if checkpoint is None or ranks.size == 1:
+        return
+    number = Path(checkpoint).name.rpartition("-")[2]
+    own = torch.tensor([int(number) if number.isdecimal() else -1], device=ranks.accelerator.device)
+    steps = sorted(set(ranks.gather(own).tolist()))
+    if len(steps) > 1:
+        raise GKDConfigError(
+            f"the last complete checkpoints of the nodes are of different steps ({', '.join(map(str, steps))}): pass "
+            f"the path of one that all have, such as checkpoint-{steps[0]}"
+        )
 
 
 def save_rollouts(checkpoint: str | Path, rank: int, states: list[dict[str, Any]]) -> None:

@@ -349,6 +349,23 @@ def refuse_split_sequences(context_parallel: int, sequence_parallel: int) -> Non
         )
 
 
+def refuse_split_models(model: nn.Module, tensor_parallel: int, args: Any) -> None:
+    """Raise GKDConfigError if ranks share a model in a way that rollouts don't know of."""
+    if not args.generates_anywhere:
+        return
+    if tensor_parallel > 1:
+        raise GKDConfigError(
+            "tensor parallelism gives several ranks the same samples, but each rank draws and completes its own: set "
+            "tp_size to 1 (FSDP shards a model too), or lmbda=0, seq_kd=False and eval_on_policy=False"
+        )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise GKDConfigError(
+            "the student was sharded by from_pretrained(distributed_config=...), whose ranks must run the same "
+            "forwards, but each rank completes its own prompts: load it whole and set fsdp in the options, or lmbda=0, "
+            "seq_kd=False and eval_on_policy=False"
+        )
+
+
 def refuse_for_kind(model: nn.Module, args: Any, base: Base) -> None:
     """Raise GKDConfigError for options or a trainer that don't fit a student: an encoder-decoder, or a causal LM."""
     student = base_model(model)

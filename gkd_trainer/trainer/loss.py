@@ -6,7 +6,7 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -113,6 +113,7 @@ def run_student(
     comparison: Comparison,
     *,
     keeps_logits: bool = False,
+    is_output_awaited: bool = False,
 ) -> StudentOutput:
     """Run a student's forward, and compare it with its teacher inside the forward.
 
@@ -123,10 +124,14 @@ def run_student(
         head: The student's head.
         comparison: The comparison to make with its predictions.
         keeps_logits: Whether `outputs` must hold full logits.
+        is_output_awaited: Whether what wraps the student acts once the gradient of its output is there.
     """
     refuse_unread_media(student, batch.model_inputs, "student")
     if keeps_logits and isinstance(head, SeparableHead):
         head = InseparableHead("the caller wants logits")
+    if isinstance(head, SeparableHead) and is_output_awaited and batch.n_scored > 0:
+        # The output is then of hidden states: a zero gradient of the head's whole weight would take memory.
+        head = replace(head, is_sharded=True)
     coefficient = router_loss_coefficient(student) if comparison.is_training else 0.0
     forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
     tokens, outputs = compare(model, batch, head, comparison, **forward_kwargs)

@@ -12,6 +12,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from trl.models import unwrap_model_for_generation
 
+_CHECKPOINTING = frozenset({"gradient_checkpointing", "_gradient_checkpointing_func"})
+"""The attributes by which transformers' modules checkpoint activations."""
+
 
 class Ranks:
     """All ranks of a run, as seen from one of them; all must call a method that exchanges values."""
@@ -66,6 +69,16 @@ class Ranks:
             return None
         return "fsdp1" if plugin.fsdp_version == 1 else "fsdp2"
 
+    @property
+    def awaits_outputs(self) -> bool:
+        """Whether what wraps the student acts once the gradient of its output is there.
+
+        DeepSpeed's engine prepares its optimizer then, and DDP with a static graph queues the exchange of gradients.
+        """
+        handler = self.accelerator.ddp_handler
+        is_static = handler is not None and bool(handler.static_graph)
+        return is_static or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
     @contextmanager
     def gathered(self, model: nn.Module, wrapped: nn.Module) -> Iterator[nn.Module]:
         """Yield the student to generate with or to take weights from; under ZeRO-3 it is gathered in the block.
@@ -75,7 +88,16 @@ class Ranks:
             wrapped: The same as Trainer's `model_wrapped`.
         """
         if self.sharding == "zero3":
-            with unwrap_model_for_generation(wrapped, self.accelerator) as student:
-                yield student
+            # TRL switches checkpointing of activations off, and on again with other options.
+            checkpointing = [
+                (module, {name: vars(module)[name] for name in _CHECKPOINTING & vars(module).keys()})
+                for module in model.modules()
+            ]
+            try:
+                with unwrap_model_for_generation(wrapped, self.accelerator) as student:
+                    yield student
+            finally:
+                for module, options in checkpointing:
+                    vars(module).update(options)
         else:
             yield model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from gkd_trainer.errors import (
     GKDTeacherError,
 )
 from gkd_trainer.trainer.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 _KINDS: tuple[type[GKDError], ...] = (
     GKDError,
@@ -109,6 +112,9 @@ class Recovery:
                 raise failure if is_out_of_memory and failure else RuntimeError("Another rank ran out of memory.")
         error = _typed(failure, kind, what)
         if exchanges:
+            if error is not None and self._ranks.size > 1:
+                # Now: if other ranks wait for this one inside of the block, the exchange ends only by its time-out.
+                logger.error("Rank %d: %s", self._ranks.index, error)
             code = 0 if error is None else 1 + max(i for i, each in enumerate(_KINDS) if isinstance(error, each))
             worst = self._ranks.largest(code)
             if error is None and worst > 0:

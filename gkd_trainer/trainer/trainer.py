@@ -49,7 +49,7 @@ from gkd_trainer.teachers import Teacher, comparable
 from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.teachers.other_tokenizer import vocabulary_modes
 from gkd_trainer.trainer import publishing
-from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, save_rollouts
+from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, require_one_step, save_rollouts
 from gkd_trainer.trainer.construction import (
     Construction,
     adapted,
@@ -58,6 +58,7 @@ from gkd_trainer.trainer.construction import (
     refuse_data_parallel,
     refuse_dropped_deepspeed,
     refuse_for_kind,
+    refuse_split_models,
     refuse_split_sequences,
     refuse_student,
     uncompiled_student,
@@ -252,6 +253,7 @@ class GKDMixin(AnyTrainer):
         if self.is_world_process_zero():
             warn_of_unused(unused_options(construction.run), self.args)
         refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
+        refuse_split_models(self.model, self.get_tp_size(), self.args)
         refuse_for_kind(self.model, self.args, construction.base)
         refuse_student(self.model, construction.teacher, is_trained=self.train_dataset is not None)
 
@@ -350,11 +352,13 @@ class GKDMixin(AnyTrainer):
         Raises GKDConfigError if there is none, or if the given one is incomplete.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        require_one_step(checkpoint, self._ranks)
         return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Drop sums left over from an earlier run, after its last log entry or its interruption.
         self._meter.clear()
+        self._recovery.last_checkpoint = None  # of an earlier run; loading one sets it again
         mark_loss_as_scaled(self)  # for every run: a hyper-parameter search makes a new accelerator for each
         output: TrainOutput = super()._inner_training_loop(*args, **kwargs)
         return output
@@ -477,7 +481,13 @@ class GKDMixin(AnyTrainer):
         observe = self._recorder.observe if self._recorder is not None and model.training else None
         comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products, observe)
         student = run_student(
-            model, base_model(self.model), batch, pairing.head, comparison, keeps_logits=return_outputs
+            model,
+            base_model(self.model),
+            batch,
+            pairing.head,
+            comparison,
+            keeps_logits=return_outputs,
+            is_output_awaited=self._ranks.awaits_outputs,
         )
         self._record(batch, student.tokens, model.training)
         if num_items_in_batch is None:

@@ -358,6 +358,44 @@ def test_a_stopwatch_adds_up_by_name_and_starts_again_when_read():
     assert stopwatch.read() == {}
 
 
+class FakeEvent:
+    """An event of a device whose clock the tests set."""
+
+    now, done = 0.0, 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def query(self):
+        return self.at <= FakeEvent.done
+
+    def synchronize(self):
+        FakeEvent.done = max(FakeEvent.done, self.at)
+
+    def elapsed_time(self, end):
+        return 1000 * (end.at - self.at)
+
+
+def test_a_stopwatch_that_is_never_read_keeps_few_events_and_waits_for_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "now", 0.0)
+    monkeypatch.setattr(FakeEvent, "done", 0.0)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    for turn in range(5000):
+        if turn == 3000:
+            assert len(stopwatch._events) == 3000  # the device has done nothing yet
+            assert FakeEvent.done == 0.0
+        if turn >= 3000:
+            FakeEvent.done = FakeEvent.now
+        with stopwatch.measure("step"):
+            FakeEvent.now += 0.5
+    assert len(stopwatch._events) <= 1001
+    assert stopwatch.read() == {"step": 2500.0}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_a_stopwatch_measures_the_device_and_does_not_wait_for_it():

@@ -13,6 +13,7 @@ from gkd_trainer.trainer.checkpoints import (
     damage,
     last_complete_checkpoint,
     load_rollouts,
+    require_one_step,
     required_complete,
     save_rollouts,
 )
@@ -130,3 +131,11 @@ def test_rollouts_of_an_older_run_in_the_same_folder_are_forgotten(tmp_path):
         save_rollouts(tmp_path, 0, [])
         assert load_rollouts(tmp_path, 0) == []
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_would_resume_from_different_steps_are_refused(two_ranks, ranks):
+    require_one_step("run/checkpoint-30", two_ranks(30))
+    with pytest.raises(GKDConfigError, match=r"different steps \(20, 30\): .* such as checkpoint-20"):
+        require_one_step("run/checkpoint-30", two_ranks(20))
+    require_one_step("run/checkpoint-30", ranks)
+    require_one_step(None, two_ranks())

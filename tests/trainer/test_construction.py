@@ -21,6 +21,7 @@ from gkd_trainer.trainer.construction import (
     init_parameters,
     refuse_data_parallel,
     refuse_dropped_deepspeed,
+    refuse_split_models,
     refuse_split_sequences,
     refuse_student,
     warn_of_unused,
@@ -326,6 +327,20 @@ def test_split_sequences_are_refused(sizes):
     with pytest.raises(GKDConfigError, match="set cp_size and sp_size to 1"):
         refuse_split_sequences(*sizes)
     refuse_split_sequences(1, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lmbda": 0.5}, {"lmbda": 0.0, "seq_kd": True}, {"lmbda": 0.0, "eval_on_policy": True}]
+)
+def test_models_that_ranks_share_unknown_to_the_rollouts_are_refused_if_any_are_made(options):
+    args, off_policy = GKDArguments(**options), GKDArguments(lmbda=0.0)
+    sharded = torch.nn.Linear(1, 1)
+    sharded.is_distributed_loading_by_transformers = True
+    for model, size, message in ((torch.nn.Linear(1, 1), 2, "set tp_size to 1"), (sharded, 1, "distributed_config")):
+        with pytest.raises(GKDConfigError, match=message):
+            refuse_split_models(model, size, args)
+        refuse_split_models(model, size, off_policy)
+    refuse_split_models(torch.nn.Linear(1, 1), 1, args)
 
 
 def test_a_frozen_student_is_refused_only_for_training(tiny_model):

@@ -28,6 +28,38 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+class Awaiting(nn.Module):
+    """Wraps a student as DDP with a static graph does: it acts once the gradient of its output is there."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student, self.calls = student, 0
+
+    def forward(self, **inputs):
+        output = self.student(**inputs)
+        output.logits.register_hook(lambda gradient: setattr(self, "calls", self.calls + 1))
+        return output
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("labels", [TWO_ROWS["labels"], torch.full((2, 5), X)], ids=["tokens", "none"])
+def test_what_awaits_the_gradient_of_the_output_gets_it_and_no_gradient_changes(tiny_model, family, labels):
+    student, teacher = tiny_model(family), FrozenTeacher(tiny_model(family, hidden=48, seed=1))
+    teacher.prepare(torch.device("cpu"))
+    batch, found = TokenBatch.from_inputs({**TWO_ROWS, "labels": labels}), []
+    for is_output_awaited in (False, True):
+        wrapped = Awaiting(student)
+        comparison = Comparison(GKDArguments(), batch, teacher.score(batch), 368, True)
+        student.zero_grad()
+        output = run_student(
+            wrapped, student, batch, find_head(student), comparison, is_output_awaited=is_output_awaited
+        )
+        output.loss_sum.backward()
+        found.append(gradients(student))
+        assert wrapped.calls == (is_output_awaited or batch.n_scored == 0)
+    assert_same_gradients(*found, tolerance=0.0)
+
+
 def assert_same_gradients(actual, expected, tolerance=1e-5):
     assert actual.keys() == expected.keys()
     scale = max(gradient.abs().max() for gradient in expected.values())

@@ -71,11 +71,28 @@ def test_under_zero3_the_model_is_gathered_from_the_wrapped_one(monkeypatch):
     def unwrap(given, accelerator):
         calls.append((given, accelerator))
         yield whole
+        model.gradient_checkpointing, model._gradient_checkpointing_func = True, "another"
         calls.append("left")
 
     monkeypatch.setattr("gkd_trainer.trainer.ranks.unwrap_model_for_generation", unwrap)
     ranks = ranks_of(DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    model.gradient_checkpointing, model._gradient_checkpointing_func = True, "the user's"
     with ranks.gathered(model, wrapped) as student:
         assert student is whole
         assert calls == [(wrapped, ranks.accelerator)]
     assert calls[1:] == ["left"]
+    assert model._gradient_checkpointing_func == "the user's"
+
+
+@pytest.mark.parametrize(
+    ("kind", "handler", "awaits"),
+    [
+        (DistributedType.DEEPSPEED, None, True),
+        (DistributedType.MULTI_GPU, None, False),
+        (DistributedType.MULTI_GPU, SimpleNamespace(static_graph=False), False),
+        (DistributedType.MULTI_GPU, SimpleNamespace(static_graph=True), True),
+    ],
+)
+def test_what_wraps_the_student_awaits_its_outputs_under_deepspeed_and_with_a_static_graph(kind, handler, awaits):
+    ranks = Ranks(SimpleNamespace(distributed_type=kind, ddp_handler=handler))
+    assert ranks.awaits_outputs is awaits

@@ -48,10 +48,11 @@ KINDS = [GKDError, *GKDError.__subclasses__()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_others_raise_the_kind_of_error_that_one_rank_raised(two_ranks, kind):
+def test_the_others_raise_the_kind_of_error_that_one_rank_raised(two_ranks, kind, caplog):
     failing = two_ranks(0)
     with pytest.raises(kind, match="on this rank"):
         Recovery(failing).raise_together(kind("on this rank"), GKDRolloutError, "generating")
+    assert "Rank 0: on this rank" in caplog.text  # before the exchange, which may never end
     hearing = two_ranks(*failing.said[0])
     with pytest.raises(GKDError, match="stopped, since another rank failed") as raised:
         Recovery(hearing).raise_together(None, GKDRolloutError, "generating")
