@@ -189,23 +189,38 @@ def interval(differences_SP: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+_COLOURS = {"fixed": "tab:blue", "fresh": "tab:green", "own": "tab:red", "mixed": "tab:purple", "rising": "tab:pink"}
+_MARKERS = {"forward": "o", "jsd": "s", "reverse": "^", "tv": "x"}
+_PLAIN = {"sft": ":", "sft-longer": "-.", "seq-kd": "--"}
+"""The lines of arms without a divergence, in grey."""
+
+
 def plot(study: Study, group: Group, title: str, file: Path) -> None:
-    """Draw the decisive measures against processor time: one curve per arm, the mean over its seeds."""
+    """Draw the decisive measures against processor time: one curve per arm, the mean over its seeds.
+
+    The colour tells what an arm learns from, the marker its loss.
+    """
     n_plots = len(study.decisive)
-    figure, all_axes = pyplot.subplots(n_plots, figsize=(9, 4.5 * n_plots), layout="constrained", squeeze=False)
-    styles = {"fixed": "-", "fresh": "--", "own": "-", "mixed": "-.", "rising": "-.", "sft": ":", "seq": ":"}
-    colours = pyplot.get_cmap("tab20").colors
+    figure, all_axes = pyplot.subplots(n_plots, figsize=(9, 4 * n_plots), layout="constrained", squeeze=False)
     arms = [(arm, by_seed) for arm, by_seed in group.items() if arm in ARMS]
     for axes, measure in zip(all_axes[:, 0], study.decisive, strict=True):
-        for index, (arm, by_seed) in enumerate(arms):
+        for arm, by_seed in arms:
             curves = [result["points"] for result in by_seed.values()]
             seconds, values = (
                 np.mean([[point[name] for point in curve] for curve in curves], axis=0)
                 for name in ("cpu_seconds", measure)
             )
-            style = styles[arm.partition("-")[0]]
-            axes.plot(seconds, values, style, color=colours[index % 20], marker="o", markersize=3, label=arm)
-        axes.set_xscale("symlog", linthresh=1)
+            samples, _, loss = arm.partition("-")
+            axes.plot(
+                seconds,
+                values,
+                _PLAIN.get(arm, "-"),
+                color=_COLOURS.get(samples, "tab:gray"),
+                marker=_MARKERS.get(loss, "."),
+                markersize=4,
+                linewidth=1,
+                label=arm,
+            )
         axes.set_ylabel(study.measures[measure])
     all_axes[0, 0].set_title(f"{study.name}: {title}")
     all_axes[0, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
