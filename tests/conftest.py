@@ -252,14 +252,13 @@ def tiny_model():
 @pytest.fixture
 def flash_like(monkeypatch):
     """The name of an attention that, like FlashAttention, takes only halves."""
-    from transformers.integrations.flash_attention import get_target_dtype
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(module, query, key, value, *args, **kwargs):
-        dtype = get_target_dtype(query, module)  # autocast's, if rotary embeddings made these float32
-        if dtype is not None:
+        if torch.is_autocast_enabled(query.device.type):  # rotary embeddings may have made these float32
+            dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = (states.to(dtype) for states in (query, key, value))
         if query.dtype == torch.float32:
             raise RuntimeError("FlashAttention only support fp16 and bf16 data type")

@@ -144,7 +144,7 @@ def test_a_bf16_model_is_separable_and_gives_its_logits_up_to_their_rounding(tin
     torch.testing.assert_close(signal.head.logits(signal.hidden_NH), expected_NV, atol=0.05, rtol=0.02)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("family", ["llama", "granite", "cohere"])
 def test_attention_that_takes_only_halves_does_not_hide_the_head_of_float32_weights(tiny_model, flash_like, family):
     model = tiny_model(family, attn_implementation=flash_like)
     with pytest.raises(RuntimeError, match="FlashAttention"):
