@@ -3,7 +3,9 @@
 import json
 import time
 
-from benchmarks.gpu.cells import Cell, Where, run_stage
+import pytest
+
+from benchmarks.gpu.cells import Cell, Where, _outcome, run_stage
 from tests.benchmarks import sample_cells
 
 TINY = Where("cpu", is_small=True)
@@ -48,6 +50,20 @@ def test_a_failure_a_crash_and_a_lack_of_memory_or_of_a_package_cost_their_own_c
     statuses = ["measured", "out of memory", *["not measured"] * 2, *["failed"] * 2, "waiting", "waiting"]
     assert outcomes["seen"]["figures"]["statuses"] == statuses
     assert outcomes["last"]["figures"]["double"] == 8
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_a_card_that_is_full_is_a_result_in_whichever_words(message):
+    def measure(where):
+        raise RuntimeError(message)
+
+    assert _outcome(Cell("full", measure, 1), TINY) == {"status": "out of memory", "why": message}
 
 
 def test_a_cell_that_hangs_is_stopped_when_the_stages_time_is_over(tmp_path):

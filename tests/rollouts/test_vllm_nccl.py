@@ -197,6 +197,17 @@ def test_a_failure_of_the_transfer_is_an_error_of_ours(sync, fake, tiny_model, m
         sync.send(tiny_model())
 
 
+def test_a_rank_that_can_not_connect_still_takes_part_in_what_the_others_gather(sync, tiny_model, monkeypatch):
+    gathered = []
+    monkeypatch.setattr("gkd_trainer.rollouts.vllm_nccl.gather_weights", gathered.append)
+    monkeypatch.setattr(sync, "_engines", [])
+    monkeypatch.setattr(sync, "_connected", lambda server: (_ for _ in ()).throw(GKDConfigError("no NCCL")))
+    model = tiny_model()
+    with pytest.raises(GKDConfigError, match="no NCCL"):
+        sync._send(model)
+    assert gathered == [model, model]  # the metadata, and the tensors
+
+
 def test_another_rank_takes_the_name_that_the_server_holds(sync, fake, tiny_model):
     sync.send(tiny_model())
     other = NCCLSync([client(fake)])

@@ -379,3 +379,21 @@ def test_a_search_minimises_the_loss_or_the_users_metrics(make_trainer, token_ro
     assert objective(metrics) == (0.75 if has_own else metrics["eval_loss"])
     trainer.hyperparameter_search(None, len)
     assert searched[1][0] is len
+
+
+def test_another_run_does_not_begin_with_the_checkpoint_of_the_one_before(make_trainer):
+    seen = []
+
+    class Noting(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append(trainer.last_checkpoint)
+
+    trainer = make_trainer(
+        trainer_args={"callbacks": [Noting()]}, max_steps=1, save_strategy="steps", save_steps=1, lmbda=0.0
+    )
+    trainer.train()
+    first = trainer.last_checkpoint
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(first))
+    assert first.name == "checkpoint-1"
+    assert seen == [None, None, first]
