@@ -32,15 +32,14 @@ _TAKES_HALVES = "flash"
 class SeparableHead:
     """A head whose logits were found to be softcap·tanh(scale·(h·Wᵀ + b) / softcap).
 
-    `is_output_hidden`: the forward's output holds one column of the hidden states in place of one of logits, and the
-    loss must include `connection` of it. FSDP needs this, which gathers the weight only inside the forward. `biased`:
-    the model that adds its `final_logits_bias` [1, V] after the head, as BART and Marian do; None if there is none.
+    `is_sharded`: FSDP shards its weight over ranks, and gathers it inside the model's forward. `biased`: the model that
+    adds its `final_logits_bias` [1, V] after the head, as BART and Marian do; None if there is none.
     """
 
     module: nn.Linear
     scale: float
     softcap: float | None
-    is_output_hidden: bool = False
+    is_sharded: bool = False
     biased: nn.Module | None = None
 
     def current(self) -> Head:
@@ -73,7 +72,7 @@ class Context:
         return f"set max_length to {self.limit} or less{scaling}"
 
 
-def find_head(model: nn.Module, *, is_output_hidden: bool = False) -> SeparableHead | InseparableHead:
+def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | InseparableHead:
     """Return the head of a language model, checked against the model's own logits by one forward of four tokens.
 
     The check makes this safe: it reveals anything that an unknown architecture does between hidden states and logits.
@@ -97,9 +96,7 @@ def find_head(model: nn.Module, *, is_output_hidden: bool = False) -> SeparableH
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     biased = model if isinstance(getattr(model, "final_logits_bias", None), Tensor) else None
-    head = SeparableHead(
-        module, _logit_scale(config), None if softcap is None else float(softcap), is_output_hidden, biased
-    )
+    head = SeparableHead(module, _logit_scale(config), None if softcap is None else float(softcap), is_sharded, biased)
     try:
         explains_logits = _explains_logits(model, head)
     except Exception as error:  # a forward that needs more than ids and a mask may raise anything
@@ -129,13 +126,16 @@ def compare(
     batch: TokenBatch,
     head: SeparableHead | InseparableHead,
     comparison: Callable[[StudentSignal], T],
+    *,
+    is_output_hidden: bool = False,
     **forward_kwargs: Any,
 ) -> tuple[T, Any]:
     """Run a model's forward; return `comparison` of its predictions at the scored positions, and the forward's output.
 
     `model` may be wrapped (DDP, FSDP): calling its forward runs the hooks. With a separable head the comparison runs
-    inside the forward, where the head's weight is gathered, and the output holds one column (see SeparableHead); with
-    an inseparable one it holds all logits [B, L, V].
+    inside the forward, where the head's weight is gathered, and the output holds one column of logits; with an
+    inseparable one it holds all logits [B, L, V]. With `is_output_hidden`, or a sharded head, the column is of the
+    hidden states, and the loss must include `connection` of the output.
     """
     if isinstance(head, InseparableHead):
         output = model(**batch.model_inputs, **forward_kwargs)
@@ -144,7 +144,7 @@ def compare(
     def compare_hidden(hidden_BLH: Tensor) -> T:
         return comparison(HiddenSignal(hidden_BLH[batch.rows_N, batch.columns_N], head.current()))
 
-    with _in_place_of(head, compare_hidden) as results:
+    with _in_place_of(head, compare_hidden, is_output_hidden or head.is_sharded) as results:
         output = model(**batch.model_inputs, **forward_kwargs)
     return results[-1], output
 
@@ -228,7 +228,7 @@ def context_of(config: Any) -> Context | None:
 
 
 @contextmanager
-def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T]) -> Iterator[list[T]]:
+def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T], is_output_hidden: bool) -> Iterator[list[T]]:
     module, biased, results = head.module, head.biased, list[T]()
     final_bias_1V: Any = None if biased is None else biased.final_logits_bias
 
@@ -236,7 +236,7 @@ def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T]) -> Iterator[l
         results.append(call(hidden_BLH))
         if biased is not None:  # it would broadcast the column to [B, L, V]
             biased.final_logits_bias = final_bias_1V[:, :1]
-        if head.is_output_hidden:
+        if is_output_hidden:
             # The loss depends on this output: a column of logits would add a second gradient of the weight.
             return hidden_BLH[..., :1]
         bias = None if module.bias is None else module.bias[:1]

@@ -223,7 +223,7 @@ class SelfTeacher(StudentTeacher):
 
 def _kept(signal: StudentSignal, head: SeparableHead | InseparableHead) -> StudentSignal:
     """Return a signal that can be read after the forward: a head that FSDP gathered in it is gone then, so copy it."""
-    if isinstance(signal, LogitsSignal) or isinstance(head, InseparableHead) or not head.is_output_hidden:
+    if isinstance(signal, LogitsSignal) or isinstance(head, InseparableHead) or not head.is_sharded:
         return signal
     whole = signal.head
     bias_V = None if whole.bias_V is None else whole.bias_V.clone()

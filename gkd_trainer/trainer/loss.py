@@ -6,7 +6,7 @@ Shapes: B batch, L length, N tokens trained on, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -129,15 +129,16 @@ def run_student(
     refuse_unread_media(student, batch.model_inputs, "student")
     if keeps_logits and isinstance(head, SeparableHead):
         head = InseparableHead("the caller wants logits")
-    if isinstance(head, SeparableHead) and is_output_awaited and batch.n_scored > 0:
-        # The output is then of hidden states: a zero gradient of the head's whole weight would take memory.
-        head = replace(head, is_output_hidden=True)
     coefficient = router_loss_coefficient(student) if comparison.is_training else 0.0
     forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
-    tokens, outputs = compare(model, batch, head, comparison, **forward_kwargs)
+    # The loss reaches the output by the hidden states: a zero gradient of the head's whole weight would take memory.
+    is_output_hidden = isinstance(head, SeparableHead) and (
+        head.is_sharded or (is_output_awaited and batch.n_scored > 0)
+    )
+    tokens, outputs = compare(model, batch, head, comparison, is_output_hidden=is_output_hidden, **forward_kwargs)
     loss_sum = (tokens.values_N if tokens.loss_N is None else tokens.loss_N).sum()
     # Without tokens to train on the sum is empty, but DDP needs it connected to the head.
-    if batch.n_scored == 0 or (isinstance(head, SeparableHead) and head.is_output_hidden):
+    if batch.n_scored == 0 or is_output_hidden:
         loss_sum = loss_sum + connection(outputs)
     router_loss = router_loss_of(outputs) if coefficient else None
     return StudentOutput(

@@ -183,7 +183,7 @@ def _found_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableH
         return InseparableHead("its weights are sharded over ranks")
     if is_compiled:
         return InseparableHead("its forward is compiled as a whole")
-    head = find_head(base_model(model), is_output_hidden=ranks.sharding is not None)
+    head = find_head(base_model(model), is_sharded=ranks.sharding is not None)
     # Under FSDP only the first rank may have loaded weights; on the others they are zero, for which any head fits.
     if ranks.any(isinstance(head, InseparableHead)) and isinstance(head, SeparableHead):
         return InseparableHead("another rank's head can't be split off")

@@ -117,7 +117,7 @@ def test_the_loss_is_the_same_however_the_head_is_found(run, tiny_model, family)
     divergence_N = reference_jsd(logits_of_two_rows(student), teacher, beta=0.5)
     assert torch.allclose(expected.tokens.values_N.double(), divergence_N, rtol=1e-4)
     assert expected.loss_sum.item() == pytest.approx(divergence_N.sum().item(), rel=1e-5)
-    for head in (InseparableHead("a test"), replace(separable, is_output_hidden=True)):
+    for head in (InseparableHead("a test"), replace(separable, is_sharded=True)):
         output, actual_gradients = run(student, head)
         assert torch.allclose(output.tokens.values_N, expected.tokens.values_N, rtol=1e-5)
         assert_same_gradients(actual_gradients, expected_gradients)
@@ -143,7 +143,7 @@ def test_the_backward_pass_of_a_sharded_head_or_of_no_token_starts_at_the_forwar
     run, tiny_model, is_sharded, inputs
 ):
     student = tiny_model()
-    output, _ = run(student, replace(find_head(student), is_output_hidden=is_sharded), backward=False, **inputs)
+    output, _ = run(student, replace(find_head(student), is_sharded=is_sharded), backward=False, **inputs)
     assert torch.autograd.grad(output.loss_sum, output.outputs.logits)[0].shape[:2] == (2, 5)
 
 

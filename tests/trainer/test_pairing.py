@@ -40,7 +40,7 @@ def test_heads_of_equal_size_are_compared_in_full_and_others_over_the_tokenizers
 def test_a_plain_head_is_split_off_and_nothing_is_logged(tiny_model, byte_level, make_teacher, ranks, caplog):
     student = tiny_model("gemma2")
     pairing = pair(student, make_teacher(), byte_level(), ranks)
-    assert pairing.head == SeparableHead(student.lm_head, 1.0, 3.0, is_output_hidden=False)
+    assert pairing.head == SeparableHead(student.lm_head, 1.0, 3.0, is_sharded=False)
     assert pairing.head_module is student.lm_head
     assert not caplog.records
 
@@ -76,7 +76,7 @@ def test_a_student_cut_by_zero3_is_inseparable_and_one_of_fsdp_marked_as_sharded
     student, teacher = tiny_model(), make_teacher()
     zero3 = pair(student, teacher, byte_level(), sharded(ranks, "zero3"))
     assert zero3.head == InseparableHead("its weights are sharded over ranks")
-    assert pair(student, teacher, byte_level(), sharded(ranks, "fsdp2")).head.is_output_hidden
+    assert pair(student, teacher, byte_level(), sharded(ranks, "fsdp2")).head.is_sharded
 
 
 @pytest.mark.parametrize("other", [0, 1])
