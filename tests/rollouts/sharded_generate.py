@@ -1,7 +1,6 @@
 """One rank of the test of sharded generation: makes calls that need the other rank, and records them."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -39,7 +38,3 @@ def main(folder: Path) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

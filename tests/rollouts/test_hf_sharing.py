@@ -3,15 +3,13 @@
 import functools
 import json
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from gkd_trainer.types import Sampling
+from tests.forks import run_ranks
 from tests.rollouts.conftest import calls_of
 from tests.rollouts.test_hf import PROMPTS, SEEDS, engine_of, token_ids
 
@@ -238,9 +236,8 @@ def test_options_that_read_the_prompt_do_not_see_padding(model, options):
 def test_ranks_of_a_sharded_model_make_the_same_calls(tiny_model, tmp_path, family, calls):
     """Each has prompts of its own, and a rank that made fewer calls would leave the other waiting."""
     tiny_model(family, layers=3).save_pretrained(tmp_path)
-    script = Path(__file__).with_name("sharded_generate.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, str(script), str(tmp_path)], check=True, timeout=240, capture_output=True)
+    process = run_ranks("tests.rollouts.sharded_generate", tmp_path, ranks=2)
+    assert process.returncode == 0, process.stderr
     of_ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [len(result["calls"]) for result in of_ranks] == [len(PROBES) + calls] * 2
     model = tiny_model(family, layers=3)

@@ -1,12 +1,7 @@
 """A small trainer, and rows for it."""
 
 import json
-import os
 import random
-import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +12,10 @@ from safetensors.torch import load_file
 
 from gkd_trainer import GKDConfig, GKDTrainer
 from gkd_trainer.trainer.ranks import Ranks
+from tests.forks import run_ranks
+from tests.trainer.run import main as train
 
 STOP = 2
-RUN = Path(__file__).with_name("run.py")
 
 
 def make_rows(count=16, vocab=360, seed=0, longest=9):
@@ -141,17 +137,9 @@ def full_run(tiny_model):
         (folder / "options.json").write_text(json.dumps(options))
         process = None
         if ranks == 1 and not {"die_at", "die_in_save"} & options.keys():
-            runpy.run_path(str(RUN))["main"](folder)
+            train(folder)
         else:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-            process = subprocess.run(
-                [sys.executable, *launcher, str(RUN), str(folder)],
-                capture_output=True,
-                text=True,
-                timeout=240,
-                check=False,
-                env=os.environ | (environment or {}),
-            )
+            process = run_ranks("tests.trainer.run", folder, ranks=ranks, environment=environment)
         if not (folder / "result.json").exists():
             return None, None, process
         weights = next((folder / "result").glob("*model.safetensors"))  # of an adapter, or of all

@@ -1,4 +1,4 @@
-"""FSDP version 1, which Accelerate runs only on GPUs, around a student: run under torchrun by test_distributed.py."""
+"""FSDP version 1, which Accelerate runs only on GPUs, around a student, in each of two ranks."""
 
 import functools
 import itertools
@@ -79,7 +79,3 @@ def main():
         moved = (expected_BLV - before_BLV).abs().max()
         assert (actual_BLV - expected_BLV).abs().max() < 1e-3 * moved
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

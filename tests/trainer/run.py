@@ -1,15 +1,12 @@
 """One training run in its own process, for tests that need several processes or one that dies.
 
-    python run.py FOLDER
-
-trains the `student` in FOLDER on its `rows.jsonl` with the `teacher` there and the options in `options.json`, and
-writes `result` (weights) and `result.json` (log and evaluation). Under torchrun, every rank runs it.
+`main` trains the `student` in a folder on its `rows.jsonl` with the `teacher` there and the options in `options.json`,
+and writes `result` (weights) and `result.json` (log and evaluation). Of several ranks, each calls it.
 """
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +205,3 @@ def main(folder: Path) -> None:
     trainer.save_model(str(folder / "result"))
     if trainer.is_world_process_zero():
         (folder / "result.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

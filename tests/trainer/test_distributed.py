@@ -1,15 +1,12 @@
 """Two processes over gloo do the same as one."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from datasets import Dataset
 
 from gkd_trainer import FrozenTeacher, GKDConfig
 from gkd_trainer.trainer.caching import cache_predictions
+from tests.forks import run_ranks
 from tests.trainer.conftest import make_rows
 from tests.trainer.run import FSDP
 from tests.versions import CHECKPOINTING, IN_ORDER
@@ -173,9 +170,5 @@ def test_a_teacher_whose_weights_only_the_first_rank_has_is_refused(full_run, tm
 
 
 def test_fsdp_version_1_gives_the_gradients_and_completions_of_an_unsharded_student():
-    script = Path(__file__).with_name("fsdp1.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=240, check=False
-    )
+    process = run_ranks("tests.trainer.fsdp1", ranks=2)
     assert process.returncode == 0, process.stderr
