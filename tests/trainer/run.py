@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from datasets import IterableDataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, training_args
 
 from gkd_trainer import GKDConfig, GKDNumericsError, GKDTrainer, RoutedTeachers, SelfTeacher
 from gkd_trainer.trainer.finite import FiniteCheck
@@ -158,6 +158,7 @@ def main(folder: Path) -> None:
         # Gloo does without the operator that DeepSpeed would compile, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         PartialState(backend="gloo")  # `use_cpu` would switch DeepSpeed off
+        training_args.is_torch_bf16_gpu_available = lambda: True  # and without it, this is asked for
         options["accelerator_config"] = {"use_configured_state": True}
     args = GKDConfig(
         output_dir=str(folder / "run"),

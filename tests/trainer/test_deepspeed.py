@@ -69,6 +69,26 @@ def test_two_ranks_with_a_teacher_by_name_train_like_one(full_run, tiny_model, t
             assert second[metric] == pytest.approx(first[metric], rel=1e-4), metric
 
 
+def test_each_gradient_counts_once_where_halves_accumulate_in_float32(full_run, tiny_model, tmp_path):
+    student = tiny_model(tie_word_embeddings=False)
+    options = {**OPTIONS, "optim": "sgd", "lmbda": 0.0, "bf16": True, "gradient_accumulation_steps": 2, "max_steps": 2}
+    options["learning_rate"] = 1.0  # so that halves' rounding of the weights is small beside their change
+    _, expected, _ = full_run(tmp_path / "one", student=student, per_device_train_batch_size=4, **options)
+    two, actual, process = full_run(
+        tmp_path / "two",
+        ranks=2,
+        student=student,
+        environment=ENVIRONMENT,
+        per_device_train_batch_size=2,
+        deepspeed=zero(1) | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        **options,
+    )
+    assert two is not None, process.stderr
+    start = student.state_dict()
+    moves = [torch.cat([(after[name].float() - start[name]).ravel() for name in start]) for after in (actual, expected)]
+    assert moves[0].norm().item() == pytest.approx(moves[1].norm().item(), rel=0.1)
+
+
 def test_values_that_are_not_finite_end_the_run_before_the_step_that_a_backward_takes(full_run, tmp_path):
     two, _, process = full_run(
         tmp_path / "two",
