@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> None:
     config, cache = options.config, options.cache
     source = options.rows.source()
 
-    from gkd_trainer.data.sources import naming_broken_lines
+    from gkd_trainer.data.sources import in_format, naming_broken_lines
     from gkd_trainer.models.loading import find_processing_class, outline
     from gkd_trainer.teachers import build_teacher
     from gkd_trainer.trainer.caching import cache_predictions
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
     if name is None:
         name = config.teacher_model_name_or_path or ""
         init_kwargs = cast("dict[str, Any] | None", config.teacher_model_init_kwargs)
-    rows = source.load()
+    rows = in_format(source, source.load())
     with refusing_as_configuration(), naming_broken_lines(source):
         manifest = cache_predictions(
             build_teacher(config, trust_remote_code=trusts),

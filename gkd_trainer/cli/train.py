@@ -121,11 +121,14 @@ def require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: b
 
 def _load(train_source: RowSource, eval_source: RowSource | None) -> tuple[Any, Any]:
     """Return the rows to train on and those to evaluate on (or None); warn if they overlap."""
-    train_rows = train_source.load()
+    from gkd_trainer.data.sources import in_format
+
+    loaded = train_source.load()
+    train_rows = in_format(train_source, loaded)
     if eval_source is None:
         return train_rows, None
-    eval_rows = eval_source.load()
-    if train_source.overlaps(train_rows, eval_source):
+    eval_rows = in_format(eval_source, eval_source.load())
+    if train_source.overlaps(loaded, eval_source):
         logger.warning(
             "%s: %s and %s overlap: some rows are both trained on and evaluated on",
             redacted(train_source.name),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,19 @@ NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "
     "prompt) or seq_kd=True (the teacher does), or add completions"
 )
+
+
+def has_format(columns: Iterable[str], text_field: str = "text") -> bool:
+    """Return whether rows with these columns are in a format that is read."""
+    return not {"input_ids", "messages", "conversations", "prompt", text_field}.isdisjoint(columns)
+
+
+def no_format(columns: Iterable[str], text_field: str = "text") -> str:
+    """Return the error for rows in no format that is read."""
+    return (
+        f"expected rows with `messages`, `prompt` (and `completion`), `{text_field}`, or `input_ids` (and `labels`); "
+        f"got the columns {sorted(columns)}: rename them"
+    )
 
 
 @dataclass(frozen=True)
@@ -195,13 +208,10 @@ class RowPreparer:
             )
         elif text_field in filled:
             read = self._text
-        elif any(key in row for key in ("input_ids", "messages", "conversations", "prompt", text_field)):
+        elif has_format(row, text_field):
             raise RowDropped("nothing in any column that is read")
         else:
-            raise GKDDataError(
-                f"expected rows with `messages`, `prompt` (and `completion`), `{text_field}`, or `input_ids` "
-                f"(and `labels`); got the columns {sorted(row)}: rename them, or pass a formatting_func"
-            )
+            raise GKDDataError(f"{no_format(row, text_field)}, or pass a formatting_func")
         if self.tokenizer is None:
             raise GKDDataError(
                 "expected tokenised rows (`input_ids`), since there is no tokenizer; got the columns "

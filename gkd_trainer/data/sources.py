@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gkd_trainer.data.gsm8k import INSTRUCTION, to_conversation
+from gkd_trainer.data.rows import has_format, no_format
 from gkd_trainer.errors import GKDDataError, GKDError
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -151,6 +153,21 @@ class RowSource:
             str(split): [f"{escaped}/{pattern}" for pattern in patterns]
             for split, patterns in get_data_patterns(escaped).items()
         }
+
+
+def in_format(source: RowSource, rows: Any) -> Any:
+    """Return loaded rows in a format of training: GSM8K's become conversations, as for `gkd-trainer compare`.
+
+    Raises GKDDataError for columns that are not read, before any model is loaded.
+    """
+    with naming_broken_lines(source):
+        columns = list(rows.column_names or next(iter(rows), ()))
+    if not columns or has_format(columns):
+        return rows
+    if {"question", "answer"} <= {*columns}:
+        options = {"fn_kwargs": {"instruction": INSTRUCTION}, "remove_columns": ["question", "answer"]}
+        return rows.map(to_conversation, **options)
+    raise GKDDataError(f"--{source.option}: {no_format(columns)}, or train from Python with a formatting_func")
 
 
 @contextmanager

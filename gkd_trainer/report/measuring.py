@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data.gsm8k import INSTRUCTION, is_correct, is_number, to_conversation
+from gkd_trainer.data.rows import has_format, no_format
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.report.fitting import prepared_prompt
@@ -73,11 +74,11 @@ class MeasuredStudent:
 def usable_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return rows in a format of training; GSM8K's own columns become conversations with a GROUND_TRUTH.
 
-    Raises GKDDataError if there are none.
+    Raises GKDDataError if there are none, or some in no format.
     """
     if not rows:
         raise GKDDataError("expected rows to compare on; the data set has none")
-    return [dict(row) if _FORMATS & row.keys() else _of_question(row) for row in rows]
+    return [dict(row) if has_format(row) else _of_question(row) for row in rows]
 
 
 def measured(
@@ -196,14 +197,10 @@ def _both_kls(
     return forward, reverse, {row: maps[0] for row, maps in found.items() if maps}
 
 
-_FORMATS = frozenset({"messages", "prompt", "text", "input_ids"})
-"""Columns of the formats of training."""
-
-
 def _of_question(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of GSM8K as a conversation, and any other question and answer as a prompt and a completion."""
     if not {"question", "answer"} <= row.keys():
-        return dict(row)
+        raise GKDDataError(no_format(row))
     others = {name: value for name, value in row.items() if name not in ("question", "answer")}
     try:
         return {**others, **to_conversation(row, INSTRUCTION)}

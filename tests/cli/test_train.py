@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_trainer.cli import main
-from tests.cli.command import ROWS, exit_of
+from tests.cli.command import ROWS, exit_of, write_rows
 from tests.serving import MAX_MODEL_LENGTH
 
 
@@ -199,6 +199,17 @@ def test_bad_input_exits_1_with_one_message(options, message, pair, data, capsys
     _, separator, told = error.partition("gkd-trainer train: error: ")
     assert separator
     assert message in told
+
+
+def test_unread_columns_are_named_before_any_weights_are_loaded(pair, data, tmp_path, capsys, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("gkd_trainer.trainer.GKDTrainer", load)
+    rows = write_rows(tmp_path / "unread.jsonl", [{"instruction": "Hi", "output": "Ho"}])
+    code, error = exit_of(["train", *pair, *data, "--dataset", str(rows)], capsys)
+    assert code == 1
+    assert "--dataset: expected rows with `messages`" in error
 
 
 def test_an_error_during_a_run_exits_1_and_says_how_to_resume(pair, data, tmp_path, capsys):

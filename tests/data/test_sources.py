@@ -5,8 +5,10 @@ import json
 import datasets
 import pytest
 
-from gkd_trainer.data.sources import RowSource, naming_broken_lines
+from gkd_trainer.data.gsm8k import INSTRUCTION
+from gkd_trainer.data.sources import RowSource, in_format, naming_broken_lines
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.report.measuring import usable_rows
 
 ROWS = [{"prompt": str(number)} for number in range(10)]
 STREAMED = pytest.mark.parametrize("is_streaming", [False, True])
@@ -183,3 +185,28 @@ def test_an_empty_file_is_refused(is_streaming, tmp_path):
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(GKDDataError, match=r"expected at least one row; .* is empty"):
         source(tmp_path / "rows.jsonl", is_streaming=is_streaming).load()
+
+
+@STREAMED
+def test_rows_of_gsm8k_become_the_conversations_that_compare_measures_on(is_streaming, tmp_path):
+    rows = [{"question": f"{n} + 1?", "answer": f"It is #### {n + 1}", "topic": "sums"} for n in range(2)]
+    asked = source(write(tmp_path / "gsm8k.jsonl", rows), is_streaming=is_streaming)
+    assert list(in_format(asked, asked.load())) == [dict(row) | {"topic": "sums"} for row in usable_rows(rows)]
+    assert INSTRUCTION in next(iter(in_format(asked, asked.load())))["messages"][0]["content"]
+
+
+@STREAMED
+@pytest.mark.parametrize("columns", [{"prompt": "hello", "question": "?", "answer": "!"}, {"text": "hello"}])
+def test_rows_in_a_format_of_training_stay_as_they_are(columns, is_streaming, tmp_path):
+    asked = source(write(tmp_path / "rows.jsonl", [columns]), is_streaming=is_streaming)
+    assert list(in_format(asked, asked.load())) == [columns]
+
+
+@STREAMED
+def test_columns_that_are_not_read_are_named(is_streaming, tmp_path):
+    asked = source(write(tmp_path / "rows.jsonl", [{"instruction": "Hi", "output": "Ho"}]), is_streaming=is_streaming)
+    message = (
+        r"--dataset: expected rows with .* got the columns \['instruction', 'output'\]: rename them, or train from"
+    )
+    with pytest.raises(GKDDataError, match=message):
+        in_format(asked, asked.load())

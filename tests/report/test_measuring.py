@@ -151,12 +151,16 @@ def test_a_row_keeps_its_format_of_training_and_its_ground_truth_beside_a_questi
     [
         ([{"prompt": "a"}, {"prompt": ""}], "row 1: "),
         ([{"text": "plain text has no prompt"}], "row 0: "),
-        ([{"unknown": 1}], "row 0: "),
     ],
 )
 def test_a_row_that_can_not_be_completed_is_named(models, rows, message):
     with pytest.raises(GKDDataError, match=message):
         measured(models, "student", rows)
+
+
+def test_rows_in_no_format_are_refused():
+    with pytest.raises(GKDDataError, match=r"got the columns \['unknown'\]: rename them"):
+        usable_rows([{"unknown": 1}])
 
 
 def test_no_rows_are_refused():
