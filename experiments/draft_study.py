@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from experiments.arms import ARMS, is_timed
+from experiments.arms import ARMS, DECISIVE, is_timed
 from experiments.measures import Remembering, compared, completions
 from experiments.studies import Grid, Run, Study, made_once
 from experiments.training import Setting, trained
@@ -67,7 +67,7 @@ class DraftStudy(Study):
     def runs(self, grid: Grid) -> list[Run]:
         """Return a few arms with one seed, or all with three."""
         if grid == "small":
-            return [Run(arm, 0, STEPS // 3, {}) for arm in ("sft", "fresh-forward", "own-forward")]
+            return [Run(arm, 0, STEPS // 3, {}) for arm in DECISIVE]
         runs = [Run(arm, seed, STEPS, {}) for seed in range(3) for arm in ARMS]
         return sorted(runs, key=lambda run: is_timed(run.arm))
 

@@ -7,7 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ class Lines:
         return next((line for line in self.read() if all(line.get(name) == value for name, value in key.items())), None)
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Append a result, with the versions that it was obtained with, and flush it to the disk."""
+        """Append a result, with the versions that it was obtained with and the time, and flush it to the disk."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -46,7 +49,12 @@ class Lines:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line that was cut short stays apart
                     file.write(b"\n")
-            file.write(json.dumps({**result, "versions": versions()}).encode() + b"\n")
+            made = {
+                "versions": versions(),
+                "commit": commit(),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            file.write(json.dumps({**result, **made}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -55,3 +63,14 @@ def versions() -> dict[str, str]:
     """Return the versions that results may depend on."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
+
+
+@cache
+def commit() -> str | None:
+    """Return the commit of this code, "-dirty" behind it if files differ from it; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

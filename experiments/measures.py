@@ -55,11 +55,12 @@ def compared(
     pad_token_id: int,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Return the means over the completions' tokens of both KLs, the acceptance, the agreement and the entropy.
+    """Return the means over the completions' tokens of both KLs, the acceptance, the agreement and both entropies.
 
     `forward_kl` is KL(teacher‖student) and `reverse_kl` KL(student‖teacher), in nats; `acceptance` is Σ min(p, q).
     """
-    sums = dict.fromkeys(("forward_kl", "reverse_kl", "acceptance", "agreement", "student_entropy"), 0.0)
+    names = ("forward_kl", "reverse_kl", "acceptance", "agreement", "student_entropy", "teacher_entropy")
+    sums = dict.fromkeys(names, 0.0)
     count = 0
     for start in range(0, len(rows), batch_size):
         inputs, labels_BL = padded(rows[start : start + batch_size], pad_token_id)
@@ -73,6 +74,7 @@ def compared(
         sums["acceptance"] += float(forward.acceptance_N.double().sum())
         sums["agreement"] += float(forward.agrees_N.double().sum())
         sums["student_entropy"] += float(forward.student_entropy_N.double().sum())
+        sums["teacher_entropy"] += float(forward.teacher_entropy_N.double().sum())
         count += len(student_NV)
     return {name: total / max(1, count) for name, total in sums.items()}
 

@@ -33,15 +33,11 @@ def write_report(study: Study, results: Sequence[Result], folder: Path) -> Path:
         parts += [
             f"## {title}",
             "",
-            "Means over seeds, after the same number of steps (`sft-longer` takes more).",
+            "Means over seeds, after the same number of steps (`sft-longer` takes more); tokens are those learnt from.",
             "",
             *table_of_ends(study, group),
             "",
-            f"The same after {limit:.0f} s of processor time, interpolated between two measurements; an arm that takes "
-            "less is shown at its end.",
-            "",
-            *table_of_ends(study, group, limit),
-            "",
+            *(() if limit is None else _section_at(study, group, limit)),
             *(line for measure in study.decisive for line in _section_of_differences(study, group, limit, measure)),
             *(line for measure in study.kinds for line in _section_of_kinds(study, group, measure)),
         ]
@@ -52,7 +48,17 @@ def write_report(study: Study, results: Sequence[Result], folder: Path) -> Path:
     return file
 
 
-def _section_of_differences(study: Study, group: Group, limit: float, measure: str) -> list[str]:
+def _section_at(study: Study, group: Group, limit: float) -> list[str]:
+    return [
+        f"The same after {limit:.0f} s of processor time, interpolated between two measurements; an arm that takes "
+        "less is shown at its end.",
+        "",
+        *table_of_ends(study, group, limit),
+        "",
+    ]
+
+
+def _section_of_differences(study: Study, group: Group, limit: float | None, measure: str) -> list[str]:
     return [
         f"Differences in {study.measures[measure]}, paired by seed and prompt, with 95 % intervals; by chance, one in "
         "twenty would miss 0.",
@@ -80,11 +86,19 @@ def _section_of_kinds(study: Study, group: Group, measure: str) -> list[str]:
 
 
 def grouped(results: Sequence[Result]) -> dict[tuple[tuple[str, int], ...], Group]:
-    """Return results by the number of steps and what else varies, then by arm and seed."""
+    """Return results by the number of steps and what else varies, then by arm and seed.
+
+    Raises ValueError for two results of one run: which of them counts?
+    """
     found: dict[tuple[tuple[str, int], ...], dict[str, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for result in results:
         factors = {**result["factors"], "steps": result["steps"]}
-        found[tuple(factors.items())][result["arm"]][result["seed"]] = result
+        by_seed = found[tuple(factors.items())][result["arm"]]
+        if result["seed"] in by_seed:
+            raise ValueError(
+                f"two results of {result['arm']}, seed {result['seed']}, {factors}: delete one of the lines"
+            )
+        by_seed[result["seed"]] = result
     return {factors: _with_start(group) for factors, group in found.items()}
 
 
@@ -99,10 +113,13 @@ def _with_start(group: Group) -> Group:
     return {arm: ({START: start} | group)[arm] for arm in (TEACHER, START, *ARMS) if arm == START or arm in group}
 
 
-def common_time(group: Group) -> float:
-    """Return the time, in seconds, at which arms are compared: what supervised KD on the data takes for its steps."""
-    reference = group.get("fixed-forward") or group[next(reversed(group))]
-    return float(np.median([result["points"][-1]["cpu_seconds"] for result in reference.values()]))
+def common_time(group: Group) -> float | None:
+    """Return the time, in seconds, at which arms are compared: what `fixed-forward` takes, the median of its seeds.
+
+    None if that is not there.
+    """
+    reference = group.get("fixed-forward", {}).values()
+    return float(np.median([result["points"][-1]["cpu_seconds"] for result in reference])) if reference else None
 
 
 def point_of(result: Result, limit: float | None = None) -> Mapping[str, Any]:
@@ -131,14 +148,16 @@ def _between(value: Any, later: Any, share: float) -> Any:
 
 def table_of_ends(study: Study, group: Group, limit: float | None = None) -> list[str]:
     """Return the rows of a table of the measures by arm."""
-    titles = ["arm", "learns from", "seeds", "steps", "s", *study.measures.values()]
+    titles = ["arm", "learns from", "seeds", "steps", "tokens", "s", *study.measures.values()]
     rows = []
     for arm, by_seed in group.items():
         points = [point_of(result, limit) for result in by_seed.values()]
-        steps, seconds = (np.mean([point[name] for point in points]) for name in ("step", "cpu_seconds"))
+        steps, tokens, seconds = (
+            np.mean([point[name] for point in points]) for name in ("step", "tokens", "cpu_seconds")
+        )
         values = [_mean([point.get(name) for point in points]) for name in study.measures]
         description = ARMS[arm].description if arm in ARMS else ""
-        rows.append([arm, description, str(len(points)), f"{steps:.0f}", f"{seconds:.0f}", *values])
+        rows.append([arm, description, str(len(points)), f"{steps:.0f}", f"{tokens:.0f}", f"{seconds:.0f}", *values])
     return table(titles, rows)
 
 
@@ -148,15 +167,16 @@ def _mean(values: Sequence[float | None]) -> str:
     return f"{np.mean(known):.3f}" if known else "–"
 
 
-def table_of_differences(group: Group, limit: float, measure: str) -> list[str]:
-    """Return the rows of a table of paired differences at equal steps and at equal time."""
+def table_of_differences(group: Group, limit: float | None, measure: str) -> list[str]:
+    """Return the rows of a table of paired differences at equal steps and, with a limit, at equal time."""
     rows = []
+    columns = {"equal steps": None} | ({} if limit is None else {"equal time": limit})
     for arm, control in PAIRS:
         seeds = sorted(group.get(arm, {}).keys() & group.get(control, {}).keys())
         if not seeds:
             continue
         cells = []
-        for at in (None, limit):
+        for at in columns.values():
             differences_SP = np.array(
                 [
                     np.subtract(*(point_of(group[name][seed], at)["by_prompt"][measure] for name in (arm, control)))
@@ -166,7 +186,7 @@ def table_of_differences(group: Group, limit: float, measure: str) -> list[str]:
             low, high = interval(differences_SP)
             cells.append(f"{differences_SP.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         rows.append([f"{arm} − {control}", str(len(seeds)), *cells])
-    return table(["pair", "seeds", "equal steps", "equal time"], rows)
+    return table(["pair", "seeds", *columns], rows)
 
 
 def interval(differences_SP: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -205,7 +225,10 @@ def plot(study: Study, group: Group, title: str, file: Path) -> None:
     arms = [(arm, by_seed) for arm, by_seed in group.items() if arm in ARMS]
     for axes, measure in zip(all_axes[:, 0], study.decisive, strict=True):
         for arm, by_seed in arms:
-            curves = [result["points"] for result in by_seed.values()]
+            # Of two measurements before training, the later one comes after the teacher has sampled.
+            curves = [
+                list({point["step"]: point for point in result["points"]}.values()) for result in by_seed.values()
+            ]
             seconds, values = (
                 np.mean([[point[name] for point in curve] for curve in curves], axis=0)
                 for name in ("cpu_seconds", measure)

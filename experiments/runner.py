@@ -12,12 +12,13 @@ from pathlib import Path
 
 import datasets
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from experiments.arms import ARMS, TEACHER, is_timed
 from experiments.draft_study import DraftStudy
 from experiments.errand_study import ErrandStudy
-from experiments.lines import Lines
+from experiments.lines import Lines, commit
 from experiments.studies import Run, Study
 from experiments.training import trained
 
@@ -26,6 +27,17 @@ STUDIES = ("errands", "drafts")
 
 def run_all(options: argparse.Namespace, name: str) -> None:
     """Run what is missing of a study, in several processes of one thread each."""
+    options.results.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(options.results / f"{name}.lock", blocking=False):
+            _run_missing(options, name)
+    except Timeout:
+        raise SystemExit(
+            f"another process is adding to {options.results / name}.jsonl: wait for it, or end it"
+        ) from None
+
+
+def _run_missing(options: argparse.Namespace, name: str) -> None:
     console, lines, study = Console(), Lines(options.results / f"{name}.jsonl"), study_of(options, name)
     runs = [run for run in study.runs(options.grid) if lines.find(**run.key) is None]
     console.print(f"{name}: {len(runs)} runs to do")
@@ -42,6 +54,7 @@ def _begin_process() -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     logging.disable(logging.WARNING)
+    commit()  # of the code that this process runs, whatever is committed meanwhile
 
 
 def do(options: argparse.Namespace, name: str, run: Run) -> Run:

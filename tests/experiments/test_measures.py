@@ -31,6 +31,7 @@ def test_means_over_tokens_are_those_of_plain_torch(tiny_model):
             sums["acceptance"] += float(torch.minimum(log_p_V.exp(), log_q_V.exp()).sum())
             sums["agreement"] += float(log_p_V.argmax() == log_q_V.argmax())
             sums["student_entropy"] -= float((log_q_V.exp() * log_q_V).sum())
+            sums["teacher_entropy"] -= float((log_p_V.exp() * log_p_V).sum())
             count += 1
     assert found == pytest.approx({name: total / count for name, total in sums.items()}, rel=1e-4)
 

@@ -15,6 +15,7 @@ def result(arm, seed, curve, by_prompt, steps=20):
     points = [
         {
             "step": step,
+            "tokens": 8 * step,
             "seconds": seconds,
             "cpu_seconds": seconds,
             "success": value,
@@ -35,7 +36,7 @@ RESULTS = [
 
 def test_arms_are_compared_at_the_time_that_supervised_training_takes():
     [group] = grouped(RESULTS).values()
-    assert common_time(group) == 11.0
+    assert common_time(group) == 11.0  # between those of two seeds
     assert point_of(group["own-forward"][0], 15.0)["success"] == pytest.approx(0.75)  # halfway between two
     assert point_of(group["own-forward"][1], 15.0)["success"] == pytest.approx(0.35)
     assert point_of(group["own-forward"][1], 15.0)["step"] == 5
@@ -53,10 +54,10 @@ def test_a_measure_that_one_of_two_points_lacks_is_not_interpolated():
 
 def test_a_measure_that_only_some_seeds_have_is_their_mean_in_a_table():
     study = Namespace(measures={"success": "success", "greedy_4": "greedy", "sampled_4": "sampled"})
-    points = [{"step": 1, "cpu_seconds": 1.0, "success": seed / 2} for seed in range(3)]
+    points = [{"step": 1, "tokens": 9, "cpu_seconds": 1.0, "success": seed / 2} for seed in range(3)]
     points[0]["greedy_4"] = 2.5
     group = {"sft": {seed: {"points": [point]} for seed, point in enumerate(points)}}
-    assert table_of_ends(study, group)[2].endswith("| 3 | 1 | 1 | 0.500 | 2.500 | – |")
+    assert table_of_ends(study, group)[2].endswith("| 3 | 1 | 9 | 1 | 0.500 | 2.500 | – |")
 
 
 def test_results_of_other_numbers_of_steps_are_not_mixed_in():
@@ -77,11 +78,32 @@ def test_a_report_has_both_tables_and_the_paired_difference(tmp_path):
     text = write_report(STUDY, RESULTS, tmp_path).read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     ends = [row for row in rows if row[0] == "own-forward"]
-    assert [(row[3], row[5]) for row in ends] == [("20", "0.850"), ("7", "0.457")]
+    assert [(row[3], row[4], row[6]) for row in ends] == [("20", "160", "0.850"), ("7", "57", "0.457")]
     [difference] = [row for row in rows if row[0] == "own-forward − fixed-forward"]
     assert difference[1] == "2"
     assert difference[2].startswith("+0.500 [")
     assert (tmp_path / "toy-width8-steps20.png").stat().st_size > 1000
+
+
+def test_without_the_arm_that_sets_it_nothing_is_compared_at_equal_time(tmp_path):
+    teacher = result("teacher", 0, [(0, 0.0, 0.99)], [1, 1, 1, 1])
+    for results in ([teacher], [teacher, RESULTS[2]]):  # as far as an interrupted run may have come
+        text = write_report(STUDY, results, tmp_path).read_text()
+        assert "| teacher |" in text
+        assert "processor time" not in text
+        assert "equal time" not in text
+
+
+def test_curves_of_which_some_have_two_measurements_before_training_are_drawn(tmp_path):
+    curve = [(0, 0.0, 0.1), (10, 5.0, 0.4)]
+    results = [result("seq-kd", 0, curve, [1]), result("seq-kd", 1, [curve[0], (0, 3.0, 0.1), (10, 8.0, 0.4)], [1])]
+    write_report(STUDY, results, tmp_path)
+    assert (tmp_path / "toy-width8-steps20.png").stat().st_size > 1000
+
+
+def test_two_lines_for_one_run_are_refused():
+    with pytest.raises(ValueError, match=r"two lines for own-forward, seed 1, .*: delete one of them"):
+        grouped([*RESULTS, RESULTS[-1]])
 
 
 def test_a_measure_is_also_shown_by_the_kind_of_prompt(tmp_path):

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from experiments import errand_study, runner
 from experiments.arms import ARMS, is_timed
@@ -63,6 +64,13 @@ def test_a_run_with_a_result_is_not_done_again(options, monkeypatch):
     monkeypatch.setattr(runner, "do", lambda options, name, run: done.append(run) or run)
     runner.run_all(options, "errands")
     assert done == runs[1:]
+
+
+def test_a_second_process_does_not_add_to_the_same_results(options, monkeypatch):
+    monkeypatch.setattr(errand_study.ErrandStudy, "runs", lambda self, grid: [])
+    runner.run_all(options, "errands")
+    with FileLock(options.results / "errands.lock"), pytest.raises(SystemExit, match=r"errands\.jsonl: wait for it"):
+        runner.run_all(options, "errands")
 
 
 class _Pool(contextlib.nullcontext):
