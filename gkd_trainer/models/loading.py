@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoConfig,
@@ -330,6 +330,21 @@ def refuse_frozen(model: nn.Module) -> None:
             "no parameter of the student requires a gradient, so nothing would be trained. An adapter loaded from a "
             "folder is frozen: pass peft.AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)"
         )
+
+
+def refuse_packed_by_forwards(model: nn.Module) -> None:
+    """Raise GKDConfigError for a student in 4 bit on a CPU on which bitsandbytes repacks its weights.
+
+    On CPUs with AVX512-BF16, the first forward in eval mode without gradients (a rollout, an evaluation) does so for
+    good, and the product with repacked weights has no backward: the adapters would get no gradients, without an error.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if getattr(module, "support_avx512bf16_for_cpu", False) and isinstance(weight, Tensor) and weight.is_cpu:
+            raise GKDConfigError(
+                "the student is in 4 bit on a CPU, where bitsandbytes repacks the weights in the first forward without "
+                "gradients, and computes no gradients from then on: load it in 8 bit or unquantised, or train on a GPU"
+            )
 
 
 def disable_dropout(model: nn.Module) -> None:

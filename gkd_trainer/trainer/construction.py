@@ -29,6 +29,7 @@ from gkd_trainer.models.loading import (
     load_student,
     name_of,
     refuse_frozen,
+    refuse_packed_by_forwards,
     refuse_prompt_learning,
     uncompiled,
     wrap_in_adapter,
@@ -399,7 +400,7 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         is_trained: Whether there is a training set.
 
     Raises:
-        GKDConfigError: Its adapter adds virtual tokens, or it must be trained but is frozen.
+        GKDConfigError: Its adapter adds virtual tokens, or it must be trained but is frozen or would get no gradients.
         GKDTeacherError: It shares weights with the teacher.
     """
     refuse_prompt_learning(model)
@@ -410,6 +411,7 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         )
     if is_trained:
         refuse_frozen(model)
+        refuse_packed_by_forwards(model)
 
 
 def _have_weights_in_common(teacher: nn.Module | None, student: nn.Module) -> bool:

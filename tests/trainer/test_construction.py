@@ -1,10 +1,12 @@
 """The arguments of a trainer: completed, checked, and passed on to the extended trainer."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -347,6 +349,17 @@ def test_a_frozen_student_is_refused_only_for_training(tiny_model):
     teacher, student = FrozenTeacher(tiny_model(seed=1)), tiny_model().requires_grad_(False)
     refuse_student(student, teacher, is_trained=False)
     with pytest.raises(GKDConfigError, match="no parameter of the student requires a gradient"):
+        refuse_student(student, teacher, is_trained=True)
+
+
+@pytest.mark.parametrize("repacks", [True, False])
+def test_a_4_bit_student_is_not_trained_on_a_cpu_where_forwards_repack_its_weights(tiny_model, repacks):
+    teacher, student = FrozenTeacher(tiny_model(seed=1)), tiny_model()
+    layer = bitsandbytes.nn.Linear4bit(32, 32, bias=False)
+    layer.support_avx512bf16_for_cpu = repacks  # a property of the CPU
+    student.model.layers[0].self_attn.q_proj = layer
+    refuse_student(student, teacher, is_trained=False)
+    with pytest.raises(GKDConfigError, match="4 bit on a CPU.* in 8 bit or unquant") if repacks else nullcontext():
         refuse_student(student, teacher, is_trained=True)
 
 
