@@ -31,6 +31,9 @@ from gkd_trainer.types import prompt_length
 
 logger = logging.getLogger(__name__)
 
+_SPLITTING = ("wrapped", "bfd_split", "bfd-requeue")
+"""Packing strategies that continue a row beyond max_length in another sequence, so it must not be cut before."""
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -93,10 +96,10 @@ class Preparation:
         return self._packed(dataset, name, is_training)
 
     def _rules(self, is_training: bool) -> RowRules:
-        args = self.args
+        args: Any = self.args
         return RowRules(
             stop_ids=self.stop_ids,
-            max_length=args.max_length,
+            max_length=None if self._packs(is_training) and args.packing_strategy in _SPLITTING else args.max_length,
             max_new_tokens=args.max_new_tokens,
             train_on=args.train_on,
             is_generating=args.generates or (args.eval_on_policy and not is_training),
@@ -107,11 +110,15 @@ class Preparation:
             is_encoder_decoder=self.is_encoder_decoder,
         )
 
-    def _packed(self, dataset: Any, name: str, is_training: bool) -> Any:
+    def _packs(self, is_training: bool) -> bool:
         args: Any = self.args  # of trl.SFTConfig
-        packs = getattr(args, "packing", False)
         if not is_training and getattr(args, "eval_packing", None) is not None:
-            packs = args.eval_packing
+            return bool(args.eval_packing)
+        return bool(getattr(args, "packing", False))
+
+    def _packed(self, dataset: Any, name: str, is_training: bool) -> Any:
+        args: Any = self.args
+        packs = self._packs(is_training)
         joins = "packing" if packs else "padding_free" if getattr(args, "padding_free", False) else None
         if joins is not None and TEACHER_PROMPT_IDS in (getattr(dataset, "column_names", None) or ()):
             raise GKDConfigError(

@@ -180,6 +180,16 @@ def test_rows_are_packed_as_sfttrainers_options_say(options, is_training, rows):
         assert "note" not in made.column_names
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_packing_keeps_the_tokens_beyond_max_length_if_its_strategy_splits_rows(strategy, is_training):
+    row = {"input_ids": [*range(5, 45)], "labels": [*range(5, 45)]}
+    made = preparation(packing=is_training, eval_packing=not is_training, packing_strategy=strategy)
+    ids = ids_of(made.prepared(Dataset.from_list([row] * 2), "set", is_training=is_training))
+    assert max(map(len, ids)) == 16
+    assert sum(map(len, ids)) == (2 * 16 if strategy == "bfd" else 2 * 40)
+
+
 def test_the_longest_row_counts_its_tokens_and_the_prompts_that_are_completed():
     rows = Dataset.from_list([prompt_of_length(9), BOTH, PROMPT_ALONE])
     assert longest_row(rows, 20, is_generating=False) == LongestRow(10, 22)
@@ -251,7 +261,7 @@ def test_rows_that_can_not_be_packed_are_refused():
             return [BOTH][index]
 
     with pytest.raises(GKDConfigError, match=r"set: packing joins the rows of a datasets\.Dataset.*got Rows: convert"):
-        preparation(packing=True).prepared(Rows(), "set")
+        preparation(packing=True, packing_strategy="bfd").prepared(Rows(), "set")
 
 
 def test_a_batch_without_labels_is_refused_with_what_it_holds():
