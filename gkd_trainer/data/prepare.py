@@ -40,6 +40,7 @@ _KEY_COLUMNS = {side.name for side in SIDE_TENSORS.values() if side.is_column an
 """The columns of integers that a batch carries with its tokens."""
 
 _N_REASONS_SHOWN = 8
+_N_ROWS_SHOWN = 10
 
 
 def prepare_dataset(
@@ -53,6 +54,7 @@ def prepare_dataset(
     name: str = "train",
     route: TeacherRoute | None = None,
     teacher_prompts: TeacherPrompts | None = None,
+    needs_all: bool = False,
 ) -> Any:
     """Turn rows of any of the usual formats into token ids and labels.
 
@@ -67,6 +69,7 @@ def prepare_dataset(
         name: the dataset's name in the log and on the progress bar.
         route: how a row gets one of several teachers; its index becomes the column TEACHER_INDEX.
         teacher_prompts: how a column `teacher_prompt` becomes token ids; by default by the same tokenizer.
+        needs_all: raise for rows that can't be used, instead of leaving them out; a stream raises when it reaches one.
 
     Returns:
         A dataset of the same kind (a list becomes a `Dataset`) with the columns `input_ids` and `labels`
@@ -78,8 +81,9 @@ def prepare_dataset(
         SIDE_TENSORS such as ROW_KEY are kept, as int64.
 
     Raises:
-        GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used, a row's
-            value of a side tensor is not an integer, or a row names no teacher of `route`.
+        GKDDataError: the format can't be used with these rules or this tokenizer, no row can be used (or not all of
+            them, with `needs_all`), a row's value of a side tensor is not an integer, or a row names no teacher of
+            `route`.
 
     """
     if isinstance(dataset, list):
@@ -88,8 +92,8 @@ def prepare_dataset(
         preparer = RowPreparer.create(tokenizer, rules, formatting_func, images=images, teacher_prompts=teacher_prompts)
         prepare = _PrepareRow(preparer, route, True, name)
         if isinstance(dataset, Dataset):
-            return _prepare_map_style(dataset, prepare, num_proc)
-        return _prepare_iterable(dataset, prepare)
+            return _prepare_map_style(dataset, prepare, num_proc, needs_all)
+        return _prepare_iterable(dataset, prepare, needs_all)
     if not isinstance(dataset, Mapping) and _is_tokenised(dataset) and formatting_func is None:
         if route is not None and TEACHER_INDEX not in next(iter(dataset)):
             raise GKDDataError(
@@ -114,6 +118,7 @@ class _PrepareRow:
     is_refusal_raised: bool
     name: str
     has_teacher_prompts: bool = False
+    is_drop_raised: bool = False
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
@@ -127,7 +132,10 @@ class _PrepareRow:
                 if self.is_refusal_raised:
                     raise GKDDataError(f"{self.name}: row {index}: {refusal}") from refusal
                 return {**self._dropped(str(refusal), 0), TEACHER_INDEX: -1}
-        return {**self._prepared(row), **teacher}
+        prepared = self._prepared(row)
+        if self.is_drop_raised and prepared[_PROBLEM]:
+            raise GKDDataError(_not_all(self.name, [index], prepared[_PROBLEM]))
+        return {**prepared, **teacher}
 
     def _prepared(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -194,7 +202,7 @@ class _KeepUsable:
         return True
 
 
-def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None) -> Any:
+def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None, needs_all: bool) -> Any:
     preparer, name = prepare.preparer, prepare.name
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
@@ -213,6 +221,9 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None)
         raise GKDDataError(_none_left(name, len(dataset), counts, notes[_NEEDED_LENGTH], preparer.rules))
     if counts:
         n_dropped, reasons = counts.total(), _reasons(counts)
+        if needs_all:
+            unusable = [i for i, problem in enumerate(notes[_PROBLEM]) if problem]
+            raise GKDDataError(_not_all(name, unusable, reasons))
         logger.warning("%s: %d of %d rows dropped: %s", name, n_dropped, len(dataset), reasons)
         mapped = mapped.select(usable)
     n_promptless = sum(notes[_N_PROMPT][i] == 0 for i in usable)
@@ -230,16 +241,16 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None)
     return mapped.remove_columns(_BOOKKEEPING)
 
 
-def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
+def _prepare_iterable(dataset: Any, prepare: _PrepareRow, needs_all: bool) -> Any:
     preparer, name = prepare.preparer, prepare.name
     # The first row decides now whether the format can be used; later, during training, rows are only dropped.
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(first))
+    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(first), is_drop_raised=needs_all)
     prepare(first, 0)
     features = None if dataset.features is None else _features(dataset, prepare)
-    mapped = dataset.map(replace(prepare, is_refusal_raised=False), with_indices=True, features=features)
+    mapped = dataset.map(replace(prepare, is_refusal_raised=needs_all), with_indices=True, features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
     return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
 
@@ -278,6 +289,14 @@ def _reasons(counts: Counter[str]) -> str:
     shown = [f"{n} {reason}" for reason, n in counts.most_common(_N_REASONS_SHOWN)]
     n_others = counts.total() - sum(n for _, n in counts.most_common(_N_REASONS_SHOWN))
     return ", ".join([*shown, f"{n_others} for other reasons"] if n_others else shown)
+
+
+def _not_all(name: str, unusable: list[int], reasons: str) -> str:
+    shown = ", ".join(map(str, unusable[:_N_ROWS_SHOWN])) + (", …" if len(unusable) > _N_ROWS_SHOWN else "")
+    return (
+        f"{name}: expected that each row can be used, so that predictions line up with them; got {reasons} (row "
+        f"{shown}, from 0): correct or remove {'it' if len(unusable) == 1 else 'them'}"
+    )
 
 
 def _none_left(name: str, n_rows: int, counts: Counter[str], needed_lengths: list[int], rules: RowRules) -> str:

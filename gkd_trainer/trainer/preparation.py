@@ -58,19 +58,20 @@ class Preparation:
     route: TeacherRoute | None = None
     teacher_prompts: TeacherPrompts | None = None
 
-    def prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
+    def prepared(self, dataset: Any, name: str, *, is_training: bool = False, is_test: bool = False) -> Any:
         """Return a data set of token ids and labels.
 
         Args:
             dataset: Rows of a format that GKDMixin lists.
             name: The data set's name in errors and the log.
             is_training: Whether to train on it: then a row needs the parts that the options train on.
+            is_test: Whether to predict on it: then it keeps its rows and their order, without room for completions.
 
         Raises:
-            GKDDataError: None of its rows can be used.
+            GKDDataError: None of its rows can be used, or with `is_test`, not all of them.
             GKDConfigError: A row is longer than the context of student or teacher.
         """
-        rules = self._rules(is_training)
+        rules = self._rules(is_training, is_test)
         dataset = prepare_dataset(
             dataset,
             self.tokenizer if self.images is None else self.images.tokenizer,
@@ -81,6 +82,7 @@ class Preparation:
             name=name,
             route=self.route,
             teacher_prompts=self.teacher_prompts,
+            needs_all=is_test,
         )
         if self.args.max_length is None and self.shorter is not None and isinstance(dataset, datasets.Dataset):
             longest = longest_row(
@@ -93,16 +95,17 @@ class Preparation:
         if not is_training and self.has_ranks and not hasattr(dataset, "__len__"):
             # Without a length, ranks pad their last batch with samples that would be counted twice.
             dataset = list(dataset)
-        return self._packed(dataset, name, is_training)
+        return dataset if is_test else self._packed(dataset, name, is_training)
 
-    def _rules(self, is_training: bool) -> RowRules:
+    def _rules(self, is_training: bool, is_test: bool) -> RowRules:
         args: Any = self.args
+        splits = not is_test and self._packs(is_training) and args.packing_strategy in _SPLITTING
         return RowRules(
             stop_ids=self.stop_ids,
-            max_length=None if self._packs(is_training) and args.packing_strategy in _SPLITTING else args.max_length,
+            max_length=None if splits else args.max_length,
             max_new_tokens=args.max_new_tokens,
             train_on=args.train_on,
-            is_generating=args.generates or (args.eval_on_policy and not is_training),
+            is_generating=(args.generates and not is_test) or (args.eval_on_policy and not is_training),
             needs_completion=is_training and not (args.is_always_on_policy or args.seq_kd),
             needs_prompt=is_training and args.is_always_on_policy,
             text_field=getattr(args, "dataset_text_field", "text"),

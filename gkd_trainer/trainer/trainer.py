@@ -263,14 +263,14 @@ class GKDMixin(AnyTrainer):
         if self.args.disable_dropout:
             disable_dropout(model)
 
-    def _prepared(self, dataset: Any, name: str, *, is_training: bool = False) -> Any:
+    def _prepared(self, dataset: Any, name: str, **use: bool) -> Any:
         if is_stream(dataset):
             # Each rank reads its own share: Accelerate would concatenate batches of unequal length on one rank.
             self.args.accelerator_config.dispatch_batches = False
             self.accelerator.dataloader_config.dispatch_batches = False
         if not self._prepares_rows:
             return dataset
-        return self._preparation.prepared(dataset, name, is_training=is_training)
+        return self._preparation.prepared(dataset, name, **use)
 
     generalized_jsd_loss = staticmethod(trl_generalized_jsd_loss)
     generate_on_policy_outputs = staticmethod(generate_on_policy_outputs)
@@ -336,8 +336,11 @@ class GKDMixin(AnyTrainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the loader of a test set, with its rows prepared."""
-        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+        """Return the loader of a test set, with its rows prepared.
+
+        Raises GKDDataError if not all rows can be used: predictions would not line up with them.
+        """
+        return super().get_test_dataloader(self._prepared(test_dataset, "test", is_test=True))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh student from `model_init`, adapted like one that was passed."""

@@ -57,6 +57,20 @@ def test_dropped_rows_are_counted_by_reason_in_one_line(byte_level, mixing, capl
     ]
 
 
+def test_rows_that_can_not_be_used_are_named_where_all_are_needed(byte_level, mixing):
+    expected = r"test: expected that each row can be used, .*; got 2 prompt longer .*, 1 empty completion \(row 2, 3, 5"
+    with pytest.raises(GKDDataError, match=expected):
+        prepare_dataset(ROWS, byte_level(), mixing, name="test", needs_all=True)
+    assert len(prepare_dataset(ROWS[:2], byte_level(), mixing, needs_all=True)) == 2
+    for source in (iterable(ROWS), Dataset.from_list(ROWS).to_iterable_dataset(num_shards=2)):
+        streamed = prepare_dataset(source, byte_level(), mixing, name="test", needs_all=True)
+        for _ in range(2):
+            with pytest.raises(
+                GKDDataError, match=r"test: .*; got empty completion \(row 2, from 0\): correct or remove"
+            ):
+                list(streamed)
+
+
 TWO_ANSWERS = {"messages": [*conversation("one")["messages"], {"role": "assistant", "content": "two"}]}
 
 

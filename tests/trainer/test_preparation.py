@@ -34,7 +34,7 @@ def preparation(tokenizer=None, stop_ids=frozenset({STOP}), vocab_size=368, has_
     rest = {name: options.pop(name, None) for name in ("formatting_func", "shorter")}
     extra = {
         name: options.pop(name)
-        for name in ("packing", "eval_packing", "packing_strategy", "padding_free")
+        for name in ("packing", "eval_packing", "packing_strategy", "padding_free", "shuffle_dataset", "seed")
         if name in options
     }
     args = GKDArguments(**{"lmbda": 0.0, "max_length": 16, "max_new_tokens": 4, **options})
@@ -188,6 +188,28 @@ def test_packing_keeps_the_tokens_beyond_max_length_if_its_strategy_splits_rows(
     ids = ids_of(made.prepared(Dataset.from_list([row] * 2), "set", is_training=is_training))
     assert max(map(len, ids)) == 16
     assert sum(map(len, ids)) == (2 * 16 if strategy == "bfd" else 2 * 40)
+
+
+def as_test_set(rows, **options):
+    return ids_of(preparation(**options).prepared(Dataset.from_list(rows), "test", is_test=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "leaves_room"), [({"lmbda": 0.5}, False), ({"lmbda": 0.0, "eval_on_policy": True}, True)]
+)
+def test_a_test_set_needs_room_only_for_completions_that_are_generated(options, leaves_room):
+    rows = [prompt_of_length(12), prompt_of_length(13)]
+    if not leaves_room:
+        assert as_test_set(rows, **options) == [row["input_ids"] for row in rows]
+        rows = [PROMPT_ALONE, {"input_ids": [*range(5, 18)], "labels": [X] * 13}]  # completed greedily
+    with pytest.raises(GKDDataError, match=r"^test: .*1 prompt longer than max_length - .*\(row 1, from 0\)"):
+        as_test_set(rows, **options)
+
+
+def test_a_test_set_keeps_its_rows_in_order_without_packing():
+    rows = [prompt_of_length(length) for length in range(1, 9)]
+    options = {"packing": True, "packing_strategy": "wrapped", "shuffle_dataset": True, "seed": 3}
+    assert as_test_set(rows, **options) == [row["input_ids"] for row in rows]
 
 
 def test_the_longest_row_counts_its_tokens_and_the_prompts_that_are_completed():
