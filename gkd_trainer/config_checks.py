@@ -187,6 +187,11 @@ def _check_sft_options(args: Any) -> None:
             )
     if packs and args.max_length is None:
         raise GKDConfigError("packing fills sequences up to max_length, which is None: set max_length")
+    if getattr(args, "truncation_mode", "keep_start") != "keep_start":
+        raise GKDConfigError(
+            f"truncation_mode={args.truncation_mode!r} would cut the prompts, but here rows are cut at the end, and "
+            "prompts that leave no room are dropped: leave it out, or shorten the prompts before"
+        )
     loss_type = getattr(args, "loss_type", "nll")
     if loss_type not in DEFAULT_LOSSES:
         raise GKDConfigError(

@@ -175,6 +175,13 @@ def test_training_on_prompts_is_refused(config_of):
     config_of(MyConfig, completion_only_loss=True)
 
 
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+def test_cutting_prompts_at_the_front_is_refused(config_of):
+    with pytest.raises(GKDConfigError, match="truncation_mode='keep_end' would cut the prompts, but here rows"):
+        config_of(MyConfig, truncation_mode="keep_end")
+    config_of(MyConfig, truncation_mode="keep_start")
+
+
 @pytest.mark.parametrize("loss_type", ["dft", "whatever"])
 def test_another_loss_of_sft_is_refused(config_of, loss_type):
     with pytest.raises(GKDConfigError, match=f"loss_type='{loss_type}'.*the loss here is the divergence"):

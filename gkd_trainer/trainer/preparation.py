@@ -95,7 +95,7 @@ class Preparation:
         if not is_training and self.has_ranks and not hasattr(dataset, "__len__"):
             # Without a length, ranks pad their last batch with samples that would be counted twice.
             dataset = list(dataset)
-        return dataset if is_test else self._packed(dataset, name, is_training)
+        return dataset if is_test else self._shuffled(self._packed(dataset, name, is_training))
 
     def _rules(self, is_training: bool, is_test: bool) -> RowRules:
         args: Any = self.args
@@ -146,7 +146,16 @@ class Preparation:
         for side in SIDE_TENSORS.values():
             if side.is_column and side.name in (dataset.column_names or ()):
                 logger.warning("%s: packing joins rows, so the column %s is dropped", name, side.name)
-        return pack_dataset(dataset.select_columns(["input_ids", "labels"]), args.max_length, args.packing_strategy)
+        # Before too, as trl.SFTTrainer does: else neighbours would stay in one sequence.
+        dataset = self._shuffled(dataset.select_columns(["input_ids", "labels"]))
+        return pack_dataset(dataset, args.max_length, args.packing_strategy)
+
+    def _shuffled(self, dataset: Any) -> Any:
+        args: Any = self.args
+        is_shuffled = getattr(args, "shuffle_dataset", False)  # an option of trl.SFTConfig
+        if is_shuffled and isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+            return dataset.shuffle(seed=args.seed)
+        return dataset
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,27 @@ def test_a_test_set_keeps_its_rows_in_order_without_packing():
     assert as_test_set(rows, **options) == [row["input_ids"] for row in rows]
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_rows_are_shuffled_as_sfttrainers_option_says(is_streamed):
+    rows = Dataset.from_list([prompt_of_length(length) for length in range(1, 9)])
+    kept = ids_of(rows)
+    rows = rows.to_iterable_dataset() if is_streamed else rows
+    made = {shuffles: preparation(shuffle_dataset=shuffles, seed=3) for shuffles in (False, True)}
+    assert ids_of(made[False].prepared(rows, "train", is_training=True)) == kept
+    assert ids_of(made[True].prepared(rows, "train", is_training=True)) == ids_of(rows.shuffle(seed=3)) != kept
+
+
+def test_rows_are_shuffled_before_they_are_packed_too():
+    rows = Dataset.from_list([prompt_of_length(length) for length in (1, 2, 3, 4, 5, 6)])
+    options = {"packing": True, "packing_strategy": "wrapped", "seed": 3}
+    plain, shuffled = (
+        ids_of(preparation(shuffle_dataset=is_on, **options).prepared(rows, "train", is_training=True))
+        for is_on in (False, True)
+    )
+    assert sum(map(len, plain)) == sum(map(len, shuffled))
+    assert sorted(plain) != sorted(shuffled)
+
+
 def test_the_longest_row_counts_its_tokens_and_the_prompts_that_are_completed():
     rows = Dataset.from_list([prompt_of_length(9), BOTH, PROMPT_ALONE])
     assert longest_row(rows, 20, is_generating=False) == LongestRow(10, 22)
