@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer, HFRollouts
+from gkd_trainer import FrozenTeacher, GKDConfig, GKDDataError, GKDTrainer, HFRollouts
 from tests.versions import CHECKPOINTING, HAS_SAMPLING_STRATEGY, IN_ORDER
 
 
@@ -83,6 +83,15 @@ def test_compute_metrics_and_predict_get_the_students_full_logits(make_trainer, 
     actual = output.predictions[:4, : expected.shape[1]]
     assert np.abs(actual - expected)[is_real].max() < 1e-4
     assert "test_loss" in output.metrics
+
+
+def test_predict_returns_every_row_of_a_test_set(make_trainer):
+    rows = [{"prompt": "one two" * count, "completion": " three"} for count in (1, 10, 2)]
+    trainer = make_trainer(lmbda=0.5, max_length=24)
+    assert trainer.predict(Dataset.from_list(rows)).predictions.shape[0] == 3
+    rows[1]["completion"] = ""
+    with pytest.raises(GKDDataError, match=r"test: .* 1 empty completion \(row 1, from 0\): correct or remove it"):
+        trainer.predict(Dataset.from_list(rows))
 
 
 def test_model_init_makes_an_adapted_student_for_every_run(make_trainer, tiny_model):
