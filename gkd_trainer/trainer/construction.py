@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments, set_seed
+from transformers import Seq2SeqTrainer, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
-from gkd_trainer.compat import DEFAULT_LOSSES, checkpoints_activations, find_unused_parameters
-from gkd_trainer.config import GKDArguments, GKDConfig
+from gkd_trainer.compat import checkpoints_activations, find_unused_parameters
 from gkd_trainer.config_effects import Run
 from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
@@ -38,6 +36,7 @@ from gkd_trainer.redaction import redacted
 from gkd_trainer.teacher_checks import check_cache, check_loss_temperature
 from gkd_trainer.teachers import CachedTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.build import build_teacher
+from gkd_trainer.trainer.configuration import completed_args
 from gkd_trainer.trainer.preparation import pad_token_id
 
 logger = logging.getLogger(__name__)
@@ -220,56 +219,6 @@ def refuse_trls_order(args: object, data_collator: object, name: str) -> None:
                 f"{position} must be {expected}; got {type(argument).__name__}. The order is Trainer's; pass the "
                 f"teacher by keyword: {name}(student, teacher_model=teacher, args=config, ...)"
             )
-
-
-def completed_args(args: TrainingArguments | None, is_plain_trainer: bool, *, is_seq2seq: bool = False) -> Any:
-    """Return a configuration with GKDArguments; for the plain Trainer, made from TrainingArguments or None.
-
-    Raises GKDConfigError if another trainer is extended and its configuration has no GKDArguments, or, for a
-    Seq2SeqTrainer, no Seq2SeqTrainingArguments.
-    """
-    if is_seq2seq and not (isinstance(args, GKDArguments) and isinstance(args, Seq2SeqTrainingArguments)):
-        raise GKDConfigError(
-            f"args must have the options of distillation and of Seq2SeqTrainer; got {type(args).__name__}: derive "
-            "`class MyConfig(GKDArguments, Seq2SeqTrainingArguments)`, decorated with @dataclass"
-        )
-    if isinstance(args, GKDArguments):
-        return args
-    if not is_plain_trainer:
-        raise GKDConfigError(
-            f"args must have the options of distillation; got {type(args).__name__}. Derive them from the "
-            "configuration of the trainer that you extend: `class MyConfig(GKDArguments, trl.SFTConfig)`, decorated "
-            "with @dataclass"
-        )
-    if args is None:
-        return GKDConfig(output_dir="tmp_trainer")
-    known = {field.name for field in dataclasses.fields(GKDConfig)}
-    defaults = {field.name: _default(field) for field in dataclasses.fields(args)}
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
-    foreign = [
-        field.name
-        for field in dataclasses.fields(args)
-        if field.name in given
-        and field.name not in known
-        and given[field.name] not in (defaults[field.name], None)
-        and not (field.name == "loss_type" and given[field.name] in DEFAULT_LOSSES)
-    ]
-    if foreign:
-        raise GKDConfigError(
-            f"{', '.join(foreign)}: options of {type(args).__name__} that GKDConfig does not have. Derive "
-            f"`class MyConfig(GKDArguments, {type(args).__name__})`, and put GKDMixin in front of a trainer that has "
-            "them"
-        )
-    # At the default of trl's GKDConfig the user did not set it, and it may be fitted to max_length.
-    if given.get("max_new_tokens") == defaults.get("max_new_tokens"):
-        given.pop("max_new_tokens", None)
-    if args.logging_steps == type(args).logging_steps == TrainingArguments.logging_steps:
-        del given["logging_steps"]  # may be unset
-    return GKDConfig(**{name: value for name, value in given.items() if name in known})
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def init_parameters(classes: Sequence[type]) -> dict[str, Parameter]:

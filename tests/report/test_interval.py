@@ -11,7 +11,7 @@ from trl import SFTConfig
 from gkd_trainer import GKDArguments, GKDConfig
 from gkd_trainer.config import Unset
 from gkd_trainer.report.interval import tenth_of
-from gkd_trainer.trainer.construction import completed_args
+from gkd_trainer.trainer.configuration import completed_args
 
 
 def interval(args, max_steps):

@@ -10,15 +10,12 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
-from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 
 from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfig, GKDConfigError, GKDTeacherError
-from gkd_trainer.config import Unset
 from gkd_trainer.trainer.construction import (
     accepted_by,
-    completed_args,
     construct,
     init_parameters,
     refuse_data_parallel,
@@ -256,37 +253,6 @@ def test_a_collator_that_reads_messages_gets_all_columns(built):
     assert made.base_arguments["args"].remove_unused_columns is False
 
 
-def test_a_configuration_with_the_options_of_distillation_is_taken_as_it_is():
-    args = GKDConfig(output_dir="x")
-    assert completed_args(args, True) is completed_args(args, False) is args
-    assert completed_args(None, True).output_dir == "tmp_trainer"
-
-
-def test_another_trainer_than_the_plain_one_needs_a_configuration_of_its_own():
-    for args in (None, TrainingArguments(output_dir="x", use_cpu=True)):
-        with pytest.raises(GKDConfigError, match=r"args must have the options of distillation; got .*class MyConfig"):
-            completed_args(args, False)
-
-
-def test_plain_training_arguments_keep_what_was_chosen():
-    args = completed_args(TrainingArguments(output_dir="x", use_cpu=True, max_steps=3, logging_steps=7), True)
-    assert type(args) is GKDConfig
-    assert (args.output_dir, args.max_steps, args.logging_steps, args.use_cpu) == ("x", 3, 7, True)
-    assert isinstance(completed_args(TrainingArguments(output_dir="x", use_cpu=True), True).logging_steps, Unset)
-
-
-def test_options_of_another_configuration_are_taken_at_their_defaults_and_else_refused():
-    def configured(config_class=SFTConfig, **options):
-        return completed_args(config_class(output_dir="x", use_cpu=True, bf16=False, **options), True)
-
-    assert configured(max_length=70).max_length == 70
-    assert configured(loss_type="nll").max_length == SFTConfig.max_length
-    with pytest.raises(GKDConfigError, match=r"^packing: options of SFTConfig .*MyConfig\(GKDArguments, SFTConfig\)"):
-        configured(packing=True)
-    assert isinstance(configured(TRLGKDConfig).max_new_tokens, Unset)
-    assert configured(TRLGKDConfig, max_new_tokens=9).max_new_tokens == 9
-
-
 def test_the_parameters_of_an_init_that_passes_its_arguments_on_are_those_behind_it_too():
     class Passing(Trainer):
         def __init__(self, own=None, **kwargs):
@@ -359,7 +325,7 @@ def test_a_4_bit_student_is_not_trained_on_a_cpu_where_forwards_repack_its_weigh
     layer.support_avx512bf16_for_cpu = repacks  # a property of the CPU
     student.model.layers[0].self_attn.q_proj = layer
     refuse_student(student, teacher, is_trained=False)
-    with pytest.raises(GKDConfigError, match="4 bit on a CPU.* in 8 bit or unquant") if repacks else nullcontext():
+    with pytest.raises(GKDConfigError, match=r"4 bit on a CPU.* in 8 bit or unquant") if repacks else nullcontext():
         refuse_student(student, teacher, is_trained=True)
 
 

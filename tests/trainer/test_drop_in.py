@@ -1,14 +1,14 @@
 """GKDTrainer in place of Trainer and of TRL's GKDTrainer, and in front of other trainers."""
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from datasets import Dataset
 from packaging.version import Version
 from peft import LoraConfig, PeftModel
-from transformers import DataCollatorForLanguageModeling, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, default_data_collator
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig as TRLGKDConfig
 from trl.experimental.gkd import GKDTrainer as TRLGKDTrainer
@@ -155,21 +155,6 @@ def test_configuration_of_trl_with_a_short_max_length_is_taken(tiny_model, byte_
     common = {"processing_class": byte_level(), "train_dataset": rows, "teacher_model": tiny_model(seed=1)}
     trainer = GKDTrainer(model=tiny_model(), args=args, **common)
     assert (trainer.args.max_length, trainer.args.max_new_tokens) == (64, 32)
-
-
-def test_arguments_of_a_subclass_are_taken_if_its_own_options_are_at_their_defaults(tiny_model, token_rows, tmp_path):
-    @dataclass
-    class TheirArguments(TrainingArguments):
-        tags: list[str] = field(default_factory=lambda: ["a"])
-        project_name: str = "mine"
-
-    def trainer(**options):
-        args = TheirArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=7, **options)
-        return GKDTrainer(tiny_model(), args, teacher_model=tiny_model(seed=1), train_dataset=token_rows())
-
-    assert trainer().args.max_steps == 7
-    with pytest.raises(GKDConfigError, match="tags: options of TheirArguments that GKDConfig does not have"):
-        trainer(tags=["b"])
 
 
 def sft_trainer(config, tiny_model, byte_level, rows, **options):
