@@ -8,7 +8,7 @@ from gkd_trainer.data.collate import (
     unwrapped,
 )
 from gkd_trainer.data.images import IMAGE_COLUMNS, ImageProcessing, WithImages
-from gkd_trainer.data.prepare import prepare_dataset
+from gkd_trainer.data.prepare import first_row, prepare_dataset
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowRules
 
@@ -21,6 +21,7 @@ __all__ = [
     "TeacherRoute",
     "WithImages",
     "columns_read_by",
+    "first_row",
     "keeping_token_values",
     "prepare_dataset",
     "unwrapped",

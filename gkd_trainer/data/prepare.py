@@ -109,6 +109,16 @@ def prepare_dataset(
     )
 
 
+def first_row(dataset: Any) -> Mapping[str, Any] | None:
+    """Return the first row of a data set; None if it has none, or no mapping, or would lose it."""
+    try:
+        rows = iter(dataset)  # Also works for a dataset that only has `__getitem__`.
+    except TypeError:
+        return None
+    first = None if rows is dataset else next(rows, None)  # a generator would lose it
+    return first if isinstance(first, Mapping) else None
+
+
 @dataclass(frozen=True)
 class _PrepareRow:
     """The function for `map`: it marks unusable rows in a column, since processes share no state."""
@@ -275,14 +285,7 @@ def _from_list(rows: list[Any], name: str) -> Any:
 
 
 def _is_tokenised(dataset: Any) -> bool:
-    try:
-        rows = iter(dataset)  # Also works for a dataset that only has `__getitem__`.
-    except TypeError:
-        return False
-    if rows is dataset:  # A generator would lose the row that we look at.
-        return False
-    first = next(rows, None)
-    return isinstance(first, Mapping) and "input_ids" in first
+    return "input_ids" in (first_row(dataset) or {})
 
 
 def _reasons(counts: Counter[str]) -> str:

@@ -13,12 +13,18 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import Seq2SeqTrainer, TrainingArguments, set_seed
+from transformers import (
+    DefaultDataCollator,
+    Seq2SeqTrainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from gkd_trainer.compat import checkpoints_activations, find_unused_parameters
 from gkd_trainer.config_effects import Run
-from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing
+from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, first_row
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.loading import (
@@ -108,12 +114,18 @@ def construct(
     collator = arguments["data_collator"]
     reads_messages = hasattr(collator, "messages_key") or isinstance(collator, DataCollatorForVisionLanguageModeling)
     dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
-    prepares_rows = not (reads_messages or dataset_kwargs.get("skip_prepare_dataset", False))
+    prepares_rows = not (reads_messages or _leaves_rows(dataset_kwargs, arguments))
+    if prepares_rows and (collator is default_data_collator or type(collator) is DefaultDataCollator):
+        # It can't pad, and preparation takes out the padding that rows were tokenised with.
+        arguments = {**arguments, "data_collator": None}
     if reads_messages:
         config = _changed(config, remove_unused_columns=False)
     if not is_plain_trainer:
         # We prepare the rows: SFTTrainer would also train on the system's and user's tokens.
         config = _changed(config, dataset_kwargs={**dataset_kwargs, "skip_prepare_dataset": True})
+    if prepares_rows and getattr(config, "assistant_only_loss", False):
+        # Always on here; SFTTrainer would refuse templates in which only it can't find the assistant's turns.
+        config = _changed(config, assistant_only_loss=False)
     model = _given_student(arguments["model"], arguments["model_init"])
     if isinstance(model, nn.Module):  # as early as it can be known
         refuse_for_kind(model, config, base)
@@ -154,6 +166,25 @@ def construct(
     del base_arguments["compute_loss_func"]
     accepted = accepted_by(init_parameters(base_classes), base_arguments, name)
     return Construction(accepted, teacher, adapter, prepares_rows, images, run, base)
+
+
+def _leaves_rows(dataset_kwargs: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+    """Return whether skip_prepare_dataset is set, and the collator can read the rows as they are.
+
+    TRL's GKDTrainer sets it for a collator that reads messages, also in the caller's configuration.
+    """
+    if not dataset_kwargs.get("skip_prepare_dataset", False):
+        return False
+    evaluated = arguments["eval_dataset"]
+    given = [arguments["train_dataset"], *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+    first_rows = [row for row in map(first_row, given) if row is not None]
+    if arguments["data_collator"] is not None or all("input_ids" in row for row in first_rows):
+        return True
+    logger.warning(
+        "dataset_kwargs={'skip_prepare_dataset': True} has no effect: the rows have no input_ids, and no data_collator "
+        "was passed that makes them."
+    )
+    return False
 
 
 def default_collator(model: nn.Module | None, pad_id: int) -> Any:

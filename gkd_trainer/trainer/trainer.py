@@ -186,7 +186,8 @@ class GKDMixin(AnyTrainer):
         base_init(**construction.base_arguments)
         if model_init is not None and self.processing_class is None:
             self._find_tokenizer()
-        if model_init is not None and data_collator is None and not construction.base.is_trls:
+        has_own_collator = construction.base_arguments["data_collator"] is not data_collator
+        if model_init is not None and has_own_collator and not construction.base.is_trls:
             self.data_collator = default_collator(self.model, pad_token_id(self.processing_class))
         self._refuse_unusable(construction)
         self._make_trainable(self.model)
@@ -326,6 +327,11 @@ class GKDMixin(AnyTrainer):
             own += sorted(columns_read_by(self.data_collator, base_model(self.model).forward))
             own += [] if self._images is None else IMAGE_COLUMNS
         self._signature_columns = [*columns, *(column for column in own if column not in columns)]
+
+    def _reject_skip_prepare_without_labels(self, *args: Any, **kwargs: Any) -> None:
+        # SFTTrainer refuses rows with masks in place of labels, if it does not prepare them. We do.
+        if not self._prepares_rows:
+            super()._reject_skip_prepare_without_labels(*args, **kwargs)  # type: ignore[misc]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the loader of an evaluation set; the rows of a set passed here are prepared."""

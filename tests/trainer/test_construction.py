@@ -10,8 +10,9 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import Trainer
+from transformers import DefaultDataCollator, Trainer, default_data_collator
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfig, GKDConfigError, GKDTeacherError
 from gkd_trainer.trainer.construction import (
@@ -241,6 +242,36 @@ def test_the_student_itself_may_be_the_teacher_where_the_teacher_says_that_it_sh
 def test_rows_are_not_prepared_on_request(built):
     assert not built(dataset_kwargs={"skip_prepare_dataset": True}).prepares_rows
     assert built(dataset_kwargs={"skip_prepare_dataset": False}).prepares_rows
+
+
+@pytest.mark.parametrize("where", ["train", "eval", "one_of_two"])
+def test_rows_without_tokens_are_prepared_anyway_if_no_collator_reads_them(built, caplog, where):
+    messages, tokens = [{"messages": []}], [{"input_ids": [5], "labels": [5]}]
+    sets = {
+        "train": {"train_dataset": messages},
+        "eval": {"train_dataset": tokens, "eval_dataset": messages},
+        "one_of_two": {"eval_dataset": {"first": tokens, "second": messages}},
+    }[where]
+    skipping = {"skip_prepare_dataset": True}
+    assert built(arguments=sets, dataset_kwargs=skipping).prepares_rows
+    assert "has no effect: the rows have no input_ids, and no data_collator was passed" in caplog.text
+    assert not built(arguments={**sets, "data_collator": print}, dataset_kwargs=skipping).prepares_rows
+    assert not built(arguments={"train_dataset": tokens}, dataset_kwargs=skipping).prepares_rows
+
+
+@pytest.mark.parametrize("collator", [default_data_collator, DefaultDataCollator()], ids=["function", "class"])
+def test_a_collator_that_can_not_pad_gives_way_to_one_that_can(built, collator):
+    made = built(arguments={"data_collator": collator}).base_arguments
+    assert type(made["data_collator"]) is DataCollatorForLanguageModeling
+    left = built(arguments={"data_collator": collator}, dataset_kwargs={"skip_prepare_dataset": True})
+    assert left.base_arguments["data_collator"] is collator
+
+
+def test_the_option_to_train_on_the_assistant_only_is_kept_from_sfttrainer(built_for_sft):
+    assert not built_for_sft(assistant_only_loss=True).base_arguments["args"].assistant_only_loss
+    collator = SimpleNamespace(messages_key="messages")
+    left = built_for_sft(arguments={"data_collator": collator}, assistant_only_loss=True)
+    assert left.base_arguments["args"].assistant_only_loss
 
 
 def test_a_collator_that_reads_messages_gets_all_columns(built):

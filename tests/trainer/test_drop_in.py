@@ -219,6 +219,51 @@ def test_packing_drops_the_keys_of_rows_with_a_warning(tiny_model, byte_level, c
     assert "train: packing joins rows, so the column row_key is dropped" in caplog.messages
 
 
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+def test_rows_with_a_mask_in_place_of_labels_are_taken_in_front_of_sfttrainer(tiny_model, byte_level, config, mask):
+    rows = [{"input_ids": [5, 6, 7, 8, 2], mask: [0, 0, 0, 1, 1]}] * 4
+    trainer = sft_trainer(config, tiny_model, byte_level, rows, lmbda=0.0)
+    assert trainer.train_dataset[0]["labels"] == [-100, -100, -100, 8, 2]
+    assert trainer.evaluate(Dataset.from_list(rows))["eval_loss"] > 0
+
+
+def test_assistant_only_loss_needs_no_template_that_trl_can_patch(tiny_model, byte_level, config):
+    rows = [{"messages": messages} for messages in MESSAGES]
+    trained = [
+        list(sft_trainer(config, tiny_model, byte_level, rows, lmbda=0.0, **options).train_dataset["labels"])
+        for options in ({}, {"assistant_only_loss": True})
+    ]
+    assert trained[0] == trained[1]
+
+
+def test_a_configuration_that_trls_trainer_has_used_can_be_used_here(tiny_model, byte_level, tmp_path):
+    args = TRLGKDConfig(output_dir=str(tmp_path), lmbda=0.0, bf16=False, use_cpu=True, report_to=[], max_steps=1)
+    args.remove_unused_columns, args.dataset_kwargs = False, {"skip_prepare_dataset": True}  # as that trainer sets them
+    trainer = GKDTrainer(
+        model=tiny_model(),
+        args=args,
+        train_dataset=Dataset.from_list([{"messages": messages} for messages in MESSAGES]),
+        processing_class=byte_level(),
+        teacher_model=tiny_model(seed=1),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("is_made_late", [False, True])
+def test_the_collator_that_can_not_pad_takes_rows_padded_to_different_lengths(make_trainer, tiny_model, is_made_late):
+    rows = [
+        {"input_ids": ids + [2] * (6 - len(ids)), "attention_mask": [1] * len(ids) + [0] * (6 - len(ids))}
+        for ids in ([5, 6, 7], [5, 6, 7, 8, 9])
+    ]
+    arguments = {"data_collator": default_data_collator, "train_dataset": Dataset.from_list(rows)}
+    if is_made_late:
+        arguments["model_init"] = lambda: tiny_model()
+    trainer = make_trainer(trainer_args=arguments, max_steps=1)
+    assert next(iter(trainer.get_train_dataloader()))["attention_mask"].sum() == 8
+    trainer.train()
+
+
 def test_sfttrainer_with_a_configuration_that_has_no_distillation_options_is_refused(
     tiny_model, byte_level, config, tmp_path
 ):
