@@ -260,6 +260,20 @@ def plain_signals(signal: Signal) -> Iterator[PlainSignal]:
         yield signal
 
 
+def tensors_of(signal: PlainSignal) -> Iterator[Tensor]:
+    """Yield the tensors of one teacher's predictions, and of its head."""
+    if isinstance(signal, MappedSignal):
+        signal = signal.signal
+    if isinstance(signal, TopKSignal):
+        yield from (signal.ids_NK, signal.log_p_NK)
+    elif isinstance(signal, LogitsSignal):
+        yield signal.logits_NV
+    else:
+        yield from (signal.hidden_NH, signal.head.weight_VH)
+        if signal.head.bias_V is not None:
+            yield signal.head.bias_V
+
+
 def scored_positions(signal: Signal) -> int:
     """Return N, the number of positions that a signal has predictions for."""
     if isinstance(signal, GroupedSignal):

@@ -8,10 +8,12 @@ from gkd_trainer.signals import (
     Head,
     HiddenSignal,
     LogitsSignal,
+    MappedSignal,
     SummedSignal,
     TopKSignal,
     plain_signals,
     scored_positions,
+    tensors_of,
 )
 
 
@@ -72,3 +74,15 @@ def test_several_signals_are_sliced_counted_and_listed_together():
     sliced = signal.sliced(6)
     assert [each.vocab_size for each in plain_signals(sliced)] == [6, 6, 6]
     assert sliced.groups[0].weights == (1.0, 2.0)
+
+
+def test_the_tensors_of_a_signal_are_its_predictions_and_its_head():
+    ids_NK, log_p_NK = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1)
+    hidden_NH, weight_VH, bias_V = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4)
+    for signal, expected in (
+        (TopKSignal(ids_NK, log_p_NK, 4), [ids_NK, log_p_NK]),
+        (LogitsSignal(hidden_NH), [hidden_NH]),
+        (HiddenSignal(hidden_NH, Head(weight_VH)), [hidden_NH, weight_VH]),
+        (MappedSignal(HiddenSignal(hidden_NH, Head(weight_VH, bias_V)), None), [hidden_NH, weight_VH, bias_V]),
+    ):
+        assert [*map(id, tensors_of(signal))] == [*map(id, expected)]

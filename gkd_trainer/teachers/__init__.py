@@ -7,6 +7,7 @@ from gkd_trainer.teachers.base import (
     Teacher,
     all_teachers,
     comparable,
+    refuse_inference_tensors,
 )
 from gkd_trainer.teachers.build import build_teacher
 from gkd_trainer.teachers.cached import CachedTeacher
@@ -42,6 +43,7 @@ __all__ = [
     "build_teacher",
     "comparable",
     "describe",
+    "refuse_inference_tensors",
     "several_in",
     "shared_vocabulary_size",
 ]

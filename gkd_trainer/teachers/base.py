@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import InseparableHead, SeparableHead
-from gkd_trainer.signals import Signal
+from gkd_trainer.signals import Signal, plain_signals, tensors_of
 from gkd_trainer.types import TokenBatch
 
 
@@ -21,6 +22,8 @@ class Teacher(ABC):
     @abstractmethod
     def score(self, batch: TokenBatch) -> Signal:
         """Return the predictions at the batch's scored positions, in order, without gradients.
+
+        The tensors are not those of `torch.inference_mode()`, which can't be saved for the student's backward.
 
         There may be no positions and, among several teachers, no samples; what ranks do together must still be done.
         """
@@ -146,6 +149,16 @@ class AligningTeacher(CompositeTeacher):
 def comparable(teacher: Teacher, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return a collated batch as a teacher can score it: see `AligningTeacher.comparable`; unchanged for others."""
     return teacher.comparable(inputs) if isinstance(teacher, AligningTeacher) else inputs
+
+
+def refuse_inference_tensors(signal: Signal, teacher: Teacher) -> None:
+    """Raise GKDTeacherError if a teacher's predictions can't be saved for the student's backward."""
+    tensors = (tensor for plain in plain_signals(signal) for tensor in tensors_of(plain))
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
+        raise GKDTeacherError(
+            f"{type(teacher).__name__}.score returned tensors of torch.inference_mode(), which autograd can't save for "
+            "the student's backward: load the teacher's model and score under torch.no_grad() instead"
+        )
 
 
 def all_teachers(teacher: Teacher) -> Iterator[Teacher]:

@@ -45,7 +45,7 @@ from gkd_trainer.report.notebook import NotebookMetrics, is_in_notebook
 from gkd_trainer.report.recorder import Recorder
 from gkd_trainer.right_padding import in_columns_of
 from gkd_trainer.rollouts import RolloutEngine
-from gkd_trainer.teachers import Teacher, comparable
+from gkd_trainer.teachers import Teacher, comparable, refuse_inference_tensors
 from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.teachers.other_tokenizer import vocabulary_modes
 from gkd_trainer.trainer import publishing
@@ -486,6 +486,7 @@ class GKDMixin(AnyTrainer):
             ),
         ):
             teacher = self.teacher.score(with_teacher_prompts(batch)).sliced(pairing.vocab_size)
+            refuse_inference_tensors(teacher, self.teacher)
         products = product_dtype(self.args, self.accelerator.mixed_precision)
         observe = self._recorder.observe if self._recorder is not None and model.training else None
         comparison = Comparison(self.args, batch, teacher, pairing.vocab_size, model.training, products, observe)

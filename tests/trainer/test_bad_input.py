@@ -28,6 +28,23 @@ class FaultyTeacher(FrozenTeacher):
         return LogitsSignal(logits)
 
 
+class InferenceTeacher(FrozenTeacher):
+    """A teacher that scores as if nothing came after it."""
+
+    @torch.inference_mode()
+    def score(self, batch: TokenBatch):
+        return super().score(batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}], ids=["full", "top_k"])
+def test_predictions_of_inference_mode_are_refused_with_the_name_of_their_teacher(make_trainer, tiny_model, options):
+    trainer = make_trainer(trainer_args={"teacher": InferenceTeacher(tiny_model(seed=1), **options)})
+    with pytest.raises(GKDTeacherError, match=r"^InferenceTeacher\.score returned tensors .*under torch\.no_grad\(\)"):
+        trainer.train()
+    with torch.inference_mode():  # of the caller's, who does not train
+        assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+
+
 def test_no_teacher(make_trainer, tiny_model, token_rows, config):
     with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
         GKDTrainer(model=tiny_model(), args=config(), train_dataset=token_rows())
