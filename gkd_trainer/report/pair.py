@@ -39,6 +39,7 @@ from gkd_trainer.teachers import (
     Teacher,
     all_teachers,
     comparable,
+    pad_tokens_of,
     shared_vocabulary_size,
 )
 from gkd_trainer.types import Completion, TokenBatch
@@ -171,6 +172,7 @@ def pair(
         prepared.vocab_size,
         None if tokenizer is None else tokenizer.get_vocab(),
         prepared.vocabulary,
+        pad_tokens=pad_tokens_of(tokenizer, prepared.tokenizer),
     )
     return Pair(student, prepared, tokenizer, find_head(base_model(student)), vocab_size, limit)
 

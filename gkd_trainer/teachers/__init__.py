@@ -20,7 +20,7 @@ from gkd_trainer.teachers.several import SeveralTeachers, several_in
 from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
 from gkd_trainer.teachers.vllm_server import VLLMServerTeacher
-from gkd_trainer.teachers.vocabulary import shared_vocabulary_size
+from gkd_trainer.teachers.vocabulary import pad_tokens_of, shared_vocabulary_size
 from gkd_trainer.teachers.weighted import WeightedTeachers
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "build_teacher",
     "comparable",
     "describe",
+    "pad_tokens_of",
     "refuse_inference_tensors",
     "several_in",
     "shared_vocabulary_size",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from gkd_trainer.errors import GKDTeacherError
 
@@ -17,6 +18,7 @@ def shared_vocabulary_size(
     teacher_size: int | None,
     student_vocabulary: Mapping[str, int] | None,
     teacher_vocabulary: Mapping[str, int] | None,
+    pad_tokens: Collection[str] = (),
 ) -> int:
     """Return the number of tokens over which two models are compared.
 
@@ -28,6 +30,7 @@ def shared_vocabulary_size(
         teacher_size: Size of the teacher's head; None if unknown, which counts as the student's.
         student_vocabulary: The id of each token of the student's tokenizer; None if unknown.
         teacher_vocabulary: The same for the teacher.
+        pad_tokens: Tokens only for padding (see `pad_tokens_of`), which an error names if only they differ.
 
     Raises:
         GKDTeacherError: The tokenizers differ, or a tokenizer is unknown and the sizes differ.
@@ -50,6 +53,14 @@ def shared_vocabulary_size(
         )
         return student_size
     if student_vocabulary != teacher_vocabulary:
+        differing = {token for token, _ in student_vocabulary.items() ^ teacher_vocabulary.items()}
+        if differing == (student_vocabulary.keys() ^ teacher_vocabulary.keys()) & {*pad_tokens}:
+            raise GKDTeacherError(
+                "the tokenizers of student and teacher differ only by an added pad token: "
+                f"{difference(student_vocabulary, teacher_vocabulary)}. Padding is masked, so it needs no token: load "
+                "that tokenizer again and set tokenizer.pad_token = tokenizer.eos_token, or pass the other tokenizer "
+                "for both models (processing_class, and FrozenTeacher(model, tokenizer=...))"
+            )
         raise GKDTeacherError(
             "the teacher's tokenizer is not the student's, so their distributions are over different tokens: "
             f"{difference(student_vocabulary, teacher_vocabulary)}. Use a teacher with the student's tokenizer, or "
@@ -59,6 +70,12 @@ def shared_vocabulary_size(
     if student_size == teacher_size:
         return student_size
     return min(student_size, teacher_size, max(student_vocabulary.values()) + 1)
+
+
+def pad_tokens_of(*tokenizers: Any) -> set[str]:
+    """Return the tokens that tokenizers, None for an unknown one, have only for padding."""
+    known = [tokenizer for tokenizer in tokenizers if getattr(tokenizer, "pad_token", None) is not None]
+    return {tokenizer.pad_token for tokenizer in known if tokenizer.pad_token != tokenizer.eos_token}
 
 
 def difference(

@@ -21,7 +21,7 @@ from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.heads import vocabulary_size
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.build import find_stop_ids
-from gkd_trainer.teachers import CachedTeacher, Teacher, describe, shared_vocabulary_size
+from gkd_trainer.teachers import CachedTeacher, Teacher, describe, pad_tokens_of, shared_vocabulary_size
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, Manifest, source_of
 from gkd_trainer.teachers.cache.format import Kind
@@ -113,7 +113,8 @@ def cache_predictions(
     args = fitted_into(shorter, args)
     teacher.prepare(args.device, tokenizer, args.max_length)
     student_size = vocabulary_size(base_model(model))
-    shared_vocabulary_size(student_size, teacher.vocab_size, vocabulary, teacher.vocabulary)
+    pad_tokens = pad_tokens_of(tokenizer, teacher.tokenizer)
+    shared_vocabulary_size(student_size, teacher.vocab_size, vocabulary, teacher.vocabulary, pad_tokens)
     rows = Preparation(
         args,
         tokenizer,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
@@ -24,7 +25,7 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
 )
 from gkd_trainer.models.loading import base_model
-from gkd_trainer.teachers import AligningTeacher, Teacher, all_teachers, shared_vocabulary_size
+from gkd_trainer.teachers import AligningTeacher, Teacher, all_teachers, pad_tokens_of, shared_vocabulary_size
 from gkd_trainer.teachers.base import CompositeTeacher
 from gkd_trainer.trainer.ranks import Ranks
 
@@ -95,6 +96,7 @@ def pair(
         teacher.vocab_size,
         None if tokenizer is None else tokenizer.get_vocab(),
         teacher.vocabulary,
+        pad_tokens=pad_tokens_of(tokenizer, teacher.tokenizer),
     )
     # Now, not in the first step, so that the log says at construction if full logits are needed.
     head = _find_head(model, ranks, is_compiled)
@@ -136,6 +138,24 @@ def require_same_kind(student: nn.Module, teacher: Teacher) -> None:
                 f"the teacher's decoder starts with token {start_token_id(model)}, the student's with token "
                 f"{start_token_id(student)}, but both read the same inputs: set decoder_start_token_id in the "
                 "student's config to the teacher's"
+            )
+
+
+def refuse_pad_token(pad_token_id: int, model: nn.Module, teacher: Teacher) -> None:
+    """Raise GKDConfigError if a model that reads padded batches has no embedding for the pad token."""
+    teachers = list(all_teachers(teacher))
+    if any(isinstance(each, AligningTeacher) for each in teachers):
+        teachers = []  # it reads other tokens
+    for owner, each in [("student", model), *(("teacher", each.model) for each in teachers)]:
+        embeddings = None
+        if each is not None:
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                embeddings = cast(PreTrainedModel, base_model(each)).get_input_embeddings()
+        size = getattr(embeddings, "num_embeddings", None)
+        if isinstance(size, int) and pad_token_id >= size:
+            raise GKDConfigError(
+                f"the tokenizer's pad token has id {pad_token_id}, but the {owner} has embeddings for {size} tokens: "
+                "set tokenizer.pad_token = tokenizer.eos_token (padding is masked, so it needs no token of its own)"
             )
 
 

@@ -28,7 +28,7 @@ from gkd_trainer.rollouts.build import (
 )
 from gkd_trainer.teachers import AligningTeacher, RoutedTeachers, Teacher, all_teachers, several_in
 from gkd_trainer.teachers.context import ContextTeacher, longest_context, template_tokenizer
-from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, require_same_kind, shorter_context
+from gkd_trainer.trainer.pairing import Pairing, fitted_into, pair, refuse_pad_token, require_same_kind, shorter_context
 from gkd_trainer.trainer.preparation import Preparation, pad_token_id, tokenizer_of
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
@@ -80,13 +80,15 @@ def build_parts(
     student_teachers = StudentTeachers(teacher)
     student_teachers.attach(model, ranks)
     require_same_kind(student, teacher)
+    pad_id = pad_token_id(processing_class)
+    refuse_pad_token(pad_id, model, teacher)
     refuse_engine(rollouts, args, student, is_sharded=ranks.sharding is not None)
     shorter = shorter_context(model, teacher)
     args = fitted_into(shorter, args)
     teacher.prepare(args.device, tokenizer, args.max_length)
     pairing = pair(model, teacher, tokenizer, ranks, is_compiled=args.torch_compile)
     recovery = Recovery(ranks, restarts_without_memory=args.auto_find_batch_size, saves_only_model=args.save_only_model)
-    stop_ids, pad_id = find_stop_ids(student, tokenizer), pad_token_id(processing_class)
+    stop_ids = find_stop_ids(student, tokenizer)
     media = media_tokens(student)
     ids: dict[str, Any] = {
         "stop_ids": stop_ids,

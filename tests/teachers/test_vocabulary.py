@@ -1,11 +1,12 @@
 """Whether two models use the same tokens, and over how many they are compared."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.teachers import shared_vocabulary_size
+from gkd_trainer.teachers import pad_tokens_of, shared_vocabulary_size
 
 VOCABULARY = {"a": 0, "b": 1, "c": 2, "d": 3, "<end>": 9}
 
@@ -47,6 +48,29 @@ def test_tokens_of_only_one_side_are_named_with_their_owner():
     assert "1 tokens are only the student's, such as 'mine'" in message
     assert "2 tokens are only the teacher's, such as 'thine', 'too'" in message
     assert "other ids" not in message
+
+
+@pytest.mark.parametrize("owner", ["student", "teacher"])
+def test_a_pad_token_that_was_added_to_one_tokenizer_is_named_with_its_remedy(owner):
+    sides = {"student": VOCABULARY, "teacher": VOCABULARY, owner: {**VOCABULARY, "[PAD]": 10}}
+    expected = (
+        rf"differ only by an added pad token: 1 tokens are only the {owner}'s, such as '\[PAD\]'\. .*= tokenizer\.eos"
+    )
+    with pytest.raises(GKDTeacherError, match=expected):
+        shared_vocabulary_size(12, 12, sides["student"], sides["teacher"], {"[PAD]"})
+    sides[owner]["more"] = 11
+    with pytest.raises(GKDTeacherError, match="Use a teacher with the student's tokenizer"):
+        shared_vocabulary_size(12, 12, sides["student"], sides["teacher"], {"[PAD]"})
+    with pytest.raises(GKDTeacherError, match="Use a teacher with the student's tokenizer"):
+        shared_vocabulary_size(12, 12, {"a": 0, "[PAD]": 1}, {"a": 0, "[PAD]": 2}, {"[PAD]"})
+
+
+def test_tokens_only_for_padding_are_not_those_that_end_texts():
+    both, added = (
+        SimpleNamespace(pad_token="<end>", eos_token="<end>"),
+        SimpleNamespace(pad_token="[PAD]", eos_token="<e>"),
+    )
+    assert pad_tokens_of(both, None, SimpleNamespace(pad_token=None, eos_token="<end>"), added) == {"[PAD]"}
 
 
 def test_a_long_difference_is_shortened_to_five_examples():

@@ -45,6 +45,14 @@ def test_predictions_of_inference_mode_are_refused_with_the_name_of_their_teache
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
 
 
+def test_a_pad_token_without_an_embedding_is_refused_at_construction(make_trainer, tiny_model, byte_level):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    models = {"model": tiny_model(vocab=365), "teacher_model": tiny_model(vocab=365, seed=1)}
+    with pytest.raises(GKDConfigError, match="pad token has id 365, but the student has embeddings for 365 tokens"):
+        make_trainer(trainer_args={**models, "processing_class": tokenizer})
+
+
 def test_no_teacher(make_trainer, tiny_model, token_rows, config):
     with pytest.raises(GKDTeacherError, match="no teacher: pass teacher_model"):
         GKDTrainer(model=tiny_model(), args=config(), train_dataset=token_rows())

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfigError, GKDTeacherError, OtherTokenizerTeacher
 from gkd_trainer.models.heads import Context, InseparableHead, SeparableHead
-from gkd_trainer.trainer.pairing import OwnedContext, fitted_into, pair, shorter_context
+from gkd_trainer.trainer.pairing import OwnedContext, fitted_into, pair, refuse_pad_token, shorter_context
 from gkd_trainer.trainer.ranks import Ranks
 
 
@@ -35,6 +35,23 @@ def test_heads_of_equal_size_are_compared_in_full_and_others_over_the_tokenizers
     assert pair(student, make_teacher(vocab=400), tokenizer, ranks).vocab_size == 365
     with pytest.raises(GKDTeacherError, match=r"384 tokens and the teacher over 400.*student's tokenizer"):
         pair(student, make_teacher(vocab=400), None, ranks)
+
+
+def test_a_pad_token_that_was_added_is_named(tiny_model, byte_level, make_teacher, ranks):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(GKDTeacherError, match=r"differ only by an added pad token: .*student's, such as '\[PAD\]'"):
+        pair(tiny_model(), make_teacher(), tokenizer, ranks)
+
+
+@pytest.mark.parametrize(("owner", "sizes"), [("student", (365, 384)), ("teacher", (384, 365))])
+def test_a_pad_token_without_an_embedding_is_refused(tiny_model, make_teacher, owner, sizes):
+    student, teacher = tiny_model(vocab=sizes[0]), make_teacher(vocab=sizes[1])
+    refuse_pad_token(364, student, teacher)
+    with pytest.raises(GKDConfigError, match=f"pad token has id 365, but the {owner} has embeddings for 365 tokens"):
+        refuse_pad_token(365, student, teacher)
+    if owner == "teacher":  # which reads its own tokens then
+        refuse_pad_token(365, student, OtherTokenizerTeacher(teacher, tokenizer=teacher.tokenizer))
 
 
 def test_a_plain_head_is_split_off_and_nothing_is_logged(tiny_model, byte_level, make_teacher, ranks, caplog):
