@@ -57,6 +57,7 @@ def test_the_logging_interval_is_unset_or_what_is_given_on_the_command_line_and_
 def test_yaml_gives_text_as_it_is_written(option, written, given_to_trainer, pair, data, tmp_path, monkeypatch):
     monkeypatch.setattr("gkd_trainer.cli.train.require_model", lambda *_: None)
     monkeypatch.setattr("gkd_trainer.data.sources.RowSource.load", lambda source: source.split)
+    monkeypatch.setattr("gkd_trainer.data.sources.in_format", lambda source, rows: rows)
     file = tmp_path / "a.yaml"
     file.write_text(f"{option}: {written}\n")
     own = [*pair[:2], *pair[4:], "--config", file]
