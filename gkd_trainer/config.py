@@ -196,7 +196,7 @@ class GKDArguments(HidesSecrets):
     )
     disable_dropout: bool = _option(True, "Whether to switch off dropout in the student.")
     teacher_model_name_or_path: str | None = _option(
-        None, "The teacher's name on the hub or its folder, if no teacher is passed to the trainer."
+        None, "The teacher: its name on the hub or its folder. In Python, the trainer also takes a loaded one."
     )
     self_teacher: str | None = _option(
         None,

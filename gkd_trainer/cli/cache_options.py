@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gkd_trainer.cli.config_file import parse_with_config
-from gkd_trainer.cli.parser import OptionGroup, build_parser, built
+from gkd_trainer.cli.parser import OptionGroup, build_parser, built, require
 from gkd_trainer.cli.train_options import refusing_as_configuration
 from gkd_trainer.errors import GKDConfigError
 
@@ -109,13 +109,7 @@ def parse(arguments: Sequence[str]) -> CacheRun:
     parser = _parser(hints)
     options = parse_with_config(parser, hints, arguments)
     teachers = ("teacher_model_name_or_path", "teacher_server_base_url")
-    missing = [
-        " or ".join(f"--{name}" for name in names)
-        for names in (teachers, ("dataset",), ("output_dir",))
-        if all(getattr(options, name) is None for name in names)
-    ]
-    if missing:
-        parser.error(f"the following options are required: {', '.join(missing)}")
+    require(parser, options, (teachers, ("dataset",), ("output_dir",)))
     cache, rows = built(CacheOptions, options), built(RowOptions, options)
     has_server = options.teacher_server_base_url is not None
     if cache.kind == "topk" and options.teacher_top_k is None and not has_server:

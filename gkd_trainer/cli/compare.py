@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gkd_trainer.cli.parser import PlainParser
 from gkd_trainer.cli.report import distinct_names, require_folder_of, write_page
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.quiet import quiet_imports
@@ -25,7 +26,7 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: With status 2, for options that can't be parsed; with status 0, after help.
         GKDError: A model or the data can't be used, or the file can't be written.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parsed(arguments, required=("teacher", "dataset"))
     for name in ("rows", "batch_size", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise GKDConfigError(f"--{name} must be at least 1; got {getattr(options, name)}")
@@ -100,19 +101,17 @@ def _measured(
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> PlainParser:
+    parser = PlainParser(
         prog="gkd-trainer compare",
         usage="gkd-trainer compare MODEL... --teacher TEACHER --dataset DATA [OPTION ...]",
         description="Compare students with their teacher on the same rows: both KLs, agreement, acceptance, the task's "
         "score if the rows have a ground_truth that is a number or are GSM8K's, and completions side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="a student: its name on the hub or its folder")
-    parser.add_argument("--teacher", required=True, help="the teacher: its name on the hub or its folder")
+    parser.add_argument("--teacher", help="the teacher: its name on the hub or its folder (required)")
     parser.add_argument(
-        "--dataset", required=True, help="the data: a name on the hub, a file, or a folder of files, as for train"
+        "--dataset", help="the data: a name on the hub, a file, or a folder of files, as for train (required)"
     )
     parser.add_argument("--dataset_config", help="configuration of the data set, such as main for openai/gsm8k")
     parser.add_argument("--split", default="test", help="split to compare on, or part of one, such as test[:100]")

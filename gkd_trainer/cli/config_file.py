@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from gkd_trainer.cli.parser import ALIASES, with_suggestions
+from gkd_trainer.cli.parser import ALIASES, names_of, parse_known, with_suggestions
 from gkd_trainer.redaction import redacted
 
 if TYPE_CHECKING:
@@ -36,11 +36,7 @@ def parse_with_config(
     finder.add_argument("--config")
     path = finder.parse_known_args(arguments)[0].config
     from_file = [] if path is None else _arguments_of_file(parser, hints, path)
-    options, unknown = parser.parse_known_args([*from_file, *arguments])
-    misspelt = [text for text in unknown if text.startswith("--")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {with_suggestions(misspelt or unknown, hints, '--')}")
-    return options
+    return parse_known(parser, [*from_file, *arguments], names_of(hints))
 
 
 def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path: str) -> list[str]:
@@ -48,7 +44,7 @@ def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path:
     options = _options_by_name(parser, path)
     unknown = options.keys() - hints.keys()
     if unknown:
-        names = with_suggestions(sorted(unknown), hints)
+        names = with_suggestions(sorted(unknown), names_of(hints))
         parser.error(f"{path}: unknown options: {names}; `{parser.prog} --help` lists all")
     arguments = []
     for name, (text, value) in options.items():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 from gkd_trainer.redaction import redacted
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ALIASES = {"model_name_or_path": "model", "teacher_model_name_or_path": "teacher"}
 """Short names of options, on the command line and in files."""
+
+_SPELLING = "Options may be written with - instead of _."
 
 _Options = TypeVar("_Options")
 
@@ -50,7 +52,7 @@ def build_parser(
         prog=prog,
         usage=usage,
         description=description,
-        epilog="Options may be written with - instead of _.",
+        epilog=f"{_SPELLING} none unsets a number that may be unset.",
         formatter_class=_Help,
         allow_abbrev=False,  # a misspelt option must not match another
     )
@@ -59,7 +61,64 @@ def build_parser(
         metavar="FILE",
         help="YAML file of options; the command line overrides it. null unsets an option that may be unset",
     )
+    for action in parser._actions:
+        if action.type in (int, float) and type(None) in get_args(hints.get(action.dest)):
+            action.type = _or_none(action.type)
+        if action.nargs == 0 and action.const is False:  # its help is that of the option which it switches off
+            action.help = f"Short for --{action.dest} false."
     return parser
+
+
+class PlainParser(argparse.ArgumentParser):
+    """The parser of a command without a file of options; its options and help are like those of `build_parser`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, epilog=_SPELLING, formatter_class=_Help, allow_abbrev=False)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument; an option may also be written with hyphens."""
+        hyphenated = [f"--{name[2:].replace('_', '-')}" for name in names if name.startswith("--") and "_" in name]
+        return super().add_argument(*names, *hyphenated, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """End with a message that shows no secret."""
+        super().error(redacted(message))
+
+    def parsed(self, arguments: Sequence[str], required: Sequence[str] = ()) -> argparse.Namespace:
+        """Return the options; end with an error for unknown ones, and for those `required` that are missing."""
+        options = parse_known(self, arguments, [action.dest for action in self._actions if action.option_strings])
+        require(self, options, [(name,) for name in required])
+        return options
+
+
+def parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str], known: Iterable[str]) -> argparse.Namespace:
+    """Return parsed options; end with an error for others, with that of the `known` which was probably meant."""
+    options, unknown = parser.parse_known_args(arguments)
+    misspelt = [text for text in unknown if text.startswith("--")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {with_suggestions(misspelt or unknown, known, '--')}")
+    return options
+
+
+def require(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, alternatives: Iterable[Sequence[str]]
+) -> None:
+    """End with an error if of some alternatives no option is given."""
+    missing = [
+        " or ".join(f"--{name}" for name in names)
+        for names in alternatives
+        if all(getattr(options, name) is None for name in names)
+    ]
+    if missing:
+        parser.error(f"the following options are required: {', '.join(missing)}")
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def _as_dataclass(group: OptionGroup, hints: Mapping[str, Any]) -> Any:
@@ -85,9 +144,14 @@ def built(options_class: type[_Options], options: argparse.Namespace) -> _Option
     return options_class(**{name: getattr(options, name) for name in own})
 
 
-def with_suggestions(names: Iterable[str], hints: Mapping[str, Any], prefix: str = "") -> str:
-    """Return names of options that don't exist, each with the option that was probably meant."""
-    known = [name for name in (*hints, *ALIASES.values(), "config") if not name.startswith("_")]
+def names_of(hints: Iterable[str]) -> list[str]:
+    """Return the names of options by which users know those of `build_parser`."""
+    return [name for name in (*hints, *ALIASES.values(), "config") if not name.startswith("_")]
+
+
+def with_suggestions(names: Iterable[str], known: Iterable[str], prefix: str = "") -> str:
+    """Return names of options that don't exist, each with the one of the `known` that was probably meant."""
+    known = list(known)
     suggestions = []
     for name in names:
         name = name.partition("=")[0]  # the value may be a secret
@@ -101,6 +165,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows one spelling of each option with its value's type, long lists of choices in the text, and any default."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
         names = [name for name in action.option_strings if "-" not in name[2:]]
         value = "NAME" if _has_many_choices(action) else self._format_args(action, _kind_of_value(action))
         return " ".join([", ".join(names), value]).rstrip()

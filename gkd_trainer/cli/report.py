@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gkd_trainer.cli.parser import PlainParser
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.quiet import quiet_imports
 
@@ -25,17 +25,14 @@ def run(arguments: Sequence[str]) -> None:
         GKDDataError: There is no run in a folder.
         GKDConfigError: The file can't be written.
     """
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="gkd-trainer report",
         description="Write one HTML file, which loads nothing from anywhere, with a run's curves and completions. "
         "Several folders are stages: runs that each continued with the previous run's student.",
-        allow_abbrev=False,
     )
     parser.add_argument("output_dirs", metavar="OUTPUT_DIR", nargs="+", help="the output_dir of a run")
-    parser.add_argument(
-        "--output_file", "--output-file", metavar="FILE", help=f"the file (default: {FILE_NAME} in the last OUTPUT_DIR)"
-    )
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output_file", metavar="FILE", help=f"the file (default: {FILE_NAME} in the last OUTPUT_DIR)")
+    options = parser.parsed(arguments)
     path = Path(options.output_file or Path(options.output_dirs[-1]) / FILE_NAME)
     if options.output_file:
         require_folder_of(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gkd_trainer.cli.config_file import parse_with_config
-from gkd_trainer.cli.parser import OptionGroup, build_parser, built
+from gkd_trainer.cli.parser import OptionGroup, build_parser, built, require
 from gkd_trainer.errors import GKDConfigError, GKDError
 
 if TYPE_CHECKING:
@@ -161,13 +161,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
         "self_teacher",
         "teacher_cache_dir",
     )
-    missing = [
-        " or ".join(f"--{name}" for name in names)
-        for names in (("model_name_or_path",), teachers, ("dataset",))
-        if all(getattr(options, name) is None for name in names)
-    ]
-    if missing:
-        parser.error(f"the following options are required: {', '.join(missing)}")
+    require(parser, options, (("model_name_or_path",), teachers, ("dataset",)))
     with refusing_as_configuration():
         config = built(GKDConfig, options)
     return TrainOptions(built(StudentOptions, options), built(DataOptions, options), config)

@@ -14,7 +14,7 @@ def command(tmp_path, pair, rows_file, monkeypatch):
     """The command that compares the student and the teacher with the teacher, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     models = [str(tmp_path / name) for name in ("student", "teacher")]
-    options = ["--teacher", models[1], "--dataset", str(rows_file), "--max_new_tokens", "4", "--use_cpu"]
+    options = ["--teacher", models[1], "--dataset", str(rows_file), "--max-new-tokens", "4", "--use-cpu"]
     return ["compare", *models, *options]
 
 
@@ -96,7 +96,25 @@ def test_a_student_that_can_not_be_loaded_is_named(command, capsys):
 def test_missing_options_are_named(command, capsys):
     code, error = exit_of(["compare", "model"], capsys)
     assert code == 2
-    assert "the following arguments are required: --teacher, --dataset" in error
+    assert "the following options are required: --teacher, --dataset" in error
+
+
+def test_a_misspelt_option_is_named_with_the_one_probably_meant(capsys):
+    code, error = exit_of(["compare", "model", "--techer", "x", "--max-new-token=3"], capsys)
+    assert code == 2
+    assert "--techer (did you mean --teacher?), --max-new-token (did you mean --max_new_tokens?)" in error
+
+
+def test_help_is_like_that_of_the_other_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = capsys.readouterr().out
+    assert "  --max_new_tokens INT" in text
+    assert "--max-new-tokens" not in text
+    assert "\n  MODEL " in text
+    assert "(default: None)" not in text
+    assert "(default: 8)" in text
+    assert "Options may be written with - instead of _." in text
 
 
 def test_a_broken_line_of_the_data_is_named(command, tmp_path, capsys):

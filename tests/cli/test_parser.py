@@ -16,6 +16,8 @@ class Options:
     model_name_or_path: str | None = field(default=None, metadata={"help": "The student."})
     is_fast: bool = field(default=False, metadata={"help": "Whether to hurry."})
     rank: int = field(default=4, metadata={"help": "How many."})
+    limit: int | None = field(default=7, metadata={"help": "At most; None is no limit."})
+    is_careful: bool = field(default=True, metadata={"help": "Whether to look twice."})
     kind: str = field(default="a", metadata={"help": "Which.", "choices": list("abcdef")})
     derived: int = field(default=0, init=False)
 
@@ -85,6 +87,28 @@ def test_help_names_many_choices_in_the_text(parser):
 def test_an_option_has_an_alias_and_may_be_written_with_hyphens(parser, spelling):
     options = built(Options, parser.parse_args([spelling, "student", "--is-fast", "--rank", "2"]))
     assert options == Options("student", is_fast=True, rank=2)
+
+
+@pytest.mark.parametrize("text", ["none", "None", "null"])
+def test_a_number_that_may_be_unset_is_unset_by_none(parser, text, capsys):
+    assert parser.parse_args(["--limit", text]).limit is None
+    assert parser.parse_args(["--limit", "3"]).limit == 3
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--limit", "x"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--rank", text])
+    errors = capsys.readouterr().err
+    assert "argument --limit: invalid int value: 'x'" in errors
+    assert f"argument --rank: invalid int value: '{text}'" in errors
+    assert "--limit INT" in parser.format_help()
+    assert "none unsets a number that may be unset" in " ".join(parser.format_help().split())
+
+
+def test_the_short_form_of_an_option_that_is_on_says_that_it_switches_it_off(parser):
+    text = " ".join(parser.format_help().split())
+    assert "--no_is_careful Short for --is_careful false." in text
+    assert "--is_careful [BOOL] Whether to look twice. (default: True)" in text
+    assert not parser.parse_args(["--no-is-careful"]).is_careful
 
 
 def test_an_abbreviation_is_not_an_option(parser, capsys):

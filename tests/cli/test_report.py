@@ -57,6 +57,11 @@ def test_every_model_or_folder_has_a_name_of_its_own(models, names, tmp_path, mo
     assert distinct_names(models) == names
 
 
+def test_a_misspelt_option_is_named_with_the_one_probably_meant(capsys):
+    code, error = exit_of(["report", "folder", "--output-fil", "x"], capsys)
+    assert (code, "--output-fil (did you mean --output_file?)" in error) == (2, True)
+
+
 def test_the_file_may_be_named(tmp_path):
     write_records(tmp_path, [record(1)])
     main(["report", str(tmp_path), "--output-file", str(tmp_path / "page.html")])
