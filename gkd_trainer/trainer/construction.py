@@ -110,22 +110,7 @@ def construct(
     is_plain_trainer = not base.is_trls
     config = completed_args(arguments["args"], is_plain_trainer, is_seq2seq=base.is_seq2seq)
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
-    # These collators of TRL tokenise columns that no model's forward takes.
-    collator = arguments["data_collator"]
-    reads_messages = hasattr(collator, "messages_key") or isinstance(collator, DataCollatorForVisionLanguageModeling)
-    dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
-    prepares_rows = not (reads_messages or _leaves_rows(dataset_kwargs, arguments))
-    if prepares_rows and (collator is default_data_collator or type(collator) is DefaultDataCollator):
-        # It can't pad, and preparation takes out the padding that rows were tokenised with.
-        arguments = {**arguments, "data_collator": None}
-    if reads_messages:
-        config = _changed(config, remove_unused_columns=False)
-    if not is_plain_trainer:
-        # We prepare the rows: SFTTrainer would also train on the system's and user's tokens.
-        config = _changed(config, dataset_kwargs={**dataset_kwargs, "skip_prepare_dataset": True})
-    if prepares_rows and getattr(config, "assistant_only_loss", False):
-        # Always on here; SFTTrainer would refuse templates in which only it can't find the assistant's turns.
-        config = _changed(config, assistant_only_loss=False)
+    config, arguments, prepares_rows = _for_rows(config, arguments, base)
     model = _given_student(arguments["model"], arguments["model_init"])
     if isinstance(model, nn.Module):  # as early as it can be known
         refuse_for_kind(model, config, base)
@@ -166,6 +151,27 @@ def construct(
     del base_arguments["compute_loss_func"]
     accepted = accepted_by(init_parameters(base_classes), base_arguments, name)
     return Construction(accepted, teacher, adapter, prepares_rows, images, run, base)
+
+
+def _for_rows(config: Any, arguments: Mapping[str, Any], base: Base) -> tuple[Any, Mapping[str, Any], bool]:
+    """Return a configuration and arguments that fit who prepares the rows, and whether we do."""
+    # These collators of TRL tokenise columns that no model's forward takes.
+    collator = arguments["data_collator"]
+    reads_messages = hasattr(collator, "messages_key") or isinstance(collator, DataCollatorForVisionLanguageModeling)
+    dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
+    prepares_rows = not (reads_messages or _leaves_rows(dataset_kwargs, arguments))
+    if prepares_rows and (collator is default_data_collator or type(collator) is DefaultDataCollator):
+        # It can't pad, and preparation takes out the padding that rows were tokenised with.
+        arguments = {**arguments, "data_collator": None}
+    if reads_messages:
+        config = _changed(config, remove_unused_columns=False)
+    if base.is_trls:
+        # We prepare the rows: SFTTrainer would also train on the system's and user's tokens.
+        config = _changed(config, dataset_kwargs={**dataset_kwargs, "skip_prepare_dataset": True})
+    if prepares_rows and getattr(config, "assistant_only_loss", False):
+        # Always on here; SFTTrainer would refuse templates in which only it can't find the assistant's turns.
+        config = _changed(config, assistant_only_loss=False)
+    return config, arguments, prepares_rows
 
 
 def _leaves_rows(dataset_kwargs: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
