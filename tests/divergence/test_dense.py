@@ -78,6 +78,21 @@ def test_the_gradient_is_right_where_teacher_and_student_are_close(beta, sigma):
     )
 
 
+@pytest.mark.parametrize("distance", [1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("is_near_one", [False, True])
+def test_the_value_is_as_precise_near_both_ends_of_beta(distance, is_near_one):
+    student_logits_NV, teacher_logits_NV = pair()
+    options = {"beta": 1 - distance if is_near_one else distance, "scale": "continuous"}
+    actual_N = dense_divergence(student_logits_NV, teacher_logits_NV, **options).values_N
+    expected_N = reference_jsd(student_logits_NV, teacher_logits_NV, **options)
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=2e-6, atol=0)
+    assert_close_in_norm(
+        gradient(actual_N, student_logits_NV, upstream()),
+        gradient(expected_N, student_logits_NV, upstream()),
+        tolerance=3e-6,
+    )
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("scale", ["paper", "continuous"])
