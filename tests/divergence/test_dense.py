@@ -135,6 +135,23 @@ def test_a_constant_added_to_all_logits_changes_nothing(offset, vocab_chunk):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("offset", "temperature"), [(30.0, 1.0), (300.0, 1.0), (0.0, 0.01), (300.0, 0.01)])
+def test_neither_large_logits_nor_a_low_temperature_round_a_small_value(beta, offset, temperature):
+    student_logits_NV, _ = pair(V=2003)
+    student_logits_NV = student_logits_NV.detach() + offset
+    noise_NV = torch.randn(N, 2003, generator=torch.Generator().manual_seed(1))
+    teacher_logits_NV = student_logits_NV + 1e-2 * temperature * noise_NV
+    labels_N = torch.arange(N)
+    options = {"beta": beta, "temperature": temperature}
+    actual = dense_divergence(student_logits_NV, teacher_logits_NV, labels_N=labels_N, **options)
+    expected_N = reference_jsd(student_logits_NV, teacher_logits_NV, **options)
+    # A few units of float32's rounding, not of that of logits of 300 or of logits over 0.01.
+    torch.testing.assert_close(actual.values_N.double(), expected_N, rtol=1e-5, atol=5e-7)
+    cross_entropy_N = functional.cross_entropy(student_logits_NV.double(), labels_N, reduction="none")
+    torch.testing.assert_close(actual.cross_entropy_N.double(), cross_entropy_N, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_no_tokens_give_a_zero_that_is_connected_to_the_graph(beta):
     student_logits_NV, teacher_logits_NV = pair(0, 9)
     labels_N = torch.zeros(0, dtype=torch.long)
