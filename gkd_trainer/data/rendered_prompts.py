@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.data_utils import maybe_convert_to_chatml
 
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.data.turns import render_prompt
 
@@ -28,7 +28,7 @@ class RenderedPrompts:
         Raises:
             RowDropped: The template refuses the messages.
         """
-        messages = [] if self.tokenizer.chat_template is None else _before_last_turn(row)
+        messages = [] if self.tokenizer.chat_template is None else _before_last_turn(row, self.tokenizer)
         if not messages:
             return []
         try:
@@ -39,19 +39,19 @@ class RenderedPrompts:
         return ids
 
 
-def _before_last_turn(row: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+def _before_last_turn(row: Mapping[str, Any], tokenizer: Any) -> Sequence[dict[str, Any]]:
     if row.get("input_ids") is not None:
         return []
     if row.get("messages") is not None or row.get("conversations") is not None:
         held = {name: row[name] for name in ("messages", "conversations") if row.get(name) is not None}
-        messages = messages_of(maybe_convert_to_chatml(held)["messages"])
+        messages = texts_of(maybe_convert_to_chatml(held)["messages"], tokenizer)
         n_context = 0
     elif isinstance(row.get("prompt"), list):
         held = {name: row[name] for name in ("prompt", "completion") if isinstance(row.get(name), list)}
         converted = maybe_convert_to_chatml(held)
-        messages = messages_of(converted["prompt"])
+        messages = texts_of(converted["prompt"], tokenizer)
         n_context = len(messages)
-        messages += messages_of(converted["completion"]) if "completion" in converted else []
+        messages += texts_of(converted["completion"], tokenizer) if "completion" in converted else []
     else:
         return []
     turns = [place for place in range(n_context, len(messages)) if messages[place]["role"] == "assistant"]

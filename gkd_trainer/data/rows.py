@@ -11,7 +11,7 @@ from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing, images_of, require_own, require_readable, with_image_parts
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.messages import messages_of, template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
@@ -256,8 +256,9 @@ class RowPreparer:
         return self._chat(prompt + completion, row, n_context=len(prompt))
 
     def _messages(self, value: Any, n_images: int) -> list[dict[str, Any]]:
-        messages = messages_of(value)
-        return messages if self.images is None else with_image_parts(messages, n_images)
+        if self.images is None:
+            return texts_of(value, self.tokenizer)
+        return with_image_parts(messages_of(value), n_images)
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> RowTokens:
         self._require_chat_template()

@@ -9,7 +9,7 @@ from typing import Any
 from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.tokens import RowDropped, id_list
 from gkd_trainer.errors import GKDDataError
@@ -56,7 +56,7 @@ class TeacherPrompts:
             )
         prompt = row[TEACHER_PROMPT]
         if not isinstance(prompt, str):
-            prompt = messages_of(maybe_convert_to_chatml({"prompt": prompt})["prompt"])
+            prompt = texts_of(maybe_convert_to_chatml({"prompt": prompt})["prompt"], self.tokenizer)
             if self.tokenizer.chat_template is None:
                 raise GKDDataError(
                     f"expected a tokenizer with a chat template, since {TEACHER_PROMPT} holds messages; neither the "

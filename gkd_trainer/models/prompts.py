@@ -24,6 +24,8 @@ def prompt_ids(
         template_kwargs: Further variables of the template.
         is_source: Whether the encoder of an encoder-decoder reads it: a text then has all special tokens of the
             tokenizer, such as the eos after it.
+
+    Raises ValueError for messages with a part that is not a text, and what the template raises.
     """
     if isinstance(prompt, str) and is_source:
         return list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
@@ -32,13 +34,27 @@ def prompt_ids(
         leading = leading_ids(tokenizer)
         return ids if tuple(ids[: len(leading)]) == leading else [*leading, *ids]
     text = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt],
+        with_texts(tokenizer, prompt),
         tools=tools or None,
         tokenize=False,
         add_generation_prompt=True,
         **(template_kwargs or {}),
     )
     return _encoded(tokenizer, text)
+
+
+def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose contents are texts, for a model that reads nothing else.
+
+    A list of text parts becomes one text. Most templates for text write such a list as Python does, or nothing at all.
+    Those of vision-language models may read nothing but lists: for them it stays.
+
+    Raises ValueError for a part that is not a text.
+    """
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return [dict(message) for message in messages]
+    joined = [{**message, "content": _text_of(message.get("content"))} for message in messages]
+    return joined if _reads_texts(tokenizer) else [dict(message) for message in messages]
 
 
 def leading_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -49,6 +65,25 @@ def leading_ids(tokenizer: Any) -> tuple[int, ...]:
         if ids[n_leading : n_leading + len(bare)] == bare:
             return tuple(ids[:n_leading])
     return ()
+
+
+def _text_of(content: Any) -> Any:
+    """Return the texts of a list of parts as one; any other content unchanged."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"a message with a part of type {kind!r}, where only texts can be read")
+    return "".join(part["text"] for part in content)
+
+
+def _reads_texts(tokenizer: Any) -> bool:
+    try:
+        rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except Exception:  # a template may raise anything, and will say so for the messages themselves
+        return True
+    return "Hello" in rendered
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:

@@ -47,6 +47,12 @@ def test_the_teachers_template_renders_what_comes_before_the_last_turn(teacher, 
     assert text_of(teacher, row) == expected
 
 
+def test_text_parts_are_read_as_the_text_that_they_hold(teacher):
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    row = {"messages": [{"role": "user", "content": parts}, TURN]}
+    assert text_of(teacher, row) == text_of(teacher, {"messages": [USER, TURN]})
+
+
 def test_earlier_turns_are_part_of_the_prompt(teacher):
     text = text_of(teacher, {"messages": [USER, TURN, USER, TURN]})
     assert text.count("Hello there") == 1

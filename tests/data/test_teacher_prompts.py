@@ -57,6 +57,14 @@ def test_it_is_rendered_by_the_teachers_tokenizer(byte_level, rules):
     assert byte_level().decode(row[TEACHER_PROMPT_IDS]) == "[two][one]"
 
 
+def test_text_parts_of_its_messages_are_one_text(byte_level, rules):
+    parts = [{"type": "text", "text": "two"}, {"type": "text", "text": " one"}]
+    teachers = byte_level("{{ messages[0]['content'] }}")
+    rows = [{"prompt": "one", "completion": " two", TEACHER_PROMPT: [{"role": "user", "content": parts}]}]
+    [row] = prepare_dataset(rows, byte_level(), rules(), teacher_prompts=TeacherPrompts(teachers))
+    assert teachers.decode(row[TEACHER_PROMPT_IDS]) == "two one"
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_text_is_taken_as_it_is_behind_the_bos(byte_level, rules, is_stream):
     tokenizer = byte_level(has_bos=True)

@@ -257,3 +257,24 @@ def test_a_conversation_that_loses_an_earlier_turn_is_kept_for_the_last_one(prep
     messages = [USER, ASSISTANT, ASSISTANT, USER, ASSISTANT]
     row, tokenizer = prepare(CHATS["olmo2"], {"messages": messages}, train_on="last_turn")
     assert trained_runs(tokenizer, row.labels) == ["four<|endoftext|>"]
+
+
+def in_parts(text):
+    return [{"type": "text", "text": piece} for piece in text.split("|")]
+
+
+def test_text_parts_are_read_as_the_text_that_they_hold(chat, prepare):
+    """Many templates for text write a list of parts as Python does, or leave it out."""
+    given = [{"role": "user", "content": in_parts("hello| there")}, {"role": "assistant", "content": in_parts("fine")}]
+    plain = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "fine"}]
+    assert prepare(chat, {"messages": given})[0] == prepare(chat, {"messages": plain})[0]
+    pair, plain_pair = ({"prompt": messages[:1], "completion": messages[1:]} for messages in (given, plain))
+    assert prepare(chat, pair, is_generating=True)[0] == prepare(chat, plain_pair, is_generating=True)[0]
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "image"}, "hello"])
+def test_a_part_that_is_not_a_text_drops_its_row_by_name(chat, prepare, part):
+    row = {"prompt": [{"role": "user", "content": [*in_parts("hello"), part]}]}
+    kind = part["type"] if isinstance(part, dict) else "str"
+    with pytest.raises(RowDropped, match=f"a message with a part of type '{kind}', where only texts can be read"):
+        prepare(chat, row, needs_completion=False)

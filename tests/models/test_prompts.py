@@ -33,3 +33,24 @@ def test_templates_get_tools_and_variables(byte_level):
     tokenizer = byte_level("{{ tools[0]['name'] }} {{ mood }} {{ messages[0]['content'] }}")
     ids = prompt_ids(tokenizer, MESSAGES, tools=[{"name": "sum"}], template_kwargs={"mood": "calm"})
     assert tokenizer.decode(ids) == "sum calm hello"
+
+
+PARTS = [{"type": "text", "text": "hello"}, {"type": "text", "text": " there"}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0]['content'] }}",
+        # As those of vision-language models: nothing but lists is read.
+        "{% for part in messages[0]['content'] if part is mapping %}{{ part['text'] }}{% endfor %}",
+    ],
+)
+def test_text_parts_reach_a_template_in_the_form_that_it_reads(byte_level, template):
+    tokenizer = byte_level(template)
+    assert tokenizer.decode(prompt_ids(tokenizer, [{"role": "user", "content": PARTS}])) == "hello there"
+
+
+def test_parts_that_are_not_text_are_refused(byte_level):
+    with pytest.raises(ValueError, match="a part of type 'image', where only texts can be read"):
+        prompt_ids(byte_level(), [{"role": "user", "content": [*PARTS, {"type": "image"}]}])
