@@ -11,7 +11,7 @@ from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.tokens import RowDropped
-from gkd_trainer.data.turns import render_prompt
+from gkd_trainer.models.prompts import render_prompt
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,12 @@ from gkd_trainer.data.turns import (
     encode_spans,
     ended_at,
     marked_template,
-    render_prompt,
     render_turns,
     turn_labels,
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.models.prompts import leading_ids
+from gkd_trainer.models.prompts import leading_ids, render_prompt, with_arguments
 from gkd_trainer.types import prompt_length
 
 NEEDS_COMPLETION = (
@@ -303,9 +302,15 @@ class RowPreparer:
 
     def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> RowTokens:
         self._require_chat_template()
-        prompt_row: dict[str, Any] = {"prompt": messages, "chat_template_kwargs": template_kwargs_of(row)}
+        template_kwargs, tools = template_kwargs_of(row), tools_of(row)
+
+        def render(given: list[Any]) -> str:
+            prompt_row: dict[str, Any] = {"prompt": given, "chat_template_kwargs": template_kwargs}
+            text: str = apply_chat_template(prompt_row, self.tokenizer, tools)["prompt"]
+            return text
+
         try:
-            text = apply_chat_template(prompt_row, self.tokenizer, tools_of(row))["prompt"]
+            text = with_arguments(render, messages)
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def prompt_ids(
@@ -33,14 +36,36 @@ def prompt_ids(
         ids = _encoded(tokenizer, prompt)
         leading = leading_ids(tokenizer)
         return ids if tuple(ids[: len(leading)]) == leading else [*leading, *ids]
-    text = tokenizer.apply_chat_template(
-        with_texts(tokenizer, prompt),
-        tools=tools or None,
-        tokenize=False,
-        add_generation_prompt=True,
-        **(template_kwargs or {}),
-    )
-    return _encoded(tokenizer, text)
+    return _encoded(tokenizer, render_prompt(tokenizer, with_texts(tokenizer, prompt), tools, template_kwargs or {}))
+
+
+def render_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, template_kwargs: Mapping[str, Any]
+) -> str:
+    """Render the model's prompt for the next turn, with the tokenizer's own template."""
+
+    def render(given: list[Any]) -> str:
+        text: str = tokenizer.apply_chat_template(
+            given, tools=tools or None, tokenize=False, add_generation_prompt=True, **template_kwargs
+        )
+        return text
+
+    return with_arguments(render, messages)
+
+
+def with_arguments(render: Callable[[list[Any]], T], messages: Sequence[Mapping[str, Any]]) -> T:
+    """Return what `render` makes of messages whose tool calls have objects as arguments, not their JSON.
+
+    OpenAI's format has the JSON, but most templates write it themselves. One that refuses objects gets the JSON.
+    """
+    given = [dict(message) for message in messages]
+    parsed = [_with_objects(message) for message in given]
+    if parsed == given:
+        return render(given)
+    try:
+        return render(parsed)
+    except Exception:  # a template may raise anything
+        return render(given)
 
 
 def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -65,6 +90,26 @@ def leading_ids(tokenizer: Any) -> tuple[int, ...]:
         if ids[n_leading : n_leading + len(bare)] == bare:
             return tuple(ids[:n_leading])
     return ()
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    """Return a tool call whose arguments are an object if they are the JSON of one."""
+    if not isinstance(call, Mapping):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _text_of(content: Any) -> Any:

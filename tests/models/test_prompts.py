@@ -2,7 +2,7 @@
 
 import pytest
 
-from gkd_trainer.models.prompts import leading_ids, prompt_ids
+from gkd_trainer.models.prompts import leading_ids, prompt_ids, with_arguments
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -54,3 +54,22 @@ def test_text_parts_reach_a_template_in_the_form_that_it_reads(byte_level, templ
 def test_parts_that_are_not_text_are_refused(byte_level):
     with pytest.raises(ValueError, match="a part of type 'image', where only texts can be read"):
         prompt_ids(byte_level(), [{"role": "user", "content": [*PARTS, {"type": "image"}]}])
+
+
+@pytest.mark.parametrize("arguments", ["", "[1]", "two", None, {"a": 2}, {}])
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_arguments_that_are_not_the_json_of_an_object_stay(arguments, is_flat):
+    call = {"name": "sum", "arguments": arguments}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call if is_flat else {"function": call}]}]
+    assert with_arguments(lambda given: given, messages) == messages
+
+
+@pytest.mark.parametrize("calls", [None, "sum", [None], [{"function": "sum"}], [{"function": {"name": "sum"}}]])
+def test_tool_calls_of_another_form_stay(calls):
+    messages = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    assert with_arguments(lambda given: given, messages) == messages
+
+
+def test_a_call_without_the_key_function_has_its_arguments_read_too():
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": '{"a": null}'}]}]
+    assert with_arguments(lambda given: given[0]["tool_calls"][0]["arguments"], messages) == {"a": None}
