@@ -199,6 +199,7 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None)
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(dataset[0]))
+    _warn_of_date(preparer, dataset[0], name)
     mapped = dataset.map(
         prepare,
         with_indices=True,
@@ -237,11 +238,22 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
     prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(first))
+    _warn_of_date(preparer, first, name)
     prepare(first, 0)
     features = None if dataset.features is None else _features(dataset, prepare)
     mapped = dataset.map(replace(prepare, is_refusal_raised=False), with_indices=True, features=features)
     keep = _KeepUsable(name, preparer.rules.is_generating)
     return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
+
+
+def _warn_of_date(preparer: RowPreparer, row: Mapping[str, Any], name: str) -> None:
+    if preparer.writes_date(row):
+        logger.warning(
+            "%s: the chat template writes today's date, so tomorrow these rows have other tokens: a resumed run trains "
+            "on other prompts, and a cache does not find them. Give the date in the column chat_template_kwargs (to "
+            "Llama 3.2's template as date_string), or write it into tokenizer.chat_template in place of strftime_now",
+            name,
+        )
 
 
 def _features(dataset: Any, prepare: _PrepareRow) -> Features:

@@ -26,7 +26,7 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.models.prompts import leading_ids, render_prompt, with_arguments
+from gkd_trainer.models.prompts import leading_ids, render_prompt, with_arguments, writes_date
 from gkd_trainer.types import prompt_length
 
 NEEDS_COMPLETION = (
@@ -161,11 +161,21 @@ class RowPreparer:
 
     def has_teacher_prompt(self, row: Mapping[str, Any]) -> bool:
         """Return whether rows like this one may have prompts for the teacher; it may be None in this one."""
+        return self.teacher_prompts.rendered is not None or has_teacher_prompts({*row, *self._readable(row)})
+
+    def writes_date(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the chat template writes today's date into rows like this one."""
+        formatted = self._readable(row)
+        is_chat = any(isinstance(formatted.get(column), list) for column in ("messages", "conversations", "prompt"))
+        variables = formatted.get("chat_template_kwargs")
+        return is_chat and writes_date(self.tokenizer, variables if isinstance(variables, dict) else {})
+
+    def _readable(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a row as `formatting_func` makes it, or nothing if it can't be read, which `prepare` says."""
         try:
-            formatted = {} if self.formatting_func is None else self._formatted(row)
-        except (RowDropped, GKDDataError):  # the row's own verdict, when it is prepared
-            formatted = {}
-        return self.teacher_prompts.rendered is not None or has_teacher_prompts({*row, *formatted})
+            return self._formatted(row)
+        except (RowDropped, GKDDataError):
+            return {}
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -80,6 +81,22 @@ def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[di
         return [dict(message) for message in messages]
     joined = [{**message, "content": _text_of(message.get("content"))} for message in messages]
     return joined if _reads_texts(tokenizer) else [dict(message) for message in messages]
+
+
+def writes_date(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a chat template writes today's date into a conversation with these variables."""
+    if "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
+        return False
+    formats: list[str] = []
+
+    def noting(date_format: str) -> str:
+        formats.append(date_format)
+        return ""
+
+    message = {"role": "user", "content": "Hello"}
+    with suppress(Exception):  # a template may raise anything, and will say so for the messages themselves
+        tokenizer.apply_chat_template([message], tokenize=False, **{**template_kwargs, "strftime_now": noting})
+    return bool(formats)
 
 
 def leading_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -357,3 +357,22 @@ def test_a_dict_of_splits_is_refused(byte_level, rules):
 def test_a_list_of_anything_but_dicts_is_refused(byte_level, rules):
     with pytest.raises(GKDDataError, match=r"expected a list of dicts.*it holds str"):
         prepare_dataset(["hello"], byte_level(), rules())
+
+
+DATED = (
+    "{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
+)
+DATE = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("row", "is_warned"),
+    [(conversation("Paris."), True), ({**conversation("Paris."), **DATE}, False), ({"text": "one two"}, False)],
+)
+def test_a_template_that_writes_todays_date_is_warned_of_once(byte_level, rules, caplog, row, is_warned, is_stream):
+    rows = [row, row]
+    prepare_dataset(iterable(rows) if is_stream else rows, byte_level(DATED), rules(train_on="last_turn"), name="eval")
+    assert [message[:50] for message in warnings_of(caplog)] == [
+        "eval: the chat template writes today's date, so to"
+    ] * is_warned

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gkd_trainer.models.prompts import leading_ids, prompt_ids, with_arguments
+from gkd_trainer.models.prompts import leading_ids, prompt_ids, with_arguments, writes_date
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -73,3 +73,20 @@ def test_tool_calls_of_another_form_stay(calls):
 def test_a_call_without_the_key_function_has_its_arguments_read_too():
     messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": '{"a": null}'}]}]
     assert with_arguments(lambda given: given[0]["tool_calls"][0]["arguments"], messages) == {"a": None}
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "is_written"),
+    [
+        ("{{ strftime_now('%Y') }}", {}, True),
+        ("{{ date_string or strftime_now('%Y') }}", {}, True),
+        ("{{ date_string or strftime_now('%Y') }}", {"date_string": "26 Jul 2024"}, False),
+        ("{% if messages[0]['role'] == 'tool' %}{{ strftime_now('%Y') }}{% endif %}", {}, False),
+        ("{{ raise_exception('strftime_now') }}", {}, False),
+        ("{{ messages[0]['content'] }}", {}, False),
+        (None, {}, False),
+    ],
+)
+def test_a_template_writes_the_date_if_it_asks_for_it_with_these_variables(byte_level, template, variables, is_written):
+    assert writes_date(byte_level(template), variables) is is_written
+    assert not writes_date(None, variables)
