@@ -16,7 +16,7 @@ from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer, RowRules
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts
-from gkd_trainer.data.tokens import RowDropped
+from gkd_trainer.data.tokens import SEQ_LENGTHS, RowDropped, lengths_of
 from gkd_trainer.errors import GKDDataError
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,15 @@ class _PrepareRow:
     is_refusal_raised: bool
     name: str
     has_teacher_prompts: bool = False
+    has_lengths: bool = False
+
+    def for_rows_like(self, first: Mapping[str, Any]) -> _PrepareRow:
+        """Return the function for a data set with this first row."""
+        return replace(
+            self,
+            has_teacher_prompts=self.preparer.has_teacher_prompt(first),
+            has_lengths=SEQ_LENGTHS in first,
+        )
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
@@ -127,7 +136,7 @@ class _PrepareRow:
                 if self.is_refusal_raised:
                     raise GKDDataError(f"{self.name}: row {index}: {refusal}") from refusal
                 return {**self._dropped(str(refusal), 0), TEACHER_INDEX: -1}
-        return {**self._prepared(row), **teacher}
+        return {**self._with_lengths(self._prepared(row)), **teacher}
 
     def _prepared(self, row: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -150,6 +159,14 @@ class _PrepareRow:
             _NEEDED_LENGTH: 0,
             _UNENDED: prepared.unended,
         }
+
+    def _with_lengths(self, prepared: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with `position_ids` in the place of `seq_lengths`, and those as the row was cut."""
+        if not self.has_lengths:
+            return prepared
+        positions = prepared.get("position_ids")  # none if it is dropped
+        lengths = None if positions is None else lengths_of(positions)
+        return {**prepared, "position_ids": positions, SEQ_LENGTHS: lengths}
 
     def _dropped(self, reason: str, needed_length: int) -> dict[str, Any]:
         return {
@@ -198,7 +215,7 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None)
     preparer, name = prepare.preparer, prepare.name
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(dataset[0]))
+    prepare = prepare.for_rows_like(dataset[0])
     _warn_of_date(preparer, dataset[0], name)
     mapped = dataset.map(
         prepare,
@@ -237,7 +254,7 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(first))
+    prepare = prepare.for_rows_like(first)
     _warn_of_date(preparer, first, name)
     prepare(first, 0)
     features = None if dataset.features is None else _features(dataset, prepare)
@@ -262,7 +279,8 @@ def _features(dataset: Any, prepare: _PrepareRow) -> Features:
     keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
     if prepare.route is not None:
         keys[TEACHER_INDEX] = Value("int64")
-    return Features({**dataset.features, **_NEW_FEATURES, **prompts, **keys})
+    positions = {"position_ids": List(Value("int32"))} if prepare.has_lengths else {}
+    return Features({**positions, **dataset.features, **_NEW_FEATURES, **prompts, **keys})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

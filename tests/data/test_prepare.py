@@ -376,3 +376,16 @@ def test_a_template_that_writes_todays_date_is_warned_of_once(byte_level, rules,
     assert [message[:50] for message in warnings_of(caplog)] == [
         "eval: the chat template writes today's date, so to"
     ] * is_warned
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_rows_that_trl_packed_get_the_positions_of_their_samples_as_they_are_cut(rules, is_stream):
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]},
+        {"input_ids": [5, 6], "labels": [-100, -100], "seq_lengths": [2]},
+        {"input_ids": [5, 6], "labels": [5, 6], "seq_lengths": None},
+    ]
+    data = Dataset.from_list(rows)
+    prepared = [*prepare_dataset(data.to_iterable_dataset() if is_stream else data, None, rules(max_length=4))]
+    assert [row["position_ids"] for row in prepared] == [[0, 1, 2, 0], None]
+    assert [row["seq_lengths"] for row in prepared] == [[3, 1], None]
