@@ -20,15 +20,16 @@ class RenderedPrompts:
 
     tokenizer: Any
 
-    def of(self, row: Mapping[str, Any]) -> list[int]:
+    def of(self, row: Mapping[str, Any], *, is_generating: bool = False) -> list[int]:
         """Return the tokens before a row's last assistant turn.
 
-        Empty for a row without messages, and if there is no template: the teacher then reads the student's prompt.
+        If `is_generating`, a conversation that ends with another's turn is a prompt as a whole. Empty for a row without
+        messages, and if there is no template: the teacher then reads the student's prompt.
 
         Raises:
             RowDropped: The template refuses the messages.
         """
-        messages = [] if self.tokenizer.chat_template is None else _before_last_turn(row, self.tokenizer)
+        messages = [] if self.tokenizer.chat_template is None else _prompt_of(row, self.tokenizer, is_generating)
         if not messages:
             return []
         try:
@@ -39,7 +40,7 @@ class RenderedPrompts:
         return ids
 
 
-def _before_last_turn(row: Mapping[str, Any], tokenizer: Any) -> Sequence[dict[str, Any]]:
+def _prompt_of(row: Mapping[str, Any], tokenizer: Any, is_generating: bool) -> Sequence[dict[str, Any]]:
     if row.get("input_ids") is not None:
         return []
     if row.get("messages") is not None or row.get("conversations") is not None:
@@ -54,5 +55,7 @@ def _before_last_turn(row: Mapping[str, Any], tokenizer: Any) -> Sequence[dict[s
         messages += texts_of(converted["completion"], tokenizer) if "completion" in converted else []
     else:
         return []
+    if is_generating and messages[-1]["role"] != "assistant":
+        return messages  # a completion follows the user's or the tool's last word
     turns = [place for place in range(n_context, len(messages)) if messages[place]["role"] == "assistant"]
     return messages[: turns[-1]] if turns else messages

@@ -146,7 +146,8 @@ class RowPreparer:
         if self.formatting_func is not None:
             formatted = self._formatted(row)
             require_own(formatted, images)
-        teacher_ids = self.teacher_prompts.ids_of(_without_none({**_teachers_columns(row), **formatted}))
+        shown = _without_none({**_teachers_columns(row), **formatted})
+        teacher_ids = self.teacher_prompts.ids_of(shown, is_generating=self.rules.is_generating)
         if images and teacher_ids:
             raise GKDDataError(
                 "a row has images, but its teacher reads a prompt of its own (a teacher_prompt, or the row in another "
@@ -274,6 +275,8 @@ class RowPreparer:
         tools, template_kwargs = tools_of(row), template_kwargs_of(row)
         is_pair = self.rules.is_encoder_decoder
         last_turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        is_open = self.rules.keeps_prompts and last_turn < len(messages) - 1
+        n_given = len(messages) if is_open else last_turn
         prompt = ""
         try:
             text, spans = render_turns(
@@ -286,8 +289,8 @@ class RowPreparer:
                 template_kwargs=template_kwargs,
             )
             # No messages can't be rendered: the prompt of a turn that opens the conversation is the turn's header.
-            if (self.rules.is_generating or is_pair) and last_turn > 0:
-                prompt = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
+            if (self.rules.is_generating or is_pair) and n_given > 0:
+                prompt = render_prompt(self.tokenizer, messages[:n_given], tools, template_kwargs)
         except GKDDataError:
             raise
         except TurnsNotFound:
@@ -307,7 +310,8 @@ class RowPreparer:
         prompt_ids = [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids
         # Completions are sampled for the last turn; templates end earlier turns differently (gpt-oss with <|end|>).
         is_unended = without_stop(ids, ranges[-1:], self._stop_ids)
-        tokens = RowTokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
+        end = self._end_of(ids, ranges[-1]) if is_unended else ""
+        tokens = RowTokens(ids, labels, prompt_ids, unended=end, is_open=is_open)
         return turn_pair(tokens) if is_pair else tokens
 
     def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> RowTokens:
@@ -379,6 +383,11 @@ class RowPreparer:
         return labels
 
     def _fitted(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
+        if tokens.is_open and (teacher_ids or self.teacher_prompts.may_follow):
+            # The teacher's prompt is that of the new completion, not of a turn in the middle.
+            if self.rules.needs_completion:
+                raise RowDropped("no assistant turn after the teacher's own prompt")
+            tokens = RowTokens(tokens.prompt_ids, [IGNORE_INDEX] * len(tokens.prompt_ids))
         rules, ids, prompt_ids = self.rules, tokens.ids, tokens.prompt_ids
         labels = self.teacher_prompts.trained(tokens.labels, teacher_ids)
         if not ids:

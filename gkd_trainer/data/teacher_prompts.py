@@ -37,8 +37,8 @@ class TeacherPrompts:
     rendered: RenderedPrompts | None = None
     may_follow: bool = False
 
-    def ids_of(self, row: Mapping[str, Any]) -> list[int]:
-        """Return the teacher's prompt of a row; empty if it has none.
+    def ids_of(self, row: Mapping[str, Any], *, is_generating: bool = False) -> list[int]:
+        """Return the teacher's prompt of a row, which may get a completion if `is_generating`; empty if it has none.
 
         Raises:
             RowDropped: The prompt can't be read.
@@ -48,7 +48,7 @@ class TeacherPrompts:
             held = row.get(TEACHER_PROMPT_IDS)
             if held is not None:
                 return id_list(held, TEACHER_PROMPT_IDS)
-            return [] if self.rendered is None else self.rendered.of(row)
+            return [] if self.rendered is None else self.rendered.of(row, is_generating=is_generating)
         if self.tokenizer is None:
             raise GKDDataError(
                 f"expected the token ids of the teacher's prompts ({TEACHER_PROMPT_IDS}), since there is no tokenizer; "

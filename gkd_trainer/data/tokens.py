@@ -40,7 +40,8 @@ class RowTokens:
 
     `prompt_ids` are its on-policy prompt if that differs from the tokens before its last trained run, else empty.
     `per_token` holds its other columns with one value per token. `unended` names the token that ends its last turn
-    instead of a stop token, or is empty.
+    instead of a stop token, or is empty. `is_open` says that a user or a tool has the last word: the prompt is then all
+    of the conversation.
     """
 
     ids: list[int]
@@ -48,6 +49,7 @@ class RowTokens:
     prompt_ids: list[int] = field(default_factory=list)
     per_token: dict[str, list[Any]] = field(default_factory=dict)
     unended: str = ""
+    is_open: bool = False
 
 
 def held_tokens(row: Mapping[str, Any]) -> RowTokens:

@@ -59,6 +59,13 @@ def test_earlier_turns_are_part_of_the_prompt(teacher):
     assert text.endswith("<start_of_turn>model\n")
 
 
+@pytest.mark.parametrize("row", [{"messages": [USER, TURN, USER]}, {"prompt": [USER], "completion": [TURN, USER]}])
+def test_a_conversation_that_ends_with_the_user_is_a_prompt_as_a_whole_if_it_is_completed(teacher, row):
+    prompt, whole = (RenderedPrompts(teacher).of(row, is_generating=is_generating) for is_generating in (False, True))
+    assert prompt == RenderedPrompts(teacher).of({"prompt": [USER]})
+    assert whole == RenderedPrompts(teacher).of({"prompt": [USER, TURN, USER]})
+
+
 @pytest.mark.parametrize("completion", [None, "Hello there", [TURN]])
 def test_a_prompt_of_several_turns_is_rendered_whole(teacher, completion):
     text = text_of(teacher, {"prompt": [USER, TURN, USER], "completion": completion})
