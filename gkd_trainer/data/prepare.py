@@ -25,7 +25,8 @@ _PROBLEM = "gkd_problem"
 _N_PROMPT = "gkd_n_prompt"
 _NEEDED_LENGTH = "gkd_needed_length"
 _UNENDED = "gkd_unended"
-_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH, _UNENDED]
+_IS_CUT = "gkd_is_cut"
+_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH, _UNENDED, _IS_CUT]
 
 _NEW_FEATURES = {
     "input_ids": List(Value("int32")),
@@ -34,6 +35,7 @@ _NEW_FEATURES = {
     _N_PROMPT: Value("int64"),
     _NEEDED_LENGTH: Value("int64"),
     _UNENDED: Value("string"),
+    _IS_CUT: Value("bool"),
 }
 
 _KEY_COLUMNS = {side.name for side in SIDE_TENSORS.values() if side.is_column and not side.is_list}
@@ -158,6 +160,7 @@ class _PrepareRow:
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
             _UNENDED: prepared.unended,
+            _IS_CUT: prepared.is_cut,
         }
 
     def _with_lengths(self, prepared: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +180,7 @@ class _PrepareRow:
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
             _UNENDED: "",
+            _IS_CUT: False,
         }
 
     def _prompts(self, prompt_ids: list[int], teacher_prompt_ids: list[int]) -> dict[str, list[int]]:
@@ -189,12 +193,13 @@ class _KeepUsable:
     """The filter of an iterable dataset; logs at the first, tenth, hundredth row why rows are dropped."""
 
     name: str
-    is_generating: bool
+    rules: RowRules
     counts: Counter[str] = field(default_factory=Counter)
     is_promptless_seen: bool = False
     is_unended_seen: bool = False
+    is_cut_seen: bool = False
 
-    def __call__(self, problem: str, n_prompt: int, unended: str) -> bool:
+    def __call__(self, problem: str, n_prompt: int, unended: str, is_cut: bool) -> bool:
         if problem:
             self.counts[problem] += 1
             n_dropped = self.counts[problem]
@@ -202,12 +207,15 @@ class _KeepUsable:
                 rows = "row" if n_dropped == 1 else "rows"
                 logger.warning("%s: %d %s dropped so far: %s", self.name, n_dropped, rows, problem)
             return False
-        if n_prompt == 0 and self.is_generating and not self.is_promptless_seen:
+        if n_prompt == 0 and self.rules.is_generating and not self.is_promptless_seen:
             self.is_promptless_seen = True
             logger.warning("%s: rows without a prompt (trained on from the first token) stay off-policy", self.name)
         if unended and not self.is_unended_seen:
             self.is_unended_seen = True
             logger.warning("%s: last assistant turns end with %s", self.name, unended)
+        if is_cut and not self.is_cut_seen:
+            self.is_cut_seen = True
+            logger.warning("%s: rows longer than max_length=%s are cut", self.name, self.rules.max_length)
         return True
 
 
@@ -245,6 +253,9 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None)
     if unended:
         [(end, count)] = unended.most_common(1)
         logger.warning("%s: in %d of %d rows the last assistant turn ends with %s", name, count, len(usable), end)
+    n_cut = sum(notes[_IS_CUT][i] for i in usable)
+    if n_cut:
+        logger.warning("%s: %d of %d rows cut to max_length=%d", name, n_cut, len(usable), preparer.rules.max_length)
     return mapped.remove_columns(_BOOKKEEPING)
 
 
@@ -259,8 +270,8 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow) -> Any:
     prepare(first, 0)
     features = None if dataset.features is None else _features(dataset, prepare)
     mapped = dataset.map(replace(prepare, is_refusal_raised=False), with_indices=True, features=features)
-    keep = _KeepUsable(name, preparer.rules.is_generating)
-    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
+    keep = _KeepUsable(name, preparer.rules)
+    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED, _IS_CUT]).remove_columns(_BOOKKEEPING)
 
 
 def _warn_of_date(preparer: RowPreparer, row: Mapping[str, Any], name: str) -> None:

@@ -85,7 +85,7 @@ class PreparedRow:
     `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or if empty, the tokens before the last trained
     run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` names the token
     that ends its last turn instead of a stop token, or is empty. `teacher_prompt_ids` is the teacher's own prompt,
-    or empty.
+    or empty. `is_cut` says that the row was longer, and that this matters: its completion is not always generated.
     """
 
     input_ids: list[int]
@@ -95,6 +95,7 @@ class PreparedRow:
     per_token: dict[str, list[Any]]
     unended: str
     teacher_prompt_ids: list[int] = field(default_factory=list)
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -422,7 +423,8 @@ class RowPreparer:
             n_completion = len(ids[cut]) - prompt_length(labels)
             self.teacher_prompts.require_room(teacher_ids, max(n_completion, rules.max_new_tokens * is_completed))
         per_token = {column: values[cut] for column, values in tokens.per_token.items()}
-        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended, teacher_ids)
+        is_cut = len(ids[cut]) < len(ids) and not rules.needs_prompt
+        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended, teacher_ids, is_cut)
 
     def _fitted_pair(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
         rules, ids, labels = self.rules, tokens.ids, tokens.labels
@@ -437,7 +439,8 @@ class RowPreparer:
             raise RowDropped("no token is trained on")
         if teacher_ids:
             self.teacher_prompts.require_room(teacher_ids, len(cut))
-        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended, teacher_ids)
+        is_cut = len(cut) < len(labels) and not rules.needs_prompt
+        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended, teacher_ids, is_cut)
 
     @property
     def _stop_ids(self) -> frozenset[int]:

@@ -389,3 +389,29 @@ def test_rows_that_trl_packed_get_the_positions_of_their_samples_as_they_are_cut
     prepared = [*prepare_dataset(data.to_iterable_dataset() if is_stream else data, None, rules(max_length=4))]
     assert [row["position_ids"] for row in prepared] == [[0, 1, 2, 0], None]
     assert [row["seq_lengths"] for row in prepared] == [[3, 1], None]
+
+
+LONG = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]}
+
+
+def test_rows_that_are_cut_are_counted_in_one_line(rules, caplog):
+    short = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    prepare_dataset([LONG, short, LONG], None, rules(max_length=3), name="eval")
+    prepare_dataset([LONG, short], None, rules())
+    assert warnings_of(caplog) == ["eval: 2 of 3 rows cut to max_length=3"]
+
+
+def test_a_stream_says_once_that_rows_are_cut(rules, caplog):
+    [*prepare_dataset(iterable([LONG] * 3), None, rules(max_length=3), name="eval")]
+    assert warnings_of(caplog) == ["eval: rows longer than max_length=3 are cut"]
+
+
+def test_a_row_whose_completion_is_always_generated_does_not_count_as_cut(on_policy, caplog):
+    prepare_dataset([LONG], None, on_policy(max_length=4, max_new_tokens=3))
+    assert warnings_of(caplog) == []
+
+
+def test_the_labels_of_an_encoder_decoder_count_as_cut(rules, caplog):
+    rows = [{"input_ids": [5, 6], "labels": [5, 6, 7]}]
+    prepare_dataset(rows, None, rules(max_length=2, is_encoder_decoder=True), name="eval")
+    assert warnings_of(caplog) == ["eval: 1 of 1 rows cut to max_length=2"]
