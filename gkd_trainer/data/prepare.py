@@ -223,13 +223,19 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None)
     preparer, name = prepare.preparer, prepare.name
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
+    num_proc = min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None
+    if dataset.format["type"] == "custom":
+        # A transform would run again over the prepared rows, and replace or miss their columns.
+        columns = dataset.column_names
+        dataset = dataset.map(dict, remove_columns=columns, num_proc=num_proc, desc=f"Transforming {name}")
+        dataset = dataset.with_format(None)
     prepare = prepare.for_rows_like(dataset[0])
     _warn_of_date(preparer, dataset[0], name)
     mapped = dataset.map(
         prepare,
         with_indices=True,
         features=_features(dataset, prepare),
-        num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
+        num_proc=num_proc,
         desc=f"Preparing {name}",
     )
     notes = mapped.with_format(None).select_columns(_BOOKKEEPING)[:]

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
+from PIL import Image
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
 from gkd_trainer.data import prepare_dataset
@@ -415,3 +416,37 @@ def test_the_labels_of_an_encoder_decoder_count_as_cut(rules, caplog):
     rows = [{"input_ids": [5, 6], "labels": [5, 6, 7]}]
     prepare_dataset(rows, None, rules(max_length=2, is_encoder_decoder=True), name="eval")
     assert warnings_of(caplog) == ["eval: 1 of 1 rows cut to max_length=2"]
+
+
+def test_a_transform_runs_once_and_not_over_the_prepared_rows(rules):
+    def transformed(batch):
+        ids = [[5, 6, 7, len(text), 0] for text in batch["text"]]
+        return {"input_ids": ids, "attention_mask": [[1, 1, 1, 1, 0]] * len(ids), ROW_KEY: range(len(ids))}
+
+    rows = Dataset.from_list([{"text": "one"}, {"text": "three"}]).with_transform(transformed)
+    prepared = prepare_dataset(rows, None, rules(max_length=4))
+    assert prepared.format["type"] is None
+    assert prepared[1] == {
+        "input_ids": [5, 6, 7, 5],
+        "labels": [5, 6, 7, 5],
+        "attention_mask": [1, 1, 1, 1],
+        ROW_KEY: 0,  # the transform gets one row at a time
+    }
+
+
+@pytest.mark.parametrize("column", ["messages", "other"])
+def test_a_transform_may_replace_and_make_the_columns_that_are_read(byte_level, rules, column):
+    rows = Dataset.from_list([{column: conversation("Paris.")["messages"], "others": 1}])
+    rows.set_transform(lambda batch: {"messages": [conversation("two")["messages"] for _ in batch["others"]]})
+    [row] = prepare_dataset(rows, byte_level(), rules())
+    assert byte_level().decode(row["input_ids"]).endswith("two<|im_end|>\n")
+    assert row.keys() == {"messages", "input_ids", "labels"}
+
+
+def test_images_that_a_transform_makes_stay_images(rules):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "size": 3}])
+    rows = rows.with_transform(
+        lambda batch: {"input_ids": batch["input_ids"], "pictures": [Image.new("RGB", (n, n)) for n in batch["size"]]}
+    )
+    [row] = prepare_dataset(rows, None, rules())
+    assert row["pictures"].size == (3, 3)
