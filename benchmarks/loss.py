@@ -4,6 +4,7 @@
     python -m benchmarks.loss --threads 2             # two threads on two cores
     python -m benchmarks.loss --cuda                  # the same on a GPU, in bfloat16
     python -m benchmarks.loss --contenders ours ours-frozen --shapes 49152,576,576
+    python -m benchmarks.loss --errors                # only the error of the gradient; 15 seconds
 
 Forward and backward of N tokens at beta 0.5. All contenders take turns in one process; a ratio is the median of the
 ratios in each turn. Memory is measured in a separate process for each: the peak above weights, inputs and gradients.
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns per contender; slow ones take two")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="each is V,H,G")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--errors", action="store_true", help="only print the error of the gradient by precision")
     parser.add_argument("--memory-of", nargs=3, metavar=("CONTENDER", "SHAPE", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if args.cuda else "cpu"
@@ -226,6 +228,9 @@ def main() -> None:
 
     N = args.tokens or (8192 if args.cuda else 1024)
     console = Console(width=120)
+    if args.errors:
+        console.print(errors_table(device))
+        return
     where = torch.cuda.get_device_name() if args.cuda else f"cores {cores}, {torch.get_num_threads()} thread(s)"
     console.print(f"torch {torch.__version__}, {where}, {dtype}, beta {BETA}, load average {os.getloadavg()[0]:.1f}")
     names = [name for name in args.contenders if is_installed(CONTENDERS[name])]
@@ -236,11 +241,7 @@ def main() -> None:
     if not args.cuda:
         seconds = first_call_seconds(args.shapes[0], args.threads)
         console.print(f"first call with an empty compilation cache: {seconds:.1f} s")
-    for sigma, errors in gradient_errors(device).items():
-        of_hidden, of_weight = errors
-        console.print(
-            f"bfloat16, logit gap {sigma}: relative gradient error {of_hidden:.2%} hidden, {of_weight:.2%} head"
-        )
+    console.print(errors_table(device))
 
 
 def compare(names: list[str], shape: str, N: int, device: str, dtype: torch.dtype, args: argparse.Namespace) -> Table:
@@ -337,6 +338,48 @@ def gradient_errors(
             float((a.double() - b).norm() / b.norm()) for a, b in zip(actual, expected, strict=True) if a is not None
         )
     return errors
+
+
+def rounding_errors(V: int = 4000, H: int = 576) -> dict[float, tuple[float, float]]:
+    """Return, for each logit gap, the relative error in norm of the head's gradient if a float32 student is rounded.
+
+    To bfloat16, emulated in float64: only its hidden states and head, as for products of halves, then its logits too.
+    """
+    torch.manual_seed(0)
+    hidden_NH, weight_VH = torch.randn(64, H).double(), (torch.randn(V, H) * 3.2 / math.sqrt(H)).double()
+    rounded_NH, rounded_VH = hidden_NH.bfloat16().double(), weight_VH.bfloat16().double()
+    exact_NV, of_inputs_NV = hidden_NH @ weight_VH.T, rounded_NH @ rounded_VH.T
+    errors = {}
+    for sigma in SIGMAS:
+        teacher_NV = exact_NV + sigma * torch.randn_like(exact_NV)
+        exact_VH, of_inputs_VH, of_logits_VH = (
+            logits_gradient(logits_NV, teacher_NV).T @ states_NH
+            for logits_NV, states_NH in (
+                (exact_NV, hidden_NH),
+                (of_inputs_NV, rounded_NH),
+                (of_inputs_NV.bfloat16().double(), rounded_NH),
+            )
+        )
+        norm = exact_VH.norm()
+        errors[sigma] = (float((of_inputs_VH - exact_VH).norm() / norm), float((of_logits_VH - exact_VH).norm() / norm))
+    return errors
+
+
+def logits_gradient(logits_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    leaf_NV = logits_NV.detach().requires_grad_()
+    return torch.autograd.grad(reference_jsd(leaf_NV, teacher_NV, beta=BETA).sum(), leaf_NV)[0]
+
+
+def errors_table(device: str) -> Table:
+    """Return the error of the head's gradient by what is rounded to bfloat16, for each logit gap."""
+    table = Table(title=f"relative error of the head's gradient, beta {BETA}, inputs and logits of bfloat16")
+    for column in ("logit gap", "bfloat16 inputs", "float32 inputs, rounded", "the same, and their logits"):
+        table.add_column(column, justify="right")
+    measured, emulated = gradient_errors(device), rounding_errors()
+    for sigma in SIGMAS:
+        cells = (measured[sigma][1], *emulated[sigma])
+        table.add_row(str(sigma), *(f"{error:.2%}" for error in cells))
+    return table
 
 
 def sizes(shape: str) -> tuple[int, int, int]:

@@ -2,9 +2,10 @@ r"""A draft model for speculative decoding: a small model learns to draft what a
 
     python examples/draft_model.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct
 
-The acceptance, and the tokens that each forward of the teacher gives while the student drafts for it, are printed
-before and after. The served text keeps the teacher's distribution; only the speed changes. vLLM requires heads
-of equal size, so the saved student's is padded, or cut, to the teacher's. To serve both:
+The acceptance on answers that the teacher samples, which is what will be served, and the tokens that each forward of
+the teacher gives while the student drafts for it, are printed before and after. The served text keeps the teacher's
+distribution; only the speed changes. vLLM requires heads of equal size, so the saved student's is padded, or cut, to
+the teacher's. To serve both:
 
     vllm serve Qwen/Qwen2.5-7B-Instruct --speculative-config '{"method": "draft_model", "model": "draft-gsm8k",
         "num_speculative_tokens": 4, "draft_sample_method": "probabilistic"}'
@@ -20,11 +21,15 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from gkd_trainer import GKDConfig, GKDTrainer
 from gkd_trainer.data import gsm8k
 from gkd_trainer.report.drafting import tokens_per_forward
+from gkd_trainer.rollouts import HFRollouts
+from gkd_trainer.rollouts.build import find_stop_ids
+from gkd_trainer.types import Sampling
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,26 +54,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         teacher_model=args.teacher,
         args=config,
         train_dataset=gsm8k.load(args.data, "train", "conversation"),
-        eval_dataset=gsm8k.load(args.data, "test", "conversation", args.num_eval),
     )
-    problems = gsm8k.load(args.data, "test", "prompt", args.num_assisted)
+    tokenizer = trainer.processing_class
     prompts = [
-        trainer.processing_class.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        for row in problems
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        for row in gsm8k.load(args.data, "test", "prompt", max(args.num_eval, args.num_assisted))
     ]
+    answers = teachers_answers(trainer, prompts[: args.num_eval], args.max_new_tokens)
 
     def measured() -> dict[str, float]:
         rate = tokens_per_forward(
             trainer.teacher_model,
             trainer.model,
-            prompts,
+            prompts[: args.num_assisted],
             drafts=args.drafts,
             max_new_tokens=args.max_new_tokens,
             seed=0,
         )
-        return {"acceptance": trainer.evaluate()["eval_acceptance"], "tokens per forward of the teacher": rate}
+        return {"acceptance": trainer.evaluate(answers)["eval_acceptance"], "tokens per forward of the teacher": rate}
 
     before = measured()
     trainer.train()
@@ -77,6 +80,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.save_model()
     for name, value in before.items():
         print(f"{name}: {value:.3f} before, {after[name]:.3f} after")
+
+
+def teachers_answers(trainer: GKDTrainer, prompts: Sequence[list[int]], max_new_tokens: int) -> Dataset:
+    """Return rows of prompts with answers that the teacher samples: a student's acceptance differs between texts."""
+    teacher, tokenizer = trainer.teacher_model, trainer.processing_class
+    engine = HFRollouts(find_stop_ids(teacher, tokenizer), tokenizer.pad_token_id)
+    engine.sync(teacher)
+    completions = engine.generate(prompts, Sampling(max_new_tokens), seeds=range(len(prompts)))
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": [*prompt, *completion.token_ids],
+                "labels": [*[-100] * len(prompt), *completion.token_ids],
+            }
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+    )
 
 
 def resize_head_like(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
@@ -99,8 +119,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--num_eval", type=int, default=64)
-    parser.add_argument("--num_assisted", type=int, default=8, help="prompts for which completions are generated")
+    parser.add_argument("--num_eval", type=int, default=64, help="prompts that the teacher answers")
+    parser.add_argument("--num_assisted", type=int, default=8, help="prompts that are drafted for")
     parser.add_argument("--drafts", type=int, default=4, help="tokens that the student drafts at once")
     return parser.parse_args(argv)
 

@@ -42,7 +42,8 @@ def write_report(study: Study, results: Sequence[Result], folder: Path) -> Path:
             *(line for measure in study.kinds for line in _section_of_kinds(study, group, measure)),
         ]
         name = "-".join([study.name, *(f"{name}{value}" for name, value in factors)])
-        plot(study, group, title, folder / f"{name}.png")
+        if not group.keys().isdisjoint(ARMS):
+            plot(study, group, title, folder / f"{name}.png")
     file = folder / f"{study.name}.md"
     file.write_text("\n".join(parts))
     return file
@@ -110,7 +111,8 @@ def _with_start(group: Group) -> Group:
         for seed, result in by_seed.items()
         if arm != TEACHER
     }
-    return {arm: ({START: start} | group)[arm] for arm in (TEACHER, START, *ARMS) if arm == START or arm in group}
+    with_start = group | ({START: start} if start else {})
+    return {arm: with_start[arm] for arm in (TEACHER, START, *ARMS) if arm in with_start}
 
 
 def common_time(group: Group) -> float | None:

@@ -82,7 +82,8 @@ class GKDArguments(HidesSecrets):
         "auto",
         "Dtype to which the divergence rounds the inputs of its matrix products; logits stay float32. 'auto' is the "
         "dtype of mixed precision or of a half-precision model on CUDA, and 'float32' elsewhere. On a CPU, "
-        "'bfloat16' applies only to the products for the gradient.",
+        "'bfloat16' applies only to the products for the gradient. Rounding a float32 student makes its gradient wrong "
+        "where the models nearly agree (late in training, in self-distillation): 'float32' there.",
         ["auto", *PRODUCT_DTYPES],
     )
     divergence_scale: str = _option(

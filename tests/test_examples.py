@@ -46,15 +46,20 @@ def tiny_teacher_dir(tiny_model, byte_level, tmp_path):
     return folder
 
 
+def loaded(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, example)  # where a class of it is pickled
+    spec.loader.exec_module(example)
+    return example
+
+
 @pytest.fixture
 def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch):
     """Run an example's main for two steps; return the folder that it saved to. Later options win."""
 
     def run_example(name, *options, teacher=("--teacher", smollm2_dir), data=("--data", gsm8k_dir)):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        example = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, example)  # where a class of it is pickled
-        spec.loader.exec_module(example)
+        example = loaded(name, monkeypatch)
         places = ["--student", smollm2_student_dir, *teacher, *data]
         output_dir = tmp_path / "output"
         small = ["--output_dir", output_dir, "--max_steps", 2, "--batch_size", 2]
@@ -174,15 +179,34 @@ def test_gsm8k_experiment_adds_a_line_per_arm_and_goes_on_where_it_stopped(run, 
     options = ["--student", served_dir, "--seeds", 1, "--num_eval", 2, "--max_new_tokens", 4]
     output_dir = run("gsm8k_experiment", *options, "--arms", "sft", "own-1", teacher=teacher)
     lines = (output_dir / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["arm"] for line in lines] == ["sft", "own-1"]
+    assert [json.loads(line)["arm"] for line in lines] == ["teacher", "start", "sft", "own-1"]
+    with (output_dir / "results.jsonl").open("a") as file:
+        file.write('{"arm": "fresh-0", "seed": 0, "opt\n')  # as a kill leaves it
     run("gsm8k_experiment", *options, "--arms", "own-1", "fresh-0", teacher=teacher)
     longer = (output_dir / "results.jsonl").read_text().splitlines()
-    assert longer[:2] == lines
-    assert [json.loads(line)["arm"] for line in longer[2:]] == ["fresh-0"]
-    measured = [json.loads(line) for line in longer]
+    assert longer[:4] == lines
+    assert [json.loads(line)["arm"] for line in longer[5:]] == ["fresh-0"]
+    measured = [json.loads(line) for line in (*lines, longer[5])]
     assert {line["options"]["max_steps"] for line in measured} == {2}
-    assert len({line["eval_acceptance"] for line in measured}) == 3  # trained in three ways
+    assert len({line["acceptance"] for line in measured}) == 5  # the teacher's is 1, and three are trained differently
+    assert {len(line["solved"]) for line in measured} == {2}
+    assert all(0 < line["length"] <= 4 and 0 <= line["cut"] <= 1 for line in measured)
     assert "fresh-0" in capsys.readouterr().out
+
+
+def test_gsm8k_experiment_compares_on_policy_with_both_controls(capsys, monkeypatch):
+    example = loaded("gsm8k_experiment", monkeypatch)
+    others = dict.fromkeys(("length", "cut", "agreement", "acceptance", "seconds"), 1.0)
+    lines = [
+        {"arm": arm, "seed": seed, "solved": [True, seed == 0, is_solved, False], **others}
+        for arm, is_solved in (("own-0.5", True), ("fresh-0.5", False), ("fixed-0.5", True))
+        for seed in range(2)
+    ]
+    example.print_tables(lines)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "│ own-0.5 │ 2 │ 0.625 │" in printed
+    assert "own-0.5 − fixed-0.5 │ 2 │ +0.000 │ +0.000 to +0.000" in printed
+    assert re.search(r"own-0.5 − fresh-0.5 │ 2 │ \+0.250 │ \+0.000 to \+0.[567]", printed)
 
 
 def test_gsm8k_experiment_neither_skips_nor_prints_an_arm_with_other_options(run, capsys, served_dir, tiny_teacher_dir):
@@ -196,7 +220,8 @@ def test_gsm8k_experiment_neither_skips_nor_prints_an_arm_with_other_options(run
     assert "sft" not in printed
     run("gsm8k_experiment", *options, "--arms", "sft", "--max_steps", 1, teacher=teacher)
     lines = [json.loads(line) for line in (output_dir / "results.jsonl").read_text().splitlines()]
-    assert [(line["arm"], line["options"]["max_steps"]) for line in lines] == [("sft", 2), ("fixed-0", 1), ("sft", 1)]
+    trained = [(line["arm"], line["options"]["max_steps"]) for line in lines if line["arm"] not in ("teacher", "start")]
+    assert trained == [("sft", 2), ("fixed-0", 1), ("sft", 1)]
 
 
 @pytest.mark.vllm

@@ -16,7 +16,7 @@ from gkd_trainer.divergence.categories import CategoryTerms
 from gkd_trainer.divergence.dense import compare_logits
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.result import TokenDivergence, joined
-from gkd_trainer.divergence.rows import RowComparison, cross_entropy, label_gradient, tile_size, tiles
+from gkd_trainer.divergence.rows import RowComparison, cross_entropy, label_gradient, tile_size, tiles, top_or_zero
 from gkd_trainer.divergence.uld import SortedTerms
 from gkd_trainer.signals import VocabularyMap
 
@@ -95,18 +95,20 @@ class MappedComparison(RowComparison):
         value_weight_R: Tensor | None,
         label_weight_R: Tensor | None,
     ) -> TokenDivergence:
-        temperature, tempered_RV, tempered_RW = self.objective.temperature, student_RV, teacher_RW
+        temperature, shift_R1 = self.objective.temperature, top_or_zero(student_RV)
+        # The largest logit cancels: left in, every log-sum-exp over tokens would round as coarsely as it.
+        shifted_RV, shifted_RW = student_RV - shift_R1, teacher_RW - top_or_zero(teacher_RW)
         if temperature != 1:
-            tempered_RV, tempered_RW = student_RV / temperature, teacher_RW / temperature
-        result, gradient_RV = terms(tempered_RV, tempered_RW, value_weight_R)
+            shifted_RV, shifted_RW = shifted_RV / temperature, shifted_RW / temperature
+        result, gradient_RV = terms(shifted_RV, shifted_RW, value_weight_R)
         if labels_R is not None:
-            log_z_R1 = student_RV.logsumexp(dim=1, keepdim=True)
-            result = replace(result, cross_entropy_N=cross_entropy(student_RV, log_z_R1, labels_R))
+            log_z_R1 = (student_RV - shift_R1).logsumexp(dim=1, keepdim=True)
+            result = replace(result, cross_entropy_N=cross_entropy(student_RV, shift_R1, log_z_R1, labels_R))
         if gradient_RV is not None:
             # What spreads the gradient of a row that is not finite is not finite either.
             gradient_RV = torch.where(result.is_finite_N[:, None], gradient_RV / temperature, 0.0)
             if labels_R is not None and label_weight_R is not None and result.cross_entropy_N is not None:
-                q_RV = (student_RV - log_z_R1).exp()
+                q_RV = (student_RV - shift_R1 - log_z_R1).exp()
                 gradient_RV += label_gradient(q_RV, labels_R, label_weight_R, result.cross_entropy_N)
             if self.softcap is not None:
                 factor_RV = 1 - (student_RV / self.softcap) ** 2

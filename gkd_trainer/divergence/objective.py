@@ -105,9 +105,13 @@ class Objective:
         return dict(zip(DIVERGENCES[self.divergence].options, self.options, strict=True))
 
     def numbers(self, softcap: float | None) -> tuple[float, ...]:
-        """Return the numbers of a comparison: 1 / temperature, 1 / softcap (0 for none), factor, two parameters."""
+        """Return the numbers of a comparison: 1 / temperature, 1 / softcap (0 for none), factor, two parameters.
+
+        If the formula has one parameter, a share, the second is its complement: in float32, 1 - share rounds too much.
+        """
         factor = 1 / (self.beta * (1 - self.beta)) if self.is_continuous and self.kind == "jsd" else 1.0
-        first, second = (*self.parameters.values(), 0.0, 0.0)[:2]
+        first, *others = self.parameters.values() or (0.0,)
+        second = others[0] if others else 1 - first
         return 1 / self.temperature, 0.0 if softcap is None else 1 / softcap, factor, first, second
 
 
@@ -120,22 +124,22 @@ def _reverse_kl(pair: Pair, first: Tensor, second: Tensor) -> tuple[Tensor, Tens
     return terms_RV, terms_RV
 
 
-def _jsd(pair: Pair, beta: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Agarwal et al. 2023, arXiv 2306.13649, eq. 1: beta·KL(p‖m) + (1 - beta)·KL(q‖m)."""
-    log_q_over_m, log_p_over_m = _log_over_mixture(pair.gap, beta)
-    slope_RV = (1 - beta) * pair.q * log_q_over_m
+def _jsd(pair: Pair, beta: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Agarwal et al. 2023, arXiv 2306.13649, eq. 1: beta·KL(p‖m) + (1 - beta)·KL(q‖m); rest = 1 - beta."""
+    log_q_over_m, log_p_over_m = _log_over_mixture(pair.gap, beta, rest)
+    slope_RV = rest * pair.q * log_q_over_m
     return slope_RV + beta * pair.p * log_p_over_m, slope_RV
 
 
-def _skew_kl(pair: Pair, alpha: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Ko et al. 2024, arXiv 2402.03898: KL(p‖m), m = alpha·p + (1 - alpha)·q."""
-    _, log_p_over_m = _log_over_mixture(pair.gap, alpha)
-    return pair.p * log_p_over_m, (alpha - 1) * pair.q * torch.expm1(log_p_over_m)
+def _skew_kl(pair: Pair, alpha: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Ko et al. 2024, arXiv 2402.03898: KL(p‖m), m = alpha·p + (1 - alpha)·q; rest = 1 - alpha."""
+    _, log_p_over_m = _log_over_mixture(pair.gap, alpha, rest)
+    return pair.p * log_p_over_m, -rest * pair.q * torch.expm1(log_p_over_m)
 
 
-def _skew_reverse_kl(pair: Pair, alpha: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Ko et al. 2024, arXiv 2402.03898: KL(q‖m), m = (1 - alpha)·p + alpha·q."""
-    log_q_over_m, _ = _log_over_mixture(pair.gap, 1 - alpha)
+def _skew_reverse_kl(pair: Pair, alpha: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Ko et al. 2024, arXiv 2402.03898: KL(q‖m), m = (1 - alpha)·p + alpha·q; rest = 1 - alpha."""
+    log_q_over_m, _ = _log_over_mixture(pair.gap, rest, alpha)
     return pair.q * log_q_over_m, pair.q * (log_q_over_m - alpha * torch.expm1(log_q_over_m))
 
 
@@ -173,16 +177,23 @@ def _adaptive_kl(pair: Pair, mu: Tensor, second: Tensor) -> tuple[Tensor, Tensor
     )
 
 
-def _log_over_mixture(gap_RV: Tensor, share_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log(q/m) and log(p/m) with m = share_p·p + (1 - share_p)·q; finite everywhere."""
+def _log_over_mixture(gap_RV: Tensor, share_p: Tensor, share_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(q/m) and log(p/m) with m = share_p·p + share_q·q, shares that add up to 1; finite everywhere.
+
+    That of the larger share is small, if the other share is, and right in proportion.
+    """
     # Computed from the gap, since log q - log m would lose small gaps in the rounding of log m; with log1p and expm1,
-    # since log and exp would lose small shares.
+    # since log and exp would lose small shares; from the smaller share, since the gap would absorb what it changes.
     # The largest gap with a finite exponential: beyond it the smaller probability is zero. Literal numbers, since the
     # compiler would at first take numbers from a table for variables, and then compile again.
     limit = 80.0 if gap_RV.dtype == torch.float32 else 700.0
-    gap_RV = gap_RV.clamp(-limit, limit)
-    log_q_over_m = -torch.log1p(share_p * torch.expm1(-gap_RV))
-    return log_q_over_m, log_q_over_m - gap_RV
+    is_mostly_p = (share_p > share_q).to(gap_RV.dtype)
+    # The logarithm of the side of the smaller share over the other.
+    log_less_over_more = gap_RV.clamp(-limit, limit) * (2 * is_mostly_p - 1)
+    log_more_over_m = -torch.log1p(torch.minimum(share_p, share_q) * torch.expm1(log_less_over_more))
+    # One of them is that of the smaller share; chosen by factors of 0 and 1, since the shares are tensors.
+    log_q_over_m = torch.addcmul(log_more_over_m, is_mostly_p, log_less_over_more)
+    return log_q_over_m, torch.addcmul(log_more_over_m, 1 - is_mostly_p, log_less_over_more)
 
 
 DIVERGENCES: dict[str, Divergence] = {

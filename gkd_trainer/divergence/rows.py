@@ -1,7 +1,8 @@
 """Compare student and teacher from rows of logits: values, statistics and, in place, the gradient.
 
 Shapes: R rows of logits, one per token compared at once, V vocabulary. A tile is a slice of consecutive tokens.
-p = teacher, q = student, both softmax(logits / temperature), log_z = the log-normaliser of a side.
+p = teacher, q = student, both softmax(logits / temperature). The log-normaliser of a side is a shift, its largest logit
+or 0, over the temperature, plus log_z.
 A probability that underflows to zero counts as zero.
 """
 
@@ -154,16 +155,25 @@ def runs_in_triton(logits_RV: Tensor) -> bool:
     return logits_RV.is_cuda and logits_RV.dtype == torch.float32 and bool(_triton_kinds())
 
 
+def top_or_zero(logits_RV: Tensor) -> Tensor:
+    """Return each row's largest logit [R, 1], to subtract; 0 where all are -inf: -inf - -inf would be NaN."""
+    top_R1 = logits_RV.amax(dim=1, keepdim=True)
+    return torch.where(top_R1 == -math.inf, 0.0, top_R1)
+
+
 def mask_cross_entropy(cross_entropy_R: Tensor, labels_R: Tensor, V: int) -> Tensor:
     """Return the cross entropy, with +inf where the label is outside the vocabulary, and 0 where it is IGNORE_INDEX."""
     is_outside_R = (labels_R < 0) | (labels_R >= V)
     return cross_entropy_R.masked_fill(is_outside_R, math.inf).masked_fill(labels_R == IGNORE_INDEX, 0.0)
 
 
-def cross_entropy(logits_RV: Tensor, log_z_R1: Tensor, labels_R: Tensor) -> Tensor:
-    """Return the cross entropy of labels under logits with that log-normaliser; see `mask_cross_entropy`."""
+def cross_entropy(logits_RV: Tensor, shift_R1: Tensor, log_z_R1: Tensor, labels_R: Tensor) -> Tensor:
+    """Return the cross entropy of labels under logits with the log-normaliser shift + log_z; see `mask_cross_entropy`.
+
+    The shift is a logit: its sum with log_z would round more coarsely than log_z.
+    """
     V = logits_RV.shape[1]
-    label_logits_R1 = logits_RV.gather(1, labels_R.clamp(0, V - 1)[:, None])
+    label_logits_R1 = logits_RV.gather(1, labels_R.clamp(0, V - 1)[:, None]) - shift_R1
     return mask_cross_entropy(log_z_R1[:, 0] - label_logits_R1[:, 0], labels_R, V)
 
 
@@ -224,29 +234,30 @@ def _compare(
     variant: _Variant,
 ) -> TokenDivergence:
     per_temperature, per_softcap, factor, first, second = parameters
-    student_tempered_RV, teacher_tempered_RV = student_RV, teacher_RV
-    if variant.is_tempered:
-        student_tempered_RV, teacher_tempered_RV = student_RV * per_temperature, teacher_RV * per_temperature
-    q, p = _softmax(student_tempered_RV), _softmax(teacher_tempered_RV)
-    # Near-equal logits subtract without rounding; log q - log p would round both first.
-    gap_RV = (student_tempered_RV - teacher_tempered_RV) - (q.log_z_R1 - p.log_z_R1)
+    per_tempered = per_temperature if variant.is_tempered else None
+    q, p = _softmax(student_RV, per_tempered), _softmax(teacher_RV, per_tempered)
+    # Near-equal logits subtract without rounding; log q - log p would round both first, and so would the division by
+    # the temperature. Of the log-normalisers only the logarithms are small: their shifts are logits too.
+    gap_RV, shift_gap_R1 = student_RV - teacher_RV, q.shift_R1 - p.shift_R1
+    if per_tempered is not None:
+        gap_RV, shift_gap_R1 = gap_RV * per_tempered, shift_gap_R1 * per_tempered
+    gap_RV = gap_RV - (shift_gap_R1 + (q.log_z_R1 - p.log_z_R1))
     # Tokens of probability zero on both sides have no gap: -inf - -inf.
     gap_RV = torch.where(q.probability_RV + p.probability_RV == 0, 0.0, gap_RV)
-    log_q_RV, log_p_RV = student_tempered_RV - q.log_z_R1, teacher_tempered_RV - p.log_z_R1
-    pair = Pair(q.probability_RV, p.probability_RV, log_q_RV, log_p_RV, gap_RV)
+    pair = Pair(q.probability_RV, p.probability_RV, q.log_probability_RV, p.log_probability_RV, gap_RV)
     value_terms_RV, slope_RV = TERMS[variant.kind](pair, first, second)
     values_R = value_terms_RV.sum(dim=1) * factor
     acceptance_R = torch.minimum(q.probability_RV, p.probability_RV).sum(dim=1)
     is_finite_R = values_R.isfinite()
     is_teacher_finite_R = p.log_z_R1[:, 0].isfinite()
     # A maximum of floats is fused with the sums; `any` is not.
-    teacher_at_top_RV = torch.where(student_tempered_RV == q.top_R1, teacher_tempered_RV, -math.inf)
-    is_top_shared_R = teacher_at_top_RV.amax(dim=1) == p.top_R1[:, 0]
+    teacher_at_top_RV = torch.where(student_RV == q.shift_R1, teacher_RV, -math.inf)
+    is_top_shared_R = teacher_at_top_RV.amax(dim=1) == p.shift_R1[:, 0]
 
     cross_entropy_R, untempered_q = None, q
     if labels_R is not None:
         untempered_q = _softmax(student_RV) if variant.is_tempered else q
-        cross_entropy_R = cross_entropy(student_RV, untempered_q.log_z_R1, labels_R)
+        cross_entropy_R = cross_entropy(student_RV, untempered_q.shift_R1, untempered_q.log_z_R1, labels_R)
     if value_weight_R is not None:
         weight_R1 = (value_weight_R * factor * per_temperature)[:, None]
         gradient_RV = (slope_RV - q.probability_RV * slope_RV.sum(dim=1, keepdim=True)) * weight_R1
@@ -272,27 +283,29 @@ def _compare(
 
 
 class _Softmax(NamedTuple):
-    """The distribution of each row of logits, its entropy, log-normaliser and largest logit."""
+    """The distribution of each row of logits, its logarithm (logit - shift) / temperature - log_z, and its entropy."""
 
     probability_RV: Tensor
+    log_probability_RV: Tensor
     entropy_R: Tensor
+    shift_R1: Tensor
     log_z_R1: Tensor
-    top_R1: Tensor
 
 
-def _softmax(logits_RV: Tensor) -> _Softmax:
-    """Return the softmax of logits; a row of only -inf gives NaN, with a largest logit and log-normaliser of -inf."""
-    top_R1 = logits_RV.amax(dim=1, keepdim=True)
-    # Where all are -inf, shift by nothing: -inf - -inf would be NaN.
-    shift_R1 = torch.where(top_R1 == -math.inf, 0.0, top_R1)
+def _softmax(logits_RV: Tensor, per_temperature: Tensor | None = None) -> _Softmax:
+    """Return the softmax of logits / temperature; that of a row of only -inf is NaN, and its log_z -inf."""
+    shift_R1 = top_or_zero(logits_RV)
     shifted_RV = logits_RV - shift_R1
+    if per_temperature is not None:
+        shifted_RV = shifted_RV * per_temperature
     # The only exponential of each logit; the compiler keeps it because it is used more than once.
     weight_RV = shifted_RV.exp()
     z_R1 = weight_RV.sum(dim=1, keepdim=True)
+    log_z_R1 = z_R1.log()
     # Zero probability contributes nothing: 0·-inf would be NaN. NaN stays NaN.
     weighted_R1 = (weight_RV * shifted_RV.clamp(min=-1e4)).sum(dim=1, keepdim=True)
-    entropy_R1 = z_R1.log() - weighted_R1 / z_R1
-    return _Softmax(weight_RV * (1 / z_R1), entropy_R1[:, 0], z_R1.log() + shift_R1, top_R1)
+    entropy_R1 = log_z_R1 - weighted_R1 / z_R1
+    return _Softmax(weight_RV * (1 / z_R1), shifted_RV - log_z_R1, entropy_R1[:, 0], shift_R1, log_z_R1)
 
 
 def _implementation(variant: _Variant, student_RV: Tensor, half: torch.dtype | None) -> tuple[_CompareTile, int]:

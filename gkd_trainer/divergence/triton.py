@@ -365,10 +365,10 @@ def _terms(pair, numbers, KIND: tl.constexpr):
     elif KIND == "reverse_kl":
         value_C, slope_C = q_C, q_C * _at_least(gap_C, -_FAR)
     elif KIND == "skew_kl":
-        _, log_p_over_m_C = _log_over_mixture(gap_C, first)
-        value_C, slope_C = p_C * log_p_over_m_C, (first - 1) * q_C * _expm1(log_p_over_m_C)
+        _, log_p_over_m_C = _log_over_mixture(gap_C, first, second)
+        value_C, slope_C = p_C * log_p_over_m_C, -second * q_C * _expm1(log_p_over_m_C)
     elif KIND == "skew_reverse_kl":
-        log_q_over_m_C, _ = _log_over_mixture(gap_C, 1 - first)
+        log_q_over_m_C, _ = _log_over_mixture(gap_C, second, first)
         value_C = q_C * log_q_over_m_C
         slope_C = value_C - first * q_C * _expm1(log_q_over_m_C)
     elif KIND == "total_variation":
@@ -382,22 +382,22 @@ def _terms(pair, numbers, KIND: tl.constexpr):
         slope_C = (q_power_C - cross_C) * (1 / first)
     else:
         tl.static_assert(KIND == "jsd", "a kind without a kernel")
-        log_q_over_m_C, log_p_over_m_C = _log_over_mixture(gap_C, first)
-        slope_C = (1 - first) * q_C * log_q_over_m_C
+        log_q_over_m_C, log_p_over_m_C = _log_over_mixture(gap_C, first, second)
+        slope_C = second * q_C * log_q_over_m_C
         value_C = slope_C + first * p_C * log_p_over_m_C
     return value_C, slope_C
 
 
 @triton.jit
-def _log_over_mixture(gap_C, share_p):
-    """Return log(q/m) and log(p/m), with m = share_p·p + (1 - share_p)·q, both within 1e-6 (of the gap, if above one).
+def _log_over_mixture(gap_C, share_p, share_q):
+    """Return log(q/m) and log(p/m), with m = share_p·p + share_q·q, both within 1e-6 (of the gap, if above one).
 
     That of the larger share is right in proportion, within 2e-6: it is small, if the other share is. An exponential and
     a logarithm within 2^-22 suffice for this.
     """
-    is_mostly_p = share_p > 0.5
+    is_mostly_p = share_p > share_q
     gap_C = tl.minimum(_at_least(tl.where(is_mostly_p, -gap_C, gap_C), -80.0), 80.0)
-    log_more_C = -_log1p(tl.minimum(share_p, 1 - share_p) * _expm1(-gap_C))
+    log_more_C = -_log1p(tl.minimum(share_p, share_q) * _expm1(-gap_C))
     log_less_C = log_more_C - gap_C
     return tl.where(is_mostly_p, log_less_C, log_more_C), tl.where(is_mostly_p, log_more_C, log_less_C)
 

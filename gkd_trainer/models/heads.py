@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,9 @@ T = TypeVar("T")
 
 _PROBE_LENGTH = 4
 _PROBE_LOGIT = 100.0
+
+ROUNDED_LOGITS = ", and rounds them to half precision, which makes the gradient wrong where the models nearly agree"
+"""What the log adds about a model that computes full logits, if `rounds_logits`."""
 
 _TAKES_HALVES = "flash"
 """A part of the names of attention implementations that take only half precision."""
@@ -53,9 +56,13 @@ class SeparableHead:
 
 @dataclass(frozen=True)
 class InseparableHead:
-    """A head that can't be split off safely, and why: the model computes its own logits."""
+    """A head that can't be split off safely, and why: the model computes its own logits.
+
+    `module` computes them from hidden states, by itself or before further steps; None if it is unknown.
+    """
 
     reason: str
+    module: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -78,21 +85,21 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
     The check makes this safe: it reveals anything that an unknown architecture does between hidden states and logits.
     It runs in eval mode and draws no random numbers. `model` must not be wrapped for distribution.
     """
-    if getattr(model, "_compiled_call_impl", None) is not None:  # model.compile()
-        return InseparableHead("its forward is compiled as a whole")
     module = output_embeddings(model)
+    if getattr(model, "_compiled_call_impl", None) is not None:  # model.compile()
+        return InseparableHead("its forward is compiled as a whole", module)
     if module is None:
         return InseparableHead("it has no output embeddings")
     # Exactly nn.Linear: adapters, quantised layers and wrappers are other types, and more than their weight.
     if type(module) is not nn.Linear:
-        return InseparableHead(f"its head is a {type(module).__name__}, not a plain nn.Linear")
+        return InseparableHead(f"its head is a {type(module).__name__}, not a plain nn.Linear", module)
     weight_VH = module.weight
     if type(weight_VH) is not nn.Parameter or not weight_VH.is_floating_point():
-        return InseparableHead("the weight of its head is quantised or distributed")
+        return InseparableHead("the weight of its head is quantised or distributed", module)
     if weight_VH.is_meta or weight_VH.numel() == 0 or hasattr(module, "_hf_hook"):
-        return InseparableHead("the weight of its head is offloaded, sharded or moved between devices")
+        return InseparableHead("the weight of its head is offloaded, sharded or moved between devices", module)
     if "forward" in vars(module):
-        return InseparableHead("the forward of its head was replaced")
+        return InseparableHead("the forward of its head was replaced", module)
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     biased = model if isinstance(getattr(model, "final_logits_bias", None), Tensor) else None
@@ -100,9 +107,10 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
     try:
         explains_logits = _explains_logits(model, head)
     except Exception as error:  # a forward that needs more than ids and a mask may raise anything
-        return InseparableHead(f"its forward of only token ids and mask failed with {type(error).__name__}: {error}")
+        reason = f"its forward of only token ids and mask failed with {type(error).__name__}: {error}"
+        return InseparableHead(reason, module)
     if not explains_logits:
-        return InseparableHead("its logits are not its head applied to the head's input")
+        return InseparableHead("its logits are not its head applied to the head's input", module)
     return head
 
 
@@ -134,11 +142,13 @@ def compare(
 
     `model` may be wrapped (DDP, FSDP): calling its forward runs the hooks. With a separable head the comparison runs
     inside the forward, where the head's weight is gathered, and the output holds one column of logits; with an
-    inseparable one it holds all logits [B, L, V]. With `is_output_hidden`, or a sharded head, the column is of the
-    hidden states, and the loss must include `connection` of the output.
+    inseparable one it holds all logits [B, L, V], which autocast does not round if the head's weights are float32. With
+    `is_output_hidden`, or a sharded head, the column is of the hidden states, and the loss must include `connection` of
+    the output.
     """
     if isinstance(head, InseparableHead):
-        output = model(**batch.model_inputs, **forward_kwargs)
+        with _in_full_precision(head.module):
+            output = model(**batch.model_inputs, **forward_kwargs)
         return comparison(LogitsSignal(logits_of(output)[batch.rows_N, batch.columns_N])), output
 
     def compare_hidden(hidden_BLH: Tensor) -> T:
@@ -225,6 +235,43 @@ def context_of(config: Any) -> Context | None:
         if factor is not None:
             limit = max(limit, int((scaling.get("original_max_position_embeddings") or stated) * factor))
     return Context(limit, has_rope=bool(scalings) or hasattr(config, "rope_theta"))
+
+
+def rounds_logits(model: nn.Module, *, is_autocast: bool) -> bool:
+    """Return whether the logits of a model with an inseparable head are rounded to half precision."""
+    module = output_embeddings(model)
+    if module is None:
+        return is_autocast or not _is_float32(model)
+    return not _is_float32(module)
+
+
+@contextmanager
+def _in_full_precision(module: nn.Module | None) -> Iterator[None]:
+    """Keep autocast in the block from rounding what a module of float32 weights computes: the logits."""
+    if module is None:
+        yield
+        return
+    replaced, forward = vars(module).get("forward"), module.forward
+
+    def without_autocast(hidden_BLH: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Asked here: FSDP and DeepSpeed may cast the weights for the forward.
+        if not _is_float32(module):
+            return forward(hidden_BLH, *args, **kwargs)
+        with torch.autocast(hidden_BLH.device.type, enabled=False):
+            return forward(hidden_BLH.float(), *args, **kwargs)
+
+    # The compiler traces it like any forward, and does not compile again for the next one with the same code.
+    module.forward = without_autocast
+    try:
+        yield
+    finally:
+        del module.forward
+        if replaced is not None:
+            module.forward = replaced
+
+
+def _is_float32(module: nn.Module) -> bool:
+    return {weight.dtype for weight in module.parameters()} == {torch.float32}
 
 
 @contextmanager

@@ -19,10 +19,12 @@ from transformers.integrations import deepspeed
 from gkd_trainer.batch_keys import DECODER_INPUT_IDS, IGNORE_INDEX, has_decoder_inputs
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import (
+    ROUNDED_LOGITS,
     InseparableHead,
     SeparableHead,
     find_head,
     predict,
+    rounds_logits,
     vocabulary_size,
     without_router_logits,
 )
@@ -171,8 +173,9 @@ class FrozenTeacher(Teacher):
         self._head = find_head(self._model)
         if isinstance(self._head, InseparableHead):
             logger.warning(
-                "The teacher (%s) computes full logits, which takes more memory: %s.",
+                "The teacher (%s) computes full logits, which takes more memory%s: %s.",
                 type(self._model).__name__,
+                ROUNDED_LOGITS if rounds_logits(self._model, is_autocast=False) else "",
                 self._head.reason,
             )
 

@@ -128,7 +128,7 @@ def run_student(
     """
     refuse_unread_media(student, batch.model_inputs, "student")
     if keeps_logits and isinstance(head, SeparableHead):
-        head = InseparableHead("the caller wants logits")
+        head = InseparableHead("the caller wants logits", head.module)
     coefficient = router_loss_coefficient(student) if comparison.is_training else 0.0
     forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
     # The loss reaches the output by the hidden states: a zero gradient of the head's whole weight would take memory.

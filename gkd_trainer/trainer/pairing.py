@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -15,12 +16,14 @@ from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder, start_token_id
 from gkd_trainer.models.heads import (
+    ROUNDED_LOGITS,
     Context,
     InseparableHead,
     SeparableHead,
     find_context,
     find_head,
     output_embeddings,
+    rounds_logits,
     vocabulary_size,
 )
 from gkd_trainer.models.loading import base_model
@@ -174,20 +177,29 @@ def fitted_into(shorter: OwnedContext | None, args: Args) -> Args:
 def _find_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableHead | InseparableHead:
     head = _found_head(model, ranks, is_compiled)
     if isinstance(head, InseparableHead):
-        logger.warning("The student computes full logits, which takes more memory: %s.", head.reason)
+        rounding = ROUNDED_LOGITS if _rounds_logits(model, ranks) else ""
+        logger.warning("The student computes full logits, which takes more memory%s: %s.", rounding, head.reason)
     return head
 
 
 def _found_head(model: nn.Module, ranks: Ranks, is_compiled: bool) -> SeparableHead | InseparableHead:
+    student = base_model(model)
     if ranks.sharding == "zero3":
-        return InseparableHead("its weights are sharded over ranks")
+        return InseparableHead("its weights are sharded over ranks", output_embeddings(student))
     if is_compiled:
-        return InseparableHead("its forward is compiled as a whole")
-    head = find_head(base_model(model), is_sharded=ranks.sharding is not None)
+        return InseparableHead("its forward is compiled as a whole", output_embeddings(student))
+    head = find_head(student, is_sharded=ranks.sharding is not None)
     # Under FSDP only the first rank may have loaded weights; on the others they are zero, for which any head fits.
     if ranks.any(isinstance(head, InseparableHead)) and isinstance(head, SeparableHead):
-        return InseparableHead("another rank's head can't be split off")
+        return InseparableHead("another rank's head can't be split off", head.module)
     return head
+
+
+def _rounds_logits(model: nn.Module, ranks: Ranks) -> bool:
+    is_mixed = ranks.accelerator.mixed_precision != "no"
+    # Both cast the weights themselves.
+    is_cast = ranks.sharding is not None or ranks.accelerator.distributed_type == DistributedType.DEEPSPEED
+    return (is_mixed and is_cast) or rounds_logits(base_model(model), is_autocast=is_mixed)
 
 
 def _require_equal_teachers(teacher: Teacher, ranks: Ranks) -> None:

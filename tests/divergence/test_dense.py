@@ -78,6 +78,21 @@ def test_the_gradient_is_right_where_teacher_and_student_are_close(beta, sigma):
     )
 
 
+@pytest.mark.parametrize("distance", [1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("is_near_one", [False, True])
+def test_the_value_is_as_precise_near_both_ends_of_beta(distance, is_near_one):
+    student_logits_NV, teacher_logits_NV = pair()
+    options = {"beta": 1 - distance if is_near_one else distance, "scale": "continuous"}
+    actual_N = dense_divergence(student_logits_NV, teacher_logits_NV, **options).values_N
+    expected_N = reference_jsd(student_logits_NV, teacher_logits_NV, **options)
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=2e-6, atol=0)
+    assert_close_in_norm(
+        gradient(actual_N, student_logits_NV, upstream()),
+        gradient(expected_N, student_logits_NV, upstream()),
+        tolerance=3e-6,
+    )
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("scale", ["paper", "continuous"])
@@ -117,6 +132,23 @@ def test_a_constant_added_to_all_logits_changes_nothing(offset, vocab_chunk):
     moved = dense_divergence(student_logits_NV + offset, teacher_logits_NV - offset, beta=0.5, vocab_chunk=vocab_chunk)
     torch.testing.assert_close(moved.values_N, plain.values_N, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(moved.student_entropy_N, plain.student_entropy_N, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("offset", "temperature"), [(30.0, 1.0), (300.0, 1.0), (0.0, 0.01), (300.0, 0.01)])
+def test_neither_large_logits_nor_a_low_temperature_round_a_small_value(beta, offset, temperature):
+    student_logits_NV, _ = pair(V=2003)
+    student_logits_NV = student_logits_NV.detach() + offset
+    noise_NV = torch.randn(N, 2003, generator=torch.Generator().manual_seed(1))
+    teacher_logits_NV = student_logits_NV + 1e-2 * temperature * noise_NV
+    labels_N = torch.arange(N)
+    options = {"beta": beta, "temperature": temperature}
+    actual = dense_divergence(student_logits_NV, teacher_logits_NV, labels_N=labels_N, **options)
+    expected_N = reference_jsd(student_logits_NV, teacher_logits_NV, **options)
+    # A few units of float32's rounding, not of that of logits of 300 or of logits over 0.01.
+    torch.testing.assert_close(actual.values_N.double(), expected_N, rtol=1e-5, atol=5e-7)
+    cross_entropy_N = functional.cross_entropy(student_logits_NV.double(), labels_N, reduction="none")
+    torch.testing.assert_close(actual.cross_entropy_N.double(), cross_entropy_N, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

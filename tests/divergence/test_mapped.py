@@ -8,7 +8,7 @@ import torch
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.signals import MODES, HiddenSignal, LogitsSignal, MappedSignal, VocabularyMap
-from tests.divergence.maps import N, V, W, a_map, expected, hidden, logits, mapped
+from tests.divergence.maps import G, N, V, W, a_map, expected, hidden, logits, mapped
 
 BETAS = (0.0, 0.1, 0.5, 1.0)
 
@@ -174,3 +174,20 @@ def test_a_hidden_teacher_is_compared_with_a_student_of_logits_too():
     teacher_NW = teacher.head.logits(teacher.hidden_NH).detach()
     torch.testing.assert_close(result.values_N, expected(student_NV, teacher_NW, mapping))
     assert isinstance(teacher, HiddenSignal)
+
+
+@pytest.mark.parametrize("mode", ["matched", "next_byte", "gold"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_large_logits_do_not_round_a_small_value(mode, beta):
+    size = 200
+    ids_M, group_V = torch.arange(4, size), torch.arange(size) % G
+    mapping = VocabularyMap(ids_M, ids_M, group_V, group_V, G, mode, 0.0)
+    student_NV = logits(N, size, seed=1, dtype=torch.float32) + 300
+    teacher_NV = student_NV + logits(N, size, seed=2, dtype=torch.float32) / 300
+    labels_N = torch.arange(N)
+    actual, exact = (
+        token_divergence(LogitsSignal(student), mapped(teacher, mapping), beta=beta, labels_N=labels_N)
+        for student, teacher in ((student_NV, teacher_NV), (student_NV.double(), teacher_NV.double()))
+    )
+    torch.testing.assert_close(actual.values_N.double(), exact.values_N, rtol=1e-5, atol=7e-7)
+    torch.testing.assert_close(actual.cross_entropy_N.double(), exact.cross_entropy_N, rtol=2e-7, atol=0)

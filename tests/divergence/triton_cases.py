@@ -247,9 +247,9 @@ def test_hidden_states_in_padded_rows_of_halves_give_the_gradient_of_plain_torch
 
 
 @jit
-def _mixture_kernel(gap_ptr, q_ptr, p_ptr, share, SIZE: tl.constexpr):
+def _mixture_kernel(gap_ptr, q_ptr, p_ptr, share_p, share_q, SIZE: tl.constexpr):
     ids = tl.arange(0, SIZE)
-    log_q_over_m, log_p_over_m = triton._log_over_mixture(tl.load(gap_ptr + ids), share)
+    log_q_over_m, log_p_over_m = triton._log_over_mixture(tl.load(gap_ptr + ids), share_p, share_q)
     tl.store(q_ptr + ids, log_q_over_m)
     tl.store(p_ptr + ids, log_p_over_m)
 
@@ -278,7 +278,7 @@ def test_logarithms_over_the_mixture_are_right_to_a_millionth_even_with_a_proces
     gap = functional.pad(gap, (0, 4096 - len(gap))).to(DEVICE)
     actual_q, actual_p = torch.empty_like(gap), torch.empty_like(gap)
     with torch.cuda.device_of(gap):
-        _mixture_kernel[(1,)](gap, actual_q, actual_p, share, SIZE=4096, **triton.LAUNCH)
+        _mixture_kernel[(1,)](gap, actual_q, actual_p, share, 1 - share, SIZE=4096, **triton.LAUNCH)
     exact = gap.double()
     expected_q = -torch.log1p(share * torch.expm1(-exact))
     for actual, expected in ((actual_q, expected_q), (actual_p, expected_q - exact)):

@@ -78,7 +78,7 @@ def test_a_report_has_both_tables_and_the_paired_difference(tmp_path):
     text = write_report(STUDY, RESULTS, tmp_path).read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     ends = [row for row in rows if row[0] == "own-forward"]
-    assert [(row[3], row[4], row[6]) for row in ends] == [("20", "160", "0.850"), ("7", "57", "0.457")]
+    assert [(row[3], row[4], row[6]) for row in ends] == [("20", "160", "0.850"), ("7", "59", "0.457")]
     [difference] = [row for row in rows if row[0] == "own-forward − fixed-forward"]
     assert difference[1] == "2"
     assert difference[2].startswith("+0.500 [")
@@ -102,7 +102,7 @@ def test_curves_of_which_some_have_two_measurements_before_training_are_drawn(tm
 
 
 def test_two_lines_for_one_run_are_refused():
-    with pytest.raises(ValueError, match=r"two lines for own-forward, seed 1, .*: delete one of them"):
+    with pytest.raises(ValueError, match=r"two results of own-forward, seed 1, .*: delete one"):
         grouped([*RESULTS, RESULTS[-1]])
 
 

@@ -37,6 +37,7 @@ from gkd_trainer.models.heads import (
     find_context,
     find_head,
     predict,
+    rounds_logits,
     vocabulary_size,
 )
 from gkd_trainer.signals import HiddenSignal, LogitsSignal
@@ -192,6 +193,78 @@ def test_an_adapter_on_the_head_is_inseparable(tiny_model, options, named):
     assert f"its head is a {named}, not a plain nn.Linear" in head.reason
     signal, _ = predict(student, batch, head)
     torch.testing.assert_close(signal.logits_NV, model_logits(student, batch))
+
+
+def students_of_logits(tiny_model):
+    """Students that compute their own logits, by how."""
+    lora, plain = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "lm_head"]), tiny_model()
+    saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    replaced = tiny_model()
+    replaced.lm_head.forward = replaced.lm_head.forward
+    return {
+        "adapter": get_peft_model(tiny_model(), lora),
+        "saved": get_peft_model(tiny_model(), saved),
+        "unknown": UnknownSoftcap(plain.config),
+        "replaced": replaced,
+        "compiled": torch.compile(plain, backend="eager"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["adapter", "saved", "unknown", "replaced", "compiled"])
+def test_autocast_does_not_round_the_logits_of_float32_weights(tiny_model, kind):
+    student, batch = students_of_logits(tiny_model)[kind].eval(), padded_batch()
+    base = {"adapter": lambda: student.get_base_model(), "saved": lambda: student.get_base_model()}
+    model = base.get(kind, lambda: getattr(student, "_orig_mod", student))()
+    head = InseparableHead("a test", model.lm_head) if kind == "compiled" else find_head(model)
+    assert isinstance(head, InseparableHead)
+    inputs, forwards = [], (model.lm_head.forward, "forward" in vars(model.lm_head))
+    hook = model.lm_head.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        signal, _ = predict(student, batch, head)
+    hook.remove()
+    assert (model.lm_head.forward, "forward" in vars(model.lm_head)) == forwards
+    expected_BLV = model.lm_head(inputs[0].float())
+    if kind == "unknown":
+        expected_BLV = 30 * torch.tanh(expected_BLV / 30)
+    torch.testing.assert_close(signal.logits_NV, expected_BLV[batch.rows_N, batch.columns_N], rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_of_half_weights_computes_as_it_does_alone_and_is_put_back_after_a_forward_that_raised(tiny_model):
+    model, batch = tiny_model().bfloat16(), padded_batch()
+    signal, _ = predict(model, batch, InseparableHead("a test", model.lm_head))
+    assert torch.equal(signal.logits_NV, model_logits(model, batch))
+    model.lm_head.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict(model, batch, InseparableHead("a test", model.lm_head))
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_compiled_student_is_compiled_once(tiny_model):
+    model, batch = tiny_model(), padded_batch()
+    student = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        first, _ = predict(student, batch, InseparableHead("a test", model.lm_head))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            second, _ = predict(student, batch, InseparableHead("a test", model.lm_head))
+    assert torch.equal(first.logits_NV, second.logits_NV)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_autocast", "has_head", "is_rounded"),
+    [
+        (torch.float32, True, True, False),
+        (torch.bfloat16, False, True, True),
+        (torch.float32, False, False, False),
+        (torch.float32, True, False, True),
+    ],
+)
+def test_logits_are_rounded_by_halves_and_by_an_autocast_that_no_head_escapes(
+    tiny_model, dtype, is_autocast, has_head, is_rounded
+):
+    model = tiny_model().to(dtype)
+    if not has_head:
+        model.get_output_embeddings = lambda: None
+    assert rounds_logits(model, is_autocast=is_autocast) is is_rounded
 
 
 def test_an_offset_is_found_beside_large_logits_too(tiny_model):

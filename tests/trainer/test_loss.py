@@ -129,6 +129,15 @@ def test_full_logits_are_returned_only_on_request(run, tiny_model, keeps_logits,
     assert output.outputs.logits.shape == (2, 5, columns)
 
 
+def test_logits_returned_on_request_are_not_rounded_under_autocast(run, tiny_model):
+    student = tiny_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        separable, whole = (run(student, keeps_logits=keeps, backward=False)[0] for keeps in (False, True))
+    logits_BLV = whole.outputs.logits
+    assert (logits_BLV != logits_BLV.bfloat16()).any()
+    torch.testing.assert_close(whole.tokens.values_N, separable.tokens.values_N, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("head", [None, InseparableHead("a test")])
 def test_a_batch_without_a_token_to_train_on_stays_connected_to_all_weights(run, tiny_model, head):
     student = tiny_model(tie_word_embeddings=False)

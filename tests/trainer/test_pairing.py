@@ -67,6 +67,7 @@ def test_a_compiled_student_is_inseparable_and_so_is_the_next_one(tiny_model, by
     other = pairing.with_student(tiny_model(seed=2), ranks)
     assert pairing.head == other.head == InseparableHead("its forward is compiled as a whole")
     assert caplog.text.count("The student computes full logits") == 2
+    assert "half precision" not in caplog.text
     assert "compiled as a whole" in caplog.text
 
 
@@ -77,6 +78,25 @@ def test_a_student_cut_by_zero3_is_inseparable_and_one_of_fsdp_marked_as_sharded
     zero3 = pair(student, teacher, byte_level(), sharded(ranks, "zero3"))
     assert zero3.head == InseparableHead("its weights are sharded over ranks")
     assert pair(student, teacher, byte_level(), sharded(ranks, "fsdp2")).head.is_sharded
+
+
+@pytest.mark.parametrize(("sharding", "is_rounded"), [("zero3", True), (None, False)])
+def test_the_log_says_if_full_logits_are_rounded_under_mixed_precision(
+    tiny_model, byte_level, make_teacher, ranks, sharding, is_rounded, monkeypatch, caplog
+):
+    monkeypatch.setattr(type(ranks.accelerator), "mixed_precision", "bf16")
+    pair(tiny_model(), make_teacher(), byte_level(), sharded(ranks, sharding), is_compiled=True)
+    assert ("rounds them to half precision" in caplog.text) == is_rounded
+
+
+def test_a_teacher_with_full_logits_of_halves_says_that_they_are_rounded(tiny_model, caplog):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model().to(dtype)
+        model.lm_head.forward = model.lm_head.forward  # replaced, so that the model computes its own logits
+        FrozenTeacher(model).prepare(torch.device("cpu"))
+    first, second = (record.message for record in caplog.records)
+    assert "half precision" not in first
+    assert "takes more memory, and rounds them to half precision" in second
 
 
 @pytest.mark.parametrize("other", [0, 1])
