@@ -16,6 +16,7 @@ from transformers import (
     MistralConfig,
     MptConfig,
     MptForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
@@ -86,8 +87,8 @@ def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_com
     (tmp_path / "tekken.json").write_text(json.dumps(tekken))
     MistralConfig(vocab_size=size["default_vocab_size"]).save_pretrained(tmp_path)
     tokenizer = find_tokenizer(str(tmp_path), trust_remote_code=False)
-    assert tokenizer.is_fast
-    assert {added.content for added in tokenizer.added_tokens_decoder.values()} == set(controls)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    assert len(tokenizer.get_vocab()) == size["default_vocab_size"]
 
 
 def test_a_tokenizer_of_mistral_common_is_refused_with_one_to_load_in_its_place(byte_level):
