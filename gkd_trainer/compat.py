@@ -36,3 +36,14 @@ def find_unused_parameters(args: Any) -> None:
 def checkpoints_activations(args: Any) -> bool:
     """Return whether activations are recomputed in the backward pass; the option was renamed in transformers 5.23."""
     return bool(getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None))
+
+
+def without_mistral_common() -> dict[str, bool]:
+    """Return the options with which AutoTokenizer does not load a tokenizer of mistral-common.
+
+    Where that package is installed (vLLM needs it), transformers takes it for any folder with a tekken.json. Versions
+    before the option do so only if there is no tokenizer_config.json.
+    """
+    from transformers.models.auto import tokenization_auto
+
+    return {"mistral_format": False} if hasattr(tokenization_auto, "_use_mistral_format") else {}

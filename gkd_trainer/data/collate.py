@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollat
 from gkd_trainer.batch_keys import IGNORE_INDEX, PER_TOKEN, SIDE_TENSORS, TEACHER_PROMPT_IDS, SideTensor
 from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.pairs import held_pair
-from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
+from gkd_trainer.data.tokens import SEQ_LENGTHS, RowDropped, RowTokens, held_tokens
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.right_padding import right_padded
 
@@ -60,7 +60,8 @@ class KeepTokenValues(Wrapper):
         batch = self.collator([self._to_pad(row, own) for row, own in zip(rows, tokens, strict=True)])
         is_packed = any(map(holds_several_samples, tokens))
         if getattr(self.collator, "padding_free", False):
-            if is_packed:
+            # TRL's collator reads seq_lengths itself.
+            if is_packed and not all(SEQ_LENGTHS in row for row in rows):
                 raise GKDDataError(
                     "padding_free=True numbers each row's tokens from 0, but the position_ids of these rows start "
                     "again: give one sample per row, or set padding_free=False"
@@ -83,8 +84,9 @@ class KeepTokenValues(Wrapper):
         return batch
 
     def _to_pad(self, row: Mapping[str, Any], tokens: RowTokens) -> dict[str, Any]:
-        others = {key: value for key, value in row.items() if key not in PER_TOKEN}
-        labels = {"labels": tokens.labels} if isinstance(self.collator, TRLCollator) else {}
+        is_trls = isinstance(self.collator, TRLCollator)
+        others = {key: row[key] for key in row if key not in PER_TOKEN and (key != SEQ_LENGTHS or is_trls)}
+        labels = {"labels": tokens.labels} if is_trls else {}
         return {**others, "input_ids": tokens.ids, "attention_mask": [1] * len(tokens.ids), **labels}
 
     def _has_own_labels(self, batch: Mapping[str, Any]) -> bool:
@@ -182,7 +184,8 @@ def columns_read_by(collator: Any, forward: Callable[..., Any]) -> frozenset[str
         collator = collator.collator
     if not isinstance(collator, KeepTokenValues | EncoderDecoderCollator):
         return frozenset()
-    return _MASKS | (PER_TOKEN & signature(forward).parameters.keys())
+    taken = PER_TOKEN & signature(forward).parameters.keys()
+    return _MASKS | taken | ({SEQ_LENGTHS} if "position_ids" in taken else set())
 
 
 def read_row(read: Callable[[Mapping[str, Any]], RowTokens], row: Mapping[str, Any], name: str) -> RowTokens:

@@ -9,6 +9,7 @@ from typing import Any
 from trl.data_utils import is_conversational
 
 from gkd_trainer.data.tokens import RowDropped
+from gkd_trainer.models.prompts import with_texts
 
 _CONVERSATION_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -41,6 +42,19 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
             raise RowDropped("a message whose content is neither text nor a list of parts")
         messages.append({**message, "role": _CONVERSATION_ROLES.get(message["role"], message["role"])})
     return messages
+
+
+def texts_of(value: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return messages as `messages_of` does, with texts as their contents in place of lists of text parts.
+
+    Raises:
+        RowDropped: `value` is not a list of messages, or one has a part that is not a text.
+
+    """
+    try:
+        return with_texts(tokenizer, messages_of(value))
+    except ValueError as error:
+        raise RowDropped(str(error)) from None
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any] | None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
-from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens, id_list
+from gkd_trainer.data.tokens import SEQ_LENGTHS, RowDropped, RowTokens, held_tokens, id_list
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.types import prompt_length
 
-_NOT_FOR_PAIRS = ("completion_mask", "assistant_masks", "decoder_input_ids", "decoder_attention_mask")
+_NOT_FOR_PAIRS = ("completion_mask", "assistant_masks", "decoder_input_ids", "decoder_attention_mask", SEQ_LENGTHS)
 
 
 def held_pair(row: Mapping[str, Any]) -> RowTokens:

@@ -16,7 +16,7 @@ from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer, RowRules
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts
-from gkd_trainer.data.tokens import RowDropped
+from gkd_trainer.data.tokens import SEQ_LENGTHS, RowDropped, lengths_of
 from gkd_trainer.errors import GKDDataError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ _PROBLEM = "gkd_problem"
 _N_PROMPT = "gkd_n_prompt"
 _NEEDED_LENGTH = "gkd_needed_length"
 _UNENDED = "gkd_unended"
-_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH, _UNENDED]
+_IS_CUT = "gkd_is_cut"
+_BOOKKEEPING = [_PROBLEM, _N_PROMPT, _NEEDED_LENGTH, _UNENDED, _IS_CUT]
 
 _NEW_FEATURES = {
     "input_ids": List(Value("int32")),
@@ -34,6 +35,7 @@ _NEW_FEATURES = {
     _N_PROMPT: Value("int64"),
     _NEEDED_LENGTH: Value("int64"),
     _UNENDED: Value("string"),
+    _IS_CUT: Value("bool"),
 }
 
 _KEY_COLUMNS = {side.name for side in SIDE_TENSORS.values() if side.is_column and not side.is_list}
@@ -129,6 +131,15 @@ class _PrepareRow:
     name: str
     has_teacher_prompts: bool = False
     is_drop_raised: bool = False
+    has_lengths: bool = False
+
+    def for_rows_like(self, first: Mapping[str, Any]) -> _PrepareRow:
+        """Return the function for a data set with this first row."""
+        return replace(
+            self,
+            has_teacher_prompts=self.preparer.has_teacher_prompt(first),
+            has_lengths=SEQ_LENGTHS in first,
+        )
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
@@ -142,7 +153,7 @@ class _PrepareRow:
                 if self.is_refusal_raised:
                     raise GKDDataError(f"{self.name}: row {index}: {refusal}") from refusal
                 return {**self._dropped(str(refusal), 0), TEACHER_INDEX: -1}
-        prepared = self._prepared(row)
+        prepared = self._with_lengths(self._prepared(row))
         if self.is_drop_raised and prepared[_PROBLEM]:
             raise GKDDataError(_not_all(self.name, [index], prepared[_PROBLEM]))
         return {**prepared, **teacher}
@@ -167,7 +178,16 @@ class _PrepareRow:
             _N_PROMPT: prepared.n_prompt,
             _NEEDED_LENGTH: 0,
             _UNENDED: prepared.unended,
+            _IS_CUT: prepared.is_cut,
         }
+
+    def _with_lengths(self, prepared: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with `position_ids` in the place of `seq_lengths`, and those as the row was cut."""
+        if not self.has_lengths:
+            return prepared
+        positions = prepared.get("position_ids")  # none if it is dropped
+        lengths = None if positions is None else lengths_of(positions)
+        return {**prepared, "position_ids": positions, SEQ_LENGTHS: lengths}
 
     def _dropped(self, reason: str, needed_length: int) -> dict[str, Any]:
         return {
@@ -178,6 +198,7 @@ class _PrepareRow:
             _N_PROMPT: 0,
             _NEEDED_LENGTH: needed_length,
             _UNENDED: "",
+            _IS_CUT: False,
         }
 
     def _prompts(self, prompt_ids: list[int], teacher_prompt_ids: list[int]) -> dict[str, list[int]]:
@@ -190,12 +211,13 @@ class _KeepUsable:
     """The filter of an iterable dataset; logs at the first, tenth, hundredth row why rows are dropped."""
 
     name: str
-    is_generating: bool
+    rules: RowRules
     counts: Counter[str] = field(default_factory=Counter)
     is_promptless_seen: bool = False
     is_unended_seen: bool = False
+    is_cut_seen: bool = False
 
-    def __call__(self, problem: str, n_prompt: int, unended: str) -> bool:
+    def __call__(self, problem: str, n_prompt: int, unended: str, is_cut: bool) -> bool:
         if problem:
             self.counts[problem] += 1
             n_dropped = self.counts[problem]
@@ -203,12 +225,15 @@ class _KeepUsable:
                 rows = "row" if n_dropped == 1 else "rows"
                 logger.warning("%s: %d %s dropped so far: %s", self.name, n_dropped, rows, problem)
             return False
-        if n_prompt == 0 and self.is_generating and not self.is_promptless_seen:
+        if n_prompt == 0 and self.rules.is_generating and not self.is_promptless_seen:
             self.is_promptless_seen = True
             logger.warning("%s: rows without a prompt (trained on from the first token) stay off-policy", self.name)
         if unended and not self.is_unended_seen:
             self.is_unended_seen = True
             logger.warning("%s: last assistant turns end with %s", self.name, unended)
+        if is_cut and not self.is_cut_seen:
+            self.is_cut_seen = True
+            logger.warning("%s: rows longer than max_length=%s are cut", self.name, self.rules.max_length)
         return True
 
 
@@ -216,12 +241,19 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
     preparer, name = prepare.preparer, prepare.name
     if len(dataset) == 0:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(dataset[0]))
+    num_proc = min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None
+    if dataset.format["type"] == "custom":
+        # A transform would run again over the prepared rows, and replace or miss their columns.
+        columns = dataset.column_names
+        dataset = dataset.map(dict, remove_columns=columns, num_proc=num_proc, desc=f"Transforming {name}")
+        dataset = dataset.with_format(None)
+    prepare = prepare.for_rows_like(dataset[0])
+    _warn_of_date(preparer, dataset[0], name)
     mapped = dataset.map(
         prepare,
         with_indices=True,
         features=_features(dataset, prepare),
-        num_proc=min(num_proc, len(dataset)) if num_proc is not None and num_proc > 1 else None,
+        num_proc=num_proc,
         desc=f"Preparing {name}",
     )
     notes = mapped.with_format(None).select_columns(_BOOKKEEPING)[:]
@@ -248,6 +280,9 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
     if unended:
         [(end, count)] = unended.most_common(1)
         logger.warning("%s: in %d of %d rows the last assistant turn ends with %s", name, count, len(usable), end)
+    n_cut = sum(notes[_IS_CUT][i] for i in usable)
+    if n_cut:
+        logger.warning("%s: %d of %d rows cut to max_length=%d", name, n_cut, len(usable), preparer.rules.max_length)
     return mapped.remove_columns(_BOOKKEEPING)
 
 
@@ -257,12 +292,23 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow, needs_all: bool) -> An
     first = next(iter(dataset.take(1)), None)
     if first is None:
         raise GKDDataError(f"{name}: expected at least one row; got an empty dataset")
-    prepare = replace(prepare, has_teacher_prompts=preparer.has_teacher_prompt(first), is_drop_raised=needs_all)
+    prepare = replace(prepare.for_rows_like(first), is_drop_raised=needs_all)
+    _warn_of_date(preparer, first, name)
     prepare(first, 0)
     features = None if dataset.features is None else _features(dataset, prepare)
     mapped = dataset.map(replace(prepare, is_refusal_raised=needs_all), with_indices=True, features=features)
-    keep = _KeepUsable(name, preparer.rules.is_generating)
-    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED]).remove_columns(_BOOKKEEPING)
+    keep = _KeepUsable(name, preparer.rules)
+    return mapped.filter(keep, input_columns=[_PROBLEM, _N_PROMPT, _UNENDED, _IS_CUT]).remove_columns(_BOOKKEEPING)
+
+
+def _warn_of_date(preparer: RowPreparer, row: Mapping[str, Any], name: str) -> None:
+    if preparer.writes_date(row):
+        logger.warning(
+            "%s: the chat template writes today's date, so tomorrow these rows have other tokens: a resumed run trains "
+            "on other prompts, and a cache does not find them. Give the date in the column chat_template_kwargs (to "
+            "Llama 3.2's template as date_string), or write it into tokenizer.chat_template in place of strftime_now",
+            name,
+        )
 
 
 def _features(dataset: Any, prepare: _PrepareRow) -> Features:
@@ -271,7 +317,8 @@ def _features(dataset: Any, prepare: _PrepareRow) -> Features:
     keys = {name: Value("int64") for name in _KEY_COLUMNS & dataset.features.keys()}
     if prepare.route is not None:
         keys[TEACHER_INDEX] = Value("int64")
-    return Features({**dataset.features, **_NEW_FEATURES, **prompts, **keys})
+    positions = {"position_ids": List(Value("int32"))} if prepare.has_lengths else {}
+    return Features({**positions, **dataset.features, **_NEW_FEATURES, **prompts, **keys})
 
 
 def _from_list(rows: list[Any], name: str) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.data_utils import maybe_convert_to_chatml
 
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.tokens import RowDropped
-from gkd_trainer.data.turns import render_prompt
+from gkd_trainer.models.prompts import render_prompt
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,16 @@ class RenderedPrompts:
 
     tokenizer: Any
 
-    def of(self, row: Mapping[str, Any]) -> list[int]:
+    def of(self, row: Mapping[str, Any], *, is_generating: bool = False) -> list[int]:
         """Return the tokens before a row's last assistant turn.
 
-        Empty for a row without messages, and if there is no template: the teacher then reads the student's prompt.
+        If `is_generating`, a conversation that ends with another's turn is a prompt as a whole. Empty for a row without
+        messages, and if there is no template: the teacher then reads the student's prompt.
 
         Raises:
             RowDropped: The template refuses the messages.
         """
-        messages = [] if self.tokenizer.chat_template is None else _before_last_turn(row)
+        messages = [] if self.tokenizer.chat_template is None else _prompt_of(row, self.tokenizer, is_generating)
         if not messages:
             return []
         try:
@@ -39,20 +40,22 @@ class RenderedPrompts:
         return ids
 
 
-def _before_last_turn(row: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+def _prompt_of(row: Mapping[str, Any], tokenizer: Any, is_generating: bool) -> Sequence[dict[str, Any]]:
     if row.get("input_ids") is not None:
         return []
     if row.get("messages") is not None or row.get("conversations") is not None:
         held = {name: row[name] for name in ("messages", "conversations") if row.get(name) is not None}
-        messages = messages_of(maybe_convert_to_chatml(held)["messages"])
+        messages = texts_of(maybe_convert_to_chatml(held)["messages"], tokenizer)
         n_context = 0
     elif isinstance(row.get("prompt"), list):
         held = {name: row[name] for name in ("prompt", "completion") if isinstance(row.get(name), list)}
         converted = maybe_convert_to_chatml(held)
-        messages = messages_of(converted["prompt"])
+        messages = texts_of(converted["prompt"], tokenizer)
         n_context = len(messages)
-        messages += messages_of(converted["completion"]) if "completion" in converted else []
+        messages += texts_of(converted["completion"], tokenizer) if "completion" in converted else []
     else:
         return []
+    if is_generating and messages[-1]["role"] != "assistant":
+        return messages  # a completion follows the user's or the tool's last word
     turns = [place for place in range(n_context, len(messages)) if messages[place]["role"] == "assistant"]
     return messages[: turns[-1]] if turns else messages

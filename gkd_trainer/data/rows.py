@@ -11,7 +11,7 @@ from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing, images_of, require_own, require_readable, with_image_parts
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.messages import messages_of, template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
@@ -21,13 +21,12 @@ from gkd_trainer.data.turns import (
     encode_spans,
     ended_at,
     marked_template,
-    render_prompt,
     render_turns,
     turn_labels,
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.models.prompts import leading_ids
+from gkd_trainer.models.prompts import leading_ids, render_prompt, with_arguments, writes_date
 from gkd_trainer.types import prompt_length
 
 NEEDS_COMPLETION = (
@@ -86,7 +85,7 @@ class PreparedRow:
     `n_prompt` counts the tokens of its on-policy prompt: `prompt_ids`, or if empty, the tokens before the last trained
     run of the uncut row. `per_token` holds the row's own per-token columns, cut likewise. `unended` names the token
     that ends its last turn instead of a stop token, or is empty. `teacher_prompt_ids` is the teacher's own prompt,
-    or empty.
+    or empty. `is_cut` says that the row was longer, and that this matters: its completion is not always generated.
     """
 
     input_ids: list[int]
@@ -96,6 +95,7 @@ class PreparedRow:
     per_token: dict[str, list[Any]]
     unended: str
     teacher_prompt_ids: list[int] = field(default_factory=list)
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class RowPreparer:
         if self.formatting_func is not None:
             formatted = self._formatted(row)
             require_own(formatted, images)
-        teacher_ids = self.teacher_prompts.ids_of(_without_none({**_teachers_columns(row), **formatted}))
+        shown = _without_none({**_teachers_columns(row), **formatted})
+        teacher_ids = self.teacher_prompts.ids_of(shown, is_generating=self.rules.is_generating)
         if images and teacher_ids:
             raise GKDDataError(
                 "a row has images, but its teacher reads a prompt of its own (a teacher_prompt, or the row in another "
@@ -162,11 +163,21 @@ class RowPreparer:
 
     def has_teacher_prompt(self, row: Mapping[str, Any]) -> bool:
         """Return whether rows like this one may have prompts for the teacher; it may be None in this one."""
+        return self.teacher_prompts.rendered is not None or has_teacher_prompts({*row, *self._readable(row)})
+
+    def writes_date(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the chat template writes today's date into rows like this one."""
+        formatted = self._readable(row)
+        is_chat = any(isinstance(formatted.get(column), list) for column in ("messages", "conversations", "prompt"))
+        variables = formatted.get("chat_template_kwargs")
+        return is_chat and writes_date(self.tokenizer, variables if isinstance(variables, dict) else {})
+
+    def _readable(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a row as `formatting_func` makes it, or nothing if it can't be read, which `prepare` says."""
         try:
-            formatted = {} if self.formatting_func is None else self._formatted(row)
-        except (RowDropped, GKDDataError):  # the row's own verdict, when it is prepared
-            formatted = {}
-        return self.teacher_prompts.rendered is not None or has_teacher_prompts({*row, *formatted})
+            return self._formatted(row)
+        except (RowDropped, GKDDataError):
+            return {}
 
     def _formatted(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         result = self.formatting_func(row) if self.formatting_func is not None else row
@@ -256,14 +267,17 @@ class RowPreparer:
         return self._chat(prompt + completion, row, n_context=len(prompt))
 
     def _messages(self, value: Any, n_images: int) -> list[dict[str, Any]]:
-        messages = messages_of(value)
-        return messages if self.images is None else with_image_parts(messages, n_images)
+        if self.images is None:
+            return texts_of(value, self.tokenizer)
+        return with_image_parts(messages_of(value), n_images)
 
     def _chat(self, messages: list[dict[str, Any]], row: Mapping[str, Any], *, n_context: int) -> RowTokens:
         self._require_chat_template()
         tools, template_kwargs = tools_of(row), template_kwargs_of(row)
         is_pair = self.rules.is_encoder_decoder
         last_turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        is_open = self.rules.keeps_prompts and last_turn < len(messages) - 1
+        n_given = len(messages) if is_open else last_turn
         prompt = ""
         try:
             text, spans = render_turns(
@@ -276,8 +290,8 @@ class RowPreparer:
                 template_kwargs=template_kwargs,
             )
             # No messages can't be rendered: the prompt of a turn that opens the conversation is the turn's header.
-            if (self.rules.is_generating or is_pair) and last_turn > 0:
-                prompt = render_prompt(self.tokenizer, messages[:last_turn], tools, template_kwargs)
+            if (self.rules.is_generating or is_pair) and n_given > 0:
+                prompt = render_prompt(self.tokenizer, messages[:n_given], tools, template_kwargs)
         except GKDDataError:
             raise
         except TurnsNotFound:
@@ -297,14 +311,21 @@ class RowPreparer:
         prompt_ids = [] if prompt_ids == ids[: prompt_length(labels)] else prompt_ids
         # Completions are sampled for the last turn; templates end earlier turns differently (gpt-oss with <|end|>).
         is_unended = without_stop(ids, ranges[-1:], self._stop_ids)
-        tokens = RowTokens(ids, labels, prompt_ids, unended=self._end_of(ids, ranges[-1]) if is_unended else "")
+        end = self._end_of(ids, ranges[-1]) if is_unended else ""
+        tokens = RowTokens(ids, labels, prompt_ids, unended=end, is_open=is_open)
         return turn_pair(tokens) if is_pair else tokens
 
     def _chat_prompt(self, messages: list[dict[str, Any]], row: Mapping[str, Any]) -> RowTokens:
         self._require_chat_template()
-        prompt_row: dict[str, Any] = {"prompt": messages, "chat_template_kwargs": template_kwargs_of(row)}
+        template_kwargs, tools = template_kwargs_of(row), tools_of(row)
+
+        def render(given: list[Any]) -> str:
+            prompt_row: dict[str, Any] = {"prompt": given, "chat_template_kwargs": template_kwargs}
+            text: str = apply_chat_template(prompt_row, self.tokenizer, tools)["prompt"]
+            return text
+
         try:
-            text = apply_chat_template(prompt_row, self.tokenizer, tools_of(row))["prompt"]
+            text = with_arguments(render, messages)
         except _RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])
@@ -363,6 +384,11 @@ class RowPreparer:
         return labels
 
     def _fitted(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
+        if tokens.is_open and (teacher_ids or self.teacher_prompts.may_follow):
+            # The teacher's prompt is that of the new completion, not of a turn in the middle.
+            if self.rules.needs_completion:
+                raise RowDropped("no assistant turn after the teacher's own prompt")
+            tokens = RowTokens(tokens.prompt_ids, [IGNORE_INDEX] * len(tokens.prompt_ids))
         rules, ids, prompt_ids = self.rules, tokens.ids, tokens.prompt_ids
         labels = self.teacher_prompts.trained(tokens.labels, teacher_ids)
         if not ids:
@@ -397,7 +423,8 @@ class RowPreparer:
             n_completion = len(ids[cut]) - prompt_length(labels)
             self.teacher_prompts.require_room(teacher_ids, max(n_completion, rules.max_new_tokens * is_completed))
         per_token = {column: values[cut] for column, values in tokens.per_token.items()}
-        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended, teacher_ids)
+        is_cut = len(ids[cut]) < len(ids) and not rules.needs_prompt
+        return PreparedRow(ids[cut], labels[cut], n_prompt, prompt_ids, per_token, tokens.unended, teacher_ids, is_cut)
 
     def _fitted_pair(self, tokens: RowTokens, teacher_ids: list[int]) -> PreparedRow:
         rules, ids, labels = self.rules, tokens.ids, tokens.labels
@@ -412,7 +439,8 @@ class RowPreparer:
             raise RowDropped("no token is trained on")
         if teacher_ids:
             self.teacher_prompts.require_room(teacher_ids, len(cut))
-        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended, teacher_ids)
+        is_cut = len(cut) < len(labels) and not rules.needs_prompt
+        return PreparedRow(ids, cut, len(ids), [], tokens.per_token, tokens.unended, teacher_ids, is_cut)
 
     @property
     def _stop_ids(self) -> frozenset[int]:

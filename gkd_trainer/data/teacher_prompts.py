@@ -9,7 +9,7 @@ from typing import Any
 from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, tools_of
+from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.tokens import RowDropped, id_list
 from gkd_trainer.errors import GKDDataError
@@ -37,8 +37,8 @@ class TeacherPrompts:
     rendered: RenderedPrompts | None = None
     may_follow: bool = False
 
-    def ids_of(self, row: Mapping[str, Any]) -> list[int]:
-        """Return the teacher's prompt of a row; empty if it has none.
+    def ids_of(self, row: Mapping[str, Any], *, is_generating: bool = False) -> list[int]:
+        """Return the teacher's prompt of a row, which may get a completion if `is_generating`; empty if it has none.
 
         Raises:
             RowDropped: The prompt can't be read.
@@ -48,7 +48,7 @@ class TeacherPrompts:
             held = row.get(TEACHER_PROMPT_IDS)
             if held is not None:
                 return id_list(held, TEACHER_PROMPT_IDS)
-            return [] if self.rendered is None else self.rendered.of(row)
+            return [] if self.rendered is None else self.rendered.of(row, is_generating=is_generating)
         if self.tokenizer is None:
             raise GKDDataError(
                 f"expected the token ids of the teacher's prompts ({TEACHER_PROMPT_IDS}), since there is no tokenizer; "
@@ -56,7 +56,7 @@ class TeacherPrompts:
             )
         prompt = row[TEACHER_PROMPT]
         if not isinstance(prompt, str):
-            prompt = messages_of(maybe_convert_to_chatml({"prompt": prompt})["prompt"])
+            prompt = texts_of(maybe_convert_to_chatml({"prompt": prompt})["prompt"], self.tokenizer)
             if self.tokenizer.chat_template is None:
                 raise GKDDataError(
                     f"expected a tokenizer with a chat template, since {TEACHER_PROMPT} holds messages; neither the "

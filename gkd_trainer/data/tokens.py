@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, PROMPT_IDS
@@ -18,6 +19,10 @@ _PER_TOKEN_COLUMNS = (
     "assistant_masks",
 )
 """Columns of tokenised rows with one value per token."""
+
+
+SEQ_LENGTHS = "seq_lengths"
+"""The column in which `trl.pack_dataset` leaves how long each sample of a row is; it stands for `position_ids`."""
 
 
 class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted; never seen by a caller)
@@ -35,7 +40,8 @@ class RowTokens:
 
     `prompt_ids` are its on-policy prompt if that differs from the tokens before its last trained run, else empty.
     `per_token` holds its other columns with one value per token. `unended` names the token that ends its last turn
-    instead of a stop token, or is empty.
+    instead of a stop token, or is empty. `is_open` says that a user or a tool has the last word: the prompt is then all
+    of the conversation.
     """
 
     ids: list[int]
@@ -43,17 +49,25 @@ class RowTokens:
     prompt_ids: list[int] = field(default_factory=list)
     per_token: dict[str, list[Any]] = field(default_factory=dict)
     unended: str = ""
+    is_open: bool = False
 
 
 def held_tokens(row: Mapping[str, Any]) -> RowTokens:
     """Return the tokens of a row's `input_ids`, without padding, with its other columns per token.
 
+    `position_ids` are made from the `seq_lengths` of a row that TRL packed.
+
     Raises:
-        RowDropped: A column is not a list of token ids, or not as long as `input_ids`.
+        RowDropped: A column is not a list of token ids, or does not fit the length of `input_ids`.
 
     """
     ids = id_list(row["input_ids"], "input_ids")
     per_token = {column: _plain(row[column]) for column in _PER_TOKEN_COLUMNS if row.get(column) is not None}
+    if "position_ids" not in per_token and row.get(SEQ_LENGTHS) is not None:
+        lengths = _plain(row[SEQ_LENGTHS])
+        if sum(lengths) != len(ids):
+            raise RowDropped(f"{SEQ_LENGTHS} don't add up to the length of input_ids")
+        per_token["position_ids"] = [position for length in lengths for position in range(length)]
     for column, values in per_token.items():
         if len(values) != len(ids):
             raise RowDropped(f"{column} is not as long as input_ids")
@@ -72,6 +86,12 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
     # Rows of a data set that is already prepared keep their prompts.
     prompt_ids = [] if row.get(PROMPT_IDS) is None else id_list(row[PROMPT_IDS], PROMPT_IDS)
     return RowTokens(ids, labels, prompt_ids, per_token)
+
+
+def lengths_of(position_ids: Sequence[int]) -> list[int]:
+    """Return how long each sample of a row is, whose `position_ids` start again at each."""
+    starts = [index for index, position in enumerate(position_ids) if position == 0 or index == 0]
+    return [end - start for start, end in pairwise([*starts, len(position_ids)])]
 
 
 def id_list(value: Any, column: str) -> list[int]:

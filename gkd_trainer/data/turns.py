@@ -11,6 +11,7 @@ from trl.data_utils import apply_chat_template
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.errors import GKDDataError
+from gkd_trainer.models.prompts import with_arguments
 
 Span = tuple[int, int]
 """A half-open range: of characters in a text, or of tokens in a sequence."""
@@ -90,16 +91,6 @@ def render_turns(
             "earlier turns or its own generation prompt, so the assistant's turns can't be found: "
             f"{remedy}"
         ) from None
-
-
-def render_prompt(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, template_kwargs: Mapping[str, Any]
-) -> str:
-    """Render the model's prompt for the next turn, with the tokenizer's own template."""
-    text: str = tokenizer.apply_chat_template(
-        list(messages), tools=tools or None, tokenize=False, add_generation_prompt=True, **template_kwargs
-    )
-    return text
 
 
 def encode_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
@@ -257,23 +248,28 @@ class _Conversation:
         return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"]}]
 
     def _render(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
-        row: dict[str, Any] = {"messages": messages, "chat_template_kwargs": self.template_kwargs}
-        text: str = apply_chat_template(row, self.tokenizer, self.tools, **options)["text"]
-        return text
+        def render(given: list[Any]) -> str:
+            row: dict[str, Any] = {"messages": given, "chat_template_kwargs": self.template_kwargs}
+            text: str = apply_chat_template(row, self.tokenizer, self.tools, **options)["text"]
+            return text
+
+        return with_arguments(render, messages)
 
     def _render_marked(
         self, template: str, messages: list[Mapping[str, Any]], **options: Any
     ) -> tuple[str, list[Span]]:
         # The tokenizer's own `apply_chat_template` gives a mask over the tokens of the text as one piece; with the
         # ranges of characters behind that mask, `encode_spans` can choose the tokens.
-        rendered: Any = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            tools=self.tools or None,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.template_kwargs, **options},
-        )
-        texts, spans = rendered
+        def render(given: list[Any]) -> Any:
+            return render_jinja_template(
+                conversations=[given],
+                tools=self.tools or None,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self.template_kwargs, **options},
+            )
+
+        texts, spans = with_arguments(render, messages)
         return texts[0], [(start, end) for start, end in spans[0]]
 
 

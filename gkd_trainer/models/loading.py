@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from gkd_trainer.batch_keys import MEDIA_INPUTS
+from gkd_trainer.compat import without_mistral_common
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.types import MediaTokens
 
@@ -146,14 +147,14 @@ def find_tokenizer(
     The `init_kwargs` that locate the model also locate the tokenizer.
 
     Raises:
-        GKDConfigError: The tokenizer's files are there but can't be read.
+        GKDConfigError: The tokenizer's files are there but can't be read, or only mistral-common's tokenizer can.
     """
     if not name_or_path:
         return None
     place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code, **place
+            name_or_path, trust_remote_code=trust_remote_code, **place, **without_mistral_common()
         )
     except Exception as error:  # of any type, also if there is no tokenizer
         files = _tokenizer_files(name_or_path, place)
@@ -166,9 +167,20 @@ def find_tokenizer(
         if not isinstance(error, OSError | ValueError | KeyError):
             raise
         return None
+    refuse_mistral_common(tokenizer)
     # For some architectures transformers makes one without words.
     has_words = not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids)
     return tokenizer if has_words else None
+
+
+def refuse_mistral_common(tokenizer: Any) -> None:
+    """Raise GKDConfigError for a tokenizer of mistral-common, which has neither token names nor a chat template."""
+    if any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__):
+        raise GKDConfigError(
+            "expected a tokenizer of transformers; got MistralCommonBackend, which AutoTokenizer returns for a "
+            "tekken.json if mistral-common is installed, and which hides its added tokens and has no chat template: "
+            "leave it out, or load transformers.PreTrainedTokenizerFast.from_pretrained(name) in its place"
+        )
 
 
 def find_processing_class(

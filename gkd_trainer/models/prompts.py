@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def prompt_ids(
@@ -24,6 +28,8 @@ def prompt_ids(
         template_kwargs: Further variables of the template.
         is_source: Whether the encoder of an encoder-decoder reads it: a text then has all special tokens of the
             tokenizer, such as the eos after it.
+
+    Raises ValueError for messages with a part that is not a text, and what the template raises.
     """
     if isinstance(prompt, str) and is_source:
         return list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
@@ -31,14 +37,66 @@ def prompt_ids(
         ids = _encoded(tokenizer, prompt)
         leading = leading_ids(tokenizer)
         return ids if tuple(ids[: len(leading)]) == leading else [*leading, *ids]
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt],
-        tools=tools or None,
-        tokenize=False,
-        add_generation_prompt=True,
-        **(template_kwargs or {}),
-    )
-    return _encoded(tokenizer, text)
+    return _encoded(tokenizer, render_prompt(tokenizer, with_texts(tokenizer, prompt), tools, template_kwargs or {}))
+
+
+def render_prompt(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, template_kwargs: Mapping[str, Any]
+) -> str:
+    """Render the model's prompt for the next turn, with the tokenizer's own template."""
+
+    def render(given: list[Any]) -> str:
+        text: str = tokenizer.apply_chat_template(
+            given, tools=tools or None, tokenize=False, add_generation_prompt=True, **template_kwargs
+        )
+        return text
+
+    return with_arguments(render, messages)
+
+
+def with_arguments(render: Callable[[list[Any]], T], messages: Sequence[Mapping[str, Any]]) -> T:
+    """Return what `render` makes of messages whose tool calls have objects as arguments, not their JSON.
+
+    OpenAI's format has the JSON, but most templates write it themselves. One that refuses objects gets the JSON.
+    """
+    given = [dict(message) for message in messages]
+    parsed = [_with_objects(message) for message in given]
+    if parsed == given:
+        return render(given)
+    try:
+        return render(parsed)
+    except Exception:  # a template may raise anything
+        return render(given)
+
+
+def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose contents are texts, for a model that reads nothing else.
+
+    A list of text parts becomes one text. Most templates for text write such a list as Python does, or nothing at all.
+    Those of vision-language models may read nothing but lists: for them it stays.
+
+    Raises ValueError for a part that is not a text.
+    """
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return [dict(message) for message in messages]
+    joined = [{**message, "content": _text_of(message.get("content"))} for message in messages]
+    return joined if _reads_texts(tokenizer) else [dict(message) for message in messages]
+
+
+def writes_date(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a chat template writes today's date into a conversation with these variables."""
+    if "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
+        return False
+    formats: list[str] = []
+
+    def noting(date_format: str) -> str:
+        formats.append(date_format)
+        return ""
+
+    message = {"role": "user", "content": "Hello"}
+    with suppress(Exception):  # a template may raise anything, and will say so for the messages themselves
+        tokenizer.apply_chat_template([message], tokenize=False, **{**template_kwargs, "strftime_now": noting})
+    return bool(formats)
 
 
 def leading_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -49,6 +107,45 @@ def leading_ids(tokenizer: Any) -> tuple[int, ...]:
         if ids[n_leading : n_leading + len(bare)] == bare:
             return tuple(ids[:n_leading])
     return ()
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    """Return a tool call whose arguments are an object if they are the JSON of one."""
+    if not isinstance(call, Mapping):
+        return call
+    if "function" in call:
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _text_of(content: Any) -> Any:
+    """Return the texts of a list of parts as one; any other content unchanged."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"a message with a part of type {kind!r}, where only texts can be read")
+    return "".join(part["text"] for part in content)
+
+
+def _reads_texts(tokenizer: Any) -> bool:
+    try:
+        rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except Exception:  # a template may raise anything, and will say so for the messages themselves
+        return True
+    return "Hello" in rendered
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:

@@ -27,7 +27,7 @@ from gkd_trainer.models.heads import (
     vocabulary_size,
     without_router_logits,
 )
-from gkd_trainer.models.loading import base_model, find_tokenizer, load_student, name_of
+from gkd_trainer.models.loading import base_model, find_tokenizer, load_student, name_of, refuse_mistral_common
 from gkd_trainer.rollouts import HFRollouts
 from gkd_trainer.rollouts.build import find_stop_ids, sampled_vocabulary_size
 from gkd_trainer.signals import Signal, StudentSignal
@@ -140,9 +140,10 @@ def pair(
         tokenizer: The student's; by default the one stored with it.
 
     Raises:
-        GKDConfigError: The student can't be loaded.
+        GKDConfigError: The student can't be loaded, or its tokenizer can't be used.
         GKDTeacherError: The teacher can't be loaded, does not fit the student, or is several of which each row has one.
     """
+    refuse_mistral_common(tokenizer)
     if isinstance(student, str | os.PathLike):
         student = load_student(os.fspath(student), None, False)
     tokenizer = tokenizer or find_tokenizer(name_of(base_model(student)), False)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gkd_trainer.batch_keys import IGNORE_INDEX, ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
+from gkd_trainer.models.prompts import writes_date
 from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.cache.format import (
@@ -240,10 +241,16 @@ class CachedTeacher(CompositeTeacher):
             names.insert(0, f"{ROW_KEY} {int(keys_B[rows[index]])}")
         if self._tokenizer is not None:
             names.append(repr(self._tokenizer.decode(sequence.token_ids)[:80]))
+        dated = ""
+        if self._tokenizer is not None and writes_date(self._tokenizer, {}):
+            dated = (
+                ". The chat template writes today's date unless the rows give one, so rows that were cached on another "
+                "day have other tokens: cache them with a fixed date (chat_template_kwargs, or a changed template)"
+            )
         return (
             f"a row is not in the cache in {self._folder} ({', '.join(names)}), or not the predictions for all "
             f"{len(sequence.targets_P)} of its tokens trained on: add this data to it with `gkd-trainer cache` and the "
-            "options of this run, or set teacher_cache_miss='teacher' (CachedTeacher's fallback)"
+            f"options of this run, or set teacher_cache_miss='teacher' (CachedTeacher's fallback){dated}"
         )
 
 

@@ -33,6 +33,7 @@ from gkd_trainer.models.loading import (
     find_tokenizer,
     loading_failure,
     name_of,
+    refuse_mistral_common,
     refuse_prompt_learning,
     refuse_unread_media,
     uncompiled,
@@ -63,6 +64,7 @@ class FrozenTeacher(Teacher):
 
     Raises:
         GKDTeacherError: `model` is not such a model, or `top_k` is not in [1, vocab_size].
+        GKDConfigError: `tokenizer` is mistral-common's.
     """
 
     scores_encoder_decoders = True
@@ -74,6 +76,7 @@ class FrozenTeacher(Teacher):
         trust_remote_code: bool = False,
         top_k: int | None = None,
     ) -> None:
+        refuse_mistral_common(tokenizer)
         model = _checked(model)
         self._model: Any = model.eval().requires_grad_(False)
         self._forward_kwargs = scoring_kwargs(model)

@@ -26,7 +26,7 @@ from gkd_trainer.batch_keys import (
 )
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import find_context
-from gkd_trainer.models.loading import base_model, find_tokenizer, name_of
+from gkd_trainer.models.loading import base_model, find_tokenizer, name_of, refuse_mistral_common
 from gkd_trainer.models.token_bytes import token_bytes
 from gkd_trainer.signals import MODES, HiddenSignal, LogitsSignal, MappedSignal, Signal, TopKSignal, VocabularyMap
 from gkd_trainer.teachers.alignment import Aligner, Ints
@@ -81,6 +81,7 @@ class OtherTokenizerTeacher(AligningTeacher):
                 f"mode={mode!r} needs the teacher's whole distribution, but this one gives its top {teacher.top_k} "
                 "tokens: use mode='matched', or a teacher in this process without a top k"
             )
+        refuse_mistral_common(tokenizer)
         self._teacher, self._mode, self._min_matched_mass = teacher, mode, min_matched_mass
         self.tokenizer = tokenizer or _tokenizer_of(teacher)
         token_bytes(self.tokenizer)  # raises if they can't be known

@@ -130,6 +130,7 @@ def construct(
     if processing_class is None:
         source = model if isinstance(model, str) else name_of(model)
         processing_class = find_processing_class(source, trusts, getattr(config, "model_init_kwargs", None))
+    pad_id = pad_token_id(processing_class)  # before the student is loaded: it refuses what can't be used
     images = ImageProcessing.of(processing_class)
     if images is not None:
         find_unused_parameters(config)
@@ -144,7 +145,7 @@ def construct(
         if model is not None:
             own["model"] = adapted(model, adapter, checkpoints_activations(config))
         if arguments["data_collator"] is None:
-            own["data_collator"] = default_collator(own["model"], pad_token_id(processing_class))
+            own["data_collator"] = default_collator(own["model"], pad_id)
     else:
         own["peft_config"] = peft_config
     base_arguments = {**arguments, **own}

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import torch
+from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS
@@ -26,6 +27,7 @@ from gkd_trainer.data import (
 )
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDConfigError, GKDDataError
+from gkd_trainer.models.loading import refuse_mistral_common
 from gkd_trainer.trainer.pairing import OwnedContext
 from gkd_trainer.types import prompt_length
 
@@ -222,8 +224,15 @@ def require_labels(inputs: Mapping[str, Any]) -> None:
 
 
 def tokenizer_of(processing_class: Any) -> Any:
-    """Return a tokenizer, or the one in a processor of several modalities; None if there is none."""
-    return getattr(processing_class, "tokenizer", processing_class)
+    """Return a tokenizer, or the one in a processor of several modalities; None if there is none.
+
+    Raises GKDConfigError for one that can't be used.
+    """
+    # Tokenizers hold others: those of code from the hub, and mistral-common's.
+    is_tokenizer = isinstance(processing_class, PreTrainedTokenizerBase)
+    tokenizer = processing_class if is_tokenizer else getattr(processing_class, "tokenizer", processing_class)
+    refuse_mistral_common(tokenizer)
+    return tokenizer
 
 
 def pad_token_id(processing_class: Any) -> int:

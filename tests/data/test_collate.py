@@ -4,12 +4,14 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
 )
+from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
@@ -154,6 +156,22 @@ def test_samples_that_share_a_row_are_told_apart_by_their_positions_alone(byte_l
     assert batch["labels"].tolist() == [[5, 6, 7, -100, 9], [-100, 2, -100, -100, -100]]
 
 
+def test_rows_that_trl_packed_keep_their_samples_apart(padding_collator):
+    """Such rows have no `position_ids`."""
+    single = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "labels": [[5, 6, 7], [-100, 9]]})
+    batch = padding_collator(list(pack_dataset(single, 5)))
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[5, 6, 7, -100, 9]]
+
+
+def test_a_padding_free_collator_of_trl_reads_the_lengths_of_samples_itself():
+    collator = keeping_token_values(TRLCollator(pad_token_id=0, padding_free=True))
+    batch = collator([{"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1], "seq_lengths": [3, 2]}])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]
+
+
 def test_padding_free_batches_have_no_padding_of_the_rows_and_take_one_sample_per_row():
     collator = keeping_token_values(TRLCollator(pad_token_id=0, padding_free=True))
     padded = {"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0], "completion_mask": [0, 1, 1, 0]}
@@ -170,7 +188,7 @@ def test_only_the_collators_that_pad_them_get_values_per_token_that_a_forward_do
 
     masks = {"attention_mask", "completion_mask", "assistant_masks"}
     padding = KeepSideTensors(keeping_token_values(TRLCollator(pad_token_id=0)))
-    assert columns_read_by(padding, forward) == {*masks, "input_ids", "position_ids"}
+    assert columns_read_by(padding, forward) == {*masks, "input_ids", "position_ids", "seq_lengths"}
     assert columns_read_by(EncoderDecoderCollator(0), forward) >= masks
     assert not columns_read_by(KeepSideTensors(own), forward)
 

@@ -97,7 +97,7 @@ def test_tokens_are_taken_without_their_padding():
     assert held_pair({"input_ids": [5, 6], "labels": [X, X]}).labels == []
 
 
-@pytest.mark.parametrize("column", ["completion_mask", "assistant_masks", "decoder_input_ids"])
+@pytest.mark.parametrize("column", ["completion_mask", "assistant_masks", "decoder_input_ids", "seq_lengths"])
 def test_columns_of_a_causal_lm_and_inputs_of_the_decoder_are_refused(column):
     with pytest.raises(GKDDataError, match=f"have input_ids, attention_mask and labels; got {column}"):
         held_pair({"input_ids": [5, 6], "labels": [7], column: [1, 1]})

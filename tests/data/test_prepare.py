@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
+from PIL import Image
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
 from gkd_trainer.data import prepare_dataset
@@ -371,3 +372,95 @@ def test_a_dict_of_splits_is_refused(byte_level, rules):
 def test_a_list_of_anything_but_dicts_is_refused(byte_level, rules):
     with pytest.raises(GKDDataError, match=r"expected a list of dicts.*it holds str"):
         prepare_dataset(["hello"], byte_level(), rules())
+
+
+DATED = (
+    "{{ date_string or strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
+)
+DATE = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("row", "is_warned"),
+    [(conversation("Paris."), True), ({**conversation("Paris."), **DATE}, False), ({"text": "one two"}, False)],
+)
+def test_a_template_that_writes_todays_date_is_warned_of_once(byte_level, rules, caplog, row, is_warned, is_stream):
+    rows = [row, row]
+    prepare_dataset(iterable(rows) if is_stream else rows, byte_level(DATED), rules(train_on="last_turn"), name="eval")
+    assert [message[:50] for message in warnings_of(caplog)] == [
+        "eval: the chat template writes today's date, so to"
+    ] * is_warned
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_rows_that_trl_packed_get_the_positions_of_their_samples_as_they_are_cut(rules, is_stream):
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]},
+        {"input_ids": [5, 6], "labels": [-100, -100], "seq_lengths": [2]},
+        {"input_ids": [5, 6], "labels": [5, 6], "seq_lengths": None},
+    ]
+    data = Dataset.from_list(rows)
+    prepared = [*prepare_dataset(data.to_iterable_dataset() if is_stream else data, None, rules(max_length=4))]
+    assert [row["position_ids"] for row in prepared] == [[0, 1, 2, 0], None]
+    assert [row["seq_lengths"] for row in prepared] == [[3, 1], None]
+
+
+LONG = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, 8, 9]}
+
+
+def test_rows_that_are_cut_are_counted_in_one_line(rules, caplog):
+    short = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    prepare_dataset([LONG, short, LONG], None, rules(max_length=3), name="eval")
+    prepare_dataset([LONG, short], None, rules())
+    assert warnings_of(caplog) == ["eval: 2 of 3 rows cut to max_length=3"]
+
+
+def test_a_stream_says_once_that_rows_are_cut(rules, caplog):
+    [*prepare_dataset(iterable([LONG] * 3), None, rules(max_length=3), name="eval")]
+    assert warnings_of(caplog) == ["eval: rows longer than max_length=3 are cut"]
+
+
+def test_a_row_whose_completion_is_always_generated_does_not_count_as_cut(on_policy, caplog):
+    prepare_dataset([LONG], None, on_policy(max_length=4, max_new_tokens=3))
+    assert warnings_of(caplog) == []
+
+
+def test_the_labels_of_an_encoder_decoder_count_as_cut(rules, caplog):
+    rows = [{"input_ids": [5, 6], "labels": [5, 6, 7]}]
+    prepare_dataset(rows, None, rules(max_length=2, is_encoder_decoder=True), name="eval")
+    assert warnings_of(caplog) == ["eval: 1 of 1 rows cut to max_length=2"]
+
+
+def test_a_transform_runs_once_and_not_over_the_prepared_rows(rules):
+    def transformed(batch):
+        ids = [[5, 6, 7, len(text), 0] for text in batch["text"]]
+        return {"input_ids": ids, "attention_mask": [[1, 1, 1, 1, 0]] * len(ids), ROW_KEY: range(len(ids))}
+
+    rows = Dataset.from_list([{"text": "one"}, {"text": "three"}]).with_transform(transformed)
+    prepared = prepare_dataset(rows, None, rules(max_length=4))
+    assert prepared.format["type"] is None
+    assert prepared[1] == {
+        "input_ids": [5, 6, 7, 5],
+        "labels": [5, 6, 7, 5],
+        "attention_mask": [1, 1, 1, 1],
+        ROW_KEY: 0,  # the transform gets one row at a time
+    }
+
+
+@pytest.mark.parametrize("column", ["messages", "other"])
+def test_a_transform_may_replace_and_make_the_columns_that_are_read(byte_level, rules, column):
+    rows = Dataset.from_list([{column: conversation("Paris.")["messages"], "others": 1}])
+    rows.set_transform(lambda batch: {"messages": [conversation("two")["messages"] for _ in batch["others"]]})
+    [row] = prepare_dataset(rows, byte_level(), rules())
+    assert byte_level().decode(row["input_ids"]).endswith("two<|im_end|>\n")
+    assert row.keys() == {"messages", "input_ids", "labels"}
+
+
+def test_images_that_a_transform_makes_stay_images(rules):
+    rows = Dataset.from_list([{"input_ids": [5, 6], "size": 3}])
+    rows = rows.with_transform(
+        lambda batch: {"input_ids": batch["input_ids"], "pictures": [Image.new("RGB", (n, n)) for n in batch["size"]]}
+    )
+    [row] = prepare_dataset(rows, None, rules())
+    assert row["pictures"].size == (3, 3)

@@ -47,10 +47,23 @@ def test_the_teachers_template_renders_what_comes_before_the_last_turn(teacher, 
     assert text_of(teacher, row) == expected
 
 
+def test_text_parts_are_read_as_the_text_that_they_hold(teacher):
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    row = {"messages": [{"role": "user", "content": parts}, TURN]}
+    assert text_of(teacher, row) == text_of(teacher, {"messages": [USER, TURN]})
+
+
 def test_earlier_turns_are_part_of_the_prompt(teacher):
     text = text_of(teacher, {"messages": [USER, TURN, USER, TURN]})
     assert text.count("Hello there") == 1
     assert text.endswith("<start_of_turn>model\n")
+
+
+@pytest.mark.parametrize("row", [{"messages": [USER, TURN, USER]}, {"prompt": [USER], "completion": [TURN, USER]}])
+def test_a_conversation_that_ends_with_the_user_is_a_prompt_as_a_whole_if_it_is_completed(teacher, row):
+    prompt, whole = (RenderedPrompts(teacher).of(row, is_generating=is_generating) for is_generating in (False, True))
+    assert prompt == RenderedPrompts(teacher).of({"prompt": [USER]})
+    assert whole == RenderedPrompts(teacher).of({"prompt": [USER, TURN, USER]})
 
 
 @pytest.mark.parametrize("completion", [None, "Hello there", [TURN]])

@@ -132,6 +132,38 @@ def test_a_prompt_of_messages_ends_with_the_generation_prompt(byte_level, on_pol
     assert row.input_ids == expected
 
 
+FOLLOW_UP = {"role": "user", "content": "And of Italy?"}
+
+
+def test_a_conversation_that_ends_with_the_user_is_completed_there_and_trained_on_in_its_turns(
+    byte_level, rules, on_policy
+):
+    tokenizer, messages = byte_level(), [QUESTION, ANSWER, FOLLOW_UP]
+    prompt = prepare({"prompt": messages}, tokenizer, on_policy()).input_ids
+    off_policy = prepare({"messages": messages}, tokenizer, rules())
+    assert not off_policy.prompt_ids
+    for row in ({"messages": messages}, {"prompt": messages[:1], "completion": messages[1:]}):
+        mixed, only_on_policy = (prepare(row, tokenizer, each) for each in (rules(is_generating=True), on_policy()))
+        assert mixed.prompt_ids == only_on_policy.prompt_ids == prompt
+        assert mixed.n_prompt == len(prompt)
+        assert (mixed.input_ids, mixed.labels) == (off_policy.input_ids, off_policy.labels)
+    assert trained(tokenizer, off_policy.labels) == "Paris.<|im_end|>"
+
+
+def test_a_conversation_that_ends_with_a_tool_is_completed_there_too(byte_level, rules):
+    tokenizer, messages = byte_level(), [QUESTION, ANSWER, {"role": "tool", "content": "42"}]
+    row = prepare({"messages": messages}, tokenizer, rules(is_generating=True))
+    assert tokenizer.decode(row.prompt_ids).endswith("<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_room_for_a_completion_is_counted_from_the_last_message(byte_level, rules):
+    row, tokenizer = {"messages": [QUESTION, ANSWER, FOLLOW_UP]}, byte_level()
+    n_prompt = prepare(row, tokenizer, rules(is_generating=True)).n_prompt
+    assert prepare(row, tokenizer, rules(is_generating=True, max_length=n_prompt + 8)).n_prompt == n_prompt
+    too_short = rules(is_generating=True, max_length=n_prompt + 7)
+    assert reason(row, tokenizer, too_short).startswith("prompt longer than max_length - max_new_tokens")
+
+
 def test_a_prompt_that_ends_with_an_assistant_message_is_continued(byte_level, on_policy):
     tokenizer = byte_level()
     row = prepare({"prompt": [QUESTION, {"role": "assistant", "content": "It is"}]}, tokenizer, on_policy())

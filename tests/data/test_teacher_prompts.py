@@ -44,6 +44,25 @@ def test_where_prompts_are_made_from_completions_every_conversation_is_trained_o
     assert trained(tokenizer, row) == "two three<|im_end|>"
 
 
+OPEN = [*CHAT, {"role": "user", "content": "four"}]
+
+
+@pytest.mark.parametrize("may_follow", [False, True])
+def test_a_conversation_that_ends_with_the_user_is_only_a_prompt_beside_the_teachers_own(
+    byte_level, rules, on_policy, may_follow
+):
+    """That prompt can't be one for the turns in the middle as well."""
+    tokenizer, prompts = byte_level(), TeacherPrompts(byte_level(), may_follow=may_follow)
+    rows = [{"messages": OPEN, **({} if may_follow else {TEACHER_PROMPT: HINT})}]
+    [row] = prepare_dataset(rows, tokenizer, on_policy(), teacher_prompts=prompts)
+    [prompt] = prepare_dataset([{"prompt": OPEN}], tokenizer, on_policy())
+    assert (row["input_ids"], row["labels"]) == (prompt["input_ids"], [-100] * len(prompt["input_ids"]))
+    with pytest.raises(GKDDataError, match="1 no assistant turn after the teacher's own prompt"):
+        prepare_dataset(rows, tokenizer, rules(is_generating=True), teacher_prompts=prompts)
+    [row] = prepare_dataset(rows, tokenizer, rules(), teacher_prompts=prompts)
+    assert trained(tokenizer, row) == "two three<|im_end|>"
+
+
 def test_only_the_last_run_of_labels_stays():
     assert only_last_run([5, -100, 6, 7, -100]) == [-100, -100, 6, 7, -100]
     assert only_last_run([5, 6]) == [5, 6]
@@ -55,6 +74,14 @@ def test_it_is_rendered_by_the_teachers_tokenizer(byte_level, rules):
     rows = [{"prompt": "one", "completion": " two", TEACHER_PROMPT: HINT}]
     [row] = prepare_dataset(rows, byte_level(), rules(), teacher_prompts=TeacherPrompts(teachers))
     assert byte_level().decode(row[TEACHER_PROMPT_IDS]) == "[two][one]"
+
+
+def test_text_parts_of_its_messages_are_one_text(byte_level, rules):
+    parts = [{"type": "text", "text": "two"}, {"type": "text", "text": " one"}]
+    teachers = byte_level("{{ messages[0]['content'] }}")
+    rows = [{"prompt": "one", "completion": " two", TEACHER_PROMPT: [{"role": "user", "content": parts}]}]
+    [row] = prepare_dataset(rows, byte_level(), rules(), teacher_prompts=TeacherPrompts(teachers))
+    assert teachers.decode(row[TEACHER_PROMPT_IDS]) == "two one"
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

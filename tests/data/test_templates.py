@@ -257,3 +257,48 @@ def test_a_conversation_that_loses_an_earlier_turn_is_kept_for_the_last_one(prep
     messages = [USER, ASSISTANT, ASSISTANT, USER, ASSISTANT]
     row, tokenizer = prepare(CHATS["olmo2"], {"messages": messages}, train_on="last_turn")
     assert trained_runs(tokenizer, row.labels) == ["four<|endoftext|>"]
+
+
+def in_parts(text):
+    return [{"type": "text", "text": piece} for piece in text.split("|")]
+
+
+def test_text_parts_are_read_as_the_text_that_they_hold(chat, prepare):
+    """Many templates for text write a list of parts as Python does, or leave it out."""
+    given = [{"role": "user", "content": in_parts("hello| there")}, {"role": "assistant", "content": in_parts("fine")}]
+    plain = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "fine"}]
+    assert prepare(chat, {"messages": given})[0] == prepare(chat, {"messages": plain})[0]
+    pair, plain_pair = ({"prompt": messages[:1], "completion": messages[1:]} for messages in (given, plain))
+    assert prepare(chat, pair, is_generating=True)[0] == prepare(chat, plain_pair, is_generating=True)[0]
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "image"}, "hello"])
+def test_a_part_that_is_not_a_text_drops_its_row_by_name(chat, prepare, part):
+    row = {"prompt": [{"role": "user", "content": [*in_parts("hello"), part]}]}
+    kind = part["type"] if isinstance(part, dict) else "str"
+    with pytest.raises(RowDropped, match=f"a message with a part of type '{kind}', where only texts can be read"):
+        prepare(chat, row, needs_completion=False)
+
+
+AS_JSON = [
+    {**message, "tool_calls": [{**CALL, "function": {**CALL["function"], "arguments": '{"a": 2}'}}]}
+    if "tool_calls" in message
+    else message
+    for message in WITH_TOOL
+]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "qwen3.5", "llama3.1", "gpt-oss", "gemma4", "nemotron3"])
+def test_arguments_in_json_are_read_as_the_object_that_they_are(prepare, name):
+    """OpenAI's form, which most templates would encode a second time, or refuse."""
+    changes = {"is_generating": True, "needs_completion": False}
+    for column, end in (("messages", None), ("prompt", 3)):
+        in_json, as_object = ({column: messages[:end], "tools": TOOLS} for messages in (AS_JSON, WITH_TOOL))
+        assert prepare(CHATS[name], in_json, **changes)[0] == prepare(CHATS[name], as_object, **changes)[0]
+
+
+def test_a_template_that_refuses_objects_gets_arguments_in_json(prepare):
+    """DeepSeek's own; TRL's patch of it, which renders the turns that are trained on, takes objects."""
+    row, tokenizer = prepare(CHATS["deepseek-v3"], {"messages": AS_JSON}, is_generating=True)
+    for ids in (row.input_ids, prompt_of(row)):
+        assert '```json\n{"a": 2}\n```' in tokenizer.decode(ids)

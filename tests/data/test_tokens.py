@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, PROMPT_IDS
-from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
+from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens, lengths_of
 
 X = IGNORE_INDEX
 
@@ -45,3 +45,17 @@ def test_anything_but_a_list_of_token_ids_is_dropped_by_its_column(name, value):
 def test_a_verdict_passes_from_process_to_process():
     dropped = pickle.loads(pickle.dumps(RowDropped("too long", 7)))
     assert (dropped.reason, dropped.needed_length) == ("too long", 7)
+
+
+def test_the_lengths_of_packed_samples_become_their_positions():
+    row = {"input_ids": [5, 6, 7, 8, 9], "seq_lengths": np.array([3, 2])}
+    assert held_tokens(row).per_token == {"position_ids": [0, 1, 2, 0, 1]}
+    assert held_tokens({**row, "position_ids": [0, 1, 2, 3, 4]}).per_token == {"position_ids": [0, 1, 2, 3, 4]}
+    with pytest.raises(RowDropped, match="seq_lengths don't add up to the length of input_ids"):
+        held_tokens({**row, "seq_lengths": [3, 1]})
+
+
+def test_positions_give_the_lengths_of_their_samples():
+    assert lengths_of([0, 1, 2, 0, 0, 1]) == [3, 1, 2]
+    assert lengths_of([4, 5, 0]) == [2, 1]
+    assert lengths_of([]) == []

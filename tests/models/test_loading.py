@@ -1,5 +1,8 @@
 """The student before training: dtype, tokenizer, adapter, and no dropout."""
 
+import base64
+import json
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
@@ -10,8 +13,10 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
     Gemma3Config,
+    MistralConfig,
     MptConfig,
     MptForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
@@ -26,6 +31,7 @@ from gkd_trainer.models.loading import (
     media_tokens,
     name_of,
     outline,
+    refuse_mistral_common,
     refuse_prompt_learning,
     refuse_unread_media,
     wrap_in_adapter,
@@ -66,6 +72,33 @@ def test_the_tokenizer_beside_the_weights_is_found(bf16_checkpoint, byte_level):
     byte_level().save_pretrained(path)
     tokenizer = find_tokenizer(str(path), trust_remote_code=False)
     assert tokenizer.get_vocab() == byte_level().get_vocab()
+
+
+def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_common(tmp_path):
+    controls = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
+    controls = f"{controls} [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX]".split()
+    size = {"num_vocab_tokens": 256, "default_vocab_size": 256 + len(controls)}
+    config = {"pattern": r"\p{L}+|[^\p{L}]+", **size, "default_num_special_tokens": len(controls), "version": "v3"}
+    tekken = {
+        "config": config,
+        "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)],
+        "special_tokens": [{"rank": i, "token_str": token, "is_control": True} for i, token in enumerate(controls)],
+    }
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    MistralConfig(vocab_size=size["default_vocab_size"]).save_pretrained(tmp_path)
+    tokenizer = find_tokenizer(str(tmp_path), trust_remote_code=False)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    assert len(tokenizer.get_vocab()) == size["default_vocab_size"]
+
+
+def test_a_tokenizer_of_mistral_common_is_refused_with_one_to_load_in_its_place(byte_level):
+    class MistralCommonBackend:
+        pass
+
+    with pytest.raises(GKDConfigError, match=r"got MistralCommonBackend.*load transformers\.PreTrainedTokenizerFast"):
+        refuse_mistral_common(MistralCommonBackend())
+    refuse_mistral_common(byte_level())
+    refuse_mistral_common(None)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gkd_trainer.models.prompts import leading_ids, prompt_ids
+from gkd_trainer.models.prompts import leading_ids, prompt_ids, with_arguments, writes_date
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -33,3 +33,60 @@ def test_templates_get_tools_and_variables(byte_level):
     tokenizer = byte_level("{{ tools[0]['name'] }} {{ mood }} {{ messages[0]['content'] }}")
     ids = prompt_ids(tokenizer, MESSAGES, tools=[{"name": "sum"}], template_kwargs={"mood": "calm"})
     assert tokenizer.decode(ids) == "sum calm hello"
+
+
+PARTS = [{"type": "text", "text": "hello"}, {"type": "text", "text": " there"}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0]['content'] }}",
+        # As those of vision-language models: nothing but lists is read.
+        "{% for part in messages[0]['content'] if part is mapping %}{{ part['text'] }}{% endfor %}",
+    ],
+)
+def test_text_parts_reach_a_template_in_the_form_that_it_reads(byte_level, template):
+    tokenizer = byte_level(template)
+    assert tokenizer.decode(prompt_ids(tokenizer, [{"role": "user", "content": PARTS}])) == "hello there"
+
+
+def test_parts_that_are_not_text_are_refused(byte_level):
+    with pytest.raises(ValueError, match="a part of type 'image', where only texts can be read"):
+        prompt_ids(byte_level(), [{"role": "user", "content": [*PARTS, {"type": "image"}]}])
+
+
+@pytest.mark.parametrize("arguments", ["", "[1]", "two", None, {"a": 2}, {}])
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_arguments_that_are_not_the_json_of_an_object_stay(arguments, is_flat):
+    call = {"name": "sum", "arguments": arguments}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call if is_flat else {"function": call}]}]
+    assert with_arguments(lambda given: given, messages) == messages
+
+
+@pytest.mark.parametrize("calls", [None, "sum", [None], [{"function": "sum"}], [{"function": {"name": "sum"}}]])
+def test_tool_calls_of_another_form_stay(calls):
+    messages = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    assert with_arguments(lambda given: given, messages) == messages
+
+
+def test_a_call_without_the_key_function_has_its_arguments_read_too():
+    messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": '{"a": null}'}]}]
+    assert with_arguments(lambda given: given[0]["tool_calls"][0]["arguments"], messages) == {"a": None}
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "is_written"),
+    [
+        ("{{ strftime_now('%Y') }}", {}, True),
+        ("{{ date_string or strftime_now('%Y') }}", {}, True),
+        ("{{ date_string or strftime_now('%Y') }}", {"date_string": "26 Jul 2024"}, False),
+        ("{% if messages[0]['role'] == 'tool' %}{{ strftime_now('%Y') }}{% endif %}", {}, False),
+        ("{{ raise_exception('strftime_now') }}", {}, False),
+        ("{{ messages[0]['content'] }}", {}, False),
+        (None, {}, False),
+    ],
+)
+def test_a_template_writes_the_date_if_it_asks_for_it_with_these_variables(byte_level, template, variables, is_written):
+    assert writes_date(byte_level(template), variables) is is_written
+    assert not writes_date(None, variables)

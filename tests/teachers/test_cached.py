@@ -117,6 +117,14 @@ def test_a_row_that_is_not_in_the_cache_is_named(live, byte_level, tmp_path):
     message = str(error.value)
     assert f"a row is not in the cache in {tmp_path} (row_key 8, 4 tokens, [40, 41, 42, 43]…, {text!r})" in message
     assert "set teacher_cache_miss='teacher'" in message
+    assert "date" not in message
+
+
+def test_a_missing_row_under_a_template_that_writes_the_date_names_that_cause(live, byte_level, tmp_path):
+    dated = byte_level("{{ strftime_now('%d %b %Y') + messages[0]['content'] }}")
+    cached = opened(cached_from(tmp_path, live()), tokenizer=dated)
+    with pytest.raises(GKDDataError, match=r"The chat template writes today's date.*cache them with a fixed date"):
+        cached.score(batch_of([([40, 41, 42, 43], [-100, -100, 42, 43])]))
 
 
 def test_a_fallback_scores_only_the_rows_that_the_cache_lacks(live, tmp_path):

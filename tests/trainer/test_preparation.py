@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from gkd_trainer import GKDArguments, GKDConfigError, GKDDataError
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
@@ -319,6 +319,23 @@ def test_the_tokenizer_is_found_also_within_a_processor():
     assert tokenizer_of(tokenizer) is tokenizer
     assert tokenizer_of(SimpleNamespace(tokenizer=tokenizer)) is tokenizer
     assert tokenizer_of(None) is None
+
+
+def test_a_tokenizer_that_holds_another_is_not_taken_for_a_processor(byte_level):
+    """As tokenizers in code from the hub do."""
+    tokenizer = byte_level()
+    tokenizer.tokenizer = object()
+    assert tokenizer_of(tokenizer) is tokenizer
+
+
+def test_mistral_commons_tokenizer_is_refused_also_within_a_processor():
+    class MistralCommonBackend(PreTrainedTokenizerBase):
+        def __init__(self):
+            self.tokenizer = object()
+
+    for given in (MistralCommonBackend(), SimpleNamespace(tokenizer=MistralCommonBackend())):
+        with pytest.raises(GKDConfigError, match="got MistralCommonBackend"):
+            tokenizer_of(given)
 
 
 @pytest.mark.parametrize(
