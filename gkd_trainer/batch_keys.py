@@ -24,7 +24,7 @@ In a row, a list of token ids, empty if there is none; in a batch, a tensor [B, 
 """
 
 ROW_KEY = "row_key"
-"""The key of the integer that identifies a row of a data set; in a batch, an int64 tensor [B]."""
+"""The key of the integer that identifies a row of a dataset; in a batch, an int64 tensor [B]."""
 
 TEACHER_INDEX = "teacher_index"
 """The key of a sample's teacher: its index among several, from 0, in a batch an int64 tensor [B]; -1 if unknown."""
@@ -51,7 +51,7 @@ TEACHER_COLUMNS = "teacher_columns"
 class SideTensor:
     """A value per sample that a batch carries with its tokens, and that no model's forward gets.
 
-    `filling` stands for a missing value, and pads the shorter lists of a batch. `is_column` says that a data set may
+    `filling` stands for a missing value, and pads the shorter lists of a batch. `is_column` says that a dataset may
     have it as a column, `is_list` that a row's value is a list (in a batch [B, P], else [B]), and
     `survives_completion` that a sample keeps its value, instead of getting `filling`, when it gets a completion.
     """

@@ -237,7 +237,7 @@ class GKDArguments(HidesSecrets):
         "teachers score every sample, instead of one per row, and their divergences are averaged by weight.",
     )
     teacher_offload: bool = _option(
-        False, "Whether the weights of each of several teachers wait in the CPU's memory while the others work."
+        False, "Keep the weights of teachers in the CPU's memory while others of several work."
     )
     teacher_server_base_url: list[str] | str | None = _option(
         None,
@@ -425,7 +425,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
     trust_remote_code: bool = _option(
         False, "Whether models and tokenizers loaded by name may run Python code that comes with them."
     )
-    dataset_num_proc: int | None = _option(None, "Number of processes that tokenise the data set.")
+    dataset_num_proc: int | None = _option(None, "Number of processes that tokenise the dataset.")
     logging_steps: float = _option(
         Unset(TrainingArguments.logging_steps),
         "Optimizer steps between log entries, or, below 1, their share of the run. By default a tenth of the run, "
@@ -438,7 +438,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
     )
     dataset_kwargs: dict[str, Any] | str | None = _option(
         None,
-        '{"skip_prepare_dataset": true} leaves the data set as it is, for your own collator; a dictionary or JSON.',
+        '{"skip_prepare_dataset": true} leaves the dataset as it is, for your own collator; a dictionary or JSON.',
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

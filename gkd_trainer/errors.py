@@ -16,7 +16,7 @@ class GKDConfigError(GKDError, ValueError):
 
 
 class GKDDataError(GKDError, ValueError):
-    """A data set, a row format, a chat template or a collator that can't be used."""
+    """A dataset, a row format, a chat template or a collator that can't be used."""
 
 
 class GKDTeacherError(GKDError, ValueError):

@@ -117,7 +117,7 @@ def test_divergence_page_has_a_line_for_each_divergence():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, tiny_model, tiny_encoder_decoder, byte_level):
-    """A working directory in which the documentation's names of models and data sets are folders."""
+    """A working directory in which the documentation's names of models and datasets are folders."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     # Padded differently, as the heads of these two are.

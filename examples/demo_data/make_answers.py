@@ -1,4 +1,4 @@
-"""Generate a teacher's answers to a file of prompts, as a data set to distil from.
+"""Generate a teacher's answers to a file of prompts, as a dataset to distil from.
 
 Usage:
 

@@ -1,4 +1,4 @@
-"""`gkd-trainer cache`: have a teacher score a data set once, for runs that read its predictions from disk."""
+"""`gkd-trainer cache`: have a teacher score a dataset once, for runs that read its predictions from disk."""
 
 from __future__ import annotations
 

@@ -71,11 +71,11 @@ class RowOptions:
         None,
         "The data: a name on the hub, a .json, .jsonl, .parquet or .csv file, or a folder of them (required).",
     )
-    dataset_config: str | None = _option(None, "Configuration of the data set, such as main for openai/gsm8k.")
+    dataset_config: str | None = _option(None, "Configuration of the dataset, such as main for openai/gsm8k.")
     train_split: str = _option("train", "Split to cache, or part of one, such as train[:100].")
     model_name_or_path: str | None = _option(
         None,
-        "The student, whose tokenizer, context and stop tokens prepare the rows; by default the teacher's do. "
+        "The student: its tokenizer, context and stop tokens are used to prepare the rows; by default the teacher's. "
         "Required for a teacher behind a server.",
     )
 
@@ -134,7 +134,7 @@ def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:
         prog="gkd-trainer cache",
         usage="gkd-trainer cache (--teacher TEACHER | --teacher_server_base_url URL) --dataset DATA --output_dir CACHE "
         "[--config FILE] [OPTION ...]",
-        description="Have a teacher score a data set once, and write its predictions to a folder for `gkd-trainer "
+        description="Have a teacher score a dataset once, and write its predictions to a folder for `gkd-trainer "
         "train --teacher_cache_dir CACHE`, with the same options for the rows.",
         groups=[
             OptionGroup("cache", fields(CacheOptions)),

@@ -105,17 +105,17 @@ def _parser() -> PlainParser:
     parser = PlainParser(
         prog="gkd-trainer compare",
         usage="gkd-trainer compare MODEL... --teacher TEACHER --dataset DATA [OPTION ...]",
-        description="Compare students with their teacher on the same rows: both KLs, agreement, acceptance, the task's "
-        "score if the rows have a ground_truth that is a number or are GSM8K's, and completions side by side.",
+        description="Compare students with their teacher on the same rows: both KLs, agreement, acceptance, the "
+        "accuracy if the rows have a number as ground_truth or are GSM8K's, and completions side by side.",
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="a student: its name on the hub or its folder")
     parser.add_argument("--teacher", help="the teacher: its name on the hub or its folder (required)")
     parser.add_argument(
         "--dataset", help="the data: a name on the hub, a file, or a folder of files, as for train (required)"
     )
-    parser.add_argument("--dataset_config", help="configuration of the data set, such as main for openai/gsm8k")
+    parser.add_argument("--dataset_config", help="configuration of the dataset, such as main for openai/gsm8k")
     parser.add_argument("--split", default="test", help="split to compare on, or part of one, such as test[:100]")
-    parser.add_argument("--rows", type=int, default=32, help="number of rows to compare on, from the first")
+    parser.add_argument("--rows", type=int, default=32, help="number of rows to compare on, from the start")
     parser.add_argument("--samples", type=int, default=4, help="number of rows whose completions are shown")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="maximum length of a completion, in tokens")
     parser.add_argument("--batch_size", type=int, default=8, help="number of rows that are scored at once")

@@ -141,7 +141,7 @@ def _load(train_source: RowSource, eval_source: RowSource | None) -> tuple[Any, 
 def _train_and_save(trainer: GKDTrainer, resumed_from: str | None, evaluates: bool) -> None:
     with _noting_how_to_resume(trainer):
         metrics = trainer.train(resume_from_checkpoint=resumed_from).metrics
-    trainer.save_model(_internal_call=True)  # not pushed yet: that is done at the end, with the name of the data set
+    trainer.save_model(_internal_call=True)  # not pushed yet: that is done at the end, with the name of the dataset
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     if evaluates:

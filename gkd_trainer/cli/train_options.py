@@ -31,9 +31,9 @@ class StudentOptions:
     """The student and its adapter."""
 
     model_name_or_path: str | None = _option(None, "The student: its name on the hub or its folder (required).")
-    use_peft: bool = _option(False, "Whether to train a LoRA adapter, and save it, instead of all weights.")
+    use_peft: bool = _option(False, "Train and save a LoRA adapter instead of all weights.")
     lora_r: int = _option(16, "Rank of the adapter.")
-    lora_alpha: int = _option(32, "Scale of the adapter, before it is divided by the rank.")
+    lora_alpha: int = _option(32, "Scale of the adapter: its product is multiplied by lora_alpha / lora_r.")
     lora_dropout: float = _option(0.0, "Dropout before the adapter; needs --disable_dropout false.")
     lora_target_modules: list[str] | None = _option(
         None, "Names of the layers to adapt, or all-linear; by default peft's choice for the architecture."
@@ -79,14 +79,14 @@ class StudentOptions:
 
 @dataclass
 class DataOptions:
-    """The data sets to train and to evaluate on."""
+    """The datasets to train and to evaluate on."""
 
     dataset: str | None = _option(
         None,
         "The data: a name on the hub, a .json, .jsonl, .parquet or .csv file, or a folder of them (required). Rows "
         "hold messages, prompt and completion, only prompt, text, or input_ids.",
     )
-    dataset_config: str | None = _option(None, "Configuration of the data sets, such as main for openai/gsm8k.")
+    dataset_config: str | None = _option(None, "Configuration of the datasets, such as main for openai/gsm8k.")
     train_split: str = _option(
         "train", "Split to train on, or part of one, such as train[:100]. A file has one split, train."
     )
@@ -128,7 +128,7 @@ class DataOptions:
             evaluation = replace(train, option="eval_split", split=self.eval_split)
         if config.eval_strategy != "no" and evaluation is None:
             raise GKDConfigError(
-                "eval_strategy needs data to evaluate on: set eval_dataset or eval_split, or leave it out"
+                "eval_strategy needs data to evaluate on: set eval_dataset or eval_split, or eval_strategy=no"
             )
         return train, evaluation
 

@@ -189,7 +189,7 @@ def columns_read_by(collator: Any, forward: Callable[..., Any]) -> frozenset[str
 
 
 def read_row(read: Callable[[Mapping[str, Any]], RowTokens], row: Mapping[str, Any], name: str) -> RowTokens:
-    """Return the tokens of a row, which may come from a data set that is used as is; an error calls it `name`.
+    """Return the tokens of a row, which may come from a dataset that is used as is; an error calls it `name`.
 
     Raises GKDDataError if `read` drops the row.
     """
@@ -199,7 +199,7 @@ def read_row(read: Callable[[Mapping[str, Any]], RowTokens], row: Mapping[str, A
             raise RowDropped("no tokens")
     except RowDropped as dropped:
         raise GKDDataError(
-            f"{name} can't be used: {dropped.reason}. Correct the data set, or convert it with "
+            f"{name} can't be used: {dropped.reason}. Correct the dataset, or convert it with "
             "datasets.Dataset.from_list(list(rows)), which drops such rows"
         ) from dropped
     return tokens

@@ -55,7 +55,7 @@ def require_own(formatted: Mapping[str, Any], images: Sequence[Any]) -> None:
         return
     raise GKDDataError(
         f"formatting_func returned other images ({len(returned)}) than the row's column `images` or `image` holds "
-        f"({len(images)}), but pixels are read from the data set's columns: make that column first, for example by "
+        f"({len(images)}), but pixels are read from the dataset's columns: make that column first, for example by "
         'dataset.rename_column("picture", "image") or dataset.map'
     )
 
@@ -73,7 +73,7 @@ class ImageProcessing:
     _tokens_by_size: dict[tuple[int, int], list[int]] = field(default_factory=dict, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was cached must not change the fingerprint of a data set.
+        # What was cached must not change the fingerprint of a dataset.
         return {**vars(self), "_tokens_by_size": {}}
 
     @classmethod
@@ -115,7 +115,7 @@ class ImageProcessing:
         if is_generating and not tokens.prompt_ids and self.token_id in behind:
             raise RowDropped("an image after the prompt")
         n_given = tokens.ids.count(self.token_id)
-        # Rows of a data set that is already prepared.
+        # Rows of a dataset that is already prepared.
         if n_given != len(images) and n_given == sum(piece.count(self.token_id) for piece in pieces):
             labels = [IGNORE_INDEX if label == self.token_id else label for label in tokens.labels]
             return replace(tokens, labels=labels)

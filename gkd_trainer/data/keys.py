@@ -1,4 +1,4 @@
-"""The keys by which a user's teacher recognises the rows of a data set (see ROW_KEY)."""
+"""The keys by which a user's teacher recognises the rows of a dataset (see ROW_KEY)."""
 
 from __future__ import annotations
 

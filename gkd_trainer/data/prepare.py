@@ -112,7 +112,7 @@ def prepare_dataset(
 
 
 def first_row(dataset: Any) -> Mapping[str, Any] | None:
-    """Return the first row of a data set; None if it has none, or no mapping, or would lose it."""
+    """Return the first row of a dataset; None if it has none, or no mapping, or would lose it."""
     try:
         rows = iter(dataset)  # Also works for a dataset that only has `__getitem__`.
     except TypeError:
@@ -134,7 +134,7 @@ class _PrepareRow:
     has_lengths: bool = False
 
     def for_rows_like(self, first: Mapping[str, Any]) -> _PrepareRow:
-        """Return the function for a data set with this first row."""
+        """Return the function for a dataset with this first row."""
         return replace(
             self,
             has_teacher_prompts=self.preparer.has_teacher_prompt(first),

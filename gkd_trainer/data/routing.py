@@ -14,7 +14,7 @@ from gkd_trainer.errors import GKDDataError
 class TeacherRoute:
     """How a row gets one of several teachers, as an index into `names`; can be pickled if `function` can.
 
-    `function` returns the name for a row as the data set has it; None reads the row's `column`. Without that column, a
+    `function` returns the name for a row as the dataset has it; None reads the row's `column`. Without that column, a
     row's own TEACHER_INDEX counts.
     """
 

@@ -214,7 +214,7 @@ class RowPreparer:
             read = self._prompt_and_completion
         elif text_field in filled and self.rules.is_encoder_decoder:
             raise GKDDataError(
-                f"an encoder-decoder needs a text to read and one to write; got rows of `{text_field}`: use `prompt` "
+                f"an encoder-decoder needs a source and a target text; got rows of `{text_field}`: use `prompt` "
                 "and `completion`, or messages"
             )
         elif text_field in filled:

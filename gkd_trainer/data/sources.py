@@ -1,4 +1,4 @@
-"""Rows by name: a data set on the hub, a file, or a folder of files, and which part of it to take."""
+"""Rows by name: a dataset on the hub, a file, or a folder of files, and which part of it to take."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RowSource:
         option: The option that gave the name, for errors.
         name: A name on the hub, a file or a folder. An existing path is taken literally, whatever it contains.
         split: The split, or part of one, such as `train[:100]`. All rows of a file are its split `train`.
-        config: The configuration of a data set; a file has none.
+        config: The configuration of a dataset; a file has none.
         is_streaming: Whether to read the rows while they are used.
         file_splits: The names by which a file's only split may be called.
 

@@ -44,7 +44,7 @@ class TeacherPrompts:
             RowDropped: The prompt can't be read.
             GKDDataError: There is no tokenizer, or no chat template, to render it with.
         """
-        if row.get(TEACHER_PROMPT) is None:  # the rows of a data set that is already prepared keep theirs
+        if row.get(TEACHER_PROMPT) is None:  # the rows of a dataset that is already prepared keep theirs
             held = row.get(TEACHER_PROMPT_IDS)
             if held is not None:
                 return id_list(held, TEACHER_PROMPT_IDS)
@@ -91,7 +91,7 @@ class TeacherPrompts:
 
 
 def has_teacher_prompts(columns: Collection[str]) -> bool:
-    """Return whether any of a data set's columns holds prompts for the teacher."""
+    """Return whether any of a dataset's columns holds prompts for the teacher."""
     return not {TEACHER_PROMPT, TEACHER_PROMPT_IDS}.isdisjoint(columns)
 
 

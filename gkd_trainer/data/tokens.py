@@ -83,7 +83,7 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
     if len(kept) < len(ids):
         ids, labels = [ids[i] for i in kept], [labels[i] for i in kept]
         per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
-    # Rows of a data set that is already prepared keep their prompts.
+    # Rows of a dataset that is already prepared keep their prompts.
     prompt_ids = [] if row.get(PROMPT_IDS) is None else id_list(row[PROMPT_IDS], PROMPT_IDS)
     return RowTokens(ids, labels, prompt_ids, per_token)
 

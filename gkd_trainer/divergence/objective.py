@@ -233,7 +233,7 @@ DIVERGENCES: dict[str, Divergence] = {
         is_in_nats=False,
     ),
     "adaptive_kl": Divergence(
-        formula="w·KL(p‖q) + (1 − w)·KL(q‖p), w = the share of Σ abs(p − q) in p's top tokens, of a mass up to mu",
+        formula="w·KL(p‖q) + (1 − w)·KL(q‖p), w = the share of Σ abs(p − q) on p's top tokens up to mass mu",
         source="[Wu et al. 2024](https://arxiv.org/abs/2404.02657)",
         terms=_adaptive_kl,
         oracle=formulas.adaptive_kl,

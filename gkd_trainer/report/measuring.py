@@ -77,7 +77,7 @@ def usable_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Raises GKDDataError if there are none, or some in no format.
     """
     if not rows:
-        raise GKDDataError("expected rows to compare on; the data set has none")
+        raise GKDDataError("expected rows to compare on; the dataset has none")
     return [dict(row) if has_format(row) else _of_question(row) for row in rows]
 
 

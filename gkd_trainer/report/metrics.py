@@ -289,7 +289,7 @@ class TrainingMeter:
 
 
 class EvaluationMeter:
-    """The sums of an evaluation, in which each sample of the data set counts once; `teachers` as in TrainingMeter."""
+    """The sums of an evaluation, in which each sample of the dataset counts once; `teachers` as in TrainingMeter."""
 
     def __init__(self, teachers: TeacherSums = ONE_TEACHER) -> None:
         self._teachers = teachers

@@ -41,7 +41,7 @@ def distillation_card(
     """Return the card of a run.
 
     Args:
-        summary: transformers' summary of the run: metadata, hyper-parameters, evaluations, names of data sets.
+        summary: transformers' summary of the run: metadata, hyper-parameters, evaluations, names of datasets.
         args: The run's options.
         student: The student's name on the hub, or its folder, only the last part of which is shown.
         teacher: The same for the teacher, or for each of several by a label.

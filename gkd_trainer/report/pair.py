@@ -151,7 +151,7 @@ def pair(
     for each in all_teachers(prepared):
         if isinstance(each, RoutedTeachers):
             raise GKDTeacherError(
-                "RoutedTeachers has a teacher for each row of a data set: pass one of them, from its `teachers` "
+                "RoutedTeachers has a teacher for each row of a dataset: pass one of them, from its `teachers` "
                 f"({', '.join(each.names)})"
             )
         model = None if each.model is None else base_model(each.model)

@@ -222,7 +222,10 @@ class VLLMColocateRollouts(RolloutEngine):
         if not self._sends_adapter and not self._keeps_weights:
             student = None if self._student is None else self._student()
             if student is None:
-                raise GKDRolloutError("the student is gone whose weights the vLLM engine dropped: call sync(model)")
+                raise GKDRolloutError(
+                    "the vLLM engine dropped its weights, and the student they came from no longer exists: call "
+                    "sync(model)"
+                )
             self.sync(student)
             self._keeps_weights = True  # for the further batches of an evaluation
             return

@@ -49,7 +49,7 @@ class WaitingWeights:
             if reason is None:
                 weights |= {id(weight): weight for weight in each.model.parameters()}
             else:
-                logger.warning("The weights of the teacher %s stay on their device: %s.", name, reason)
+                logger.warning("Teacher %s is not offloaded: %s.", name, reason)
         return cls(list(weights.values()), device) if weights else None
 
     @contextmanager

@@ -26,7 +26,7 @@ class RoutedTeachers(SeveralTeachers):
 
     Args:
         teachers: The teachers by name.
-        route: Returns the name of a row's teacher, given the row as the data set has it, before any formatting_func.
+        route: Returns the name of a row's teacher, given the row as the dataset has it, before any formatting_func.
             None reads the row's `column`.
         column: The column of names.
         offload: See SeveralTeachers.
@@ -67,7 +67,7 @@ class RoutedTeachers(SeveralTeachers):
         index_B = batch.side.get(TEACHER_INDEX)
         if index_B is None:
             raise GKDTeacherError(
-                f"the batch has no {TEACHER_INDEX} [B], so the teacher of each sample is unknown. Data sets get it "
+                f"the batch has no {TEACHER_INDEX} [B], so the teacher of each sample is unknown. Datasets get it "
                 f"from their column {self.column!r} or from `route`; a collator that makes its own samples, or a data "
                 "set that is not prepared here (skip_prepare_dataset), must return it"
             )

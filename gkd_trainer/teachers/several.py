@@ -174,7 +174,8 @@ def _require_known_tokens(teachers: Mapping[str, Teacher]) -> None:
     if unknown and len(set(sizes.values())) > 1:
         raise GKDTeacherError(
             f"the teachers predict over different numbers of tokens ({sizes}), and the tokenizer of "
-            f"{', '.join(unknown)} is unknown, so the shared tokens are too: pass FrozenTeacher(model, tokenizer=...)"
+            f"{', '.join(unknown)} is unknown, so the shared tokens can't be determined: pass FrozenTeacher(model, "
+            "tokenizer=...)"
         )
     if 0 < len(unknown) < len(teachers):
         logger.warning(

@@ -105,14 +105,14 @@ class SelfTeacher(StudentTeacher):
             return signal
 
     def update(self) -> None:
-        """Take an optimizer step into the average."""
+        """Update the moving average after an optimizer step."""
         if self._average is None:
             return
         self._average.update()
         if not self._has_warned and self._average.error_bound > _CUT_TO_WARN_OF:
             self._has_warned = True
             logger.warning(
-                "The average of the adapter was cut by up to %.1f %% of its norm, since its rank grew beyond its "
+                "The average of the adapter was truncated by up to %.1f %% of its norm, since its rank grew beyond its "
                 "factors'. A lower ema_decay or learning rate keeps it closer.",
                 100 * self._average.error_bound,
             )

@@ -42,7 +42,7 @@ def shared_vocabulary_size(
         if student_size != teacher_size:
             raise GKDTeacherError(
                 f"the student predicts over {student_size} tokens and the teacher over {teacher_size}, and the "
-                f"{missing}'s tokenizer is unknown, so the shared tokens are too: pass "
+                f"{missing}'s tokenizer is unknown, so the shared tokens can't be determined: pass "
                 "processing_class to the trainer, and teacher=FrozenTeacher(model, tokenizer=...)"
             )
         logger.warning(
@@ -62,7 +62,7 @@ def shared_vocabulary_size(
                 "for both models (processing_class, and FrozenTeacher(model, tokenizer=...))"
             )
         raise GKDTeacherError(
-            "the teacher's tokenizer is not the student's, so their distributions are over different tokens: "
+            "student and teacher have different tokenizers, so their distributions are over different tokens: "
             f"{difference(student_vocabulary, teacher_vocabulary)}. Use a teacher with the student's tokenizer, or "
             "set teacher_vocabulary_mode='matched', which compares them where they read the same bytes "
             "(OtherTokenizerTeacher)"

@@ -17,7 +17,7 @@ class WeightedTeachers(SeveralTeachers):
     """Several named teachers: the student's divergence from all of them, averaged by weight.
 
     Every teacher scores every sample. Unlike a mixture of the teachers' distributions, this is
-    Σ weight·D(student, teacher) / Σ weight, so that the loss keeps the size of one teacher's.
+    Σ weight·D(student, teacher) / Σ weight, so that the loss keeps the scale of a single teacher's.
 
     Args:
         teachers: The teachers by name.

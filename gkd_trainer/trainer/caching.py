@@ -1,4 +1,4 @@
-"""Have a teacher score a data set once, and write its predictions to a cache."""
+"""Have a teacher score a dataset once, and write its predictions to a cache."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def cache_predictions(
     shard_mb: float = 256.0,
     batch_size: int = 8,
 ) -> Manifest:
-    """Have a teacher score the rows of a data set, prepared as for training, and write a cache for CachedTeacher.
+    """Have a teacher score the rows of a dataset, prepared as for training, and write a cache for CachedTeacher.
 
     A folder that has some of the rows already is continued.
 

@@ -123,7 +123,7 @@ def require_one_step(checkpoint: str | None, ranks: Ranks) -> None:
     steps = sorted(set(ranks.gather(own).tolist()))
     if len(steps) > 1:
         raise GKDConfigError(
-            f"the last complete checkpoints of the nodes are of different steps ({', '.join(map(str, steps))}): pass "
+            f"the nodes' last complete checkpoints are from different steps ({', '.join(map(str, steps))}): pass "
             f"the path of one that all have, such as checkpoint-{steps[0]}"
         )
 

@@ -1,4 +1,4 @@
-"""Turn data sets into token ids and labels, and check collated batches."""
+"""Turn datasets into token ids and labels, and check collated batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SPLITTING = ("wrapped", "bfd_split", "bfd-requeue")
 
 @dataclass(frozen=True)
 class Preparation:
-    """How the rows of a trainer's data sets become tokens.
+    """How the rows of a trainer's datasets become tokens.
 
     `stop_ids` end a completion. Token ids must be below `vocab_size`. Without a `tokenizer` (None), rows must hold
     tokens. `formatting_func` turns a row into one of a known format. `shorter` is the context that no row may exceed.
@@ -61,11 +61,11 @@ class Preparation:
     teacher_prompts: TeacherPrompts | None = None
 
     def prepared(self, dataset: Any, name: str, *, is_training: bool = False, is_test: bool = False) -> Any:
-        """Return a data set of token ids and labels.
+        """Return a dataset of token ids and labels.
 
         Args:
             dataset: Rows of a format that GKDMixin lists.
-            name: The data set's name in errors and the log.
+            name: The dataset's name in errors and the log.
             is_training: Whether to train on it: then a row needs the parts that the options train on.
             is_test: Whether to predict on it: then it keeps its rows and their order, without room for completions.
 
@@ -162,13 +162,13 @@ class Preparation:
 
 @dataclass(frozen=True)
 class LongestRow:
-    """The tokens of the longest row of a data set, and of the longest prompt with its completion; 0 for none."""
+    """The tokens of the longest row of a dataset, and of the longest prompt with its completion; 0 for none."""
 
     tokens: int
     completed: int
 
     def refuse_beyond(self, shorter: OwnedContext, name: str) -> None:
-        """Raise GKDConfigError if the longest row of the data set `name` exceeds a context."""
+        """Raise GKDConfigError if the longest row of the dataset `name` exceeds a context."""
         needed, context = max(self.tokens, self.completed), shorter.context
         if needed > context.limit:
             completed = " with max_new_tokens" if self.completed > self.tokens else ""
@@ -181,7 +181,7 @@ class LongestRow:
 def longest_row(
     dataset: datasets.Dataset, max_new_tokens: int, *, is_generating: bool, is_encoder_decoder: bool = False
 ) -> LongestRow:
-    """Return the longest row of a prepared data set.
+    """Return the longest row of a prepared dataset.
 
     With `is_generating`, each prompt gets a completion of `max_new_tokens`; without, only rows that are bare prompts,
     which an evaluation completes. An encoder-decoder reads the prompt and the completion each in a context of its own.
@@ -202,7 +202,7 @@ def longest_row(
 
 
 def is_stream(dataset: Any) -> bool:
-    """Return whether the rows of a data set are streamed."""
+    """Return whether the rows of a dataset are streamed."""
     return isinstance(dataset, torch.utils.data.IterableDataset | datasets.IterableDataset)
 
 

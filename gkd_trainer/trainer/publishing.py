@@ -29,7 +29,7 @@ def card_tags(path: Path, tags: str | Iterable[str] | None, own_tags: Iterable[s
     """
     earlier = _generated_tags(path)
     if earlier is None:
-        logger.warning("Keeping %s, not replaced by a model card: you wrote it, or it can't be read", path)
+        logger.warning("Not overwriting %s with a model card: it was not generated, or can't be read", path)
         return None
     earlier = [tag for tag in earlier if not tag.startswith("base_model:")]  # PEFT adds them again
     given = [tags] if isinstance(tags, str) else list(tags or [])
@@ -37,9 +37,9 @@ def card_tags(path: Path, tags: str | Iterable[str] | None, own_tags: Iterable[s
 
 
 def tags_of_datasets(names: str | Iterable[str] | None) -> list[str]:
-    """Return the names of data sets that are on the hub.
+    """Return the names of datasets that are on the hub.
 
-    Trainer would take the name of the data set's builder, which one made in memory lacks.
+    Trainer would take the name of the dataset's builder, which one made in memory lacks.
     """
     listed = [names] if isinstance(names, str) else list(names or [])
     return [name for name in listed if "/" in name and is_on_hub(name)]

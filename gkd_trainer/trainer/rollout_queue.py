@@ -263,7 +263,7 @@ class RolloutQueue:
             step, epoch = step + len(plans), epoch.later()
             if self._ranks.any(blocks[-1] is None):
                 logger.warning(
-                    "The checkpoint's completions are for other prompts or steps than this run's: generating them "
+                    "The checkpoint's completions belong to other prompts or steps: generating them "
                     "again. A run resumes exactly only with the data, seed, batch sizes and steps of the run that "
                     "saved it."
                 )

@@ -101,7 +101,7 @@ class GKDMixin(AnyTrainer):
     Put it in front of the trainer that you extend: `class MySFT(GKDMixin, trl.SFTTrainer)`, with
     `class MyConfig(GKDArguments, trl.SFTConfig)`. For the plain Trainer, use `GKDTrainer`.
 
-    It takes the arguments of `transformers.Trainer`, some of which take more values here, and some of its own:
+    It takes the arguments of `transformers.Trainer`, some with more types than there, and some of its own:
 
     Args:
         model: The student: a model, a PEFT model, or a name or path, which is loaded with `args.model_init_kwargs`
@@ -122,7 +122,7 @@ class GKDMixin(AnyTrainer):
     Raises:
         GKDConfigError: Arguments that have no meaning here, or not together.
         GKDTeacherError: No teacher, or one that does not fit the student.
-        GKDDataError: A data set that can't be used.
+        GKDDataError: A dataset that can't be used.
     """
 
     # The loss is divided by all tokens of the window; Trainer must not also divide it by the number of micro-batches.
@@ -385,7 +385,7 @@ class GKDMixin(AnyTrainer):
         """Return the window's batches after their rollouts, on the device, and the number of tokens trained on in them.
 
         With `average_tokens_across_devices`, the count is over all ranks. Tokens are counted after the rollouts, which
-        replace completions from the data set.
+        replace completions from the dataset.
         """
         self._recovery.note_random_states()
         epoch = Epoch(
@@ -615,7 +615,7 @@ class GKDMixin(AnyTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Search as Trainer does; its default objective is of the metrics that it has itself, not of entropies."""
+        """Search as Trainer does; the default objective uses only Trainer's own metrics, not entropies and the like."""
         return super().hyperparameter_search(hp_space, compute_objective or self._default_objective, *args, **kwargs)
 
     def _default_objective(self, metrics: dict[str, float]) -> float:
@@ -683,7 +683,7 @@ class GKDMixin(AnyTrainer):
         *,
         dataset_name: str | list[str] | None = None,
     ) -> None:
-        """Write README.md: the student's teacher, data and procedure; one that the user wrote is kept.
+        """Write README.md: the student's teacher, data and procedure. A README.md that the user wrote is kept.
 
         The arguments are Trainer's; `dataset_name` is TRL's name for `dataset`. Local paths are shortened to their last
         part.

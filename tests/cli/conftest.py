@@ -31,7 +31,7 @@ def rows_file(tmp_path):
 
 @pytest.fixture
 def data(rows_file):
-    """The options that name a data set and keep a run short."""
+    """The options that name a dataset and keep a run short."""
     return ["--dataset", str(rows_file), "--max_new_tokens", "4", "--max_steps", "2", "--report_to", "none"]
 
 

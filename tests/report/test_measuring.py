@@ -164,5 +164,5 @@ def test_rows_in_no_format_are_refused():
 
 
 def test_no_rows_are_refused():
-    with pytest.raises(GKDDataError, match="the data set has none"):
+    with pytest.raises(GKDDataError, match="the dataset has none"):
         usable_rows([])

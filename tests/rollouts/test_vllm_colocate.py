@@ -573,7 +573,7 @@ def test_an_engine_whose_student_is_gone_says_so(sleepy, engine, make):
     engine.sync(make())
     greedy(engine)
     gc.collect()
-    with pytest.raises(GKDRolloutError, match="the student is gone whose weights the vLLM engine dropped"):
+    with pytest.raises(GKDRolloutError, match="the student they came from no longer exists"):
         greedy(engine)
 
 

@@ -356,4 +356,4 @@ def test_an_average_that_is_cut_too_much_warns_once(student, batch, caplog, monk
     monkeypatch.setattr(type(teacher.average), "error_bound", 0.02)
     teacher.update()
     teacher.update()
-    assert caplog.text.count("The average of the adapter was cut by up to 2.0 % of its norm") == 1
+    assert caplog.text.count("The average of the adapter was truncated by up to 2.0 % of its norm") == 1

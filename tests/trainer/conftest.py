@@ -73,7 +73,7 @@ def two_ranks(accelerator):
 
 @pytest.fixture
 def token_rows():
-    """Make a data set of token rows."""
+    """Make a dataset of token rows."""
     return lambda count=16, **options: Dataset.from_list(make_rows(count, **options))
 
 

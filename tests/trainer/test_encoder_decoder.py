@@ -502,7 +502,7 @@ def test_generation_that_starts_with_another_token_than_the_labels_is_refused(ma
 
 
 def test_rows_of_text_are_refused(make):
-    with pytest.raises(GKDDataError, match="an encoder-decoder needs a text to read and one to write"):
+    with pytest.raises(GKDDataError, match="an encoder-decoder needs a source and a target text"):
         make(trainer_args={"train_dataset": [{"text": "one two"}]})
 
 

@@ -121,7 +121,7 @@ def test_an_evaluation_completes_prompts_as_long_as_its_padded_rows(make_trainer
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of a data set that is used as is."""
+    """Rows of a dataset that is used as is."""
 
     def __init__(self, rows):
         self.rows = rows

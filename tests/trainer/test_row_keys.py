@@ -1,4 +1,4 @@
-"""The keys of rows on their way through the trainer: from a column of the data set to the teacher, past all models."""
+"""The keys of rows on their way through the trainer: from a column of the dataset to the teacher, past all models."""
 
 import pytest
 from transformers import DataCollatorWithPadding
