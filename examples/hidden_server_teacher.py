@@ -1,4 +1,4 @@
-r"""The whole distribution of a teacher behind an ordinary vLLM server: reverse KL on the student's own answers.
+r"""The full distribution of a teacher behind an ordinary vLLM server: reverse KL on the student's own answers.
 
 Start the teacher, here or on another machine, so that it returns hidden states; then train. Name its checkpoint
 too: the head is read from there. On a CPU, VLLM_CPU_KVCACHE_SPACE bounds its KV cache, in GiB:

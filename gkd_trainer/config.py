@@ -248,7 +248,7 @@ class GKDArguments(HidesSecrets):
         "top_k",
         "What the teacher's servers send: 'top_k' is the log-probs of its most probable tokens; 'hidden_states' is its "
         "final hidden states. With the head of teacher_model_name_or_path, the checkpoint that is served, these give "
-        "the whole distribution.",
+        "the full distribution.",
         ["top_k", "hidden_states"],
     )
     teacher_server_dtype: str = _option(

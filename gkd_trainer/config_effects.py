@@ -99,7 +99,7 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
     ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
     (
         "teacher_min_matched_mass",
-        "teacher_vocabulary_mode='matched' and a teacher's whole distributions",
+        "teacher_vocabulary_mode='matched' and a teacher's full distributions",
         lambda run: run.args.teacher_vocabulary_mode == "matched" and not run.has_top_tokens,
     ),
     (

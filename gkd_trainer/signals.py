@@ -153,7 +153,7 @@ class SummedSignal:
 
 
 StudentSignal = HiddenSignal | LogitsSignal
-"""A student's predictions at the positions trained on: always the whole distribution."""
+"""A student's predictions at the positions trained on: always the full distribution."""
 
 
 MODES = ("matched", "next_byte", "uld", "gold")

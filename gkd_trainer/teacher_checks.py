@@ -93,7 +93,7 @@ def _check_servers(args: Any) -> None:
     if args.teacher_top_k is not None:
         raise GKDConfigError(
             f"teacher_top_k={args.teacher_top_k} has no effect under teacher_server_signal='hidden_states', which "
-            "gives the whole distribution: leave it out, or set teacher_server_signal='top_k'"
+            "gives the full distribution: leave it out, or set teacher_server_signal='top_k'"
         )
 
 
@@ -144,6 +144,6 @@ def _check_other_vocabulary(args: Any) -> None:
     has_top_tokens = args.teacher_server_base_url and args.teacher_server_signal == "top_k"
     if mode != "matched" and (has_top_tokens or args.teacher_top_k is not None):
         raise GKDConfigError(
-            f"teacher_vocabulary_mode={mode!r} needs the teacher's whole distributions: set it to 'matched', or use a "
+            f"teacher_vocabulary_mode={mode!r} needs the teacher's full distributions: set it to 'matched', or use a "
             "teacher in this process without teacher_top_k"
         )

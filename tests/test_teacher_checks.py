@@ -133,10 +133,10 @@ def test_a_cache_beside_several_teachers_is_refused():
         ({"seq_kd": True, "lmbda": 0.0}, "it can't complete the student's prompts: set seq_kd=False"),
         ({"teachers": {"math": "a/b"}}, "but teachers needs the student's: leave one of them out"),
         ({"teacher_cache_dir": "cache", "lmbda": 0.0}, "but teacher_cache_dir needs the student's"),
-        ({"teacher_top_k": 5, "teacher_vocabulary_mode": "uld"}, "needs the teacher's whole distributions"),
+        ({"teacher_top_k": 5, "teacher_vocabulary_mode": "uld"}, "needs the teacher's full distributions"),
         (
             {"teacher_server_base_url": "http://a:1", "teacher_vocabulary_mode": "next_byte"},
-            "needs the teacher's whole distributions",
+            "needs the teacher's full distributions",
         ),
         (
             {"divergence": "skew_kl", "teacher_vocabulary_mode": "gold"},

@@ -43,7 +43,7 @@ def tokens_per_forward(
         prompts: Token ids, at least one prompt.
         drafts: How many tokens the student drafts at once, at least 1; the result is between 1 and drafts + 1.
         max_new_tokens: The length at which a completion is cut.
-        temperature: That of sampling, from the whole distribution, above 0; no effect without a seed.
+        temperature: That of sampling, from the full distribution, above 0; no effect without a seed.
         seed: The seed of the sampling, which leaves torch's global generator as it was; None completes greedily.
 
     Raises:

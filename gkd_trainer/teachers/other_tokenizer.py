@@ -78,7 +78,7 @@ class OtherTokenizerTeacher(AligningTeacher):
             )
         if teacher.top_k is not None and mode != "matched":
             raise GKDTeacherError(
-                f"mode={mode!r} needs the teacher's whole distribution, but this one gives its top {teacher.top_k} "
+                f"mode={mode!r} needs the teacher's full distribution, but this one gives its top {teacher.top_k} "
                 "tokens: use mode='matched', or a teacher in this process without a top k"
             )
         refuse_mistral_common(tokenizer)

@@ -43,7 +43,7 @@ _OPTIONS = '--runner pooling --convert embed --pooler-config \'{"task": "token_e
 
 
 class HiddenStateServerTeacher(Teacher):
-    """A model served by vLLM; it gives its whole distributions, as final hidden states and a head.
+    """A model served by vLLM; it gives its full distributions, as final hidden states and a head.
 
     The server sends the hidden states; the head is read from the checkpoint that is served, and takes memory here. The
     server must be started with `--runner pooling --convert embed --pooler-config '{"task": "token_embed"}'`. Its

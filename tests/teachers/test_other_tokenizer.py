@@ -223,7 +223,7 @@ def test_its_properties_are_those_of_the_teacher_inside_and_of_the_students_toke
 
 @pytest.mark.parametrize("mode", ["next_byte", "uld", "gold"])
 def test_modes_that_need_whole_distributions_are_refused_for_top_tokens(make, mode):
-    with pytest.raises(GKDTeacherError, match=rf"mode='{mode}' needs the teacher's whole distribution.*top 5 tokens"):
+    with pytest.raises(GKDTeacherError, match=rf"mode='{mode}' needs the teacher's full distribution.*top 5 tokens"):
         make(top_k=5, mode=mode)
 
 
