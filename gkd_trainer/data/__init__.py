@@ -10,7 +10,7 @@ from gkd_trainer.data.collate import (
 from gkd_trainer.data.images import IMAGE_COLUMNS, ImageProcessing, WithImages
 from gkd_trainer.data.prepare import first_row, prepare_dataset
 from gkd_trainer.data.routing import TeacherRoute
-from gkd_trainer.data.rows import RowRules
+from gkd_trainer.data.rules import RowRules
 
 __all__ = [
     "IMAGE_COLUMNS",

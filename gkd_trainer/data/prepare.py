@@ -14,7 +14,8 @@ from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEAC
 from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
 from gkd_trainer.data.routing import TeacherRoute
-from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.rows import RowPreparer
+from gkd_trainer.data.rules import RowRules
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts
 from gkd_trainer.data.tokens import SEQ_LENGTHS, RowDropped, lengths_of
 from gkd_trainer.errors import GKDDataError

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from gkd_trainer.data.rows import PreparedRow
+from gkd_trainer.data.rules import PreparedRow
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.models.heads import context_of
 from gkd_trainer.models.loading import find_tokenizer, loading_failure, stored_config

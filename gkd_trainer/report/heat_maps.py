@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data import RowRules
-from gkd_trainer.data.rows import PreparedRow, RowPreparer
+from gkd_trainer.data.rows import RowPreparer
+from gkd_trainer.data.rules import PreparedRow
 from gkd_trainer.data.tokens import RowDropped
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.divergence.options import unit_of

@@ -11,7 +11,8 @@ from gkd_trainer import GKDDataError
 from gkd_trainer.batch_keys import IGNORE_INDEX, PROMPT_IDS
 from gkd_trainer.data import ImageProcessing, KeepSideTensors, WithImages, prepare_dataset
 from gkd_trainer.data.images import images_of, with_image_parts
-from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.rows import RowPreparer
+from gkd_trainer.data.rules import RowRules
 from gkd_trainer.data.tokens import RowDropped
 from tests.vision import EOS, FAMILIES, IMAGE, conversation, make_processor, picture
 

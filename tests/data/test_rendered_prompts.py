@@ -8,7 +8,8 @@ from datasets import Dataset
 from gkd_trainer.batch_keys import TEACHER_PROMPT_IDS
 from gkd_trainer.data.prepare import prepare_dataset
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
-from gkd_trainer.data.rows import RowPreparer, RowRules
+from gkd_trainer.data.rows import RowPreparer
+from gkd_trainer.data.rules import RowRules
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like

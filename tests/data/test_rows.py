@@ -318,26 +318,6 @@ def test_long_completions_are_cut_at_the_end(byte_level, rules):
     assert cut.n_prompt == whole.n_prompt
 
 
-def test_a_row_whose_completion_is_entirely_cut_off_is_dropped(rules):
-    row = {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}
-    assert prepare(row, None, rules(max_length=3)).labels == [-100, -100, 3]
-    assert reason(row, None, rules(max_length=2)) == "no trained token within max_length (2)"
-
-
-def test_a_prompt_that_leaves_no_room_for_a_completion_is_dropped(rules):
-    row = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]}
-    bound = {"max_length": 10, "is_generating": True}
-    assert prepare(row, None, rules(**bound, max_new_tokens=7)).n_prompt == 3
-    assert (
-        reason(row, None, rules(**bound, max_new_tokens=8)) == "prompt longer than max_length - max_new_tokens (10 - 8)"
-    )
-
-
-def test_a_prompt_may_fill_the_length_if_nothing_is_generated(rules):
-    row = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]}
-    assert prepare(row, None, rules(max_length=4, max_new_tokens=8)).n_prompt == 3
-
-
 @pytest.mark.parametrize(
     "row",
     [
