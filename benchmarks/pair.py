@@ -31,7 +31,7 @@ def parser(description: str | None, parts: Sequence[str]) -> argparse.ArgumentPa
     """Return a parser with the options that the benchmarks share."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--pair", type=Path, default=ROOT / ".cache" / "smollm2", help="see examples/smollm2.py")
-    options.add_argument("--data", help="openai/gsm8k, or a folder with its train.jsonl; by default, the demo's conversations")
+    options.add_argument("--data", help="openai/gsm8k, or a folder with its train.jsonl; by default, the demo's data")
     options.add_argument("--parts", nargs="+", choices=parts, default=parts)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--threads", type=int, default=1)

@@ -3,6 +3,7 @@
 from gkd_trainer.data.collate import (
     EncoderDecoderCollator,
     KeepSideTensors,
+    StackOthers,
     columns_read_by,
     keeping_token_values,
     unwrapped,
@@ -18,6 +19,7 @@ __all__ = [
     "ImageProcessing",
     "KeepSideTensors",
     "RowRules",
+    "StackOthers",
     "TeacherRoute",
     "WithImages",
     "columns_read_by",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, PER_TOKEN, SIDE_TENSORS, TEACHER_PROMPT_IDS, SideTensor
@@ -132,6 +132,22 @@ class KeepSideTensors(Wrapper):
                 "set padding_free=False"
             )
         return batch
+
+
+class StackOthers(Wrapper):
+    """Collates rows' tokens with a collator that pads them, and other columns as transformers' default_data_collator.
+
+    That one can't pad.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        super().__init__(keeping_token_values(collator))
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        """Return the collated batch."""
+        of_tokens = PER_TOKEN | {SEQ_LENGTHS}
+        others = [{key: row[key] for key in row if key not in of_tokens} for row in rows]
+        return {**default_data_collator(others), **self.collator(rows)}
 
 
 @dataclass

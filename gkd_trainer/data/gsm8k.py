@@ -66,6 +66,12 @@ def to_conversation(row: Mapping[str, Any], instruction: str | None = None) -> d
     return {"messages": [_question(row, instruction), answer], "ground_truth": ground_truth(row["answer"])}
 
 
+def is_problem(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has GSM8K's columns, and an answer that ends with a number after `####`."""
+    question, answer = row.get("question"), row.get("answer")
+    return isinstance(question, str) and isinstance(answer, str) and _marked_number(answer) is not None
+
+
 def ground_truth(answer: str) -> str:
     """Return the number after the last `####` of an answer, as plain digits: "$1,234.50" is "1234.5".
 
@@ -73,7 +79,7 @@ def ground_truth(answer: str) -> str:
         GKDDataError: there is none.
 
     """
-    number = _first_number(answer.rpartition(_ANSWER_MARK)[2]) if _ANSWER_MARK in answer else None
+    number = _marked_number(answer)
     if number is None:
         raise GKDDataError(f'expected an answer that ends with "#### <number>"; got {answer[-80:]!r}')
     return _plain(number)
@@ -119,6 +125,10 @@ def _load_rows(source: str | Path, split: str) -> Any:
     if path.is_file():
         return Dataset.from_json(str(path))
     return load_dataset(str(source), "main", split=split)
+
+
+def _marked_number(answer: str) -> Decimal | None:
+    return _first_number(answer.rpartition(_ANSWER_MARK)[2]) if _ANSWER_MARK in answer else None
 
 
 def _first_number(text: str) -> Decimal | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gkd_trainer.data.gsm8k import INSTRUCTION, to_conversation
+from gkd_trainer.data.gsm8k import INSTRUCTION, is_problem, to_conversation
 from gkd_trainer.data.rows import has_format, no_format
 from gkd_trainer.errors import GKDDataError, GKDError
 
@@ -158,16 +158,20 @@ class RowSource:
 def in_format(source: RowSource, rows: Any) -> Any:
     """Return loaded rows in a format of training: GSM8K's become conversations, as for `gkd-trainer compare`.
 
-    Raises GKDDataError for columns that are not read, before any model is loaded.
+    Raises GKDDataError for columns that are not read, before any model is loaded. The first row decides.
     """
     with naming_broken_lines(source):
-        columns = list(rows.column_names or next(iter(rows), ()))
-    if not columns or has_format(columns):
+        first: Mapping[str, Any] = next(iter(rows), {})
+    if not first or has_format(first):
         return rows
-    if {"question", "answer"} <= {*columns}:
-        options = {"fn_kwargs": {"instruction": INSTRUCTION}, "remove_columns": ["question", "answer"]}
-        return rows.map(to_conversation, **options)
-    raise GKDDataError(f"--{source.option}: {no_format(columns)}, or train from Python with a formatting_func")
+    if is_problem(first):
+        return rows.map(_as_conversation, remove_columns=["question", "answer"])
+    raise GKDDataError(f"--{source.option}: {no_format(first)}, or train from Python with a formatting_func")
+
+
+def _as_conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a problem as a conversation; a row that is none has nothing to read, so it is dropped and counted."""
+    return to_conversation(row, INSTRUCTION) if is_problem(row) else {"messages": None, "ground_truth": None}
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
     ids = id_list(row["input_ids"], "input_ids")
     per_token = {column: _plain(row[column]) for column in _PER_TOKEN_COLUMNS if row.get(column) is not None}
     if "position_ids" not in per_token and row.get(SEQ_LENGTHS) is not None:
-        lengths = _plain(row[SEQ_LENGTHS])
+        lengths = id_list(row[SEQ_LENGTHS], SEQ_LENGTHS)
         if sum(lengths) != len(ids):
             raise RowDropped(f"{SEQ_LENGTHS} don't add up to the length of input_ids")
         per_token["position_ids"] = [position for length in lengths for position in range(length)]

@@ -254,8 +254,9 @@ def _in_full_precision(module: nn.Module | None) -> Iterator[None]:
     replaced, forward = vars(module).get("forward"), module.forward
 
     def without_autocast(hidden_BLH: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Asked here: FSDP and DeepSpeed may cast the weights for the forward.
-        if not _is_float32(module):
+        # Asked here: FSDP and DeepSpeed may cast the weights for the forward. An embedding that serves as the head is
+        # also called with token ids.
+        if not hidden_BLH.is_floating_point() or not _is_float32(module):
             return forward(hidden_BLH, *args, **kwargs)
         with torch.autocast(hidden_BLH.device.type, enabled=False):
             return forward(hidden_BLH.float(), *args, **kwargs)

@@ -57,7 +57,8 @@ def render_prompt(
 def with_arguments(render: Callable[[list[Any]], T], messages: Sequence[Mapping[str, Any]]) -> T:
     """Return what `render` makes of messages whose tool calls have objects as arguments, not their JSON.
 
-    OpenAI's format has the JSON, but most templates write it themselves. One that refuses objects gets the JSON.
+    OpenAI's format has the JSON, but most templates write it themselves. One that prints objects as they are prints the
+    JSON, and one that refuses objects gets it.
     """
     given = [dict(message) for message in messages]
     parsed = [_with_objects(message) for message in given]
@@ -79,8 +80,9 @@ def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[di
     """
     if not any(isinstance(message.get("content"), list) for message in messages):
         return [dict(message) for message in messages]
-    joined = [{**message, "content": _text_of(message.get("content"))} for message in messages]
-    return joined if _reads_texts(tokenizer) else [dict(message) for message in messages]
+    if not _reads_texts(tokenizer):
+        return [dict(message) for message in messages]
+    return [{**message, "content": _text_of(message.get("content"))} for message in messages]
 
 
 def writes_date(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> bool:
@@ -126,7 +128,18 @@ def _with_object(call: Any) -> Any:
         arguments = json.loads(call["arguments"])
     except (KeyError, TypeError, ValueError):
         return call
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+    return {**call, "arguments": _Arguments(arguments, call["arguments"])} if isinstance(arguments, dict) else call
+
+
+class _Arguments(dict[str, Any]):
+    """An object that a template prints as the JSON that it comes from."""
+
+    def __init__(self, values: dict[str, Any], text: str) -> None:
+        super().__init__(values)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
 
 
 def _text_of(content: Any) -> Any:

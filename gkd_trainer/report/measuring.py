@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
-from gkd_trainer.data.gsm8k import INSTRUCTION, is_correct, is_number, to_conversation
+from gkd_trainer.data.gsm8k import INSTRUCTION, is_correct, is_number, is_problem, to_conversation
 from gkd_trainer.data.rows import has_format, no_format
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.errors import GKDDataError
@@ -199,13 +199,12 @@ def _both_kls(
 
 def _of_question(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of GSM8K as a conversation, and any other question and answer as a prompt and a completion."""
-    if not {"question", "answer"} <= row.keys():
-        raise GKDDataError(no_format(row))
     others = {name: value for name, value in row.items() if name not in ("question", "answer")}
-    try:
+    if is_problem(row):
         return {**others, **to_conversation(row, INSTRUCTION)}
-    except GKDDataError:
-        return {**others, "prompt": str(row["question"]), "completion": str(row["answer"])}
+    if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+        return {**others, "prompt": row["question"], "completion": row["answer"]}
+    raise GKDDataError(no_format(row))
 
 
 def _text(models: Pair, completion: Completion) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
 
+import datasets
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -24,7 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from gkd_trainer.compat import checkpoints_activations, find_unused_parameters
 from gkd_trainer.config_effects import Run
-from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, first_row
+from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, StackOthers, first_row
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.loading import (
@@ -110,7 +111,7 @@ def construct(
     is_plain_trainer = not base.is_trls
     config = completed_args(arguments["args"], is_plain_trainer, is_seq2seq=base.is_seq2seq)
     refuse_meaningless(config, arguments["compute_loss_func"], peft_config)
-    config, arguments, prepares_rows = _for_rows(config, arguments, base)
+    config, prepares_rows = _for_rows(config, arguments, base)
     model = _given_student(arguments["model"], arguments["model_init"])
     if isinstance(model, nn.Module):  # as early as it can be known
         refuse_for_kind(model, config, base)
@@ -139,6 +140,9 @@ def construct(
     set_seed(config.seed)  # adapters are initialised at random
     adapter = peft_config if is_plain_trainer else None
     own = {"model": model, "args": config, "processing_class": processing_class}
+    collator = arguments["data_collator"]
+    # Preparation takes out the padding that rows were tokenised with.
+    can_not_pad = prepares_rows and (collator is default_data_collator or type(collator) is DefaultDataCollator)
     if is_plain_trainer:
         if isinstance(model, str):
             model = load_student(model, getattr(config, "model_init_kwargs", None), trusts)
@@ -146,24 +150,25 @@ def construct(
             own["model"] = adapted(model, adapter, checkpoints_activations(config))
         if arguments["data_collator"] is None:
             own["data_collator"] = default_collator(own["model"], pad_id)
+        elif can_not_pad:
+            own["data_collator"] = StackOthers(default_collator(own["model"], pad_id))
     else:
         own["peft_config"] = peft_config
+        if can_not_pad:
+            own["data_collator"] = None
     base_arguments = {**arguments, **own}
     del base_arguments["compute_loss_func"]
     accepted = accepted_by(init_parameters(base_classes), base_arguments, name)
     return Construction(accepted, teacher, adapter, prepares_rows, images, run, base)
 
 
-def _for_rows(config: Any, arguments: Mapping[str, Any], base: Base) -> tuple[Any, Mapping[str, Any], bool]:
-    """Return a configuration and arguments that fit who prepares the rows, and whether we do."""
+def _for_rows(config: Any, arguments: Mapping[str, Any], base: Base) -> tuple[Any, bool]:
+    """Return a configuration that fits who prepares the rows, and whether we do."""
     # These collators of TRL tokenise columns that no model's forward takes.
     collator = arguments["data_collator"]
     reads_messages = hasattr(collator, "messages_key") or isinstance(collator, DataCollatorForVisionLanguageModeling)
     dataset_kwargs = getattr(config, "dataset_kwargs", None) or {}
     prepares_rows = not (reads_messages or _leaves_rows(dataset_kwargs, arguments))
-    if prepares_rows and (collator is default_data_collator or type(collator) is DefaultDataCollator):
-        # It can't pad, and preparation takes out the padding that rows were tokenised with.
-        arguments = {**arguments, "data_collator": None}
     if reads_messages:
         config = _changed(config, remove_unused_columns=False)
     if base.is_trls:
@@ -172,7 +177,7 @@ def _for_rows(config: Any, arguments: Mapping[str, Any], base: Base) -> tuple[An
     if prepares_rows and getattr(config, "assistant_only_loss", False):
         # Always on here; SFTTrainer would refuse templates in which only it can't find the assistant's turns.
         config = _changed(config, assistant_only_loss=False)
-    return config, arguments, prepares_rows
+    return config, prepares_rows
 
 
 def _leaves_rows(dataset_kwargs: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
@@ -184,14 +189,22 @@ def _leaves_rows(dataset_kwargs: Mapping[str, Any], arguments: Mapping[str, Any]
         return False
     evaluated = arguments["eval_dataset"]
     given = [arguments["train_dataset"], *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
-    first_rows = [row for row in map(first_row, given) if row is not None]
-    if arguments["data_collator"] is not None or all("input_ids" in row for row in first_rows):
+    if arguments["data_collator"] is not None or all(map(_may_have_tokens, given)):
         return True
     logger.warning(
         "dataset_kwargs={'skip_prepare_dataset': True} has no effect: the rows have no input_ids, and no data_collator "
         "was passed that makes them."
     )
     return False
+
+
+def _may_have_tokens(dataset: Any) -> bool:
+    """Return whether a dataset has, or may have, rows with `input_ids`; a stream is not read for this."""
+    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        columns = dataset.column_names
+    else:
+        columns = first_row(dataset) if isinstance(dataset, list) else None
+    return columns is None or "input_ids" in columns
 
 
 def default_collator(model: nn.Module | None, pad_id: int) -> Any:

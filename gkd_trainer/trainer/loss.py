@@ -129,6 +129,8 @@ def run_student(
     refuse_unread_media(student, batch.model_inputs, "student")
     if keeps_logits and isinstance(head, SeparableHead):
         head = InseparableHead("the caller wants logits", head.module)
+    if isinstance(head, InseparableHead) and comparison.args.loss_product_dtype in ("bfloat16", "float16"):
+        head = InseparableHead(head.reason)  # asked to round, so autocast may
     coefficient = router_loss_coefficient(student) if comparison.is_training else 0.0
     forward_kwargs = {"output_router_logits": True} if coefficient else without_router_logits(student)
     # The loss reaches the output by the hidden states: a zero gradient of the head's whole weight would take memory.

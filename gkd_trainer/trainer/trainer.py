@@ -24,7 +24,7 @@ from gkd_trainer.batch_keys import PER_LABEL, SIDE_TENSORS, TEACHER_INDEX, has_d
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
-from gkd_trainer.data import IMAGE_COLUMNS, columns_read_by, unwrapped
+from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, columns_read_by, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
@@ -188,7 +188,8 @@ class GKDMixin(AnyTrainer):
             self._find_tokenizer()
         has_own_collator = construction.base_arguments["data_collator"] is not data_collator
         if model_init is not None and has_own_collator and not construction.base.is_trls:
-            self.data_collator = default_collator(self.model, pad_token_id(self.processing_class))
+            collator = default_collator(self.model, pad_token_id(self.processing_class))
+            self.data_collator = collator if data_collator is None else StackOthers(collator)
         self._refuse_unusable(construction)
         self._make_trainable(self.model)
         if is_in_notebook():

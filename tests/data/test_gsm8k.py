@@ -33,6 +33,12 @@ def test_the_conversation_ends_with_the_answer():
     }
 
 
+@pytest.mark.parametrize("answer", ["no mark 42", "#### none", None, {"value": "#### 42"}], ids=str)
+def test_a_row_is_a_problem_only_with_a_marked_number(answer):
+    assert gsm8k.is_problem(ROW)
+    assert not gsm8k.is_problem({**ROW, "answer": answer})
+
+
 def test_an_instruction_follows_the_question():
     for convert, column in ((gsm8k.to_prompt, "prompt"), (gsm8k.to_conversation, "messages")):
         content = convert(ROW, gsm8k.INSTRUCTION)[column][0]["content"]

@@ -203,6 +203,22 @@ def test_rows_in_a_format_of_training_stay_as_they_are(columns, is_streaming, tm
 
 
 @STREAMED
+def test_a_problem_without_an_answer_is_left_for_the_preparation_to_drop(is_streaming, tmp_path):
+    rows = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "?", "answer": "who knows"}]
+    asked = source(write(tmp_path / "gsm8k.jsonl", rows), is_streaming=is_streaming)
+    assert [row["messages"] is None for row in in_format(asked, asked.load())] == [False, True]
+
+
+@STREAMED
+@pytest.mark.parametrize("answer", ["Paris", {"value": "Paris"}, None], ids=["text", "object", "none"])
+def test_other_questions_and_answers_are_not_taken_for_problems(answer, is_streaming, tmp_path):
+    rows = [{"question": "Capital of France?", "answer": answer}]
+    asked = source(write(tmp_path / "rows.jsonl", rows), is_streaming=is_streaming)
+    with pytest.raises(GKDDataError, match=r"got the columns \['answer', 'question'\]: rename them"):
+        in_format(asked, asked.load())
+
+
+@STREAMED
 def test_columns_that_are_not_read_are_named(is_streaming, tmp_path):
     asked = source(write(tmp_path / "rows.jsonl", [{"instruction": "Hi", "output": "Ho"}]), is_streaming=is_streaming)
     message = (

@@ -51,6 +51,8 @@ def test_the_lengths_of_packed_samples_become_their_positions():
     row = {"input_ids": [5, 6, 7, 8, 9], "seq_lengths": np.array([3, 2])}
     assert held_tokens(row).per_token == {"position_ids": [0, 1, 2, 0, 1]}
     assert held_tokens({**row, "position_ids": [0, 1, 2, 3, 4]}).per_token == {"position_ids": [0, 1, 2, 3, 4]}
+    with pytest.raises(RowDropped, match="seq_lengths"):
+        held_tokens({**row, "seq_lengths": 5})
     with pytest.raises(RowDropped, match="seq_lengths don't add up to the length of input_ids"):
         held_tokens({**row, "seq_lengths": [3, 1]})
 

@@ -229,6 +229,14 @@ def test_autocast_does_not_round_the_logits_of_float32_weights(tiny_model, kind)
     torch.testing.assert_close(signal.logits_NV, expected_BLV[batch.rows_N, batch.columns_N], rtol=1e-5, atol=1e-6)
 
 
+def test_an_embedding_that_serves_as_the_head_still_reads_token_ids(tiny_model):
+    model, batch = tiny_model(tie_word_embeddings=True), padded_batch()
+    embedding = model.get_input_embeddings()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as FSMT's output embeddings are
+        signal, _ = predict(model, batch, InseparableHead("a test", embedding))
+    assert signal.logits_NV.shape[1] == embedding.num_embeddings
+
+
 def test_a_head_of_half_weights_computes_as_it_does_alone_and_is_put_back_after_a_forward_that_raised(tiny_model):
     model, batch = tiny_model().bfloat16(), padded_batch()
     signal, _ = predict(model, batch, InseparableHead("a test", model.lm_head))

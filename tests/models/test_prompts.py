@@ -70,6 +70,19 @@ def test_tool_calls_of_another_form_stay(calls):
     assert with_arguments(lambda given: given, messages) == messages
 
 
+def test_a_template_that_prints_arguments_as_they_are_prints_their_json(byte_level):
+    arguments = '{"city": "Paris", "metric": true}'
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for template in (
+        "{{ messages[1].tool_calls[0].function.arguments }}",
+        "{{ messages[1].tool_calls[0].function.arguments | tojson }}",
+        "{{ '' + messages[1].tool_calls[0].function.arguments }}",
+    ):
+        tokenizer = byte_level(template)
+        assert tokenizer.decode(prompt_ids(tokenizer, messages)) == arguments
+
+
 def test_a_call_without_the_key_function_has_its_arguments_read_too():
     messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": '{"a": null}'}]}]
     assert with_arguments(lambda given: given[0]["tool_calls"][0]["arguments"], messages) == {"a": None}

@@ -10,11 +10,13 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch.utils.data import IterableDataset
 from transformers import DefaultDataCollator, Trainer, default_data_collator
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfig, GKDConfigError, GKDTeacherError
+from gkd_trainer.data import unwrapped
 from gkd_trainer.trainer.construction import (
     accepted_by,
     construct,
@@ -259,10 +261,18 @@ def test_rows_without_tokens_are_prepared_anyway_if_no_collator_reads_them(built
     assert not built(arguments={"train_dataset": tokens}, dataset_kwargs=skipping).prepares_rows
 
 
+def test_a_stream_is_not_read_to_see_whether_its_rows_are_tokens(built):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            raise AssertionError("a row was taken")
+
+    assert not built(arguments={"train_dataset": Stream()}, dataset_kwargs={"skip_prepare_dataset": True}).prepares_rows
+
+
 @pytest.mark.parametrize("collator", [default_data_collator, DefaultDataCollator()], ids=["function", "class"])
 def test_a_collator_that_can_not_pad_gives_way_to_one_that_can(built, collator):
     made = built(arguments={"data_collator": collator}).base_arguments
-    assert type(made["data_collator"]) is DataCollatorForLanguageModeling
+    assert type(unwrapped(made["data_collator"])) is DataCollatorForLanguageModeling
     left = built(arguments={"data_collator": collator}, dataset_kwargs={"skip_prepare_dataset": True})
     assert left.base_arguments["data_collator"] is collator
 

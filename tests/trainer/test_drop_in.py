@@ -253,14 +253,21 @@ def test_a_configuration_that_trls_trainer_has_used_can_be_used_here(tiny_model,
 @pytest.mark.parametrize("is_made_late", [False, True])
 def test_the_collator_that_can_not_pad_takes_rows_padded_to_different_lengths(make_trainer, tiny_model, is_made_late):
     rows = [
-        {"input_ids": ids + [2] * (6 - len(ids)), "attention_mask": [1] * len(ids) + [0] * (6 - len(ids))}
+        {
+            "input_ids": ids + [2] * (6 - len(ids)),
+            "attention_mask": [1] * len(ids) + [0] * (6 - len(ids)),
+            "weight": 0.5,
+        }
         for ids in ([5, 6, 7], [5, 6, 7, 8, 9])
     ]
     arguments = {"data_collator": default_data_collator, "train_dataset": Dataset.from_list(rows)}
     if is_made_late:
         arguments["model_init"] = lambda: tiny_model()
+    trainer = make_trainer(trainer_args=arguments, max_steps=1, remove_unused_columns=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["attention_mask"].sum() == 8
+    assert batch["weight"].tolist() == [0.5, 0.5]
     trainer = make_trainer(trainer_args=arguments, max_steps=1)
-    assert next(iter(trainer.get_train_dataloader()))["attention_mask"].sum() == 8
     trainer.train()
 
 

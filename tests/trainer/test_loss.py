@@ -138,6 +138,13 @@ def test_logits_returned_on_request_are_not_rounded_under_autocast(run, tiny_mod
     torch.testing.assert_close(whole.tokens.values_N, separable.tokens.values_N, rtol=1e-5, atol=1e-6)
 
 
+def test_logits_on_request_are_left_to_autocast_if_the_products_are_to_round(run, tiny_model):
+    student = tiny_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = run(student, keeps_logits=True, backward=False, args={"loss_product_dtype": "bfloat16"})
+    assert output.outputs.logits.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("head", [None, InseparableHead("a test")])
 def test_a_batch_without_a_token_to_train_on_stays_connected_to_all_weights(run, tiny_model, head):
     student = tiny_model(tie_word_embeddings=False)
