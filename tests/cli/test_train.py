@@ -63,7 +63,7 @@ def test_a_readme_by_the_user_is_kept(pair, data, tmp_path, caplog):
     (tmp_path / "output" / "README.md").write_text("Mine.\n")
     main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
     assert (tmp_path / "output" / "README.md").read_text() == "Mine.\n"
-    assert "README.md, not replaced by a model card" in caplog.text
+    assert "README.md with a model card" in caplog.text
     (tmp_path / "output" / "README.md").unlink()
     main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1"])
     main(["train", *pair, *data, "--save_strategy", "no", "--max_steps", "1", "--beta", "0.125"])

@@ -108,7 +108,7 @@ def test_models_that_were_placed_are_left_alone_with_one_warning(tiny_model, cap
     with caplog.at_level(logging.WARNING):
         assert WaitingWeights.of(FrozenTeacher(model), "math", ELSEWHERE) is None
     [record] = caplog.records
-    assert f"The weights of the teacher math stay on their device: {reason}" in record.getMessage()
+    assert f"Teacher math is not offloaded: {reason}" in record.getMessage()
 
 
 def test_sharded_weights_and_the_student_s_own_are_left_alone(tiny_model):

@@ -529,4 +529,4 @@ def test_rows_without_a_bound_must_fit_the_models_positions(make):
 def test_rules_of_preparation_know_the_kind_of_the_student(make):
     trainer = make()
     assert trainer._preparation.is_encoder_decoder
-    assert not replace(trainer._preparation, is_encoder_decoder=False)._rules(True).is_encoder_decoder
+    assert not replace(trainer._preparation, is_encoder_decoder=False)._rules(True, False).is_encoder_decoder

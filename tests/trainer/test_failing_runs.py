@@ -195,7 +195,7 @@ def test_completions_that_are_missing_in_a_checkpoint_are_generated_again(run, t
     file.write_text(json.dumps(states))
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     resumed = run(resume=True, **options)
-    assert "completions are for other prompts or steps" in caplog.text
+    assert "completions belong to other prompts or steps" in caplog.text
     assert resumed.state.global_step == expected.state.global_step
 
 

@@ -100,7 +100,7 @@ def test_a_readme_that_is_the_users_or_unreadable_stays(make_trainer, tmp_path, 
     trainer.create_model_card()
     assert path.read_bytes() == content
     assert [file.name for file in path.parent.glob("README*")] == ["README.md"]
-    assert caplog.text.count("not replaced by a model card") == 1
+    assert caplog.text.count("with a model card") == 1
 
 
 def test_a_card_that_a_trainer_wrote_is_replaced(make_trainer, readme):
@@ -137,7 +137,7 @@ def test_a_card_by_the_user_has_no_tags_to_write(tmp_path, caplog):
     path = tmp_path / "README.md"
     path.write_text(OWN)
     assert publishing.card_tags(path, "mine") is None
-    assert caplog.text.count(f"Keeping {path}, not replaced by a model card") == 1
+    assert caplog.text.count(f"Not overwriting {path} with a model card") == 1
 
 
 def overwrite(path):

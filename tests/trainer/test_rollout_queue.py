@@ -295,7 +295,7 @@ def test_completions_of_other_prompts_are_generated_again_with_a_warning(make_qu
     windows = resumed(make_queue(rollout_steps=3), states, epoch_of(batches_of(2, first=60)), [1, 2])
     assert [[ids[1] for ids in completions(window)] for window in windows] == [[60, 61], [70, 71]]
     assert weights_of(windows) == [{1}, {1}]
-    assert caplog.text.count("completions are for other prompts or steps") == 1
+    assert caplog.text.count("completions belong to other prompts or steps") == 1
 
 
 def test_loaded_rollouts_count_only_at_their_step_and_only_once(make_queue, caplog, epoch_of):
