@@ -71,18 +71,25 @@ def with_arguments(render: Callable[[list[Any]], T], messages: Sequence[Mapping[
 
 
 def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages whose contents are texts, for a model that reads nothing else.
+    """Return messages for a model that reads only text, in a form that the tokenizer's template reads.
 
-    A list of text parts becomes one text. Most templates for text write such a list as Python does, or nothing at all.
-    Those of vision-language models may read nothing but lists: for them it stays.
+    A list of text parts becomes one text: most templates for text write such a list as Python does, or nothing at all.
+    It stays for a template that reads nothing but lists, and beside other parts such as Magistral's "thinking" for one
+    that reads lists.
 
-    Raises ValueError for a part that is not a text.
+    Raises ValueError for an image or a sound, and for any other part that is not a text if the template reads no lists.
     """
-    if not any(isinstance(message.get("content"), list) for message in messages):
-        return [dict(message) for message in messages]
-    if not _reads_texts(tokenizer):
-        return [dict(message) for message in messages]
-    return [{**message, "content": _text_of(message.get("content"))} for message in messages]
+    copies = [dict(message) for message in messages]
+    others = {kind for message in copies for kind in _other_kinds(message.get("content"))}
+    refused = {kind for kind in others if kind == "str" or any(medium in kind for medium in _MEDIA)}
+    if others and not refused and not _shows(tokenizer, [{"type": "text", "text": "Hello"}]):
+        refused = others
+    if refused:
+        raise ValueError(f"a message with a part of type {min(refused)!r}, where only texts can be read")
+    has_lists = any(isinstance(message.get("content"), list) for message in copies)
+    if others or not has_lists or not _shows(tokenizer, "Hello"):
+        return copies
+    return [{**message, "content": _joined(message.get("content"))} for message in copies]
 
 
 def writes_date(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> bool:
@@ -142,23 +149,31 @@ class _Arguments(dict[str, Any]):
         return self._text
 
 
-def _text_of(content: Any) -> Any:
-    """Return the texts of a list of parts as one; any other content unchanged."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+_MEDIA = ("image", "video", "audio")
+"""What is in the names of parts that hold media, such as image_url and input_audio."""
+
+
+def _other_kinds(content: Any) -> list[str]:
+    """Return the types of a content's parts that are not texts; "str" stands for a part that is not an object."""
+    found = []
+    for part in content if isinstance(content, list) else ():
+        kind = str(part.get("type")) if isinstance(part, Mapping) else "str"
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"a message with a part of type {kind!r}, where only texts can be read")
-    return "".join(part["text"] for part in content)
+            found.append(kind)
+    return found
 
 
-def _reads_texts(tokenizer: Any) -> bool:
+def _joined(content: Any) -> Any:
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def _shows(tokenizer: Any, content: Any) -> bool:
+    """Return whether a template writes the text "Hello" of a content, and not as Python writes a list."""
     try:
-        rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
     except Exception:  # a template may raise anything, and will say so for the messages themselves
-        return True
-    return "Hello" in rendered
+        return isinstance(content, str)
+    return "Hello" in rendered and "'type'" not in rendered
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:

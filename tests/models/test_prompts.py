@@ -70,6 +70,21 @@ def test_tool_calls_of_another_form_stay(calls):
     assert with_arguments(lambda given: given, messages) == messages
 
 
+def test_parts_that_a_template_reads_beside_texts_reach_it_but_no_images(byte_level):
+    tokenizer = byte_level(
+        "{% for part in messages[0]['content'] %}{{ '(' + part['thinking'] + ')' if part['type'] == 'thinking' "
+        "else part['text'] }}{% endfor %}"
+    )
+    thought = {"type": "thinking", "thinking": "well"}
+    assert (
+        tokenizer.decode(prompt_ids(tokenizer, [{"role": "user", "content": [thought, *PARTS]}])) == "(well)hello there"
+    )
+    with pytest.raises(ValueError, match="a part of type 'thinking'"):
+        prompt_ids(byte_level(), [{"role": "user", "content": [thought, *PARTS]}])
+    with pytest.raises(ValueError, match="a part of type 'image_url'"):
+        prompt_ids(tokenizer, [{"role": "user", "content": [{"type": "image_url"}, *PARTS]}])
+
+
 def test_a_template_that_prints_arguments_as_they_are_prints_their_json(byte_level):
     arguments = '{"city": "Paris", "metric": true}'
     call = {"function": {"name": "weather", "arguments": arguments}}
