@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -57,17 +56,24 @@ def render_prompt(
 def with_arguments(render: Callable[[list[Any]], T], messages: Sequence[Mapping[str, Any]]) -> T:
     """Return what `render` makes of messages whose tool calls have objects as arguments, not their JSON.
 
-    OpenAI's format has the JSON, but most templates write it themselves. One that prints objects as they are prints the
-    JSON, and one that refuses objects gets it.
+    OpenAI's format has the JSON, but most templates write it themselves. One that refuses objects, or prints them as
+    Python does, gets the JSON.
+
+    Args:
+        render: Returns a text, or a text and more, of messages.
+        messages: The messages, whose tool calls' arguments may be either.
     """
     given = [dict(message) for message in messages]
-    parsed = [_with_objects(message) for message in given]
-    if parsed == given:
+    objects: list[dict[str, Any]] = []
+    parsed = [_with_objects(message, objects) for message in given]
+    if not objects:
         return render(given)
     try:
-        return render(parsed)
+        rendered = render(parsed)
     except Exception:  # a template may raise anything
         return render(given)
+    text = rendered if isinstance(rendered, str) else str(rendered[0])  # type: ignore[index]
+    return render(given) if any(arguments and str(arguments) in text for arguments in objects) else rendered
 
 
 def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -94,18 +100,20 @@ def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[di
 
 def writes_date(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> bool:
     """Return whether a chat template writes today's date into a conversation with these variables."""
-    if "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
+    templates = getattr(tokenizer, "chat_template", None)
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    if not isinstance(template, str) or "strftime_now" not in template:
         return False
-    formats: list[str] = []
 
-    def noting(date_format: str) -> str:
-        formats.append(date_format)
-        return ""
+    def renders(tried: str) -> bool:
+        message = {"role": "user", "content": "Hello"}
+        try:
+            tokenizer.apply_chat_template([message], chat_template=tried, tokenize=False, **template_kwargs)
+        except Exception:  # a template may raise anything, and will say so for the messages themselves
+            return False
+        return True
 
-    message = {"role": "user", "content": "Hello"}
-    with suppress(Exception):  # a template may raise anything, and will say so for the messages themselves
-        tokenizer.apply_chat_template([message], tokenize=False, **{**template_kwargs, "strftime_now": noting})
-    return bool(formats)
+    return renders(template) and not renders(template.replace("strftime_now", "raise_exception"))
 
 
 def leading_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -118,35 +126,27 @@ def leading_ids(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+def _with_objects(message: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a message with objects for the JSON of its tool calls' arguments, and add them to `found`."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
-    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+    return {**message, "tool_calls": [_with_object(call, found) for call in calls]}
 
 
-def _with_object(call: Any) -> Any:
-    """Return a tool call whose arguments are an object if they are the JSON of one."""
+def _with_object(call: Any, found: list[dict[str, Any]]) -> Any:
     if not isinstance(call, Mapping):
         return call
     if "function" in call:
-        return {**call, "function": _with_object(call["function"])}
+        return {**call, "function": _with_object(call["function"], found)}
     try:
         arguments = json.loads(call["arguments"])
     except (KeyError, TypeError, ValueError):
         return call
-    return {**call, "arguments": _Arguments(arguments, call["arguments"])} if isinstance(arguments, dict) else call
-
-
-class _Arguments(dict[str, Any]):
-    """An object that a template prints as the JSON that it comes from."""
-
-    def __init__(self, values: dict[str, Any], text: str) -> None:
-        super().__init__(values)
-        self._text = text
-
-    def __str__(self) -> str:
-        return self._text
+    if not isinstance(arguments, dict):
+        return call
+    found.append(arguments)
+    return {**call, "arguments": arguments}
 
 
 _MEDIA = ("image", "video", "audio")

@@ -1,5 +1,7 @@
 """Prompts in the ids of a tokenizer, as a model gets them."""
 
+import json
+
 import pytest
 
 from gkd_trainer.models.prompts import leading_ids, prompt_ids, with_arguments, writes_date
@@ -100,7 +102,7 @@ def test_a_template_that_prints_arguments_as_they_are_prints_their_json(byte_lev
 
 def test_a_call_without_the_key_function_has_its_arguments_read_too():
     messages = [{"role": "assistant", "content": "", "tool_calls": [{"name": "sum", "arguments": '{"a": null}'}]}]
-    assert with_arguments(lambda given: given[0]["tool_calls"][0]["arguments"], messages) == {"a": None}
+    assert with_arguments(lambda given: json.dumps(given[0]["tool_calls"][0]["arguments"]), messages) == '{"a": null}'
 
 
 @pytest.mark.parametrize(
