@@ -78,7 +78,7 @@ class RowSource:
             raise
         except StopIteration:  # raised by `datasets` for an empty file
             self._refuse(f"expected at least one row; {self.name} is empty")
-        except (OSError, ValueError, DatasetsError) as error:
+        except (OSError, TypeError, ValueError, DatasetsError) as error:  # datasets 5.0 raises TypeError for a row
             problem = self.first_broken_line()
             if problem is not None:
                 raise GKDDataError(f"--{self.option}: {problem}") from error
@@ -181,7 +181,7 @@ def naming_broken_lines(*sources: RowSource | None) -> Iterator[None]:
         yield
     except GKDError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         for source in sources:
             problem = None if source is None else source.first_broken_line()
             if source is not None and problem is not None:
