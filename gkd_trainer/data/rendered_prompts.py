@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.tokens import RowDropped
-from gkd_trainer.models.prompts import render_prompt
+from gkd_trainer.models.prompts import RENDERING_ERRORS, render_prompt
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class RenderedPrompts:
             return []
         try:
             text = render_prompt(self.tokenizer, messages, tools_of(row), template_kwargs_of(row))
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except RENDERING_ERRORS as error:
             raise RowDropped(f"refused by the teacher's chat template ({str(error)[:100]})") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

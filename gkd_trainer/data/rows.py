@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
@@ -27,7 +26,7 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.models.prompts import leading_ids, render_prompt, with_arguments, writes_date
+from gkd_trainer.models.prompts import RENDERING_ERRORS, leading_ids, render_prompt, with_arguments, writes_date
 from gkd_trainer.types import prompt_length
 
 NEEDS_COMPLETION = (
@@ -249,7 +248,7 @@ class RowPreparer:
             raise RowDropped(
                 "assistant turns can't be found without {% generation %} markers in the chat template"
             ) from None
-        except _RENDERING_ERRORS as error:
+        except RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, ranges = encode_spans(self.tokenizer, text, spans)
         # A turn without a stop token ends with its template's end of turn, such as <|im_end|>; the newline behind that
@@ -277,7 +276,7 @@ class RowPreparer:
 
         try:
             text = with_arguments(render, messages)
-        except _RENDERING_ERRORS as error:
+        except RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])
         return RowTokens(ids, [] if self.rules.is_encoder_decoder else [IGNORE_INDEX] * len(ids))
@@ -345,9 +344,6 @@ class RowPreparer:
                 "expected a tokenizer with a chat template, since the rows are messages; this one has none: "
                 "set tokenizer.chat_template, or take the tokenizer of an instruction-tuned model"
             )
-
-
-_RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
 
 def _refused(error: Exception) -> RowDropped:

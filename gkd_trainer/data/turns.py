@@ -269,7 +269,7 @@ class _Conversation:
                 **{**self.tokenizer.special_tokens_map, **self.template_kwargs, **options},
             )
 
-        texts, spans = with_arguments(render, messages)
+        texts, spans = with_arguments(render, messages, lambda rendered: rendered[0][0])
         return texts[0], [(start, end) for start, end in spans[0]]
 
 

@@ -367,6 +367,18 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return module
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the module that embeds token ids, or None if the model names none."""
+    get_input_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_input_embeddings is None:
+        return None
+    try:
+        module: nn.Module | None = get_input_embeddings()
+    except NotImplementedError:  # transformers' own, for a model that names none
+        return None
+    return module
+
+
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

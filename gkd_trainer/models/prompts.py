@@ -6,7 +6,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from jinja2 import TemplateError
+
 T = TypeVar("T")
+
+RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What a chat template raises for messages that it refuses or does not understand."""
 
 
 def prompt_ids(
@@ -53,15 +58,18 @@ def render_prompt(
     return with_arguments(render, messages)
 
 
-def with_arguments(render: Callable[[list[Any]], T], messages: Sequence[Mapping[str, Any]]) -> T:
+def with_arguments(
+    render: Callable[[list[Any]], T], messages: Sequence[Mapping[str, Any]], text_of: Callable[[T], str] = str
+) -> T:
     """Return what `render` makes of messages whose tool calls have objects as arguments, not their JSON.
 
     OpenAI's format has the JSON, but most templates write it themselves. One that refuses objects, or prints them as
     Python does, gets the JSON.
 
     Args:
-        render: Returns a text, or a text and more, of messages.
+        render: Renders messages.
         messages: The messages, whose tool calls' arguments may be either.
+        text_of: Returns the text of what `render` makes; by default it is one.
     """
     given = [dict(message) for message in messages]
     objects: list[dict[str, Any]] = []
@@ -70,9 +78,9 @@ def with_arguments(render: Callable[[list[Any]], T], messages: Sequence[Mapping[
         return render(given)
     try:
         rendered = render(parsed)
-    except Exception:  # a template may raise anything
+    except RENDERING_ERRORS:
         return render(given)
-    text = rendered if isinstance(rendered, str) else str(rendered[0])  # type: ignore[index]
+    text = text_of(rendered)
     return render(given) if any(arguments and str(arguments) in text for arguments in objects) else rendered
 
 
@@ -109,7 +117,7 @@ def writes_date(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> bool:
         message = {"role": "user", "content": "Hello"}
         try:
             tokenizer.apply_chat_template([message], chat_template=tried, tokenize=False, **template_kwargs)
-        except Exception:  # a template may raise anything, and will say so for the messages themselves
+        except RENDERING_ERRORS:
             return False
         return True
 
@@ -171,7 +179,7 @@ def _shows(tokenizer: Any, content: Any) -> bool:
     """Return whether a template writes the text "Hello" of a content, and not as Python writes a list."""
     try:
         rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    except Exception:  # a template may raise anything, and will say so for the messages themselves
+    except RENDERING_ERRORS:
         return isinstance(content, str)
     return "Hello" in rendered and "'type'" not in rendered
 

@@ -68,8 +68,8 @@ class RoutedTeachers(SeveralTeachers):
         if index_B is None:
             raise GKDTeacherError(
                 f"the batch has no {TEACHER_INDEX} [B], so the teacher of each sample is unknown. Datasets get it "
-                f"from their column {self.column!r} or from `route`; a collator that makes its own samples, or a data "
-                "set that is not prepared here (skip_prepare_dataset), must return it"
+                f"from their column {self.column!r} or from `route`; a collator that makes its own samples, or a "
+                "dataset that is not prepared here (skip_prepare_dataset), must return it"
             )
         samples = self._samples_by_teacher(batch.on_host.side[TEACHER_INDEX].tolist())
         parts = [batch.of_samples(rows) for rows in samples]

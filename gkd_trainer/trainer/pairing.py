@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
@@ -23,6 +22,7 @@ from gkd_trainer.models.heads import (
     SeparableHead,
     find_context,
     find_head,
+    input_embeddings,
     output_embeddings,
     rounds_logits,
     vocabulary_size,
@@ -150,10 +150,7 @@ def refuse_pad_token(pad_token_id: int, model: nn.Module, teacher: Teacher) -> N
     if any(isinstance(each, AligningTeacher) for each in teachers):
         teachers = []  # it reads other tokens
     for owner, each in [("student", model), *(("teacher", each.model) for each in teachers)]:
-        embeddings = None
-        if each is not None:
-            with contextlib.suppress(AttributeError, NotImplementedError):
-                embeddings = cast(PreTrainedModel, base_model(each)).get_input_embeddings()
+        embeddings = None if each is None else input_embeddings(base_model(each))
         size = getattr(embeddings, "num_embeddings", None)
         if isinstance(size, int) and pad_token_id >= size:
             raise GKDConfigError(

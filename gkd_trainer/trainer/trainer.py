@@ -91,6 +91,8 @@ if TYPE_CHECKING:
         train_dataset: Any
         eval_dataset: Any
         _signature_columns: Any
+
+        def _reject_skip_prepare_without_labels(self, *args: Any, **kwargs: Any) -> None: ...  # of trl.SFTTrainer
 else:
     AnyTrainer = object
 
@@ -332,7 +334,7 @@ class GKDMixin(AnyTrainer):
     def _reject_skip_prepare_without_labels(self, *args: Any, **kwargs: Any) -> None:
         # SFTTrainer refuses rows with masks in place of labels, if it does not prepare them. We do.
         if not self._prepares_rows:
-            super()._reject_skip_prepare_without_labels(*args, **kwargs)  # type: ignore[misc]
+            super()._reject_skip_prepare_without_labels(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the loader of an evaluation set; the rows of a set passed here are prepared."""

@@ -223,6 +223,26 @@ def test_chat_template_kwargs_reach_the_template(byte_level, rules, on_policy):
     assert tokenizer.decode(row.input_ids).startswith("mood:fine<|im_start|>")
 
 
+@pytest.mark.parametrize("is_marked", [False, True], ids=["plain", "marked"])
+def test_arguments_that_a_template_prints_as_they_are_are_trained_on_as_their_json(byte_level, rules, is_marked):
+    begin, end = ("{% generation %}", "{% endgeneration %}") if is_marked else ("", "")
+    tokenizer = byte_level(
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message['role'] == 'assistant' %}"
+        + begin
+        + "{{ message['content'] }}{% for call in message.tool_calls %}"
+        "{{ call.function.arguments }}{% endfor %}{{ '<|im_end|>' }}" + end + "{% else %}{{ message['content'] }}"
+        "{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    arguments = '{"city": "Paris", "metric": true}'
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    content = """It's "fine". """  # a list with this text, printed, would escape quotes
+    answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+    row = prepare({"messages": [QUESTION, answer]}, tokenizer, rules())
+    assert trained(tokenizer, row.labels) == f"{content}{arguments}<|im_end|>"
+
+
 def test_the_none_that_arrow_fills_in_does_not_reach_the_template(byte_level, rules):
     tokenizer = byte_level(SHOWING)
     call = {"function": {"name": "search", "arguments": {"query": "France", "limit": None}}}
