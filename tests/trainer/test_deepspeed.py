@@ -46,20 +46,25 @@ ENVIRONMENT = {
 }
 
 
+def by_two_ranks(full_run, folder, stage, student=None, *, config=None, **options):
+    """Run two ranks under DeepSpeed; `config` adds to its configuration."""
+    return full_run(
+        folder,
+        ranks=2,
+        student=student,
+        environment=ENVIRONMENT,
+        per_device_train_batch_size=2,
+        deepspeed=zero(stage) | (config or {}),
+        **options,
+    )
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_with_a_teacher_by_name_train_like_one(full_run, tiny_model, tmp_path, stage):
     student = tiny_model(tie_word_embeddings=False)
     options = {**OPTIONS, "optim": "sgd", "names_teacher": True}
     one, expected, _ = full_run(tmp_path / "one", student=student, per_device_train_batch_size=4, **options)
-    two, actual, process = full_run(
-        tmp_path / "two",
-        ranks=2,
-        student=student,
-        environment=ENVIRONMENT,
-        per_device_train_batch_size=2,
-        deepspeed=zero(stage),
-        **options,
-    )
+    two, actual, process = by_two_ranks(full_run, tmp_path / "two", stage, student, **options)
     assert two is not None, process.stderr
     for name, tensor in expected.items():
         assert torch.allclose(actual[name], tensor, rtol=0, atol=1e-5), name
@@ -74,15 +79,8 @@ def test_each_gradient_counts_once_where_halves_accumulate_in_float32(full_run, 
     options = {**OPTIONS, "optim": "sgd", "lmbda": 0.0, "bf16": True, "gradient_accumulation_steps": 2, "max_steps": 2}
     options["learning_rate"] = 1.0  # so that halves' rounding of the weights is small beside their change
     _, expected, _ = full_run(tmp_path / "one", student=student, per_device_train_batch_size=4, **options)
-    two, actual, process = full_run(
-        tmp_path / "two",
-        ranks=2,
-        student=student,
-        environment=ENVIRONMENT,
-        per_device_train_batch_size=2,
-        deepspeed=zero(1) | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
-        **options,
-    )
+    halves = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    two, actual, process = by_two_ranks(full_run, tmp_path / "two", 1, student, config=halves, **options)
     assert two is not None, process.stderr
     start = student.state_dict()
     moves = [torch.cat([(after[name].float() - start[name]).ravel() for name in start]) for after in (actual, expected)]
@@ -90,27 +88,14 @@ def test_each_gradient_counts_once_where_halves_accumulate_in_float32(full_run, 
 
 
 def test_values_that_are_not_finite_end_the_run_before_the_step_that_a_backward_takes(full_run, tmp_path):
-    two, _, process = full_run(
-        tmp_path / "two",
-        ranks=2,
-        environment=ENVIRONMENT,
-        per_device_train_batch_size=2,
-        deepspeed=zero(2),
-        is_non_finite=True,
-        **{**OPTIONS, "lmbda": 0.0, "optim": "sgd"},
+    two, _, process = by_two_ranks(
+        full_run, tmp_path / "two", 2, is_non_finite=True, **{**OPTIONS, "lmbda": 0.0, "optim": "sgd"}
     )
     assert two is None
     assert process.stderr.count("GKDNumericsError, weights changed: False") == 2
 
 
 def test_a_sharded_teacher_is_refused(full_run, tmp_path):
-    two, _, process = full_run(
-        tmp_path / "two",
-        ranks=2,
-        environment=ENVIRONMENT,
-        per_device_train_batch_size=2,
-        deepspeed=zero(3),
-        **OPTIONS,
-    )
+    two, _, process = by_two_ranks(full_run, tmp_path / "two", 3, **OPTIONS)
     assert two is None
     assert "pass the teacher by name, which loads all of it" in process.stderr
