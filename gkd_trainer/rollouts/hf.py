@@ -61,8 +61,8 @@ class HFRollouts(RolloutEngine):
         vocab_size: Ids of this value or above, which only pad the head, are never sampled; None allows all.
         batch_size: Maximum number of prompts in one call of `generate`; None is no limit.
         is_sharded: Whether the model's weights are sharded over ranks, which must then run the same number of forwards:
-            each calls transformers' `generate` equally often, even without prompts, and `batch_size` has no effect. It
-            then takes no images: ranks without any would not run the image encoder.
+            each calls transformers' `generate` as often as the others, even without prompts, and `batch_size` has no
+            effect. It then takes no images: ranks without any would not run the image encoder.
         never_sampled: Ids below `vocab_size` that are never sampled, such as that of an image.
 
     Prompts share a batch only if that changes nothing. Recurrent models may read padding or mix the prompts of a batch.
@@ -110,8 +110,8 @@ class HFRollouts(RolloutEngine):
         completions: dict[int, Completion] = {}
         with ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
             for indices in self._batches(prompts, sampling, media):
-                if not indices:  # other ranks generate, and need this rank's forwards
-                    self._generate_batch([[self._pad_token_id]], sampling, [0], [])
+                if not indices:  # other ranks generate; once it is done, generate calls the forward until they are too
+                    self._generate_batch([[self._pad_token_id]], Sampling(1, temperature=0.0), [0], [])
                     continue
                 batch = self._generate_batch(
                     [prompts[index] for index in indices],
@@ -246,7 +246,7 @@ def ready_to_generate(model: Any) -> Iterator[None]:
 def _grouped(order: list[int], sharing: Sharing, length: Callable[[int], int]) -> dict[int, list[int]]:
     """Return the prompts that may share a batch, by a key that is the same on all ranks."""
     if sharing is Sharing.ANY:
-        return {0: order}
+        return {0: order} if order else {}
     if sharing is Sharing.EQUAL_LENGTH:
         return {key: list(indices) for key, indices in itertools.groupby(order, key=length)}
     return {place: [index] for place, index in enumerate(order)}

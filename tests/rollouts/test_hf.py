@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from gkd_trainer.rollouts import HFRollouts
+from gkd_trainer.rollouts import HFRollouts, hf
 from gkd_trainer.rollouts.hf import _SeededChoice
 from gkd_trainer.types import Sampling
 
@@ -297,9 +297,22 @@ def test_no_prompts_give_no_completions(model):
 PROBES = [(1, 3, True), (1, 24, True), (2, 3, True), (2, 24, True), (2, 24, True)]
 
 
-def test_a_sharded_model_generates_on_every_rank_also_where_there_are_no_prompts(model, calls):
+@pytest.mark.parametrize("extra", [{}, {"min_new_tokens": 4, "no_repeat_ngram_size": 2}])
+def test_a_rank_of_a_sharded_model_without_prompts_generates_one_token_of_its_own(model, calls, monkeypatch, extra):
+    """After that, `generate` calls the forward only as long as another rank needs it."""
+    monkeypatch.setattr(hf, "_of_all_ranks", lambda value: [value, [0]] if value == [] else [value])
+    engine, forwards = engine_of(model, stop_ids=(), is_sharded=True), []
+    engine.generate(PROMPTS, Sampling(1), SEEDS)  # the probes
+    del calls[:]
+    model.register_forward_pre_hook(lambda *_: forwards.append(None))
+    assert engine.generate([], Sampling(40, extra=extra), []) == []
+    assert calls == [(1, 1, True)]
+    assert len(forwards) == 1
+
+
+def test_a_sharded_model_runs_no_forward_if_no_rank_has_prompts(model, calls):
     assert engine_of(model, is_sharded=True).generate([], Sampling(4), []) == []
-    assert calls == [*PROBES, (1, 1, True)]
+    assert calls == PROBES
 
 
 def test_a_sharded_model_gets_all_prompts_in_one_call_on_every_rank(model, calls):
