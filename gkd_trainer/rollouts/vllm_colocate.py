@@ -126,6 +126,8 @@ class VLLMColocateRollouts(RolloutEngine):
         padded_size = self._llm.llm_engine.model_config.get_vocab_size()
         self._never_ids = [*sorted(never_sampled), *range(vocab_size, padded_size)]
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
+        if self._sleeps:  # until the student generates something, which may be many steps later
+            self._sleep()
 
     def sync(self, model: nn.Module) -> None:
         """Give the engine the student's current weights, and drop its cache for the old ones.
@@ -190,8 +192,7 @@ class VLLMColocateRollouts(RolloutEngine):
                     lora_request=self._lora_request,
                 )
             if self._sleeps:  # without prompts too: ranks that share a sharded student wake up together
-                self._llm.sleep(level=1 if self._sends_adapter or self._keeps_weights else 2)
-                self._is_asleep = True
+                self._sleep()
             return [
                 parse_completion(
                     output.outputs[0].token_ids,
@@ -210,6 +211,10 @@ class VLLMColocateRollouts(RolloutEngine):
             self._llm, self._synced = None, 0
             _LIVE_ENGINES.discard(self)
         self._folder.close()
+
+    def _sleep(self) -> None:
+        self._llm.sleep(level=1 if self._sends_adapter or self._keeps_weights else 2)
+        self._is_asleep = True
 
     def _wake_up(self, part: str) -> None:
         """Give the engine its memory for "weights" or "kv_cache" again, after sleep."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -236,20 +236,36 @@ class RolloutQueue:
         """Return windows with completions by the current weights, generated now or in the background."""
         if not plans:
             return None
-        sampling = sampling_of(self._args)
-        student_jobs = [plan.student_jobs for plan in plans]
+        student_completions = self._student_completions(plans, student, timer, background)
+        return Block(plans, student_completions, self._teacher_completions(plans), student.step)
+
+    def _student_completions(
+        self,
+        plans: list[WindowPlan],
+        student: CurrentStudent,
+        timer: Timer,
+        background: ThreadPoolExecutor | None,
+    ) -> Future[Completions]:
+        jobs, sampling = [plan.student_jobs for plan in plans], sampling_of(self._args)
+        # If no rank has a prompt for the student, the engine keeps the weights that it has.
+        if not self._ranks.any(any(jobs)):
+            return completed_future([[] for _ in plans])
         with self.synced(student, timer) as engine:
             if background is not None:
-                student_completions = background.submit(generate_jobs, student_jobs, sampling, engine)
-            else:
-                student_completions = completed_future(generate_jobs(student_jobs, sampling, engine))
-            teacher_completions: Completions = [[] for _ in plans]
-            if self._teacher_engine is not None:
-                # The teacher generates with transformers even if the student generates with vLLM.
-                extra = transformers_options(sampling.extra) if self._args.use_vllm else sampling.extra
-                teacher_jobs = [plan.teacher_jobs for plan in plans]
-                teacher_completions = generate_jobs(teacher_jobs, replace(sampling, extra=extra), self._teacher_engine)
-        return Block(plans, student_completions, teacher_completions, student.step)
+                return background.submit(generate_jobs, jobs, sampling, engine)
+            return completed_future(generate_jobs(jobs, sampling, engine))
+
+    def _teacher_completions(self, plans: list[WindowPlan]) -> Completions:
+        if self._teacher_engine is None:
+            return [[] for _ in plans]
+        jobs, sampling = [plan.teacher_jobs for plan in plans], sampling_of(self._args)
+        if self._args.use_vllm:  # the teacher generates with transformers even if the student generates with vLLM
+            sampling = replace(sampling, extra=transformers_options(sampling.extra))
+        with (
+            self._ranks.accelerator.autocast(),
+            self._recovery.failing_together(GKDRolloutError, "generating completions"),
+        ):
+            return generate_jobs(jobs, sampling, self._teacher_engine)
 
     def _restore(self, epoch: Epoch, student: CurrentStudent, timer: Timer) -> None:
         states, self._saved = self._saved, []

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gkd_trainer.errors import GKDConfigError, GKDRolloutError
-from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts
+from gkd_trainer.rollouts import HFRollouts, VLLMColocateRollouts, vllm_colocate
 from gkd_trainer.rollouts.vllm_colocate import _stdout_with_descriptor
 from gkd_trainer.types import Sampling
 from tests.models.test_weights import adapted, assert_equal_states, state_of
@@ -521,6 +521,37 @@ def sleepy(engine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: (stand_in.calls.append("free memory"), emptied()))
     monkeypatch.setattr(engine, "_is_asleep", False)
     return stand_in
+
+
+class UnbuiltEngine:
+    """Stands in for a vLLM engine on a GPU, as far as building one goes."""
+
+    def __init__(self, vocab_size=ROWS):
+        self.calls = []
+        config = SimpleNamespace(get_vocab_size=lambda: vocab_size, max_model_len=64)
+        self.llm_engine = SimpleNamespace(model_config=config)
+
+    def sleep(self, level):
+        self.calls.append(f"sleep at level {level}")
+
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """The engine that is built in place of vLLM's, as if there were a GPU."""
+    stand_in = UnbuiltEngine()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vllm_colocate, "_build", lambda options: stand_in)
+    monkeypatch.setattr(vllm_colocate, "_LIVE_ENGINES", set())
+    return stand_in
+
+
+@pytest.mark.parametrize(("config", "level"), [(None, 2), (lora("q_proj"), 1)])
+def test_an_engine_sleeps_from_the_start_until_something_is_generated(unbuilt, model, config, level):
+    model = model if config is None else adapted(model, config)
+    VLLMColocateRollouts(model, [STOP], VOCABULARY, enable_sleep_mode=True)
+    assert unbuilt.calls == [f"sleep at level {level}"]
+    VLLMColocateRollouts(model, [STOP], VOCABULARY)
+    assert len(unbuilt.calls) == 1
 
 
 _SYNC = ["free memory", "wake up weights", "reload_weights", "free memory", "wake up kv_cache"]

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -143,11 +144,33 @@ def test_lambda_moves_with_the_steps(make_queue, epoch_of):
     assert [window.on_policy_samples for window, _ in windows][::2] == [0, 2]
 
 
-def test_an_engine_is_called_without_a_prompt_too_since_others_may_have_some(make_queue, epoch_of):
+def test_an_engine_is_called_without_a_prompt_too_if_another_rank_has_some(make_queue, ranks, epoch_of, monkeypatch):
     engine = Spy()
-    queue = make_queue(engine, lmbda=0.0, seq_kd=True)
+    queue = make_queue(engine, Spy(weight=900), lmbda=0.0, seq_kd=True)
+    monkeypatch.setattr(ranks, "any", lambda flag: flag or not engine.calls)
+    monkeypatch.setattr(queue._recovery, "failing_together", lambda *_: nullcontext())  # the other does not fail
     train(queue, epoch_of(batches_of(1)), [0])
     assert [prompts for prompts, _, _ in engine.calls] == [[]]
+    assert engine.synced == [0]
+
+
+@pytest.mark.parametrize("options", [{}, {"rollout_steps": 2}, OVERLAP])
+def test_no_weights_are_sent_where_the_student_completes_nothing(make_queue, epoch_of, options):
+    engine = Spy()
+    queue = make_queue(engine, Spy(weight=900), lmbda=0.0, seq_kd=True, **options)
+    windows = train(queue, epoch_of(batches_of(4)), range(4))
+    assert weights_of(windows) == [{900}] * 4
+    assert (engine.synced, engine.calls) == ([], [])
+
+
+def test_an_engine_gets_the_current_weights_after_steps_without_its_completions(make_queue, epoch_of):
+    engine = Spy()
+    queue = make_queue(engine, lmbda=0.5, lmbda_granularity="batch")
+    windows = train(queue, epoch_of(batches_of(6)), range(6))
+    on_policy = [step for step, (window, _) in enumerate(windows) if window.generated]
+    assert 0 < len(on_policy) < 6
+    assert engine.synced == on_policy
+    assert [weights_of([windows[step]]) for step in on_policy] == [[{step}] for step in on_policy]
 
 
 @pytest.mark.parametrize("uses_vllm", [False, True])
