@@ -63,7 +63,7 @@ class Fake(FaultyProxy):
                 }
             },
             "/collective_rpc": {"results": [None]},
-            "/reset_prefix_cache": {"success": True},
+            "/reset_prefix_cache?reset_external=true": {"success": True},
             "/update_weight_version": {"success": True},
             "/tokenize": {"tokens": TEXT_IDS, "count": len(TEXT_IDS)},
         }
@@ -129,7 +129,7 @@ USES = {
     "/weight_info": [roll_out, restore],
     "/server_info?config_format=json": [roll_out, send_over_nccl],
     "/collective_rpc": [roll_out],
-    "/reset_prefix_cache": [roll_out, restore],
+    "/reset_prefix_cache?reset_external=true": [roll_out, restore],
     "/update_weight_version": [roll_out, restore],
     "/tokenize": [score],
     "/v1/completions": [roll_out, score],

@@ -143,7 +143,8 @@ class VLLMColocateRollouts(RolloutEngine):
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if self._sends_adapter:
                 self._load_adapter(model)
-            if not self._llm.reset_prefix_cache():
+            # What a KV connector holds outside the GPU too; without a connector, it is nothing.
+            if not self._llm.reset_prefix_cache(reset_connector=True):
                 raise GKDRolloutError(
                     "the vLLM engine kept its cache of older weights, since other requests are running"
                 )
@@ -247,8 +248,9 @@ class VLLMColocateRollouts(RolloutEngine):
         folder = self._folder.path / "adapter"
         shutil.rmtree(folder, ignore_errors=True)
         write_adapter(model, folder)
-        # A new number for each state: cache entries of an older one are never used.
-        self._lora_request = LoRARequest("student", self._synced + 1, str(folder))
+        # A new number and name for each state: the engine loads it, and its cache knows adapters by their names.
+        number = self._synced + 1
+        self._lora_request = LoRARequest(f"student-{number}", number, str(folder))
 
 
 class _TensorParallelGroup:

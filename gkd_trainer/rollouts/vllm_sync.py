@@ -329,8 +329,8 @@ def rename_version(server: VLLMServer, old: str, new: str) -> bool:
 
 
 def forget_cache(server: VLLMServer) -> None:
-    """Make a server drop its prefix cache of older weights."""
-    server.post("/reset_prefix_cache", {}, _require_success)
+    """Make a server drop its prefix cache of older weights, also what a KV connector holds outside the GPU."""
+    server.post("/reset_prefix_cache?reset_external=true", {}, _require_success)
 
 
 def _require_success(answer: Any) -> None:

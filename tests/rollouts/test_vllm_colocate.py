@@ -534,6 +534,13 @@ class UnbuiltEngine:
     def sleep(self, level):
         self.calls.append(f"sleep at level {level}")
 
+    def collective_rpc(self, method, kwargs):
+        self.calls.append(method)
+
+    def reset_prefix_cache(self, **options):
+        self.calls.append(f"reset_prefix_cache {options}")
+        return True
+
 
 @pytest.fixture
 def unbuilt(monkeypatch):
@@ -552,6 +559,28 @@ def test_an_engine_sleeps_from_the_start_until_something_is_generated(unbuilt, m
     assert unbuilt.calls == [f"sleep at level {level}"]
     VLLMColocateRollouts(model, [STOP], VOCABULARY)
     assert len(unbuilt.calls) == 1
+
+
+@pytest.mark.parametrize(("config", "sent"), [(None, 2), (lora("q_proj"), 1)])
+def test_a_sync_drops_the_cache_outside_the_gpu_too(unbuilt, model, monkeypatch, config, sent):
+    model = model if config is None else adapted(model, config)
+    engine = VLLMColocateRollouts(model, [STOP], VOCABULARY)
+    monkeypatch.undo()
+    for _ in range(2):
+        engine.sync(model)
+    assert unbuilt.calls.count("reload_weights") == sent
+    assert unbuilt.calls.count("reset_prefix_cache {'reset_connector': True}") == 2
+
+
+def test_each_state_of_an_adapter_has_its_own_place_in_vllms_cache(unbuilt, model, monkeypatch):
+    """vLLM knows a block of its cache by its tokens and by the name and the folder of the adapter."""
+    model = adapted(model, lora("q_proj"))
+    engine, keys = VLLMColocateRollouts(model, [STOP], VOCABULARY), set()
+    monkeypatch.undo()
+    for _ in range(3):
+        engine.sync(model)
+        keys.add((engine._lora_request.lora_name, engine._lora_request.lora_path))
+    assert len(keys) == 3
 
 
 _SYNC = ["free memory", "wake up weights", "reload_weights", "free memory", "wake up kv_cache"]
@@ -624,6 +653,6 @@ def test_a_refusal_by_vllm_is_an_error_of_ours(engine):
 
 
 def test_a_cache_that_is_kept_is_an_error_of_ours(engine, model, monkeypatch):
-    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda reset_connector: False)
     with pytest.raises(GKDRolloutError, match="kept its cache of older weights"):
         engine.sync(model)

@@ -127,7 +127,7 @@ def test_weights_get_their_name_after_they_were_sent_and_a_new_one_each_time(syn
     sync.send(tiny_model())
     sync.send(tiny_model(seed=1))
     naming = "/update_weight_version"
-    assert fake.paths() == [naming, "/broadcast", "/reset_prefix_cache", "/weight_info", naming] * 2
+    assert fake.paths() == [naming, "/broadcast", "/reset_prefix_cache?reset_external=true", "/weight_info", naming] * 2
     names = [request.json["new_version"] for request in fake.requests if request.path == naming]
     loading, first, _, second = names
     assert loading == f"loading:{first}"
