@@ -13,6 +13,7 @@ from gkd_trainer.config import GKDArguments
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.decoders import has_fixed_start, is_encoder_decoder, start_token_id
 from gkd_trainer.models.loading import base_model
+from gkd_trainer.models.weights import refuse_quantised
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
@@ -113,7 +114,8 @@ def build_student_engine(
         trust_remote_code: Whether an engine in this process may run Python code that comes with the model.
 
     Raises:
-        GKDConfigError: The student can't generate, FSDP 1 hides its weights from vLLM, or the engine refuses an option.
+        GKDConfigError: The student can't generate, its weights can't be sent to vLLM (FSDP 1 hides them, or they are
+            quantised), or the engine refuses an option.
         GKDServerError: A server can't be reached.
     """
     if not args.use_vllm:
@@ -125,6 +127,8 @@ def build_student_engine(
         )
     if args.vllm_mode == "server":
         assert args.vllm_server_base_url is not None  # the options are checked
+        if args.vllm_weight_sync != "adapter":
+            refuse_quantised(student)
         return VLLMServerRollouts(
             args.vllm_server_base_url,
             stop_ids,

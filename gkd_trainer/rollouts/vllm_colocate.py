@@ -119,8 +119,7 @@ class VLLMColocateRollouts(RolloutEngine):
             **(_adapter_options(model) if self._sends_adapter else {}),
             **_distributed_options(tensor_parallel_size),
         }
-        if not self._sends_adapter:
-            refuse_quantised(model)
+        refuse_quantised(model)  # an engine that gets an adapter gets the base model first
         self._llm: Any = _build(options | dict(engine_kwargs or {}))
         _LIVE_ENGINES.add(self)
         padded_size = self._llm.llm_engine.model_config.get_vocab_size()

@@ -100,6 +100,18 @@ def test_a_student_that_can_not_generate_is_refused_if_it_must(options, named):
     assert build_student_engine(GKDArguments(lmbda=0.0), student, **TOKENS)
 
 
+@pytest.mark.parametrize(("sync", "is_refused"), [("auto", True), ("full", True), ("nccl", True), ("adapter", False)])
+def test_a_quantised_student_is_refused_where_servers_would_get_all_its_weights(recorded, tiny_model, sync, is_refused):
+    student = tiny_model()
+    student.is_quantized = True
+    args = GKDArguments(use_vllm=True, vllm_mode="server", vllm_server_base_url=URL, vllm_weight_sync=sync)
+    if is_refused:
+        with pytest.raises(GKDConfigError, match=r"weights are quantised .*or vllm_weight_sync='adapter' with a server"):
+            build_student_engine(args, student, **TOKENS)
+    else:
+        assert build_student_engine(args, student, **TOKENS)
+
+
 @pytest.mark.parametrize("mode", ["server", "colocate"])
 def test_vllm_under_the_first_version_of_fsdp_is_refused(recorded, mode):
     args = GKDArguments(use_vllm=True, vllm_mode=mode, vllm_server_base_url=URL if mode == "server" else None)

@@ -561,6 +561,15 @@ def test_an_engine_sleeps_from_the_start_until_something_is_generated(unbuilt, m
     assert len(unbuilt.calls) == 1
 
 
+@pytest.mark.parametrize("config", [None, lora("q_proj")])
+def test_a_quantised_student_is_refused_before_an_engine_is_built(unbuilt, model, monkeypatch, config):
+    model.is_quantized = True
+    model = model if config is None else adapted(model, config)
+    monkeypatch.setattr(vllm_colocate, "_build", lambda options: pytest.fail("an engine was built"))
+    with pytest.raises(GKDConfigError, match="the student's weights are quantised .*set use_vllm=False"):
+        VLLMColocateRollouts(model, [STOP], VOCABULARY)
+
+
 @pytest.mark.parametrize(("config", "sent"), [(None, 2), (lora("q_proj"), 1)])
 def test_a_sync_drops_the_cache_outside_the_gpu_too(unbuilt, model, monkeypatch, config, sent):
     model = model if config is None else adapted(model, config)
