@@ -31,7 +31,7 @@ from gkd_trainer.models.weights import (
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.media import refuse_media
 from gkd_trainer.rollouts.private_folder import PrivateFolder
-from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
+from gkd_trainer.rollouts.vllm_sampling import check_lengths, excess_of_biases, parse_completion, sampling_fields
 from gkd_trainer.types import Completion, PromptMedia, Sampling
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class VLLMColocateRollouts(RolloutEngine):
         engine_kwargs: Further arguments of `vllm.LLM`.
 
     Raises:
-        GKDConfigError: vLLM is not installed, or an argument has no meaning on this device.
+        GKDConfigError: vLLM is not installed or can't build an engine, the student's weights can't be sent to it, or
+            an argument has no meaning on this device.
     """
 
     def __init__(
@@ -124,6 +125,8 @@ class VLLMColocateRollouts(RolloutEngine):
         _LIVE_ENGINES.add(self)
         padded_size = self._llm.llm_engine.model_config.get_vocab_size()
         self._never_ids = [*sorted(never_sampled), *range(vocab_size, padded_size)]
+        self._limits_biases = bool(getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False))
+        self._check_biases(len(self._never_ids))
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
         if self._sleeps:  # until the student generates something, which may be many steps later
             self._sleep()
@@ -175,6 +178,7 @@ class VLLMColocateRollouts(RolloutEngine):
         jobs = self._ranks.gathered([(list(prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)])
         check_lengths([prompt for prompt, _ in jobs], sampling, self._max_model_length)
         fields = sampling_fields(sampling, self._stop_ids, self._never_ids)
+        self._check_biases(len(fields.get("logit_bias", ())))
         fields["detokenize"] = False
         try:
             SamplingParams(**fields)
@@ -211,6 +215,10 @@ class VLLMColocateRollouts(RolloutEngine):
             self._llm, self._synced = None, 0
             _LIVE_ENGINES.discard(self)
         self._folder.close()
+
+    def _check_biases(self, count: int) -> None:
+        if self._limits_biases and (excess := excess_of_biases(count)):
+            raise GKDConfigError(excess)
 
     def _sleep(self) -> None:
         self._llm.sleep(level=1 if self._sends_adapter or self._keeps_weights else 2)

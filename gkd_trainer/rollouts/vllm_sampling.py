@@ -12,6 +12,11 @@ _NEVER = -100.0
 """The logit bias of tokens that must not be sampled: vLLM's lowest, which scales their probability by e⁻¹⁰⁰."""
 
 
+_MAX_BIASES = 1024
+"""The most that a request may have in vLLM's model runner V2, its default on GPUs (MAX_NUM_LOGIT_BIAS_TOKENS in its
+vllm/v1/worker/gpu/sample/logit_bias.py). More end the engine."""
+
+
 def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], never_ids: Collection[int]) -> dict[str, Any]:
     """Return the fields of vLLM's SamplingParams; its completions endpoint takes them under the same names.
 
@@ -40,6 +45,18 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], never_ids: Coll
         biases = {int(token_id): bias for token_id, bias in (fields.get("logit_bias") or {}).items()}
         fields["logit_bias"] = {**biases, **dict.fromkeys(never_ids, _NEVER)}
     return fields
+
+
+def excess_of_biases(count: int) -> str | None:
+    """Return what to do about more logit biases than vLLM's model runner V2 takes; None if they are not too many."""
+    if count <= _MAX_BIASES:
+        return None
+    return (
+        f"vLLM's model runner V2, its default on GPUs, takes at most {_MAX_BIASES} logit biases per request, but "
+        f"{count} are needed: one for each row of the head that is no token or stands for an image, and those in "
+        "generation_kwargs. Start vLLM with the environment variable VLLM_USE_V2_MODEL_RUNNER=0, cut the student's "
+        "head to its tokens (resize_token_embeddings), or set use_vllm=False"
+    )
 
 
 def transformers_options(extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.media import refuse_media
-from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields
+from gkd_trainer.rollouts.vllm_sampling import check_lengths, excess_of_biases, parse_completion, sampling_fields
 from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
 from gkd_trainer.types import Completion, PromptMedia, Sampling
 from gkd_trainer.vllm_answers import CompletionAnswer, Models
@@ -68,7 +68,7 @@ class VLLMServerRollouts(RolloutEngine):
         ]
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size, self._never_sampled = vocab_size, sorted(never_sampled)
-        self._rank = rank
+        self._rank, self._has_warned = rank, False
         shown = [server.base_url for server in self._servers]
         # Checked before the first contact, which may take long.
         folder = shared_folder(sync_dir, shown) if rank == 0 and weight_sync != "nccl" else None
@@ -110,9 +110,13 @@ class VLLMServerRollouts(RolloutEngine):
         check_lengths(prompts, sampling, self._max_model_length)
         if not prompts:
             return []
-        # Ids that pad the student's head: the server does not say how many it has, and ignores those it lacks.
+        # The server must have as many rows in its head as the student's: vLLM refuses a bias for an id that it lacks.
         never_ids = [*self._never_sampled, *self._sync.padding_ids(self._vocab_size)]
         fields = sampling_fields(sampling, self._stop_ids, never_ids)
+        excess = excess_of_biases(len(fields.get("logit_bias", ())))
+        if excess and not self._has_warned:  # the server does not say which runner it has, and V1 takes any number
+            logger.warning("Unless they use another, the vLLM servers end at the next request: %s.", excess)
+            self._has_warned = True
         fields |= {"return_token_ids": True, "add_special_tokens": False, "stream": False}
 
         def parse(answer: object) -> Completion:

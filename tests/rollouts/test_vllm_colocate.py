@@ -526,10 +526,12 @@ def sleepy(engine, monkeypatch):
 class UnbuiltEngine:
     """Stands in for a vLLM engine on a GPU, as far as building one goes."""
 
-    def __init__(self, vocab_size=ROWS):
-        self.calls = []
-        config = SimpleNamespace(get_vocab_size=lambda: vocab_size, max_model_len=64)
-        self.llm_engine = SimpleNamespace(model_config=config)
+    def __init__(self):
+        self.calls, self.rows = [], ROWS
+        config = SimpleNamespace(get_vocab_size=lambda: self.rows, max_model_len=64)
+        self.llm_engine = SimpleNamespace(
+            model_config=config, vllm_config=SimpleNamespace(use_v2_model_runner=True)
+        )
 
     def sleep(self, level):
         self.calls.append(f"sleep at level {level}")
@@ -559,6 +561,21 @@ def test_an_engine_sleeps_from_the_start_until_something_is_generated(unbuilt, m
     assert unbuilt.calls == [f"sleep at level {level}"]
     VLLMColocateRollouts(model, [STOP], VOCABULARY)
     assert len(unbuilt.calls) == 1
+
+
+def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_refused(unbuilt, model, monkeypatch):
+    """Its worker would raise in the middle of a step, and be lost."""
+    unbuilt.rows = VOCABULARY + 1024 - 2
+    engine = VLLMColocateRollouts(model, [STOP], VOCABULARY, never_sampled={3, 4})
+    unbuilt.rows += 1
+    with pytest.raises(GKDConfigError, match=r"at most 1024 logit biases .*but 1025 .*VLLM_USE_V2_MODEL_RUNNER=0"):
+        VLLMColocateRollouts(model, [STOP], VOCABULARY, never_sampled={3, 4})
+    unbuilt.llm_engine.vllm_config.use_v2_model_runner = False
+    VLLMColocateRollouts(model, [STOP], VOCABULARY, never_sampled={3, 4})
+    monkeypatch.undo()
+    engine.sync(model)
+    with pytest.raises(GKDConfigError, match="but 1025 are needed: .*and those in generation_kwargs"):
+        greedy(engine, extra={"logit_bias": {"5": 1.0}})
 
 
 @pytest.mark.parametrize("config", [None, lora("q_proj")])

@@ -1,14 +1,72 @@
 """The folder of weights for servers, and the servers' versions of them."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.rollouts import VLLMServerRollouts
 from gkd_trainer.rollouts.vllm_sync import FullSync, shared_folder
+from gkd_trainer.types import Sampling
 from gkd_trainer.vllm_client import VLLMServer
+from tests.models.test_weights import adapted
+from tests.serving import Answer, FaultyProxy, status
+
+
+class Fake(FaultyProxy):
+    """A server of a base model that loads and unloads adapters and completes anything with one token."""
+
+    def __init__(self):
+        super().__init__("http://127.0.0.1:9")
+        self.adapters = {}
+        self.next(self._served, times=None)
+
+    def _served(self, request, forward):
+        if request.path == "/v1/models":
+            served = {"base": "/base", **self.adapters}
+            answer = {"data": [{"id": name, "root": root, "max_model_len": 64} for name, root in served.items()]}
+        elif request.path == "/v1/load_lora_adapter":
+            self.adapters[request.json["lora_name"]] = request.json["lora_path"]
+            return Answer(200, b"loaded")
+        elif request.path == "/v1/unload_lora_adapter":
+            self.adapters.pop(request.json["lora_name"], None)
+            return Answer(200, b"unloaded")
+        elif request.json["model"] not in self.adapters:
+            return status(404)(request, forward)
+        else:
+            answer = {"choices": [{"index": 0, "text": "", "token_ids": [2], "finish_reason": "stop"}]}
+        return Answer(200, json.dumps(answer).encode())
+
+
+@pytest.fixture
+def fake():
+    with Fake() as server:
+        yield server
+
+
+@pytest.fixture
+def student(tiny_model):
+    return adapted(tiny_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4))
+
+
+def engine_of(*servers, **options):
+    urls = [server.base_url for server in servers]
+    return VLLMServerRollouts(urls, [2], 360, weight_sync="adapter", server_timeout=2.0, request_timeout=5.0, **options)
+
+
+def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_named_once_before_they_are_sent(fake, student, caplog):
+    engine = engine_of(fake, never_sampled=range(400, 400 + 1024 - 8))  # and 8 rows of padding
+    engine.sync(student)
+    engine.generate([[5, 6]], Sampling(2), [0])
+    assert not caplog.records
+    for _ in range(2):
+        engine.generate([[5, 6]], Sampling(2, extra={"logit_bias": {"5": 1.0}}), [0])
+    assert caplog.text.count("but 1025 are needed") == 1
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in caplog.text
 
 
 @pytest.mark.parametrize("url", ["http://10.1.2.3:8000", "http://gpu-node:8000", "http://[2001:db8::1]:8000"])
