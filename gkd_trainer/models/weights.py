@@ -90,10 +90,17 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
+def config_ties_head(model: nn.Module) -> bool:
+    """Return whether a model built from the model's configuration ties its head to its embeddings."""
+    student: Any = base_model(model)
+    # As transformers ties them: the configuration of a text model inside may lack the option, or say otherwise.
+    return bool(getattr(student.config, "tie_word_embeddings", False))
+
+
 def has_tied_head(model: nn.Module) -> bool:
     """Return whether the head and the embeddings share one weight, adapters on either included."""
     student: Any = base_model(model)
-    if not getattr(student.config.get_text_config(), "tie_word_embeddings", False):
+    if not config_ties_head(model):
         return False
     embeddings, head = student.get_input_embeddings(), student.get_output_embeddings()
     if isinstance(embeddings, _ADAPTED) or isinstance(head, _ADAPTED):

@@ -25,6 +25,7 @@ from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.models.weights import (
     checkpoint_weights,
+    config_ties_head,
     has_tied_head,
     is_plain_lora,
     is_sharded,
@@ -227,8 +228,7 @@ class FullSync(FolderSync):
         is_on_cpu = config.device.device == "cpu"
         overrides = str(config.model.hf_overrides)
         is_untied = "tie_word_embeddings" in overrides and "False" in overrides
-        student: Any = base_model(model)
-        ties = student.config.get_text_config().tie_word_embeddings and not is_untied
+        ties = config_ties_head(model) and not is_untied
         if ties and (is_on_cpu or not has_tied_head(model)):
             reason = (
                 "vLLM's CPU backend keeps a packed copy of a tied head, which new embeddings do not update"

@@ -1,9 +1,9 @@
 """The student's weights in the form of a checkpoint, with adapters merged into copies."""
 
+import contextlib
 import copy
 import json
 import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,12 +22,14 @@ from gkd_trainer.models.loading import base_model
 from gkd_trainer.models.weights import (
     changes_base_weights,
     checkpoint_weights,
+    config_ties_head,
     has_tied_head,
     is_plain_lora,
     load_converted,
     write_adapter,
     write_weights,
 )
+from tests.rollouts.test_mixing_images import IDS, MODELS, TEXT
 
 TIED = {"tie_word_embeddings": True}
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -337,6 +339,19 @@ def test_a_head_is_tied_unless_an_adapter_is_on_either_end(student):
     )
 
 
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_vision_language_models_head_is_tied_as_the_whole_models_config_says(family, is_tied):
+    model_class, config_class, vision = MODELS[family]
+    options = {**IDS, "tie_word_embeddings": is_tied}
+    model = model_class(config_class(text_config=TEXT, vision_config=vision, **options))
+    model.config.get_text_config().tie_word_embeddings = not is_tied
+    assert config_ties_head(model) == has_tied_head(model) == is_tied
+    with contextlib.suppress(AttributeError):  # a class that has the option keeps its default
+        del model.config.get_text_config().tie_word_embeddings
+    assert config_ties_head(model) == has_tied_head(model) == is_tied
+
+
 def test_a_head_that_was_replaced_is_not_tied_whatever_the_config_says(student):
     model = student(**TIED)
     model.lm_head = torch.nn.Linear(32, 368, bias=False)
@@ -448,7 +463,7 @@ def test_a_folder_that_is_there_is_not_overwritten(student, tmp_path):
 def file_limit():
     """Let files have only so many bytes, as on a disk that is full after those."""
 
-    @contextmanager
+    @contextlib.contextmanager
     def limit(size):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gkd_trainer.rollouts.vllm_sync import FullSync, shared_folder
 from gkd_trainer.types import Sampling
 from gkd_trainer.vllm_client import VLLMServer
 from tests.models.test_weights import adapted
+from tests.rollouts.test_mixing_images import IDS, MODELS, TEXT
 from tests.serving import Answer, FaultyProxy, status
 
 
@@ -79,6 +81,20 @@ def test_a_server_that_may_be_elsewhere_needs_a_folder_that_both_see(url, tmp_pa
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:8000", "http://[::1]:8000"])
 def test_a_server_on_this_machine_needs_none(url):
     assert shared_folder(None, [url]).path.parent == Path("/dev/shm")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_server_of_a_vision_language_model_is_asked_whether_its_head_is_stale(family, monkeypatch):
+    monkeypatch.setattr("gkd_trainer.rollouts.vllm_sync.weight_version", lambda server: "default")
+    info = {"device_config": {"device": "cpu"}, "model_config": {"hf_overrides": {}}}
+    model_class, config_class, vision = MODELS[family]
+    for is_tied in (False, True):
+        config = config_class(text_config=TEXT, vision_config=vision, **{**IDS, "tie_word_embeddings": is_tied})
+        server = VLLMServer("http://127.0.0.1:9")
+        monkeypatch.setattr(server, "get", lambda path, parse: parse({"vllm_config": info}))
+        check = pytest.raises(GKDConfigError, match="ties the head to the embeddings") if is_tied else nullcontext()
+        with check:
+            FullSync([server], None)._refuse_stale_head(server, model_class(config))
 
 
 def test_a_rank_that_finds_a_server_unfit_still_takes_part_in_what_the_others_gather(monkeypatch, tmp_path):
