@@ -45,11 +45,18 @@ class PromptMedia:
     """The images of one prompt, for a model's forward.
 
     `inputs` are values of MEDIA_INPUTS as a collator returns them for a batch of only this prompt; `mm_token_type_ids`
-    has one value per token of the prompt, and is None if the model takes none.
+    and `token_type_ids` have one value per token of the prompt, and are None if the collator returns none.
     """
 
     inputs: Mapping[str, Tensor]
     mm_token_type_ids: Tensor | None = None
+    token_type_ids: Tensor | None = None
+
+    @property
+    def per_token(self) -> dict[str, Tensor]:
+        """The values per token, by name."""
+        values = {"mm_token_type_ids": self.mm_token_type_ids, "token_type_ids": self.token_type_ids}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

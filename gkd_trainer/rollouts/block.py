@@ -91,7 +91,8 @@ def _digest(plan: WindowPlan) -> str:
     digest = hashlib.sha256(repr(jobs).encode())
     # Prompts may differ only in their images.
     for job in (*plan.student_jobs, *plan.teacher_jobs):
-        for _, value in sorted(job.media.inputs.items() if job.media is not None else ()):
+        media = {} if job.media is None else {**job.media.inputs, **job.media.per_token}
+        for _, value in sorted(media.items()):
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ Shapes: B batch, L length, T new tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -189,7 +190,7 @@ class HFRollouts(RolloutEngine):
             logits_processor=self._processors(sampling, seeds, batch),
             synced_gpus=self._is_sharded,
             **without_router_logits(self._model),
-            **_media_inputs(media, batch.ids_BL),
+            **_media_inputs(media, batch.ids_BL, inspect.signature(self._model.forward).parameters),
         )
         return [self._completion(row) for row in output_BL[:, batch.n_given :].tolist()]
 
@@ -315,16 +316,18 @@ def _nondeterministic_allowed() -> Iterator[None]:
         torch.use_deterministic_algorithms(was_enabled, warn_only=warns)
 
 
-def _media_inputs(media: list[PromptMedia], ids_BL: Tensor) -> dict[str, Tensor]:
+def _media_inputs(media: list[PromptMedia], ids_BL: Tensor, parameters: Collection[str]) -> dict[str, Tensor]:
     """Return the arguments of a forward for the images of prompts, which are padded on the left in `ids_BL`."""
     if not media:
         return {}
     length = ids_BL.shape[1]
     inputs = joined(media)
-    types = [item.mm_token_type_ids for item in media]
-    if types[0] is not None:
-        padded = [nn.functional.pad(each, (length - len(each), 0)) for each in types if each is not None]
-        inputs["mm_token_type_ids"] = torch.stack(padded)
+    for name in media[0].per_token:
+        # generate refuses what the forward only takes among its **kwargs; tokenizers return token_type_ids unasked.
+        if name == "token_type_ids" and name not in parameters:
+            continue
+        values = [item.per_token[name] for item in media]
+        inputs[name] = torch.stack([nn.functional.pad(each, (length - len(each), 0)) for each in values])
     return {name: value.to(ids_BL.device) for name, value in inputs.items()}
 
 

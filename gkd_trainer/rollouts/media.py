@@ -65,7 +65,14 @@ def media_of(
                 "over. Put images before the last assistant turn"
             )
     layout = _Layout(inputs, counts)
-    return {row: PromptMedia(layout.of(row), _types_of(inputs, row, prompt)) for row, prompt in holding.items()}
+    return {
+        row: PromptMedia(
+            layout.of(row),
+            _by_token("mm_token_type_ids", inputs, row, prompt),
+            _of_prompt("token_type_ids", inputs, row, prompt),
+        )
+        for row, prompt in holding.items()
+    }
 
 
 def require_media_taken(holds_media: bool, takes_media: bool, image_token: int | None) -> None:
@@ -161,8 +168,20 @@ def _cumulated(counts: Sequence[int]) -> list[int]:
     return [sum(counts[: index + 1]) for index in range(len(counts))]
 
 
-def _types_of(inputs: Mapping[str, Any], row: int, prompt: Sequence[int]) -> Tensor | None:
-    types_BL = inputs.get("mm_token_type_ids")
+def _of_prompt(name: str, inputs: Mapping[str, Any], row: int, prompt: Sequence[int]) -> Tensor | None:
+    """Return the values of a prompt with which the row begins; of another, those of equal tokens."""
+    values_BL, mask_BL = inputs.get(name), inputs.get("attention_mask")
+    ids_L = inputs["input_ids"][row]
+    real_L = torch.ones_like(ids_L, dtype=torch.bool) if mask_BL is None else mask_BL[row].bool()
+    if values_BL is None or ids_L[real_L][: len(prompt)].tolist() != list(prompt):
+        return _by_token(name, inputs, row, prompt)
+    values: Tensor = values_BL[row][real_L][: len(prompt)]
+    return values
+
+
+def _by_token(name: str, inputs: Mapping[str, Any], row: int, prompt: Sequence[int]) -> Tensor | None:
+    """Return for each token of a prompt the value of an equal token of the row, else 0."""
+    types_BL = inputs.get(name)
     if types_BL is None:
         return None
     type_of = dict(zip(inputs["input_ids"][row].tolist(), types_BL[row].tolist(), strict=True))

@@ -1,16 +1,19 @@
 """Images are found by their placeholders, and go to the engine with their prompts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, set_seed
 
 from gkd_trainer import GKDDataError
 from gkd_trainer.batch_keys import IGNORE_INDEX
-from gkd_trainer.rollouts.block import Block
+from gkd_trainer.rollouts.block import Block, _digest
 from gkd_trainer.rollouts.hf import HFRollouts
 from gkd_trainer.rollouts.media import joined, media_of, refuse_media, require_media_taken
 from gkd_trainer.rollouts.vllm_colocate import VLLMColocateRollouts
 from gkd_trainer.rollouts.vllm_server import VLLMServerRollouts
-from gkd_trainer.rollouts.window import Draw, plan_window
+from gkd_trainer.rollouts.window import Draw, generate_jobs, plan_window
 from gkd_trainer.types import MediaTokens, PromptMedia, Sampling
 from tests.vision import FAMILIES, IMAGE, make_pair, picture
 
@@ -159,13 +162,113 @@ def test_completions_of_other_images_are_not_resumed():
         }
 
     def windows(plan):
-        from gkd_trainer.rollouts.block import _digest
-
         return [{"step": plan.step, "prompts": _digest(plan)}]
 
     saved = state(plan_of(1.0))
     assert Block.restored(saved, [plan_of(1.0)]) is not None
     assert Block.restored(saved, [plan_of(2.0)]) is None
+
+
+def test_completions_of_other_token_types_are_not_resumed():
+    def digest_of(**types):
+        inputs = [batch_of(pixel_values=torch.ones(4, 3, 2, 2), **types)]
+        draw = Draw(1.0, "sample", seed=0, step=0, rank=0, world_size=1, batch_size=3)
+        return _digest(plan_window(inputs, draw, teacher_generates=False, media_tokens=TOKENS))
+
+    types = batch_of()["input_ids"] == I
+    assert len({digest_of(), digest_of(token_type_ids=types.long()), digest_of(token_type_ids=0 * types.long())}) == 3
+
+
+def test_token_types_are_those_of_the_prompt_at_the_rows_beginning():
+    inputs = batch_of(pixel_values=counted(4, 3, 2, 2))
+    inputs["token_type_ids"] = torch.arange(inputs["input_ids"].numel()).view_as(inputs["input_ids"])
+    media = media_of(inputs, PROMPTS, TOKENS)
+    length = inputs["input_ids"].shape[1]
+    assert media[0].token_type_ids.tolist() == [0, 1, 2, 3]
+    assert media[2].token_type_ids.tolist() == list(range(2 * length, 2 * length + 7))
+    padded_left = {
+        name: torch.cat([value[:, :1] * 0, value], dim=1) if name != "pixel_values" else value
+        for name, value in inputs.items()
+    }
+    assert media_of(padded_left, PROMPTS, TOKENS)[0].token_type_ids.tolist() == [0, 1, 2, 3]
+    of_another = media_of({**inputs, "token_type_ids": (inputs["input_ids"] == I).long()}, {0: [8, I, I, 6]}, TOKENS)
+    assert of_another[0].token_type_ids.tolist() == [0, 1, 1, 0]
+
+
+def tiny_gemma3():
+    """A Gemma 3 whose image tokens attend to one another, if it is told which those are."""
+    set_seed(0)
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "max_position_embeddings": 128,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        mm_tokens_per_image=4,
+        boi_token_index=60,
+        eoi_token_index=61,
+        image_token_index=62,
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_()
+        for name, weight in model.named_parameters():
+            if "language_model" in name and weight.dim() == 2:
+                weight.normal_(0, 0.05 if "embed_tokens" in name else 0.5)
+        model.lm_head.weight.normal_()
+    return model
+
+
+def test_gemma3_completes_images_as_its_training_forward_sees_them():
+    """It learns from `token_type_ids` which tokens are an image's; without them, those attend causally."""
+    model, image = tiny_gemma3(), 62
+    prompts = {0: [2, 5, 60, *[image] * 4, 61, 7, 8], 1: [6, 60, *[image] * 4, 61]}
+    inputs = {**batch_of(prompts), "pixel_values": torch.randn(2, 3, 16, 16)}
+    inputs["token_type_ids"] = (inputs["input_ids"] == image).long()
+    draw = Draw(1.0, "sample", seed=0, step=0, rank=0, world_size=1, batch_size=2)
+    plan = plan_window([inputs], draw, teacher_generates=False, media_tokens=MediaTokens(image=image))
+    engine = HFRollouts([], 0, 60)
+    engine.sync(model)
+    completions = generate_jobs([plan.student_jobs], engine.greedy_sampling(12), engine)
+    [batch] = plan.rolled_out(completions[0], [], 0).batches
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        best, causal = (
+            model(**each).logits[:, :-1, :60].argmax(-1)
+            for each in (batch, {name: value for name, value in batch.items() if name != "token_type_ids"})
+        )
+    trained = labels != X
+    assert torch.equal(best[trained], labels[trained])
+    assert not torch.equal(causal[trained], labels[trained])
+
+
+def test_token_types_that_a_model_does_not_take_are_left_out():
+    pair = make_pair("llava")
+    prompts, inputs = prompts_of(pair)
+    media = media_from(inputs[0])
+    engine = HFRollouts([], 1, len(pair.processor.tokenizer))
+    engine.sync(pair.student)
+    typed = replace(media, token_type_ids=torch.zeros(len(prompts[0]), dtype=torch.long))
+    assert engine.generate(prompts[:1], Sampling(2), [0], media=[typed]) == engine.generate(
+        prompts[:1], Sampling(2), [0], media=[media]
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
