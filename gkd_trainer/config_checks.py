@@ -46,6 +46,7 @@ _REFUSED_GENERATION_KWARGS = {
     ),
     "pad_token_id": "set it in the tokenizer instead",
     "decoder_start_token_id": "set it in the config of the encoder-decoder instead, which also shifts its labels by it",
+    "watermarking_config": "leave it out: transformers would apply it to a token that is already drawn",
     "token_healing": "leave it out: the prompt's tokens stay as they are",
     "use_cache": "leave it out: the cache is always on",
     **dict.fromkeys(

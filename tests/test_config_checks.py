@@ -89,6 +89,7 @@ def test_generation_kwargs_leave_sampling_to_the_options_of_that_name(name):
     [
         ("do_sample", False, "set top_k=1"),
         ("num_beams", 4, "one completion"),
+        ("watermarking_config", {"bias": 2.5}, "already drawn"),
         ("num_return_sequences", 2, "one completion"),
         ("eos_token_id", 5, "the model's generation_config or the tokenizer"),
         ("stop_strings", ["\n"], "set eos_token_id"),

@@ -47,7 +47,6 @@ _READ_THE_PROMPT = frozenset(
         "forced_bos_token_id",
         "no_repeat_ngram_size",
         "sequence_bias",
-        "watermarking_config",
     }
 )
 """Options of transformers whose logits processors take padding for part of the prompt."""
