@@ -26,10 +26,9 @@ class Answer(BaseModel):
 
 
 class ServedModel(Answer):
-    """One entry of /v1/models: a model, or an adapter, whose `root` is its folder."""
+    """One entry of /v1/models: a model, or an adapter."""
 
     id: str
-    root: str | None = None
     max_model_len: _Count | None = None
 
 

@@ -254,7 +254,7 @@ def test_adapters_are_as_long_as_the_model_they_belong_to():
         {"data": [{"id": "base", "max_model_len": 64}, {"id": "lora", "root": "/x", "parent": "base"}]}
     )
     assert models.lengths() == {"base": 64, "lora": 64}
-    assert models.data[1] == ServedModel(id="lora", root="/x")
+    assert models.data[1] == ServedModel(id="lora")
     with pytest.raises(ValueError, match="no model has a max_model_len"):
         Models.parse({"data": [{"id": "base"}]}).lengths()
 

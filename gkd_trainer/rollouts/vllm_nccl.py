@@ -81,8 +81,8 @@ class NCCLSync(WeightSync):
         for _ in range(2 * len(self._servers)):  # the metadata, and the tensors
             gather_weights(model)
 
-    def _forget_version(self) -> None:
-        self._version = None
+    def _note_version(self) -> None:
+        self._version = None  # the servers say it
 
     def close(self) -> None:
         """Do nothing: vLLM's transfer can't be closed."""

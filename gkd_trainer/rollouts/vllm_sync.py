@@ -13,12 +13,13 @@ import secrets
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, final
 from urllib.parse import urlsplit
 
+import torch
 from torch import nn
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError
@@ -67,10 +68,12 @@ class WeightSync(ABC):
 
     @final
     def assist(self, model: nn.Module) -> None:
-        """Take part in `send` on the other ranks; the next `confirmed_version` asks the servers for the new version."""
+        """Take part in `send` on the other ranks."""
         self._note_padded_size(model)
-        self._gather(model)
-        self._forget_version()
+        try:
+            self._gather(model)
+        finally:
+            self._note_version()
 
     @abstractmethod
     def confirmed_version(self, server: VLLMServer) -> str | None:
@@ -101,8 +104,8 @@ class WeightSync(ABC):
         """Take part in gathering the weights for `_send`, if they are sharded over ranks."""
 
     @abstractmethod
-    def _forget_version(self) -> None:
-        """Forget the servers' version: another rank sent new weights."""
+    def _note_version(self) -> None:
+        """Note that rank 0 sent new weights, and their version if it says so."""
 
     @final
     def _note_padded_size(self, model: nn.Module) -> None:
@@ -126,18 +129,20 @@ class FolderSync(WeightSync):
     def _send(self, model: nn.Module) -> None:
         assert self._folder is not None
         self._sent += 1
-        folder = self._folder.path / f"weights-{self._sent:06d}"
-        self._write(model, folder)
-        previous, self._current = self._current, folder
+        folder, previous = self._folder.path / f"weights-{self._sent:06d}", None
         try:
+            self._write(model, folder)
+            previous, self._current = self._current, folder
             call_each(self._servers, self._servers, lambda server, _: self.restore(server))
         finally:
+            _from_rank_0(str(folder))  # after a failure too: the other ranks wait for it
             if previous is not None:
                 shutil.rmtree(previous, ignore_errors=True)
 
     @final
-    def _forget_version(self) -> None:
-        self._current = None
+    def _note_version(self) -> None:
+        folder = _from_rank_0(None)
+        self._current = None if folder is None else Path(folder)
 
     @final
     def close(self) -> None:
@@ -177,17 +182,10 @@ class FullSync(FolderSync):
     def confirmed_version(self, server: VLLMServer) -> str | None:
         """Return the folder that the server loaded last, and the number of that load; None if it is not current."""
         version = weight_version(server)
-        if self._current is None:  # sent by another rank
-            self._current = next(filter(None, (_folder_of(version) for version in self._versions(version))), None)
         return version if self._is_current(version) else None
 
     def _is_current(self, version: str) -> bool:
         return not is_loading(version) and self._current is not None and _folder_of(version) == self._current
-
-    def _versions(self, first: str) -> Iterator[str]:
-        yield first
-        for server in self._servers:
-            yield weight_version(server)
 
     def restore(self, server: VLLMServer) -> None:
         """Make a server load the folder; another rank may do so at the same time."""
@@ -261,14 +259,10 @@ class AdapterSync(FolderSync):
 
     def confirmed_version(self, server: VLLMServer) -> str | None:
         """Return the adapter's name, which no other weights ever have; None if the server does not hold it."""
-        names = {model.id: model.root for model in server.get("/v1/models", Models.parse).data}
-        if self._current is None:  # sent by another rank
-            ours = sorted(name for name, root in names.items() if name.startswith(_ADAPTER) and root)
-            if not ours:
-                return None
-            self._current = Path(str(names[ours[-1]]))
+        if self._current is None:
+            return None
         name = self._name_of(self._current)
-        if name not in names:
+        if name not in {model.id for model in server.get("/v1/models", Models.parse).data}:
             return None
         self.model_name = name
         return name
@@ -296,6 +290,15 @@ class AdapterSync(FolderSync):
     @staticmethod
     def _name_of(folder: Path) -> str:
         return f"{_ADAPTER}{folder.parent.name}-{folder.name}"
+
+
+def _from_rank_0(text: str | None) -> str | None:
+    """Return the text of rank 0; all ranks must call it."""
+    if not torch.distributed.is_initialized():
+        return text
+    said = [text]
+    torch.distributed.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def gather_weights(model: nn.Module) -> None:

@@ -4,6 +4,18 @@ import pytest
 
 
 @pytest.fixture
+def ranks_of_one_process(monkeypatch):
+    """Let syncs in this process hear what the one of rank 0 said last, as if each were another rank's."""
+    said = [None]
+
+    def exchange(text):
+        said.append(said[-1] if text is None else text)
+        return said[-1]
+
+    monkeypatch.setattr("gkd_trainer.rollouts.vllm_sync._from_rank_0", exchange)
+
+
+@pytest.fixture
 def model(tiny_model):
     return tiny_model()
 

@@ -56,6 +56,7 @@ def greedy_of_transformers(model):
     return greedy(engine)
 
 
+@pytest.mark.usefixtures("ranks_of_one_process")
 def test_sending_only_an_adapter_gives_the_adapted_model_after_every_sync_and_a_restart(adapter_server, student):
     engine = VLLMServerRollouts(adapter_server.base_url, [STOP], VOCABULARY, weight_sync="adapter")
     other = VLLMServerRollouts(adapter_server.base_url, [STOP], VOCABULARY, weight_sync="adapter", rank=1)

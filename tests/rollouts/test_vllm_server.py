@@ -29,7 +29,7 @@ from tests.serving import (
     status,
 )
 
-pytestmark = pytest.mark.usefixtures("short_waits")
+pytestmark = pytest.mark.usefixtures("short_waits", "ranks_of_one_process")
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20, 21, 22], [23, 24, 25]]
 

@@ -24,11 +24,23 @@ class Fake(FaultyProxy):
 
     def __init__(self):
         super().__init__("http://127.0.0.1:9")
-        self.adapters = {}
+        self.adapters, self.version = {}, "default"
         self.next(self._served, times=None)
 
+    def restart(self):
+        self.adapters.clear()
+        self.version = "default"
+
     def _served(self, request, forward):
-        if request.path == "/v1/models":
+        if request.path in ("/weight_info", "/update_weight_version"):
+            self.version = (request.json or {}).get("new_version", self.version)
+            answer = {"weight_version": self.version, "success": True}
+        elif request.path.startswith("/server_info"):
+            config = {"device_config": {"device": "cuda"}, "model_config": {"hf_overrides": {}}}
+            answer = {"vllm_config": config}
+        elif request.path in ("/collective_rpc", "/reset_prefix_cache?reset_external=true"):
+            answer = {"results": [None]}
+        elif request.path == "/v1/models":
             served = {"base": "/base", **self.adapters}
             answer = {"data": [{"id": name, "root": root, "max_model_len": 64} for name, root in served.items()]}
         elif request.path == "/v1/load_lora_adapter":
@@ -37,7 +49,7 @@ class Fake(FaultyProxy):
         elif request.path == "/v1/unload_lora_adapter":
             self.adapters.pop(request.json["lora_name"], None)
             return Answer(200, b"unloaded")
-        elif request.json["model"] not in self.adapters:
+        elif request.json["model"] not in {"base": "", **self.adapters}:
             return status(404)(request, forward)
         else:
             answer = {"choices": [{"index": 0, "text": "", "token_ids": [2], "finish_reason": "stop"}]}
@@ -57,7 +69,41 @@ def student(tiny_model):
 
 def engine_of(*servers, **options):
     urls = [server.base_url for server in servers]
-    return VLLMServerRollouts(urls, [2], 360, weight_sync="adapter", server_timeout=2.0, request_timeout=5.0, **options)
+    options = {"weight_sync": "adapter", "server_timeout": 2.0, "request_timeout": 5.0, **options}
+    return VLLMServerRollouts(urls, [2], 360, **options)
+
+
+@pytest.mark.parametrize("weight_sync", ["full", "adapter"])
+def test_a_server_that_restarts_before_another_rank_asks_it_first_gets_the_weights_from_there(
+    fake, student, ranks_of_one_process, weight_sync
+):
+    first, other = (engine_of(fake, weight_sync=weight_sync, rank=rank) for rank in (0, 1))
+    for _ in range(2):
+        first.sync(student)
+        other.sync(student)
+        held = dict(fake.adapters), fake.version.rpartition("#")[0]
+        fake.restart()
+        assert other.generate([[5, 6]], Sampling(2), [0])
+        assert (fake.adapters, fake.version.rpartition("#")[0]) == held
+
+
+@pytest.mark.parametrize("weight_sync", ["full", "adapter"])
+def test_weights_of_another_run_are_not_taken_for_those_of_rank_0(fake, student, ranks_of_one_process, weight_sync):
+    first, other = (engine_of(fake, weight_sync=weight_sync, rank=rank) for rank in (0, 1))
+    first.sync(student)
+    other.sync(student)
+    fake.restart()
+    fake.adapters["gkd-student-z-weights-000009"], fake.version = "/z/weights-000009", "/z/weights-000009#1"
+    [server] = other._servers
+    assert other._sync.confirmed_version(server) is None
+
+
+def test_other_ranks_do_not_wait_for_a_rank_0_that_failed(fake, tiny_model, monkeypatch):
+    said = []
+    monkeypatch.setattr("gkd_trainer.rollouts.vllm_sync._from_rank_0", said.append)
+    with pytest.raises(GKDConfigError, match="needs a student with one plain LoRA adapter"):
+        engine_of(fake).sync(tiny_model())
+    assert len(said) == 1
 
 
 def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_named_once_before_they_are_sent(fake, student, caplog):
