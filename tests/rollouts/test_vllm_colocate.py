@@ -529,9 +529,7 @@ class UnbuiltEngine:
     def __init__(self):
         self.calls, self.rows = [], ROWS
         config = SimpleNamespace(get_vocab_size=lambda: self.rows, max_model_len=64)
-        self.llm_engine = SimpleNamespace(
-            model_config=config, vllm_config=SimpleNamespace(use_v2_model_runner=True)
-        )
+        self.llm_engine = SimpleNamespace(model_config=config, vllm_config=SimpleNamespace(use_v2_model_runner=True))
 
     def sleep(self, level):
         self.calls.append(f"sleep at level {level}")
@@ -574,7 +572,7 @@ def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_refused(unbuilt, model, 
     VLLMColocateRollouts(model, [STOP], VOCABULARY, never_sampled={3, 4})
     monkeypatch.undo()
     engine.sync(model)
-    with pytest.raises(GKDConfigError, match="but 1025 are needed: .*and those in generation_kwargs"):
+    with pytest.raises(GKDConfigError, match=r"but 1025 are needed: .*and those in generation_kwargs"):
         greedy(engine, extra={"logit_bias": {"5": 1.0}})
 
 
@@ -583,7 +581,7 @@ def test_a_quantised_student_is_refused_before_an_engine_is_built(unbuilt, model
     model.is_quantized = True
     model = model if config is None else adapted(model, config)
     monkeypatch.setattr(vllm_colocate, "_build", lambda options: pytest.fail("an engine was built"))
-    with pytest.raises(GKDConfigError, match="the student's weights are quantised .*set use_vllm=False"):
+    with pytest.raises(GKDConfigError, match=r"the student's weights are quantised .*set use_vllm=False"):
         VLLMColocateRollouts(model, [STOP], VOCABULARY)
 
 
@@ -599,7 +597,7 @@ def test_a_sync_drops_the_cache_outside_the_gpu_too(unbuilt, model, monkeypatch,
 
 
 def test_each_state_of_an_adapter_has_its_own_place_in_vllms_cache(unbuilt, model, monkeypatch):
-    """vLLM knows a block of its cache by its tokens and by the name and the folder of the adapter."""
+    """A block of the cache is known by its tokens, and by the name and the folder of the adapter."""
     model = adapted(model, lora("q_proj"))
     engine, keys = VLLMColocateRollouts(model, [STOP], VOCABULARY), set()
     monkeypatch.undo()
