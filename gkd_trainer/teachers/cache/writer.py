@@ -209,7 +209,7 @@ class CacheWriter:
             self._check_head(shared)
         codec = codec_of(manifest, shared)
         rows = [_encoded(sequence, values, codec, manifest.compression) for sequence, values in self._waiting]
-        number = max((int(entry.file[5:10]) for entry in manifest.shards), default=-1) + 1
+        number = max((_number_of(entry) for entry in manifest.shards), default=-1) + 1
         entry = write_shard(self._folder / _SHARD.format(number), rows)
         self._manifest = manifest.model_copy(update={"shards": (*manifest.shards, entry), "is_complete": False})
         write_manifest(self._folder, self._manifest)
@@ -266,6 +266,10 @@ class CacheWriter:
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def _number_of(entry: ShardEntry) -> int:
+    return int(Path(entry.file).stem.removeprefix("rows-"))  # of more than five digits in a large cache
 
 
 def _row(sequence: TokenSequence, payload: bytes) -> Row:

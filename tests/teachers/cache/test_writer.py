@@ -105,6 +105,19 @@ def test_a_cache_made_from_something_else_is_not_continued_and_the_field_is_name
     write(tmp_path, ROWS, source=source(teacher="the same in another folder"))
 
 
+def test_shards_beyond_the_99999th_do_not_overwrite_one_another(tmp_path, monkeypatch):
+    write(tmp_path, ROWS[:1])
+    # As if 99,999 shards came before.
+    monkeypatch.setattr("gkd_trainer.teachers.cache.writer._SHARD", "rows-99998.safetensors")
+    write(tmp_path, ROWS[:2])
+    monkeypatch.undo()
+    for count in (3, 4, 5):
+        write(tmp_path, ROWS[:count])
+    files = [entry.file for entry in read_manifest(tmp_path).shards]
+    assert files[2:] == ["rows-99999.safetensors", "rows-100000.safetensors", "rows-100001.safetensors"]
+    assert_complete(tmp_path, ROWS[:5])
+
+
 def test_another_kind_dtype_or_number_of_top_tokens_is_refused(tmp_path):
     write(tmp_path / "hidden", ROWS[:3])
     with pytest.raises(GKDTeacherError, match="another kind: 'hidden' there, 'topk' now"):
