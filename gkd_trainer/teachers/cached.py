@@ -212,7 +212,7 @@ class CachedTeacher(CompositeTeacher):
             known = manifest.source.vocab_size
             if known is None:  # a server's
                 largest = int(ids_NK.max()) if ids_NK.numel() > 0 else 0
-                known = max(largest, *(self._vocabulary or {}).values()) + 1
+                known = max([largest, *(self._vocabulary or {}).values()]) + 1
             return TopKSignal(to_device(ids_NK, device), to_device(log_p_NK, device), known)
         assert self._head is not None
         dtype: torch.dtype = getattr(torch, manifest.dtype)

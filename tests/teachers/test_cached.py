@@ -175,6 +175,23 @@ def test_a_fallback_other_than_the_cached_teacher_is_refused(live, tmp_path, fie
         opened(folder, live(**options))
 
 
+class Remote(Teacher):
+    """A teacher of a user's, elsewhere, whose weights are unknown; it gives two top tokens."""
+
+    vocab_size, top_k, vocabulary, model, is_local, can_generate = None, 2, None, None, False, False
+
+    def prepare(self, device, tokenizer=None, max_length=None):
+        pass
+
+    def score(self, batch):
+        log_p_NK = torch.full((batch.n_scored, 2), -1.0)
+        return TopKSignal(torch.tensor([[7, 9]]).expand(batch.n_scored, 2), log_p_NK, 10)
+
+
+def test_top_tokens_of_unknown_size_and_vocabulary_count_the_largest_id(tmp_path):
+    assert opened(cached_from(tmp_path, Remote())).score(batch_of(ROWS)).vocab_size == 10
+
+
 def test_a_fallback_that_shares_weights_with_the_student_is_refused(live, tmp_path):
     fallback = live()
     fallback.shares_weights = True
