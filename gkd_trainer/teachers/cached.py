@@ -30,6 +30,7 @@ from gkd_trainer.teachers.cache.format import (
 )
 from gkd_trainer.teachers.cache.kinds import Values, values_of
 from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
+from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
 from gkd_trainer.transfer import to_device
 from gkd_trainer.types import TokenBatch
@@ -193,9 +194,12 @@ class CachedTeacher(CompositeTeacher):
     def _check_fallback(self, fallback: Teacher) -> None:
         source, model = self._manifest.source, fallback.model
         self._require("vocab_size", fallback.vocab_size, source.vocab_size)
+        weights = None if model is None else weights_digest(model)
         if model is not None:
             self._require("dtype", dtype_name(model.dtype), source.dtype)
-            self._require("weights", weights_digest(model), source.weights)
+            self._require("weights", weights, source.weights)
+        if weights is None:  # unknown, so its name counts
+            self._require("teacher", str(describe(fallback).name), source.teacher)
 
     def _require(self, name: str, given: object, cached: object) -> None:
         if given != cached:
@@ -252,6 +256,11 @@ class CachedTeacher(CompositeTeacher):
             f"{len(sequence.targets_P)} of its tokens trained on: add this data to it with `gkd-trainer cache` and the "
             f"options of this run, or set teacher_cache_miss='teacher' (CachedTeacher's fallback){dated}"
         )
+
+
+@describe.register
+def _(teacher: CachedTeacher) -> TeacherDescription:
+    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
 
 
 def _batch_of(sequences: Sequence[TokenSequence], device: torch.device) -> TokenBatch:

@@ -8,7 +8,6 @@ from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import AligningTeacher, Teacher
-from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.context import ContextTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
 from gkd_trainer.teachers.shared import SelfTeacher
@@ -62,11 +61,6 @@ def _(teacher: SeveralTeachers) -> TeacherDescription:
         names |= {", ".join(filter(None, (label, part))): path for part, path in inner.items()}
         urls += described.base_urls
     return TeacherDescription(names, urls, teacher.top_k)
-
-
-@describe.register
-def _(teacher: CachedTeacher) -> TeacherDescription:
-    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
 
 
 @describe.register

@@ -188,6 +188,14 @@ class Remote(Teacher):
         return TopKSignal(torch.tensor([[7, 9]]).expand(batch.n_scored, 2), log_p_NK, 10)
 
 
+def test_a_fallback_of_unknown_weights_must_have_the_cached_teachers_name(tmp_path):
+    folder = cached_from(tmp_path, Remote(), rows=ROWS[:5])
+    assert len(opened(folder, Remote()).score(batch_of(ROWS)).ids_NK) == batch_of(ROWS).n_scored
+    other = type("Elsewhere", (Remote,), {})()
+    with pytest.raises(GKDTeacherError, match="another teacher: 'Remote' there, 'Elsewhere' in this run"):
+        opened(folder, other)
+
+
 def test_top_tokens_of_unknown_size_and_vocabulary_count_the_largest_id(tmp_path):
     assert opened(cached_from(tmp_path, Remote())).score(batch_of(ROWS)).vocab_size == 10
 

@@ -163,7 +163,8 @@ class CacheWriter:
             manifest = read_manifest(self._folder)
             _require_same(self._folder, "kind", manifest.kind, self._kind)
             for name in CacheSource.model_fields:
-                if name != "teacher":  # its name; its weights count
+                # Known weights count, not the name: the same model may be in another folder.
+                if name != "teacher" or self._source.weights is None:
                     _require_same(self._folder, name, getattr(manifest.source, name), getattr(self._source, name))
             check_files(self._folder, manifest)
             self._shared = load_shared(self._folder, manifest)
@@ -289,9 +290,10 @@ def _encoded(sequence: TokenSequence, values: Values, codec: RowCodec, method: c
 
 def _require_same(folder: Path, name: str, cached: object, given: object) -> None:
     if cached != given:
+        unknown = " (its weights are unknown here, so its name counts)" if name == "teacher" else ""
         raise GKDTeacherError(
-            f"the cache in {folder} was made with another {name}: {cached!r} there, {given!r} now. Choose another "
-            "folder, or delete that one"
+            f"the cache in {folder} was made with another {name}{unknown}: {cached!r} there, {given!r} now. Choose "
+            "another folder, or delete that one"
         )
 
 
