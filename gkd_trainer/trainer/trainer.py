@@ -48,7 +48,7 @@ from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher, comparable, refuse_inference_tensors
 from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.teachers.other_tokenizer import vocabulary_modes
-from gkd_trainer.trainer import publishing
+from gkd_trainer.trainer import coverage, publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, require_one_step, save_rollouts
 from gkd_trainer.trainer.construction import (
     Construction,
@@ -199,10 +199,12 @@ class GKDMixin(AnyTrainer):
         self._build_parts(construction.teacher, rollouts, formatting_func)
         if self.train_dataset is not None:
             self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
+        evaluates = self.args.eval_strategy != "no"
         if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._prepared(rows, name) for name, rows in self.eval_dataset.items()}
+            sets = self.eval_dataset.items()
+            self.eval_dataset = {name: self._prepared(rows, name, is_drawn=evaluates) for name, rows in sets}
         elif self.eval_dataset is not None:
-            self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+            self.eval_dataset = self._prepared(self.eval_dataset, "eval", is_drawn=evaluates)
 
     def _build_parts(
         self, teacher: Teacher, rollouts: RolloutEngine | None, formatting_func: Callable[[Any], Any] | None
@@ -267,14 +269,29 @@ class GKDMixin(AnyTrainer):
         if self.args.disable_dropout:
             disable_dropout(model)
 
-    def _prepared(self, dataset: Any, name: str, **use: bool) -> Any:
+    def _prepared(self, dataset: Any, name: str, *, is_drawn: bool = True, **use: bool) -> Any:
         if is_stream(dataset):
             # Each rank reads its own share: Accelerate would concatenate batches of unequal length on one rank.
             self.args.accelerator_config.dispatch_batches = False
             self.accelerator.dataloader_config.dispatch_batches = False
-        if not self._prepares_rows:
-            return dataset
-        return self._preparation.prepared(dataset, name, **use)
+        rows = None
+        if self._prepares_rows:
+            dataset = self._preparation.prepared(dataset, name, **use)
+            is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+            rows = coverage.CollatedRows.of(dataset, self.data_collator, self._columns_drawn, is_quiet=is_quiet)
+        if rows is not None and use.get("is_training"):
+            drawing = ("get_train_dataloader", "_get_train_sampler")
+            has_own_loader = any(getattr(type(self), name) is not getattr(Trainer, name) for name in drawing)
+            is_drawn = not has_own_loader and coverage.trains_on_all(self.args, len(rows))
+        coverage.check_rows(self.teacher, rows, name, are_all_drawn=is_drawn)
+        return dataset
+
+    def _columns_drawn(self) -> list[str] | None:
+        """Return the columns of rows that the collator gets; None for all."""
+        if not self.args.remove_unused_columns:
+            return None
+        self._set_signature_columns_if_needed()
+        return list(self._signature_columns or ())
 
     generalized_jsd_loss = staticmethod(trl_generalized_jsd_loss)
     generate_on_policy_outputs = staticmethod(generate_on_policy_outputs)

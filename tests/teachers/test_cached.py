@@ -11,7 +11,8 @@ from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import HiddenSignal, TopKSignal
 from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, OtherTokenizerTeacher
 from gkd_trainer.teachers.base import Teacher, all_teachers
-from gkd_trainer.teachers.cache import CacheWriter, source_of
+from gkd_trainer.teachers.cache import CacheWriter, read_manifest, source_of
+from gkd_trainer.teachers.cache.format import write_manifest
 from gkd_trainer.types import TokenBatch
 from tests.teachers.cache.rows import batch_of, cut, make_rows
 
@@ -125,6 +126,39 @@ def test_a_missing_row_under_a_template_that_writes_the_date_names_that_cause(li
     cached = opened(cached_from(tmp_path, live()), tokenizer=dated)
     with pytest.raises(GKDDataError, match=r"The chat template writes today's date.*cache them with a fixed date"):
         cached.score(batch_of([([40, 41, 42, 43], [-100, -100, 42, 43])]))
+
+
+def numbered(rows):
+    return [(number, batch_of([row])) for number, row in enumerate(rows)]
+
+
+def test_rows_that_are_not_in_the_cache_are_counted_before_any_is_drawn(live, tmp_path):
+    cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]))
+    cached.check_rows(numbered(ROWS[:7]), "train")
+    missing = rf"train: 2 of 6 rows are not in the cache in {tmp_path}.*; the first is row 3: {len(ROWS[8][0])} tokens"
+    with pytest.raises(GKDDataError, match=missing):
+        cached.check_rows(numbered([ROWS[4], ROWS[5], ROWS[6], ROWS[8], ROWS[0], ROWS[9]]), "train")
+
+
+def test_rows_that_the_fallback_will_score_are_counted_in_the_log(live, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]), live())
+    cached.check_rows(numbered(ROWS[5:]), "train")
+    assert f"train: 3 of 5 rows are not in the cache in {tmp_path}: the teacher scores them." in caplog.text
+
+
+def test_an_incomplete_cache_serves_what_it_has_if_the_rows_can_be_looked_up(live, tmp_path, caplog):
+    manifest = read_manifest(cached_from(tmp_path, live(), rows=ROWS[:7]))
+    write_manifest(tmp_path, manifest.model_copy(update={"is_complete": False}))
+    cached = opened(tmp_path)
+    assert f"The cache in {tmp_path} is not complete: it holds 7 rows so far." in caplog.text
+    cached.check_rows(numbered(ROWS[:7]), "train")
+    assert cached.score(batch_of(ROWS[:7])).hidden_NH.shape[0] == batch_of(ROWS[:7]).n_scored
+    with pytest.raises(GKDDataError, match=r"3 of 10 rows .* is not complete: it holds 7 rows so far\. Add this data"):
+        cached.check_rows(numbered(ROWS), "train")
+    with pytest.raises(GKDTeacherError, match=r"not complete.*, and the rows of train can't be looked up before"):
+        cached.check_rows(None, "train")
+    opened(tmp_path, live()).check_rows(None, "train")
 
 
 def test_a_fallback_scores_only_the_rows_that_the_cache_lacks(live, tmp_path):

@@ -108,7 +108,9 @@ def test_a_cache_made_from_something_else_is_not_continued_and_the_field_is_name
 def test_a_teacher_of_unknown_weights_continues_its_cache_only_under_its_name(tmp_path):
     served = {"weights": None, "vocab_size": None}
     write(tmp_path, ROWS[:3], kind="topk", source=source(teacher="a 72B model", **served))
-    other = r"another teacher \(its weights are unknown here, so its name counts\): 'a 72B model' there, 'a 7B model' now"
+    other = (
+        r"another teacher \(its weights are unknown here, so its name counts\): 'a 72B model' there, 'a 7B model' now"
+    )
     with pytest.raises(GKDTeacherError, match=other):
         CacheWriter(tmp_path, source(teacher="a 7B model", **served), kind="topk")
     write(tmp_path, ROWS, kind="topk", source=source(teacher="a 72B model", **served))
