@@ -263,3 +263,11 @@ def test_unread_fields_are_not_checked():
     assert WeightInfo.parse({"weight_version": "a", "more": [1]}).weight_version == "a"
     info = {"vllm_config": {"device_config": {"device": None}, "model_config": {"hf_overrides": "x"}, "other": 1}}
     assert ServerInfo.parse(info).vllm_config.weight_transfer is None
+
+
+def test_a_served_teachers_witness_is_what_it_answered_at_first(fake):
+    teacher = VLLMServerTeacher(fake.base_url, top_k=K, **OPTIONS)
+    assert teacher.witness is None
+    teacher.prepare(torch.device("cpu"), Tokenizer())
+    assert teacher.witness.token_ids == TEXT_IDS
+    assert teacher.witness.scores.ids_PK.tolist() == [[300, 301, 302]] * 2

@@ -22,9 +22,12 @@ from gkd_trainer.models.prompts import writes_date
 from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.cache.format import (
+    CacheSource,
     Manifest,
+    StoredWitness,
     dtype_name,
     read_manifest,
+    refuse_another_served,
     template_digest,
     weights_digest,
 )
@@ -247,8 +250,12 @@ class CachedTeacher(CompositeTeacher):
         if model is not None:
             self._require("dtype", dtype_name(model.dtype), source.dtype)
             self._require("weights", weights, source.weights)
-        if weights is None:  # unknown, so its name counts
-            self._require("teacher", str(describe(fallback).name), source.teacher)
+        if weights is None:  # unknown, so its name counts, and what it says
+            name = str(describe(fallback).name)
+            self._require("teacher", name, source.teacher)
+            refuse_another_served(
+                self._folder, source, CacheSource(teacher=name, witness=StoredWitness.of(fallback.witness))
+            )
 
     def _require(self, name: str, given: object, cached: object) -> None:
         if given != cached:

@@ -48,6 +48,14 @@ class TopScores:
         return TopScores(self.ids_PK[:count], self.log_p_PK[:count])
 
 
+@dataclass(frozen=True)
+class Witness:
+    """A fixed text in tokens, and a teacher's scores of it, by which it is recognised if its weights are unknown."""
+
+    token_ids: list[int]
+    scores: TopScores
+
+
 def fully_scored(token_ids: list[int]) -> TokenSequence:
     """Return a sequence that is scored at every token except its first."""
     return TokenSequence(token_ids, np.arange(1, len(token_ids)))

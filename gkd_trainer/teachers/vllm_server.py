@@ -19,6 +19,7 @@ from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.prompt_scores import (
     TokenSequence,
     TopScores,
+    Witness,
     fully_scored,
     parse_scores,
     sequences_of,
@@ -184,6 +185,8 @@ class VLLMServerTeacher(Teacher):
             seen = scores.first(len(probe.witness.targets_P))
             self._record = self._record or seen
             self._servers.check_same(server, total_variation(self._record, seen))
+        assert self._record is not None  # there is a server
+        self.witness = Witness(probe.witness.token_ids, self._record)
         self._local_copy = None
 
     def _body(self, server: VLLMServer, sequences: Sequence[TokenSequence]) -> dict[str, Any]:

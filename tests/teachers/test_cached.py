@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, OtherTokenizerTea
 from gkd_trainer.teachers.base import Teacher, all_teachers
 from gkd_trainer.teachers.cache import CacheWriter, read_manifest, source_of
 from gkd_trainer.teachers.cache.format import write_manifest
+from gkd_trainer.teachers.prompt_scores import TopScores, Witness
 from gkd_trainer.types import TokenBatch
 from tests.teachers.cache.rows import batch_of, cut, make_rows
 
@@ -214,8 +216,12 @@ class Remote(Teacher):
 
     vocab_size, top_k, vocabulary, model, is_local, can_generate = None, 2, None, None, False, False
 
+    def __init__(self, shares=(0.6, 0.3)):
+        self.shares = shares
+
     def prepare(self, device, tokenizer=None, max_length=None):
-        pass
+        ids_PK = np.array([[7, 9], [7, 9]])
+        self.witness = Witness([4, 5, 6], TopScores(ids_PK, np.log([self.shares, self.shares])))
 
     def score(self, batch):
         log_p_NK = torch.full((batch.n_scored, 2), -1.0)
@@ -228,6 +234,16 @@ def test_a_fallback_of_unknown_weights_must_have_the_cached_teachers_name(tmp_pa
     other = type("Elsewhere", (Remote,), {})()
     with pytest.raises(GKDTeacherError, match="another teacher: 'Remote' there, 'Elsewhere' in this run"):
         opened(folder, other)
+
+
+def test_a_served_fallback_that_answers_otherwise_than_the_cached_model_is_refused(tmp_path):
+    folder = cached_from(tmp_path, Remote(), rows=ROWS[:5])
+    opened(folder, Remote((0.55, 0.33)))
+    with pytest.raises(GKDTeacherError, match=r"another model: the scores that 'Remote' now gives .* differ by 0\.75"):
+        opened(folder, Remote((0.1, 0.05)))
+    with pytest.raises(GKDTeacherError, match="another model: the scores that 'Remote' now gives a fixed text"):
+        cached_from(tmp_path, Remote((0.1, 0.05)))
+    cached_from(tmp_path, Remote((0.6, 0.29)))
 
 
 def test_top_tokens_of_unknown_size_and_vocabulary_count_the_largest_id(tmp_path):

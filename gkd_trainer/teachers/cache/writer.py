@@ -29,6 +29,7 @@ from gkd_trainer.teachers.cache.format import (
     ShardEntry,
     file_digest,
     read_manifest,
+    refuse_another_served,
     tensor_digest,
     write_aside,
     write_manifest,
@@ -162,10 +163,12 @@ class CacheWriter:
         else:
             manifest = read_manifest(self._folder)
             _require_same(self._folder, "kind", manifest.kind, self._kind)
+            # Known weights count, not the name: the same model may be in another folder.
+            apart = {"witness"} if self._source.weights is None else {"witness", "teacher"}
             for name in CacheSource.model_fields:
-                # Known weights count, not the name: the same model may be in another folder.
-                if name != "teacher" or self._source.weights is None:
+                if name not in apart:
                     _require_same(self._folder, name, getattr(manifest.source, name), getattr(self._source, name))
+            refuse_another_served(self._folder, manifest.source, self._source)
             check_files(self._folder, manifest)
             self._shared = load_shared(self._folder, manifest)
             intact = tuple(entry for entry in manifest.shards if self._is_intact(entry))
