@@ -280,8 +280,8 @@ class GKDMixin(AnyTrainer):
             is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
             rows = coverage.CollatedRows.of(dataset, self.data_collator, self._columns_drawn, is_quiet=is_quiet)
         if rows is not None and use.get("is_training"):
-            drawing = ("get_train_dataloader", "_get_train_sampler")
-            has_own_loader = any(getattr(type(self), name) is not getattr(Trainer, name) for name in drawing)
+            names, own = ("get_train_dataloader", "_get_train_sampler"), type(self)
+            has_own_loader = any(getattr(own, name, None) is not getattr(Trainer, name, None) for name in names)
             is_drawn = not has_own_loader and coverage.trains_on_all(self.args, len(rows))
         coverage.check_rows(self.teacher, rows, name, are_all_drawn=is_drawn)
         return dataset
