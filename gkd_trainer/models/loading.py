@@ -251,6 +251,13 @@ def media_tokens(model: nn.Module) -> MediaTokens:
     return MediaTokens(token("image"), token("video"), token("audio"))
 
 
+def reads_images(model: nn.Module) -> bool:
+    """Return whether a model is a vision-language model, as AutoModelForImageTextToText loads them."""
+    inner = base_model(model)
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(getattr(inner, "config", None)), None)
+    return isinstance(kind, type) and isinstance(inner, kind)
+
+
 def refuse_unread_media(model: nn.Module, model_inputs: Mapping[str, Any], role: str) -> None:
     """Raise GKDDataError for a batch with images or other media that a model's forward does not take.
 

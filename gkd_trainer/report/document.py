@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.utils import htmlsafe_json_dumps
@@ -16,6 +16,14 @@ MAX_MAP_BYTES = 4_000_000
 
 _ENOUGH_ENTRIES = 20
 """If fewer log entries fit, each is shown with fewer completions."""
+
+_IN_MODE = {
+    "matched": "{} over matched tokens",
+    "next_byte": "{} over the next byte",
+    "uld": "ULD",
+    "gold": "{} and ULD (GOLD)",
+}
+"""The divergence from a teacher with another tokenizer, by the mode in which it is compared."""
 
 
 def run_page(runs: Sequence[Run]) -> str:
@@ -43,10 +51,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         options = run.facts.options
         last = options.get("lmbda_end") if options.get("lmbda_schedule") == "linear" else None
         facts.append(("λ", f"{options.get('lmbda')}" + ("" if last is None else f" to {last}")))
-        divergence = str(options.get("divergence"))
-        facts.append(("divergence", f"JSD, β {options.get('beta')}" if divergence == "jsd" else divergence))
+        facts.append(("divergence", _divergence(options)))
     steps = f"{run.last_step}" + ("" if run.max_steps in (None, run.last_step) else f" of {run.max_steps}")
     return [*facts, ("steps", steps)]
+
+
+def _divergence(options: Mapping[str, Any]) -> str:
+    name = str(options.get("divergence"))
+    name = f"JSD, β {options.get('beta')}" if name == "jsd" else name
+    modes = options.get("vocabulary_modes") or [None]
+    return "; ".join(_IN_MODE.get(mode, "{}").format(name) for mode in modes)
 
 
 def _entries(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -48,6 +48,23 @@ def test_a_page_has_the_unit_of_its_runs_divergence(tmp_path):
     assert "nats" not in re.sub(r"<script>.*?</script>", "", run_page([other]), flags=re.DOTALL)
 
 
+@pytest.mark.parametrize(
+    ("modes", "shown"),
+    [
+        ([], "JSD, β 0.5"),
+        (["matched"], "JSD, β 0.5 over matched tokens"),
+        (["next_byte"], "JSD, β 0.5 over the next byte"),
+        (["uld"], "ULD"),
+        (["gold"], "JSD, β 0.5 and ULD (GOLD)"),
+        (["of a later version"], "JSD, β 0.5"),
+    ],
+)
+def test_the_top_of_a_page_says_how_another_vocabulary_was_compared(tmp_path, modes, shown):
+    facts = replace(FACTS, options={**FACTS.options, "vocabulary_modes": modes})
+    page = run_page([replace(reported(tmp_path, [record(1)]), facts=facts)])
+    assert f"<dt>divergence</dt><dd>{shown}</dd>" in page
+
+
 def test_a_log_alone_is_enough(tmp_path):
     write_state(tmp_path / "trainer_state.json", (10, 40), divergence_off_policy=0.5)
     page = run_page([read_run(tmp_path)])
