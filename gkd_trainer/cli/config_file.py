@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from gkd_trainer.cli.parser import ALIASES, names_of, parse_known, with_suggestions
+from gkd_trainer.cli.parser import ALIASES, expanded, names_of, parse_known, with_suggestions
 from gkd_trainer.redaction import redacted
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def parse_with_config(
     # Not trl.TrlParser: it takes a file's values as defaults, unchecked, and raises ValueError for unknown ones.
     finder = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
-    path = finder.parse_known_args(arguments)[0].config
+    path = expanded(finder.parse_known_args(arguments)[0].config)
     from_file = [] if path is None else _arguments_of_file(parser, hints, path)
     return parse_known(parser, [*from_file, *arguments], names_of(hints))
 
