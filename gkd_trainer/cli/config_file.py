@@ -56,7 +56,7 @@ def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path:
         elif _takes(hints[name], value):
             parser.set_defaults(**{name: value})
         else:
-            parser.error(f"{path}: {name} can't be {redacted(value, name)!r}")
+            parser.error(f"{path}: {_refusal(name, hints[name], value, parser.get_default(name))}")
     return arguments
 
 
@@ -116,4 +116,17 @@ def _text_and_value(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[str | Non
 
 
 def _takes(hint: Any, value: object) -> bool:
-    return type(value) in {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    return type(value) in _kinds(hint)
+
+
+def _kinds(hint: Any) -> set[Any]:
+    return {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+
+
+def _refusal(name: str, hint: Any, value: object, default: object) -> str:
+    """Return what an option takes that can't have a value; the value may be a secret."""
+    if value is None:
+        return f"{name} can't be unset; leave the line out for its default ({default})"
+    taken = [text for kind, text in ((list, "a list"), (dict, "a mapping")) if kind in _kinds(hint)]
+    came = f"a list of {len(value)}" if isinstance(value, list) else "a mapping"
+    return f"{name} takes {' or '.join(taken or ['one value'])}; got {came}"
