@@ -117,7 +117,7 @@ $(VENV)/installed-browser: | $(VENV)/installed
 	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	touch $@
 
-# Playwright would download its own browsers; Chromium from the system's packages does as well.
+# Playwright would download its own browsers; Chromium from the system's packages works just as well.
 test-browser: $(VENV)/installed-browser ## Open reports in Chromium, which apt installs if it is missing.
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }

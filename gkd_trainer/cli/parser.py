@@ -62,7 +62,7 @@ def build_parser(
         prog=prog,
         usage=usage,
         description=description,
-        epilog=f"{_SPELLING} none unsets a number that may be unset.",
+        epilog=f"{_SPELLING} Numeric options that may be unset also take `none`.",
         formatter_class=_Help,
         allow_abbrev=False,  # a misspelt option must not match another
     )
