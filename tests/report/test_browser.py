@@ -260,6 +260,18 @@ def test_all_text_has_enough_contrast(opened, tmp_path):
     assert [each for each in found if each[1] < 4.5] == []
 
 
+def test_colours_are_printed_and_survive_high_contrast(opened, tmp_path):
+    page = opened("report", report(tmp_path))
+    for coloured in (page.locator("#maps .t.h9").first, page.locator(".ramp i").last):
+        assert coloured.evaluate("element => getComputedStyle(element).printColorAdjust") == "exact"
+        colours = []
+        for forced in ("none", "active"):
+            page.emulate_media(forced_colors=forced)
+            colours.append(coloured.evaluate("element => getComputedStyle(element).backgroundColor"))
+        assert colours[0] == colours[1]
+        page.emulate_media(forced_colors="none")
+
+
 def test_a_comparison_shows_students_side_by_side(opened):
     page = opened("compare", comparison_page(STUDENTS, "teacher", 3))
     assert page.locator("[data-side] .map").count() == 6
