@@ -257,7 +257,8 @@ def media_tokens(model: nn.Module) -> MediaTokens:
 def reads_images(model: nn.Module) -> bool:
     """Return whether a model is a vision-language model, as AutoModelForImageTextToText loads them."""
     inner = base_model(model)
-    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(getattr(inner, "config", None)), None)
+    config: Any = getattr(inner, "config", None)
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     return isinstance(kind, type) and isinstance(inner, kind)
 
 

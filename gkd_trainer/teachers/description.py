@@ -22,8 +22,8 @@ from gkd_trainer.teachers.weighted import WeightedTeachers
 class TeacherDescription:
     """A teacher's name or folder, the URLs of its servers, if any, and how many top tokens it gives (None: all).
 
-    Several teachers have one name or folder each, by the label under which a reader knows them. `vocabulary_mode` is how
-    a teacher with another tokenizer is compared (one of MODES).
+    Several teachers have one name or folder each, by the label under which a reader knows them. `vocabulary_mode` is
+    how a teacher with another tokenizer is compared (one of MODES).
     """
 
     name: str | Mapping[str, str]

@@ -77,7 +77,7 @@ def test_options_are_shown_as_they_are(config, name, start):
         ("matched", 8, "generalised Jensen-Shannon divergence", "the teacher's 8 most probable that the student has"),
         ("next_byte", None, "generalised Jensen-Shannon divergence", "all, by their first byte"),
         ("gold", None, "generalised Jensen-Shannon divergence, and the sum of the differences", "those with the same"),
-        ("uld", None, "sum of the differences between sorted probabilities (ULD)", "all, by their sorted probabilities"),
+        ("uld", None, "sum of the differences between sorted probabilities (ULD)", "all, by their sorted"),
     ],
 )
 def test_a_teacher_with_another_tokenizer_is_shown_as_it_was_compared(mode, top_k, divergence, compared):
