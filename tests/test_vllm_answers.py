@@ -254,9 +254,26 @@ def test_adapters_are_as_long_as_the_model_they_belong_to():
         {"data": [{"id": "base", "max_model_len": 64}, {"id": "lora", "root": "/x", "parent": "base"}]}
     )
     assert models.lengths() == {"base": 64, "lora": 64}
-    assert models.data[1] == ServedModel(id="lora", root="/x")
+    assert models.data[1] == ServedModel(id="lora", root="/x", parent="base")
     with pytest.raises(ValueError, match="no model has a max_model_len"):
         Models.parse({"data": [{"id": "base"}]}).lengths()
+
+
+@pytest.mark.parametrize(
+    ("further", "is_one"),
+    [
+        ([], True),
+        ([{"id": "alias", "root": "/base"}], True),
+        ([{"id": "lora", "root": "/x", "parent": "base"}], False),
+        ([{"id": "lora", "root": "/base", "parent": "base"}], False),
+        ([{"id": "other", "root": "/other"}], False),
+        ([{"id": "other"}], False),
+    ],
+)
+def test_several_names_of_one_model_are_told_from_several_models(further, is_one):
+    assert Models.parse({"data": [{"id": "base", "root": "/base"}, *further]}).is_one_model() is is_one
+    if further:
+        assert not Models.parse({"data": [{"id": "base"}, {"id": "other"}]}).is_one_model()
 
 
 def test_unread_fields_are_not_checked():

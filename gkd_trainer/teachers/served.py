@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ class TeacherServers:
 
     Args:
         base_url: The URL of a server, or of several.
-        model: The name under which the model is served; None for the first that each server lists.
+        model: The name under which the model is served; None for the only model that each server lists.
         api_token: The key that the servers were started with, if any.
         server_timeout: Seconds to keep trying to reach a server.
         request_timeout: Seconds within which one request must be answered in full.
@@ -102,7 +102,9 @@ class TeacherServers:
     @property
     def model_name(self) -> str | None:
         """The name under which the model is served; None if not given and before `first_contact`."""
-        return self._model_name or next((served.name for served in self._served.values()), None)
+        if self._model_name is not None:
+            return self._model_name
+        return next((served.name for served in self._served.values()), None)
 
     @property
     def longest_sequence(self) -> int | None:
@@ -236,14 +238,21 @@ class TeacherServers:
                 )
 
     def _find_model(self, server: VLLMServer) -> _Served:
-        models = server.get("/v1/models", lambda answer: Models.parse(answer).lengths())
-        name = self._model_name or next(iter(models))
-        if name not in models:
+        lengths, is_one_model = server.get("/v1/models", _names_and_lengths)
+        served = f"the vLLM server at {server.base_url} serves {', '.join(map(repr, lengths))}"
+        name = self._model_name
+        if name is None and not is_one_model:
             raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} serves {', '.join(map(repr, models))}, but the teacher is "
-                f"{name!r}: pass one of those as model, or start the server with --served-model-name {name}"
+                f"{served}, which are not names of one model: pass the teacher's as model (teacher_server_model)"
             )
-        return _Served(name, models[name])
+        if name is None:
+            name = next(iter(lengths))
+        if name not in lengths:
+            raise GKDTeacherError(
+                f"{served}, but the teacher is {name!r}: pass one of those as model (teacher_server_model), or start "
+                f"the server with --served-model-name {name}"
+            )
+        return _Served(name, lengths[name])
 
 
 @dataclass(frozen=True)
@@ -252,6 +261,11 @@ class _Served:
 
     name: str
     max_model_len: int
+
+
+def _names_and_lengths(answer: Any) -> tuple[dict[str, int], bool]:
+    models = Models.parse(answer)
+    return models.lengths(), models.is_one_model()
 
 
 def _some(ids: Sequence[int], start: int, count: int = 5) -> str:

@@ -54,7 +54,8 @@ class VLLMServerTeacher(Teacher):
             and each scores its share of a batch.
         top_k: How many tokens of each distribution to ask for. vLLM gives up to 20 unless it was started with a
             larger `--max-logprobs`.
-        model: The name under which the model is served; by default the first that the server lists.
+        model: The name under which the model is served, such as that of a LoRA adapter; by default the only model that
+            the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
         server_timeout: Seconds to keep trying to reach a server.
         request_timeout: Seconds within which one request must be answered in full.

@@ -45,6 +45,30 @@ def test_the_name_is_the_given_one_or_the_first_that_is_listed(listed, tokenizer
     assert servers_of(NEVER, model="small").model_name == "small"
 
 
+ADAPTED = b"""{"data": [{"id": "base", "root": "/base", "parent": null, "max_model_len": 20},
+{"id": "alias", "root": "/base", "parent": null, "max_model_len": 20}%s]}"""
+ADAPTER = b', {"id": "tuned", "root": "/adapter", "parent": "base"}'
+
+
+def test_an_adapter_is_taken_by_its_name_and_none_is_chosen_without_one(tokenizer):
+    with FaultyProxy(NEVER) as server:
+        server.next(status(200, ADAPTED % ADAPTER), times=None)
+        servers = servers_of(server.base_url, model="tuned")
+        servers.first_contact(tokenizer, None)
+        assert [servers.name_at(each) for each in servers] == ["tuned"]
+        message = "serves 'base', 'alias', 'tuned', which are not names of one model: .*teacher_server_model"
+        with pytest.raises(GKDTeacherError, match=message):
+            servers_of(server.base_url).first_contact(tokenizer, None)
+
+
+def test_of_several_names_of_one_model_the_first_is_taken(tokenizer):
+    with FaultyProxy(NEVER) as server:
+        server.next(status(200, ADAPTED % b""), times=None)
+        servers = servers_of(server.base_url)
+        servers.first_contact(tokenizer, None)
+        assert servers.model_name == "base"
+
+
 def test_the_probe_fits_the_shortest_context_and_the_witness_is_its_beginning(listed, tokenizer):
     probe = servers_of(listed).first_contact(tokenizer, None)
     assert probe.token_ids == tokenizer(probe.text, add_special_tokens=False)["input_ids"]
