@@ -129,6 +129,8 @@ class TeacherServers:
             )
         self._served = {server: self._find_model(server) for server in self._servers}
         self._refuse_longer(max_length or 0)
+        # Ranks work in step: from the same server on, small batches would all go to the same few.
+        self._turn = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         text = _PROBE + "".join(tokenizer.all_special_tokens)
         token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = min(served.max_model_len for served in self._served.values()) - 2

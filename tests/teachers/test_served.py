@@ -109,6 +109,17 @@ def test_the_servers_take_turns_over_batches(listed, tokenizer):
         assert sorted(asked) == sorted(expected)
 
 
+def test_the_ranks_begin_with_different_servers(listed, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    asked = []
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        servers = servers_of(listed)
+        servers.first_contact(tokenizer, None)
+        servers.score_each([fully_scored([5, 6])], lambda server, group: [asked.append(server.base_url)])
+    assert asked == [*listed, *listed]
+
+
 def test_a_distance_that_is_not_a_number_passes_no_check(listed, tokenizer):
     servers = servers_of(listed)
     servers.first_contact(tokenizer, None)
