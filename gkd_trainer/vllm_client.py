@@ -33,8 +33,8 @@ _CALLS_AT_ONCE = 256
 _WRONG_ANSWERS = 4
 """How often to ask a server that answers wrongly; one that can't be reached is tried until its time-out."""
 
-_NOT_THERE = (502, 503, 504)
-"""Statuses that gateways return while the server behind them restarts."""
+_NOT_THERE = (408, 425, 429, 502, 503, 504)
+"""Statuses that gateways return while the server behind them restarts or has too many requests."""
 
 _TLS_MISMATCHES = ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY_FAILED")
 """TLS failures that no retry helps: no TLS at all, or a certificate that is not trusted."""
@@ -68,6 +68,8 @@ class VLLMServer:
         server_timeout: Seconds to keep trying to reach a server, such as one that is restarting.
         request_timeout: Seconds within which one request must be answered in full, from connecting to the last byte;
             looking up the host's name does not count.
+
+    A server that asks for a pause (`Retry-After` in seconds, as with status 429) gets it, within `server_timeout`.
 
     A call ends within `server_timeout` + `request_timeout` seconds and a pause, with an answer or GKDServerError: the
     last attempt begins within the first time and ends within the second. A call also ends after four wrong answers
@@ -155,7 +157,7 @@ class VLLMServer:
             retrying = Retrying(
                 retry=retry_if_exception_type(_TransientError),
                 stop=is_spent,
-                wait=wait_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT) + wait_random(0, _JITTER),
+                wait=self._pause,
                 before_sleep=lambda state: self._log(call, state),
                 reraise=True,
             )
@@ -210,17 +212,18 @@ class VLLMServer:
             kind = _WrongAnswerError if has_begun else _UnreachableError
             raise kind(f"{type(error).__name__}: {error}") from error
         if response.status in _NOT_THERE:
-            raise _UnreachableError(f"status {response.status}: {self._excerpt(answer)}")
-        if response.status >= 500 or response.status in (408, 425, 429):
+            raise _UnreachableError(
+                f"status {response.status}: {self._excerpt(answer)}", _requested_pause(_headers_of(response))
+            )
+        if response.status >= 500:
             raise _WrongAnswerError(f"status {response.status}: {self._excerpt(answer)}")
         if response.status >= 300:
             raise RequestRefusedError(
                 f"the vLLM server at {self.base_url} refused {method} {path} with status {response.status}: "
                 f"{self._excerpt(answer)}"
             )
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
         try:
-            return read(RawAnswer(answer, headers))
+            return read(RawAnswer(answer, _headers_of(response)))
         except GKDError:
             raise
         except Exception as error:  # JSON may have any depth, size and type
@@ -241,6 +244,13 @@ class VLLMServer:
         parts = urlsplit(self.base_url)
         host = (parts.hostname or "").encode("idna")
         return httpcore.URL(scheme=parts.scheme, host=host, port=parts.port, target=parts.path + path)
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Return the seconds before the next attempt: growing, random, and not less than the server asked for."""
+        pause = wait_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT) + wait_random(0, _JITTER)
+        error = state.outcome.exception() if state.outcome is not None else None
+        requested = error.pause if isinstance(error, _UnreachableError) else 0.0
+        return max(pause(state), min(requested, self._server_timeout - (state.seconds_since_start or 0.0)))
 
     def _log(self, call: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -270,7 +280,10 @@ class _TransientError(Exception):
 
 
 class _UnreachableError(_TransientError):
-    pass
+    def __init__(self, message: str, pause: float = 0.0) -> None:
+        """Take how many seconds the server asked to be left alone."""
+        super().__init__(message)
+        self.pause = pause
 
 
 class _WrongAnswerError(_TransientError):
@@ -371,6 +384,16 @@ def _authorization(url: ServerURL, api_token: str | None) -> list[tuple[str, str
         pair = base64.b64encode(":".join(url.credentials).encode()).decode()
         return [("Authorization", f"Basic {pair}")]
     return []
+
+
+def _headers_of(response: httpcore.Response) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+
+
+def _requested_pause(headers: Mapping[str, str]) -> float:
+    """Return the seconds of a Retry-After; 0 without one, or for one that is a date."""
+    seconds = headers.get("retry-after", "").strip()
+    return float(seconds) if seconds.isdecimal() else 0.0
 
 
 def _reading_json(parse: Callable[[Any], T]) -> Callable[[RawAnswer], T]:
