@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import logging
 import socket
@@ -50,6 +51,19 @@ class RequestRefusedError(GKDServerError):
     """A request that the server rejects (a 4xx status): asking again would not help."""
 
 
+class _TransientError(Exception):
+    """A failure that may go away when the request is sent again."""
+
+
+class UnreachableError(_TransientError):
+    """A server that can't be reached, or says that it is busy: another may answer, or this one later."""
+
+    def __init__(self, message: str, pause: float = 0.0) -> None:
+        """Take how many seconds the server asked to be left alone."""
+        super().__init__(message)
+        self.pause = pause
+
+
 @dataclass(frozen=True)
 class RawAnswer:
     """The body of an answer, and its headers, with names in lower case."""
@@ -90,6 +104,7 @@ class VLLMServer:
         url = ServerURL(base_url)
         self.base_url = url.rstrip("/").removesuffix("/v1")
         self._server_timeout, self._request_timeout = server_timeout, request_timeout
+        self._waits = True
         parts = urlsplit(self.base_url)
         self._headers = [
             ("Host", _host_header(parts)),
@@ -133,6 +148,12 @@ class VLLMServer:
         """
         self._call("POST", path, body, lambda answer: None, is_repeatable=is_repeatable)
 
+    def without_waiting(self) -> VLLMServer:
+        """Return this server, by the same connections, whose calls raise UnreachableError at once if that applies."""
+        impatient = copy.copy(self)
+        impatient._waits = False
+        return impatient
+
     def close(self) -> None:
         """Close the connections to the server."""
         self._pool.close()
@@ -151,18 +172,22 @@ class VLLMServer:
                 return True
             error = state.outcome.exception() if state.outcome is not None else None
             wrong_answers += isinstance(error, _WrongAnswerError)
+            if isinstance(error, UnreachableError) and not self._waits:
+                return True
             return wrong_answers >= _WRONG_ANSWERS or time.monotonic() - started >= self._server_timeout
 
         try:
             retrying = Retrying(
                 retry=retry_if_exception_type(_TransientError),
                 stop=is_spent,
-                wait=self._pause,
+                wait=lambda state: next_pause(state, self._server_timeout),
                 before_sleep=lambda state: self._log(call, state),
                 reraise=True,
             )
             return retrying(lambda: self._request(method, path, content, read))
         except _TransientError as error:
+            if isinstance(error, UnreachableError) and not self._waits:
+                raise
             if not is_repeatable:
                 raise GKDServerError(
                     f"the vLLM server at {self.base_url} did not complete {call}, which can't be sent twice: {error}. "
@@ -204,15 +229,15 @@ class VLLMServer:
                     "give a URL that starts with http://; if its certificate is not trusted, set SSL_CERT_FILE to the "
                     "authority's file"
                 ) from error
-            raise _UnreachableError(f"{type(error).__name__}: {error}") from error
+            raise UnreachableError(f"{type(error).__name__}: {error}") from error
         except httpcore.TimeoutException as error:
             when = "the answer was not complete after" if has_begun else "no answer within"
             raise _WrongAnswerError(f"{when} {self._request_timeout:g} s ({type(error).__name__})") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            kind = _WrongAnswerError if has_begun else _UnreachableError
+            kind = _WrongAnswerError if has_begun else UnreachableError
             raise kind(f"{type(error).__name__}: {error}") from error
         if response.status in _NOT_THERE:
-            raise _UnreachableError(
+            raise UnreachableError(
                 f"status {response.status}: {self._excerpt(answer)}", _requested_pause(_headers_of(response))
             )
         if response.status >= 500:
@@ -245,16 +270,17 @@ class VLLMServer:
         host = (parts.hostname or "").encode("idna")
         return httpcore.URL(scheme=parts.scheme, host=host, port=parts.port, target=parts.path + path)
 
-    def _pause(self, state: RetryCallState) -> float:
-        """Return the seconds before the next attempt: growing, random, and not less than the server asked for."""
-        pause = wait_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT) + wait_random(0, _JITTER)
-        error = state.outcome.exception() if state.outcome is not None else None
-        requested = error.pause if isinstance(error, _UnreachableError) else 0.0
-        return max(pause(state), min(requested, self._server_timeout - (state.seconds_since_start or 0.0)))
-
     def _log(self, call: str, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         logger.warning("Trying %s of the vLLM server at %s again: %s", call, self.base_url, error)
+
+
+def next_pause(state: RetryCallState, server_timeout: float) -> float:
+    """Return the seconds before the next attempt: growing, random, and not less than the server asked for."""
+    pause = wait_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT) + wait_random(0, _JITTER)
+    error = state.outcome.exception() if state.outcome is not None else None
+    requested = error.pause if isinstance(error, UnreachableError) else 0.0
+    return max(pause(state), min(requested, server_timeout - (state.seconds_since_start or 0.0)))
 
 
 def call_each(
@@ -273,17 +299,6 @@ def call_each(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-class _TransientError(Exception):
-    """A failure that may go away when the request is sent again."""
-
-
-class _UnreachableError(_TransientError):
-    def __init__(self, message: str, pause: float = 0.0) -> None:
-        """Take how many seconds the server asked to be left alone."""
-        super().__init__(message)
-        self.pause = pause
 
 
 class _WrongAnswerError(_TransientError):

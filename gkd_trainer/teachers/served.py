@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
+from gkd_trainer.teachers.failover import Failover
 from gkd_trainer.teachers.prompt_scores import TokenSequence, fully_scored
 from gkd_trainer.vllm_answers import Models, Tokens
 from gkd_trainer.vllm_client import VLLMServer, call_each
@@ -62,7 +63,7 @@ class TeacherServers:
         base_url: The URL of a server, or of several.
         model: The name under which the model is served; None for the only model that each server lists.
         api_token: The key that the servers were started with, if any.
-        server_timeout: Seconds to keep trying to reach a server.
+        server_timeout: Seconds to keep trying to reach a server; while scoring, to reach any of them.
         request_timeout: Seconds within which one request must be answered in full.
         unsent: How many of a sequence's tokens need no room in the server's context, or -1 if one more does.
 
@@ -88,7 +89,8 @@ class TeacherServers:
             for url in urls
         ]
         self._model_name, self._unsent = model, unsent
-        self._served: dict[VLLMServer, _Served] = {}
+        self._failover = Failover(self._servers, server_timeout)
+        self._served: dict[str, _Served] = {}  # by URL
         self._turn = 0
 
     def __iter__(self) -> Iterator[VLLMServer]:
@@ -127,7 +129,7 @@ class TeacherServers:
                 "a teacher behind a server must have the student's tokenizer, which is unknown: pass "
                 "processing_class to the trainer"
             )
-        self._served = {server: self._find_model(server) for server in self._servers}
+        self._served = {server.base_url: self._find_model(server) for server in self._servers}
         self._refuse_longer(max_length or 0)
         # Ranks work in step: from the same server on, small batches would all go to the same few.
         self._turn = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -145,13 +147,22 @@ class TeacherServers:
     ) -> list[Scores]:
         """Return the scores of each sequence, in order; the servers get groups of them in turn, in parallel.
 
-        Raises GKDTeacherError if a sequence is longer than a server takes.
+        If a server can't be reached, the others get its groups.
+
+        Raises:
+            GKDServerError: No server could be reached in time, or one gave no valid answer after all retries.
+            GKDTeacherError: A sequence is longer than a server takes.
         """
         self._refuse_longer(max((len(sequence.token_ids) for sequence in sequences), default=0))
-        size = min(_SEQUENCES_AT_ONCE, -(-len(sequences) // len(self._servers)))
+        servers = self._failover.available()
+        size = min(_SEQUENCES_AT_ONCE, -(-len(sequences) // len(servers)))
         groups = [sequences[start : start + size] for start in range(0, len(sequences), size or 1)]
-        answers = call_each(self._servers, groups, score, first=self._turn)
-        self._turn = (self._turn + len(groups)) % len(self._servers)
+
+        def score_group(server: VLLMServer, group: Sequence[TokenSequence]) -> list[Scores]:
+            return self._failover.call(server, lambda reached: score(reached, group))
+
+        answers = call_each(servers, groups, score_group, first=self._turn)
+        self._turn += len(groups)
         return list(chain.from_iterable(answers))
 
     def check_tokenizer(self, server: VLLMServer, probe: Probe) -> None:
@@ -224,9 +235,9 @@ class TeacherServers:
         )
 
     def _served_by(self, server: VLLMServer) -> _Served:
-        if server not in self._served:
+        if server.base_url not in self._served:
             raise RuntimeError("the teacher's score was called before prepare(device, tokenizer)")
-        return self._served[server]
+        return self._served[server.base_url]
 
     def _refuse_longer(self, length: int) -> None:
         for server in self._servers:

@@ -57,7 +57,7 @@ class VLLMServerTeacher(Teacher):
         model: The name under which the model is served, such as that of a LoRA adapter; by default the only model that
             the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
-        server_timeout: Seconds to keep trying to reach a server.
+        server_timeout: Seconds to keep trying to reach a server; after `prepare`, to reach any of several.
         request_timeout: Seconds within which one request must be answered in full.
         checks: Whether `prepare` compares the server's tokenizer with the student's, its greedy token with its scores,
             and its scores with those of a second request and with `local_copy`'s.

@@ -109,6 +109,27 @@ def test_the_servers_take_turns_over_batches(listed, tokenizer):
         assert sorted(asked) == sorted(expected)
 
 
+def test_the_share_of_a_server_that_is_gone_goes_to_the_others(tokenizer, short_waits):
+    with FaultyProxy(NEVER) as one, FaultyProxy(NEVER) as two, FaultyProxy(NEVER) as gone:
+        for server in (one, two, gone):
+            server.next(status(200, MODELS), times=None, path="/v1/models")
+            server.next(status(200, b"1"), times=None)
+        servers = servers_of([one.base_url, gone.base_url, two.base_url])
+        servers.first_contact(tokenizer, None)
+        sequences = [fully_scored([5 + index, 6]) for index in range(16)]
+
+        def score(server, group):
+            server.post("/v1/completions", {"model": servers.name_at(server)}, int)
+            return [sequence.token_ids[0] for sequence in group]
+
+        gone.stop()
+        for _ in range(3):
+            assert servers.score_each(sequences, score) == list(range(5, 21))
+    asked = [server.paths().count("/v1/completions") for server in (one, two)]
+    assert sum(asked) == 12
+    assert min(asked) >= 5
+
+
 def test_the_ranks_begin_with_different_servers(listed, tokenizer, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     asked = []
