@@ -237,6 +237,20 @@ def is_there(answer, place):
     return True
 
 
+@pytest.mark.parametrize("shift", [-30.0, 5.0])
+def test_a_server_that_scores_with_logits_is_refused_at_its_first_answer(fake, shift):
+    def with_logits(answer):
+        for entries in answer["choices"][0]["prompt_logprobs"][1:]:
+            for score in entries.values():
+                score["logprob"] += shift
+        return json.dumps(answer).encode()
+
+    fake.path, fake.odd = "/v1/completions", with_logits
+    with pytest.raises(GKDTeacherError, match=f"{fake.base_url} gives scores that are not log-probs .*--logprobs-mode"):
+        score(fake.base_url, None)
+    assert fake.paths().count("/v1/completions") == 1
+
+
 def test_an_error_names_the_field_and_what_was_expected():
     for answer, message in (
         ({}, "data: Field required"),

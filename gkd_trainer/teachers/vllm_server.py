@@ -17,8 +17,10 @@ from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
 from gkd_trainer.signals import TopKSignal
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.prompt_scores import (
+    NotLogProbsError,
     TokenSequence,
     TopScores,
+    check_mass,
     fully_scored,
     parse_scores,
     sequences_of,
@@ -201,22 +203,40 @@ class VLLMServerTeacher(Teacher):
         asked, record = [self._witness, *sequences], self._record
 
         def parse(answer: Any) -> list[TopScores]:
-            seen, *scores = parse_scores(answer, asked, self._top_k)
+            seen, *scores = self._parsed(server, answer, asked)
             self._servers.check_witness(server, total_variation(record, seen))
             return scores
 
         return server.post("/v1/completions", self._body(server, asked), parse)
 
+    def _parsed(self, server: VLLMServer, answer: Any, asked: Sequence[TokenSequence]) -> list[TopScores]:
+        try:
+            return parse_scores(answer, asked, self._top_k)
+        except NotLogProbsError as error:
+            raise self._not_log_probs(server, error) from error
+
+    def _not_log_probs(self, server: VLLMServer, error: NotLogProbsError) -> GKDTeacherError:
+        # Not a wrong answer, which the client would ask for again: the server's options make all of its answers so.
+        return GKDTeacherError(
+            f"the vLLM server at {server.base_url} gives scores that are not log-probs ({error}): start it with "
+            "--logprobs-mode raw_logprobs, vLLM's default, not raw_logits or processed_logits"
+        )
+
     def _first_scores(self, server: VLLMServer, probe: TokenSequence) -> tuple[TopScores, int]:
         """Return the scores of the probe, and the token that the server generates after it."""
 
         def parse(answer: Any) -> tuple[TopScores, int]:
-            [scores] = parse_scores(answer, [probe], self._top_k)
+            [scores] = self._parsed(server, answer, [probe])
             [token] = CompletionAnswer.parse(answer).choices[0].token_ids
             return scores, token
 
+        assert self._vocabulary is not None
         try:
-            return server.post("/v1/completions", {**self._body(server, [probe]), "return_token_ids": True}, parse)
+            first = server.post("/v1/completions", {**self._body(server, [probe]), "return_token_ids": True}, parse)
+            check_mass(first[0], max(self._vocabulary.values()) + 1)
+            return first
+        except NotLogProbsError as error:
+            raise self._not_log_probs(server, error) from error
         except GKDServerError as error:
             if "status 400" in str(error) and "logprobs" in str(error):
                 raise GKDTeacherError(
@@ -230,7 +250,7 @@ class VLLMServerTeacher(Teacher):
         """Return the scores of the probe, after comparing a second request, the greedy token and the local copy."""
         first, token = self._first_scores(server, probe)
         longer = fully_scored([*probe.token_ids, token])
-        parse = partial(parse_scores, asked=[longer], top_k=self._top_k)
+        parse = partial(self._parsed, server, asked=[longer])
         [second] = server.post("/v1/completions", self._body(server, [longer]), parse)
         self._servers.check_repeated(server, total_variation(first, second.first(len(first.ids_PK))))
         best, p_K = int(second.ids_PK[-1, 0]), np.exp(second.log_p_PK[-1])
