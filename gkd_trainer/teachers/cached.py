@@ -127,7 +127,7 @@ class CachedTeacher(CompositeTeacher):
                 first = first or f"row {number}: {self._description(batch, sequences, lacking[0])}"
         if n_missing == 0:
             return
-        counted = f"{name}: {n_missing} of {n_rows} rows are not in the cache in {self._folder}"
+        counted = f"{name}: {n_missing} of {n_rows} rows looked up are not in the cache in {self._folder}"
         if self._fallback is not None:
             logger.info("%s: the teacher scores them.", counted)
             return

@@ -137,8 +137,8 @@ def numbered(rows):
 def test_rows_that_are_not_in_the_cache_are_counted_before_any_is_drawn(live, tmp_path):
     cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]))
     cached.check_rows(numbered(ROWS[:7]), "train")
-    missing = rf"train: 2 of 6 rows are not in the cache in {tmp_path}.*; the first is row 3: {len(ROWS[8][0])} tokens"
-    with pytest.raises(GKDDataError, match=missing):
+    missing = rf"train: 2 of 6 rows looked up are not in the cache in {tmp_path}.*; the first is row 3: "
+    with pytest.raises(GKDDataError, match=f"{missing}{len(ROWS[8][0])} tokens"):
         cached.check_rows(numbered([ROWS[4], ROWS[5], ROWS[6], ROWS[8], ROWS[0], ROWS[9]]), "train")
 
 
@@ -146,7 +146,7 @@ def test_rows_that_the_fallback_will_score_are_counted_in_the_log(live, tmp_path
     caplog.set_level("INFO")
     cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]), live())
     cached.check_rows(numbered(ROWS[5:]), "train")
-    assert f"train: 3 of 5 rows are not in the cache in {tmp_path}: the teacher scores them." in caplog.text
+    assert f"train: 3 of 5 rows looked up are not in the cache in {tmp_path}: the teacher scores them." in caplog.text
 
 
 def test_an_incomplete_cache_serves_what_it_has_if_the_rows_can_be_looked_up(live, tmp_path, caplog):

@@ -12,9 +12,10 @@ from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.teachers import WeightedTeachers
 from gkd_trainer.teachers.cache import read_manifest
 from gkd_trainer.teachers.cache.format import write_manifest
+from gkd_trainer.trainer import coverage
 
 EPOCH = {"max_steps": -1, "num_train_epochs": 1}
-MISSING = "train: 2 of 16 rows are not in the cache in .*the first is row 14: "
+MISSING = "train: 2 of 16 rows looked up are not in the cache in .*the first is row 14: "
 
 
 @dataclass
@@ -67,6 +68,16 @@ def test_missing_rows_that_may_not_be_drawn_are_only_warned_of(make_trainer, tea
     assert warning.endswith("The run ends if it draws such a row.")
 
 
+@pytest.mark.parametrize(("most", "found"), [(15, "1 of 8"), (8, "1 of 8"), (4, None)])
+def test_of_many_rows_some_at_even_distances_are_looked_up(make_trainer, teacher, monkeypatch, most, found):
+    monkeypatch.setattr(coverage, "MAX_LOOKED_UP", most)
+    if found is None:
+        make_trainer(trainer_args={"teacher": teacher}, **EPOCH)
+        return
+    with pytest.raises(GKDDataError, match=f"{found} rows looked up are not in the cache.*the first is row 14"):
+        make_trainer(trainer_args={"teacher": teacher}, **EPOCH)
+
+
 def test_all_rows_in_the_cache_pass_also_if_they_are_cut_shorter(make_trainer, cached, caplog):
     teacher = CachedTeacher(cached())
     make_trainer(trainer_args={"teacher": teacher}, **EPOCH, max_length=10)
@@ -96,7 +107,7 @@ def test_joined_rows_are_looked_up_one_by_one(config, tiny_model, byte_level, ca
 
     folder = cached(rows=token_rows(14), **{name: options[name] for name in options if name == "max_length"})
     trainer(token_rows(14)).train()
-    with pytest.raises(GKDDataError, match=r"of .* rows are not in the cache"):
+    with pytest.raises(GKDDataError, match=r"of .* rows looked up are not in the cache"):
         trainer(token_rows(15))
 
 
