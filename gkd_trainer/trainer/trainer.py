@@ -224,7 +224,8 @@ class GKDMixin(AnyTrainer):
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
-        self._placement, self._is_last_of_window = Placement(self.args.device), False
+        self._placement, self._window_tokens = Placement(self.args.device), None
+        self._is_in_step = self._is_last_of_window = False
         self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
@@ -410,7 +411,8 @@ class GKDMixin(AnyTrainer):
         placed = self._placement.placed(self._comparable(batches))
         self._has_trained = True
         self._finite_check.clear()
-        return placed, self._count_trained_tokens(device)
+        self._window_tokens = self._count_trained_tokens(device)
+        return placed, self._window_tokens
 
     def _rolled_out(self, epoch: Epoch) -> list[dict[str, Any]]:
         with self._meter.measure("rollout"), self._saving_before_it_fails():
@@ -442,13 +444,30 @@ class GKDMixin(AnyTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward of a micro-batch; at the window's last, raise if any values were not finite."""
-        self._is_last_of_window = self.accelerator.sync_gradients
+        self._is_in_step, self._is_last_of_window = True, self.accelerator.sync_gradients
+        divisor = self._step_divisor(inputs) if num_items_in_batch is None else num_items_in_batch
         with self._meter.measure("step"), self._saving_before_it_fails():
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss: Tensor = super().training_step(model, inputs, divisor)
+        self._is_in_step = False
         if self._is_last_of_window:
             self._is_last_of_window = False
             self._raise_if_not_finite()
         return loss
+
+    def _step_divisor(self, inputs: dict[str, Any]) -> Tensor | int | None:
+        """Return the divisor of a micro-batch in a training step for which a subclass passes none; None elsewhere."""
+        if not (self._is_in_step and self.loss_is_scaled_for_ga):  # else Trainer divides by the number of micro-batches
+            return None
+        if self._placement.holds(inputs):
+            return self._window_tokens
+        # A subclass made this batch: as for Trainer, all micro-batches of the window count the same.
+        tokens = TokenBatch.from_inputs(comparable(self.teacher, self._decoded(inputs))).n_scored
+        return tokens * self.current_gradient_accumulation_steps * self._averaging_ranks
+
+    @property
+    def _averaging_ranks(self) -> int:
+        # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
+        return self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
     def _raise_if_not_finite(self) -> None:
         self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
@@ -471,9 +490,12 @@ class GKDMixin(AnyTrainer):
                 inputs are made from the labels unless given.
             return_outputs: Whether to also return the forward's output, with logits [B, L, V] in the columns of
                 `inputs` (an encoder-decoder's in those of its labels).
-            num_items_in_batch: The divisor: the number of tokens in the window; by default in this batch.
+            num_items_in_batch: The divisor: the number of tokens in the window, by default also inside `training_step`;
+                elsewhere by default the number in this batch.
         """
         require_labels(inputs)
+        if num_items_in_batch is None and model.training:
+            num_items_in_batch = self._step_divisor(inputs)
         decoded = inputs if has_decoder_inputs(inputs) else self._decoded(inputs)
         batch = TokenBatch.from_inputs(comparable(self.teacher, decoded))
         batch = self._placement.recognised(inputs, batch)
@@ -506,9 +528,7 @@ class GKDMixin(AnyTrainer):
         if num_items_in_batch is None:
             loss = divided(student.loss_sum, batch.n_scored)
         else:
-            # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
-            averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-            loss = divided(student.loss_sum, num_items_in_batch, averaged)
+            loss = divided(student.loss_sum, num_items_in_batch, self._averaging_ranks)
         if student.router_loss is not None:
             self._meter.add_router_loss(student.router_loss.value)
             micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
