@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ from gkd_trainer.trainer.construction import (
 )
 from gkd_trainer.trainer.evaluation import Evaluation
 from gkd_trainer.trainer.finite import FiniteCheck
+from gkd_trainer.trainer.fixed_options import FixedOptions
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
 from gkd_trainer.trainer.parts import build_parts
 from gkd_trainer.trainer.placement import Placement
@@ -197,6 +199,7 @@ class GKDMixin(AnyTrainer):
         if is_in_notebook():
             self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
         self._build_parts(construction.teacher, rollouts, formatting_func)
+        self._fixed_options = FixedOptions(replace(construction.run, args=self.args))
         if self.train_dataset is not None:
             self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
         if isinstance(self.eval_dataset, dict):
@@ -369,6 +372,7 @@ class GKDMixin(AnyTrainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._fixed_options.require_unchanged(self.args)  # here a hyperparameter search has set the trial's
         # Drop sums left over from an earlier run, after its last log entry or its interruption.
         self._meter.clear()
         self._recovery.last_checkpoint = None  # of an earlier run; loading one sets it again
