@@ -72,6 +72,7 @@ from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_stu
 from gkd_trainer.trainer.parts import build_parts
 from gkd_trainer.trainer.placement import Placement
 from gkd_trainer.trainer.preparation import (
+    PreparedOnce,
     is_stream,
     keeping_columns,
     pad_token_id,
@@ -200,12 +201,9 @@ class GKDMixin(AnyTrainer):
             self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
         self._build_parts(construction.teacher, rollouts, formatting_func)
         self._fixed_options = FixedOptions(replace(construction.run, args=self.args))
-        if self.train_dataset is not None:
-            self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._prepared(rows, name) for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+        self._prepared_once = PreparedOnce(self._prepared)
+        self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
+        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval")
 
     def _build_parts(
         self, teacher: Teacher, rollouts: RolloutEngine | None, formatting_func: Callable[[Any], Any] | None
@@ -340,13 +338,19 @@ class GKDMixin(AnyTrainer):
         if not self._prepares_rows:
             super()._reject_skip_prepare_without_labels(*args, **kwargs)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of the training set; its rows are prepared if it was set since."""
+        self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
+        return super().get_train_dataloader()
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the loader of an evaluation set; the rows of a set passed here are prepared."""
-        # Trainer also passes its own set, or a key of its dictionary of sets: those are already prepared.
+        """Return the loader of an evaluation set; the rows of a set passed here, or set since, are prepared."""
+        # Trainer also passes its own set, or a key of its dictionary of sets.
         is_given = eval_dataset is not None and eval_dataset is not self.eval_dataset
         if is_given and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)
+            return super().get_eval_dataloader(self._prepared(eval_dataset, "eval"))
+        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset if is_given else None)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Return the loader of a test set, with its rows prepared.
