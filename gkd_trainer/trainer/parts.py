@@ -112,7 +112,6 @@ def build_parts(
         rollouts,
         build_teacher_engine(args, teacher.model, **ids) if args.seq_kd and teacher.model is not None else None,
         args=args,
-        seed=args.seed,
         ranks=ranks,
         recovery=recovery,
         pad_token_id=pad_id,

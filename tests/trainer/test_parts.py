@@ -175,8 +175,12 @@ def test_the_teacher_generates_only_under_seq_kd(parts, tiny_model, seq_kd):
 def test_draws_are_keyed_by_the_seed_of_the_run(parts, tiny_model):
     engine, student = Spy(), tiny_model()
     engine.sync = lambda model: None
-    window_of(parts(student, rollouts=engine, lmbda=1.0, seed=11), student)
-    assert engine.calls[0][2] == [sampling_seed(11, 0, position) for position in range(2)]
+    made = parts(student, rollouts=engine, lmbda=1.0, seed=11)
+    window_of(made, student)
+    made.args.seed = 12  # as a hyperparameter search sets it for a trial
+    window_of(made, student)
+    for seed, call in zip((11, 12), engine.calls, strict=True):
+        assert call[2] == [sampling_seed(seed, 0, position) for position in range(2)]
 
 
 def test_a_prompt_with_an_image_of_the_student_is_not_completed(parts, tiny_model):
