@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from trl.models import unwrap_model_for_generation
 
@@ -68,6 +68,11 @@ class Ranks:
         if plugin is None:
             return None
         return "fsdp1" if plugin.fsdp_version == 1 else "fsdp2"
+
+    @property
+    def compiles_student(self) -> bool:
+        """Whether Accelerate will compile the student, asked by `torch_compile`, its launcher or the environment."""
+        return bool(self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
 
     @property
     def awaits_outputs(self) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from gkd_trainer import FrozenTeacher, HFRollouts
 from gkd_trainer.errors import GKDDataError, GKDRolloutError, GKDTeacherError
@@ -20,11 +21,9 @@ from tests.trainer.queues import Spy
 def parts(config, tiny_model, byte_level):
     """Build parts for a student and a teacher; options go to GKDConfig."""
 
-    def build(student, teacher=None, rollouts=None, formatting_func=None, is_compiled=False, **options):
-        args = config(**options)
-        args.torch_compile = is_compiled  # as an option it would set the environment of later tests too
+    def build(student, teacher=None, rollouts=None, formatting_func=None, **options):
         return build_parts(
-            args,
+            config(**options),
             student,
             teacher or FrozenTeacher(tiny_model(hidden=48, seed=1)),
             Accelerator(cpu=True),
@@ -192,9 +191,12 @@ def test_a_prompt_with_an_image_of_the_student_is_not_completed(parts, tiny_mode
         window_of(made, student, first=40)
 
 
-def test_a_compiled_student_is_paired_as_one(parts, tiny_model):
-    assert parts(tiny_model(), is_compiled=True).pairing.is_compiled
+def test_a_student_that_accelerate_compiles_is_paired_as_compiled(parts, tiny_model, monkeypatch):
+    """As it does under torch_compile, `accelerate launch --dynamo_backend` and ACCELERATE_DYNAMO_BACKEND."""
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     assert not parts(tiny_model()).pairing.is_compiled
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    assert parts(tiny_model()).pairing.is_compiled
 
 
 def test_recovery_knows_how_the_run_restarts_and_what_it_saves(parts, tiny_model, tmp_path):
