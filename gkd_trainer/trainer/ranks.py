@@ -58,6 +58,13 @@ class Ranks:
         gathered: Tensor = self.accelerator.gather(tensor if tensor.dim() else tensor[None])
         return gathered
 
+    def gather_samples(self, values_BK: Tensor) -> Tensor:
+        """Return values of samples of all ranks to be summed, without those of samples that only pad the last batch."""
+        if self.accelerator.even_batches:
+            samples: Tensor = self.accelerator.gather_for_metrics(values_BK)
+            return samples
+        return self.gather(values_BK.sum(dim=0, keepdim=True))  # nothing pads, and batches may differ in size
+
     @property
     def sharding(self) -> Literal["fsdp1", "fsdp2", "zero3"] | None:
         """How the student's weights are sharded over ranks; None if each rank has all of them."""

@@ -65,7 +65,7 @@ from gkd_trainer.trainer.construction import (
     uncompiled_student,
     warn_of_unused,
 )
-from gkd_trainer.trainer.evaluation import Evaluation
+from gkd_trainer.trainer.evaluation import Evaluation, require_equal_batches
 from gkd_trainer.trainer.finite import FiniteCheck
 from gkd_trainer.trainer.fixed_options import FixedOptions
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
@@ -227,7 +227,7 @@ class GKDMixin(AnyTrainer):
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
         self._placement, self._window_tokens = Placement(self.args.device), None
         self._is_in_step = self._is_last_of_window = False
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
+        self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
         self._has_trained = False
@@ -625,7 +625,8 @@ class GKDMixin(AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
+        require_equal_batches(dataloader, self._ranks)
+        self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._recovery.note_random_states()
         with self._saving_before_it_fails():
             output: EvalLoopOutput = super().evaluation_loop(
