@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import AligningTeacher, Teacher
 from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.context import ContextTeacher
+from gkd_trainer.teachers.other_tokenizer import OtherTokenizerTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
 from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
@@ -21,12 +22,14 @@ from gkd_trainer.teachers.weighted import WeightedTeachers
 class TeacherDescription:
     """A teacher's name or folder, the URLs of its servers, if any, and how many top tokens it gives (None: all).
 
-    Several teachers have one name or folder each, by the label under which a reader knows them.
+    Several teachers have one name or folder each, by the label under which a reader knows them. `vocabulary_mode` is
+    how a teacher with another tokenizer is compared (one of MODES).
     """
 
     name: str | Mapping[str, str]
     base_urls: Sequence[str]
     top_k: int | None
+    vocabulary_mode: str | None = None
 
 
 @singledispatch
@@ -43,6 +46,11 @@ def _(teacher: HiddenStateServerTeacher) -> TeacherDescription:
 @describe.register
 def _(teacher: AligningTeacher) -> TeacherDescription:
     return describe(teacher.teachers[0])
+
+
+@describe.register
+def _(teacher: OtherTokenizerTeacher) -> TeacherDescription:
+    return replace(describe(teacher.teachers[0]), vocabulary_mode=teacher.mode)
 
 
 @describe.register

@@ -225,7 +225,8 @@ class GKDMixin(AnyTrainer):
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
-        self._placement, self._window_tokens = Placement(self.args.device), None
+        self._placement = Placement(self.args.device)
+        self._window_tokens: Tensor | None = None
         self._is_in_step = self._is_last_of_window = False
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._own_metrics: set[str] = set()
