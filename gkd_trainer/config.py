@@ -244,6 +244,11 @@ class GKDArguments(HidesSecrets):
         "URLs of ordinary vLLM servers of the teacher, such as http://127.0.0.1:8001, as a list or separated by "
         "commas. They replace a teacher model.",
     )
+    teacher_server_model: str | None = _option(
+        None,
+        "The name under which the teacher's servers serve it, such as that of a LoRA adapter. Required if they serve "
+        "several models; by default the only one.",
+    )
     teacher_server_signal: str = _option(
         "top_k",
         "What the teacher's servers send: 'top_k' is the log-probs of its most probable tokens; 'hidden_states' is its "
