@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from gkd_trainer.config_checks import check_combinations, check_room_for_prompts
 from gkd_trainer.config_effects import Run
-from gkd_trainer.config_values import check_ranges, check_types, parsed_json, parsed_urls
+from gkd_trainer.config_values import check_ranges, check_types, parsed_json, parsed_urls, set_floats
 from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.options import PRODUCT_DTYPES, SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
@@ -324,6 +324,7 @@ class GKDArguments(HidesSecrets):
         check_ranges(self, dataclasses.fields(GKDArguments))
         self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, Unset))
         check_combinations(Run(self))
+        set_floats(self, GKDArguments)  # after the checks, which show what was given
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()

@@ -71,6 +71,12 @@ def check_rows(teacher: Teacher, rows: CollatedRows | None, name: str, *, are_al
             logger.warning("%s The run ends if it draws such a row.", error)
 
 
+def has_own_loader(trainer: type, known: Collection[type]) -> bool:
+    """Return whether a class of a trainer, other than those known, chooses the rows to train on, or their order."""
+    names = {"get_train_dataloader", "_get_train_sampler"}
+    return any(not names.isdisjoint(vars(each)) for each in trainer.__mro__ if each not in known)
+
+
 def trains_on_all(args: TrainingArguments, n_rows: int) -> bool:
     """Return whether Trainer's own loader surely draws all of so many rows to train on."""
     if args.dataloader_drop_last:
