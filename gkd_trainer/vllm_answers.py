@@ -26,9 +26,11 @@ class Answer(BaseModel):
 
 
 class ServedModel(Answer):
-    """One entry of /v1/models: a model, or an adapter."""
+    """One entry of /v1/models: a model, or an adapter, whose `root` is its folder and whose `parent` is a model."""
 
     id: str
+    root: str | None = None
+    parent: str | None = None
     max_model_len: _Count | None = None
 
 
@@ -43,6 +45,13 @@ class Models(Answer):
         if longest is None:
             raise ValueError("no model has a max_model_len, which vLLM always gives")
         return {model.id: model.max_model_len or longest for model in self.data}
+
+    def is_one_model(self) -> bool:
+        """Return whether there is one entry, or all of them are names of one model, without adapters."""
+        roots = {model.root for model in self.data}
+        return len(self.data) == 1 or (
+            len(roots) == 1 and None not in roots and all(model.parent is None for model in self.data)
+        )
 
 
 class GeneratedChoice(Answer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import logging
 import socket
@@ -33,8 +34,8 @@ _CALLS_AT_ONCE = 256
 _WRONG_ANSWERS = 4
 """How often to ask a server that answers wrongly; one that can't be reached is tried until its time-out."""
 
-_NOT_THERE = (502, 503, 504)
-"""Statuses that gateways return while the server behind them restarts."""
+_NOT_THERE = (408, 425, 429, 502, 503, 504)
+"""Statuses that gateways return while the server behind them restarts or has too many requests."""
 
 _TLS_MISMATCHES = ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY_FAILED")
 """TLS failures that no retry helps: no TLS at all, or a certificate that is not trusted."""
@@ -48,6 +49,19 @@ _IDLE_SECONDS = 2.0
 
 class RequestRefusedError(GKDServerError):
     """A request that the server rejects (a 4xx status): asking again would not help."""
+
+
+class _TransientError(Exception):
+    """A failure that may go away when the request is sent again."""
+
+
+class UnreachableError(_TransientError):
+    """A server that can't be reached, or says that it is busy: another may answer, or this one later."""
+
+    def __init__(self, message: str, pause: float = 0.0) -> None:
+        """Take how many seconds the server asked to be left alone."""
+        super().__init__(message)
+        self.pause = pause
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,8 @@ class VLLMServer:
         request_timeout: Seconds within which one request must be answered in full, from connecting to the last byte;
             looking up the host's name does not count.
 
+    A server that asks for a pause (`Retry-After` in seconds, as with status 429) gets it, within `server_timeout`.
+
     A call ends within `server_timeout` + `request_timeout` seconds and a pause, with an answer or GKDServerError: the
     last attempt begins within the first time and ends within the second. A call also ends after four wrong answers
     (status 500, incomplete, too late, or refused by `parse`).
@@ -88,6 +104,7 @@ class VLLMServer:
         url = ServerURL(base_url)
         self.base_url = url.rstrip("/").removesuffix("/v1")
         self._server_timeout, self._request_timeout = server_timeout, request_timeout
+        self._waits = True
         parts = urlsplit(self.base_url)
         self._headers = [
             ("Host", _host_header(parts)),
@@ -131,6 +148,12 @@ class VLLMServer:
         """
         self._call("POST", path, body, lambda answer: None, is_repeatable=is_repeatable)
 
+    def without_waiting(self) -> VLLMServer:
+        """Return this server, by the same connections, whose calls raise UnreachableError at once if that applies."""
+        impatient = copy.copy(self)
+        impatient._waits = False
+        return impatient
+
     def close(self) -> None:
         """Close the connections to the server."""
         self._pool.close()
@@ -149,18 +172,22 @@ class VLLMServer:
                 return True
             error = state.outcome.exception() if state.outcome is not None else None
             wrong_answers += isinstance(error, _WrongAnswerError)
+            if isinstance(error, UnreachableError) and not self._waits:
+                return True
             return wrong_answers >= _WRONG_ANSWERS or time.monotonic() - started >= self._server_timeout
 
         try:
             retrying = Retrying(
                 retry=retry_if_exception_type(_TransientError),
                 stop=is_spent,
-                wait=wait_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT) + wait_random(0, _JITTER),
+                wait=lambda state: next_pause(state, self._server_timeout),
                 before_sleep=lambda state: self._log(call, state),
                 reraise=True,
             )
             return retrying(lambda: self._request(method, path, content, read))
         except _TransientError as error:
+            if isinstance(error, UnreachableError) and not self._waits:
+                raise
             if not is_repeatable:
                 raise GKDServerError(
                     f"the vLLM server at {self.base_url} did not complete {call}, which can't be sent twice: {error}. "
@@ -202,25 +229,26 @@ class VLLMServer:
                     "give a URL that starts with http://; if its certificate is not trusted, set SSL_CERT_FILE to the "
                     "authority's file"
                 ) from error
-            raise _UnreachableError(f"{type(error).__name__}: {error}") from error
+            raise UnreachableError(f"{type(error).__name__}: {error}") from error
         except httpcore.TimeoutException as error:
             when = "the answer was not complete after" if has_begun else "no answer within"
             raise _WrongAnswerError(f"{when} {self._request_timeout:g} s ({type(error).__name__})") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            kind = _WrongAnswerError if has_begun else _UnreachableError
+            kind = _WrongAnswerError if has_begun else UnreachableError
             raise kind(f"{type(error).__name__}: {error}") from error
         if response.status in _NOT_THERE:
-            raise _UnreachableError(f"status {response.status}: {self._excerpt(answer)}")
-        if response.status >= 500 or response.status in (408, 425, 429):
+            raise UnreachableError(
+                f"status {response.status}: {self._excerpt(answer)}", _requested_pause(_headers_of(response))
+            )
+        if response.status >= 500:
             raise _WrongAnswerError(f"status {response.status}: {self._excerpt(answer)}")
         if response.status >= 300:
             raise RequestRefusedError(
                 f"the vLLM server at {self.base_url} refused {method} {path} with status {response.status}: "
                 f"{self._excerpt(answer)}"
             )
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
         try:
-            return read(RawAnswer(answer, headers))
+            return read(RawAnswer(answer, _headers_of(response)))
         except GKDError:
             raise
         except Exception as error:  # JSON may have any depth, size and type
@@ -247,6 +275,14 @@ class VLLMServer:
         logger.warning("Trying %s of the vLLM server at %s again: %s", call, self.base_url, error)
 
 
+def next_pause(state: RetryCallState, server_timeout: float) -> float:
+    """Return the seconds before the next attempt: growing, random, and not less than the server asked for."""
+    pause = wait_exponential(multiplier=_FIRST_WAIT, max=_LONGEST_WAIT) + wait_random(0, _JITTER)
+    error = state.outcome.exception() if state.outcome is not None else None
+    requested = error.pause if isinstance(error, UnreachableError) else 0.0
+    return max(pause(state), min(requested, server_timeout - (state.seconds_since_start or 0.0)))
+
+
 def call_each(
     servers: Sequence[VLLMServer], items: Sequence[Item], call: Callable[[VLLMServer, Item], T], first: int = 0
 ) -> list[T]:
@@ -263,14 +299,6 @@ def call_each(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-class _TransientError(Exception):
-    """A failure that may go away when the request is sent again."""
-
-
-class _UnreachableError(_TransientError):
-    pass
 
 
 class _WrongAnswerError(_TransientError):
@@ -371,6 +399,16 @@ def _authorization(url: ServerURL, api_token: str | None) -> list[tuple[str, str
         pair = base64.b64encode(":".join(url.credentials).encode()).decode()
         return [("Authorization", f"Basic {pair}")]
     return []
+
+
+def _headers_of(response: httpcore.Response) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+
+
+def _requested_pause(headers: Mapping[str, str]) -> float:
+    """Return the seconds of a Retry-After; 0 without one, or for one that is a date."""
+    seconds = headers.get("retry-after", "").strip()
+    return float(seconds) if seconds.isdecimal() else 0.0
 
 
 def _reading_json(parse: Callable[[Any], T]) -> Callable[[RawAnswer], T]:

@@ -113,7 +113,7 @@ class Answer:
     """What a proxy sends: `delay` seconds before it begins, of its body all or as much as `cut` says, in pieces.
 
     Its head comes at once, or in `head_pieces`, with the same pause between them. `metadata` is the header of an answer
-    of bytes.
+    of bytes, `retry_after` that of a server with too many requests.
     """
 
     status: int
@@ -124,6 +124,7 @@ class Answer:
     pause: float = 0.0
     head_pieces: int = 1
     metadata: str | None = None
+    retry_after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,8 @@ def _handler(answer_to: Callable[[Request], Answer]) -> type[BaseHTTPRequestHand
             lines = [f"HTTP/1.1 {answer.status} Answer", f"Content-Length: {len(answer.body)}"]
             if answer.metadata is not None:
                 lines.append(f"metadata: {answer.metadata}")
+            if answer.retry_after is not None:
+                lines.append(f"Retry-After: {answer.retry_after}")
             head = "\r\n".join([*lines, "", ""]).encode()
             self.send_in_pieces(head, answer.head_pieces, answer.pause)
             self.send_in_pieces(answer.body[: answer.cut], answer.pieces, answer.pause)

@@ -91,6 +91,7 @@ OPTIONS = {
     "teacher_weights": None,
     "teacher_offload": False,
     "teacher_server_base_url": None,
+    "teacher_server_model": None,
     "teacher_server_signal": "top_k",
     "teacher_server_dtype": "auto",
     "teacher_server_api_token": None,

@@ -286,6 +286,7 @@ def command_line_value(name, default):
         "teachers": ('{"math": "my/math"}', {"math": "my/math"}),
         "teacher_column": ("domain", "domain"),
         "teacher_weights": ('{"math": 2}', {"math": 2}),
+        "teacher_server_model": ("teacher", "teacher"),
         "teacher_server_signal": ("hidden_states", "hidden_states"),
         "teacher_server_dtype": ("fp8_e4m3", "fp8_e4m3"),
         "self_teacher": ("ema", "ema"),

@@ -51,7 +51,7 @@ def test_the_table_has_every_option_that_some_runs_do_not_use():
         ({"beta": 0.1}, {"teacher_vocabulary_mode": "uld"}),
         ({"teacher_min_matched_mass": 0.5, "teacher_tokenizer_name_or_path": "a"}, {}),
         ({"teacher_min_matched_mass": 0.5}, {"teacher_vocabulary_mode": "gold"}),
-        ({"teacher_server_api_token": "key", "teacher_server_checks": False}, {}),
+        ({"teacher_server_model": "a", "teacher_server_api_token": "key", "teacher_server_checks": False}, {}),
         ({"teacher_weights": {"a": 1}, "teacher_offload": True, "teacher_column": "domain"}, {}),
         ({"teacher_column": "domain"}, {"teachers": {"a": "b"}, "teacher_weights": {"a": 1}}),
         ({"teacher_cache_miss": "teacher"}, {}),

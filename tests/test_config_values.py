@@ -196,3 +196,11 @@ def test_urls_come_as_a_list_or_separated_by_commas():
     urls = ["http://a:1", "https://b"]
     assert GKDArguments(**{**SERVER, "vllm_server_base_url": urls}).vllm_server_base_url == urls
     assert GKDArguments(**{**SERVER, "vllm_server_base_url": "http://a:1,https://b"}).vllm_server_base_url == urls
+
+
+def test_whole_numbers_become_floats_where_an_option_is_one():
+    args = GKDArguments(lmbda=0, beta=np.int64(1), lmbda_end=None, temperature=2, loss_workspace_mb=64, top_k=3)
+    assert (args.lmbda, args.beta, args.temperature, args.loss_workspace_mb) == (0.0, 1.0, 2.0, 64.0)
+    assert {type(getattr(args, name)) for name in ("lmbda", "beta", "temperature", "loss_workspace_mb")} == {float}
+    assert args.lmbda_end is None
+    assert type(args.top_k) is int

@@ -237,6 +237,20 @@ def is_there(answer, place):
     return True
 
 
+@pytest.mark.parametrize("shift", [-30.0, 5.0])
+def test_a_server_that_scores_with_logits_is_refused_at_its_first_answer(fake, shift):
+    def with_logits(answer):
+        for entries in answer["choices"][0]["prompt_logprobs"][1:]:
+            for score in entries.values():
+                score["logprob"] += shift
+        return json.dumps(answer).encode()
+
+    fake.path, fake.odd = "/v1/completions", with_logits
+    with pytest.raises(GKDTeacherError, match=f"{fake.base_url} gives scores that are not log-probs .*--logprobs-mode"):
+        score(fake.base_url, None)
+    assert fake.paths().count("/v1/completions") == 1
+
+
 def test_an_error_names_the_field_and_what_was_expected():
     for answer, message in (
         ({}, "data: Field required"),
@@ -254,12 +268,37 @@ def test_adapters_are_as_long_as_the_model_they_belong_to():
         {"data": [{"id": "base", "max_model_len": 64}, {"id": "lora", "root": "/x", "parent": "base"}]}
     )
     assert models.lengths() == {"base": 64, "lora": 64}
-    assert models.data[1] == ServedModel(id="lora")
+    assert models.data[1] == ServedModel(id="lora", root="/x", parent="base")
     with pytest.raises(ValueError, match="no model has a max_model_len"):
         Models.parse({"data": [{"id": "base"}]}).lengths()
+
+
+@pytest.mark.parametrize(
+    ("further", "is_one"),
+    [
+        ([], True),
+        ([{"id": "alias", "root": "/base"}], True),
+        ([{"id": "lora", "root": "/x", "parent": "base"}], False),
+        ([{"id": "lora", "root": "/base", "parent": "base"}], False),
+        ([{"id": "other", "root": "/other"}], False),
+        ([{"id": "other"}], False),
+    ],
+)
+def test_several_names_of_one_model_are_told_from_several_models(further, is_one):
+    assert Models.parse({"data": [{"id": "base", "root": "/base"}, *further]}).is_one_model() is is_one
+    if further:
+        assert not Models.parse({"data": [{"id": "base"}, {"id": "other"}]}).is_one_model()
 
 
 def test_unread_fields_are_not_checked():
     assert WeightInfo.parse({"weight_version": "a", "more": [1]}).weight_version == "a"
     info = {"vllm_config": {"device_config": {"device": None}, "model_config": {"hf_overrides": "x"}, "other": 1}}
     assert ServerInfo.parse(info).vllm_config.weight_transfer is None
+
+
+def test_a_served_teachers_witness_is_what_it_answered_at_first(fake):
+    teacher = VLLMServerTeacher(fake.base_url, top_k=K, **OPTIONS)
+    assert teacher.witness is None
+    teacher.prepare(torch.device("cpu"), Tokenizer())
+    assert teacher.witness.token_ids == TEXT_IDS
+    assert teacher.witness.scores.ids_PK.tolist() == [[300, 301, 302]] * 2

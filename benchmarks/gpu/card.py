@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.clocks import median_seconds
+from gkd_trainer.divergence.rows import runs_in_triton
 
 if TYPE_CHECKING:
     from benchmarks.gpu.cells import Where
@@ -20,7 +21,10 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "trl", "dat
 
 
 def description(where: Where) -> dict[str, Any]:
-    """Return the card, its driver, and the versions that the results belong to; None for what is not there."""
+    """Return the card, its driver, and the versions that the results belong to; None for what is not there.
+
+    `has_kernels` tells whether the divergence is computed by Triton's kernels; without them, its figures are others.
+    """
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     about: dict[str, Any] = {
         "card": platform.processor() or platform.machine(),
@@ -39,6 +43,7 @@ def description(where: Where) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "capability": f"sm_{properties.major}{properties.minor}",
+            "has_kernels": runs_in_triton(torch.empty(1, 1, device=where.torch_device)),
         }
     return about
 

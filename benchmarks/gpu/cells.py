@@ -194,7 +194,7 @@ class _Workers:
                 with contextlib.suppress(ProcessLookupError):  # it has not yet made its group
                     os.killpg(self._process.pid, signal.SIGKILL)  # with what it started
                 self._process.kill()
-                self._process.join()
+                self._process.join(timeout=10)  # one that waits for the driver may not end
         self._process = self._connection = None
 
     def _begin(self) -> None:

@@ -29,6 +29,14 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
 """compute-sanitizer's tools: accesses outside of allocations, and races in shared memory."""
 
+_MARKED_GPU = re.compile(r"^\s*@pytest\.mark\.gpu\b|\bmarks=.*\bmark\.gpu\b", re.MULTILINE)
+
+_SECONDS = 20
+"""About how long a file's tests take."""
+
+_SECONDS_OF_KERNELS = 90
+"""The same if they compile kernels, some hundred variants."""
+
 _SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -39,7 +47,10 @@ def cells(where: Where) -> list[Cell]:
     return [
         Cell("copy", copy_bandwidth, 5),
         *(Cell("product", product_rate, 5, {"M": M, "K": K, "N": N}) for M, K, N in sizes),
-        *(Cell("tests", run_tests, 30, {"file": file}) for file in where.pick(files, files[:1])),
+        *(
+            Cell("tests", run_tests, _SECONDS_OF_KERNELS if "test_triton" in file else _SECONDS, {"file": file})
+            for file in where.pick(files, files[:1])
+        ),
         *(Cell("sanitizer", sanitize, 60, {"tool": tool}) for tool in where.pick(TOOLS, TOOLS[:1])),
     ]
 
@@ -47,7 +58,7 @@ def cells(where: Where) -> list[Cell]:
 def files_with_gpu_tests() -> list[str]:
     """Return the test files with tests that are marked `gpu`, relative to the repository."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if re.search(r"\bmark\.gpu\b", file.read_text("utf-8"))]
+    return [str(file.relative_to(ROOT)) for file in files if _MARKED_GPU.search(file.read_text("utf-8"))]
 
 
 def run_tests(where: Where, file: str) -> dict[str, Any]:
@@ -56,24 +67,33 @@ def run_tests(where: Where, file: str) -> dict[str, Any]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", file]
         done = _run(command)
-        if missing := re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", done.stdout, re.M):
-            raise NotMeasuredError(f"not installed: {missing[1]}")
-        if not report.exists():
+        # A file that can't be imported is a test with an error, whose class has no name.
+        tests = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
+        if not any(test.get("classname") for test in tests):
+            if missing := re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", done.stdout, re.M):
+                raise NotMeasuredError(f"not installed: {missing[1]}")
             raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}")
-        tests = list(ElementTree.parse(report).getroot().iter("testcase"))
     failures = [
-        f"{test.get('name')}: {(found.get('message') or found.tag).splitlines()[0][:300]}"
+        f"{test.get('name')}: {reason}"
         for test in tests
         for found in [test.find("failure") if test.find("failure") is not None else test.find("error")]
         if found is not None
+        for reason in _reasons(found)
     ]
     skipped = sum(test.find("skipped") is not None for test in tests)
+    n_failed = sum(test.find(kind) is not None for test in tests for kind in ("failure", "error"))
     return {
-        "passed": len(tests) - skipped - len(failures),
-        "failed": len(failures),
+        "passed": len(tests) - skipped - n_failed,
+        "failed": n_failed,
         "skipped": skipped,
         "failures": failures,
     }
+
+
+def _reasons(found: ElementTree.Element) -> list[str]:
+    """Return why a test failed, in a line: or, if it ran tests in a process of its own, which of these failed."""
+    inner = re.findall(r"^E? *((?:FAILED|ERROR) \S+::.*)", found.text or "", re.MULTILINE)
+    return [line[:300] for line in inner or [(found.get("message") or found.tag).splitlines()[0]]]
 
 
 def sanitize(where: Where, tool: str) -> dict[str, Any]:

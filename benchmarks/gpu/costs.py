@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
@@ -75,12 +75,14 @@ class Kernel:
         spilled: bytes of a thread that registers had no room for.
         vector_accesses: loads and stores of 16 bytes.
         instructions: per element of the vocabulary in each pass over a row.
+        ptx: the code before registers are assigned.
     """
 
     registers: int
     spilled: int
     vector_accesses: int
     instructions: tuple[float, ...]
+    ptx: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,13 @@ def estimate(shape: Shape, card: Card, kernel: Kernel, R: int) -> Estimate:
     )
 
 
-def compile_kernel(kind: str, capability: int, *, has_labels: bool = False) -> Kernel:
-    """Compile the kernel for a GPU that need not be here, with a gradient in bfloat16 and aligned rows.
+def compile_kernel(
+    kind: str, capability: int, *, has_labels: bool = False, gradient_type: str = "*bf16", chunk: int | None = None
+) -> Kernel:
+    """Compile the kernel for a GPU that need not be here, with aligned rows.
 
-    `kind` is that of `Objective`, `capability` 80 for an A100 or 90 for an H100. With labels, there are a temperature,
-    a soft-cap and a weighted cross entropy too.
+    `kind` is that of `Objective`, `capability` 80 for an A100 or 90 for an H100, `gradient_type` in Triton's words.
+    With labels, there are a temperature, a soft-cap and a weighted cross entropy too.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -141,7 +145,7 @@ def compile_kernel(kind: str, capability: int, *, has_labels: bool = False) -> K
     from gkd_trainer.divergence import triton as kernels
 
     kernel = kernels._compare_kernel
-    types = {"labels_ptr": "*i64", "gradient_ptr": "*bf16", "R": "i32", "V": "i32"}
+    types = {"labels_ptr": "*i64", "gradient_ptr": gradient_type, "R": "i32", "V": "i32"}
     signature, constants, aligned = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         is_pointer, is_stride, is_constant = (
@@ -156,7 +160,8 @@ def compile_kernel(kind: str, capability: int, *, has_labels: bool = False) -> K
             constants[name] = has_labels
         if is_pointer or is_stride:
             aligned[(index,)] = [["tt.divisibility", 16]]
-    constants |= {"KIND": kind, "CHUNK": kernels.CHUNK, "HAS_GRADIENT": True}
+    chunk = kernels.CHUNK if chunk is None else chunk
+    constants |= {"KIND": kind, "CHUNK": chunk, "HAS_GRADIENT": True}
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels.LAUNCH)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -164,12 +169,13 @@ def compile_kernel(kind: str, capability: int, *, has_labels: bool = False) -> K
         cubin.flush()
         usage, code = _tool("cuobjdump", "-res-usage", cubin.name), _tool("nvdisasm", "-c", cubin.name)
     of_thread = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    elements = kernels.CHUNK / (32 * kernels.LAUNCH["num_warps"])
+    elements = chunk / (32 * kernels.LAUNCH["num_warps"])
     return Kernel(
         registers=int(of_thread["REG"]),
         spilled=int(of_thread["STACK"]) + int(of_thread["LOCAL"]),
         vector_accesses=len(re.findall(r"(?:LDG|STG)\.E\.\S*128", code)),
         instructions=tuple(count / elements for count in loop_lengths(code)),
+        ptx=compiled.asm["ptx"],
     )
 
 

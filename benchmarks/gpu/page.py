@@ -44,7 +44,7 @@ def keep(folder: Path, kept: Path = RESULTS) -> None:
     """Copy the results in a folder to those that the page shows.
 
     Raises:
-        SystemExit: It has none, or some that were not measured in full size on a GPU.
+        SystemExit: It has none, or some that were not measured in full size, by the kernels, on a GPU.
     """
     files = [file for stage in STAGES if (file := folder / f"{stage}.json").is_file()]
     if not files:
@@ -53,6 +53,11 @@ def keep(folder: Path, kept: Path = RESULTS) -> None:
         results = read(file)
         if results["device"] != "cuda" or results["is_small"]:
             raise SystemExit(f"{file} was made to try the code (on {results['device']}), and its figures mean nothing")
+        if not results["about"].get("has_kernels"):
+            raise SystemExit(
+                f"{file} was measured without Triton's kernels, and its figures are not those of the divergence on a "
+                "GPU: let Triton launch kernels there (apt install gcc python3-dev), and run the stage again"
+            )
     kept.mkdir(exist_ok=True)
     for file in files:
         shutil.copy(file, kept)

@@ -81,6 +81,8 @@ def cells(where: Where) -> list[Cell]:
 
 def measure_step(where: Where, teacher: str, policy: str, tuned: str, contender: str) -> dict[str, Any]:
     """Return seconds per step, in all and by part, and the bytes in use before and at the peak."""
+    if contender == "trainer":
+        _require_packages()
     sizes = Sizes.of(where, policy)
     student = random_model(where, STUDENT, torch.float32).train()
     teacher_model = _teacher(where, teacher)
@@ -223,12 +225,15 @@ def autocast(where: Where) -> torch.autocast:
     return torch.autocast(where.device, torch.bfloat16)
 
 
-def _of_trainer(
-    where: Where, sizes: Sizes, policy: str, student: nn.Module, teacher: nn.Module, peft_config: Any
-) -> dict[str, Any]:
+def _require_packages() -> None:
     missing = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise NotMeasuredError(f"not installed: {', '.join(missing)}")
+
+
+def _of_trainer(
+    where: Where, sizes: Sizes, policy: str, student: nn.Module, teacher: nn.Module, peft_config: Any
+) -> dict[str, Any]:
     from datasets import Dataset
 
     from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer

@@ -22,6 +22,7 @@ _TEACHER = (
     "teacher_model_init_kwargs",
     "teacher_top_k",
     "teacher_server_base_url",
+    "teacher_server_model",
     "teacher_server_api_token",
     "teacher_server_checks",
     "vllm_server_timeout",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from gkd_trainer.cli.parser import ALIASES, names_of, parse_known, with_suggestions
+from gkd_trainer.cli.parser import ALIASES, expanded, names_of, parse_known, with_suggestions
 from gkd_trainer.redaction import redacted
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def parse_with_config(
     # Not trl.TrlParser: it takes a file's values as defaults, unchecked, and raises ValueError for unknown ones.
     finder = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
-    path = finder.parse_known_args(arguments)[0].config
+    path = expanded(finder.parse_known_args(arguments)[0].config)
     from_file = [] if path is None else _arguments_of_file(parser, hints, path)
     return parse_known(parser, [*from_file, *arguments], names_of(hints))
 
@@ -56,7 +56,7 @@ def _arguments_of_file(parser: HfArgumentParser, hints: Mapping[str, Any], path:
         elif _takes(hints[name], value):
             parser.set_defaults(**{name: value})
         else:
-            parser.error(f"{path}: {name} can't be {redacted(value, name)!r}")
+            parser.error(f"{path}: {_refusal(name, hints[name], value, parser.get_default(name))}")
     return arguments
 
 
@@ -116,4 +116,17 @@ def _text_and_value(loader: yaml.SafeLoader, node: yaml.Node) -> tuple[str | Non
 
 
 def _takes(hint: Any, value: object) -> bool:
-    return type(value) in {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    return type(value) in _kinds(hint)
+
+
+def _kinds(hint: Any) -> set[Any]:
+    return {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+
+
+def _refusal(name: str, hint: Any, value: object, default: object) -> str:
+    """Return what an option takes that can't have a value; the value may be a secret."""
+    if value is None:
+        return f"{name} can't be unset; leave the line out for its default ({default})"
+    taken = [text for kind, text in ((list, "a list"), (dict, "a mapping")) if kind in _kinds(hint)]
+    came = f"a list of {len(value)}" if isinstance(value, list) else "a mapping"
+    return f"{name} takes {' or '.join(taken or ['one value'])}; got {came}"

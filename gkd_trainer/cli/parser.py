@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
 
 ALIASES = {"model_name_or_path": "model", "teacher_model_name_or_path": "teacher"}
 """Short names of options, on the command line and in files."""
+
+_PATHS = frozenset(
+    (
+        *("models", "model_name_or_path", "teacher", "teacher_model_name_or_path", "teacher_tokenizer_name_or_path"),
+        *("dataset", "eval_dataset", "teacher_cache_dir", "vllm_sync_dir", "resume_from_checkpoint"),
+        *("deepspeed", "fsdp_config", "accelerator_config", "output_dir", "output_dirs", "output_file"),
+    )
+)
+"""Options of all commands that may be paths: no shell expands their ~ in a file, or after `--name=`."""
 
 _SPELLING = "Options may be written with - instead of _."
 
@@ -52,7 +62,7 @@ def build_parser(
         prog=prog,
         usage=usage,
         description=description,
-        epilog=f"{_SPELLING} none unsets a number that may be unset.",
+        epilog=f"{_SPELLING} Numeric options that may be unset also take `none`.",
         formatter_class=_Help,
         allow_abbrev=False,  # a misspelt option must not match another
     )
@@ -97,7 +107,18 @@ def parse_known(parser: argparse.ArgumentParser, arguments: Sequence[str], known
     misspelt = [text for text in unknown if text.startswith("--")]
     if unknown:
         parser.error(f"unrecognized arguments: {with_suggestions(misspelt or unknown, known, '--')}")
+    given = vars(options)
+    given.update({name: expanded(given[name]) for name in _PATHS & given.keys()})
     return options
+
+
+def expanded(value: Any) -> Any:
+    """Return a path, or the paths in a list or dictionary, with the home folder for a ~ at the start."""
+    if isinstance(value, list):
+        return [expanded(each) for each in value]
+    if isinstance(value, dict):
+        return {key: expanded(each) for key, each in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def require(

@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = PlainParser(
         prog="gkd-trainer report",
-        description="Write one HTML file, which loads nothing from anywhere, with a run's curves and completions. "
+        description="Write a run's curves and completions to one self-contained HTML file. "
         "Several folders are stages: runs that each continued with the previous run's student.",
     )
     parser.add_argument("output_dirs", metavar="OUTPUT_DIR", nargs="+", help="the output_dir of a run")

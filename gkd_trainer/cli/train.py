@@ -7,7 +7,6 @@ import logging
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd_trainer.cli.train_options import TrainOptions, parse, refusing_as_configuration
@@ -103,16 +102,10 @@ def _is_encoder_decoder(options: TrainOptions) -> bool:
 
 def require_model(option: str, name: str, init_kwargs: Any, trust_remote_code: bool) -> None:
     """Raise GKDConfigError if no model has this name, before any data or weights are loaded."""
-    from transformers import AutoConfig
+    from gkd_trainer.models.loading import stored_config
 
-    from gkd_trainer.models.loading import PLACE
-
-    if (Path(name) / "adapter_config.json").is_file():
-        return  # it names the model that it belongs to
-    where = (*PLACE, "gguf_file", "trust_remote_code")
-    given = {key: value for key, value in (init_kwargs or {}).items() if key in where}
     try:
-        AutoConfig.from_pretrained(name, **{"trust_remote_code": trust_remote_code, **given})
+        stored_config(name, {"trust_remote_code": trust_remote_code, **(init_kwargs or {})})
     except Exception as error:  # a malformed config fails in any way
         raise GKDConfigError(
             f"--{option}: expected a folder with a model, or the name of one on the hub; got {name!r}: {error}"

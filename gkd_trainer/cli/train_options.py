@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gkd_trainer.cli.config_file import parse_with_config
-from gkd_trainer.cli.parser import OptionGroup, build_parser, built, require
+from gkd_trainer.cli.parser import OptionGroup, build_parser, built, expanded, require
 from gkd_trainer.errors import GKDConfigError, GKDError
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
         GKDConfigError: Values or combinations that GKDConfig refuses.
     """
     from gkd_trainer.config import GKDConfig
+    from gkd_trainer.config_values import parsed_json
 
     hints = {**get_type_hints(StudentOptions), **get_type_hints(DataOptions), **get_type_hints(GKDConfig)}
     parser = _parser(hints)
@@ -162,6 +163,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
         "teacher_cache_dir",
     )
     require(parser, options, (("model_name_or_path",), teachers, ("dataset",)))
+    options.teachers = expanded(parsed_json("teachers", options.teachers))
     with refusing_as_configuration():
         config = built(GKDConfig, options)
     return TrainOptions(built(StudentOptions, options), built(DataOptions, options), config)

@@ -6,6 +6,7 @@ from gkd_trainer.data.collate import (
     StackOthers,
     columns_read_by,
     keeping_token_values,
+    only_pads,
     unwrapped,
 )
 from gkd_trainer.data.images import IMAGE_COLUMNS, ImageProcessing, WithImages
@@ -25,6 +26,7 @@ __all__ = [
     "columns_read_by",
     "first_row",
     "keeping_token_values",
+    "only_pads",
     "prepare_dataset",
     "unwrapped",
 ]

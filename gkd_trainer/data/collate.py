@@ -194,6 +194,16 @@ def keeping_token_values(collator: Collator) -> Collator:
     return collator
 
 
+def only_pads(collator: Any) -> bool:
+    """Return whether a collator makes the same sample of a row whatever the other rows and chance: one that only pads.
+
+    True for those of transformers and TRL, but for no class derived from them.
+    """
+    inner = unwrapped(collator)
+    is_known = type(inner) in (DataCollatorForLanguageModeling, DataCollatorWithPadding, TRLCollator)
+    return is_known and not getattr(inner, "mlm", False)  # mlm masks tokens by chance
+
+
 def columns_read_by(collator: Any, forward: Callable[..., Any]) -> frozenset[str]:
     """Return the columns per token that one of our collators reads: the masks, and what a model's forward takes."""
     while isinstance(collator, Wrapper) and not isinstance(collator, KeepTokenValues):

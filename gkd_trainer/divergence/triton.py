@@ -302,9 +302,9 @@ def _write_gradient(
             capped_C = student_C * per_softcap
             # Last, because the factor of a non-finite logit turns zero into NaN.
             gradient_C = tl.where(tl.abs(log2_z_q) < float("inf"), gradient_C * (1.0 - capped_C * capped_C), 0.0)
-        if gradient_ptr.dtype.element_ty != tl.float32:
-            # Of half the size, it overwrites logits that other threads read: in this chunk or before.
-            tl.debug_barrier()
+        # It overwrites logits that other threads read: those of this chunk, if it is shorter than the program and
+        # several threads have each, and, by a gradient of half the size, those of earlier chunks.
+        tl.debug_barrier()
         _store(gradient_ptr, gradient_C, start, V, CHUNK)
     return sums
 

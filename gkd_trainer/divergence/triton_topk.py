@@ -144,7 +144,6 @@ def write_gradient(
             HAS_BUCKET=slope_RC.shape[1] > K,
             HAS_LABEL_WEIGHT=has_label_weight,
             IS_CAPPED=softcap is not None,
-            IS_HALF=half is not None,
             CHUNK=min(CHUNK, triton.next_power_of_2(V)),
             **LAUNCH,
         )
@@ -330,7 +329,6 @@ def _gradient_kernel(
     HAS_BUCKET: tl.constexpr,
     HAS_LABEL_WEIGHT: tl.constexpr,
     IS_CAPPED: tl.constexpr,
-    IS_HALF: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -371,9 +369,8 @@ def _gradient_kernel(
             slope_L = tl.where(ids_L == entry, slope, slope_L)
             position, entry = _next_entry(sorted_ids_ptr, position, K)
         gradient_L = _gradient(slope_L, logits_L, ids_L, numbers, HAS_LABEL_WEIGHT, IS_CAPPED)
-        if IS_HALF:
-            # Of half the size, it overwrites logits that other threads read, in this chunk or before.
-            tl.debug_barrier()
+        # Of half the size, it overwrites logits that other threads read, in this chunk or before.
+        tl.debug_barrier()
         _store(gradient_ptr, gradient_L, ids_L, None)
     ids_L = last + columns_L
     logits_L = tl.load(student_ptr + ids_L, mask=ids_L < V, other=-float("inf"))
@@ -383,8 +380,8 @@ def _gradient_kernel(
         slope_L = tl.where(ids_L == entry, slope, slope_L)
         position, entry = _next_entry(sorted_ids_ptr, position, K)
     gradient_L = _gradient(slope_L, logits_L, ids_L, numbers, HAS_LABEL_WEIGHT, IS_CAPPED)
-    if IS_HALF:
-        tl.debug_barrier()
+    # Also where several threads have each logit of a row that is shorter than the program.
+    tl.debug_barrier()
     _store(gradient_ptr, gradient_L, ids_L, ids_L < V)
 
 

@@ -112,12 +112,14 @@ def stored_config(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
 def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
     """Return a causal LM without its weights: they are on the meta device. Its configs are those that are stored.
 
+    Of an adapter it is the base model.
+
     Raises GKDConfigError if that fails.
     """
     place = {key: value for key, value in (init_kwargs or {}).items() if key in PLACE}
     kwargs = {"trust_remote_code": trust_remote_code, **place}
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+        config = stored_config(name_or_path, kwargs)
         if config.is_encoder_decoder:
             raise ValueError("it is an encoder-decoder, and only causal LMs can be loaded without their weights")
         auto: Any = auto_class(name_or_path, {"config": config})
@@ -125,8 +127,9 @@ def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remo
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a malformed config fails in any way
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
+    own_place = place if config.name_or_path == name_or_path else {}  # an adapter's base model is elsewhere
     with contextlib.suppress(OSError):  # else transformers made it from the config
-        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **place)
+        model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, **own_place)
     return model
 
 
@@ -249,6 +252,14 @@ def media_tokens(model: nn.Module) -> MediaTokens:
         return next((token_id for token_id in ids if isinstance(token_id, int)), None)
 
     return MediaTokens(token("image"), token("video"), token("audio"))
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Return whether a model is a vision-language model, as AutoModelForImageTextToText loads them."""
+    inner = base_model(model)
+    config: Any = getattr(inner, "config", None)
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return isinstance(kind, type) and isinstance(inner, kind)
 
 
 def refuse_unread_media(model: nn.Module, model_inputs: Mapping[str, Any], role: str) -> None:

@@ -80,9 +80,10 @@ def fitting_rows(
             "or choose shorter rows"
         )
     n_dropped = len(rows) - len(kept)
-    subject = "1 row that does" if n_dropped == 1 else f"{n_dropped} rows that do"
+    subject = "1 row that exceeds" if n_dropped == 1 else f"{n_dropped} rows that exceed"
     note = (
-        f"Left out: {subject} not fit the shortest context ({limit} tokens), whole or with {max_new_tokens} new tokens."
+        f"Left out: {subject} the shortest context ({limit} tokens), either as they are or as a prompt with "
+        f"{max_new_tokens} new tokens."
     )
     return FittingRows(kept, note if n_dropped else "")
 

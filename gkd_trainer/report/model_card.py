@@ -24,6 +24,12 @@ CARD_TAGS = ("gkd", "knowledge-distillation", "generated_from_trainer")
 
 _TEMPLATE = Path(__file__).with_suffix(".md")
 _BASE = "base_model:adapter:"
+_COMPARED = {
+    "matched": "those with the same bytes in both tokenizers, one bucket for all others",
+    "next_byte": "all, by their first byte",
+    "uld": "all, by their sorted probabilities",
+    "gold": "those with the same bytes in both tokenizers; all others by their sorted probabilities",
+}
 _LIBRARIES = ("transformers", "torch", "datasets", "tokenizers", "trl")
 
 
@@ -35,8 +41,10 @@ def distillation_card(
     teacher: str | Mapping[str, str],
     teacher_urls: Sequence[str] = (),
     teacher_top_k: int | None = None,
+    vocabulary_mode: str | None = None,
     adapter: PeftConfig | None = None,
     n_rows: int | None = None,
+    task: str = "text-generation",
 ) -> ModelCard:
     """Return the card of a run.
 
@@ -47,8 +55,10 @@ def distillation_card(
         teacher: The same for the teacher, or for each of several by a label.
         teacher_urls: URLs of the teacher's servers; shown without credentials.
         teacher_top_k: How many of the teacher's tokens were compared; None for all.
+        vocabulary_mode: How a teacher with another tokenizer was compared (one of MODES); None for the student's.
         adapter: The adapter that was trained; None if all weights were.
         n_rows: The number of rows trained on; None if unknown.
+        task: The student's task on the hub.
     """
     metadata = summary.create_metadata()
     index = metadata.pop("model-index")
@@ -65,10 +75,10 @@ def distillation_card(
         "student": f"{_linked(student)}, {_trained_weights(adapter)}",
         "teacher": _linked_teacher(teacher) + served,
         "data": _data(datasets, n_rows),
-        **_options(args, teacher_top_k),
+        **_options(args, teacher_top_k, vocabulary_mode),
     }
     card: ModelCard = ModelCard.from_template(
-        ModelCardData(**metadata, pipeline_tag="text-generation", ignore_metadata_errors=True),
+        ModelCardData(**metadata, pipeline_tag=task, ignore_metadata_errors=True),
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
         title=_plain(summary.model_name),
         student=_linked(student),
@@ -118,23 +128,15 @@ def public_name(name: str) -> str:
     return Path(shown).name or shown
 
 
-def _options(args: GKDArguments, teacher_top_k: int | None) -> dict[str, str]:
-    if args.divergence == "jsd":
-        meaning = "0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), between is the generalised JSD"
-        divergence = {"divergence": _jsd(args.beta, args.divergence_scale), "β": f"{args.beta} ({meaning})"}
-    else:
-        parsed = args.divergence_options if isinstance(args.divergence_options, dict) else {}
-        options = ", ".join(f"{name} = {value}" for name, value in parsed.items())
-        divergence = {"divergence": " with ".join(filter(None, [args.divergence.replace("_", " "), options]))}
-    rest = "one bucket for the rest" if args.teacher_tail == "bucket" else "renormalised over them"
+def _options(args: GKDArguments, teacher_top_k: int | None, vocabulary_mode: str | None) -> dict[str, str]:
     share = "share of samples that the student generates; the others are from the data"
     lmbda = f"{args.lmbda} → {args.lmbda_end}, linear over the run" if args.lmbda_schedule == "linear" else args.lmbda
     others = ", with completions by the teacher" if args.seq_kd else ""
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
     sampled = [f"{name} {getattr(args, name)}" for name, off in sampling.items() if getattr(args, name) != off]
     return {
-        **divergence,
-        "compared tokens": f"the teacher's {teacher_top_k} most probable, {rest}" if teacher_top_k else "all",
+        **_divergence(args, vocabulary_mode),
+        "compared tokens": _compared(args, teacher_top_k, vocabulary_mode),
         "loss temperature": str(args.loss_temperature),
         "cross-entropy weight": str(args.ce_weight) if args.ce_weight else "",
         "λ": f"{lmbda} ({share}{others})",
@@ -149,6 +151,28 @@ def _options(args: GKDArguments, teacher_top_k: int | None) -> dict[str, str]:
         else "",
         "longest sequence": f"{args.max_length} tokens" if args.max_length is not None else "",
     }
+
+
+def _divergence(args: GKDArguments, vocabulary_mode: str | None) -> dict[str, str]:
+    if vocabulary_mode == "uld":
+        return {"divergence": "sum of the differences between sorted probabilities (ULD)"}
+    if args.divergence == "jsd":
+        meaning = "0 is forward KL(teacher‖student), 1 is reverse KL(student‖teacher), between is the generalised JSD"
+        name = _jsd(args.beta, args.divergence_scale)
+        if vocabulary_mode == "gold":
+            name += ", and the sum of the differences between sorted probabilities (GOLD)"
+        return {"divergence": name, "β": f"{args.beta} ({meaning})"}
+    parsed = args.divergence_options if isinstance(args.divergence_options, dict) else {}
+    options = ", ".join(f"{name} = {value}" for name, value in parsed.items())
+    return {"divergence": " with ".join(filter(None, [args.divergence.replace("_", " "), options]))}
+
+
+def _compared(args: GKDArguments, teacher_top_k: int | None, vocabulary_mode: str | None) -> str:
+    if not teacher_top_k:
+        return "all" if vocabulary_mode is None else _COMPARED[vocabulary_mode]
+    known = "" if vocabulary_mode is None else " that the student has too"
+    rest = "one bucket for the rest" if args.teacher_tail == "bucket" else "renormalised over them"
+    return f"the teacher's {teacher_top_k} most probable{known}, {rest}"
 
 
 def _jsd(beta: float, scale: str) -> str:

@@ -71,7 +71,8 @@ def read_run(folder: str | Path) -> Run:
     path = folder / FILE_NAME
     held = read_records(path) if path.is_file() else Records(None, (), 0)
     if held.unreadable:
-        notes.append(f"Lines of {FILE_NAME} that could not be read and are left out: {held.unreadable}.")
+        lines, are = ("line", "is") if held.unreadable == 1 else ("lines", "are")
+        notes.append(f"{held.unreadable} {lines} of {FILE_NAME} could not be read and {are} left out.")
     log: list[Entry] = list(_entries(state.get("log_history", [])))
     recorded = list(_entries({**record.metrics, "step": record.step} for record in held.records))
     if state_path is not None and path.is_file():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,8 @@ class Aligner:
 
     A special token becomes the teacher's of the same name, the end of a turn becomes its end of a turn, and any other
     becomes the tokens of its name. The bytes between them, decoded and encoded, are the same in both rows; a character
-    that the teacher's tokenizer changes or does not know has no shared boundary inside.
+    that the teacher's tokenizer changes or does not know has no shared boundary inside. The space before a text that
+    some tokenizers add, and the one before a reply that some chat templates or tokenizers add, is the teacher's own.
 
     Args:
         student: The student's tokenizer.
@@ -55,6 +56,8 @@ class Aligner:
         self.special_ids = _special_ids(self.student, self.teacher, _roles(student, teacher))
         self._student_leading = _leading_ids(student, self.student)
         self._teacher_leading = _leading_ids(teacher, self.teacher)
+        self._student_reply = _reply_of(student, self.student)
+        self._teacher_reply = _reply_of(teacher, self.teacher)
         self._names: dict[int, list[int]] = {}
 
     def aligned(
@@ -76,7 +79,6 @@ class Aligner:
                 the teacher's tokenizer puts before a text, such as bos.
             limit: The maximum number of the teacher's tokens; the others are cut.
         """
-        is_text_start = prompt_ids is None
         if prompt_ids is None:
             n_leading = len(self._student_leading)
             start = n_leading if tuple(ids[:n_leading]) == self._student_leading else 0
@@ -89,25 +91,28 @@ class Aligner:
         special = np.flatnonzero(is_special_L)
         edges = np.unique([start, len(ids), *breaks, *special, *(special + 1)])
         edges = edges[edges >= start].tolist()
-        if is_text_start and self.student.prepends_space and edges[:-1] and not is_special_L[start]:
-            # The first token holds a space that is not the text's.
-            length_L[start] -= self.student.of([ids[start]]).startswith(b" ")
-        begin_L = np.cumsum(length_L) - length_L
+        lead, teacher_lead = self._leads(ids[:start], prompt_ids)
+        if lead == teacher_lead or not edges[:-1] or is_special_L[start]:
+            lead = teacher_lead = b""
+        elif not self.student.of(ids[start : edges[1]]).startswith(lead):
+            lead = b""
+        # Bytes count from where the text begins in both: a token that begins before has no counterpart.
+        begin_L = np.cumsum(length_L) - length_L - len(lead)
         row = _Writing(list(self._teacher_leading if prompt_ids is None else prompt_ids))
         for first, last in pairwise(edges):
             position = int(begin_L[first])
             if is_special_L[first]:
                 self._write_special(row, ids[first], position)
             else:
-                self._write_text(row, ids[first:last], position, is_text_start=is_text_start)
-            is_text_start = False
+                self._write_text(row, self.student.of(ids[first:last])[len(lead) :], position + len(lead), teacher_lead)
+            lead = teacher_lead = b""
         teacher_begin_P = row.begins(self.teacher.length_V)
         if limit is not None:
             teacher_begin_P = teacher_begin_P[:limit]
         column_of = np.full(int(length_L.sum()) + 1, -1, np.int64)
         columns = np.flatnonzero(teacher_begin_P >= 0)
         column_of[teacher_begin_P[columns]] = columns
-        student = np.flatnonzero(length_L)
+        student = np.flatnonzero((length_L > 0) & (begin_L >= 0))
         teacher = column_of[begin_L[student]]
         return AlignedRow(row.ids[:limit], student[teacher >= 0], teacher[teacher >= 0])
 
@@ -121,14 +126,18 @@ class Aligner:
         written = self._names[token_id]
         row.write(written, position, [position, *[-1] * len(written)][: len(written)])
 
-    def _write_text(self, row: _Writing, ids: Sequence[int], position: int, *, is_text_start: bool) -> None:
-        """Write a run of tokens without special ones."""
-        data = self.student.of(ids)
-        if is_text_start:
-            if self.student.prepends_space:
-                data = data.removeprefix(b" ")
-            if self.teacher.prepends_space:
-                data, position = b" " + data, position - 1
+    def _leads(self, student_prompt: Sequence[int], prompt_ids: Sequence[int] | None) -> tuple[bytes, bytes]:
+        """Return the whitespace that the student's tokens, and the teacher's, have before the text that is written."""
+        if prompt_ids is None:
+            return b" " * self.student.prepends_space, b" " * self.teacher.prepends_space
+        if not self._teacher_reply.follows(self.teacher, prompt_ids):
+            return b"", b""  # a prompt of the user's, after which nothing is known
+        is_reply = self._student_reply.follows(self.student, student_prompt)
+        return self._student_reply.lead if is_reply else b"", self._teacher_reply.lead
+
+    def _write_text(self, row: _Writing, data: bytes, position: int, lead: bytes) -> None:
+        """Write text after whitespace that only the teacher reads; the text begins at `position`."""
+        data, position = lead + data, position - len(lead)
         for piece in _INVALID.split(data.decode(errors="surrogateescape")):
             raw = piece.encode(errors="surrogateescape")
             if _INVALID.match(piece):
@@ -172,7 +181,7 @@ class _Writing:
         self.ids += ids
 
     def begins(self, length_V: Ints) -> Ints:
-        """Return the byte at which each token begins; -1 if that is unknown, or if it is empty."""
+        """Return the byte at which each token begins; negative if unknown, before the text, or if it is empty."""
         begin_P = np.full(len(self.ids), -1, np.int64)
         if not self._columns:
             return begin_P
@@ -182,8 +191,7 @@ class _Writing:
         sizes = np.diff([*first, len(length_P)])
         offset = np.asarray(self._positions) - np.append(0, end_P)[first]
         end_P = end_P + np.repeat(offset, sizes)
-        # Before the text's first byte there is at most a space that the tokenizer adds.
-        own_P = np.maximum(end_P - length_P, 0)
+        own_P = end_P - length_P
         begin_P[self._n_leading :] = np.where(own_P < end_P, own_P, -1)
         for column, begins in self._known:
             begin_P[column : column + len(begins)] = begins
@@ -235,6 +243,45 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return eos_id
     special = {token_id for token_id, added in tokenizer.added_tokens_decoder.items() if added.special}
     return next((token_id for token_id in ids if token_id in special), eos_id)
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """What a chat template writes before each reply, as bytes, and the whitespace between that and the reply."""
+
+    header: bytes
+    lead: bytes
+
+    def follows(self, tokens: TokenBytes, ids: Sequence[int]) -> bool:
+        """Return whether a prompt ends with the header."""
+        n_bytes = len(self.header)
+        return n_bytes > 0 and tokens.of(ids[-n_bytes:]).endswith(self.header)
+
+
+def _reply_of(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> _Reply:
+    """Find out how replies begin, in the tokenizer's own tokens: it may add a space that the template does not write.
+
+    Llama-2's template writes a space after the prompt, and Phi-3's tokenizer puts one after a special token.
+    """
+    marker = "Paris"
+
+    def written(user: str, *reply: dict[str, str], is_prompt: bool) -> bytes:
+        messages = [{"role": "user", "content": user}, *reply]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+        return tokens.of(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+    if tokenizer.chat_template is None:
+        return _Reply(b"", b"")
+    try:
+        prompt, other = written("Hello", is_prompt=True), written("Thanks", is_prompt=True)
+        whole = written("Hello", {"role": "assistant", "content": marker}, is_prompt=False)
+    except Exception:  # a template may raise anything
+        return _Reply(b"", b"")
+    n_shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(prompt[::-1], other[::-1], strict=False)))
+    header = prompt[len(prompt) - n_shared :]
+    lead, found, _ = whole.removeprefix(prompt).partition(marker.encode())
+    is_lead = whole.startswith(prompt) and found and not lead.strip()
+    return _Reply(header, lead if is_lead else b"")
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import InseparableHead, SeparableHead
 from gkd_trainer.signals import Signal, plain_signals, tensors_of
+from gkd_trainer.teachers.prompt_scores import Witness
 from gkd_trainer.types import TokenBatch
 
 
@@ -63,6 +64,9 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase | None = None
     """Its tokenizer if that is in this process; its chat template renders the teacher's own prompts."""
+
+    witness: Witness | None = None
+    """Its scores of a fixed text, if its weights are not in this process; known after `prepare`."""
 
     longest_sequence: int | None = None
     """How many tokens of a sequence it scores, if its `model` does not say; known after `prepare`."""

@@ -98,6 +98,7 @@ def _live_teacher(
     return VLLMServerTeacher(
         urls,
         **own_default,
+        model=args.teacher_server_model,
         api_token=args.teacher_server_api_token,
         server_timeout=args.vllm_server_timeout,
         request_timeout=args.vllm_request_timeout,
@@ -142,6 +143,7 @@ def _hidden_state_teacher(args: GKDArguments, urls: str | list[str], trust_remot
         urls,
         args.teacher_model_name_or_path,
         dtype=args.teacher_server_dtype,
+        model=args.teacher_server_model,
         api_token=args.teacher_server_api_token,
         server_timeout=args.vllm_server_timeout,
         request_timeout=args.vllm_request_timeout,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,18 @@ from gkd_trainer.models.prompts import writes_date
 from gkd_trainer.signals import Head, HiddenSignal, Signal, TopKSignal
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, Teacher, all_teachers
 from gkd_trainer.teachers.cache.format import (
+    CacheSource,
     Manifest,
+    StoredWitness,
     dtype_name,
     read_manifest,
+    refuse_another_served,
     template_digest,
     weights_digest,
 )
 from gkd_trainer.teachers.cache.kinds import Values, values_of
 from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
+from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
 from gkd_trainer.transfer import to_device
 from gkd_trainer.types import TokenBatch
@@ -81,8 +85,63 @@ class CachedTeacher(CompositeTeacher):
             GKDDataError: A row is not in the cache, and there is no fallback; the batch holds more than token ids; or
                 prompts of the teacher's own.
         """
+        reader, sequences = self._opened("score"), self._sequences(batch)
+        found = [reader.read(sequence) for sequence in sequences]
+        missing = [index for index, values in enumerate(found) if values is None]
+        device = batch.labels_BL.device
+        if missing:
+            live = self._scored_live(batch, sequences, missing)
+            for index, values in zip(missing, live, strict=True):
+                found[index] = values
+        return self._signal([values for values in found if values is not None], device)
+
+    def check_rows(self, rows: Iterable[tuple[int, TokenBatch]] | None, name: str) -> None:
+        """Look up rows before any is drawn; log how many the fallback will score.
+
+        Args:
+            rows: The number of each row in its dataset, and a batch of it alone, as it will be scored; None if that
+                can't be known ahead.
+            name: The dataset's name in errors and the log.
+
+        Raises:
+            GKDDataError: Rows are not in the cache, and there is no fallback; or see `score`.
+            GKDTeacherError: The rows can't be looked up now, the cache is not complete, and there is no fallback.
+        """
+        reader = self._opened("check_rows")
+        if rows is None:
+            if self._fallback is None and not self._manifest.is_complete:
+                raise GKDTeacherError(
+                    f"{self._incomplete()}, and the rows of {name} can't be looked up before they are drawn. Run the "
+                    "`gkd-trainer cache` command that began it again, which continues it, or set "
+                    "teacher_cache_miss='teacher' (CachedTeacher's fallback)"
+                )
+            return
+        n_rows = n_missing = 0
+        first = ""
+        for number, batch in rows:
+            n_rows += 1
+            sequences = self._sequences(batch)
+            lacking = [index for index, sequence in enumerate(sequences) if not reader.has(sequence)]
+            if lacking:
+                n_missing += 1
+                first = first or f"row {number}: {self._description(batch, sequences, lacking[0])}"
+        if n_missing == 0:
+            return
+        counted = f"{name}: {n_missing} of {n_rows} rows looked up are not in the cache in {self._folder}"
+        if self._fallback is not None:
+            logger.info("%s: the teacher scores them.", counted)
+            return
+        raise GKDDataError(
+            f"{counted}, or not the predictions for all of their tokens trained on; the first is {first}. "
+            f"{self._remedy()}"
+        )
+
+    def _opened(self, caller: str) -> CacheReader:
         if self._reader is None:
-            raise RuntimeError("CachedTeacher.score was called before prepare(device)")
+            raise RuntimeError(f"CachedTeacher.{caller} was called before prepare(device)")
+        return self._reader
+
+    def _sequences(self, batch: TokenBatch) -> list[TokenSequence]:
         if batch.label_offset != 1:
             raise GKDDataError("the rows of an encoder-decoder can't be cached: use its teacher in this process")
         prompts_BP = batch.on_host.side.get(TEACHER_PROMPT_IDS)
@@ -91,15 +150,7 @@ class CachedTeacher(CompositeTeacher):
                 f"the cache in {self._folder} holds predictions for the rows' own prompts, but this batch has prompts "
                 "of the teacher's own: remove the column teacher_prompt, or train with the teacher itself"
             )
-        sequences = sequences_of(batch)
-        found = [self._reader.read(sequence) for sequence in sequences]
-        missing = [index for index, values in enumerate(found) if values is None]
-        device = batch.labels_BL.device
-        if missing:
-            live = self._scored_live(batch, sequences, missing)
-            for index, values in zip(missing, live, strict=True):
-                found[index] = values
-        return self._signal([values for values in found if values is not None], device)
+        return sequences_of(batch)
 
     @property
     def folder(self) -> Path:
@@ -165,14 +216,14 @@ class CachedTeacher(CompositeTeacher):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Check that the cache fits the run, and open it.
+        """Check that the cache fits the run, and open it; an incomplete one serves the rows that it has so far.
 
         The tokenizer's map is compared with `vocabulary` where the models are paired. Rows may be shorter than the
         cached ones, but not longer.
 
         Raises:
             GKDTeacherError: The run's chat template or `max_length` is not the cache's, the fallback is not the cached
-                teacher, or the cache is incomplete or damaged.
+                teacher, or the cache is damaged.
         """
         source = self._manifest.source
         if tokenizer is not None and None not in (source.chat_template, template_digest(tokenizer)):
@@ -187,15 +238,24 @@ class CachedTeacher(CompositeTeacher):
             self._check_fallback(self._fallback)
         self._tokenizer = tokenizer
         self._reader = CacheReader(self._folder, self._manifest)
+        if not self._manifest.is_complete:
+            logger.warning("%s.", self._incomplete())
         head = self._reader.shared.head
         self._head = None if head is None else _moved(head, device)
 
     def _check_fallback(self, fallback: Teacher) -> None:
         source, model = self._manifest.source, fallback.model
         self._require("vocab_size", fallback.vocab_size, source.vocab_size)
+        weights = None if model is None else weights_digest(model)
         if model is not None:
             self._require("dtype", dtype_name(model.dtype), source.dtype)
-            self._require("weights", weights_digest(model), source.weights)
+            self._require("weights", weights, source.weights)
+        if weights is None:  # unknown, so its name counts, and what it says
+            name = str(describe(fallback).name)
+            self._require("teacher", name, source.teacher)
+            refuse_another_served(
+                self._folder, source, CacheSource(teacher=name, witness=StoredWitness.of(fallback.witness))
+            )
 
     def _require(self, name: str, given: object, cached: object) -> None:
         if given != cached:
@@ -212,7 +272,7 @@ class CachedTeacher(CompositeTeacher):
             known = manifest.source.vocab_size
             if known is None:  # a server's
                 largest = int(ids_NK.max()) if ids_NK.numel() > 0 else 0
-                known = max(largest, *(self._vocabulary or {}).values()) + 1
+                known = max([largest, *(self._vocabulary or {}).values()]) + 1
             return TopKSignal(to_device(ids_NK, device), to_device(log_p_NK, device), known)
         assert self._head is not None
         dtype: torch.dtype = getattr(torch, manifest.dtype)
@@ -222,7 +282,11 @@ class CachedTeacher(CompositeTeacher):
 
     def _scored_live(self, batch: TokenBatch, sequences: list[TokenSequence], missing: list[int]) -> list[Values]:
         if self._fallback is None:
-            raise GKDDataError(self._missing_row(batch, sequences, missing[0]))
+            row = self._description(batch, sequences, missing[0])
+            raise GKDDataError(
+                f"a row is not in the cache in {self._folder} ({row}), or not the predictions for all "
+                f"{len(sequences[missing[0]].targets_P)} of its tokens trained on. {self._remedy()}"
+            )
         if not self._has_missed:
             self._has_missed = True
             logger.info("Some rows are not in the cache in %s: the teacher scores them.", self._folder)
@@ -232,7 +296,12 @@ class CachedTeacher(CompositeTeacher):
         counts = [len(sequence.targets_P) for sequence in asked]
         return list(zip(*(value.split(counts) for value in values), strict=True))
 
-    def _missing_row(self, batch: TokenBatch, sequences: list[TokenSequence], index: int) -> str:
+    def _incomplete(self) -> str:
+        n_rows = sum(shard.rows for shard in self._manifest.shards)
+        return f"The cache in {self._folder} is not complete: it holds {n_rows} rows so far"
+
+    def _description(self, batch: TokenBatch, sequences: list[TokenSequence], index: int) -> str:
+        """Return what tells a row: its key, if it has one, and its tokens."""
         sequence = sequences[index]
         names = [f"{len(sequence.token_ids)} tokens, {sequence.token_ids[:8]}…"]
         keys_B = batch.on_host.side.get(ROW_KEY)
@@ -241,17 +310,26 @@ class CachedTeacher(CompositeTeacher):
             names.insert(0, f"{ROW_KEY} {int(keys_B[rows[index]])}")
         if self._tokenizer is not None:
             names.append(repr(self._tokenizer.decode(sequence.token_ids)[:80]))
+        return ", ".join(names)
+
+    def _remedy(self) -> str:
+        """Return what to do about rows that are not in the cache."""
         dated = ""
         if self._tokenizer is not None and writes_date(self._tokenizer, {}):
             dated = (
-                ". The chat template writes today's date unless the rows give one, so rows that were cached on another "
-                "day have other tokens: cache them with a fixed date (chat_template_kwargs, or a changed template)"
+                " The chat template writes today's date unless the rows give one, so rows that were cached on another "
+                "day have other tokens: cache them with a fixed date (chat_template_kwargs, or a changed template)."
             )
+        state = "" if self._manifest.is_complete else f"{self._incomplete()}. "
         return (
-            f"a row is not in the cache in {self._folder} ({', '.join(names)}), or not the predictions for all "
-            f"{len(sequence.targets_P)} of its tokens trained on: add this data to it with `gkd-trainer cache` and the "
-            f"options of this run, or set teacher_cache_miss='teacher' (CachedTeacher's fallback){dated}"
+            f"{state}Add this data to it with `gkd-trainer cache` and the options of this run, or set "
+            f"teacher_cache_miss='teacher' (CachedTeacher's fallback).{dated}"
         )
+
+
+@describe.register
+def _(teacher: CachedTeacher) -> TeacherDescription:
+    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
 
 
 def _batch_of(sequences: Sequence[TokenSequence], device: torch.device) -> TokenBatch:

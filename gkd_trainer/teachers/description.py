@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import AligningTeacher, Teacher
-from gkd_trainer.teachers.cached import CachedTeacher
 from gkd_trainer.teachers.context import ContextTeacher
+from gkd_trainer.teachers.other_tokenizer import OtherTokenizerTeacher
 from gkd_trainer.teachers.several import SeveralTeachers
 from gkd_trainer.teachers.shared import SelfTeacher
 from gkd_trainer.teachers.vllm_hidden import HiddenStateServerTeacher
@@ -21,12 +21,14 @@ from gkd_trainer.teachers.weighted import WeightedTeachers
 class TeacherDescription:
     """A teacher's name or folder, the URLs of its servers, if any, and how many top tokens it gives (None: all).
 
-    Several teachers have one name or folder each, by the label under which a reader knows them.
+    Several teachers have one name or folder each, by the label under which a reader knows them. `vocabulary_mode` is
+    how a teacher with another tokenizer is compared (one of MODES).
     """
 
     name: str | Mapping[str, str]
     base_urls: Sequence[str]
     top_k: int | None
+    vocabulary_mode: str | None = None
 
 
 @singledispatch
@@ -46,6 +48,11 @@ def _(teacher: AligningTeacher) -> TeacherDescription:
 
 
 @describe.register
+def _(teacher: OtherTokenizerTeacher) -> TeacherDescription:
+    return replace(describe(teacher.teachers[0]), vocabulary_mode=teacher.mode)
+
+
+@describe.register
 def _(teacher: VLLMServerTeacher) -> TeacherDescription:
     return TeacherDescription(teacher.model_name or type(teacher).__name__, teacher.base_urls, teacher.top_k)
 
@@ -62,11 +69,6 @@ def _(teacher: SeveralTeachers) -> TeacherDescription:
         names |= {", ".join(filter(None, (label, part))): path for part, path in inner.items()}
         urls += described.base_urls
     return TeacherDescription(names, urls, teacher.top_k)
-
-
-@describe.register
-def _(teacher: CachedTeacher) -> TeacherDescription:
-    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
 
 
 @describe.register

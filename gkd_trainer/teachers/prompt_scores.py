@@ -24,8 +24,15 @@ _MINUS_INFINITY = -9999.0
 _EXCESS = 1e-3
 """How far rounding may raise a log-prob above 0, or the mass of the top tokens above 1."""
 
+_PADDING = 10
+"""How many times its tokenizer's tokens a model's head has at most, padding included; usually hardly more than once."""
+
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
+
+
+class NotLogProbsError(ValueError):
+    """Scores that no distribution has, such as logits."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,14 @@ class TopScores:
     def first(self, count: int) -> TopScores:
         """Return the scores of the first `count` positions."""
         return TopScores(self.ids_PK[:count], self.log_p_PK[:count])
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A fixed text in tokens, and a teacher's scores of it, by which it is recognised if its weights are unknown."""
+
+    token_ids: list[int]
+    scores: TopScores
 
 
 def fully_scored(token_ids: list[int]) -> TokenSequence:
@@ -89,7 +104,11 @@ def sequences_of(batch: TokenBatch) -> list[TokenSequence]:
 
 
 def parse_scores(answer: Any, asked: Sequence[TokenSequence], top_k: int) -> list[TopScores]:
-    """Return the scores of the sequences `asked`, in order; raise ValueError if the answer is invalid."""
+    """Return the scores of the sequences `asked`, in order.
+
+    Raises:
+        ValueError: The answer is invalid: NotLogProbsError if it holds numbers other than log-probs.
+    """
     choices = sorted(ScoreAnswer.parse(answer).choices, key=lambda choice: choice.index)
     indices = [choice.index for choice in choices]
     if indices != list(range(len(asked))):
@@ -98,6 +117,20 @@ def parse_scores(answer: Any, asked: Sequence[TokenSequence], top_k: int) -> lis
         _parse_sequence(choice.prompt_logprobs, sequence, top_k)
         for choice, sequence in zip(choices, asked, strict=True)
     ]
+
+
+def check_mass(scores: TopScores, n_tokens: int) -> None:
+    """Raise NotLogProbsError if a position's top tokens have less mass than those of a uniform distribution.
+
+    `n_tokens` is the size of the tokenizer; the model's head may be larger.
+    """
+    mass = np.exp(scores.log_p_PK).sum(axis=1).min()
+    least = scores.log_p_PK.shape[1] / (_PADDING * n_tokens)
+    if mass < least:
+        raise NotLogProbsError(
+            f"the {scores.log_p_PK.shape[1]} most probable tokens of a position have a mass of {mass:.1e}, but those "
+            f"of a model with {n_tokens} tokens must have at least {least:.1e}"
+        )
 
 
 def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: int) -> TopScores:
@@ -127,8 +160,10 @@ def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: in
     is_own_PC = ids_PC == np.array(sequence.token_ids)[sequence.targets_P][:, None]
     if not (is_own_PC.sum(axis=1) == 1).all():
         raise ValueError("a position has no score for the prompt's own token")
-    if not np.isfinite(log_p_PC[is_entry_PC]).all() or log_p_PC[is_entry_PC].max() > _EXCESS:
-        raise ValueError("a log-prob is not finite, or above 0")
+    if not np.isfinite(log_p_PC[is_entry_PC]).all():
+        raise ValueError("a log-prob is not finite")
+    if log_p_PC[is_entry_PC].max() > _EXCESS:
+        raise NotLogProbsError(f"a log-prob of {log_p_PC[is_entry_PC].max():.3g} is above 0")
 
     log_p_PC[log_p_PC <= _MINUS_INFINITY] = -np.inf
     is_extra_PC = is_own_PC & is_entry_PC[:, -1:]
@@ -138,7 +173,7 @@ def _parse_sequence(positions: Sequence[Any], sequence: TokenSequence, top_k: in
     log_p_PK = np.take_along_axis(log_p_PC, order_PC, axis=1)[:, :top_k]
     mass = np.exp(log_p_PK).sum(axis=1).max()
     if mass > 1 + _EXCESS:
-        raise ValueError(f"the top {top_k} tokens of a position have a mass of {mass:.3f}, more than 1")
+        raise NotLogProbsError(f"the top {top_k} tokens of a position have a mass of {mass:.3f}, more than 1")
     return TopScores(ids_PK, log_p_PK)
 
 

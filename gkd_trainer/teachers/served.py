@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
+from gkd_trainer.teachers.failover import Failover
 from gkd_trainer.teachers.prompt_scores import TokenSequence, fully_scored
 from gkd_trainer.vllm_answers import Models, Tokens
 from gkd_trainer.vllm_client import VLLMServer, call_each
@@ -60,9 +61,9 @@ class TeacherServers:
 
     Args:
         base_url: The URL of a server, or of several.
-        model: The name under which the model is served; None for the first that each server lists.
+        model: The name under which the model is served; None for the only model that each server lists.
         api_token: The key that the servers were started with, if any.
-        server_timeout: Seconds to keep trying to reach a server.
+        server_timeout: Seconds to keep trying to reach a server; while scoring, to reach any of them.
         request_timeout: Seconds within which one request must be answered in full.
         unsent: How many of a sequence's tokens need no room in the server's context, or -1 if one more does.
 
@@ -88,7 +89,8 @@ class TeacherServers:
             for url in urls
         ]
         self._model_name, self._unsent = model, unsent
-        self._served: dict[VLLMServer, _Served] = {}
+        self._failover = Failover(self._servers, server_timeout)
+        self._served: dict[str, _Served] = {}  # by URL
         self._turn = 0
 
     def __iter__(self) -> Iterator[VLLMServer]:
@@ -102,7 +104,9 @@ class TeacherServers:
     @property
     def model_name(self) -> str | None:
         """The name under which the model is served; None if not given and before `first_contact`."""
-        return self._model_name or next((served.name for served in self._served.values()), None)
+        if self._model_name is not None:
+            return self._model_name
+        return next((served.name for served in self._served.values()), None)
 
     @property
     def longest_sequence(self) -> int | None:
@@ -125,8 +129,10 @@ class TeacherServers:
                 "a teacher behind a server must have the student's tokenizer, which is unknown: pass "
                 "processing_class to the trainer"
             )
-        self._served = {server: self._find_model(server) for server in self._servers}
+        self._served = {server.base_url: self._find_model(server) for server in self._servers}
         self._refuse_longer(max_length or 0)
+        # Ranks work in step: from the same server on, small batches would all go to the same few.
+        self._turn = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         text = _PROBE + "".join(tokenizer.all_special_tokens)
         token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         room = min(served.max_model_len for served in self._served.values()) - 2
@@ -141,13 +147,22 @@ class TeacherServers:
     ) -> list[Scores]:
         """Return the scores of each sequence, in order; the servers get groups of them in turn, in parallel.
 
-        Raises GKDTeacherError if a sequence is longer than a server takes.
+        If a server can't be reached, the others get its groups.
+
+        Raises:
+            GKDServerError: No server could be reached in time, or one gave no valid answer after all retries.
+            GKDTeacherError: A sequence is longer than a server takes.
         """
         self._refuse_longer(max((len(sequence.token_ids) for sequence in sequences), default=0))
-        size = min(_SEQUENCES_AT_ONCE, -(-len(sequences) // len(self._servers)))
+        servers = self._failover.available()
+        size = min(_SEQUENCES_AT_ONCE, -(-len(sequences) // len(servers)))
         groups = [sequences[start : start + size] for start in range(0, len(sequences), size or 1)]
-        answers = call_each(self._servers, groups, score, first=self._turn)
-        self._turn = (self._turn + len(groups)) % len(self._servers)
+
+        def score_group(server: VLLMServer, group: Sequence[TokenSequence]) -> list[Scores]:
+            return self._failover.call(server, lambda reached: score(reached, group))
+
+        answers = call_each(servers, groups, score_group, first=self._turn)
+        self._turn += len(groups)
         return list(chain.from_iterable(answers))
 
     def check_tokenizer(self, server: VLLMServer, probe: Probe) -> None:
@@ -220,9 +235,9 @@ class TeacherServers:
         )
 
     def _served_by(self, server: VLLMServer) -> _Served:
-        if server not in self._served:
+        if server.base_url not in self._served:
             raise RuntimeError("the teacher's score was called before prepare(device, tokenizer)")
-        return self._served[server]
+        return self._served[server.base_url]
 
     def _refuse_longer(self, length: int) -> None:
         for server in self._servers:
@@ -236,14 +251,21 @@ class TeacherServers:
                 )
 
     def _find_model(self, server: VLLMServer) -> _Served:
-        models = server.get("/v1/models", lambda answer: Models.parse(answer).lengths())
-        name = self._model_name or next(iter(models))
-        if name not in models:
+        lengths, is_one_model = server.get("/v1/models", _names_and_lengths)
+        served = f"the vLLM server at {server.base_url} serves {', '.join(map(repr, lengths))}"
+        name = self._model_name
+        if name is None and not is_one_model:
             raise GKDTeacherError(
-                f"the vLLM server at {server.base_url} serves {', '.join(map(repr, models))}, but the teacher is "
-                f"{name!r}: pass one of those as model, or start the server with --served-model-name {name}"
+                f"{served}, which are not names of one model: pass the teacher's as model (teacher_server_model)"
             )
-        return _Served(name, models[name])
+        if name is None:
+            name = next(iter(lengths))
+        if name not in lengths:
+            raise GKDTeacherError(
+                f"{served}, but the teacher is {name!r}: pass one of those as model (teacher_server_model), or start "
+                f"the server with --served-model-name {name}"
+            )
+        return _Served(name, lengths[name])
 
 
 @dataclass(frozen=True)
@@ -252,6 +274,11 @@ class _Served:
 
     name: str
     max_model_len: int
+
+
+def _names_and_lengths(answer: Any) -> tuple[dict[str, int], bool]:
+    models = Models.parse(answer)
+    return models.lengths(), models.is_one_model()
 
 
 def _some(ids: Sequence[int], start: int, count: int = 5) -> str:

@@ -56,9 +56,10 @@ class HiddenStateServerTeacher(Teacher):
         checkpoint: The model served: its name on the hub or its folder, with its head in safetensors, not quantised.
         dtype: The dtype of the states as sent: "auto" is the narrowest dtype that holds them exactly (bfloat16 from a
             server in bfloat16); or "float32", "bfloat16", "float16", "fp8_e4m3", "fp8_e5m2".
-        model: The name under which the model is served; by default the first that the server lists.
+        model: The name under which the model is served, such as that of a LoRA adapter; by default the only model that
+            the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
-        server_timeout: Seconds to keep trying to reach a server.
+        server_timeout: Seconds to keep trying to reach a server; after `prepare`, to reach any of several.
         request_timeout: Seconds within which one request must be answered in full.
         checks: Whether `prepare` compares the server's tokenizer with the student's, and its states with those of a
             second request and with `local_copy`'s distributions, and warns if they predict text badly.

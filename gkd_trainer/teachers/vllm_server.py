@@ -17,8 +17,11 @@ from gkd_trainer.errors import GKDConfigError, GKDServerError, GKDTeacherError
 from gkd_trainer.signals import TopKSignal
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.teachers.prompt_scores import (
+    NotLogProbsError,
     TokenSequence,
     TopScores,
+    Witness,
+    check_mass,
     fully_scored,
     parse_scores,
     sequences_of,
@@ -54,9 +57,10 @@ class VLLMServerTeacher(Teacher):
             and each scores its share of a batch.
         top_k: How many tokens of each distribution to ask for. vLLM gives up to 20 unless it was started with a
             larger `--max-logprobs`.
-        model: The name under which the model is served; by default the first that the server lists.
+        model: The name under which the model is served, such as that of a LoRA adapter; by default the only model that
+            the server lists.
         api_token: The key that the servers were started with (`--api-key`), if any.
-        server_timeout: Seconds to keep trying to reach a server.
+        server_timeout: Seconds to keep trying to reach a server; after `prepare`, to reach any of several.
         request_timeout: Seconds within which one request must be answered in full.
         checks: Whether `prepare` compares the server's tokenizer with the student's, its greedy token with its scores,
             and its scores with those of a second request and with `local_copy`'s.
@@ -184,6 +188,8 @@ class VLLMServerTeacher(Teacher):
             seen = scores.first(len(probe.witness.targets_P))
             self._record = self._record or seen
             self._servers.check_same(server, total_variation(self._record, seen))
+        assert self._record is not None  # there is a server
+        self.witness = Witness(probe.witness.token_ids, self._record)
         self._local_copy = None
 
     def _body(self, server: VLLMServer, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
@@ -200,22 +206,40 @@ class VLLMServerTeacher(Teacher):
         asked, record = [self._witness, *sequences], self._record
 
         def parse(answer: Any) -> list[TopScores]:
-            seen, *scores = parse_scores(answer, asked, self._top_k)
+            seen, *scores = self._parsed(server, answer, asked)
             self._servers.check_witness(server, total_variation(record, seen))
             return scores
 
         return server.post("/v1/completions", self._body(server, asked), parse)
 
+    def _parsed(self, server: VLLMServer, answer: Any, asked: Sequence[TokenSequence]) -> list[TopScores]:
+        try:
+            return parse_scores(answer, asked, self._top_k)
+        except NotLogProbsError as error:
+            raise self._not_log_probs(server, error) from error
+
+    def _not_log_probs(self, server: VLLMServer, error: NotLogProbsError) -> GKDTeacherError:
+        # Not a wrong answer, which the client would ask for again: the server's options make all of its answers so.
+        return GKDTeacherError(
+            f"the vLLM server at {server.base_url} gives scores that are not log-probs ({error}): start it with "
+            "--logprobs-mode raw_logprobs, vLLM's default, not raw_logits or processed_logits"
+        )
+
     def _first_scores(self, server: VLLMServer, probe: TokenSequence) -> tuple[TopScores, int]:
         """Return the scores of the probe, and the token that the server generates after it."""
 
         def parse(answer: Any) -> tuple[TopScores, int]:
-            [scores] = parse_scores(answer, [probe], self._top_k)
+            [scores] = self._parsed(server, answer, [probe])
             [token] = CompletionAnswer.parse(answer).choices[0].token_ids
             return scores, token
 
+        assert self._vocabulary is not None
         try:
-            return server.post("/v1/completions", {**self._body(server, [probe]), "return_token_ids": True}, parse)
+            first = server.post("/v1/completions", {**self._body(server, [probe]), "return_token_ids": True}, parse)
+            check_mass(first[0], max(self._vocabulary.values()) + 1)
+            return first
+        except NotLogProbsError as error:
+            raise self._not_log_probs(server, error) from error
         except GKDServerError as error:
             if "status 400" in str(error) and "logprobs" in str(error):
                 raise GKDTeacherError(
@@ -229,7 +253,7 @@ class VLLMServerTeacher(Teacher):
         """Return the scores of the probe, after comparing a second request, the greedy token and the local copy."""
         first, token = self._first_scores(server, probe)
         longer = fully_scored([*probe.token_ids, token])
-        parse = partial(parse_scores, asked=[longer], top_k=self._top_k)
+        parse = partial(self._parsed, server, asked=[longer])
         [second] = server.post("/v1/completions", self._body(server, [longer]), parse)
         self._servers.check_repeated(server, total_variation(first, second.first(len(first.ids_PK))))
         best, p_K = int(second.ids_PK[-1, 0]), np.exp(second.log_p_PK[-1])

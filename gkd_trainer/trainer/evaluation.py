@@ -6,17 +6,22 @@ Shapes: B batch, K summed quantities.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.trainer_utils import has_length
 
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.report.metrics import ONE_TEACHER, EvaluationMeter, TeacherSums
+from gkd_trainer.trainer.ranks import Ranks
 
 
 class Evaluation:
     """The sums of one evaluation: over the data, and over the student's own completions.
 
     Args:
-        gather: Collects samples over ranks, without those that only pad the last batch.
+        gather: Collects samples over ranks, or their sums, without those that only pad the last batch.
         teachers: The sums for each of several teachers.
     """
 
@@ -42,3 +47,19 @@ class Evaluation:
         """Return all metrics under their names in the log, such as eval_loss and eval_on_policy_loss."""
         on_policy = {f"on_policy_{name}": metric for name, metric in self._on_policy.read().items()}
         return {f"{prefix}_{name}": metric for name, metric in {**self._data.read(), **on_policy}.items()}
+
+
+def require_equal_batches(loader: Any, ranks: Ranks) -> None:
+    """Raise GKDConfigError, on all ranks, if they have different numbers of batches, and would wait for one another.
+
+    That may be so without `even_batches`. Loaders without a length can't be checked.
+    """
+    if ranks.size == 1 or ranks.accelerator.even_batches or not has_length(loader):
+        return
+    counts = ranks.gather(torch.tensor([len(loader)], device=ranks.accelerator.device)).tolist()
+    if min(counts) != max(counts):
+        raise GKDConfigError(
+            f"each rank must evaluate the same number of batches, but they have {', '.join(map(str, counts))}, and "
+            "would wait for one another forever: set even_batches to True in accelerator_config, or lower "
+            "per_device_eval_batch_size"
+        )

@@ -87,7 +87,7 @@ def pair(
         teacher: The teacher.
         tokenizer: The student's tokenizer, if any.
         ranks: The ranks that train together; all must call this.
-        is_compiled: Whether `torch_compile` will hide the student's head.
+        is_compiled: Whether compilation will hide the student's head.
 
     Raises:
         GKDTeacherError: Their vocabularies differ, or the teacher differs between ranks.

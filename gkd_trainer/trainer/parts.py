@@ -86,7 +86,7 @@ def build_parts(
     shorter = shorter_context(model, teacher)
     args = fitted_into(shorter, args)
     teacher.prepare(args.device, tokenizer, args.max_length)
-    pairing = pair(model, teacher, tokenizer, ranks, is_compiled=args.torch_compile)
+    pairing = pair(model, teacher, tokenizer, ranks, is_compiled=ranks.compiles_student)
     recovery = Recovery(ranks, restarts_without_memory=args.auto_find_batch_size, saves_only_model=args.save_only_model)
     stop_ids = find_stop_ids(student, tokenizer)
     media = media_tokens(student)
@@ -112,7 +112,6 @@ def build_parts(
         rollouts,
         build_teacher_engine(args, teacher.model, **ids) if args.seq_kd and teacher.model is not None else None,
         args=args,
-        seed=args.seed,
         ranks=ranks,
         recovery=recovery,
         pad_token_id=pad_id,

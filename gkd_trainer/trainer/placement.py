@@ -70,11 +70,16 @@ class Placement:
 
     def recognised(self, inputs: Mapping[str, Any], batch: TokenBatch) -> TokenBatch:
         """Return the batch made of `inputs`, with its copy on the host if they are a batch of the window, unchanged."""
+        placed = self._found(inputs)
+        return batch if placed is None else batch.known_on_host(placed.host)
+
+    def holds(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether `inputs` are a batch of the window, unchanged."""
+        return self._found(inputs) is not None
+
+    def _found(self, inputs: Mapping[str, Any]) -> _Placed | None:
         state = _state(inputs) if self._placed else None
-        for placed in self._placed:
-            if state is not None and placed.state == state:
-                return batch.known_on_host(placed.host)
-        return batch
+        return next((placed for placed in self._placed if state is not None and placed.state == state), None)
 
 
 class _Placed(NamedTuple):

@@ -26,6 +26,7 @@ from gkd_trainer.data import (
     prepare_dataset,
 )
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
+from gkd_trainer.data.tokens import SEQ_LENGTHS
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.models.loading import refuse_mistral_common
 from gkd_trainer.trainer.pairing import OwnedContext
@@ -74,6 +75,8 @@ class Preparation:
             GKDConfigError: A row is longer than the context of student or teacher.
         """
         rules = self._rules(is_training, is_test)
+        # Packed again, it would no longer be known where the samples of a row begin.
+        is_packed = SEQ_LENGTHS in (getattr(dataset, "column_names", None) or ())
         dataset = prepare_dataset(
             dataset,
             self.tokenizer if self.images is None else self.images.tokenizer,
@@ -97,7 +100,7 @@ class Preparation:
         if not is_training and self.has_ranks and not hasattr(dataset, "__len__"):
             # Without a length, ranks pad their last batch with samples that would be counted twice.
             dataset = list(dataset)
-        return dataset if is_test else self._shuffled(self._packed(dataset, name, is_training))
+        return dataset if is_test else self._shuffled(self._packed(dataset, name, is_training, is_packed))
 
     def _rules(self, is_training: bool, is_test: bool) -> RowRules:
         args: Any = self.args
@@ -121,7 +124,7 @@ class Preparation:
             return bool(args.eval_packing)
         return bool(getattr(args, "packing", False))
 
-    def _packed(self, dataset: Any, name: str, is_training: bool) -> Any:
+    def _packed(self, dataset: Any, name: str, is_training: bool, is_packed: bool) -> Any:
         args: Any = self.args
         packs = self._packs(is_training)
         joins = "packing" if packs else "padding_free" if getattr(args, "padding_free", False) else None
@@ -130,7 +133,7 @@ class Preparation:
                 f"{name}: {joins} joins rows, so the teacher can't read a prompt of its own for each: set "
                 f"{joins}=False, or remove the column teacher_prompt"
             )
-        if not packs:
+        if not packs or is_packed:
             return dataset
         if isinstance(dataset, list):  # a stream, read into memory
             dataset = datasets.Dataset.from_list(dataset)
@@ -158,6 +161,31 @@ class Preparation:
         if is_shuffled and isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
             return dataset.shuffle(seed=args.seed)
         return dataset
+
+
+class PreparedOnce:
+    """Prepares a trainer's own datasets, each once, whenever it is set.
+
+    Args:
+        prepare: Prepares a dataset, given its name and use.
+    """
+
+    def __init__(self, prepare: Callable[..., Any]) -> None:
+        self._prepare = prepare
+        self._prepared: dict[tuple[str, bool], Any] = {}
+
+    def __call__(self, dataset: Any, name: str, *, is_training: bool = False, is_drawn: bool = True) -> Any:
+        """Return a dataset prepared; a dictionary of them by name if it is one, and None if there is none.
+
+        `is_drawn` tells whether the run will surely draw from it.
+        """
+        use = {"is_training": is_training, "is_drawn": is_drawn}
+        if isinstance(dataset, dict) and not is_training:
+            return {each: self(rows, each, **use) for each, rows in dataset.items()}
+        if dataset is None or dataset is self._prepared.get((name, is_training)):
+            return dataset
+        prepared = self._prepared[name, is_training] = self._prepare(dataset, name, **use)
+        return prepared
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modelcard import TrainingSummary
 
 from gkd_trainer.config import GKDArguments
-from gkd_trainer.models.loading import base_model, name_of
+from gkd_trainer.models.loading import base_model, name_of, reads_images
 from gkd_trainer.report.model_card import CARD_TAGS, distillation_card, is_on_hub, public_name, with_adapter
 from gkd_trainer.teachers import Teacher
 from gkd_trainer.teachers.description import describe
@@ -81,8 +81,10 @@ def write_card(
         teacher=described.name,
         teacher_urls=described.base_urls,
         teacher_top_k=described.top_k,
+        vocabulary_mode=described.vocabulary_mode,
         adapter=model.active_peft_config if isinstance(model, PeftModel) else None,
         n_rows=len(dataset) if hasattr(dataset, "__len__") else None,
+        task="image-text-to-text" if reads_images(model) else "text-generation",
     )
     if isinstance(model, PeftModel):
         card = with_adapter(card, model, str(path.parent))

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from trl.models import unwrap_model_for_generation
 
@@ -58,6 +58,13 @@ class Ranks:
         gathered: Tensor = self.accelerator.gather(tensor if tensor.dim() else tensor[None])
         return gathered
 
+    def gather_samples(self, values_BK: Tensor) -> Tensor:
+        """Return values of samples of all ranks to be summed, without those of samples that only pad the last batch."""
+        if self.accelerator.even_batches:
+            samples: Tensor = self.accelerator.gather_for_metrics(values_BK)
+            return samples
+        return self.gather(values_BK.sum(dim=0, keepdim=True))  # nothing pads, and batches may differ in size
+
     @property
     def sharding(self) -> Literal["fsdp1", "fsdp2", "zero3"] | None:
         """How the student's weights are sharded over ranks; None if each rank has all of them."""
@@ -68,6 +75,11 @@ class Ranks:
         if plugin is None:
             return None
         return "fsdp1" if plugin.fsdp_version == 1 else "fsdp2"
+
+    @property
+    def compiles_student(self) -> bool:
+        """Whether Accelerate will compile the student, asked by `torch_compile`, its launcher or the environment."""
+        return bool(self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
 
     @property
     def awaits_outputs(self) -> bool:

@@ -63,8 +63,7 @@ class RolloutQueue:
     Args:
         engine: The student's engine, which gets the current weights before it generates.
         teacher_engine: Under `seq_kd`, the engine of the teacher.
-        args: The options of sampling and of λ.
-        seed: The key of all draws.
+        args: The options of sampling and of λ, with the `seed` of all draws; read in each step.
         ranks: The ranks that train together.
         recovery: Makes them fail together.
         pad_token_id: Pads the batches.
@@ -76,8 +75,7 @@ class RolloutQueue:
         engine: RolloutEngine,
         teacher_engine: RolloutEngine | None,
         *,
-        args: GKDArguments,
-        seed: int,
+        args: Any,
         ranks: Ranks,
         recovery: Recovery,
         pad_token_id: int,
@@ -85,7 +83,7 @@ class RolloutQueue:
     ) -> None:
         self.engine = engine
         self._teacher_engine = teacher_engine
-        self._args, self._seed, self._ranks, self._recovery = args, seed, ranks, recovery
+        self._args, self._ranks, self._recovery = args, ranks, recovery
         self._pad_token_id, self._media_tokens = pad_token_id, media_tokens or MediaTokens()
         self._background = ThreadPoolExecutor(1, "rollouts") if args.rollout_overlap else None
         self._synced_version: tuple[int, ...] | None = None
@@ -209,7 +207,7 @@ class RolloutQueue:
             draw = Draw(
                 lmbda=lmbda_at(step, epoch.max_steps, args.lmbda, args.lmbda_end, args.lmbda_schedule),
                 granularity=args.lmbda_granularity,
-                seed=self._seed,
+                seed=args.seed,
                 step=step,
                 rank=self._ranks.index,
                 world_size=self._ranks.size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ from gkd_trainer.rollouts import RolloutEngine
 from gkd_trainer.teachers import Teacher, comparable, refuse_inference_tensors
 from gkd_trainer.teachers.context import with_teacher_prompts
 from gkd_trainer.teachers.other_tokenizer import vocabulary_modes
-from gkd_trainer.trainer import publishing
+from gkd_trainer.trainer import coverage, publishing
 from gkd_trainer.trainer.checkpoints import checkpoint_to_resume, load_rollouts, require_one_step, save_rollouts
 from gkd_trainer.trainer.construction import (
     Construction,
@@ -64,12 +65,14 @@ from gkd_trainer.trainer.construction import (
     uncompiled_student,
     warn_of_unused,
 )
-from gkd_trainer.trainer.evaluation import Evaluation
+from gkd_trainer.trainer.evaluation import Evaluation, require_equal_batches
 from gkd_trainer.trainer.finite import FiniteCheck
+from gkd_trainer.trainer.fixed_options import FixedOptions
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
 from gkd_trainer.trainer.parts import build_parts
 from gkd_trainer.trainer.placement import Placement
 from gkd_trainer.trainer.preparation import (
+    PreparedOnce,
     is_stream,
     keeping_columns,
     pad_token_id,
@@ -197,12 +200,10 @@ class GKDMixin(AnyTrainer):
         if is_in_notebook():
             self.add_callback(NotebookMetrics(self.callback_handler.callbacks))
         self._build_parts(construction.teacher, rollouts, formatting_func)
-        if self.train_dataset is not None:
-            self.train_dataset = self._prepared(self.train_dataset, "train", is_training=True)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._prepared(rows, name) for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+        self._fixed_options = FixedOptions(replace(construction.run, args=self.args))
+        self._prepared_once = PreparedOnce(self._prepared)
+        self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
+        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval", is_drawn=self.args.eval_strategy != "no")
 
     def _build_parts(
         self, teacher: Teacher, rollouts: RolloutEngine | None, formatting_func: Callable[[Any], Any] | None
@@ -224,8 +225,10 @@ class GKDMixin(AnyTrainer):
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
-        self._placement, self._is_last_of_window = Placement(self.args.device), False
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
+        self._placement = Placement(self.args.device)
+        self._window_tokens: Tensor | None = None
+        self._is_in_step = self._is_last_of_window = False
+        self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
         self._has_trained = False
@@ -267,14 +270,28 @@ class GKDMixin(AnyTrainer):
         if self.args.disable_dropout:
             disable_dropout(model)
 
-    def _prepared(self, dataset: Any, name: str, **use: bool) -> Any:
+    def _prepared(self, dataset: Any, name: str, *, is_drawn: bool = True, **use: bool) -> Any:
         if is_stream(dataset):
             # Each rank reads its own share: Accelerate would concatenate batches of unequal length on one rank.
             self.args.accelerator_config.dispatch_batches = False
             self.accelerator.dataloader_config.dispatch_batches = False
-        if not self._prepares_rows:
-            return dataset
-        return self._preparation.prepared(dataset, name, **use)
+        rows = None
+        if self._prepares_rows:
+            dataset = self._preparation.prepared(dataset, name, **use)
+            is_quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+            rows = coverage.CollatedRows.of(dataset, self.data_collator, self._columns_drawn, is_quiet=is_quiet)
+        if rows is not None and use.get("is_training"):
+            has_own_loader = coverage.has_own_loader(type(self), known=(GKDMixin, Trainer))
+            is_drawn = not has_own_loader and coverage.trains_on_all(self.args, len(rows))
+        coverage.check_rows(self.teacher, rows, name, are_all_drawn=is_drawn)
+        return dataset
+
+    def _columns_drawn(self) -> list[str] | None:
+        """Return the columns of rows that the collator gets; None for all."""
+        if not self.args.remove_unused_columns:
+            return None
+        self._set_signature_columns_if_needed()
+        return list(self._signature_columns or ())
 
     generalized_jsd_loss = staticmethod(trl_generalized_jsd_loss)
     generate_on_policy_outputs = staticmethod(generate_on_policy_outputs)
@@ -336,13 +353,19 @@ class GKDMixin(AnyTrainer):
         if not self._prepares_rows:
             super()._reject_skip_prepare_without_labels(*args, **kwargs)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of the training set; its rows are prepared if it was set since."""
+        self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
+        return super().get_train_dataloader()
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the loader of an evaluation set; the rows of a set passed here are prepared."""
-        # Trainer also passes its own set, or a key of its dictionary of sets: those are already prepared.
+        """Return the loader of an evaluation set; the rows of a set passed here, or set since, are prepared."""
+        # Trainer also passes its own set, or a key of its dictionary of sets.
         is_given = eval_dataset is not None and eval_dataset is not self.eval_dataset
         if is_given and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepared(eval_dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)
+            return super().get_eval_dataloader(self._prepared(eval_dataset, "eval"))
+        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset if is_given else None)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Return the loader of a test set, with its rows prepared.
@@ -368,6 +391,7 @@ class GKDMixin(AnyTrainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._fixed_options.require_unchanged(self.args)  # here a hyperparameter search has set the trial's
         # Drop sums left over from an earlier run, after its last log entry or its interruption.
         self._meter.clear()
         self._recovery.last_checkpoint = None  # of an earlier run; loading one sets it again
@@ -410,7 +434,8 @@ class GKDMixin(AnyTrainer):
         placed = self._placement.placed(self._comparable(batches))
         self._has_trained = True
         self._finite_check.clear()
-        return placed, self._count_trained_tokens(device)
+        self._window_tokens = self._count_trained_tokens(device)
+        return placed, self._window_tokens
 
     def _rolled_out(self, epoch: Epoch) -> list[dict[str, Any]]:
         with self._meter.measure("rollout"), self._saving_before_it_fails():
@@ -442,13 +467,30 @@ class GKDMixin(AnyTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward of a micro-batch; at the window's last, raise if any values were not finite."""
-        self._is_last_of_window = self.accelerator.sync_gradients
+        self._is_in_step, self._is_last_of_window = True, self.accelerator.sync_gradients
+        divisor = self._step_divisor(inputs) if num_items_in_batch is None else num_items_in_batch
         with self._meter.measure("step"), self._saving_before_it_fails():
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            loss: Tensor = super().training_step(model, inputs, divisor)
+        self._is_in_step = False
         if self._is_last_of_window:
             self._is_last_of_window = False
             self._raise_if_not_finite()
         return loss
+
+    def _step_divisor(self, inputs: dict[str, Any]) -> Tensor | int | None:
+        """Return the divisor of a micro-batch in a training step for which a subclass passes none; None elsewhere."""
+        if not (self._is_in_step and self.loss_is_scaled_for_ga):  # else Trainer divides by the number of micro-batches
+            return None
+        if self._placement.holds(inputs):
+            return self._window_tokens
+        # A subclass made this batch: as for Trainer, all micro-batches of the window count the same.
+        tokens = TokenBatch.from_inputs(comparable(self.teacher, self._decoded(inputs))).n_scored
+        return tokens * self.current_gradient_accumulation_steps * self._averaging_ranks
+
+    @property
+    def _averaging_ranks(self) -> int:
+        # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
+        return self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
     def _raise_if_not_finite(self) -> None:
         self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
@@ -471,9 +513,12 @@ class GKDMixin(AnyTrainer):
                 inputs are made from the labels unless given.
             return_outputs: Whether to also return the forward's output, with logits [B, L, V] in the columns of
                 `inputs` (an encoder-decoder's in those of its labels).
-            num_items_in_batch: The divisor: the number of tokens in the window; by default in this batch.
+            num_items_in_batch: The divisor: the number of tokens in the window, by default also inside `training_step`;
+                elsewhere by default the number in this batch.
         """
         require_labels(inputs)
+        if num_items_in_batch is None and model.training:
+            num_items_in_batch = self._step_divisor(inputs)
         decoded = inputs if has_decoder_inputs(inputs) else self._decoded(inputs)
         batch = TokenBatch.from_inputs(comparable(self.teacher, decoded))
         batch = self._placement.recognised(inputs, batch)
@@ -506,9 +551,7 @@ class GKDMixin(AnyTrainer):
         if num_items_in_batch is None:
             loss = divided(student.loss_sum, batch.n_scored)
         else:
-            # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
-            averaged = self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
-            loss = divided(student.loss_sum, num_items_in_batch, averaged)
+            loss = divided(student.loss_sum, num_items_in_batch, self._averaging_ranks)
         if student.router_loss is not None:
             self._meter.add_router_loss(student.router_loss.value)
             micro_batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
@@ -597,7 +640,8 @@ class GKDMixin(AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
-        self._evaluation = Evaluation(self.accelerator.gather_for_metrics, self._teacher_sums)
+        require_equal_batches(dataloader, self._ranks)
+        self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._recovery.note_random_states()
         with self._saving_before_it_fails():
             output: EvalLoopOutput = super().evaluation_loop(

@@ -13,6 +13,7 @@ ABOUT = {
     "cuda": "13.0",
     "commit": "abc",
     "versions": {"torch": "2.11.0", "triton": "3.6.0", "trl": None},
+    "has_kernels": True,
 }
 
 
@@ -125,6 +126,12 @@ def test_results_that_only_tried_the_code_are_not_kept(tmp_path, change):
     with pytest.raises(SystemExit, match=r"steps\.json was made to try the code"):
         keep(folder, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_results_without_the_kernels_are_not_kept(tmp_path):
+    folder = written(tmp_path / "new", results("loss", about={**ABOUT, "has_kernels": False}))
+    with pytest.raises(SystemExit, match=r"loss\.json was measured without Triton's kernels"):
+        keep(folder, tmp_path / "kept")
 
 
 def test_results_of_a_gpu_are_kept_beside_those_of_other_stages(tmp_path):

@@ -61,7 +61,48 @@ def test_the_full_stages_have_all_shapes_teachers_policies_and_contenders():
 
 
 def test_the_tests_marked_gpu_are_found():
-    assert {"tests/divergence/test_triton.py", "tests/report/test_metrics.py"} <= set(checks.files_with_gpu_tests())
+    found = checks.files_with_gpu_tests()
+    assert {
+        "tests/divergence/test_triton.py",
+        "tests/report/test_metrics.py",
+        "tests/models/test_top_tokens.py",
+    } <= set(found)
+    assert "tests/benchmarks/test_gpu_stages.py" not in found  # it only writes such a test
+
+
+def write_tests(folder, text):
+    file = folder / "test_something.py"
+    file.write_text(f"import pytest\npytestmark = pytest.mark.gpu\n{text}")
+    return str(file)
+
+
+def test_tests_that_run_in_a_process_of_their_own_are_named_if_they_fail(tmp_path):
+    output = r"....... [ 41%]\nFAILED tests/cases.py::test_a - assert 1\n1 failed"
+    figures = checks.run_tests(TINY, write_tests(tmp_path, f"def test_all(): assert False, '{output}'\n"))
+    assert figures["failed"] == 1
+    assert figures["failures"] == ["test_all: FAILED tests/cases.py::test_a - assert 1"]
+
+
+def test_a_missing_package_is_told_where_nothing_ran_and_hides_no_other_result(tmp_path):
+    missing = "import no_such_package\n"
+    with pytest.raises(NotMeasuredError, match="not installed: no_such_package"):
+        checks.run_tests(TINY, write_tests(tmp_path, missing))
+    figures = checks.run_tests(TINY, write_tests(tmp_path, f"def test_right(): pass\ndef test_other():\n    {missing}"))
+    assert (figures["passed"], figures["failed"]) == (1, 1)
+
+
+def test_a_file_without_a_test_of_the_gpu_is_a_failure(tmp_path):
+    file = tmp_path / "test_nothing.py"
+    file.write_text("def test_unmarked(): pass\n")
+    with pytest.raises(RuntimeError, match="pytest ended with 5"):
+        checks.run_tests(TINY, str(file))
+
+
+def test_steps_of_the_trainer_need_its_packages_before_any_model_is_built(monkeypatch):
+    monkeypatch.setattr(steps, "TRAINER_NEEDS", ("no_such_package",))
+    monkeypatch.setattr(steps, "random_model", lambda *args: pytest.fail("a model was built"))
+    with pytest.raises(NotMeasuredError, match="not installed: no_such_package"):
+        steps.measure_step(TINY, "7B", "off", "full", "trainer")
 
 
 @pytest.mark.parametrize("is_failing", [False, True])
@@ -105,9 +146,12 @@ def test_a_card_is_described_with_its_driver_and_architecture(tmp_path, monkeypa
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     properties = SimpleNamespace(name="H100", total_memory=2**36, multi_processor_count=132, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr("benchmarks.gpu.card.runs_in_triton", lambda logits: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
     about = description(FULL)
     assert (about["card"], about["driver"], about["capability"]) == ("H100", "580.159.04", "sm_90")
     assert about["l2_bytes"] is None
+    assert about["has_kernels"] is True
     assert json.dumps(about)
 
 

@@ -38,6 +38,16 @@ def test_options_become_a_configuration_without_generated_completions(tmp_path):
     assert (options.cache.kind, options.cache.batch_size, options.rows.dataset) == ("hidden_int8", 8, "d")
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write_yaml(tmp_path / "a.yaml", teacher="~/teacher", model="~/student", dataset="~/rows", output_dir="~/out")
+    options = parse(["--config", str(file)])
+    found = (options.config.teacher_model_name_or_path, options.rows.model_name_or_path, options.rows.dataset)
+    assert (*found, options.cache.output_dir) == tuple(
+        str(tmp_path / name) for name in ("teacher", "student", "rows", "out")
+    )
+
+
 def test_top_tokens_are_64_unless_a_number_is_given():
     assert parse([*REQUIRED, "--kind", "topk"]).config.teacher_top_k == 64
     assert parse([*REQUIRED, "--kind", "topk", "--teacher_top_k", "5"]).config.teacher_top_k == 5

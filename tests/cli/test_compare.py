@@ -45,7 +45,8 @@ def test_rows_that_do_not_fit_the_shortest_context_are_left_out_for_all_students
     path = write_rows(tmp_path / "long.jsonl", [rows[4], *ROWS, rows[5]])
     models = [command[2], command[1]]  # the shorter context is the second's
     main(["compare", *models, *command[3:], "--dataset", str(path), "--samples", "1"])
-    note = "Left out: 2 rows that do not fit the shortest context (24 tokens), whole or with 4 new tokens."
+    note = "Left out: 2 rows that exceed the shortest context (24 tokens), either as they are or as a prompt with 4 new"
+    note += " tokens."
     out = capsys.readouterr().out
     assert "Compared with teacher on 4 rows" in out
     assert note in " ".join(out.split())

@@ -89,6 +89,27 @@ def test_yaml_lists_hold_text_as_it_is_written_and_mappings_hold_values(given_to
     assert given["args"].model_init_kwargs == {"use_cache": False, **numbers, "d": "2024-e1"}
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "a.yaml"
+    names = ("model", "dataset", "eval_dataset", "resume_from_checkpoint", "output_dir")
+    file.write_text("teachers: {a: ~/a, b: org/b}\n" + "".join(f"{name}: ~/{name}\n" for name in names))
+    options = parse(["--config", "~/a.yaml"])
+    found = (options.student.model_name_or_path, options.data.dataset, options.data.eval_dataset)
+    found += (options.config.resume_from_checkpoint, options.config.output_dir)
+    assert found == tuple(str(tmp_path / name) for name in names)
+    assert options.config.teachers == {"a": str(tmp_path / "a"), "b": "org/b"}
+    given = parse(["--model=~/m", '--teachers={"a": "~/a"}', "--dataset=org/~", "--output_dir=~/o"])
+    assert given.config.teachers == {"a": str(tmp_path / "a")}
+    assert (given.student.model_name_or_path, given.data.dataset) == (str(tmp_path / "m"), "org/~")
+    paths = ("teacher_tokenizer_name_or_path", "teacher_model_name_or_path")
+    one = ["--model=m", "--dataset=d", "--teacher_vocabulary_mode=matched", "--output_dir=o"]
+    config = parse([*one, *(f"--{name}=~/t" for name in paths)]).config
+    assert [getattr(config, name) for name in paths] == [str(tmp_path / "t")] * 2
+    config = parse(["--model=m", "--dataset=d", "--lmbda=0", "--output_dir=o", "--teacher_cache_dir=~/c"]).config
+    assert config.teacher_cache_dir == str(tmp_path / "c")
+
+
 @pytest.mark.parametrize("written", ["false", "no", "off", "False", "null"])
 def test_yaml_resumes_from_nothing_where_it_says_so(written, pair, data, tmp_path):
     file = tmp_path / "a.yaml"
@@ -129,8 +150,12 @@ def test_an_error_of_a_yaml_file_shows_no_secret(text, tmp_path, capsys):
         ("save_strategy: false\n", "invalid choice: 'false' (choose from 'no', 'steps', 'epoch', 'best')"),
         ("teacher_model_init_kwargs: {day: 2024-13-45}\n", "could not read"),
         ("beta: much\n", "argument --beta: invalid float value: 'much'"),
-        ("beta: [0.5]\n", "beta can't be ['0.5']"),
-        ("beta: null\n", "beta can't be None"),
+        ("beta: [0.5]\n", "beta takes one value; got a list of 1"),
+        ("dataset: {train: [a, b]}\n", "dataset takes one value; got a mapping"),
+        ("lora_target_modules: {q: k}\n", "lora_target_modules takes a list; got a mapping"),
+        ("teachers: [a, b]\n", "teachers takes a mapping; got a list of 2"),
+        ("beta: null\n", "beta can't be unset; leave the line out for its default (0.5)"),
+        ("save_strategy:\n", "save_strategy can't be unset; leave the line out for its default (steps)"),
         ("max_steps: 2.5\n", "argument --max_steps"),
         ("train_on: first_turn\n", "invalid choice: 'first_turn' (choose from 'all_turns', 'last_turn')"),
         ("- beta\n", "expected options by name"),

@@ -101,7 +101,7 @@ def test_a_number_that_may_be_unset_is_unset_by_none(parser, text, capsys):
     assert "argument --limit: invalid int value: 'x'" in errors
     assert f"argument --rank: invalid int value: '{text}'" in errors
     assert "--limit INT" in parser.format_help()
-    assert "none unsets a number that may be unset" in " ".join(parser.format_help().split())
+    assert "Numeric options that may be unset also take `none`." in " ".join(parser.format_help().split())
 
 
 def test_the_short_form_of_an_option_that_is_on_says_that_it_switches_it_off(parser):

@@ -30,6 +30,13 @@ def test_several_folders_make_one_file_in_the_last(tmp_path, capsys):
     assert not (tmp_path / "first" / "_report.html").exists()
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_state(tmp_path / "run" / "trainer_state.json", (10, 40), divergence_off_policy=1.0)
+    main(["report", "~/run", "--output_file=~/page.html"])
+    assert (tmp_path / "page.html").is_file()
+
+
 def test_folders_of_one_name_are_told_apart(tmp_path):
     for name in ("first", "second"):
         write_state(tmp_path / name / "out" / "trainer_state.json", (10, 40), divergence_off_policy=1.0)

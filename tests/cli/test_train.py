@@ -11,6 +11,8 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd_trainer.cli import main
+from gkd_trainer.cli.train import require_model
+from gkd_trainer.errors import GKDConfigError
 from tests.cli.command import ROWS, exit_of, write_rows
 from tests.serving import MAX_MODEL_LENGTH
 
@@ -91,6 +93,17 @@ def test_the_adapter_of_an_encoder_decoder_is_saved_so_that_it_loads(pair, data,
         tiny_encoder_decoder(seed=seed).save_pretrained(tmp_path / name)
     main(["train", *pair, *data, "--use_peft", "--lmbda", "0", "--save_strategy", "no", "--max_steps", "1"])
     assert AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "output").active_adapter == "default"
+
+
+def test_an_adapter_on_the_hub_is_a_student_and_a_teacher(pair, tmp_path):
+    stored = tmp_path / "hub" / "models--org--adapter"
+    LoraConfig(base_model_name_or_path=pair[1]).save_pretrained(stored / "snapshots" / "1")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("1")
+    place = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True, "dtype": "bfloat16"}
+    require_model("model_name_or_path", "org/adapter", place, trust_remote_code=False)
+    with pytest.raises(GKDConfigError, match=r"--teacher_model_name_or_path: expected a folder.*org/other"):
+        require_model("teacher_model_name_or_path", "org/other", place, trust_remote_code=False)
 
 
 def test_an_adapters_folder_whose_model_does_not_exist_exits_1_with_one_message(pair, data, tmp_path, capsys):

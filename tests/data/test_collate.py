@@ -15,7 +15,7 @@ from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
-from gkd_trainer.data import EncoderDecoderCollator, KeepSideTensors, columns_read_by, keeping_token_values
+from gkd_trainer.data import EncoderDecoderCollator, KeepSideTensors, columns_read_by, keeping_token_values, only_pads
 from gkd_trainer.errors import GKDDataError
 
 ROWS = [
@@ -360,3 +360,21 @@ def test_other_attributes_are_those_of_the_collator(byte_level):
     assert collator.tokenizer is tokenizer  # Trainer saves it
     assert pickle.loads(pickle.dumps(collator)).padding is True
     assert not hasattr(collator, "messages_key")
+
+
+def test_collators_of_transformers_and_trl_only_pad_but_not_those_that_mask_or_derive_from_them(byte_level):
+    tokenizer = byte_level()
+    padding = [
+        TRLCollator(pad_token_id=0),
+        TRLCollator(pad_token_id=0, padding_free=True),
+        DataCollatorWithPadding(tokenizer),
+        DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    ]
+    assert all(only_pads(each) and only_pads(KeepSideTensors(keeping_token_values(each))) for each in padding)
+
+    class Own(TRLCollator):
+        pass
+
+    tokenizer.mask_token = "<mask>"
+    masking = DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    assert not any(map(only_pads, [Own(pad_token_id=0), masking, EncoderDecoderCollator(0), list]))

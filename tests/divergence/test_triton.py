@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ CASES = [str(Path(__file__).with_name(name)) for name in ("triton_cases.py", "te
 # Without conftest.py, whose imports the kernels do without; of the other engines, test_layouts.py has been run already.
 PYTEST = ("-m", "pytest", "-q", "--noconftest", "-k", "triton", *CASES)
 
-COMPILE = """
+# Each of some hundred variants takes a second to compile. pytest-benchmark would warn of the processes.
+PARALLEL = ("-n", str(min(8, os.cpu_count() or 1)), "-p", "no:benchmark") if find_spec("xdist") else ()
+
+COMPILE = r"""
+import re
 import warnings
 from benchmarks.gpu.costs import compile_kernel
 from gkd_trainer.divergence.triton import KINDS, LAUNCH
@@ -32,6 +37,10 @@ for capability in (80, 90):
             passes = 2 if kind in ("forward_kl", "reverse_kl") else 3
             assert len(kernel.instructions) == passes, what
             assert kernel.vector_accesses == passes * 4 + 1, what
+        # Several threads have each logit of a row shorter than the program: all read it before one overwrites it.
+        ptx = compile_kernel(kind, capability, gradient_type="*fp32", chunk=64).ptx
+        after_the_last_load = ptx.rpartition("ld.global")[2]
+        assert re.search(r"bar\.sync|st\.global", after_the_last_load)[0] == "bar.sync", (capability, kind)
 """
 
 
@@ -50,7 +59,7 @@ def test_the_kernels_are_right_in_tritons_interpreter():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernels_are_right_on_a_gpu():
-    run(*PYTEST)
+    run(*PYTEST, *PARALLEL)
 
 
 def test_two_programs_fit_on_a_multiprocessor_without_spills_and_read_16_bytes_at_once():

@@ -332,6 +332,16 @@ def test_the_outline_of_a_model_has_its_configs_and_no_weights(tiny_model, tmp_p
         outline("nowhere", None, trust_remote_code=False)
 
 
+def test_the_outline_of_an_adapter_is_its_base_models(tiny_model, tmp_path):
+    model = tiny_model("qwen2", hidden=48)
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path / "base")
+    LoraConfig(base_model_name_or_path=str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    empty = outline(str(tmp_path / "adapter"), {"revision": "of-the-adapter"}, trust_remote_code=False)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    assert (empty.config.hidden_size, empty.generation_config.eos_token_id) == (48, [2, 7])
+
+
 def test_an_encoder_decoder_has_no_outline(tiny_encoder_decoder, tmp_path):
     tiny_encoder_decoder("bart").save_pretrained(tmp_path)
     with pytest.raises(GKDConfigError, match="it is an encoder-decoder, and only causal LMs can be loaded without"):

@@ -193,6 +193,22 @@ def test_steps_and_colours_are_chosen_with_the_keyboard(opened, tmp_path):
     assert page.locator("#scale-high").text_content() == "1"
 
 
+def test_what_is_shown_can_be_heard(opened, tmp_path):
+    page = opened("report", report(tmp_path))
+    slider = page.get_by_role("slider", name="Step", exact=True)
+    assert slider.get_attribute("aria-valuetext") == "76"
+    slider.press("Home")
+    assert slider.get_attribute("aria-valuetext") == "4"
+    described = page.locator("[aria-describedby=tip]")
+    for owner in (page.locator("svg.plot").first, page.locator("#maps .t").first):
+        assert described.count() == 0
+        owner.focus()
+        page.keyboard.press("End")
+        assert described.count() == 1
+        assert described.evaluate("element => element === document.activeElement")
+        page.keyboard.press("Escape")
+
+
 @pytest.mark.parametrize(("unit", "end"), [("nats", " nats"), ("", "")])
 def test_a_divergence_has_its_unit_everywhere_and_entropies_are_in_nats(opened, unit, end):
     page = opened("heat-map", HeatMap(token_map(divergence=(0.5, 0.25)), "caption", unit).to_html())
@@ -242,6 +258,18 @@ def test_all_text_has_enough_contrast(opened, tmp_path):
     found = page.evaluate(CONTRAST)
     assert len(found) > 100
     assert [each for each in found if each[1] < 4.5] == []
+
+
+def test_colours_are_printed_and_survive_high_contrast(opened, tmp_path):
+    page = opened("report", report(tmp_path))
+    for coloured in (page.locator("#maps .t.h9").first, page.locator(".ramp i").last):
+        assert coloured.evaluate("element => getComputedStyle(element).printColorAdjust") == "exact"
+        colours = []
+        for forced in ("none", "active"):
+            page.emulate_media(forced_colors=forced)
+            colours.append(coloured.evaluate("element => getComputedStyle(element).backgroundColor"))
+        assert colours[0] == colours[1]
+        page.emulate_media(forced_colors="none")
 
 
 def test_a_comparison_shows_students_side_by_side(opened):

@@ -34,8 +34,9 @@ def test_a_row_fits_whole_and_with_its_prompt_completed(folder):
     rows = [words(16), words(17), words(10, 10), words(10, 11)]
     found = fitting_rows(rows, readers(folder, 20), None, 4)
     assert found.kept == (0, 2)
-    assert (
-        found.note == "Left out: 2 rows that do not fit the shortest context (20 tokens), whole or with 4 new tokens."
+    assert found.note == (
+        "Left out: 2 rows that exceed the shortest context (20 tokens), either as they are or as a prompt with 4 new "
+        "tokens."
     )
 
 
@@ -44,7 +45,7 @@ def test_the_shortest_context_counts_whosever_it_is(folder):
     assert fitting_rows(rows, both, 50, 4).kept == fitting_rows(rows, both[:1], 20, 4).kept == (0,)
     assert fitting_rows(rows, both[:1], 50, 4).kept == (0, 1)
     assert fitting_rows(rows, both[:1], 50, 4).note == ""
-    assert fitting_rows(rows, both[1:], None, 4).note.startswith("Left out: 1 row that does not fit the")
+    assert fitting_rows(rows, both[1:], None, 4).note.startswith("Left out: 1 row that exceeds the")
 
 
 def test_rows_of_which_none_fits_are_refused_with_the_context_they_need(folder):

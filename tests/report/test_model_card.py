@@ -70,6 +70,23 @@ def test_options_are_shown_as_they_are(config, name, start):
     assert cell(card(config=config), name).startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("mode", "top_k", "divergence", "compared"),
+    [
+        ("matched", None, "generalised Jensen-Shannon divergence", "those with the same bytes in both tokenizers, one"),
+        ("matched", 8, "generalised Jensen-Shannon divergence", "the teacher's 8 most probable that the student has"),
+        ("next_byte", None, "generalised Jensen-Shannon divergence", "all, by their first byte"),
+        ("gold", None, "generalised Jensen-Shannon divergence, and the sum of the differences", "those with the same"),
+        ("uld", None, "sum of the differences between sorted probabilities (ULD)", "all, by their sorted"),
+    ],
+)
+def test_a_teacher_with_another_tokenizer_is_shown_as_it_was_compared(mode, top_k, divergence, compared):
+    text = card(vocabulary_mode=mode, teacher_top_k=top_k)
+    assert cell(text, "divergence").startswith(divergence)
+    assert cell(text, "compared tokens").startswith(compared)
+    assert ("| β |" in str(text)) == (mode != "uld")
+
+
 @pytest.mark.parametrize("name", ["β", "cross-entropy weight", "completions"])
 def test_options_without_effect_on_a_run_are_left_out(name):
     text = card(config={"divergence": "total_variation", "lmbda": 0.0})

@@ -58,7 +58,7 @@ def test_broken_files_are_named_and_left_out(tmp_path):
     run = read_run(tmp_path)
     assert [entry["step"] for entry in run.log] == [1]
     assert "trainer_state.json could not be read, and is left out" in run.notes[1]
-    assert run.notes[2] == "Lines of _report.jsonl that could not be read and are left out: 1."
+    assert run.notes[2] == "1 line of _report.jsonl could not be read and is left out."
 
 
 def test_a_broken_state_gives_way_to_an_older_one(tmp_path):

@@ -61,6 +61,9 @@ def test_servers_become_a_teacher_with_the_options():
     assert list(teacher.base_urls) == [URL, "http://127.0.0.1:8"]
     assert teacher.top_k == 7
     assert build_teacher(GKDArguments(teacher_server_base_url=URL)).top_k == VLLMServerTeacher(URL).top_k
+    assert teacher.model_name is None
+    named = build_teacher(GKDArguments(teacher_server_base_url=URL, teacher_server_model="tuned"))
+    assert named.model_name == "tuned"
 
 
 def test_names_by_name_become_several_teachers_with_the_options(folder):
@@ -83,9 +86,13 @@ def test_servers_of_hidden_states_become_a_teacher_with_the_head_of_the_named_ch
         "teacher_server_signal": "hidden_states",
         "teacher_model_name_or_path": str(folder),
     }
-    teacher = build_teacher(GKDArguments(**options, teacher_model_init_kwargs={"local_files_only": True}))
+    init_kwargs = {"local_files_only": True}
+    teacher = build_teacher(
+        GKDArguments(**options, teacher_server_model="tuned", teacher_model_init_kwargs=init_kwargs)
+    )
     assert isinstance(teacher, HiddenStateServerTeacher)
     assert teacher.base_urls == options["teacher_server_base_url"]
+    assert teacher._servers.model_name == "tuned"
     assert (teacher.checkpoint, teacher.top_k) == (str(folder), None)
     assert teacher.vocab_size == len(tiny_model().lm_head.weight)
     with pytest.raises(GKDTeacherError, match=r"can only say where it is stored .*; got dtype: give the others"):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,9 @@ from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.signals import HiddenSignal, TopKSignal
 from gkd_trainer.teachers import CachedTeacher, FrozenTeacher, OtherTokenizerTeacher
 from gkd_trainer.teachers.base import Teacher, all_teachers
-from gkd_trainer.teachers.cache import CacheWriter, source_of
+from gkd_trainer.teachers.cache import CacheWriter, read_manifest, source_of
+from gkd_trainer.teachers.cache.format import write_manifest
+from gkd_trainer.teachers.prompt_scores import TopScores, Witness
 from gkd_trainer.types import TokenBatch
 from tests.teachers.cache.rows import batch_of, cut, make_rows
 
@@ -127,6 +130,39 @@ def test_a_missing_row_under_a_template_that_writes_the_date_names_that_cause(li
         cached.score(batch_of([([40, 41, 42, 43], [-100, -100, 42, 43])]))
 
 
+def numbered(rows):
+    return [(number, batch_of([row])) for number, row in enumerate(rows)]
+
+
+def test_rows_that_are_not_in_the_cache_are_counted_before_any_is_drawn(live, tmp_path):
+    cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]))
+    cached.check_rows(numbered(ROWS[:7]), "train")
+    missing = rf"train: 2 of 6 rows looked up are not in the cache in {tmp_path}.*; the first is row 3: "
+    with pytest.raises(GKDDataError, match=f"{missing}{len(ROWS[8][0])} tokens"):
+        cached.check_rows(numbered([ROWS[4], ROWS[5], ROWS[6], ROWS[8], ROWS[0], ROWS[9]]), "train")
+
+
+def test_rows_that_the_fallback_will_score_are_counted_in_the_log(live, tmp_path, caplog):
+    caplog.set_level("INFO")
+    cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]), live())
+    cached.check_rows(numbered(ROWS[5:]), "train")
+    assert f"train: 3 of 5 rows looked up are not in the cache in {tmp_path}: the teacher scores them." in caplog.text
+
+
+def test_an_incomplete_cache_serves_what_it_has_if_the_rows_can_be_looked_up(live, tmp_path, caplog):
+    manifest = read_manifest(cached_from(tmp_path, live(), rows=ROWS[:7]))
+    write_manifest(tmp_path, manifest.model_copy(update={"is_complete": False}))
+    cached = opened(tmp_path)
+    assert f"The cache in {tmp_path} is not complete: it holds 7 rows so far." in caplog.text
+    cached.check_rows(numbered(ROWS[:7]), "train")
+    assert cached.score(batch_of(ROWS[:7])).hidden_NH.shape[0] == batch_of(ROWS[:7]).n_scored
+    with pytest.raises(GKDDataError, match=r"3 of 10 rows .* is not complete: it holds 7 rows so far\. Add this data"):
+        cached.check_rows(numbered(ROWS), "train")
+    with pytest.raises(GKDTeacherError, match=r"not complete.*, and the rows of train can't be looked up before"):
+        cached.check_rows(None, "train")
+    opened(tmp_path, live()).check_rows(None, "train")
+
+
 def test_a_fallback_scores_only_the_rows_that_the_cache_lacks(live, tmp_path):
     class Counting(Teacher):
         vocab_size, top_k, vocabulary, is_local, can_generate = 368, None, None, True, False
@@ -173,6 +209,45 @@ def test_a_fallback_other_than_the_cached_teacher_is_refused(live, tmp_path, fie
     folder = cached_from(tmp_path, live())
     with pytest.raises(GKDTeacherError, match=f"was made with another {field}: .* in this run"):
         opened(folder, live(**options))
+
+
+class Remote(Teacher):
+    """A teacher of a user's, elsewhere, whose weights are unknown; it gives two top tokens."""
+
+    vocab_size, top_k, vocabulary, model, is_local, can_generate = None, 2, None, None, False, False
+
+    def __init__(self, shares=(0.6, 0.3)):
+        self.shares = shares
+
+    def prepare(self, device, tokenizer=None, max_length=None):
+        ids_PK = np.array([[7, 9], [7, 9]])
+        self.witness = Witness([4, 5, 6], TopScores(ids_PK, np.log([self.shares, self.shares])))
+
+    def score(self, batch):
+        log_p_NK = torch.full((batch.n_scored, 2), -1.0)
+        return TopKSignal(torch.tensor([[7, 9]]).expand(batch.n_scored, 2), log_p_NK, 10)
+
+
+def test_a_fallback_of_unknown_weights_must_have_the_cached_teachers_name(tmp_path):
+    folder = cached_from(tmp_path, Remote(), rows=ROWS[:5])
+    assert len(opened(folder, Remote()).score(batch_of(ROWS)).ids_NK) == batch_of(ROWS).n_scored
+    other = type("Elsewhere", (Remote,), {})()
+    with pytest.raises(GKDTeacherError, match="another teacher: 'Remote' there, 'Elsewhere' in this run"):
+        opened(folder, other)
+
+
+def test_a_served_fallback_that_answers_otherwise_than_the_cached_model_is_refused(tmp_path):
+    folder = cached_from(tmp_path, Remote(), rows=ROWS[:5])
+    opened(folder, Remote((0.55, 0.33)))
+    with pytest.raises(GKDTeacherError, match=r"another model: the scores that 'Remote' now gives .* differ by 0\.75"):
+        opened(folder, Remote((0.1, 0.05)))
+    with pytest.raises(GKDTeacherError, match="another model: the scores that 'Remote' now gives a fixed text"):
+        cached_from(tmp_path, Remote((0.1, 0.05)))
+    cached_from(tmp_path, Remote((0.6, 0.29)))
+
+
+def test_top_tokens_of_unknown_size_and_vocabulary_count_the_largest_id(tmp_path):
+    assert opened(cached_from(tmp_path, Remote())).score(batch_of(ROWS)).vocab_size == 10
 
 
 def test_a_fallback_that_shares_weights_with_the_student_is_refused(live, tmp_path):

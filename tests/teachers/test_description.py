@@ -4,6 +4,7 @@ from gkd_trainer.teachers import (
     CachedTeacher,
     FrozenTeacher,
     HiddenStateServerTeacher,
+    OtherTokenizerTeacher,
     RoutedTeachers,
     SelfTeacher,
     Teacher,
@@ -63,6 +64,11 @@ def test_a_teacher_of_hidden_states_is_described_by_its_checkpoint(tiny_model, t
     tiny_model().save_pretrained(tmp_path)
     url = "http://127.0.0.1:9"
     assert describe(HiddenStateServerTeacher(url, tmp_path)) == TeacherDescription(str(tmp_path), [url], None)
+
+
+def test_a_teacher_with_another_tokenizer_is_described_with_how_it_is_compared(tiny_model, byte_level):
+    teacher = OtherTokenizerTeacher(FrozenTeacher(tiny_model(), byte_level()), mode="uld")
+    assert describe(teacher) == TeacherDescription("LlamaForCausalLM", (), None, "uld")
 
 
 def test_a_student_that_teaches_itself_is_described_by_its_source():

@@ -45,6 +45,30 @@ def test_the_name_is_the_given_one_or_the_first_that_is_listed(listed, tokenizer
     assert servers_of(NEVER, model="small").model_name == "small"
 
 
+ADAPTED = b"""{"data": [{"id": "base", "root": "/base", "parent": null, "max_model_len": 20},
+{"id": "alias", "root": "/base", "parent": null, "max_model_len": 20}%s]}"""
+ADAPTER = b', {"id": "tuned", "root": "/adapter", "parent": "base"}'
+
+
+def test_an_adapter_is_taken_by_its_name_and_none_is_chosen_without_one(tokenizer):
+    with FaultyProxy(NEVER) as server:
+        server.next(status(200, ADAPTED % ADAPTER), times=None)
+        servers = servers_of(server.base_url, model="tuned")
+        servers.first_contact(tokenizer, None)
+        assert [servers.name_at(each) for each in servers] == ["tuned"]
+        message = "serves 'base', 'alias', 'tuned', which are not names of one model: .*teacher_server_model"
+        with pytest.raises(GKDTeacherError, match=message):
+            servers_of(server.base_url).first_contact(tokenizer, None)
+
+
+def test_of_several_names_of_one_model_the_first_is_taken(tokenizer):
+    with FaultyProxy(NEVER) as server:
+        server.next(status(200, ADAPTED % b""), times=None)
+        servers = servers_of(server.base_url)
+        servers.first_contact(tokenizer, None)
+        assert servers.model_name == "base"
+
+
 def test_the_probe_fits_the_shortest_context_and_the_witness_is_its_beginning(listed, tokenizer):
     probe = servers_of(listed).first_contact(tokenizer, None)
     assert probe.token_ids == tokenizer(probe.text, add_special_tokens=False)["input_ids"]
@@ -83,6 +107,38 @@ def test_the_servers_take_turns_over_batches(listed, tokenizer):
         sequences = [fully_scored([5 + index, 6]) for index in range(count)]
         assert servers.score_each(sequences, score) == list(range(5, 5 + count))
         assert sorted(asked) == sorted(expected)
+
+
+def test_the_share_of_a_server_that_is_gone_goes_to_the_others(tokenizer, short_waits):
+    with FaultyProxy(NEVER) as one, FaultyProxy(NEVER) as two, FaultyProxy(NEVER) as gone:
+        for server in (one, two, gone):
+            server.next(status(200, MODELS), times=None, path="/v1/models")
+            server.next(status(200, b"1"), times=None)
+        servers = servers_of([one.base_url, gone.base_url, two.base_url])
+        servers.first_contact(tokenizer, None)
+        sequences = [fully_scored([5 + index, 6]) for index in range(16)]
+
+        def score(server, group):
+            server.post("/v1/completions", {"model": servers.name_at(server)}, int)
+            return [sequence.token_ids[0] for sequence in group]
+
+        gone.stop()
+        for _ in range(3):
+            assert servers.score_each(sequences, score) == list(range(5, 21))
+    asked = [server.paths().count("/v1/completions") for server in (one, two)]
+    assert sum(asked) == 12
+    assert min(asked) >= 5
+
+
+def test_the_ranks_begin_with_different_servers(listed, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    asked = []
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        servers = servers_of(listed)
+        servers.first_contact(tokenizer, None)
+        servers.score_each([fully_scored([5, 6])], lambda server, group: [asked.append(server.base_url)])
+    assert asked == [*listed, *listed]
 
 
 def test_a_distance_that_is_not_a_number_passes_no_check(listed, tokenizer):

@@ -276,8 +276,6 @@ WRONG = {
     "NaN": (with_log_probs(lambda value: float("nan")), "a log-prob is not finite"),
     "null": (with_log_probs(lambda value: None), "a log-prob is not a number"),
     "a string": (with_log_probs(str), "a log-prob is not a number"),
-    "positive": (with_log_probs(lambda value: 0.01), "or above 0"),
-    "too much mass": (with_log_probs(lambda value: -0.5), "have a mass of 3.033, more than 1"),
     "a position too few": (changed(drop_position), "12 positions were sent, but the answer has 11"),
     "a position too many": (changed(add_position), "12 positions were sent, but the answer has 13"),
     "a choice too few": (changed(drop_choice), r"5 prompts were sent, but the answer has the choices \[0, 1, 2, 3\]"),
@@ -308,6 +306,20 @@ def test_wrong_answers_are_requested_again_and_end_in_an_error_that_says_what_wa
     proxy.next(fault, times=None, path=SCORES)
     with pytest.raises(GKDServerError, match=f"{proxy.base_url} did not complete POST {SCORES}.*4 attempts.*{cause}"):
         teacher.score(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [(lambda value: 0.01, "a log-prob of 0.01 is above 0"), (lambda value: -0.5, "have a mass of 3.033, more than 1")],
+)
+def test_scores_that_are_not_log_probs_are_refused_with_the_option_and_not_requested_again(make, proxy, change, cause):
+    teacher = make()
+    proxy.next(with_log_probs(change), times=None, path=SCORES)
+    with pytest.raises(
+        GKDTeacherError, match=rf"{proxy.base_url} gives .* \(.*{cause}\): .*--logprobs-mode raw_logprobs"
+    ):
+        teacher.score(batch_of(token_rows([8]), [[5]]))
+    assert proxy.paths() == [SCORES]
 
 
 def test_a_missing_score_of_the_prompts_own_token_is_a_wrong_answer(make, proxy):

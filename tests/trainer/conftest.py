@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from gkd_trainer import GKDConfig, GKDTrainer
+from gkd_trainer import FrozenTeacher, GKDConfig, GKDTrainer
+from gkd_trainer.trainer.caching import cache_predictions
 from gkd_trainer.trainer.ranks import Ranks
 from tests.forks import run_ranks
 from tests.trainer.run import main as train
@@ -118,6 +119,26 @@ def make_trainer(config, tiny_model, token_rows, byte_level):
             arguments["model"] = tiny_model()
         arguments.setdefault("args", config(**options))
         return trainer_class(**arguments)
+
+    return make
+
+
+@pytest.fixture
+def cached(config, tiny_model, token_rows, byte_level, tmp_path):
+    """Cache what a teacher says of rows, and return the folder."""
+
+    def make(teacher=None, rows=None, *, name="cache", tokenizer=None, **options):
+        folder = str(tmp_path / name)
+        caching = {key: options.pop(key) for key in ("kind", "shard_mb", "batch_size", "student") if key in options}
+        cache_predictions(
+            teacher or FrozenTeacher(tiny_model(hidden=48, seed=1)),
+            token_rows() if rows is None else rows,
+            folder,
+            config(**options),
+            processing_class=tokenizer or byte_level(),
+            **caching,
+        )
+        return folder
 
     return make
 

@@ -67,11 +67,12 @@ def batches_of(windows, first=10):
 
 def queue_of(ranks, engine, teacher=None, media_tokens=None, **options):
     """A queue of a run that is on-policy unless the options say otherwise."""
+    args = GKDArguments(**{"lmbda": 1.0, "max_new_tokens": 4, "max_length": 64, **options})
+    args.seed = SEED  # of TrainingArguments
     return RolloutQueue(
         engine,
         teacher,
-        args=GKDArguments(**{"lmbda": 1.0, "max_new_tokens": 4, "max_length": 64, **options}),
-        seed=SEED,
+        args=args,
         ranks=ranks,
         recovery=Recovery(ranks),
         pad_token_id=PAD,

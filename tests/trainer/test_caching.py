@@ -6,28 +6,7 @@ import torch
 from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig, OtherTokenizerTeacher, RoutedTeachers, SelfTeacher
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.teachers.cache import read_manifest
-from gkd_trainer.trainer.caching import cache_predictions
 from tests.trainer.conftest import make_rows
-
-
-@pytest.fixture
-def cached(config, tiny_model, token_rows, byte_level, tmp_path):
-    """Cache what a teacher says of rows, and return the folder."""
-
-    def make(teacher=None, rows=None, *, name="cache", tokenizer=None, **options):
-        folder = str(tmp_path / name)
-        caching = {key: options.pop(key) for key in ("kind", "shard_mb", "batch_size", "student") if key in options}
-        cache_predictions(
-            teacher or FrozenTeacher(tiny_model(hidden=48, seed=1)),
-            token_rows() if rows is None else rows,
-            folder,
-            config(**options),
-            processing_class=tokenizer or byte_level(),
-            **caching,
-        )
-        return folder
-
-    return make
 
 
 def curve_of(trainer):
@@ -96,11 +75,10 @@ def test_generated_completions_are_scored_by_the_fallback(make_trainer, cached, 
     assert "divergence_on_policy" in trainer.state.log_history[0]
 
 
-def test_a_row_that_is_missing_ends_the_run_with_its_name(make_trainer, cached, token_rows):
+def test_a_row_that_is_missing_and_drawn_ends_the_run_with_its_name(make_trainer, cached, token_rows):
     rows = token_rows(16).add_column("row_key", list(range(100, 116)))
-    trainer = make_trainer(
-        trainer_args={"teacher": CachedTeacher(cached(rows=token_rows(15))), "train_dataset": rows}, max_steps=10
-    )
+    given = {"teacher": CachedTeacher(cached(rows=token_rows(15))), "train_dataset": rows}
+    trainer = make_trainer(trainer_args=given, max_steps=10, dataloader_drop_last=True)
     with pytest.raises(GKDDataError, match=r"a row is not in the cache in .*row_key 115"):
         trainer.train()
 

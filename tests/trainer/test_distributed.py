@@ -30,10 +30,13 @@ def steps(result):
     ("tied", "extra"),
     [
         (True, {"evaluates_first": True}),
-        (False, {CHECKPOINTING: True, "ddp_static_graph": True}),
+        (
+            False,
+            {CHECKPOINTING: True, "ddp_static_graph": True, "accelerator_config": {"even_batches": False}},
+        ),
         (False, {"evaluates_stream": True, "gradient_accumulation_steps": 2, "ce_weight": 0.3, "eval_on_policy": True}),
     ],
-    ids=["tied", "untied-checkpointing-static-graph", "untied-accumulation-cross-entropy"],
+    ids=["tied", "untied-checkpointing-static-graph-uneven-batches", "untied-accumulation-cross-entropy"],
 )
 def test_two_ranks_train_and_evaluate_like_one(full_run, tiny_model, tmp_path, tied, extra):
     def student():

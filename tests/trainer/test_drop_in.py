@@ -344,3 +344,20 @@ def test_options_are_attributes_as_in_trls_trainer(make_trainer):
     assert (trainer.lmbda, trainer.beta, trainer.temperature, trainer.seq_kd) == (0.25, 0.75, 0.5, False)
     trainer.beta = 0.0  # takes effect
     assert trainer.args.beta == 0.0
+
+
+def test_part_of_a_packed_set_stays_packed_as_it_is(tiny_model, byte_level, config):
+    trainer = MySFT(
+        model=tiny_model(),
+        teacher_model=tiny_model(hidden=48, seed=1),
+        args=config(MyConfig, packing=True, packing_strategy="bfd", bf16=False),
+        processing_class=byte_level(),
+        train_dataset=Dataset.from_list([{"messages": row} for row in MESSAGES * 4]),
+    )
+    before = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    trainer.train_dataset = trainer.train_dataset.select(range(2))
+    trainer.get_train_dataloader()
+    after = trainer.data_collator(list(trainer.train_dataset))
+    for name in ("input_ids", "labels", "position_ids"):
+        assert after[name].tolist() == before[name].tolist(), name
+    assert (before["position_ids"] == 0).sum() > 2

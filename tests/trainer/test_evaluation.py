@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from gkd_trainer.divergence import TokenDivergence
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.report.metrics import sums_by_sample
-from gkd_trainer.trainer.evaluation import Evaluation
+from gkd_trainer.trainer.evaluation import Evaluation, require_equal_batches
 
 
 def sums_of(*rows):
@@ -91,3 +92,14 @@ def test_samples_of_other_ranks_count():
     add(alone, [5.0, 7.0, 9.0])
     add(evaluation, [1.0])
     assert evaluation.metrics("eval")["eval_loss"] == pytest.approx(22 / 4)
+
+
+def test_ranks_with_different_numbers_of_batches_are_refused(two_ranks):
+    ranks = two_ranks(2, 1)
+    require_equal_batches([1, 2], ranks)  # with even_batches they don't ask
+    ranks.accelerator.even_batches = False
+    require_equal_batches([1, 2], ranks)
+    require_equal_batches(iter([1, 2]), ranks)
+    with pytest.raises(GKDConfigError, match="they have 2, 1, and would wait"):
+        require_equal_batches([1, 2], ranks)
+    assert ranks.said == [[2], [2]]

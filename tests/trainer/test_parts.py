@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from gkd_trainer import FrozenTeacher, HFRollouts
 from gkd_trainer.errors import GKDDataError, GKDRolloutError, GKDTeacherError
@@ -20,11 +21,9 @@ from tests.trainer.queues import Spy
 def parts(config, tiny_model, byte_level):
     """Build parts for a student and a teacher; options go to GKDConfig."""
 
-    def build(student, teacher=None, rollouts=None, formatting_func=None, is_compiled=False, **options):
-        args = config(**options)
-        args.torch_compile = is_compiled  # as an option it would set the environment of later tests too
+    def build(student, teacher=None, rollouts=None, formatting_func=None, **options):
         return build_parts(
-            args,
+            config(**options),
             student,
             teacher or FrozenTeacher(tiny_model(hidden=48, seed=1)),
             Accelerator(cpu=True),
@@ -175,8 +174,12 @@ def test_the_teacher_generates_only_under_seq_kd(parts, tiny_model, seq_kd):
 def test_draws_are_keyed_by_the_seed_of_the_run(parts, tiny_model):
     engine, student = Spy(), tiny_model()
     engine.sync = lambda model: None
-    window_of(parts(student, rollouts=engine, lmbda=1.0, seed=11), student)
-    assert engine.calls[0][2] == [sampling_seed(11, 0, position) for position in range(2)]
+    made = parts(student, rollouts=engine, lmbda=1.0, seed=11)
+    window_of(made, student)
+    made.args.seed = 12  # as a hyperparameter search sets it for a trial
+    window_of(made, student)
+    for seed, call in zip((11, 12), engine.calls, strict=True):
+        assert call[2] == [sampling_seed(seed, 0, position) for position in range(2)]
 
 
 def test_a_prompt_with_an_image_of_the_student_is_not_completed(parts, tiny_model):
@@ -188,9 +191,12 @@ def test_a_prompt_with_an_image_of_the_student_is_not_completed(parts, tiny_mode
         window_of(made, student, first=40)
 
 
-def test_a_compiled_student_is_paired_as_one(parts, tiny_model):
-    assert parts(tiny_model(), is_compiled=True).pairing.is_compiled
+def test_a_student_that_accelerate_compiles_is_paired_as_compiled(parts, tiny_model, monkeypatch):
+    """As it does under torch_compile, `accelerate launch --dynamo_backend` and ACCELERATE_DYNAMO_BACKEND."""
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     assert not parts(tiny_model()).pairing.is_compiled
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    assert parts(tiny_model()).pairing.is_compiled
 
 
 def test_recovery_knows_how_the_run_restarts_and_what_it_saves(parts, tiny_model, tmp_path):

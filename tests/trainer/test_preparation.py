@@ -15,6 +15,7 @@ from gkd_trainer.trainer.pairing import OwnedContext
 from gkd_trainer.trainer.preparation import (
     LongestRow,
     Preparation,
+    PreparedOnce,
     is_stream,
     keeping_columns,
     longest_row,
@@ -370,3 +371,27 @@ def test_joining_rows_with_prompts_for_the_teacher_is_refused(option):
     message = f"{option} joins rows, so the teacher can't read a prompt of its own for each: set {option}=False"
     with pytest.raises(GKDConfigError, match=message):
         preparation(packing_strategy="bfd", **{option: True}).prepared(rows, "train", is_training=True)
+
+
+def test_a_dataset_is_prepared_once_for_each_name_and_use():
+    seen = []
+
+    def prepare(dataset, name, *, is_training, is_drawn):
+        assert is_drawn == is_training
+        seen.append((name, is_training))
+        return [*dataset, name]
+
+    prepared_once = PreparedOnce(prepare)
+
+    def once(dataset, name, *, is_training=False):
+        return prepared_once(dataset, name, is_training=is_training, is_drawn=is_training)
+
+    assert once(None, "eval") is None
+    train, test = once([], "train", is_training=True), once({"train": [], "b": []}, "eval")
+    assert seen == [("train", True), ("train", False), ("b", False)]
+    assert once(train, "train", is_training=True) is train
+    assert once(test, "eval") == test
+    assert len(seen) == 3
+    assert once({**test, "b": ["new"]}, "eval") == {"train": ["train"], "b": ["new", "b"]}
+    assert once(["new"], "train", is_training=True) == ["new", "train"]
+    assert seen[3:] == [("b", False), ("train", True)]

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from transformers.modelcard import TrainingSummary
 from trl import SFTConfig, SFTTrainer
 
-from gkd_trainer import GKDArguments, GKDMixin
+from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfig, GKDMixin, OtherTokenizerTeacher
 from gkd_trainer.report.model_card import CARD_TAGS
 from gkd_trainer.trainer import publishing
+from tests.vision import make_model, make_processor
 
 
 @dataclass
@@ -41,6 +43,17 @@ def test_the_trainers_card_has_its_metadata_and_evaluations(make_trainer, token_
     table = readme().text.partition("### Training results")[2]
     assert "| Training Loss | Epoch | Step | Validation Loss |" in table
     assert "# my-student\n" in readme().text
+
+
+def test_a_card_names_the_students_task_and_how_another_tokenizer_was_compared(tiny_model, byte_level, tmp_path):
+    student = make_model("qwen2.5", make_processor("qwen2.5").tokenizer)
+    teacher = OtherTokenizerTeacher(FrozenTeacher(tiny_model(), byte_level()), mode="uld")
+    for model, task in ((student, "image-text-to-text"), (tiny_model(), "text-generation")):
+        path = tmp_path / "README.md"
+        facts = {"args": GKDConfig(output_dir="unused"), "model": model, "teacher": teacher, "dataset": None}
+        publishing.write_card(path, TrainingSummary(model_name="my-student"), **facts)
+        assert ModelCard.load(path).data.pipeline_tag == task
+        assert "| divergence | sum of the differences between sorted probabilities (ULD) |" in path.read_text()
 
 
 def test_a_second_card_keeps_the_tags_of_the_first(make_trainer, readme):

@@ -406,3 +406,25 @@ def test_another_run_does_not_begin_with_the_checkpoint_of_the_one_before(make_t
     trainer.train(resume_from_checkpoint=str(first))
     assert first.name == "checkpoint-1"
     assert seen == [None, None, first]
+
+
+def test_datasets_that_are_set_later_are_prepared(make_trainer, token_rows):
+    long = Dataset.from_list([{"input_ids": [*range(4, 100)], "labels": [-100] * 4 + [*range(8, 100)]}] * 4)
+    trainer = make_trainer(trainer_args={"eval_dataset": {"a": token_rows(4), "b": token_rows(4)}}, max_length=24)
+
+    def length(loader):
+        return next(iter(loader))["input_ids"].shape[1]
+
+    trainer.train_dataset = long
+    assert length(trainer.get_train_dataloader()) == 24
+    trainer.eval_dataset["b"] = long
+    assert length(trainer.get_eval_dataloader("b")) == 24
+    assert length(trainer.get_eval_dataloader("a")) < 24
+    trainer.eval_dataset = long
+    assert length(trainer.get_eval_dataloader()) == 24
+    trainer.eval_dataset = long
+    assert length(trainer.get_eval_dataloader(long)) == 24
+    prepared = trainer.train_dataset, trainer.eval_dataset
+    trainer.train()
+    trainer.evaluate()
+    assert (trainer.train_dataset, trainer.eval_dataset) == prepared

@@ -134,6 +134,58 @@ def test_gradient_does_not_depend_on_how_a_window_is_split(make_trainer, tiny_mo
         assert split_log["loss"] == pytest.approx(whole_log["loss"], rel=1e-5)
 
 
+class DropsInTheStep(GKDTrainer):
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, inputs)
+
+
+class DropsInTheLoss(GKDTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class DropsInTheWindow(GKDTrainer):
+    def get_batch_samples(self, *args):
+        return super().get_batch_samples(*args)[0], None
+
+
+@pytest.mark.parametrize("dropping", [DropsInTheStep, DropsInTheLoss, DropsInTheWindow])
+def test_a_subclass_that_does_not_pass_the_count_on_trains_alike(make_trainer, tiny_model, dropping):
+    kept, kept_log = accumulated_gradients(make_trainer, tiny_model, 2, 4, lmbda=0.5)
+    lost, lost_log = accumulated_gradients(make_trainer, tiny_model, 2, 4, lmbda=0.5, trainer_class=dropping)
+    assert_same_gradients(lost, kept, 1e-6)
+    assert lost_log["loss"] == pytest.approx(kept_log["loss"], rel=1e-6)
+
+
+class OwnWindow(GKDTrainer):
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return [next(epoch_iterator) for _ in range(num_batches)], None
+
+
+class OwnBatch(DropsInTheStep):
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, {**inputs, "labels": inputs["labels"].clone()})
+
+
+@pytest.mark.parametrize("changing", [OwnWindow, OwnBatch])
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_batches_of_a_subclass_without_a_count_weigh_the_same_in_a_window(
+    make_trainer, tiny_model, changing, is_scaled, monkeypatch
+):
+    """As in Trainer, which also divides by their number if the subclass says that it must."""
+    monkeypatch.setattr(changing, "loss_is_scaled_for_ga", is_scaled)
+    means = []
+
+    class Recording(changing):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad():
+                means.append(super().compute_loss(model.eval(), inputs).item())
+            return super().compute_loss(model.train(), inputs, *args, **kwargs)
+
+    _, log = accumulated_gradients(make_trainer, tiny_model, 2, 4, trainer_class=Recording)
+    assert log["loss"] == pytest.approx(sum(means) / 4, rel=1e-5)
+
+
 def test_divisor_is_counted_after_the_rollouts(make_trainer):
     counts = []
 

@@ -15,9 +15,18 @@ const short = value => value === null ? "–" : value !== 0 && Math.abs(value) <
 const percent = p => p === null ? "–" : p >= 0.1 ? (100 * p).toFixed(1) + "%" : p >= 0.0001 ? (100 * p).toPrecision(2) + "%" : "<0.01%";
 const visible = text => text === "" ? "(no text)" : text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, spaces => "␣".repeat(spaces.length));
 
-const show = (content, box, isBeside = false) => {
+let described = null;
+const hide = () => {
+  tip.hidden = true;
+  if (described) described.removeAttribute("aria-describedby");
+  described = null;
+};
+const show = (owner, content, box, isBeside = false) => {
+  hide();
   tip.replaceChildren(...content);
   tip.hidden = false;
+  described = owner;
+  owner.setAttribute("aria-describedby", "tip");
   const width = tip.offsetWidth, height = tip.offsetHeight, view = document.documentElement;
   if (isBeside) {
     const fits = box.left + 12 + width <= view.clientWidth - 8;
@@ -31,7 +40,6 @@ const show = (content, box, isBeside = false) => {
   tip.style.left = left + window.scrollX + "px";
   tip.style.top = top + window.scrollY + "px";
 };
-const hide = () => { tip.hidden = true; };
 document.addEventListener("keydown", event => { if (event.key === "Escape") hide(); });
 
 for (const plot of document.querySelectorAll("svg.plot")) {
@@ -52,7 +60,7 @@ for (const plot of document.querySelectorAll("svg.plot")) {
       table.append(make("tr", "", make("td", "", swatch), make("td", "", labels[series].textContent.trim()), make("td", "", make("b", "", short(y)))));
     }
     const box = plot.getBoundingClientRect(), scale = box.width / plot.viewBox.baseVal.width;
-    show([make("div", "mute", `${xLabel} ${x}`), table], { left: box.left + at * scale, top: box.top }, true);
+    show(plot, [make("div", "mute", `${xLabel} ${x}`), table], { left: box.left + at * scale, top: box.top }, true);
   };
   const leave = () => { cursor.setAttribute("visibility", "hidden"); hide(); };
   const nearest = event => {
@@ -127,7 +135,7 @@ const drawMap = map => {
   });
   if (!map.tokens.length) tokens.append(make("span", "mute", "(empty)"));
   article.append(tokens);
-  const open = event => { const target = event.target.closest(".t"); if (target) show(details(target.token), target.getClientRects()[0] || target.getBoundingClientRect()); };
+  const open = event => { const target = event.target.closest(".t"); if (target) show(target, details(target.token), target.getClientRects()[0] || target.getBoundingClientRect()); };
   tokens.addEventListener("pointerover", open);
   tokens.addEventListener("focusin", open);
   tokens.addEventListener("click", event => { const target = event.target.closest(".t"); if (target) target.focus(); });
@@ -153,7 +161,10 @@ if (measure) {
     hide();
     if (holder) {
       const entry = slider ? data.entries[Number(slider.value)] : null;
-      if (entry) document.getElementById("step").textContent = entry.step;
+      if (entry) {
+        document.getElementById("step").textContent = entry.step;
+        slider.setAttribute("aria-valuetext", entry.step);
+      }
       holder.replaceChildren(...(entry ? entry.maps : data.maps).map(drawMap));
     }
     for (const place of document.querySelectorAll("[data-side]")) place.replaceChildren(...data.sides[place.dataset.side].map(drawMap));

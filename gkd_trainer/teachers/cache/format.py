@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.loading import name_of
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.prompt_scores import TopScores, Witness, total_variation
+from gkd_trainer.teachers.served import NOISE
 
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
@@ -36,12 +39,39 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class StoredWitness(_Fields):
+    """A teacher's `witness`: its tokens, and the ids and probabilities of the top tokens [P, K]."""
+
+    token_ids: tuple[int, ...]
+    top_ids: tuple[tuple[int, ...], ...]
+    probabilities: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, witness: Witness | None) -> StoredWitness | None:
+        """Return the witness of a teacher, if it has one."""
+        if witness is None:
+            return None
+        ids_PK, p_PK = witness.scores.ids_PK, np.exp(witness.scores.log_p_PK).round(6)
+        return cls(
+            token_ids=tuple(witness.token_ids),
+            top_ids=tuple(map(tuple, ids_PK.tolist())),
+            probabilities=tuple(map(tuple, p_PK.tolist())),
+        )
+
+    @property
+    def scores(self) -> TopScores:
+        """The scores of the tokens."""
+        with np.errstate(divide="ignore"):
+            return TopScores(np.array(self.top_ids), np.log(np.array(self.probabilities)))
+
+
 class CacheSource(_Fields):
     """What a cache was made from; None if unknown.
 
     `weights`, `tokenizer` and `chat_template` are SHA-256 digests of the teacher's weights, the tokenizer's map from
     tokens to ids, and its chat template. `vocab_size` counts the tokens that the teacher predicts over. `max_length`
-    and `train_on` are the options that the rows were prepared with.
+    and `train_on` are the options that the rows were prepared with. `witness` stands in for the weights of a teacher
+    behind a server.
     """
 
     teacher: str
@@ -52,6 +82,14 @@ class CacheSource(_Fields):
     chat_template: str | None = None
     max_length: int | None = None
     train_on: str | None = None
+    witness: StoredWitness | None = None
+
+    def witness_distance(self, other: CacheSource) -> float:
+        """Return the mean total variation between both teachers' scores of one text; 0 if there is no such text."""
+        one, another = self.witness, other.witness
+        if one is None or another is None or one.token_ids != another.token_ids:
+            return 0.0
+        return total_variation(one.scores, another.scores)
 
 
 class ShardEntry(_Fields):
@@ -120,7 +158,19 @@ def source_of(
         chat_template=template_digest(tokenizer),
         max_length=max_length,
         train_on=train_on,
+        witness=StoredWitness.of(teacher.witness),
     )
+
+
+def refuse_another_served(folder: Path, cached: CacheSource, given: CacheSource) -> None:
+    """Raise GKDTeacherError if a server's scores of a fixed text show another model than the one that was cached."""
+    distance = cached.witness_distance(given)
+    if not distance <= NOISE:
+        raise GKDTeacherError(
+            f"the cache in {folder} was made with another model: the scores that {given.teacher!r} now gives a fixed "
+            f"text differ by {distance:.2f} (mean total variation; rounding explains at most {NOISE}). Serve the model "
+            "that was cached, or choose another folder"
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:

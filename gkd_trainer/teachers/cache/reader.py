@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import Head
 from gkd_trainer.teachers.cache import compression
 from gkd_trainer.teachers.cache.format import HEAD, VOCABULARY, Manifest, damaged, file_digest
@@ -32,29 +33,24 @@ class SharedTensors:
 
 
 class CacheReader:
-    """The rows of a complete cache, mapped into memory.
+    """The rows of a cache, mapped into memory; of an incomplete one, those that its manifest lists.
 
     Args:
         folder: The cache.
         manifest: Its manifest.
 
     Raises:
-        GKDTeacherError: The cache is not complete, or one of its files was cut short or changed.
+        GKDTeacherError: One of the cache's files was cut short or changed.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        if not manifest.is_complete:
-            raise GKDTeacherError(
-                f"the cache in {folder} is not complete: it holds {sum(shard.rows for shard in manifest.shards)} rows "
-                "so far. Run the `gkd-trainer cache` command that began it again, which continues it"
-            )
         check_files(folder, manifest)
         self.shared = load_shared(folder, manifest)
         self._codec = codec_of(manifest, self.shared)
         self._compression = manifest.compression
         self._shards = [Shard(folder, entry) for entry in manifest.shards]
         self._ends = np.array([0, *accumulate(entry.rows for entry in manifest.shards)])
-        keys_R2 = np.concatenate([shard.keys_R2 for shard in self._shards])
+        keys_R2 = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys_R2 for shard in self._shards)])
         self._index = RowIndex(keys_R2, self._ids_of)
 
     def read(self, sequence: TokenSequence) -> Values | None:
@@ -65,13 +61,10 @@ class CacheReader:
         Raises:
             GKDTeacherError: The row was changed.
         """
-        ids = np.array(sequence.token_ids, np.int32)
-        wanted = sequence.targets_P - 1
-        for index in self._index.rows(ids, int(wanted[0])):
-            shard, number = self._place(index)
+        for shard, number in self._candidates(sequence):
             row = shard.row(number)
-            places = row.positions.searchsorted(wanted).clip(max=len(row.positions) - 1)
-            if not np.array_equal(row.positions[places], wanted):
+            places = _places(row.positions, sequence)
+            if places is None:
                 continue
             content = compression.decompress(row.payload, self._codec.item_size, self._compression)
             values = self._codec.decode(content, len(row.positions))
@@ -80,6 +73,15 @@ class CacheReader:
             return tuple(value[torch.from_numpy(places)] for value in values)
         return None
 
+    def has(self, sequence: TokenSequence) -> bool:
+        """Return whether `read` finds a row; its contents are not read or checked."""
+        candidates = self._candidates(sequence)
+        return any(_places(shard.positions(number), sequence) is not None for shard, number in candidates)
+
+    def _candidates(self, sequence: TokenSequence) -> Iterator[tuple[Shard, int]]:
+        ids = np.array(sequence.token_ids, np.int32)
+        return map(self._place, self._index.rows(ids, int(sequence.targets_P[0]) - 1))
+
     def _place(self, index: int) -> tuple[Shard, int]:
         shard = int(self._ends.searchsorted(index, "right")) - 1
         return self._shards[shard], index - int(self._ends[shard])
@@ -87,6 +89,13 @@ class CacheReader:
     def _ids_of(self, index: int) -> Ints:
         shard, number = self._place(index)
         return shard.ids(number)
+
+
+def _places(positions: Ints, sequence: TokenSequence) -> npt.NDArray[np.intp] | None:
+    """Return where among a row's positions those before a sequence's targets are; None if the row lacks some."""
+    wanted = sequence.targets_P - 1
+    places = positions.searchsorted(wanted).clip(max=len(positions) - 1)
+    return places if np.array_equal(positions[places], wanted) else None
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -115,6 +115,11 @@ class Shard:
         ids: Ints = self._slice("ids", index)
         return ids
 
+    def positions(self, index: int) -> Ints:
+        """Return the stored positions of a row, not checked."""
+        positions: Ints = self._slice("positions", index)
+        return positions
+
     def row(self, index: int) -> Row:
         """Return a row; raise GKDTeacherError if it was changed."""
         row = Row(self._slice("ids", index), self._slice("positions", index), self._slice("payload", index).tobytes())

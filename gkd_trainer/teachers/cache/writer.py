@@ -29,6 +29,7 @@ from gkd_trainer.teachers.cache.format import (
     ShardEntry,
     file_digest,
     read_manifest,
+    refuse_another_served,
     tensor_digest,
     write_aside,
     write_manifest,
@@ -162,9 +163,12 @@ class CacheWriter:
         else:
             manifest = read_manifest(self._folder)
             _require_same(self._folder, "kind", manifest.kind, self._kind)
+            # Known weights count, not the name: the same model may be in another folder.
+            apart = {"witness"} if self._source.weights is None else {"witness", "teacher"}
             for name in CacheSource.model_fields:
-                if name != "teacher":  # its name; its weights count
+                if name not in apart:
                     _require_same(self._folder, name, getattr(manifest.source, name), getattr(self._source, name))
+            refuse_another_served(self._folder, manifest.source, self._source)
             check_files(self._folder, manifest)
             self._shared = load_shared(self._folder, manifest)
             intact = tuple(entry for entry in manifest.shards if self._is_intact(entry))
@@ -209,7 +213,7 @@ class CacheWriter:
             self._check_head(shared)
         codec = codec_of(manifest, shared)
         rows = [_encoded(sequence, values, codec, manifest.compression) for sequence, values in self._waiting]
-        number = max((int(entry.file[5:10]) for entry in manifest.shards), default=-1) + 1
+        number = max((_number_of(entry) for entry in manifest.shards), default=-1) + 1
         entry = write_shard(self._folder / _SHARD.format(number), rows)
         self._manifest = manifest.model_copy(update={"shards": (*manifest.shards, entry), "is_complete": False})
         write_manifest(self._folder, self._manifest)
@@ -268,6 +272,10 @@ class CacheWriter:
             self._lock.close()
 
 
+def _number_of(entry: ShardEntry) -> int:
+    return int(Path(entry.file).stem.removeprefix("rows-"))  # of more than five digits in a large cache
+
+
 def _row(sequence: TokenSequence, payload: bytes) -> Row:
     return Row(np.array(sequence.token_ids, np.int32), (sequence.targets_P - 1).astype(np.int32), payload)
 
@@ -285,9 +293,10 @@ def _encoded(sequence: TokenSequence, values: Values, codec: RowCodec, method: c
 
 def _require_same(folder: Path, name: str, cached: object, given: object) -> None:
     if cached != given:
+        unknown = " (its weights are unknown here, so its name counts)" if name == "teacher" else ""
         raise GKDTeacherError(
-            f"the cache in {folder} was made with another {name}: {cached!r} there, {given!r} now. Choose another "
-            "folder, or delete that one"
+            f"the cache in {folder} was made with another {name}{unknown}: {cached!r} there, {given!r} now. Choose "
+            "another folder, or delete that one"
         )
 
 

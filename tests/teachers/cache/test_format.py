@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from gkd_trainer.teachers import FrozenTeacher
 from gkd_trainer.teachers.cache.format import (
     MANIFEST,
     Manifest,
+    StoredWitness,
     read_manifest,
     source_of,
     template_digest,
@@ -19,15 +21,21 @@ from gkd_trainer.teachers.cache.format import (
     write_aside,
     write_manifest,
 )
+from gkd_trainer.teachers.prompt_scores import TopScores, Witness
 from tests.teachers.cache.rows import source
 
-MADE = Manifest(source=source(), kind="topk", dtype="float32", width=5, compression="none", files={"head": "0"})
+WITNESS = Witness([4, 5], TopScores(np.array([[7, 9]]), np.array([[-0.1, -np.inf]])))
+SOURCE = source(witness=StoredWitness.of(WITNESS))
+MADE = Manifest(source=SOURCE, kind="topk", dtype="float32", width=5, compression="none", files={"head": "0"})
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
     write_manifest(tmp_path, MADE)
     assert read_manifest(tmp_path) == MADE
     assert os.listdir(tmp_path) == [MANIFEST]
+    scores = read_manifest(tmp_path).source.witness.scores
+    assert np.array_equal(scores.ids_PK, [[7, 9]])
+    assert np.allclose(scores.log_p_PK, [[-0.1, -np.inf]], atol=1e-5)
 
 
 def test_a_manifest_with_any_byte_edited_is_refused(tmp_path):
@@ -97,6 +105,7 @@ def test_the_source_of_a_cache_states_teacher_and_tokenizer(tiny_model, byte_lev
         "chat_template": template_digest(tokenizer),
         "max_length": 9,
         "train_on": "last_turn",
+        "witness": None,
     }
     json.dumps(made.model_dump())
     assert template_digest(byte_level(chat_template=None)) is None

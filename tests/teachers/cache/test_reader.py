@@ -103,12 +103,31 @@ def test_the_head_and_the_vocabulary_are_the_teachers(tmp_path):
     assert read_vocabulary(tmp_path / "other", read_manifest(tmp_path / "other")) is None
 
 
-def test_a_cache_that_is_not_complete_is_refused(tmp_path):
-    batch = batch_of(ROWS[:4])
+def test_a_cache_that_is_being_written_serves_the_rows_that_it_has(tmp_path):
     with CacheWriter(tmp_path, source(), shard_mb=1e-6) as writer:
-        writer.add(batch, hidden_signal(batch))
-        with pytest.raises(GKDTeacherError, match="is not complete: it holds 4 rows so far"):
-            CacheReader(tmp_path, read_manifest(tmp_path))
+        for rows in (ROWS[:4], ROWS[4:8]):
+            batch = batch_of(rows)
+            writer.add(batch, hidden_signal(batch, torch.bfloat16))
+        reader = CacheReader(tmp_path, read_manifest(tmp_path))
+    assert [reader.has(sequence_of(*row)) for row in ROWS] == [True] * 8 + [False] * 7
+    for row in ROWS[:8]:
+        assert torch.equal(reader.read(sequence_of(*row))[0], states_of(sequence_of(*row), torch.bfloat16))
+
+
+def test_a_cache_whose_shards_were_all_lost_has_no_row(tmp_path):
+    manifest = write(tmp_path, ROWS).model_copy(update={"shards": (), "is_complete": False})
+    reader = CacheReader(tmp_path, manifest)
+    assert not any(reader.has(sequence_of(*row)) for row in ROWS)
+
+
+def test_it_has_exactly_the_rows_that_it_reads(tmp_path):
+    reader = reader_of(tmp_path, ROWS[:10])
+    ids, labels = ROWS[0]
+    asked = [*ROWS, cut(ROWS[3], len(ROWS[3][0]) - 1), (ids, [-100, *ids[1:]]), ([*ids, 5], [*labels, 5])]
+    sequences = [sequence_of(*row) for row in asked if has_targets(row)]
+    found = [reader.has(sequence) for sequence in sequences]
+    assert found == [reader.read(sequence) is not None for sequence in sequences]
+    assert {True, False} == {*found}
 
 
 @pytest.mark.parametrize("name", ["head.safetensors", "vocabulary.json", "rows-00000.safetensors"])

@@ -105,6 +105,31 @@ def test_a_cache_made_from_something_else_is_not_continued_and_the_field_is_name
     write(tmp_path, ROWS, source=source(teacher="the same in another folder"))
 
 
+def test_a_teacher_of_unknown_weights_continues_its_cache_only_under_its_name(tmp_path):
+    served = {"weights": None, "vocab_size": None}
+    write(tmp_path, ROWS[:3], kind="topk", source=source(teacher="a 72B model", **served))
+    other = (
+        r"another teacher \(its weights are unknown here, so its name counts\): 'a 72B model' there, 'a 7B model' now"
+    )
+    with pytest.raises(GKDTeacherError, match=other):
+        CacheWriter(tmp_path, source(teacher="a 7B model", **served), kind="topk")
+    write(tmp_path, ROWS, kind="topk", source=source(teacher="a 72B model", **served))
+    assert len(stored_rows(tmp_path)) == len(ROWS)
+
+
+def test_shards_beyond_the_99999th_do_not_overwrite_one_another(tmp_path, monkeypatch):
+    write(tmp_path, ROWS[:1])
+    # As if 99,999 shards came before.
+    monkeypatch.setattr("gkd_trainer.teachers.cache.writer._SHARD", "rows-99998.safetensors")
+    write(tmp_path, ROWS[:2])
+    monkeypatch.undo()
+    for count in (3, 4, 5):
+        write(tmp_path, ROWS[:count])
+    files = [entry.file for entry in read_manifest(tmp_path).shards]
+    assert files[2:] == ["rows-99999.safetensors", "rows-100000.safetensors", "rows-100001.safetensors"]
+    assert_complete(tmp_path, ROWS[:5])
+
+
 def test_another_kind_dtype_or_number_of_top_tokens_is_refused(tmp_path):
     write(tmp_path / "hidden", ROWS[:3])
     with pytest.raises(GKDTeacherError, match="another kind: 'hidden' there, 'topk' now"):
