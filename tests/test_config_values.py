@@ -117,7 +117,7 @@ def test_every_option_with_a_range_is_among_those_tested():
     free |= {"use_vllm", "rollout_overlap", "vllm_server_api_token", "vllm_sync_dir", "vllm_enable_sleep_mode"}
     free |= {"teachers", "teacher_column", "teacher_weights", "teacher_offload"}
     free |= {"divergence_options", "vllm_engine_kwargs", "teacher_server_api_token", "teacher_server_checks"}
-    free |= {"teacher_cache_dir", "teacher_tokenizer_name_or_path"}
+    free |= {"teacher_cache_dir", "teacher_tokenizer_name_or_path", "teacher_server_model"}
     assert ranged | free == {option.name for option in dataclasses.fields(GKDArguments)}
 
 

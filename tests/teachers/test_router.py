@@ -118,7 +118,7 @@ def test_a_frozen_teacher_scores_a_batch_without_rows(tiny_model, top_k):
 def test_a_teacher_behind_a_server_scores_a_batch_without_rows_without_asking():
     teacher = VLLMServerTeacher("http://127.0.0.1:9", top_k=3)
     teacher._vocabulary = {"a": 0}
-    teacher._servers._served = {server: _Served("served", 100) for server in teacher._servers}
+    teacher._servers._served = {server.base_url: _Served("served", 100) for server in teacher._servers}
     assert teacher.score(batch_of((0,)).of_samples([])).ids_NK.shape == (0, 3)
 
 
