@@ -14,10 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from gkd_trainer.models.prompts import RENDERING_ERRORS
 from gkd_trainer.models.token_bytes import TokenBytes, token_bytes
 
 _INVALID = re.compile(r"([\udc80-\udcff]+)")
 """Bytes that are not UTF-8, as `bytes.decode(errors="surrogateescape")` writes them."""
+
+_REPLY = "Paris"
+"""A reply that is found again in what a chat template writes."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -233,13 +237,12 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     eos_id: int | None = tokenizer.eos_token_id
     if tokenizer.chat_template is None:
         return eos_id
-    marker = "Paris"
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": marker}], tokenize=False
+            [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _REPLY}], tokenize=False
         )
-        ids = tokenizer(str(text).rpartition(marker)[2], add_special_tokens=False)["input_ids"]
-    except Exception:  # a template may raise anything
+        ids = tokenizer(str(text).rpartition(_REPLY)[2], add_special_tokens=False)["input_ids"]
+    except RENDERING_ERRORS:
         return eos_id
     special = {token_id for token_id, added in tokenizer.added_tokens_decoder.items() if added.special}
     return next((token_id for token_id in ids if token_id in special), eos_id)
@@ -263,7 +266,6 @@ def _reply_of(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> _Reply:
 
     Llama-2's template writes a space after the prompt, and Phi-3's tokenizer puts one after a special token.
     """
-    marker = "Paris"
 
     def written(user: str, *reply: dict[str, str], is_prompt: bool) -> bytes:
         messages = [{"role": "user", "content": user}, *reply]
@@ -274,12 +276,12 @@ def _reply_of(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> _Reply:
         return _Reply(b"", b"")
     try:
         prompt, other = written("Hello", is_prompt=True), written("Thanks", is_prompt=True)
-        whole = written("Hello", {"role": "assistant", "content": marker}, is_prompt=False)
-    except Exception:  # a template may raise anything
+        whole = written("Hello", {"role": "assistant", "content": _REPLY}, is_prompt=False)
+    except RENDERING_ERRORS:
         return _Reply(b"", b"")
     n_shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(prompt[::-1], other[::-1], strict=False)))
     header = prompt[len(prompt) - n_shared :]
-    lead, found, _ = whole.removeprefix(prompt).partition(marker.encode())
+    lead, found, _ = whole.removeprefix(prompt).partition(_REPLY.encode())
     is_lead = whole.startswith(prompt) and found and not lead.strip()
     return _Reply(header, lead if is_lead else b"")
 

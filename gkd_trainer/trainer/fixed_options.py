@@ -62,7 +62,7 @@ class FixedOptions:
         # Rows have room for completions only if some are generated, and may be prompts if all are.
         if (args.generates and not before.generates) or (before.is_always_on_policy and not args.generates):
             fixed |= {"lmbda", "lmbda_end"}
-        if args.eval_on_policy:
+        if args.eval_on_policy:  # so may those to evaluate on; without it they are read as they are
             fixed.add("eval_on_policy")
         for name in sorted(fixed):
             then, now = getattr(before, name), getattr(args, name)

@@ -469,9 +469,11 @@ class GKDMixin(AnyTrainer):
         """Run forward and backward of a micro-batch; at the window's last, raise if any values were not finite."""
         self._is_in_step, self._is_last_of_window = True, self.accelerator.sync_gradients
         divisor = self._step_divisor(inputs) if num_items_in_batch is None else num_items_in_batch
-        with self._meter.measure("step"), self._saving_before_it_fails():
-            loss: Tensor = super().training_step(model, inputs, divisor)
-        self._is_in_step = False
+        try:
+            with self._meter.measure("step"), self._saving_before_it_fails():
+                loss: Tensor = super().training_step(model, inputs, divisor)
+        finally:
+            self._is_in_step = False
         if self._is_last_of_window:
             self._is_last_of_window = False
             self._raise_if_not_finite()
