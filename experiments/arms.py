@@ -83,6 +83,9 @@ PAIRS: tuple[tuple[str, str], ...] = (
 )
 """Pairs (an arm, its control) that differ in one thing."""
 
+LOSS_PAIRS = (("fixed-jsd", "fixed-forward"), ("fresh-jsd", "fresh-forward"))
+"""Pairs that differ in the loss alone. The plan does not ask for these."""
+
 
 def is_timed(arm: str) -> bool:
     """Return whether a run needs the processor time of another one, and so comes after it."""

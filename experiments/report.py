@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from experiments.arms import ARMS, PAIRS, START, TEACHER
+from experiments.arms import ARMS, LOSS_PAIRS, PAIRS, START, TEACHER
 from experiments.studies import Study
 
 matplotlib.use("Agg")
@@ -173,7 +173,7 @@ def table_of_differences(group: Group, limit: float | None, measure: str) -> lis
     """Return the rows of a table of paired differences at equal steps and, with a limit, at equal time."""
     rows = []
     columns = {"equal steps": None} | ({} if limit is None else {"equal time": limit})
-    for arm, control in PAIRS:
+    for arm, control in (*PAIRS, *LOSS_PAIRS):
         seeds = sorted(group.get(arm, {}).keys() & group.get(control, {}).keys())
         if not seeds:
             continue

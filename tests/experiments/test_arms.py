@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.arms import ARMS, FEW, PAIRS
+from experiments.arms import ARMS, FEW, LOSS_PAIRS, PAIRS
 from gkd_trainer import GKDConfig
 
 
@@ -19,7 +19,7 @@ def test_each_arm_is_a_configuration(name, tmp_path):
 
 def test_pairs_and_reduced_grids_name_arms():
     assert {*FEW} <= ARMS.keys()
-    assert {name for pair in PAIRS for name in pair} <= ARMS.keys()
+    assert {name for pair in (*PAIRS, *LOSS_PAIRS) for name in pair} <= ARMS.keys()
     assert all(arm.as_long_as in (None, *ARMS) for arm in ARMS.values())
 
 
@@ -29,3 +29,11 @@ def test_a_pair_differs_in_the_samples_alone(arm, control):
         return {key: value for key, value in ARMS[name].options.items() if key in ("beta", "divergence")}
 
     assert loss(arm) == loss(control)
+
+
+@pytest.mark.parametrize(("arm", "control"), LOSS_PAIRS)
+def test_a_pair_of_losses_differs_in_the_loss_alone(arm, control):
+    one, other = (dict(ARMS[name].options) for name in (arm, control))
+    assert one.pop("beta") != other.pop("beta")
+    assert one == other
+    assert (ARMS[arm].data, ARMS[arm].loss) == (ARMS[control].data, ARMS[control].loss)
