@@ -20,7 +20,7 @@ from gkd_trainer.types import TokenBatch
 logger = logging.getLogger(__name__)
 
 MAX_LOOKED_UP = 20_000
-"""How many rows of a dataset are looked up, at about a millisecond each: of more, that many at even distances."""
+"""How many rows of a dataset are looked up, each at the price of loading it: of more, that many at even distances."""
 
 
 @dataclass(frozen=True)
