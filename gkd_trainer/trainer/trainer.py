@@ -356,6 +356,8 @@ class GKDMixin(AnyTrainer):
     def get_train_dataloader(self) -> Any:
         """Return the loader of the training set; its rows are prepared if it was set since."""
         self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
+        if self._prepares_rows:
+            self._fixed_options.require_completions(self.args, self.train_dataset)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
