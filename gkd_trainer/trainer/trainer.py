@@ -203,7 +203,7 @@ class GKDMixin(AnyTrainer):
         self._fixed_options = FixedOptions(replace(construction.run, args=self.args))
         self._prepared_once = PreparedOnce(self._prepared)
         self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
-        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval", is_drawn=self.args.eval_strategy != "no")
+        self._prepare_evaluation()
 
     def _build_parts(
         self, teacher: Teacher, rollouts: RolloutEngine | None, formatting_func: Callable[[Any], Any] | None
@@ -285,6 +285,10 @@ class GKDMixin(AnyTrainer):
             is_drawn = not has_own_loader and coverage.trains_on_all(self.args, len(rows))
         coverage.check_rows(self.teacher, rows, name, are_all_drawn=is_drawn)
         return dataset
+
+    def _prepare_evaluation(self) -> None:
+        """Prepare the trainer's own evaluation set, if it was set since."""
+        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval", is_drawn=self.args.eval_strategy != "no")
 
     def _columns_drawn(self) -> list[str] | None:
         """Return the columns of rows that the collator gets; None for all."""
@@ -394,6 +398,7 @@ class GKDMixin(AnyTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._fixed_options.require_unchanged(self.args)  # here a hyperparameter search has set the trial's
+        self._prepare_evaluation()  # now: a set that can't be used must not end the run at its first evaluation
         # Drop sums left over from an earlier run, after its last log entry or its interruption.
         self._meter.clear()
         self._recovery.last_checkpoint = None  # of an earlier run; loading one sets it again
