@@ -649,7 +649,9 @@ class GKDMixin(AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
-        require_equal_batches(dataloader, self._ranks)
+        is_loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        gathers_outputs = not is_loss_only or "inputs" in self.args.include_for_metrics
+        require_equal_batches(dataloader, self._ranks, gathers_outputs=gathers_outputs)
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._recovery.note_random_states()
         with self._saving_before_it_fails():
