@@ -34,6 +34,7 @@ from gkd_trainer.models.loading import (
     refuse_mistral_common,
     refuse_prompt_learning,
     refuse_unread_media,
+    stored_config,
     wrap_in_adapter,
 )
 from gkd_trainer.types import MediaTokens
@@ -340,6 +341,23 @@ def test_the_outline_of_an_adapter_is_its_base_models(tiny_model, tmp_path):
     empty = outline(str(tmp_path / "adapter"), {"revision": "of-the-adapter"}, trust_remote_code=False)
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
     assert (empty.config.hidden_size, empty.generation_config.eos_token_id) == (48, [2, 7])
+
+
+def test_the_base_of_an_adapter_is_found_in_the_cache_that_was_given(tiny_model, tmp_path):
+    repository = tmp_path / "cache/models--org--base"
+    tiny_model("qwen2", hidden=48).save_pretrained(repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    LoraConfig(base_model_name_or_path="org/base").save_pretrained(tmp_path / "adapter")
+    place = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    assert stored_config(str(tmp_path / "adapter"), place).hidden_size == 48
+    assert outline(str(tmp_path / "adapter"), place, trust_remote_code=False).config.hidden_size == 48
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_its_base(tiny_model, tmp_path):
+    LoraConfig(base_model_name_or_path="org/nowhere").save_pretrained(tmp_path)
+    tiny_model("qwen2", hidden=48).save_pretrained(tmp_path)
+    assert stored_config(str(tmp_path), {"local_files_only": True}).hidden_size == 48
 
 
 def test_an_encoder_decoder_has_no_outline(tiny_encoder_decoder, tmp_path):
