@@ -261,7 +261,7 @@ class CachedTeacher(CompositeTeacher):
             self._require("dtype", dtype_name(model.dtype), source.dtype)
             self._require("weights", weights, source.weights)
         if weights is None:  # unknown, so its name counts, and what it says
-            name = str(describe(fallback).name)
+            name = describe(fallback).full_name
             self._require("teacher", name, source.teacher)
             refuse_another_served(
                 self._folder, source, CacheSource(teacher=name, witness=StoredWitness.of(fallback.witness))
