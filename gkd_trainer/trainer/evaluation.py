@@ -65,18 +65,22 @@ def require_equal_batches(loader: Any, ranks: Ranks, *, gathers_outputs: bool) -
             "would wait for one another forever: set even_batches to True in accelerator_config, or lower "
             "per_device_eval_batch_size"
         )
-    if gathers_outputs and _is_last_round_partial(loader):
+    if gathers_outputs and (sizes := _uneven_sizes(loader)) is not None:
         raise GKDConfigError(
-            "compute_metrics and predict gather the outputs of all ranks, so their batches must have the same size, but "
-            f"{loader.total_dataset_length} samples are not a multiple of the {loader.total_batch_size} in one batch of "
-            "every rank: set even_batches to True in accelerator_config, choose another per_device_eval_batch_size, or "
-            "evaluate without compute_metrics"
+            "compute_metrics and predict gather the outputs of all ranks, so their batches must have the same size, "
+            f"but {sizes[0]} samples are not a multiple of the {sizes[1]} in one batch of every rank: set even_batches "
+            "to True in accelerator_config, choose another per_device_eval_batch_size, or evaluate without "
+            "compute_metrics"
         )
 
 
-def _is_last_round_partial(loader: Any) -> bool:
-    """Return whether the last batches of the ranks have different sizes, if Accelerate deals them out."""
+def _uneven_sizes(loader: Any) -> tuple[int, int] | None:
+    """Return how many samples there are, and in one batch of every rank, if the ranks' last batches differ in size.
+
+    Returns None if they don't, or if not Accelerate deals them out.
+    """
     sampler = getattr(loader, "batch_sampler", None)
     if not isinstance(sampler, BatchSamplerShard) or sampler.batch_size is None or sampler.drop_last:
-        return False
-    return bool(loader.total_dataset_length % loader.total_batch_size)
+        return None
+    sizes = int(loader.total_dataset_length), int(loader.total_batch_size)
+    return sizes if sizes[0] % sizes[1] else None
