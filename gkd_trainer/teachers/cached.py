@@ -48,14 +48,14 @@ class CachedTeacher(CompositeTeacher):
     longer row serves its prefixes. Files are mapped into memory, and each row is checked when it is read.
 
     Args:
-        folder: The cache, or several of one teacher, such as those of several datasets. A row that is in more than one
-            is read from the first of them.
+        folder: The cache, or several of one teacher, such as those of several datasets. A folder of parts stands for
+            all of them. A row that is in more than one cache is read from the first.
         fallback: The teacher that was cached, to score rows that the cache lacks. Without one, such a row is an error,
             so that the student can't be trained on completions generated during training.
 
     Raises:
-        GKDTeacherError: There is no cache in a folder, its manifest was changed, the caches are not of one teacher, or
-            `fallback` can't stand in for it.
+        GKDTeacherError: There is no cache in a folder, or only some of its parts; its manifest was changed; the caches
+            are not of one teacher; or `fallback` can't stand in for it.
     """
 
     def __init__(

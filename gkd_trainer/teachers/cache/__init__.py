@@ -2,6 +2,7 @@
 
 from gkd_trainer.teachers.cache.format import CacheSource, Manifest, read_manifest, source_of
 from gkd_trainer.teachers.cache.joined import JoinedReader, read_manifests
+from gkd_trainer.teachers.cache.parts import Part, folder_to_write
 from gkd_trainer.teachers.cache.reader import CacheReader
 from gkd_trainer.teachers.cache.writer import CacheWriter
 
@@ -11,6 +12,8 @@ __all__ = [
     "CacheWriter",
     "JoinedReader",
     "Manifest",
+    "Part",
+    "folder_to_write",
     "read_manifest",
     "read_manifests",
     "source_of",

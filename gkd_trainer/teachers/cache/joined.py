@@ -12,6 +12,7 @@ from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import Head
 from gkd_trainer.teachers.cache.format import Manifest, read_manifest
 from gkd_trainer.teachers.cache.kinds import Values
+from gkd_trainer.teachers.cache.parts import folders_to_read
 from gkd_trainer.teachers.cache.reader import CacheReader
 from gkd_trainer.teachers.prompt_scores import TokenSequence
 from gkd_trainer.teachers.served import NOISE
@@ -21,12 +22,13 @@ _OF_THE_ROWS = frozenset({"max_length", "train_on", "chat_template"})
 
 
 def read_manifests(folders: Iterable[Path]) -> dict[Path, Manifest]:
-    """Return the manifests of caches by their folders, in order.
+    """Return the manifests of caches by their folders, in order; a folder of parts stands for all of them.
 
     Raises:
-        GKDTeacherError: A folder is no cache, its manifest was changed, or the caches can't be read as one.
+        GKDTeacherError: A folder is no cache, parts of it are missing, a manifest was changed, or the caches can't be
+            read as one.
     """
-    manifests = {folder: read_manifest(folder) for folder in folders}
+    manifests = {folder: read_manifest(folder) for given in folders for folder in folders_to_read(given)}
     if not manifests:
         raise GKDTeacherError("expected at least one folder of a cache; got none")
     [(first, expected), *others] = manifests.items()

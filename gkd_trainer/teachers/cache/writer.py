@@ -307,7 +307,8 @@ def _locked(folder: Path) -> BinaryIO | None:
     except BlockingIOError:
         lock.close()
         raise GKDConfigError(
-            f"another process writes the cache in {folder}: wait until it ends, or choose another folder"
+            f"another process writes the cache in {folder}: wait until it ends, choose another folder, or have each "
+            "process write a part of the rows (--part, part of cache_predictions)"
         ) from None
     except OSError as error:
         logger.warning("%s can't be locked (%s): let no second process write it.", folder, error)
