@@ -1,5 +1,7 @@
 """Options and arguments become one teacher, or an error that says which to keep."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -157,7 +159,10 @@ def test_a_cache_becomes_a_teacher_with_its_fallback(cache, tiny_model, folder):
     last = {"teacher_cache_dir": cache, "lmbda": 0.0, "train_on": "last_turn"}
     alone = build_teacher(GKDArguments(**last))
     assert isinstance(alone, CachedTeacher)
-    assert (str(alone.folder), alone.fallback) == (cache, None)
+    assert (*map(str, alone.manifests), alone.fallback) == (cache, None)
+    write(Path(cache).parent / "later", make_rows(2, seed=1))
+    both = [cache, str(Path(cache).parent / "later")]
+    assert list(map(str, build_teacher(GKDArguments(**{**last, "teacher_cache_dir": both})).manifests)) == both
     last["teacher_cache_miss"] = "teacher"
     named = build_teacher(GKDArguments(**last, teacher_model_name_or_path=str(folder)))
     assert is_the_saved_one(named.fallback, tiny_model)
