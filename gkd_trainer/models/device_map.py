@@ -12,6 +12,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import Tensor, nn
 
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.loading import base_model
 from gkd_trainer.signals import Head
 
@@ -51,8 +52,21 @@ def is_placed(model: nn.Module) -> bool:
 
 
 def accelerators_of(model: nn.Module) -> set[torch.device]:
-    """Return the devices other than the CPU on which a model has weights."""
+    """Return the devices other than the CPU on which loading put weights of a model; none if they are still to move."""
+    if not is_placed(model):
+        return set()
     return {weight.device for weight in model.parameters() if weight.device.type not in ("cpu", "meta")}
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise GKDConfigError if weights to be trained are offloaded: they would get no gradients."""
+    offloaded = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.is_meta]
+    if offloaded and is_hooked(base_model(model)):
+        raise GKDConfigError(
+            f"the student's device map offloads weights that would be trained ({', '.join(offloaded[:3])}), but "
+            "accelerate loads copies of them for each forward, so they would never change: load the student onto GPUs "
+            "(device_map=None for one), or freeze it and train an adapter (peft_config)"
+        )
 
 
 class HeadCopy:

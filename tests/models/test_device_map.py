@@ -7,6 +7,7 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload, ModelHook, Sequential
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.models.device_map import (
     HeadCopy,
     accelerators_of,
@@ -15,6 +16,7 @@ from gkd_trainer.models.device_map import (
     is_hooked,
     is_placed,
     only_moves_tensors,
+    refuse_offloaded,
 )
 from gkd_trainer.signals import Head
 
@@ -89,6 +91,14 @@ def test_neither_the_cpu_nor_offloaded_weights_are_on_accelerators(tiny_model):
     model = tiny_model()
     model.lm_head.to(META)
     assert accelerators_of(model) == set()
+
+
+def test_weights_to_be_trained_may_not_be_offloaded(tiny_model, tmp_path):
+    refuse_offloaded(dispatch_model(tiny_model(), {"": "cpu"}, force_hooks=True))
+    model = dispatch_model(tiny_model(), {"model": "cpu", "lm_head": "disk"}, offload_dir=str(tmp_path))
+    with pytest.raises(GKDConfigError, match=r"offloads weights that would be trained \(lm_head\.weight\).*never change"):
+        refuse_offloaded(model)
+    refuse_offloaded(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
 
 
 def head_of(module):
