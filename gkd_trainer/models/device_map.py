@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
@@ -34,7 +35,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def only_moves_tensors(module: nn.Module) -> bool:
     """Return whether accelerate's hook on a module does no more than move its inputs and outputs between devices."""
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     hooks = hook.hooks if type(hook) is SequentialHook else [hook]
     return all(type(each) is AlignDevicesHook and not each.offload for each in hooks)
 

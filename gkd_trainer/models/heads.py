@@ -105,9 +105,8 @@ def find_head(
     if not has_own_forward(module):
         return InseparableHead("the forward of its head was replaced", module)
     if is_hooked(module) and not (on_any_device and only_moves_tensors(module)):
-        if on_any_device:
-            return InseparableHead("a hook of accelerate does more to its head than move tensors between devices", module)
-        return InseparableHead("a device map placed it on several devices", module)
+        hook = "a hook of accelerate does more to its head than move tensors between devices"
+        return InseparableHead(hook if on_any_device else "a device map placed it on several devices", module)
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     biased = model if isinstance(getattr(model, "final_logits_bias", None), Tensor) else None

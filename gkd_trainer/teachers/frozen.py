@@ -51,7 +51,8 @@ class FrozenTeacher(Teacher):
     """A causal LM or an encoder-decoder in eval mode, without gradients, of any dtype, quantised or not.
 
     It returns final hidden states and its head, so that logits are computed only for the tokens trained on; if the head
-    can't be split off safely, it returns logits, and logs that once.
+    can't be split off safely, it returns logits, and logs that once. A model that a device map placed scores where it
+    is; its predictions go to the batch's device, where its head is copied once.
 
     Args:
         model: The teacher: a language model of transformers, or a PEFT model around one, with its active adapter. Its

@@ -412,7 +412,8 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         is_trained: Whether there is a training set.
 
     Raises:
-        GKDConfigError: Its adapter adds virtual tokens, or it must be trained but is frozen, offloaded, or would get no gradients.
+        GKDConfigError: Its adapter adds virtual tokens, or it must be trained but is frozen, offloaded, or would get no
+            gradients.
         GKDTeacherError: It shares weights with the teacher.
     """
     refuse_prompt_learning(model)

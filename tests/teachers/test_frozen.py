@@ -142,10 +142,6 @@ def spread(model):
     return dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
 
-def adapted(model):
-    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_teacher_spread_by_a_device_map_gives_hidden_states_equal_to_the_bit(tiny_model, family, dtype, caplog):
@@ -185,8 +181,8 @@ def test_a_teacher_whose_head_is_offloaded_computes_logits_and_says_why(tiny_mod
 
 
 def test_a_teacher_keeps_its_head_where_layers_are_offloaded(tiny_model, tmp_path):
-    batch, places = batch_of_two(), {"model.layers.1": "disk"}
-    places |= dict.fromkeys(["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    batch, model = batch_of_two(), ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"]
+    places = {**dict.fromkeys([*model, "lm_head"], "cpu"), "model.layers.1": "disk"}
     signal = prepared(dispatch_model(tiny_model(), places, offload_dir=str(tmp_path))).score(batch)
     assert isinstance(signal, HiddenSignal)
     assert torch.equal(signal.hidden_NH, prepared(tiny_model()).score(batch).hidden_NH)
