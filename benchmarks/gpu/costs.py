@@ -33,6 +33,7 @@ class Card:
         instructions: instructions of single threads.
         cache: bytes of the L2 cache that the rows of two passes may share.
         programs: how many rows are compared at the same time.
+        latency: seconds from a request to the L2 cache to its answer.
     """
 
     name: str
@@ -41,11 +42,13 @@ class Card:
     instructions: float
     cache: float
     programs: int
+    latency: float
 
 
 # 132 multiprocessors issue 128 per cycle at 1.7 GHz, and run two programs each. Data that both halves of the L2 cache
 # need is in both, so that half of its 50 MB counts.
-H100 = Card("H100", 700e12, 3.0e12, 132 * 128 * 1.7e9, 25e6, 2 * 132)
+H100 = Card("H100", 700e12, 3.0e12, 132 * 128 * 1.7e9, 25e6, 2 * 132, 0.2e-6)
+ALL_CACHED = replace(H100, cache=inf)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,35 @@ def estimate(shape: Shape, card: Card, kernel: Kernel, R: int) -> Estimate:
         # Zeros for the gradient of the hidden states; then both gradients are scaled into bfloat16.
         rest=(FLOAT * N * H + (FLOAT + HALF) * (N + V) * H) / card.bandwidth,
     )
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Pieces of rows that programs would take from a queue, to share rows that stay in the cache.
+
+    Attributes:
+        piece: logits of each side in a piece.
+        pieces: that each program handles.
+        waiting: seconds that a program waits for the cache, not for logits.
+    """
+
+    piece: float
+    pieces: float
+    waiting: float
+
+
+def queue_of_pieces(shape: Shape, card: Card, passes: int) -> Queue:
+    """Return what sharing rows would take: a piece's pass begins when all pieces of its row have finished the last one.
+
+    The queue holds the passes of a row so far apart that nobody waits for long: between two of them come as many pieces
+    as there are programs. The rows in use then are those of `2 * passes - 1` times as many pieces, and must fit into
+    the cache. A piece takes four requests, each after the answer to the one before: for its number, for whether its row
+    is ready, for the sums of the row so far, and to add its own.
+    """
+    rows = card.cache / (shape.V * 2 * FLOAT)
+    per_row = card.programs * (2 * passes - 1) / rows
+    pieces = shape.N * passes * per_row / card.programs
+    return Queue(shape.V / per_row, pieces, 4 * card.latency * pieces)
 
 
 def compile_kernel(
@@ -226,7 +258,7 @@ def table(card: Card, kernel: Kernel, R: int) -> str:
         seconds = estimate(shape, card, kernel, R)
         parts = (seconds.floor, seconds.products, seconds.comparison, seconds.rest, seconds.total)
         numbers = " | ".join(f"{1e3 * part:.1f}" for part in parts)
-        once = estimate(shape, replace(card, cache=inf), kernel, R)
+        once = estimate(shape, ALL_CACHED, kernel, R)
         ratios = f"{seconds.total / seconds.floor:.2f} | {shape.goal} | {once.total / once.floor:.2f}"
         rows.append(f"| {shape.H} / {shape.G} | {numbers} | {ratios} |")
     return "\n".join(rows)
@@ -239,6 +271,12 @@ def main() -> None:
     kernel = compile_kernel("jsd", 90)
     print(f"{H100.name}, estimated: N = {SHAPES[0].N}, V = {SHAPES[0].V}, milliseconds, tiles of 2048 tokens\n")
     print(table(H100, kernel, 2048))
+    queue = queue_of_pieces(SHAPES[0], H100, len(kernel.instructions))
+    saved = estimate(SHAPES[0], H100, kernel, 2048).total - estimate(SHAPES[0], ALL_CACHED, kernel, 2048).total
+    print(
+        f"\nTo read once by a queue: pieces of {queue.piece:,.0f} logits, {queue.pieces:,.0f} per program, waiting "
+        f"{1e3 * queue.waiting:.1f} ms of a program to save {1e3 * saved:.1f} ms"
+    )
     print(
         "\n| kind, sm_90 | registers | spilled | 16-byte accesses | instructions per element in each pass |\n"
         + "|---" * 5
