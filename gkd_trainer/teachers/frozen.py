@@ -18,6 +18,7 @@ from transformers.integrations import deepspeed
 
 from gkd_trainer.batch_keys import DECODER_INPUT_IDS, IGNORE_INDEX, has_decoder_inputs
 from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.models.device_map import HeadCopy, input_device, is_placed
 from gkd_trainer.models.heads import (
     ROUNDED_LOGITS,
     InseparableHead,
@@ -39,7 +40,7 @@ from gkd_trainer.models.loading import (
     uncompiled,
 )
 from gkd_trainer.models.top_tokens import top_tokens
-from gkd_trainer.signals import Signal
+from gkd_trainer.signals import HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
 from gkd_trainer.types import TokenBatch
 
@@ -50,7 +51,8 @@ class FrozenTeacher(Teacher):
     """A causal LM or an encoder-decoder in eval mode, without gradients, of any dtype, quantised or not.
 
     It returns final hidden states and its head, so that logits are computed only for the tokens trained on; if the head
-    can't be split off safely, it returns logits, and logs that once.
+    can't be split off safely, it returns logits, and logs that once. A model that a device map placed scores where it
+    is; its predictions go to the batch's device, where its head is copied once.
 
     Args:
         model: The teacher: a language model of transformers, or a PEFT model around one, with its active adapter. Its
@@ -82,6 +84,8 @@ class FrozenTeacher(Teacher):
         self._forward_kwargs = scoring_kwargs(model)
         self.tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
+        self._head_copy = HeadCopy()
+        self._input_device: torch.device | None = None
         if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise GKDTeacherError(
                 f"top_k must be in [1, {self.vocab_size}], the size of the teacher's head; got {top_k}: for full "
@@ -126,8 +130,19 @@ class FrozenTeacher(Teacher):
         refuse_unread_media(self._model, batch.model_inputs, "teacher")
         self._model.eval()
         with torch.no_grad():
-            signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
-            return signal if self._top_k is None else top_tokens(signal, self._top_k)
+            moved = batch if self._input_device is None else batch.to(self._input_device)
+            signal, _ = predict(self._model, moved, self._head, **self._forward_kwargs)
+            # Before it is moved: the head's device has the logits, and few tokens of them go to the batch's.
+            compared = signal if self._top_k is None else top_tokens(signal, self._top_k)
+            return self._moved(compared, batch.labels_BL.device)
+
+    def _moved(self, signal: StudentSignal | TopKSignal, device: torch.device) -> Signal:
+        """Return a signal on the device of the batch, with one copy of the head there for all batches."""
+        if isinstance(signal, HiddenSignal):
+            return HiddenSignal(signal.hidden_NH.to(device), self._head_copy.on(device, signal.head))
+        if isinstance(signal, LogitsSignal):
+            return LogitsSignal(signal.logits_NV.to(device))
+        return TopKSignal(signal.ids_NK.to(device), signal.log_p_NK.to(device), signal.vocab_size)
 
     @property
     def vocab_size(self) -> int:
@@ -168,9 +183,11 @@ class FrozenTeacher(Teacher):
     ) -> None:
         """Move the model to `device`, unless it was placed when loaded, and split off its head."""
         # Not accelerator.prepare_model: Trainer.evaluate skips preparing the student once any model is registered.
-        if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
+        if is_placed(self._model):
+            self._input_device = input_device(self._model)
+        else:
             self._model.to(device)
-        self._head = find_head(self._model)
+        self._head = find_head(self._model, on_any_device=True)
         if isinstance(self._head, InseparableHead):
             logger.warning(
                 "The teacher (%s) computes full logits, which takes more memory%s: %s.",
