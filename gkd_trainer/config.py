@@ -244,7 +244,9 @@ class GKDArguments(HidesSecrets):
         "teachers score every sample, instead of one per row, and their divergences are averaged by weight.",
     )
     teacher_offload: bool = _option(
-        False, "Keep the weights of teachers in the CPU's memory while others of several work."
+        False,
+        "Keep the teacher's weights in the CPU's memory, pinned on CUDA, except while it scores a batch. Of several "
+        "teachers, only the one that scores is on the device.",
     )
     teacher_server_base_url: list[str] | str | None = _option(
         None,

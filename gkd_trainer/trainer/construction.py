@@ -255,8 +255,8 @@ def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
         )
     if config.seq_kd and not teacher.can_generate:
         raise GKDTeacherError(
-            "seq_kd=True makes the teacher generate, but this teacher can't: pass a causal LM in this process as "
-            "teacher_model, or set seq_kd=False"
+            "seq_kd=True makes the teacher generate, but this teacher can't: pass a causal LM in this process, without "
+            "offload, as teacher_model, or set seq_kd=False"
         )
 
 

@@ -140,6 +140,15 @@ def test_options_that_do_not_apply_to_a_loaded_teacher_are_refused(tiny_model):
         build_teacher(GKDArguments(teacher_model_init_kwargs={"dtype": "bfloat16"}), teacher_model=tiny_model())
     with pytest.raises(GKDTeacherError, match="teacher_top_k has no effect on a teacher passed as an object"):
         build_teacher(GKDArguments(teacher_top_k=5), teacher=FrozenTeacher(tiny_model()))
+    with pytest.raises(GKDTeacherError, match="teacher_offload has no effect on a teacher passed as an object"):
+        build_teacher(GKDArguments(teacher_offload=True), teacher=FrozenTeacher(tiny_model()))
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_teacher_that_is_to_wait_on_the_cpu_is_built_so(folder, tiny_model, is_named):
+    model = str(folder) if is_named else tiny_model()
+    assert not build_teacher(GKDArguments(teacher_offload=True), teacher_model=model).can_generate
+    assert build_teacher(GKDArguments(), teacher_model=model).can_generate
 
 
 def test_anything_but_a_model_is_refused(tiny_model):
