@@ -153,4 +153,4 @@ class ServerInfo(Answer):
     """GET /server_info?config_format=json; without a choice in its environment, vLLM does not name its model runner."""
 
     vllm_config: _VLLMConfig
-    environment: _Environment = Field(_Environment(), alias="vllm_env")
+    environment: _Environment | None = Field(None, alias="vllm_env")

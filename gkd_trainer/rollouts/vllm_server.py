@@ -201,6 +201,7 @@ def _served_model(answer: object) -> tuple[str, int]:
 def _uses_runner_v2(server: VLLMServer) -> bool | None:
     """Return whether a server was told to use vLLM's model runner V2; None if it does not say."""
     try:
-        return server.get("/server_info?config_format=json", ServerInfo.parse).environment.uses_runner_v2
+        environment = server.get("/server_info?config_format=json", ServerInfo.parse).environment
     except RequestRefusedError:  # only in its development mode, which adapters do without
         return None
+    return None if environment is None else environment.uses_runner_v2

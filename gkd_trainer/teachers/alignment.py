@@ -286,7 +286,7 @@ def _replies_of(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> list[
     template writes a space on both sides.
     """
 
-    def written(messages: Sequence[dict[str, Any]], *, is_prompt: bool) -> bytes:
+    def written(messages: list[dict[str, Any]], *, is_prompt: bool) -> bytes:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
         return tokens.of(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
