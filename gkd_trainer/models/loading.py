@@ -210,7 +210,7 @@ def find_processing_class(
     if kind is AutoModelForImageTextToText:
         place = {key: value for key, value in kwargs.items() if key in (*PLACE, "trust_remote_code")}
         try:
-            processor = AutoProcessor.from_pretrained(name_or_path, **place)
+            processor = AutoProcessor.from_pretrained(name_or_path, **place, **without_mistral_common())
         except Exception as error:  # of any type, also if a package that it needs is missing
             logger.warning(
                 "The processor of %r can't be loaded (%s: %s), so rows can't have images: only its tokenizer is used.",

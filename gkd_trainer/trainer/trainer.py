@@ -25,7 +25,7 @@ from gkd_trainer.batch_keys import PER_LABEL, SIDE_TENSORS, TEACHER_INDEX, has_d
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
-from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, columns_read_by, unwrapped
+from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, can_pad, columns_read_by, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
@@ -330,6 +330,8 @@ class GKDMixin(AnyTrainer):
         if collator is not None and self._prepares_rows:
             if type(collator) is DataCollatorForVisionLanguageModeling:  # SFTTrainer's own, which reads other columns
                 collator = DataCollatorForLanguageModeling(collator.processor.tokenizer.pad_token_id)
+            if not can_pad(collator):  # set later: at construction another one has taken its place
+                collator = StackOthers(default_collator(self.model, pad_token_id(self.processing_class)))
             collator = keeping_columns(collator, self._images)
         self._data_collator = collator
 

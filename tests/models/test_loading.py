@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
     Gemma3Config,
+    Mistral3Config,
     MistralConfig,
     MptConfig,
     MptForCausalLM,
@@ -75,7 +76,9 @@ def test_the_tokenizer_beside_the_weights_is_found(bf16_checkpoint, byte_level):
     assert tokenizer.get_vocab() == byte_level().get_vocab()
 
 
-def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_common(tmp_path):
+@pytest.fixture
+def tekken():
+    """A tekken.json of Mistral's, and the number of its tokens."""
     controls = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
     controls = f"{controls} [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX]".split()
     size = {"num_vocab_tokens": 256, "default_vocab_size": 256 + len(controls)}
@@ -85,11 +88,26 @@ def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_com
         "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)],
         "special_tokens": [{"rank": i, "token_str": token, "is_control": True} for i, token in enumerate(controls)],
     }
-    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
-    MistralConfig(vocab_size=size["default_vocab_size"]).save_pretrained(tmp_path)
+    return json.dumps(tekken), size["default_vocab_size"]
+
+
+def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_common(tmp_path, tekken):
+    text, size = tekken
+    (tmp_path / "tekken.json").write_text(text)
+    MistralConfig(vocab_size=size).save_pretrained(tmp_path)
     tokenizer = find_tokenizer(str(tmp_path), trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    assert len(tokenizer.get_vocab()) == size["default_vocab_size"]
+    assert len(tokenizer.get_vocab()) == size
+
+
+def test_a_processor_has_a_tokenizer_of_transformers_also_beside_mistral_common(tmp_path, tekken):
+    (tmp_path / "tekken.json").write_text(tekken[0])
+    Mistral3Config(architectures=["Mistral3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    processor = make_processor("llava")  # Mistral's own needs torchvision
+    processor.save_pretrained(tmp_path)
+    found = find_processing_class(str(tmp_path), trust_remote_code=False)
+    assert type(found) is type(processor)
+    assert found.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_a_tokenizer_of_mistral_common_is_refused_with_one_to_load_in_its_place(byte_level):
