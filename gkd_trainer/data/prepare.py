@@ -6,10 +6,15 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from gkd_trainer import __version__
 from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
@@ -122,9 +127,24 @@ def first_row(dataset: Any) -> Mapping[str, Any] | None:
     return first if isinstance(first, Mapping) else None
 
 
+@cache
+def _code() -> tuple[str, ...]:
+    """Return what changes with the code that turns rows into tokens: ours, and that of the libraries that render."""
+    package = Path(__file__).parents[1]
+    sources = sha256()  # Installs from a repository share a version.
+    for file in sorted([*package.glob("data/*.py"), *package.glob("models/*.py")]):
+        sources.update(file.read_bytes())
+    libraries = [f"{name} {version(name)}" for name in ("jinja2", "tokenizers", "transformers", "trl")]
+    return (__version__, sources.hexdigest(), *libraries)
+
+
 @dataclass(frozen=True)
 class _PrepareRow:
-    """The function for `map`: it marks unusable rows in a column, since processes share no state."""
+    """The function for `map`: it marks unusable rows in a column, since processes share no state.
+
+    `code` is for the cache of `datasets`, which knows a function by its name and state: rows prepared by other code
+    must not be found there.
+    """
 
     preparer: RowPreparer
     route: TeacherRoute | None
@@ -133,6 +153,7 @@ class _PrepareRow:
     has_teacher_prompts: bool = False
     is_drop_raised: bool = False
     has_lengths: bool = False
+    code: tuple[str, ...] = field(default_factory=_code)
 
     def for_rows_like(self, first: Mapping[str, Any]) -> _PrepareRow:
         """Return the function for a dataset with this first row."""

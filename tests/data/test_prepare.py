@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 from PIL import Image
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
-from gkd_trainer.data import prepare_dataset
+from gkd_trainer.data import prepare, prepare_dataset
 from gkd_trainer.errors import GKDDataError
 from tests.data.templates import CHATS
 
@@ -89,6 +89,24 @@ def test_a_row_whose_turns_are_not_found_leaves_the_others_in_the_set(chat_token
 def test_a_set_of_rows_whose_turns_are_not_found_is_refused_with_the_remedy(chat_tokenizer, rules):
     with pytest.raises(GKDDataError, match=r"none of the 2 rows can be used: 2 assistant turns .* markers"):
         prepare_dataset([TWO_ANSWERS] * 2, chat_tokenizer(CHATS["olmo2"]), rules())
+
+
+def test_rows_prepared_by_other_code_are_not_read_from_the_cache_of_datasets(byte_level, rules, tmp_path, monkeypatch):
+    Dataset.from_list([conversation("Paris.")]).save_to_disk(tmp_path / "rows")
+
+    def cached_file():
+        return prepare_dataset(Dataset.load_from_disk(tmp_path / "rows"), byte_level(), rules()).cache_files
+
+    first, again = cached_file(), cached_file()
+    prepare._code.cache_clear()
+    monkeypatch.setattr(prepare, "__version__", "0.0.9")
+    other_version = cached_file()
+    prepare._code.cache_clear()
+    monkeypatch.setattr(prepare, "version", lambda name: "9.9" if name == "trl" else "1.0")
+    other_library = cached_file()
+    prepare._code.cache_clear()
+    assert first == again
+    assert len({str(files) for files in (first, other_version, other_library)}) == 3
 
 
 def test_nothing_is_logged_if_nothing_is_dropped(byte_level, mixing, caplog):
