@@ -26,7 +26,14 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.models.prompts import RENDERING_ERRORS, leading_ids, render_prompt, with_arguments, writes_date
+from gkd_trainer.models.prompts import (
+    RENDERING_ERRORS,
+    leading_ids,
+    render_prompt,
+    with_arguments,
+    with_calls,
+    writes_date,
+)
 from gkd_trainer.types import prompt_length
 
 NEEDS_COMPLETION = (
@@ -230,6 +237,7 @@ class RowPreparer:
         n_given = len(messages) if is_open else last_turn
         prompt = ""
         try:
+            messages = with_calls(self.tokenizer, messages, tools, template_kwargs)
             text, spans = render_turns(
                 self.tokenizer,
                 messages,
@@ -275,7 +283,7 @@ class RowPreparer:
             return text
 
         try:
-            text = with_arguments(render, messages)
+            text = with_arguments(render, with_calls(self.tokenizer, messages, tools, template_kwargs))
         except RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])

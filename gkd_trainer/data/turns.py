@@ -245,7 +245,7 @@ class _Conversation:
         Templates can't render an empty list, and end a lone assistant turn differently from a user's. So a turn that
         opens the conversation is preceded by a user's turn with the same content.
         """
-        return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"]}]
+        return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"] or ""}]
 
     def _render(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
         def render(given: list[Any]) -> str:
