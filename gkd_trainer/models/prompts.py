@@ -99,8 +99,8 @@ def with_calls(
 ) -> list[dict[str, Any]]:
     """Return messages in a form in which the tokenizer's template writes their tool calls.
 
-    Most templates write them beside any content; DeepSeek-R1-Distill's only if that is None, as in OpenAI's format, where
-    others would write "None". So an empty content becomes None where the calls would be left out otherwise.
+    Most templates write them beside any content; DeepSeek-R1-Distill's only if that is None, as in OpenAI's format,
+    where others would write "None". So an empty content becomes None where the calls would be left out otherwise.
 
     Raises ValueError for calls that the template leaves out in any form.
     """

@@ -148,7 +148,7 @@ def test_an_empty_content_becomes_none_where_calls_would_be_left_out(byte_level)
 
 def test_calls_that_a_template_never_writes_are_refused(byte_level):
     for template in ("{% for m in messages %}{{ m.content }}{% endfor %}", writing("")):
-        with pytest.raises(ValueError, match="it leaves out tool calls$"):
+        with pytest.raises(ValueError, match=r"it leaves out tool calls$"):
             prompt_ids(byte_level(template), calling(""))
 
 
