@@ -197,6 +197,8 @@ def test_a_row_whose_columns_do_not_fit_is_refused_with_the_remedy(padding_colla
     for row, reason in (
         ({"input_ids": [5, 6], "completion_mask": [1]}, "completion_mask is not as long as input_ids"),
         ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "no tokens"),
+        ({"input_ids": [5, -6]}, "a negative token id in input_ids"),
+        ({"input_ids": [5, 6], "labels": [-1, 6]}, "a negative label other than -100, which marks .* not trained on"),
     ):
         with pytest.raises(GKDDataError, match=rf"row 1 of a batch can't be used: {reason}\. Correct the dataset, or"):
             padding_collator([ROWS[0], row])

@@ -315,6 +315,12 @@ def test_a_batch_without_labels_is_refused_with_what_it_holds():
             require_labels(inputs)
 
 
+def test_a_batch_with_a_negative_label_other_than_the_ignored_one_is_refused():
+    require_labels({"labels": torch.tensor([[X, 0, 5]])})
+    with pytest.raises(GKDDataError, match="returned a negative label other than -100, .*: -1; put -100 in its place"):
+        require_labels({"labels": torch.tensor([[X, -1, 5]])})
+
+
 def test_the_tokenizer_is_found_also_within_a_processor():
     tokenizer = SimpleNamespace(pad_token_id=7)
     assert tokenizer_of(tokenizer) is tokenizer
