@@ -74,7 +74,8 @@ def render_turns(
     own_template = tokenizer.get_chat_template(None, tools)
     if has_generation_markers(own_template):
         return conversation.by_markers(own_template, turns)
-    if patched_template is not None:
+    # TRL patches the template of rows without tools, which may be another.
+    if patched_template is not None and own_template == tokenizer.get_chat_template(None, None):
         return conversation.by_markers(patched_template, turns)
     try:
         return conversation.by_prefixes(turns)

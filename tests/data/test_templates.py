@@ -1,5 +1,7 @@
 """Conversations under the chat templates of many models: the tokens trained on, and the prompts of completions."""
 
+from dataclasses import replace
+
 import pytest
 
 from gkd_trainer.batch_keys import PROMPT_IDS
@@ -324,3 +326,15 @@ def test_calls_that_the_template_leaves_out_drop_their_row(prepare, name, column
     row = {column: WITH_TOOL if column == "messages" else WITH_TOOL[:3]}
     with pytest.raises(RowDropped, match=r"refused by the chat template \(it leaves out tool calls\)"):
         prepare(CHATS[name], row, needs_completion=False)
+
+
+def test_rows_with_tools_are_trained_on_by_the_template_for_tools(prepare):
+    chat = CHATS["qwen2.5"]  # TRL patches it
+    for_tools = chat.template.replace("You may call one or more functions", "These functions may be called")
+    assert for_tools != chat.template
+    named = replace(chat, template={"default": chat.template, "tool_use": for_tools})
+    for tools, template in ((TOOLS, for_tools), (None, chat.template)):
+        row = {"messages": WITH_TOOL[:1] + WITH_TOOL[3:], "tools": tools}
+        expected, _ = prepare(replace(chat, template=template), row, is_generating=True)
+        assert prepare(named, row, is_generating=True)[0] == expected
+        assert expected.prompt_ids == []  # the text that is trained on begins with the prompt
