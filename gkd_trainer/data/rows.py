@@ -277,13 +277,17 @@ class RowPreparer:
         self._require_chat_template()
         template_kwargs, tools = template_kwargs_of(row), tools_of(row)
 
-        def render(given: list[Any]) -> str:
+        def continued(given: list[Any]) -> str:
             prompt_row: dict[str, Any] = {"prompt": given, "chat_template_kwargs": template_kwargs}
             text: str = apply_chat_template(prompt_row, self.tokenizer, tools)["prompt"]
             return text
 
         try:
-            text = with_arguments(render, with_calls(self.tokenizer, messages, tools, template_kwargs))
+            messages = with_calls(self.tokenizer, messages, tools, template_kwargs)
+            if messages[-1]["role"] == "assistant":
+                text = with_arguments(continued, messages)
+            else:
+                text = render_prompt(self.tokenizer, messages, tools, template_kwargs)
         except RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])

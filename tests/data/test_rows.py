@@ -176,6 +176,13 @@ def test_a_bare_prompt_is_refused_if_completions_come_from_the_data(byte_level, 
             prepare({"prompt": prompt}, byte_level(), rules())
 
 
+@pytest.mark.parametrize("role", ["system", "ipython"])
+def test_a_prompt_may_end_with_any_role_that_the_template_takes(byte_level, on_policy, role):
+    tokenizer = byte_level()
+    row = prepare({"prompt": [QUESTION, {"role": role, "content": "fine"}]}, tokenizer, on_policy())
+    assert tokenizer.decode(row.input_ids).endswith(f"<|im_start|>{role}\nfine<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_a_row_that_lacks_the_completion_of_others_is_dropped(byte_level, rules):
     assert "seq_kd=True" in reason({"prompt": "hello", "completion": None}, byte_level(), rules())
 
@@ -396,8 +403,3 @@ def test_a_row_that_the_template_refuses_is_dropped(byte_level, rules, on_policy
         ({"prompt": [QUESTION]}, on_policy()),
     ):
         assert reason(row, tokenizer, row_rules) == "refused by the chat template (roles must alternate)"
-
-
-def test_a_prompt_that_ends_with_a_system_message_is_dropped(byte_level, on_policy):
-    row = {"prompt": [{"role": "system", "content": "You are helpful."}]}
-    assert "Invalid role in the last message: system" in reason(row, byte_level(), on_policy())
