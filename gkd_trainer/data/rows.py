@@ -14,7 +14,7 @@ from gkd_trainer.data.messages import messages_of, template_kwargs_of, texts_of,
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.rules import PreparedRow, RowRules, fitted, fitted_pair
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts
-from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
+from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens, trains_on_all
 from gkd_trainer.data.turns import (
     Span,
     TurnsNotFound,
@@ -39,6 +39,11 @@ from gkd_trainer.types import prompt_length
 NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "
     "prompt) or seq_kd=True (the teacher does), or add completions"
+)
+
+NEEDS_PROMPT = (
+    "expected a prompt in each row, since lmbda=1.0 generates every completion; got rows that are trained on from their "
+    "first token (as `text` is): use `messages`, or `prompt` and `completion`, or lower lmbda"
 )
 
 
@@ -153,7 +158,11 @@ class RowPreparer:
 
     def _tokens(self, row: Mapping[str, Any], n_images: int) -> RowTokens:
         if row.get("input_ids") is not None:
-            return held_pair(row) if self.rules.is_encoder_decoder else held_tokens(row)
+            if self.rules.is_encoder_decoder:
+                return held_pair(row)
+            if self.rules.needs_prompt and trains_on_all(row):
+                raise GKDDataError(NEEDS_PROMPT)
+            return held_tokens(row)
         text_field = self.rules.text_field
         row_keys = (
             "messages",
@@ -302,6 +311,8 @@ class RowPreparer:
         return RowTokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
 
     def _text(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
+        if self.rules.needs_prompt:
+            raise GKDDataError(NEEDS_PROMPT)
         text = row[self.rules.text_field]
         if not isinstance(text, str):
             raise RowDropped(f"{self.rules.text_field} is not a text")

@@ -95,6 +95,11 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
     return RowTokens(ids, labels, prompt_ids, per_token)
 
 
+def trains_on_all(row: Mapping[str, Any]) -> bool:
+    """Return whether no column of a tokenised row says which of its tokens are trained on."""
+    return all(row.get(column) is None for column in ("labels", *_TRAINED_MASKS))
+
+
 def lengths_of(position_ids: Sequence[int]) -> list[int]:
     """Return how long each sample of a row is, whose `position_ids` start again at each."""
     starts = [index for index, position in enumerate(position_ids) if position == 0 or index == 0]
@@ -109,8 +114,6 @@ def id_list(value: Any, column: str) -> list[int]:
         raise RowDropped(f"{column} is not a list of token ids") from None
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 def refuse_negative_ids(ids: Sequence[int], column: str) -> None:
     """Raise RowDropped if a row's token ids, without padding, are not all counted from 0."""
     if ids and min(ids) < 0:
@@ -123,3 +126,5 @@ def refuse_negative_labels(labels: Sequence[int]) -> None:
         raise RowDropped(NEGATIVE_LABEL)
 
 
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value

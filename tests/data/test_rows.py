@@ -107,9 +107,15 @@ def test_a_text_row_of_several_documents_is_all_trained_on(byte_level, rules):
     assert row.labels == row.input_ids
 
 
-def test_a_text_row_is_refused_if_each_row_needs_a_prompt(byte_level, on_policy):
+@pytest.mark.parametrize("row", [{"text": "one two"}, {"text": ""}, {"input_ids": [1, 2]}], ids=str)
+def test_a_format_without_prompts_is_refused_if_each_row_needs_one(byte_level, on_policy, row):
     with pytest.raises(GKDDataError, match=r"expected a prompt in each row.*lmbda=1\.0"):
-        prepare({"text": "one two"}, byte_level(), on_policy())
+        prepare(row, byte_level(), on_policy())
+
+
+@pytest.mark.parametrize("row", [{"prompt": "", "completion": "b"}, {"input_ids": [1], "labels": [1]}], ids=str)
+def test_a_row_whose_prompt_is_empty_is_dropped_if_each_row_needs_one(byte_level, on_policy, row):
+    assert reason(row, byte_level(), on_policy()) == "no prompt, although lmbda=1.0 generates every completion"
 
 
 def test_the_column_of_text_can_be_named(byte_level, rules):
@@ -170,17 +176,17 @@ def test_a_prompt_that_ends_with_an_assistant_message_is_continued(byte_level, o
     assert tokenizer.decode(row.input_ids).endswith("<|im_start|>assistant\nIt is")
 
 
-def test_a_bare_prompt_is_refused_if_completions_come_from_the_data(byte_level, rules):
-    for prompt in ("hello", [QUESTION]):
-        with pytest.raises(GKDDataError, match=r"lmbda=1\.0 .* or seq_kd=True"):
-            prepare({"prompt": prompt}, byte_level(), rules())
-
-
 @pytest.mark.parametrize("role", ["system", "ipython"])
 def test_a_prompt_may_end_with_any_role_that_the_template_takes(byte_level, on_policy, role):
     tokenizer = byte_level()
     row = prepare({"prompt": [QUESTION, {"role": role, "content": "fine"}]}, tokenizer, on_policy())
     assert tokenizer.decode(row.input_ids).endswith(f"<|im_start|>{role}\nfine<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_bare_prompt_is_refused_if_completions_come_from_the_data(byte_level, rules):
+    for prompt in ("hello", [QUESTION]):
+        with pytest.raises(GKDDataError, match=r"lmbda=1\.0 .* or seq_kd=True"):
+            prepare({"prompt": prompt}, byte_level(), rules())
 
 
 def test_a_row_that_lacks_the_completion_of_others_is_dropped(byte_level, rules):

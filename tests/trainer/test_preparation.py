@@ -99,8 +99,8 @@ def test_bare_prompts_are_evaluated_but_not_trained_on_off_policy(lmbda):
     assert prepared([PROMPT_ALONE, BOTH], lmbda=lmbda) == [[5, 6], BOTH["input_ids"]]
 
 
-def test_a_row_without_a_prompt_is_refused_only_if_all_completions_are_generated():
-    with pytest.raises(GKDDataError, match=r"expected a prompt in each row, since lmbda=1\.0"):
+def test_rows_without_a_prompt_are_refused_only_if_all_completions_are_generated():
+    with pytest.raises(GKDDataError, match=r"none of the 1 rows can be used: 1 no prompt, although lmbda=1\.0"):
         prepared([WITHOUT_PROMPT], is_training=True, lmbda=1.0)
     for is_training, lmbda in ((True, 0.5), (True, 0.0), (False, 1.0)):
         assert prepared([WITHOUT_PROMPT], is_training, lmbda=lmbda) == [[5, STOP]]
