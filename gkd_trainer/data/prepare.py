@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
@@ -18,6 +19,7 @@ from gkd_trainer import __version__
 from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
+from gkd_trainer.data.mixed import dataset_of, parsed_texts
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.rules import RowRules
@@ -95,7 +97,9 @@ def prepare_dataset(
 
     """
     if isinstance(dataset, list):
-        dataset = _from_list(dataset, name)
+        dataset = dataset_of(dataset, name)
+    elif isinstance(dataset, Dataset | IterableDataset):
+        _warn_of_parsed_texts(dataset, rules, name)
     if isinstance(dataset, Dataset | IterableDataset):
         preparer = RowPreparer.create(tokenizer, rules, formatting_func, images=images, teacher_prompts=teacher_prompts)
         prepare = _PrepareRow(preparer, route, True, name)
@@ -164,6 +168,8 @@ class _PrepareRow:
         )
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        # `map` would encode again what is read of its own row: images, and as JSON texts beside other types.
+        row = copy(row)
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
         for name in _KEY_COLUMNS & row.keys():
             checked_key(row[name], f"{self.name}: row {index}", name)
@@ -333,6 +339,19 @@ def _warn_of_date(preparer: RowPreparer, row: Mapping[str, Any], name: str) -> N
         )
 
 
+def _warn_of_parsed_texts(dataset: Any, rules: RowRules, name: str) -> None:
+    columns = {"messages", "conversations", "prompt", "completion", TEACHER_PROMPT, rules.text_field}
+    is_prepared = "input_ids" in (dataset.features or ())
+    if not is_prepared and (places := parsed_texts(dataset.features, columns)):
+        logger.warning(
+            '%s: %s holds texts beside values of other types, so `datasets` has read texts that are JSON, such as "4", '
+            "as their values. Give all rows one form (contents all as texts, or all as lists of parts), or pass the "
+            "rows as a list of dicts",
+            name,
+            ", ".join(places),
+        )
+
+
 def _features(dataset: Any, prepare: _PrepareRow) -> Features:
     names = [PROMPT_IDS] * prepare.preparer.rules.keeps_prompts + [TEACHER_PROMPT_IDS] * prepare.has_teacher_prompts
     prompts = {name: List(Value("int32")) for name in names}
@@ -341,16 +360,6 @@ def _features(dataset: Any, prepare: _PrepareRow) -> Features:
         keys[TEACHER_INDEX] = Value("int64")
     positions = {"position_ids": List(Value("int32"))} if prepare.has_lengths else {}
     return Features({**positions, **dataset.features, **_NEW_FEATURES, **prompts, **keys})
-
-
-def _from_list(rows: list[Any], name: str) -> Any:
-    if not all(isinstance(row, Mapping) for row in rows):
-        kind = next(type(row).__name__ for row in rows if not isinstance(row, Mapping))
-        raise GKDDataError(f'{name}: expected a list of dicts, such as {{"messages": [...]}}; it holds {kind}')
-    # `from_list` takes only the columns of the first row.
-    columns = dict.fromkeys(column for row in rows for column in row)
-    full_rows = [{column: row.get(column) for column in columns} for row in rows]
-    return Dataset.from_list(full_rows, on_mixed_types="use_json")
 
 
 def _is_tokenised(dataset: Any) -> bool:

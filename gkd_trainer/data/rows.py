@@ -42,8 +42,8 @@ NEEDS_COMPLETION = (
 )
 
 NEEDS_PROMPT = (
-    "expected a prompt in each row, since lmbda=1.0 generates every completion; got rows that are trained on from their "
-    "first token (as `text` is): use `messages`, or `prompt` and `completion`, or lower lmbda"
+    "expected a prompt in each row, since lmbda=1.0 generates every completion; got rows that are trained on from "
+    "their first token (as `text` is): use `messages`, or `prompt` and `completion`, or lower lmbda"
 )
 
 

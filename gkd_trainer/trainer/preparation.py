@@ -254,7 +254,8 @@ def require_labels(inputs: Mapping[str, Any]) -> None:
         is_negative = (labels < 0) & (labels != IGNORE_INDEX)
         if is_negative.any():
             raise GKDDataError(
-                f"the data collator returned {NEGATIVE_LABEL}: {labels[is_negative][0]}; put {IGNORE_INDEX} in its place"
+                f"the data collator returned {NEGATIVE_LABEL}: {labels[is_negative][0]}. Put {IGNORE_INDEX} in its "
+                "place"
             )
 
 

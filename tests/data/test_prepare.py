@@ -109,6 +109,32 @@ def test_rows_prepared_by_other_code_are_not_read_from_the_cache_of_datasets(byt
     assert len({str(files) for files in (first, other_version, other_library)}) == 3
 
 
+IN_PARTS = {
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "one"}]}, *conversation("two")["messages"][1:]]
+}
+
+
+def test_answers_that_are_json_are_trained_on_as_they_are_beside_contents_in_parts(byte_level, rules, caplog):
+    tokenizer = byte_level()
+    answers = ["4", '{"a":1,   "b":2.0}', '"Paris"', "true"]
+    prepared = prepare_dataset([IN_PARTS, *map(conversation, answers)], tokenizer, rules())
+    for row, answer in zip(prepared, ["two", *answers], strict=True):
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]) == f"{answer}<|im_end|>"
+    assert [row["messages"][1]["content"] for row in prepared] == ["two", *answers]
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_texts_that_datasets_may_have_parsed_are_warned_of(byte_level, rules, is_stream, caplog):
+    rows = Dataset.from_list([IN_PARTS, conversation("two")], on_mixed_types="use_json")
+    prepared = prepare_dataset(rows.to_iterable_dataset() if is_stream else rows, byte_level(), rules())
+    [warning] = warnings_of(caplog)
+    assert warning.startswith("train: messages[].content holds texts beside values of other types, so `datasets` has")
+    caplog.clear()
+    prepare_dataset(prepared, byte_level(), rules())
+    assert warnings_of(caplog) == []
+
+
 def test_nothing_is_logged_if_nothing_is_dropped(byte_level, mixing, caplog):
     prepare_dataset(ROWS[:2], byte_level(), mixing)
     assert warnings_of(caplog) == []

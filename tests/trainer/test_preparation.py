@@ -317,7 +317,7 @@ def test_a_batch_without_labels_is_refused_with_what_it_holds():
 
 def test_a_batch_with_a_negative_label_other_than_the_ignored_one_is_refused():
     require_labels({"labels": torch.tensor([[X, 0, 5]])})
-    with pytest.raises(GKDDataError, match="returned a negative label other than -100, .*: -1; put -100 in its place"):
+    with pytest.raises(GKDDataError, match=r"returned a negative label other than -100, .*: -1\. Put -100"):
         require_labels({"labels": torch.tensor([[X, -1, 5]])})
 
 
