@@ -49,6 +49,9 @@ _NEW_FEATURES = {
 _KEY_COLUMNS = {side.name for side in SIDE_TENSORS.values() if side.is_column and not side.is_list}
 """The columns of integers that a batch carries with its tokens."""
 
+_TABLES = ("arrow", "pandas", "polars")
+"""Formats of a Dataset in which a row is a table, which no collator takes."""
+
 _N_REASONS_SHOWN = 8
 _N_ROWS_SHOWN = 10
 
@@ -275,15 +278,11 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
         columns = dataset.column_names
         dataset = dataset.map(dict, remove_columns=columns, num_proc=num_proc, desc=f"Transforming {name}")
         dataset = dataset.with_format(None)
-    prepare = prepare.for_rows_like(dataset[0])
-    _warn_of_date(preparer, dataset[0], name)
-    mapped = dataset.map(
-        prepare,
-        with_indices=True,
-        features=_features(dataset, prepare),
-        num_proc=num_proc,
-        desc=f"Preparing {name}",
-    )
+    rows = _without_format(dataset)
+    prepare = prepare.for_rows_like(rows[0])
+    _warn_of_date(preparer, rows[0], name)
+    features = _features(rows, prepare)
+    mapped = rows.map(prepare, with_indices=True, features=features, num_proc=num_proc, desc=f"Preparing {name}")
     notes = mapped.with_format(None).select_columns(_BOOKKEEPING)[:]
     counts = Counter(problem for problem in notes[_PROBLEM] if problem)
     usable = [i for i, problem in enumerate(notes[_PROBLEM]) if not problem]
@@ -311,7 +310,22 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
     n_cut = sum(notes[_IS_CUT][i] for i in usable)
     if n_cut:
         logger.warning("%s: %d of %d rows cut to max_length=%d", name, n_cut, len(usable), preparer.rules.max_length)
-    return mapped.remove_columns(_BOOKKEEPING)
+    return _with_format_of(dataset, mapped.remove_columns(_BOOKKEEPING))
+
+
+def _without_format(dataset: Any) -> Any:
+    """Return a dataset whose rows are plain values; columns that its format hides stay hidden."""
+    shown, is_all = dataset.format["columns"], dataset.format["output_all_columns"]
+    return dataset.with_format(None, columns=shown, output_all_columns=is_all)
+
+
+def _with_format_of(dataset: Any, mapped: Any) -> Any:
+    """Return a prepared dataset in the format of the one that it was made from, unless that gives tables for rows."""
+    kind = dataset.format["type"]
+    if kind in _TABLES:
+        return mapped
+    shown, is_all = mapped.format["columns"], mapped.format["output_all_columns"]
+    return mapped.with_format(kind, columns=shown, output_all_columns=is_all, **dataset.format["format_kwargs"])
 
 
 def _prepare_iterable(dataset: Any, prepare: _PrepareRow, needs_all: bool) -> Any:

@@ -135,6 +135,23 @@ def test_texts_that_datasets_may_have_parsed_are_warned_of(byte_level, rules, is
     assert warnings_of(caplog) == []
 
 
+@pytest.mark.parametrize("kind", [None, "torch", "numpy", "pandas", "arrow"])
+def test_rows_of_a_dataset_in_any_format_are_read_alike(byte_level, rules, kind):
+    rows = Dataset.from_list([{**conversation("Paris."), "id": 7}, {**conversation(""), "id": 8}])
+    expected = prepare_dataset(rows, byte_level(), rules())
+    prepared = prepare_dataset(rows.with_format(kind), byte_level(), rules())
+    assert prepared.with_format(None)[:] == expected[:]
+    assert prepared.format["type"] == (None if kind in ("pandas", "arrow") else kind)
+    assert list(prepared[0]["labels"]) == expected[0]["labels"]
+
+
+def test_columns_that_a_format_hides_stay_hidden(rules):
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2], "id": 7}])
+    prepared = prepare_dataset(rows.with_format("torch", columns=["input_ids"]), None, rules())
+    assert {name: value.tolist() for name, value in prepared[0].items()} == {"input_ids": [1, 2]}
+    assert prepared.with_format(None)[0] == {"input_ids": [1, 2], "labels": [1, 2], "id": 7}
+
+
 def test_nothing_is_logged_if_nothing_is_dropped(byte_level, mixing, caplog):
     prepare_dataset(ROWS[:2], byte_level(), mixing)
     assert warnings_of(caplog) == []
