@@ -7,18 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache
-from hashlib import sha256
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from gkd_trainer import __version__
 from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
+from gkd_trainer.data.map_cache import code_version, one_process_at_a_time
 from gkd_trainer.data.mixed import dataset_of, parsed_texts
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer
@@ -134,23 +130,11 @@ def first_row(dataset: Any) -> Mapping[str, Any] | None:
     return first if isinstance(first, Mapping) else None
 
 
-@cache
-def _code() -> tuple[str, ...]:
-    """Return what changes with the code that turns rows into tokens: ours, and that of the libraries that render."""
-    package = Path(__file__).parents[1]
-    sources = sha256()  # Installs from a repository share a version.
-    for file in sorted([*package.glob("data/*.py"), *package.glob("models/*.py")]):
-        sources.update(file.read_bytes())
-    libraries = [f"{name} {version(name)}" for name in ("jinja2", "tokenizers", "transformers", "trl")]
-    return (__version__, sources.hexdigest(), *libraries)
-
-
 @dataclass(frozen=True)
 class _PrepareRow:
     """The function for `map`: it marks unusable rows in a column, since processes share no state.
 
-    `code` is for the cache of `datasets`, which knows a function by its name and state: rows prepared by other code
-    must not be found there.
+    `code` is read by the cache of `datasets` alone.
     """
 
     preparer: RowPreparer
@@ -160,7 +144,7 @@ class _PrepareRow:
     has_teacher_prompts: bool = False
     is_drop_raised: bool = False
     has_lengths: bool = False
-    code: tuple[str, ...] = field(default_factory=_code)
+    code: tuple[str, ...] = field(default_factory=code_version)
 
     def for_rows_like(self, first: Mapping[str, Any]) -> _PrepareRow:
         """Return the function for a dataset with this first row."""
@@ -278,11 +262,12 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
         columns = dataset.column_names
         dataset = dataset.map(dict, remove_columns=columns, num_proc=num_proc, desc=f"Transforming {name}")
         dataset = dataset.with_format(None)
-    rows = _without_format(dataset)
+    rows = dataset.with_format(None)  # A format gives arrays or tables in place of messages.
     prepare = prepare.for_rows_like(rows[0])
     _warn_of_date(preparer, rows[0], name)
     features = _features(rows, prepare)
-    mapped = rows.map(prepare, with_indices=True, features=features, num_proc=num_proc, desc=f"Preparing {name}")
+    with one_process_at_a_time(rows, prepare):
+        mapped = rows.map(prepare, with_indices=True, features=features, num_proc=num_proc, desc=f"Preparing {name}")
     notes = mapped.with_format(None).select_columns(_BOOKKEEPING)[:]
     counts = Counter(problem for problem in notes[_PROBLEM] if problem)
     usable = [i for i, problem in enumerate(notes[_PROBLEM]) if not problem]
@@ -313,19 +298,18 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
     return _with_format_of(dataset, mapped.remove_columns(_BOOKKEEPING))
 
 
-def _without_format(dataset: Any) -> Any:
-    """Return a dataset whose rows are plain values; columns that its format hides stay hidden."""
-    shown, is_all = dataset.format["columns"], dataset.format["output_all_columns"]
-    return dataset.with_format(None, columns=shown, output_all_columns=is_all)
-
-
 def _with_format_of(dataset: Any, mapped: Any) -> Any:
-    """Return a prepared dataset in the format of the one that it was made from, unless that gives tables for rows."""
-    kind = dataset.format["type"]
-    if kind in _TABLES:
+    """Return a prepared dataset in the format of the one that it was made from, unless that gives tables for rows.
+
+    Columns that the format hides stay hidden, but for the tokens.
+    """
+    given = dataset.format
+    if given["type"] in _TABLES:
         return mapped
-    shown, is_all = mapped.format["columns"], mapped.format["output_all_columns"]
-    return mapped.with_format(kind, columns=shown, output_all_columns=is_all, **dataset.format["format_kwargs"])
+    hidden = set(dataset.column_names) - {*given["columns"], "input_ids", "labels"}
+    shown = [column for column in mapped.column_names if column not in hidden]
+    is_all = given["output_all_columns"]
+    return mapped.with_format(given["type"], columns=shown, output_all_columns=is_all, **given["format_kwargs"])
 
 
 def _prepare_iterable(dataset: Any, prepare: _PrepareRow, needs_all: bool) -> Any:

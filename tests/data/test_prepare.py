@@ -5,10 +5,11 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
-from gkd_trainer.data import prepare, prepare_dataset
+from gkd_trainer.data import map_cache, prepare_dataset
 from gkd_trainer.errors import GKDDataError
 from tests.data.templates import CHATS
 
@@ -91,22 +92,34 @@ def test_a_set_of_rows_whose_turns_are_not_found_is_refused_with_the_remedy(chat
         prepare_dataset([TWO_ANSWERS] * 2, chat_tokenizer(CHATS["olmo2"]), rules())
 
 
-def test_rows_prepared_by_other_code_are_not_read_from_the_cache_of_datasets(byte_level, rules, tmp_path, monkeypatch):
-    Dataset.from_list([conversation("Paris.")]).save_to_disk(tmp_path / "rows")
+@pytest.fixture
+def saved(tmp_path):
+    Dataset.from_list([conversation("Paris.")]).save_to_disk(tmp_path)
+    return lambda: Dataset.load_from_disk(tmp_path)
 
+
+def test_rows_prepared_by_other_code_are_not_read_from_the_cache_of_datasets(byte_level, rules, saved, monkeypatch):
     def cached_file():
-        return prepare_dataset(Dataset.load_from_disk(tmp_path / "rows"), byte_level(), rules()).cache_files
+        return prepare_dataset(saved(), byte_level(), rules()).cache_files
 
-    first, again = cached_file(), cached_file()
-    prepare._code.cache_clear()
-    monkeypatch.setattr(prepare, "__version__", "0.0.9")
-    other_version = cached_file()
-    prepare._code.cache_clear()
-    monkeypatch.setattr(prepare, "version", lambda name: "9.9" if name == "trl" else "1.0")
-    other_library = cached_file()
-    prepare._code.cache_clear()
-    assert first == again
-    assert len({str(files) for files in (first, other_version, other_library)}) == 3
+    before = cached_file()
+    assert cached_file() == before
+    monkeypatch.setattr(map_cache, "__version__", "0.0.9")
+    map_cache.code_version.cache_clear()
+    assert cached_file() != before
+    map_cache.code_version.cache_clear()
+
+
+def test_rows_in_files_are_prepared_under_a_lock(byte_level, rules, saved, tmp_path):
+    def formatted(row):
+        for file in tmp_path.glob("gkd-*.lock"):
+            with pytest.raises(Timeout):
+                FileLock(file).acquire(timeout=0)
+            (tmp_path / "tried").touch()
+        return row["messages"]
+
+    assert len(prepare_dataset(saved(), byte_level(), rules(), formatting_func=formatted)) == 1
+    assert (tmp_path / "tried").exists()
 
 
 IN_PARTS = {
@@ -145,11 +158,11 @@ def test_rows_of_a_dataset_in_any_format_are_read_alike(byte_level, rules, kind)
     assert list(prepared[0]["labels"]) == expected[0]["labels"]
 
 
-def test_columns_that_a_format_hides_stay_hidden(rules):
+def test_columns_that_a_format_hides_stay_hidden_but_for_the_tokens(rules):
     rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2], "id": 7}])
     prepared = prepare_dataset(rows.with_format("torch", columns=["input_ids"]), None, rules())
-    assert {name: value.tolist() for name, value in prepared[0].items()} == {"input_ids": [1, 2]}
-    assert prepared.with_format(None)[0] == {"input_ids": [1, 2], "labels": [1, 2], "id": 7}
+    assert {name: value.tolist() for name, value in prepared[0].items()} == {"input_ids": [1, 2], "labels": [-100, 2]}
+    assert prepared.with_format(None)[0] == {"input_ids": [1, 2], "labels": [-100, 2], "id": 7}
 
 
 def test_nothing_is_logged_if_nothing_is_dropped(byte_level, mixing, caplog):
