@@ -227,7 +227,7 @@ class GKDMixin(AnyTrainer):
         self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
         self._placement = Placement(self.args.device)
         self._window_tokens: Tensor | None = None
-        self._is_in_step = self._is_last_of_window = False
+        self._is_in_step = self._is_last_of_window = self._is_in_checkpoint = False
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
@@ -681,7 +681,11 @@ class GKDMixin(AnyTrainer):
         if self.args.should_save:
             # Left by an older run in the same folder, it would make a half-written checkpoint seem complete.
             (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        self._is_in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_in_checkpoint = False
         self._recovery.last_checkpoint = checkpoint
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -708,6 +712,11 @@ class GKDMixin(AnyTrainer):
         self._recovery.last_checkpoint = None if checkpoint is None else Path(checkpoint)
         self._queue.load(load_rollouts(checkpoint, self._ranks.index))
         self._student_teachers.load(checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole student as Trainer does, also if FSDP keeps checkpoints in shards; on all ranks together."""
+        with contextlib.nullcontext() if self._is_in_checkpoint else self._ranks.saving_whole():
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         card = Path(output_dir or self.args.output_dir) / "README.md"
