@@ -148,12 +148,20 @@ def _total_variation(pair: Pair, first: Tensor, second: Tensor) -> tuple[Tensor,
 
 
 def _alpha_beta(pair: Pair, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Wang et al. 2025, arXiv 2505.04560; alpha and beta are positive."""
+    """Wang et al. 2025, arXiv 2505.04560; alpha and beta are positive.
+
+    A term is max(p, q)^s / s · ((1 - e^(-a·g)) / a - e^(-a·g)·(1 - e^(-b·g)) / b): with s = alpha + beta, g = |gap|,
+    and (a, b) = (alpha, beta) where q is the larger, (beta, alpha) where p is.
+    """
+    # The paper's difference of near-equal powers, divided by alpha·beta, would be noise for a small alpha or beta.
     total = alpha + beta
-    cross_RV = (alpha * pair.log_p + beta * pair.log_q).exp()
-    p_power_RV, q_power_RV = (total * pair.log_p).exp(), (total * pair.log_q).exp()
-    value_RV = (p_power_RV * alpha + q_power_RV * beta) / total - cross_RV
-    return value_RV / (alpha * beta), (q_power_RV - cross_RV) / alpha
+    is_q_larger_RV, size_RV = pair.gap > 0, pair.gap.abs()
+    a_RV, b_RV = torch.where(is_q_larger_RV, alpha, beta), torch.where(is_q_larger_RV, beta, alpha)
+    power_RV = (total * torch.maximum(pair.log_q, pair.log_p)).exp()
+    cross_RV = power_RV * (-a_RV * size_RV).exp()  # p^alpha·q^beta
+    rise_RV = power_RV * torch.expm1(-a_RV * size_RV) / -a_RV
+    fall_RV = cross_RV * torch.expm1(-b_RV * size_RV) / -b_RV
+    return (rise_RV - fall_RV) / total, torch.where(is_q_larger_RV, rise_RV, -fall_RV)
 
 
 def _adaptive_kl(pair: Pair, mu: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

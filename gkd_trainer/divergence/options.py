@@ -121,10 +121,16 @@ def _checked_options(divergence: str, options: Mapping[str, float] | None, resol
             f"the divergence {divergence!r} has the options {list(entry)}; got {unknown}: leave them out"
         )
     what = f"of the divergence {divergence!r}"
-    return tuple(
+    values = tuple(
         _checked_number(f"the option {name!r} {what}", options.get(name, option.default), option, resolution)
         for name, option in entry.items()
     )
+    if divergence == "alpha_beta" and sum(values) < 1000 * resolution:
+        raise GKDConfigError(
+            f"the options 'alpha' and 'beta' {what} must add up to at least {1000 * resolution:.2g}, or rounding would "
+            f"hide the loss; got {values[0]:g} and {values[1]:g}: raise one of them, and the other may be small"
+        )
+    return values
 
 
 def _checked_number(what: str, number: object, option: Option, resolution: float) -> float:

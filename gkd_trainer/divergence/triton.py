@@ -375,11 +375,19 @@ def _terms(pair, numbers, KIND: tl.constexpr):
         value_C = 0.5 * tl.abs(q_C - p_C)
         slope_C = q_C * tl.where(gap_C > 0, 0.5, tl.where(gap_C < 0, -0.5, 0.0))
     elif KIND == "alpha_beta":
-        total = first + second
-        cross_C = _exp2(first * log2_p_C + second * log2_q_C)
-        p_power_C, q_power_C = _exp2(total * log2_p_C), _exp2(total * log2_q_C)
-        value_C = (p_power_C * (first / total) + q_power_C * (second / total) - cross_C) * (1 / (first * second))
-        slope_C = (q_power_C - cross_C) * (1 / first)
+        # See objective.py. The largest number stands for an infinite gap, and for none between zeros (NaN).
+        size_C = tl.abs(gap_C)
+        size_C = tl.where(size_C < -_LOWEST, size_C, -_LOWEST)
+        is_q_larger_C = gap_C > 0
+        a_C, b_C = tl.where(is_q_larger_C, first, second), tl.where(is_q_larger_C, second, first)
+        power_C = _exp2((first + second) * tl.maximum(log2_q_C, log2_p_C))
+        cross_C = power_C * _exp2(-a_C * size_C * _LOG2_E)
+        per_a_C = tl.where(is_q_larger_C, -1 / first, -1 / second)
+        per_b_C = tl.where(is_q_larger_C, -1 / second, -1 / first)
+        rise_C = power_C * _expm1(-a_C * size_C) * per_a_C
+        fall_C = cross_C * _expm1(-b_C * size_C) * per_b_C
+        value_C = (rise_C - fall_C) * (1 / (first + second))
+        slope_C = tl.where(is_q_larger_C, rise_C, -fall_C)
     else:
         tl.static_assert(KIND == "jsd", "a kind without a kernel")
         log_q_over_m_C, log_p_over_m_C = _log_over_mixture(gap_C, first, second)
