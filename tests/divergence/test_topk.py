@@ -280,13 +280,30 @@ def test_the_same_model_gives_no_loss_and_no_gradient(beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tail", TAILS)
+def test_a_position_without_entries_is_equal_and_moves_nothing(beta, tail):
+    student_logits_NV, teacher_logits_NV = pair()
+    ids_NK, log_p_NK = top(teacher_logits_NV)
+    log_p_NK[1] = -math.inf
+    result = topk_divergence(student_logits_NV, TopKSignal(ids_NK, log_p_NK, V), beta=beta, tail=tail)
+    assert result.is_teacher_finite_N.all()
+    assert result.values_N[1] == result.teacher_entropy_N[1] == result.teacher_mass_N[1] == 0
+    assert not result.agrees_N[1]
+    expected_N = reference_topk_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail)
+    assert_values_close(result.values_N, expected_N, beta)
+    (gradient_NV,) = gradients(result.values_N, student_logits_NV)
+    assert (gradient_NV[1] == 0).all()
+    assert (gradient_NV[0] != 0).any()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("tail", TAILS)
 def test_flags_mark_only_rows_that_are_not_finite(beta, tail):
     student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair(N=9))
     ids_NK, log_p_NK = top(teacher_logits_NV)
     clean_N = topk_generalized_jsd(student_logits_NV, ids_NK, log_p_NK, beta=beta, tail=tail)
     log_p_NK[0, 1] = math.nan
     log_p_NK[1, 2] = math.inf
-    log_p_NK[2] = -math.inf
+    log_p_NK[2] = 0.0
     log_p_NK[3, 0] = 2e-3
     log_p_NK[4, :2] = math.log(0.6)
     ids_NK[5, 3] = V
