@@ -107,6 +107,18 @@ def check_top_k_temperature(temperature: float, name: str = "temperature") -> No
         )
 
 
+def check_tail(tail: str, K: int | None, name: str = "tail") -> None:
+    """Raise GKDConfigError for a tail that leaves nothing to compare of a teacher's K top tokens (None: of all tokens).
+
+    `name` is the option's name in the error.
+    """
+    if tail == "renormalize" and K == 1:
+        raise GKDConfigError(
+            f"{name}='renormalize' compares the models over the teacher's top tokens alone, so for a top k of 1 both "
+            f"give it probability 1, and nothing is trained: set {name} to 'bucket', or use a larger top k"
+        )
+
+
 def _checked_options(divergence: str, options: Mapping[str, float] | None, resolution: float) -> tuple[float, ...]:
     """Return the values of a divergence's options in the order of its entry."""
     entry = DIVERGENCES[divergence].options
