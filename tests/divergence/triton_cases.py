@@ -321,6 +321,23 @@ def test_every_field_equals_that_of_plain_torch_on_broken_rows_too(beta, softcap
     torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("masked", [torch.finfo(torch.float32).min, -1e4, -150.0])
+@pytest.mark.parametrize("V", [37, 150])
+def test_a_token_that_one_side_forbids_and_the_other_hardly_allows_counts_as_in_plain_torch(beta, masked, V):
+    """Its gap is infinite, and its probability underflows: it comes before, among and after the tokens that count."""
+    nearly_RV, forbidding_RV = pair(V)
+    for columns in (slice(0, 9), slice(20, 24), slice(V - 3, V)):
+        nearly_RV[:, columns], forbidding_RV[:, columns] = masked, -math.inf
+    student_RV, teacher_RV = (nearly_RV, forbidding_RV) if beta == 1 else (forbidding_RV, nearly_RV)
+    objective, weights = Objective(beta=beta), {"value_weight_R": torch.linspace(-1, 2, R)}
+    fields, gradient_RV = compare(student_RV, teacher_RV, objective, **weights)
+    expected = LogitsComparison(objective)(student_RV, (teacher_RV,), **weights)
+    assert expected.is_finite_N.all()
+    torch.testing.assert_close(fields["values_N"], expected.values_N, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
+
+
 def test_without_weights_the_logits_stay_as_they_are():
     student_RV, teacher_RV = pair(150)
     fields, rows_RV = compare(student_RV, teacher_RV, Objective(beta=0.5))
