@@ -1,10 +1,12 @@
 """Two processes over gloo do the same as one."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 
-from gkd_trainer import FrozenTeacher, GKDConfig
+from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig
 from gkd_trainer.trainer.caching import cache_predictions
 from tests.forks import run_ranks
 from tests.trainer.conftest import make_rows
@@ -127,6 +129,22 @@ def test_two_ranks_that_read_one_cache_train_like_one_with_the_teacher(full_run,
     options["teacher_cache_dir"] = str(tmp_path / "cache")
     two, actual, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **options)
     require_equal_runs(one, expected, two, actual, process)
+
+
+def test_ranks_of_the_command_that_caches_write_a_part_each(tiny_model, tmp_path):
+    tiny_model(hidden=48, seed=1).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(5))))
+    paths = {"--teacher": "teacher", "--dataset": "rows.jsonl", "--output_dir": "cache"}
+    command = ["cache", "--use_cpu", *(word for name, path in paths.items() for word in (name, str(tmp_path / path)))]
+    (tmp_path / "command.json").write_text(json.dumps(command))
+    process = run_ranks("tests.cli.ranks", tmp_path, ranks=2)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "cache"
+    assert f"{folder}: 2 of 2 parts are complete\n" in process.stderr
+    rows = {
+        str(part): sum(shard.rows for shard in each.shards) for part, each in CachedTeacher(folder).manifests.items()
+    }
+    assert rows == {f"{folder}/part-1-of-2": 3, f"{folder}/part-2-of-2": 2}
 
 
 STREAM = {**OPTIONS, "max_steps": 5, "per_device_train_batch_size": 2}
