@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 from gkd_trainer.compat import checkpoints_activations, find_unused_parameters
 from gkd_trainer.config_effects import Run
 from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, StackOthers, can_pad, first_row
+from gkd_trainer.divergence.options import check_tail
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.device_map import accelerators_of, refuse_offloaded
@@ -122,6 +123,7 @@ def construct(
         builds_rollouts=builds_rollouts,
     )
     check_loss_temperature(run)
+    check_tail(config.teacher_tail, teacher.top_k, "teacher_tail")
     check_cache(run)
     processing_class = arguments["processing_class"]
     if processing_class is None:
