@@ -43,6 +43,8 @@ _READ_WHEN_USED = {
     "num_completions_to_print",
 }
 
+_GENERATING = ("lmbda", "lmbda_end", "seq_kd")
+
 
 class FixedOptions:
     """The options for which a trainer's rows were prepared, and its teacher and engines built.
@@ -52,10 +54,17 @@ class FixedOptions:
     """
 
     def __init__(self, run: Run) -> None:
-        self._run, self._built_for = run, copy.copy(run.args)
+        self._run = run
+        self._built_for = self._began_with = copy.copy(run.args)
+        self._complete_rows: Any = None
+
+    @property
+    def generates_in_run(self) -> bool:
+        """Whether the run began with options by which samples may be generated."""
+        return bool(self._began_with.generates)
 
     def require_unchanged(self, args: Any) -> None:
-        """Raise GKDConfigError if options were changed that can't be, or to values that are invalid.
+        """Raise GKDConfigError if a run begins with options changed that can't be, or to values that are invalid.
 
         λ may change between values for which the rows are the same; see `require_completions`.
         """
@@ -70,6 +79,24 @@ class FixedOptions:
             if getattr(args, name) != getattr(before, name):
                 raise self._changed(name, args, "and built its teacher and engines, which can't follow")
         check_combinations(dataclasses.replace(self._run, args=args))
+        self._began_with = copy.copy(args)
+
+    def require_usable_rows(self, args: Any, rows: Any) -> None:
+        """Raise GKDConfigError if a callback changed λ in the middle of a run to values that its rows don't serve.
+
+        Args:
+            args: The options now.
+            rows: The prepared training set.
+        """
+        if args.generates and not self.generates_in_run:
+            then = self._began_with
+            name = next(each for each in _GENERATING if getattr(args, each) != getattr(then, each))
+            now, before = getattr(args, name), getattr(then, name)
+            raise GKDConfigError(
+                f"{name} is {now!r}, but was {before!r} when this run began, which left no room for completions: build "
+                f"the trainer with {name}={now!r}; a callback may set lmbda=0 from on_train_begin on, and raise it later"
+            )
+        self.require_completions(args, rows)
 
     def require_completions(self, args: Any, rows: Any) -> None:
         """Raise GKDConfigError if λ was 1, so that rows may be bare prompts, and now some samples need a completion.
@@ -79,11 +106,12 @@ class FixedOptions:
             rows: The prepared training set.
         """
         before = self._built_for
-        if not before.is_always_on_policy or args.is_always_on_policy:
+        if not before.is_always_on_policy or args.is_always_on_policy or rows is self._complete_rows:
             return
         if isinstance(rows, datasets.Dataset):
             number = _first_bare_prompt(rows)
             if number is None:
+                self._complete_rows = rows
                 return
             reason = f"and row {number}, a prompt without a completion, can't be trained on off-policy"
         elif isinstance(rows, datasets.IterableDataset):

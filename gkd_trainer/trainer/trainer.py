@@ -27,7 +27,7 @@ from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, can_pad, columns_read_by, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
-from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
 from gkd_trainer.models.heads import logits_of, set_logits
 from gkd_trainer.models.loading import (
@@ -424,6 +424,7 @@ class GKDMixin(AnyTrainer):
         replace completions from the dataset.
         """
         self._recovery.note_random_states()
+        self._check_lmbda()
         epoch = Epoch(
             self._windows,
             epoch_iterator,
@@ -435,7 +436,11 @@ class GKDMixin(AnyTrainer):
             is_first=not self._has_trained and self.state.global_step == 0,
             completed=self._decoded,
         )
-        batches = self._rolled_out(epoch) if self.args.generates else epoch.take(num_batches, is_first=epoch.is_first)
+        # Not by the λ of this step, which a callback may have set to 0: the queue has taken later windows already.
+        if self._fixed_options.generates_in_run:
+            batches = self._rolled_out(epoch)
+        else:
+            batches = epoch.take(num_batches, is_first=epoch.is_first)
         if not batches:
             return batches, None
         for batch in batches:
@@ -445,6 +450,15 @@ class GKDMixin(AnyTrainer):
         self._finite_check.clear()
         self._window_tokens = self._count_trained_tokens(device)
         return placed, self._window_tokens
+
+    def _check_lmbda(self) -> None:
+        rows = self.train_dataset if self._prepares_rows else None
+        with (
+            self._saving_before_it_fails(),
+            # A callback changes λ on all ranks alike.
+            self._recovery.failing_together(GKDConfigError, "the check of a changed lmbda", exchanges=False),
+        ):
+            self._fixed_options.require_usable_rows(self.args, rows)
 
     def _rolled_out(self, epoch: Epoch) -> list[dict[str, Any]]:
         with self._meter.measure("rollout"), self._saving_before_it_fails():

@@ -2,11 +2,15 @@
 
 import pytest
 from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback
 
+from gkd_trainer import GKDTrainer, HFRollouts
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.config_effects import Run
 from gkd_trainer.errors import GKDConfigError
+from gkd_trainer.trainer.checkpoints import damage
 from gkd_trainer.trainer.fixed_options import FixedOptions
+from gkd_trainer.types import Completion
 
 
 def changed(before, after):
@@ -148,3 +152,98 @@ def test_a_run_whose_lmbda_fell_from_one_trains_on_completions_or_not_at_all(mak
     with pytest.raises(GKDConfigError, match="row 0, a prompt without a completion"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+class Lambdas(TrainerCallback):
+    """Sets λ before each step."""
+
+    def __init__(self, *lambdas):
+        self.lambdas = lambdas
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        args.lmbda = self.lambdas[0]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        args.lmbda = self.lambdas[min(state.global_step, len(self.lambdas) - 1)]
+
+
+class Scripted(HFRollouts):
+    """Completes each prompt with two tokens, and notes the prompts of each call."""
+
+    def __init__(self):
+        super().__init__(stop_ids=[2])
+        self.calls = []
+
+    def generate(self, prompts, sampling, seeds):
+        self.calls.append([tuple(prompt) for prompt in prompts])
+        return [Completion([7, 2], True) for _ in prompts]
+
+
+class Recording(GKDTrainer):
+    """Keeps the first tokens of the samples trained on, and which are on-policy, by step."""
+
+    steps = ()
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        first_tokens = inputs["input_ids"][:, 0].tolist()
+        marks = inputs["is_on_policy"].tolist() if "is_on_policy" in inputs else [False] * len(first_tokens)
+        self.steps += (dict(zip(first_tokens, marks, strict=True)),)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+BY_FIRST_TOKEN = Dataset.from_list(
+    [{"input_ids": [token, 5, 6, 2], "labels": [-100, -100, 6, 2]} for token in range(10, 26)]
+)
+OVERLAP = {
+    "rollout_overlap": True,
+    "use_vllm": True,
+    "vllm_mode": "server",
+    "vllm_server_base_url": "http://127.0.0.1:1",
+}
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "on_policy", "options"),
+    [
+        ([1, 1, 0], [1, 1, 0, 0], {}),
+        ([1, 0, 0, 1], [1, 0, 0, 1], {}),
+        ([0, 1], [0, 1, 1, 1], {}),
+        ([1, 0], [1, 1, 0, 0], {"rollout_steps": 2}),
+        ([1, 1, 0, 1], [1, 1, 1, 0], OVERLAP),  # each window is planned a step earlier
+    ],
+)
+def test_lmbda_may_be_zero_for_some_steps_of_a_run(make_trainer, lambdas, on_policy, options):
+    engine = Scripted()
+    trainer = make_trainer(
+        trainer_class=Recording,
+        trainer_args={"train_dataset": BY_FIRST_TOKEN, "rollouts": engine, "callbacks": [Lambdas(*lambdas)]},
+        lmbda=1.0,
+        num_train_epochs=1,
+        max_steps=-1,
+        **options,
+    )
+    assert trainer.train().global_step == trainer.state.max_steps == 4
+    assert [set(step.values()) for step in trainer.steps] == [{bool(each)} for each in on_policy]
+    assert sorted(token for step in trainer.steps for token in step) == list(range(10, 26))
+    assert sum(map(len, engine.calls)) == 4 * sum(on_policy)
+    assert all(engine.calls)  # steps without completions don't ask the engine
+
+
+def test_lmbda_can_not_rise_from_zero_in_a_run_that_began_without_rollouts(make_trainer, tmp_path):
+    trainer = make_trainer(
+        trainer_args={"callbacks": [Lambdas(0.0, 0.0, 0.5)]}, max_steps=4, output_dir=str(tmp_path / "run")
+    )
+    with pytest.raises(GKDConfigError, match=r"lmbda is 0\.5, but was 0\.0 when this run began.*checkpoint-2"):
+        trainer.train()
+    assert damage(tmp_path / "run" / "checkpoint-2") is None
+
+
+def test_prompts_that_only_rollouts_complete_are_refused_if_lmbda_falls_from_one_in_a_run(make_trainer, tmp_path):
+    rows = Dataset.from_list([PROMPT] * 16)
+    trainer = make_trainer(
+        trainer_args={"train_dataset": rows, "rollouts": Scripted(), "callbacks": [Lambdas(1.0, 0.5)]},
+        lmbda=1.0,
+        output_dir=str(tmp_path / "run"),
+    )
+    with pytest.raises(GKDConfigError, match=r"lmbda is 0\.5, but was 1\.0 .* row 0, a prompt.*checkpoint-1"):
+        trainer.train()
