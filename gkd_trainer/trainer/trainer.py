@@ -736,6 +736,7 @@ class GKDMixin(AnyTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         self._recovery.last_checkpoint = None if checkpoint is None else Path(checkpoint)
         self._queue.load(load_rollouts(checkpoint, self._ranks.index))
+        self._student_teachers.attach(self.model, self._ranks)  # that of model_init is new
         self._student_teachers.load(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

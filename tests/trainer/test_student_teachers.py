@@ -130,12 +130,16 @@ def weights_of(trainer):
     return {name: weight.clone() for name, weight in trainer.model.state_dict().items() if "lora_" in name}
 
 
-def test_a_resumed_run_ends_with_the_weights_and_average_of_an_uninterrupted_one(make_trainer, tmp_path):
+@pytest.mark.parametrize("is_made_by_model_init", [False, True])
+def test_a_resumed_run_ends_with_the_weights_and_average_of_an_uninterrupted_one(
+    make_trainer, tiny_model, tmp_path, is_made_by_model_init
+):
     """With dropout, and an average that matters: its teacher is compared in every step."""
 
     def trainer(folder, **options):
+        student = {"model_init": lambda: tiny_model()} if is_made_by_model_init else {"model": tiny_model()}
         return make_trainer(
-            trainer_args={"teacher_model": None, "peft_config": LORA},
+            trainer_args={"teacher_model": None, "peft_config": LORA, **student},
             self_teacher="ema",
             self_teacher_ema_decay=0.6,
             ce_weight=0.5,
