@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.heads import InseparableHead, SeparableHead
 from gkd_trainer.teachers import StudentTeacher, Teacher, all_teachers
 from gkd_trainer.trainer.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 class StudentTeachers:
@@ -62,6 +65,25 @@ class StudentTeachers:
         for number, teacher in enumerate(self._teachers):
             file = _file(checkpoint, number)
             teacher.load_state(load_file(file) if file.exists() else {})
+
+    def load_best(self, checkpoint: str | Path | None) -> None:
+        """Take the states in the checkpoint of the best student; where it has none, the last ones are kept.
+
+        Raises:
+            GKDTeacherError: A state does not fit the student.
+        """
+        if checkpoint is None:
+            return
+        for number, teacher in enumerate(self._teachers):
+            file = _file(checkpoint, number)
+            if file.exists():
+                teacher.load_state(load_file(file))
+            elif teacher.state():
+                logger.warning(
+                    "%s has the best student, but not the average of its adapter at that step (as with "
+                    "save_only_model): the teacher stays the average at the last step.",
+                    checkpoint,
+                )
 
 
 class _UpdateTeachers(TrainerCallback):

@@ -726,6 +726,7 @@ class GKDMixin(AnyTrainer):
     def _load_best_model(self) -> None:
         if not self._has_loaded(self.state.best_model_checkpoint, self.model):
             super()._load_best_model()
+        self._student_teachers.load_best(self.state.best_model_checkpoint)
 
     def _has_loaded(self, checkpoint: str | None, model: nn.Module) -> bool:
         """Load a checkpoint that Trainer can't; return whether it was one."""

@@ -1,6 +1,7 @@
 """Teachers that run the student, in training runs."""
 
 from dataclasses import replace
+from itertools import chain, repeat
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,45 @@ def test_a_resumed_run_ends_with_the_weights_and_average_of_an_uninterrupted_one
     assert all(torch.equal(first[name], second[name]) for name in first)
     started = load_file(tmp_path / "unbroken" / "checkpoint-3" / "teacher-0.safetensors")
     assert any(not torch.equal(first[name], started[name]) for name in first)
+
+
+def test_the_best_student_is_loaded_with_the_average_of_its_step(make_trainer, token_rows, tmp_path):
+    scores = chain([0, 1], repeat(0))
+    trainer = make_trainer(
+        trainer_args={
+            "teacher_model": None,
+            "peft_config": LORA,
+            "eval_dataset": token_rows(4, seed=1),
+            "compute_metrics": lambda _: {"score": next(scores)},
+        },
+        self_teacher="ema",
+        self_teacher_ema_decay=0.5,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        ce_weight=0.5,
+        learning_rate=0.1,
+        output_dir=str(tmp_path / "run"),
+    )
+    trainer.train()
+    average = load_file(tmp_path / "run" / "checkpoint-2" / "teacher-0.safetensors")
+    assert trainer.teacher.state().keys() == average.keys()
+    assert all(torch.equal(tensor, average[name]) for name, tensor in trainer.teacher.state().items())
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_best_student_saved_without_its_average_leaves_the_last_one(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(trainer_args={"teacher_model": None, "peft_config": LORA}, self_teacher="ema", max_steps=1)
+    trainer.train()
+    last = {name: tensor.clone() for name, tensor in trainer.teacher.state().items()}
+    trainer._student_teachers.load_best(tmp_path)
+    assert "the teacher stays the average at the last step" in caplog.text
+    assert all(torch.equal(tensor, last[name]) for name, tensor in trainer.teacher.state().items())
 
 
 @pytest.mark.parametrize("should_save", [True, False])
