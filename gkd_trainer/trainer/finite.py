@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gkd_trainer.errors import GKDNumericsError
 from gkd_trainer.transfer import HostCopy
@@ -67,6 +67,14 @@ class FiniteCheck:
                         "checkpoints are valid. Look at that sample, the dtype of both models and the learning rate"
                     )
         raise GKDNumericsError(f"step {step}, rank {rank}: stopped, since another rank found non-finite values")
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Return whether the weights that are trained are finite; of sharded ones, those that this rank holds."""
+    # Under ZeRO-3, DeepSpeed keeps them beside the parameter; under FSDP version 2, the parameter is a DTensor.
+    held = (getattr(weight, "ds_tensor", weight) for weight in model.parameters() if weight.requires_grad)
+    local = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in held)
+    return all(bool(weight.isfinite().all()) for weight in local)
 
 
 def _cause(teacher_tokens: int, tokens: int) -> str:

@@ -93,8 +93,9 @@ class FixedOptions:
             name = next(each for each in _GENERATING if getattr(args, each) != getattr(then, each))
             now, before = getattr(args, name), getattr(then, name)
             raise GKDConfigError(
-                f"{name} is {now!r}, but was {before!r} when this run began, which left no room for completions: build "
-                f"the trainer with {name}={now!r}; a callback may set lmbda=0 from on_train_begin on, and raise it later"
+                f"{name} is {now!r}, but was {before!r} when this run began, which left no room for completions: "
+                f"build the trainer with {name}={now!r}; a callback may set lmbda=0 from on_train_begin on, and raise "
+                "it later"
             )
         self.require_completions(args, rows)
 

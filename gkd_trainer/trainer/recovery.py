@@ -1,4 +1,4 @@
-"""If rollouts, a sync or a teacher fail, the ranks save a checkpoint and stop together, so nothing is lost."""
+"""If a part of a step fails or gives non-finite values, the ranks save a checkpoint and stop together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _KINDS: tuple[type[GKDError], ...] = (
 
 
 class Recovery:
-    """Turns a failure in rollouts, a sync or a teacher into a checkpoint and one error on every rank.
+    """Turns a failure of a step into a checkpoint and one error on every rank.
 
     Args:
         ranks: The ranks that fail together.
@@ -122,6 +122,10 @@ class Recovery:
         if error is not None:
             self._common_failure = error if exchanges or self._ranks.size == 1 else None
             raise error
+
+    def note_common_failure(self, failure: GKDError) -> None:
+        """Note that all ranks raise now, which they know from an exchange before, so that a checkpoint is saved."""
+        self._common_failure = failure
 
     def _saved(self, step: int, save: Callable[[], None], when: str) -> str:
         """Save a checkpoint of the last complete step, unless there is one; return where it is."""

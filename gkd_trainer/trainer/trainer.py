@@ -27,7 +27,7 @@ from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, can_pad, columns_read_by, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
-from gkd_trainer.errors import GKDConfigError, GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDNumericsError, GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
 from gkd_trainer.models.heads import logits_of, set_logits
 from gkd_trainer.models.loading import (
@@ -66,7 +66,7 @@ from gkd_trainer.trainer.construction import (
     warn_of_unused,
 )
 from gkd_trainer.trainer.evaluation import Evaluation, require_equal_batches
-from gkd_trainer.trainer.finite import FiniteCheck
+from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights
 from gkd_trainer.trainer.fixed_options import FixedOptions
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
 from gkd_trainer.trainer.parts import build_parts
@@ -492,14 +492,15 @@ class GKDMixin(AnyTrainer):
         """Run forward and backward of a micro-batch; at the window's last, raise if any values were not finite."""
         self._is_in_step, self._is_last_of_window = True, self.accelerator.sync_gradients
         divisor = self._step_divisor(inputs) if num_items_in_batch is None else num_items_in_batch
-        try:
-            with self._meter.measure("step"), self._saving_before_it_fails():
-                loss: Tensor = super().training_step(model, inputs, divisor)
-        finally:
-            self._is_in_step = False
-        if self._is_last_of_window:
-            self._is_last_of_window = False
-            self._raise_if_not_finite()
+        with self._saving_before_it_fails():
+            try:
+                with self._meter.measure("step"):
+                    loss: Tensor = super().training_step(model, inputs, divisor)
+            finally:
+                self._is_in_step = False
+            if self._is_last_of_window:
+                self._is_last_of_window = False
+                self._raise_if_not_finite()
         return loss
 
     def _step_divisor(self, inputs: dict[str, Any]) -> Tensor | int | None:
@@ -518,7 +519,15 @@ class GKDMixin(AnyTrainer):
         return self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
     def _raise_if_not_finite(self) -> None:
-        self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
+        try:
+            self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
+        except GKDNumericsError as error:
+            if self._ranks.any(not has_finite_weights(self.model)):
+                raise GKDNumericsError(
+                    f"{error}. The student's weights are not finite since an earlier step, so they are not saved"
+                ) from error
+            self._recovery.note_common_failure(error)
+            raise
 
     def compute_loss(
         self,

@@ -15,6 +15,7 @@ from gkd_trainer import (
     GKDConfigError,
     GKDDataError,
     GKDError,
+    GKDNumericsError,
     GKDRolloutError,
     GKDServerError,
     GKDTeacherError,
@@ -110,6 +111,52 @@ def test_the_checkpoint_resumes_to_the_result_of_an_uninterrupted_run(run, tmp_p
     assert losses(resumed) == losses(expected)
     for key, tensor in expected.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[key], tensor), key
+
+
+class NotFinite(TrainerCallback):
+    """Flags all values after a step as not finite, and breaks the weights at that step if asked."""
+
+    def __init__(self, trainer, step, breaks_weights):
+        self.trainer, self.step, self.breaks_weights = trainer, step, breaks_weights
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step != self.step:
+            return
+        check = self.trainer._finite_check
+        add = check.add
+        check.add = lambda rows_N, size, *flags: add(rows_N, size, *(flag_N & False for flag_N in flags))
+        if self.breaks_weights:
+            next(self.trainer.model.parameters()).data[0, 0] = torch.inf
+
+
+@pytest.fixture
+def run_until_not_finite(make_trainer, tmp_path):
+    """Train until values are not finite in the third step; return the error."""
+
+    def run(breaks_weights):
+        trainer = make_trainer(output_dir=str(tmp_path / "run"), gradient_accumulation_steps=2, **OPTIONS)
+        trainer.add_callback(NotFinite(trainer, 2, breaks_weights))
+        with pytest.raises(GKDNumericsError, match="step 3, rank 0, micro-batch 0, sample 0") as raised:
+            trainer.train()
+        return str(raised.value)
+
+    return run
+
+
+def test_values_that_are_not_finite_leave_a_checkpoint_that_resumes(run, run_until_not_finite):
+    options = {"gradient_accumulation_steps": 2}
+    expected = run(folder="expected", **options)
+    error = run_until_not_finite(breaks_weights=False)
+    assert "The run up to step 2 is saved in" in error
+    resumed = run(resume=True, **options)
+    assert losses(resumed) == losses(expected)
+    for key, tensor in expected.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], tensor), key
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_until_not_finite, tmp_path):
+    assert "weights are not finite since an earlier step" in run_until_not_finite(breaks_weights=True)
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
 def test_an_error_in_the_first_step_leaves_no_checkpoint(make_trainer, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.errors import GKDNumericsError
-from gkd_trainer.trainer.finite import FiniteCheck
+from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights
 
 FINE = [True, True, True, True]
 
@@ -106,3 +106,18 @@ def test_another_rank_s_flag_that_was_being_read_raises_here():
         check.raise_if_not(step=4, rank=1)
     check.clear()
     check.raise_if_not(step=5, rank=1)
+
+
+def test_weights_are_finite_if_all_that_are_trained_are():
+    model = torch.nn.Linear(2, 2)
+    assert has_finite_weights(model)
+    model.bias.data[1] = torch.nan
+    assert not has_finite_weights(model)
+    model.bias.requires_grad_(False)  # such as a mask kept as a parameter
+    assert has_finite_weights(model)
+
+
+def test_shards_of_weights_are_checked_where_they_are_kept():
+    model = torch.nn.Linear(2, 2)
+    model.weight.ds_tensor = torch.tensor([0.0, torch.inf])  # as under ZeRO-3
+    assert not has_finite_weights(model)
