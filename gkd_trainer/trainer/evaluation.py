@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
-from transformers.trainer_utils import has_length
 
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.report.metrics import ONE_TEACHER, EvaluationMeter, TeacherSums
 from gkd_trainer.trainer.ranks import Ranks
+from gkd_trainer.trainer.windows import unequal_counts
 
 
 class Evaluation:
@@ -56,15 +56,14 @@ def require_equal_batches(loader: Any, ranks: Ranks, *, gathers_outputs: bool) -
     If `gathers_outputs`, the same holds for batches of different sizes. Either may happen without `even_batches`.
     Loaders without a length, and sizes in a user's own loader, can't be checked.
     """
-    if ranks.size == 1 or ranks.accelerator.even_batches or not has_length(loader):
-        return
-    counts = ranks.gather(torch.tensor([len(loader)], device=ranks.accelerator.device)).tolist()
-    if min(counts) != max(counts):
+    if (counts := unequal_counts(loader, ranks)) is not None:
         raise GKDConfigError(
             f"each rank must evaluate the same number of batches, but they have {', '.join(map(str, counts))}, and "
             "would wait for one another forever: set even_batches to True in accelerator_config, or lower "
             "per_device_eval_batch_size"
         )
+    if ranks.size == 1 or ranks.accelerator.even_batches:
+        return
     if gathers_outputs and (sizes := _uneven_sizes(loader)) is not None:
         raise GKDConfigError(
             "compute_metrics and predict gather the outputs of all ranks, so their batches must have the same size, "

@@ -81,7 +81,7 @@ from gkd_trainer.trainer.preparation import (
 )
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
-from gkd_trainer.trainer.windows import Epoch
+from gkd_trainer.trainer.windows import Epoch, require_equal_epochs
 from gkd_trainer.types import Generated, TokenBatch
 
 if TYPE_CHECKING:
@@ -409,7 +409,8 @@ class GKDMixin(AnyTrainer):
         return output
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *sizes: Any) -> tuple[Any, ...]:
-        """Return the lengths of the run, and log every tenth of it by default."""
+        """Return the lengths of the run, the same on all ranks, and log every tenth of it by default."""
+        require_equal_epochs(dataloader, self._ranks)
         lengths: tuple[Any, ...] = super().set_initial_training_values(args, dataloader, *sizes)
         if isinstance(args.logging_steps, Unset):  # also if an earlier run set it
             args.logging_steps = Unset(tenth_of(lengths[-1]))

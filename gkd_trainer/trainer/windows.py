@@ -8,11 +8,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gkd_trainer.errors import GKDDataError
+import torch
+from transformers.trainer_utils import has_length
+
+from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.trainer.placement import kept_on_host
 from gkd_trainer.trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+
+def require_equal_epochs(loader: Any, ranks: Ranks) -> None:
+    """Raise GKDConfigError, on all ranks, if their epochs have different numbers of batches.
+
+    Each would go on to its next epoch by itself, until one is done and the others wait for it.
+    """
+    if (counts := unequal_counts(loader, ranks)) is not None:
+        raise GKDConfigError(
+            f"each rank must train on the same number of batches, but they have {', '.join(map(str, counts))}, and would "
+            "wait for one another forever: set even_batches to True in accelerator_config, or dataloader_drop_last=True"
+        )
+
+
+def unequal_counts(loader: Any, ranks: Ranks) -> list[int] | None:
+    """Return how many batches each rank has if they differ, as they may without `even_batches`; on all ranks together.
+
+    Returns None for loaders without a length, which can't be compared.
+    """
+    if ranks.size == 1 or ranks.accelerator.even_batches or not has_length(loader):
+        return None
+    counts: list[int] = ranks.gather(torch.tensor([len(loader)], device=ranks.accelerator.device)).tolist()
+    return counts if min(counts) != max(counts) else None
 
 
 class WindowLoader:
@@ -39,7 +65,7 @@ class WindowLoader:
         Args:
             epoch: The iterator of the epoch's batches.
             num_batches: The number of micro-batches in a full window.
-            has_length: Whether the epoch's length is known: then Trainer makes the ranks agree.
+            has_length: Whether the epoch's length is known; then it is the same on all ranks (`require_equal_epochs`).
             is_first: Whether nothing was trained on yet.
 
         Raises:

@@ -1,9 +1,12 @@
 """Windows are taken from an epoch on all ranks, or on none."""
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
-from gkd_trainer import GKDDataError
-from gkd_trainer.trainer.windows import Epoch, WindowLoader
+from gkd_trainer import GKDConfigError, GKDDataError
+from gkd_trainer.trainer import trainer as trainer_module
+from gkd_trainer.trainer.windows import Epoch, WindowLoader, require_equal_epochs
 
 
 def batches(count):
@@ -124,3 +127,35 @@ def test_an_epoch_completes_each_batch_of_a_window(ranks):
     )
     assert numbers(epoch.take(2, is_first=True)) == [0, 10]
     assert numbers(epoch.later().take(2, is_first=False)) == [20]
+
+
+@pytest.mark.parametrize(
+    ("samples", "drop_last", "counts"), [(10, False, [3, 2]), (8, False, None), (10, True, None), (7, False, None)]
+)
+def test_ranks_whose_epochs_would_differ_in_length_are_refused(two_ranks, samples, drop_last, counts):
+    loaders = [
+        prepare_data_loader(
+            DataLoader(range(samples), 2, drop_last=drop_last),
+            num_processes=2,
+            process_index=rank,
+            even_batches=False,
+        )
+        for rank in range(2)
+    ]
+    ranks = two_ranks(len(loaders[1]))
+    require_equal_epochs(loaders[0], ranks)  # with even_batches they don't ask
+    assert ranks.said == []
+    ranks.accelerator.even_batches = False
+    if counts is None:
+        require_equal_epochs(loaders[0], ranks)
+        return
+    with pytest.raises(GKDConfigError, match="they have 3, 2, and would wait .*or dataloader_drop_last=True"):
+        require_equal_epochs(loaders[0], ranks)
+
+
+def test_a_run_begins_only_if_the_epochs_of_all_ranks_are_equal(make_trainer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer_module, "require_equal_epochs", lambda loader, ranks: asked.append((len(loader), ranks)))
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert asked == [(4, trainer._ranks)]
