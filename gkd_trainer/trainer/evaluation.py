@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -123,9 +123,10 @@ class Recovery:
             self._common_failure = error if exchanges or self._ranks.size == 1 else None
             raise error
 
-    def note_common_failure(self, failure: GKDError) -> None:
-        """Note that all ranks raise now, which they know from an exchange before, so that a checkpoint is saved."""
+    def raise_known(self, failure: GKDError) -> NoReturn:
+        """Raise a failure of this rank, of which all ranks know, and which they raise too."""
         self._common_failure = failure
+        raise failure
 
     def _saved(self, step: int, save: Callable[[], None], when: str) -> str:
         """Save a checkpoint of the last complete step, unless there is one; return where it is."""
@@ -143,6 +144,24 @@ class Recovery:
         return (
             f"The {self._saved_part} up to step {step} is saved in {self.last_checkpoint}: {when}, resume with "
             "train(resume_from_checkpoint=True)"
+        )
+
+
+def warn_of_short_exchanges(args: Any) -> None:
+    """Warn if other ranks stop waiting for a rank before its call to a server may fail: no checkpoint would be saved.
+
+    Args:
+        args: TrainingArguments with GKDArguments.
+    """
+    has_servers = args.uses_vllm_server or args.teacher_server_base_url is not None
+    longest_call = args.vllm_server_timeout + args.vllm_request_timeout
+    if has_servers and args.world_size > 1 and longest_call >= args.ddp_timeout:
+        logger.warning(
+            "A call to a server may take vllm_server_timeout + vllm_request_timeout = %g s before it fails, but the "
+            "other ranks wait for this one only for ddp_timeout=%g s: the run would then end without a checkpoint. "
+            "Raise ddp_timeout.",
+            longest_call,
+            args.ddp_timeout,
         )
 
 

@@ -79,6 +79,7 @@ from gkd_trainer.trainer.preparation import (
     require_labels,
     tokenizer_of,
 )
+from gkd_trainer.trainer.recovery import warn_of_short_exchanges
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch, require_equal_epochs
@@ -259,6 +260,7 @@ class GKDMixin(AnyTrainer):
         refuse_dropped_deepspeed(self.args, self.is_deepspeed_enabled)
         if self.is_world_process_zero():
             warn_of_unused(unused_options(construction.run), self.args)
+            warn_of_short_exchanges(self.args)
         refuse_split_sequences(self.get_cp_size(), self.get_sp_size())
         refuse_split_models(self.model, self.get_tp_size(), self.args)
         refuse_for_kind(self.model, self.args, construction.base)
@@ -527,8 +529,7 @@ class GKDMixin(AnyTrainer):
                 raise GKDNumericsError(
                     f"{error}. The student's weights are not finite since an earlier step, so they are not saved"
                 ) from error
-            self._recovery.note_common_failure(error)
-            raise
+            self._recovery.raise_known(error)
 
     def compute_loss(
         self,

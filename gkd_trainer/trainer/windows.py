@@ -25,8 +25,9 @@ def require_equal_epochs(loader: Any, ranks: Ranks) -> None:
     """
     if (counts := unequal_counts(loader, ranks)) is not None:
         raise GKDConfigError(
-            f"each rank must train on the same number of batches, but they have {', '.join(map(str, counts))}, and would "
-            "wait for one another forever: set even_batches to True in accelerator_config, or dataloader_drop_last=True"
+            f"each rank must train on the same number of batches, but they have {', '.join(map(str, counts))}, and "
+            "would wait for one another forever: set even_batches to True in accelerator_config, or "
+            "dataloader_drop_last=True"
         )
 
 

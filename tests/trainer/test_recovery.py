@@ -8,13 +8,16 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from gkd_trainer import (
+    GKDArguments,
     GKDDataError,
     GKDError,
+    GKDNumericsError,
     GKDRolloutError,
     GKDServerError,
     GKDTeacherError,
 )
-from gkd_trainer.trainer.recovery import Recovery
+from gkd_trainer.trainer import trainer as trainer_module
+from gkd_trainer.trainer.recovery import Recovery, warn_of_short_exchanges
 
 
 def test_the_part_and_the_cause_of_a_failure_are_named(ranks):
@@ -206,3 +209,51 @@ def test_a_save_that_fails_is_named_beside_what_ended_the_run(ranks, tmp_path, b
         "generating failed with ValueError: first. The run up to step 3 could not be saved (OSError: No space left on "
         f"device); the last checkpoint is {recovery.last_checkpoint.with_name(before) if before else 'none'}"
     )
+
+
+def test_a_failure_that_all_ranks_know_of_is_saved_without_another_exchange(two_ranks, tmp_path):
+    recovery, error = Recovery(two_ranks()), GKDNumericsError("not finite")
+
+    def save():
+        recovery.last_checkpoint = tmp_path / "checkpoint-3"
+
+    message = r"^not finite\. The run up to step 3 is saved in .*checkpoint-3"
+    with pytest.raises(GKDNumericsError, match=message), recovery.saving_before_it_fails(3, save):
+        recovery.raise_known(error)
+
+
+SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"}
+TEACHER = {"teacher_server_base_url": "http://127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "warns"),
+    [
+        ({**SERVER, "vllm_server_timeout": 1500.0}, 2, True),
+        ({**TEACHER, "vllm_request_timeout": 1560.0}, 2, True),
+        ({**SERVER, "vllm_server_timeout": 1499.0}, 2, False),
+        ({**SERVER, "vllm_server_timeout": 1500.0}, 1, False),
+        ({"vllm_server_timeout": 1500.0}, 2, False),
+        (SERVER, 2, False),
+    ],
+)
+def test_ranks_that_would_not_wait_for_a_call_to_fail_are_warned_of(caplog, options, world_size, warns):
+    args = GKDArguments(**options)
+    args.world_size, args.ddp_timeout = world_size, 1800  # of TrainingArguments
+    warn_of_short_exchanges(args)
+    assert caplog.messages == (
+        [
+            "A call to a server may take vllm_server_timeout + vllm_request_timeout = 1800 s before it fails, but the "
+            "other ranks wait for this one only for ddp_timeout=1800 s: the run would then end without a checkpoint. "
+            "Raise ddp_timeout."
+        ]
+        if warns
+        else []
+    )
+
+
+def test_a_trainer_compares_the_time_outs_of_its_options(make_trainer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trainer_module, "warn_of_short_exchanges", asked.append)
+    trainer = make_trainer()
+    assert asked == [trainer.args]

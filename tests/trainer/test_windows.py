@@ -149,13 +149,15 @@ def test_ranks_whose_epochs_would_differ_in_length_are_refused(two_ranks, sample
     if counts is None:
         require_equal_epochs(loaders[0], ranks)
         return
-    with pytest.raises(GKDConfigError, match="they have 3, 2, and would wait .*or dataloader_drop_last=True"):
+    with pytest.raises(GKDConfigError, match=r"they have 3, 2, and would wait .*or dataloader_drop_last=True"):
         require_equal_epochs(loaders[0], ranks)
 
 
 def test_a_run_begins_only_if_the_epochs_of_all_ranks_are_equal(make_trainer, monkeypatch):
     asked = []
-    monkeypatch.setattr(trainer_module, "require_equal_epochs", lambda loader, ranks: asked.append((len(loader), ranks)))
+    monkeypatch.setattr(
+        trainer_module, "require_equal_epochs", lambda loader, ranks: asked.append((len(loader), ranks))
+    )
     trainer = make_trainer(max_steps=1)
     trainer.train()
     assert asked == [(4, trainer._ranks)]
