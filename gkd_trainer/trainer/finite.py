@@ -18,7 +18,8 @@ class FiniteCheck:
     """Collects which samples of a window's micro-batches had non-finite values.
 
     `begin_reading` after the window's last forward, and `raise_if_not` after its backward: then the host waits for the
-    forward alone, while the device still has the whole backward before it, and is never idle for it.
+    forward alone, while the device still has the whole backward before it, and is never idle for it. If the backward
+    takes the optimizer's step, `raise_if_not` must come before it.
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,11 @@ def has_finite_weights(model: nn.Module) -> bool:
     held = (getattr(weight, "ds_tensor", weight) for weight in model.parameters() if weight.requires_grad)
     local = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in held)
     return all(bool(weight.isfinite().all()) for weight in local)
+
+
+def steps_in_backward(optim: str) -> bool:
+    """Return whether an optimizer of Trainer takes its step in the backward, as DeepSpeed's engine does with any."""
+    return optim in ("lomo", "adalomo") or optim.endswith("_layerwise")
 
 
 def _cause(teacher_tokens: int, tokens: int) -> str:

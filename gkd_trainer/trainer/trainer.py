@@ -66,7 +66,7 @@ from gkd_trainer.trainer.construction import (
     warn_of_unused,
 )
 from gkd_trainer.trainer.evaluation import Evaluation, require_equal_batches
-from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights
+from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights, steps_in_backward
 from gkd_trainer.trainer.fixed_options import FixedOptions
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
 from gkd_trainer.trainer.parts import build_parts
@@ -613,7 +613,7 @@ class GKDMixin(AnyTrainer):
         self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
         if self._is_last_of_window:  # before the backward: see FiniteCheck
             self._finite_check.begin_reading(self._ranks.sum)
-            if self.is_deepspeed_enabled:  # its backward takes the optimizer's step
+            if self.is_deepspeed_enabled or steps_in_backward(self.args.optim):
                 self._raise_if_not_finite()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -154,6 +154,30 @@ def test_values_that_are_not_finite_leave_a_checkpoint_that_resumes(run, run_unt
         assert torch.equal(resumed.model.state_dict()[key], tensor), key
 
 
+def test_an_optimizer_that_steps_in_the_backward_does_not_take_the_step_either(make_trainer, tiny_model, tmp_path):
+    def step(weight):
+        weight.data -= weight.grad
+
+    model = tiny_model()
+    for weight in model.parameters():  # as Trainer's layerwise optimizers do
+        weight.register_post_accumulate_grad_hook(step)
+    trainer = make_trainer(
+        trainer_args={"model": model, "optimizers": (torch.optim.SGD(model.parameters(), lr=0.0), None)},
+        output_dir=str(tmp_path / "run"),
+        optim="galore_adamw_layerwise",
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.add_callback(NotFinite(trainer, 2, breaks_weights=False))
+    with pytest.raises(GKDNumericsError, match="step 3"):
+        trainer.train()
+    first, second = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
+    assert any(not torch.equal(second[name], first[name]) for name in first)
+    for name, weight in model.state_dict().items():
+        assert name not in second or torch.equal(weight, second[name]), name
+
+
 def test_weights_that_are_not_finite_are_not_saved(run_until_not_finite, tmp_path):
     assert "weights are not finite since an earlier step" in run_until_not_finite(breaks_weights=True)
     assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
 from gkd_trainer.errors import GKDNumericsError
-from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights
+from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights, steps_in_backward
 
 FINE = [True, True, True, True]
 
@@ -121,3 +122,9 @@ def test_shards_of_weights_are_checked_where_they_are_kept():
     model = torch.nn.Linear(2, 2)
     model.weight.ds_tensor = torch.tensor([0.0, torch.inf])  # as under ZeRO-3
     assert not has_finite_weights(model)
+
+
+def test_optimizers_that_step_in_the_backward_are_known_by_name():
+    names = {name.value for name in OptimizerNames if steps_in_backward(name)}
+    assert names >= {"lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"}
+    assert all("layerwise" in name or "lomo" in name for name in names)
