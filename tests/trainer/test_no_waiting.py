@@ -31,7 +31,6 @@ from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers.base import all_teachers
 from gkd_trainer.trainer.placement import Placement
-from tests.vision import conversation, make_pair, picture
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 META = torch.device("meta")
@@ -303,6 +302,8 @@ def test_a_run_reads_one_flag_per_step_and_nothing_per_micro_batch(make_trainer,
 
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2.5"])
 def test_a_run_on_images_reads_no_more(config_of, family, monkeypatch):
+    from tests.vision import conversation, make_pair, picture  # PIL, which a GPU machine may lack
+
     pair = make_pair(family)
     rows = [{"images": [picture(seed, 16, 8)], "messages": conversation("What?", "A cat.")} for seed in range(4)]
     args = config_of(max_steps=2, per_device_train_batch_size=2, max_new_tokens=4, max_length=160, lmbda=0.5)
