@@ -213,7 +213,7 @@ class FaultyProxy:
         self._rules: list[tuple[Rule, str, int | None]] = []
         self._lock = threading.Lock()
         self._server: _Server | None = None
-        self._client: "httpx.Client | None" = None
+        self._client: httpx.Client | None = None
 
     def next(self, rule: Rule, *, times: int | None = 1, path: str = "") -> None:
         """Answer the next so many requests (None: all from now on) whose path begins with `path` by `rule`.
