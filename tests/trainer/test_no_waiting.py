@@ -2,7 +2,8 @@
 
 On a meta tensor everything that would wait for a GPU raises, since there is nothing to read: its values, how many of
 them are not zero, its copy on the CPU. So the window is prepared on the CPU, as in a run, and its micro-batches are
-computed on the meta device, by the trainer's own hooks.
+computed on the meta device, by the trainer's own hooks. Copies to it from the host's ordinary memory, for which CUDA waits
+too, are looked for.
 """
 
 import sys
@@ -31,6 +32,7 @@ from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers.base import all_teachers
 from gkd_trainer.trainer.placement import Placement
+from tests.copies import NoOrdinaryCopies
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 META = torch.device("meta")
@@ -100,10 +102,11 @@ def step(trainer, size=1):
     on_meta(trainer)
     trainer.model.train()
     losses = []
-    for batch in batches:
-        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
-        loss.backward()
-        losses.append(loss)
+    with NoOrdinaryCopies():
+        for batch in batches:
+            loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+            loss.backward()
+            losses.append(loss)
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     assert any(weight.grad is not None for weight in weights)
     assert all(loss.device == META for loss in losses)
