@@ -48,7 +48,9 @@ for capability in (80, 90):
 
 def run(*command, **environment):
     root = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": root} | environment
+    # Before the packages that `benchmarks.gpu --wheels` put there, pytest for example.
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path} | environment
     done = subprocess.run([sys.executable, *command], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -67,3 +69,9 @@ def test_the_kernels_are_right_on_a_gpu():
 def test_two_programs_fit_on_a_multiprocessor_without_spills_and_read_16_bytes_at_once():
     # Per pass and thread, two loads for the eight logits of each side; one store for eight halves, or two for floats.
     run("-W", "error", "-c", COMPILE)
+
+
+def test_processes_of_their_own_find_packages_that_were_carried_along(tmp_path, monkeypatch):
+    (tmp_path / "carried_package.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run("-c", "import carried_package, gkd_trainer")
