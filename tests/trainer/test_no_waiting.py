@@ -2,8 +2,8 @@
 
 On a meta tensor everything that would wait for a GPU raises, since there is nothing to read: its values, how many of
 them are not zero, its copy on the CPU. So the window is prepared on the CPU, as in a run, and its micro-batches are
-computed on the meta device, by the trainer's own hooks. Copies to it from the host's ordinary memory, for which CUDA waits
-too, are looked for.
+computed on the meta device, by the trainer's own hooks. Copies to it from the host's ordinary memory, for which CUDA
+waits too, are looked for.
 """
 
 import sys
