@@ -9,7 +9,7 @@ from typing import Any
 
 from gkd_trainer.config_effects import Run
 from gkd_trainer.config_values import check
-from gkd_trainer.divergence.options import check_mode, check_top_k_temperature
+from gkd_trainer.divergence.options import check_mode, check_tail, check_top_k_temperature
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted
 
@@ -18,8 +18,10 @@ def check_teacher(run: Run) -> None:
     """Raise GKDConfigError for options of the teacher that have no meaning together, as far as the run is known."""
     _check_servers(run.args)
     _check_several(run.args)
+    _check_offload(run.args)
     _check_self_teacher(run.args)
     check_loss_temperature(run)
+    check_tail(run.args.teacher_tail, run.args.teacher_top_k, "teacher_tail")
     _check_other_vocabulary(run.args)
     check_cache(run)
 
@@ -108,6 +110,14 @@ def _check_several(args: Any) -> None:
             raise GKDConfigError(f"got both teachers and {name}: set one of them")
     if args.teacher_weights is not None:
         check_teacher_weights(args.teacher_weights, args.teachers, "teacher_weights")
+
+
+def _check_offload(args: Any) -> None:
+    if args.teacher_offload and args.seq_kd:
+        raise GKDConfigError(
+            "seq_kd=True has the teacher generate, for which its weights must stay on the device, but "
+            "teacher_offload=True keeps them in the CPU's memory: set one of them to False"
+        )
 
 
 def _check_self_teacher(args: Any) -> None:

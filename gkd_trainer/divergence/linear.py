@@ -348,7 +348,11 @@ def _compare_tile(terms: Sequence[_ComparedTerm], tile: slice, buffers: _Buffers
 
 
 def _gathered(signal: HiddenSignal) -> HiddenSignal:
-    """Return the signal with a head that is sharded over ranks gathered; gradients reach the shards."""
+    """Return the signal with a head that is sharded over ranks gathered; gradients reach the shards.
+
+    Each rank's shard gets its part of that rank's gradient, which is right where all ranks compare the same tokens
+    (tensor parallelism). A shard does not say whether they do.
+    """
     if not torch.distributed.is_available():
         return signal
     from torch.distributed.tensor import DTensor

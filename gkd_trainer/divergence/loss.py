@@ -22,6 +22,7 @@ from gkd_trainer.divergence.options import (
     TAILS,
     check_choice,
     check_mode,
+    check_tail,
     check_top_k_temperature,
     checked_objective,
 )
@@ -107,7 +108,7 @@ def token_divergence(
     check_choice("tail", tail, TAILS)
     _check_products(product_dtype, vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
     _check_signal("student", student)
-    _check_teacher(teacher, temperature, divergence)
+    _check_teacher(teacher, temperature, divergence, tail)
     _check_pair(student, teacher, labels_N, label_weight_N)
     objective = checked_objective(
         divergence,
@@ -301,7 +302,7 @@ def _check_products(product_dtype: torch.dtype | None, **sizes: float | None) ->
             raise GKDConfigError(f"{name} must be at least 1 and finite, or None for a default; got {size}")
 
 
-def _check_teacher(teacher: Signal, temperature: float, divergence: str) -> None:
+def _check_teacher(teacher: Signal, temperature: float, divergence: str, tail: str) -> None:
     if isinstance(teacher, GroupedSignal):
         check_groups(teacher)
     elif isinstance(teacher, SummedSignal):
@@ -309,6 +310,7 @@ def _check_teacher(teacher: Signal, temperature: float, divergence: str) -> None
     for signal in plain_signals(teacher):
         if isinstance(signal, TopKSignal):
             _check_top_k(signal)
+            check_tail(tail, signal.ids_NK.shape[1])
             check_top_k_temperature(temperature)
         elif isinstance(signal, MappedSignal):
             _check_signal("teacher", signal.signal)
