@@ -143,7 +143,7 @@ def test_a_block_of_steps_makes_one_call(run, vllm_server):
         options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url}
         run(rollout_steps=4, **options)
         assert proxy.paths().count("/collective_rpc") == 1
-        assert proxy.paths().count("/v1/completions") == 16
+        assert proxy.paths().count("/v1/completions") == 1 + 16  # one at first contact
 
 
 # 16 rows in windows of 4 make 4 steps an epoch: in the middle of the first, at its end, in the middle of the second.
@@ -444,6 +444,7 @@ def test_a_checkpoint_of_an_older_run_is_not_taken_for_this_ones(run, vllm_serve
 
 def test_a_failure_before_the_first_step_leaves_no_checkpoint(run, vllm_server, tmp_path):
     with FaultyProxy(vllm_server.base_url) as proxy:
+        proxy.next(lambda request, forward: forward(), path="/v1/completions")  # at first contact
         proxy.next(status(500), times=None, path="/v1/completions")
         options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url, **TIMEOUTS}
         with pytest.raises(GKDServerError, match="status 500"):
@@ -458,6 +459,7 @@ def test_mistakes_that_pass_change_nothing(run, server_options, vllm_server):
         answer["choices"][0]["token_ids"].pop()
 
     with FaultyProxy(vllm_server.base_url) as proxy:
+        proxy.next(lambda request, forward: forward(), path="/v1/completions")  # at first contact
         proxy.next(status(500), times=3, path="/v1/completions")
         proxy.next(delayed(0.3), times=5, path="/v1/completions")
         proxy.next(changed(lose_a_token), times=2, path="/v1/completions")
