@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from gkd_trainer import FrozenTeacher, GKDServerError, HiddenStateServerTeacher, VLLMColocateRollouts, VLLMServerTeacher
+from gkd_trainer import (
+    FrozenTeacher,
+    GKDRolloutError,
+    GKDServerError,
+    HiddenStateServerTeacher,
+    VLLMColocateRollouts,
+    VLLMServerTeacher,
+)
 from gkd_trainer.cli import main
 from gkd_trainer.rollouts import HFRollouts
 from tests.serving import FaultyProxy, changed, delayed, status
@@ -56,8 +63,9 @@ def server_options(vllm_server):
 def run(make_trainer, tiny_model):
     """Make a trainer, train it, and return it."""
 
-    def run(model=None, callbacks=None, resume=False, **options):
-        arguments = {"callbacks": callbacks, "model": model if model is not None else tiny_model(hidden=128, seed=7)}
+    def run(model=None, callbacks=None, resume=False, rollouts=None, **options):
+        model = model if model is not None else tiny_model(hidden=128, seed=7)
+        arguments = {"callbacks": callbacks, "model": model, "rollouts": rollouts}
         trainer = make_trainer(trainer_args=arguments, **{**RUN, **options})
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -88,13 +96,16 @@ def assert_same_weights(trainer, other):
         assert torch.equal(weight, expected), name
 
 
-def test_both_modes_train_alike_and_follow_the_student(run, server_options, student):
+def test_both_modes_train_alike_and_follow_the_student(run, server_options, student, tiny_model, monkeypatch):
     before = greedy_by_transformers(student)
     colocated = run(use_vllm=True, vllm_engine_kwargs={"enforce_eager": True}, vllm_max_model_length=64, model=student)
     served = run(**server_options)
     assert isinstance(colocated.rollouts, VLLMColocateRollouts)
     # To the last digit that is logged: same seeds, same weights, same numerics.
     assert losses(served) == losses(colocated)
+    for trainer in (colocated, served):  # the engines also normalise over rows of the head that are no tokens
+        assert len(logged(trainer, "sampling_logp_difference")) == 4
+        assert max(logged(trainer, "sampling_logp_difference")) < 0.1
     assert len(set(losses(served))) == 4
     for trainer in (colocated, served):
         after = greedy_by_transformers(trainer.model)
@@ -102,6 +113,11 @@ def test_both_modes_train_alike_and_follow_the_student(run, server_options, stud
         trainer.rollouts.sync(trainer.model)
         assert greedy(trainer.rollouts) == after
     assert all(seconds > 0 for seconds in logged(served, "seconds_sync"))
+    # Another student, whose weights never arrive in the engines.
+    for trainer in (colocated, served):
+        monkeypatch.setattr(type(trainer.rollouts), "sync", lambda engine, model: None)
+        with pytest.raises(GKDRolloutError, match=r"does not compute the student: .* differ by .* nats"):
+            run(tiny_model(hidden=128, seed=8), rollouts=trainer.rollouts, max_new_tokens=32)
     folder = colocated.rollouts._folder.path
     assert folder.exists()
     for _ in range(2):
