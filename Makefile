@@ -105,7 +105,7 @@ gpu: ## Check and measure everything on a GPU, in three stages of 9 minutes (DEV
 bench: $(VENV)/installed ## Compare the divergence's time and memory with its peers (options in ARGS="...").
 	$(BIN)/python -m benchmarks.loss $(ARGS)
 
-test-servers: $(VENV)/installed ## Run the tests that start their own vLLM servers.
+test-servers: $(VENV)/installed $(SMOLLM2)/student/config.json $(DEEPSPEED)/installed ## Run the tests with servers of their own, or that take minutes.
 	$(BIN)/pytest -m servers
 
 # Their own code with few steps; GKD_NOTEBOOK_STEPS= leaves the steps as they are.

@@ -73,6 +73,14 @@ class Problem:
         problem.weight_VH.requires_grad_(not is_frozen)
         return problem
 
+    def with_student(self, dtype: torch.dtype) -> Problem:
+        """Return it with the student's hidden states and head in another dtype."""
+        hidden_NH, weight_VH = (
+            tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+            for tensor in (self.hidden_NH, self.weight_VH)
+        )
+        return Problem(hidden_NH, weight_VH, self.teacher_hidden_NG, self.teacher_weight_VG)
+
     @property
     def gradient_bytes(self) -> int:
         """Size of the gradients in float32, in which they are accumulated."""
@@ -123,10 +131,15 @@ def unblocked_products(problem: Problem) -> None:
 
 
 def plain_torch(problem: Problem) -> None:
-    student_logits_NV = problem.hidden_NH.float() @ problem.weight_VH.float().T
+    plain_divergence(*_logits(problem)).backward()
+
+
+def _logits(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return whole logits in the dtype of their inputs, as models compute them."""
+    linear = torch.nn.functional.linear
     with torch.no_grad():
-        teacher_logits_NV = problem.teacher_hidden_NG.float() @ problem.teacher_weight_VG.float().T
-    plain_divergence(student_logits_NV, teacher_logits_NV).backward()
+        teacher_logits_NV = linear(problem.teacher_hidden_NG, problem.teacher_weight_VG)
+    return linear(problem.hidden_NH, problem.weight_VH), teacher_logits_NV
 
 
 def plain_divergence(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
@@ -143,10 +156,7 @@ def plain_divergence(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> Te
 def trl_gkd(problem: Problem) -> None:
     from trl.experimental.gkd import GKDTrainer
 
-    student_logits_NV = torch.nn.functional.linear(problem.hidden_NH, problem.weight_VH)
-    with torch.no_grad():
-        teacher_logits_NV = torch.nn.functional.linear(problem.teacher_hidden_NG, problem.teacher_weight_VG)
-    GKDTrainer.generalized_jsd_loss(student_logits_NV, teacher_logits_NV, beta=BETA, reduction="sum").backward()
+    GKDTrainer.generalized_jsd_loss(*_logits(problem), beta=BETA, reduction="sum").backward()
 
 
 def trl(problem: Problem) -> None:
@@ -168,11 +178,18 @@ def liger(problem: Problem) -> None:
     ).backward()
 
 
+def liger_kernel(problem: Problem) -> None:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=BETA)
+    loss(problem.hidden_NH, problem.weight_VH, problem.teacher_hidden_NG, problem.teacher_weight_VG, None).backward()
+
+
 @dataclass(frozen=True)
 class Contender:
     """A way to compute the divergence; `floor` names the contender that its time is divided by, None for a floor.
 
-    `dtype` is that of hidden states and heads; None for the run's.
+    `dtype` is that of hidden states and heads; None for the run's. One that `is_on_gpu` runs nowhere else.
     """
 
     run: Callable[[Problem], None]
@@ -182,6 +199,7 @@ class Contender:
     floor: str | None = "products"
     is_slow: bool = False
     needs: str | None = None
+    is_on_gpu: bool = False
 
 
 CONTENDERS = {
@@ -196,6 +214,7 @@ CONTENDERS = {
     "trl-gkd": Contender(trl_gkd, "plain torch, TRL's GKDTrainer", is_slow=True, needs="trl"),
     "trl": Contender(trl, "TRL chunked divergence", is_slow=True, needs="trl"),
     "liger": Contender(liger, "Liger chunked JSD, compiled", needs="liger_kernel"),
+    "liger-kernel": Contender(liger_kernel, "Liger's Triton kernel", needs="liger_kernel", is_on_gpu=True),
 }
 
 
@@ -233,7 +252,7 @@ def main() -> None:
         return
     where = torch.cuda.get_device_name() if args.cuda else f"cores {cores}, {torch.get_num_threads()} thread(s)"
     console.print(f"torch {torch.__version__}, {where}, {dtype}, beta {BETA}, load average {os.getloadavg()[0]:.1f}")
-    names = [name for name in args.contenders if is_installed(CONTENDERS[name])]
+    names = [name for name in args.contenders if obstacle(CONTENDERS[name], device) is None]
     if args.cuda:
         names = [name for name in names if CONTENDERS[name].dtype is None and "bf16" not in name]
     for shape in args.shapes:
@@ -404,9 +423,11 @@ def _output(command: list[str], **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def is_installed(contender: Contender) -> bool:
-    """Return whether the package that a contender needs is there."""
-    return contender.needs is None or importlib.util.find_spec(contender.needs) is not None
+def obstacle(contender: Contender, device: str) -> str | None:
+    """Return why a contender can't run here; None if it can."""
+    if contender.needs is not None and importlib.util.find_spec(contender.needs) is None:
+        return f"not installed: {contender.needs}"
+    return "it runs only on a GPU" if contender.is_on_gpu and device == "cpu" else None
 
 
 if __name__ == "__main__":

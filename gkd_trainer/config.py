@@ -13,7 +13,14 @@ from transformers import TrainingArguments
 
 from gkd_trainer.config_checks import check_combinations, check_room_for_prompts
 from gkd_trainer.config_effects import Run
-from gkd_trainer.config_values import check_ranges, check_types, parsed_json, parsed_urls, set_floats
+from gkd_trainer.config_values import (
+    check_ranges,
+    check_types,
+    parsed_folders,
+    parsed_json,
+    parsed_urls,
+    set_floats,
+)
 from gkd_trainer.divergence.objective import DIVERGENCES
 from gkd_trainer.divergence.options import PRODUCT_DTYPES, SCALES, TAILS
 from gkd_trainer.errors import GKDConfigError
@@ -237,7 +244,9 @@ class GKDArguments(HidesSecrets):
         "teachers score every sample, instead of one per row, and their divergences are averaged by weight.",
     )
     teacher_offload: bool = _option(
-        False, "Keep the weights of teachers in the CPU's memory while others of several work."
+        False,
+        "Keep the teacher's weights in the CPU's memory, pinned on CUDA, except while it scores a batch. Of several "
+        "teachers, only the one that scores is on the device.",
     )
     teacher_server_base_url: list[str] | str | None = _option(
         None,
@@ -282,10 +291,10 @@ class GKDArguments(HidesSecrets):
         "The teacher's tokenizer, under a teacher_vocabulary_mode other than 'same'; by default the one stored with "
         "the teacher. Required for a teacher behind a server.",
     )
-    teacher_cache_dir: str | None = _option(
+    teacher_cache_dir: list[str] | str | None = _option(
         None,
-        "Folder of the teacher's predictions for the data, from `gkd-trainer cache`. They replace a teacher model; "
-        "needs lmbda=0 and seq_kd=False.",
+        "Folder of the teacher's predictions for the data, from `gkd-trainer cache`, or a list of folders. They "
+        "replace a teacher model; needs lmbda=0 and seq_kd=False.",
     )
     teacher_cache_miss: str = _option(
         "error",
@@ -308,19 +317,19 @@ class GKDArguments(HidesSecrets):
     )
 
     def __post_init__(self) -> None:
-        """Parse the JSON and URL fields, check every value and combination, then run the base class's own checks."""
-        teachers = ("teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "teacher_cache_dir")
-        for name in (*teachers, "vllm_sync_dir"):
+        """Parse JSON, URLs and folders, check every value and combination, then run the base class's own checks."""
+        for name in ("teacher_model_name_or_path", "teacher_tokenizer_name_or_path", "vllm_sync_dir"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(path))
         for name in self._json_fields():
             setattr(self, name, parsed_json(name, getattr(self, name)))
         for name in self._url_fields():
             setattr(self, name, parsed_urls(name, getattr(self, name)))
+        self.teacher_cache_dir = parsed_folders("teacher_cache_dir", self.teacher_cache_dir)
         # The base class checks its own fields, or leaves them to Python.
         for owner in (GKDArguments, GKDConfig):
             if isinstance(self, owner):
-                check_types(self, owner, {*self._json_fields(), *self._url_fields()})
+                check_types(self, owner, {*self._json_fields(), *self._url_fields(), "teacher_cache_dir"})
         check_ranges(self, dataclasses.fields(GKDArguments))
         self._fit_max_new_tokens(is_set=not isinstance(self.max_new_tokens, Unset))
         check_combinations(Run(self))

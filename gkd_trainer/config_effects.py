@@ -56,6 +56,12 @@ def _has_teacher_server(run: Run) -> bool:
     return run.args.teacher_server_base_url is not None
 
 
+def _has_own_weights(run: Run) -> bool:
+    args = run.args
+    is_only_cached = run.has_only_cache or (args.teacher_cache_dir is not None and args.teacher_cache_miss == "error")
+    return args.teacher_server_base_url is None and args.self_teacher is None and not is_only_cached
+
+
 def _is_jsd(run: Run) -> bool:
     return bool(run.args.divergence == "jsd") and run.args.teacher_vocabulary_mode != "uld"
 
@@ -90,7 +96,8 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         "a teacher that gives only its top tokens (teacher_top_k)",
         lambda run: run.has_top_tokens is not False,
     ),
-    ("teacher_weights teacher_offload", "teachers", lambda run: run.args.teachers is not None),
+    ("teacher_weights", "teachers", lambda run: run.args.teachers is not None),
+    ("teacher_offload", "a teacher in this process with weights of its own", _has_own_weights),
     (
         "teacher_column",
         "one of several teachers for each row (teachers without teacher_weights)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 from collections.abc import Collection, Iterable
 from math import inf
@@ -112,6 +113,14 @@ def parsed_urls(name: str, value: list[str] | str | None) -> list[str] | None:
     is_list = urls is None or (isinstance(urls, list) and bool(urls) and all(isinstance(url, str) for url in urls))
     check(name, repr(value), is_list, "URLs such as http://127.0.0.1:8000, as a list or separated by commas")
     return None if urls is None else [ServerURL(url, name) for url in urls]
+
+
+def parsed_folders(name: str, value: Any) -> list[str] | None:
+    """Return paths of folders as a list; a single one may be given as it is."""
+    folders = list(value) if isinstance(value, list | tuple) else value if value is None else [value]
+    is_valid = folders is None or (bool(folders) and all(isinstance(each, str | os.PathLike) for each in folders))
+    check(name, repr(value), is_valid, "a folder or a list of folders")
+    return None if folders is None else [os.fspath(each) for each in folders]
 
 
 def parsed_json(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:

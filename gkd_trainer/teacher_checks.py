@@ -18,6 +18,7 @@ def check_teacher(run: Run) -> None:
     """Raise GKDConfigError for options of the teacher that have no meaning together, as far as the run is known."""
     _check_servers(run.args)
     _check_several(run.args)
+    _check_offload(run.args)
     _check_self_teacher(run.args)
     check_loss_temperature(run)
     _check_other_vocabulary(run.args)
@@ -108,6 +109,14 @@ def _check_several(args: Any) -> None:
             raise GKDConfigError(f"got both teachers and {name}: set one of them")
     if args.teacher_weights is not None:
         check_teacher_weights(args.teacher_weights, args.teachers, "teacher_weights")
+
+
+def _check_offload(args: Any) -> None:
+    if args.teacher_offload and args.seq_kd:
+        raise GKDConfigError(
+            "seq_kd=True has the teacher generate, for which its weights must stay on the device, but "
+            "teacher_offload=True keeps them in the CPU's memory: set one of them to False"
+        )
 
 
 def _check_self_teacher(args: Any) -> None:

@@ -183,8 +183,8 @@ class TokenBatch:
         return batch
 
     def to(self, device: torch.device) -> TokenBatch:
-        """Return a batch from the CPU on a device, without waiting for it."""
-        if device.type == "cpu":
+        """Return the batch on a device; one from the CPU without waiting for the device."""
+        if device == self.labels_BL.device:
             return self
         moved = TokenBatch(
             all_to_device(self.model_inputs, device),
@@ -193,7 +193,7 @@ class TokenBatch:
             self.label_offset,
             all_to_device(self.side, device),
         )
-        return moved.known_on_host(self)
+        return moved if device.type == "cpu" else moved.known_on_host(self.on_host)
 
     def with_side(self, name: str, value: Tensor) -> TokenBatch:
         """Return the batch with one of SIDE_TENSORS, given on the CPU."""

@@ -152,7 +152,12 @@ class _VLLMConfig(Answer):
     weight_transfer: _WeightTransfer | None = Field(None, alias="weight_transfer_config")
 
 
+class _Environment(Answer):
+    uses_runner_v2: bool | None = Field(None, alias="VLLM_USE_V2_MODEL_RUNNER")
+
+
 class ServerInfo(Answer):
-    """GET /server_info?config_format=json."""
+    """GET /server_info?config_format=json; without a choice in its environment, vLLM does not name its model runner."""
 
     vllm_config: _VLLMConfig
+    environment: _Environment | None = Field(None, alias="vllm_env")

@@ -281,7 +281,7 @@ def command_line_value(name, default):
         "vllm_engine_kwargs": ('{"enforce_eager": true}', {"enforce_eager": True}),
         "teacher_top_k": ("64", 64),
         "teacher_tail": ("renormalize", "renormalize"),
-        "teacher_cache_dir": ("/cache", "/cache"),
+        "teacher_cache_dir": ("/cache", ["/cache"]),
         "teacher_cache_miss": ("teacher", "teacher"),
         "teachers": ('{"math": "my/math"}', {"math": "my/math"}),
         "teacher_column": ("domain", "domain"),

@@ -143,6 +143,9 @@ WRONG_TYPES = [
     ("use_vllm", 1, "True or False"),
     ("rollout_steps", 1.5, "a whole number"),
     ("teacher_top_k", "all", "a whole number or None"),
+    ("teacher_cache_dir", 7, "a folder or a list of folders"),
+    ("teacher_cache_dir", [], "a folder or a list of folders"),
+    ("teacher_cache_dir", ["a", None], "a folder or a list of folders"),
 ]
 
 

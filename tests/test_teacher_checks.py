@@ -47,6 +47,7 @@ HIDDEN_STATES = {
         ({"self_teacher": "base", "teacher_cache_dir": "/a"}, "so teacher_cache_dir has no meaning"),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
+        ({"teacher_offload": True, "seq_kd": True}, "its weights must stay on the device, but teacher_offload=True"),
     ],
 )
 def test_sources_and_options_of_a_teacher_that_exclude_one_another_are_refused(options, message):

@@ -116,6 +116,14 @@ def test_a_batch_sent_to_a_device_is_still_read_on_the_host():
     assert moved.on_host.side[ROW_KEY].tolist() == [7, 8, 9]
 
 
+def test_a_batch_sent_from_device_to_device_keeps_its_copy_on_the_host():
+    host = labelled_batch()
+    there = host.to(torch.device("meta"))
+    elsewhere = replace(host).known_on_host(host)
+    assert there.to(torch.device("meta")) is there
+    assert elsewhere.to(torch.device("meta")).on_host is host
+
+
 def test_a_changed_batch_does_not_keep_its_copy_on_the_host():
     moved = labelled_batch().to(torch.device("meta"))
     changed = replace(moved, labels_BL=moved.labels_BL + 1)

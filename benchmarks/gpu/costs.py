@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import ceil, inf, log2
 from pathlib import Path
 
 FLOAT, HALF = 4, 2
@@ -33,6 +33,7 @@ class Card:
         instructions: instructions of single threads.
         cache: bytes of the L2 cache that the rows of two passes may share.
         programs: how many rows are compared at the same time.
+        latency: seconds from a request to the L2 cache to its answer.
     """
 
     name: str
@@ -41,11 +42,13 @@ class Card:
     instructions: float
     cache: float
     programs: int
+    latency: float
 
 
 # 132 multiprocessors issue 128 per cycle at 1.7 GHz, and run two programs each. Data that both halves of the L2 cache
 # need is in both, so that half of its 50 MB counts.
-H100 = Card("H100", 700e12, 3.0e12, 132 * 128 * 1.7e9, 25e6, 2 * 132)
+H100 = Card("H100", 700e12, 3.0e12, 132 * 128 * 1.7e9, 25e6, 2 * 132, 0.2e-6)
+ALL_CACHED = replace(H100, cache=inf)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,61 @@ def estimate(shape: Shape, card: Card, kernel: Kernel, R: int) -> Estimate:
         # Zeros for the gradient of the hidden states; then both gradients are scaled into bfloat16.
         rest=(FLOAT * N * H + (FLOAT + HALF) * (N + V) * H) / card.bandwidth,
     )
+
+
+def trl_products(shape: Shape, card: Card) -> float:
+    """Return the seconds at full rate of the products alone that TRL 1.16's chunked JSD makes, by its source.
+
+    Its forward projects both sides for the normalisers and again for the divergence, its backward a third time, and
+    then multiplies for the gradients of hidden states and weight.
+    """
+    return 2 * shape.N * shape.V * (5 * shape.H + 3 * shape.G) / card.products
+
+
+def liger_kernel(shape: Shape, card: Card) -> float:
+    """Return the estimate for Liger 0.8.5's LigerFusedLinearJSD on an H100, by its source.
+
+    It makes the four products for R = 64 to 256 tokens at once, and reads the weights each time. Between them, torch's
+    functions and one kernel move 110 bytes per pair of logits, in float32: both logits written (8), divided by the
+    temperature (16) and turned into log-probabilities (16), the student's probabilities (8), the JSD with values and
+    gradient written (16), both summed (8), the gradient of the logits in three steps (28), rounded to half precision
+    (6), and read by two products (4). None of it is assumed to be in the cache.
+    """
+    N, V, H, G = shape.N, shape.V, shape.H, shape.G
+    R = min(N, 2 ** ceil(log2(ceil(N / ceil(V / H)))))
+    products = 0.0
+    for width, moved in ((H, HALF * V * H), (G, HALF * V * G), (H, HALF * V * H), (H, 2 * HALF * V * H)):
+        products += max(2 * R * V * width / card.products, moved / card.bandwidth)
+    return ceil(N / R) * products + N * V * 110 / card.bandwidth
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Pieces of rows that programs would take from a queue, to share rows that stay in the cache.
+
+    Attributes:
+        piece: logits of each side in a piece.
+        pieces: that each program handles.
+        waiting: seconds that a program waits for the cache, not for logits.
+    """
+
+    piece: float
+    pieces: float
+    waiting: float
+
+
+def queue_of_pieces(shape: Shape, card: Card, passes: int) -> Queue:
+    """Return what sharing rows would take: a piece's pass begins when all pieces of its row have finished the last one.
+
+    The queue holds the passes of a row so far apart that nobody waits for long: between two of them come as many pieces
+    as there are programs. The rows in use then are those of `2 * passes - 1` times as many pieces, and must fit into
+    the cache. A piece takes four requests, each after the answer to the one before: for its number, for whether its row
+    is ready, for the sums of the row so far, and to add its own.
+    """
+    rows = card.cache / (shape.V * 2 * FLOAT)
+    per_row = card.programs * (2 * passes - 1) / rows
+    pieces = shape.N * passes * per_row / card.programs
+    return Queue(shape.V / per_row, pieces, 4 * card.latency * pieces)
 
 
 def compile_kernel(
@@ -216,19 +274,22 @@ def _is_of_one_number(instruction: str) -> bool:
 def table(card: Card, kernel: Kernel, R: int) -> str:
     """Return the estimates in milliseconds as a Markdown table.
 
-    Its last column is what a kernel would reach that reads rows from memory once, and later from the cache.
+    The last columns are times over the floor too: what a kernel would reach that reads rows from memory once, and later
+    from the cache; TRL's products alone; and Liger's kernel.
     """
     rows = [
-        "| H student / teacher | floor | products | comparison | rest | total | over the floor | goal | read once |",
-        "|---" * 9 + "|",
+        "| H student / teacher | floor | products | comparison | rest | total "
+        "| over the floor | goal | read once | TRL | Liger |",
+        "|---" * 11 + "|",
     ]
     for shape in SHAPES:
         seconds = estimate(shape, card, kernel, R)
         parts = (seconds.floor, seconds.products, seconds.comparison, seconds.rest, seconds.total)
         numbers = " | ".join(f"{1e3 * part:.1f}" for part in parts)
-        once = estimate(shape, replace(card, cache=inf), kernel, R)
+        once = estimate(shape, ALL_CACHED, kernel, R)
         ratios = f"{seconds.total / seconds.floor:.2f} | {shape.goal} | {once.total / once.floor:.2f}"
-        rows.append(f"| {shape.H} / {shape.G} | {numbers} | {ratios} |")
+        trl, liger = (of(shape, card) / seconds.floor for of in (trl_products, liger_kernel))
+        rows.append(f"| {shape.H} / {shape.G} | {numbers} | {ratios} | > {trl:.2f} | {liger:.2f} |")
     return "\n".join(rows)
 
 
@@ -239,6 +300,14 @@ def main() -> None:
     kernel = compile_kernel("jsd", 90)
     print(f"{H100.name}, estimated: N = {SHAPES[0].N}, V = {SHAPES[0].V}, milliseconds, tiles of 2048 tokens\n")
     print(table(H100, kernel, 2048))
+    queue = queue_of_pieces(SHAPES[0], H100, len(kernel.instructions))
+    of_request = 4 * queue.pieces
+    saved = estimate(SHAPES[0], H100, kernel, 2048).total - estimate(SHAPES[0], ALL_CACHED, kernel, 2048).total
+    print(
+        f"\nTo read once by a queue: pieces of {queue.piece:,.0f} logits, {queue.pieces:,.0f} per program, waiting "
+        f"{1e3 * queue.waiting:.1f} ms of a program to save {1e3 * saved:.1f} ms, which are equal if a request takes "
+        f"{1e6 * saved / of_request:.2f} µs"
+    )
     print(
         "\n| kind, sm_90 | registers | spilled | 16-byte accesses | instructions per element in each pass |\n"
         + "|---" * 5

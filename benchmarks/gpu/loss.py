@@ -1,13 +1,13 @@
 """The stage `loss`: time and memory of the divergence beside its floor and its peers, errors, and a sweep of sizes.
 
-Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, R rows of a tile.
+Shapes: N tokens, V vocabulary, H the student's hidden width, G the teacher's, K top tokens, R rows of a tile.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,11 @@ import torch
 
 from benchmarks.clocks import measured_memory, median_ratio, median_seconds, seconds_of
 from benchmarks.gpu.cells import Cell, NotMeasuredError, Where
-from benchmarks.loss import BETA, CONTENDERS, Problem, gradient_errors, is_installed, ours
+from benchmarks.loss import BETA, CONTENDERS, Problem, gradient_errors, obstacle, ours, unblocked_products
+from gkd_trainer.divergence import token_divergence
 from gkd_trainer.divergence.objective import Objective
+from gkd_trainer.models.top_tokens import top_tokens
+from gkd_trainer.signals import Head, HiddenSignal
 
 TOKENS = 8192
 VOCABULARY = 151936
@@ -38,12 +41,15 @@ SHAPES = {
     "4096/4096": Shape(4096, 4096, 1.2),
 }
 
-TIMED = ("ours", "ours-frozen", "products", "torch", "trl-gkd", "trl", "liger")
+TIMED = ("ours", "ours-frozen", "products", "torch", "trl-gkd", "trl", "liger-kernel", "liger")
 BLOCKS = (512, 1024, 2048, 4096)
+KERNELS = ((512, 4), (1024, 4), (1024, 8), (2048, 8), (2048, 16), (4096, 16))
+"""Logits of each side in a program, and its warps: four or eight for each thread, since more need more registers."""
+TOP_K = 64
 WORKSPACE_MB = 2560
 """For the cell of memory, whose goal is this and a tenth of it beside the gradients in float32."""
 
-_SECONDS = {"ours": 8.0, "products": 4.0, "trl": 12.0, "liger": 40.0}
+_SECONDS = {"ours": 8.0, "products": 4.0, "trl": 12.0, "liger-kernel": 10.0, "liger": 40.0}
 """About how long contenders take, compilation included; the others take 6."""
 
 
@@ -56,7 +62,12 @@ def cells(where: Where) -> list[Cell]:
             for name in TIMED
             for shape in shapes
         ),
-        *(Cell("memory", workspace_memory, 5, {"shape": shape}) for shape in shapes),
+        *(
+            Cell("memory", workspace_memory, 8, {"shape": shape, "student": student})
+            for shape in shapes
+            for student in ("bfloat16", "float32")
+        ),
+        *(Cell("top-k", time_top_k, 8, {"shape": shape}) for shape in shapes),
         *(
             Cell("error", gradient_error, 6, {"shape": shape, "contender": name})
             for shape in shapes
@@ -70,8 +81,7 @@ def cells(where: Where) -> list[Cell]:
         *(
             Cell("kernel", time_kernel, 4, {"divergence": divergence, "tile": tile, "warps": warps})
             for divergence in where.pick(("jsd", "forward_kl"), ("jsd",))
-            for tile in where.pick((1024, 2048, 4096, 8192), (64,))
-            for warps in where.pick((4, 8, 16), (4,))
+            for tile, warps in where.pick(KERNELS, ((64, 4),))
         ),
     ]
 
@@ -82,47 +92,77 @@ def time_contender(where: Where, shape: str, contender: str) -> dict[str, Any]:
     These are added at the peak to weights and inputs, and include gradients.
     """
     chosen = CONTENDERS[contender]
-    if not is_installed(chosen):
-        raise NotMeasuredError(f"not installed: {chosen.needs}")
+    if (why := obstacle(chosen, where.device)) is not None:
+        raise NotMeasuredError(why)
     problem, device = problem_of(where, shape, is_frozen=chosen.is_frozen), where.torch_device
-    runs = functools.partial(chosen.run, problem), functools.partial(CONTENDERS["unblocked"].run, problem)
+    run = functools.partial(chosen.run, problem)
     try:
-        runs[0]()  # compiles
+        run()  # compiles
         problem.clear()
         with measured_memory(device) as memory:
-            runs[0]()
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for turn in range(where.pick(8, 2)):
-            for run, of_run in zip(runs, seconds, strict=True):
-                elapsed = seconds_of(run, device)
-                problem.clear()
-                if turn > 0:
-                    of_run.append(elapsed)
+            run()
+        return {
+            **beside_the_floor(where, run, problem, problem),
+            "added_bytes": memory.added,
+            "tokens": len(problem.hidden_NH),
+            "vocabulary": len(problem.weight_VH),
+        }
     finally:
         problem.clear()
+
+
+def beside_the_floor(where: Where, run: Callable[[], None], problem: Problem, whole: Problem) -> dict[str, float]:
+    """Return the seconds of a run on `problem` and of the products of `whole`, in turns, and their ratio."""
+    runs = run, functools.partial(unblocked_products, whole)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(where.pick(8, 2)):
+        for each, of_run in zip(runs, seconds, strict=True):
+            problem.clear()
+            elapsed = seconds_of(each, where.torch_device)
+            if turn > 0:
+                of_run.append(elapsed)
     return {
         "seconds": statistics.median(seconds[0]),
         "floor_seconds": statistics.median(seconds[1]),
         "ratio": median_ratio(*seconds),
-        "added_bytes": memory.added,
-        "tokens": len(problem.hidden_NH),
-        "vocabulary": len(problem.weight_VH),
     }
 
 
-def workspace_memory(where: Where, shape: str) -> dict[str, Any]:
-    """Return the bytes that the loss takes beside weights, inputs and gradients in float32, with a given workspace."""
-    problem = problem_of(where, shape, is_frozen=False)
+def workspace_memory(where: Where, shape: str, student: str) -> dict[str, Any]:
+    """Return the bytes that the loss takes beside weights, inputs and gradients in float32, with a given workspace.
+
+    And its seconds, beside those of the unblocked products. The teacher is in bfloat16; so are the products of a
+    `student` in float32, as under mixed precision.
+    """
+    whole = problem_of(where, shape, is_frozen=False)
+    problem = whole.with_student(getattr(torch, student))
     workspace_mb = where.pick(WORKSPACE_MB, 1)
-    run = functools.partial(ours, problem, workspace_mb=workspace_mb)
-    try:
+    run = functools.partial(ours, problem, workspace_mb=workspace_mb, product_dtype=torch.bfloat16)
+    run()
+    problem.clear()
+    with measured_memory(where.torch_device) as memory:
         run()
+    return {
+        "workspace_bytes": workspace_mb * 2**20,
+        "bytes": memory.added - problem.gradient_bytes,
+        **beside_the_floor(where, run, problem, whole),
+    }
+
+
+def time_top_k(where: Where, shape: str) -> dict[str, Any]:
+    """Return the seconds of a teacher's top tokens from its hidden states, and of the divergence on them."""
+    problem, device = problem_of(where, shape, is_frozen=False), where.torch_device
+    teacher = HiddenSignal(problem.teacher_hidden_NG, Head(problem.teacher_weight_VG))
+    student = HiddenSignal(problem.hidden_NH, Head(problem.weight_VH))
+    find = functools.partial(top_tokens, teacher, where.pick(TOP_K, 5))
+    found = find()
+
+    def compare() -> None:
+        token_divergence(student, found, beta=BETA).values_N.sum().backward()
         problem.clear()
-        with measured_memory(where.torch_device) as memory:
-            run()
-    finally:
-        problem.clear()
-    return {"workspace_bytes": workspace_mb * 2**20, "bytes": memory.added - problem.gradient_bytes}
+
+    turns = where.pick(5, 1)
+    return {"teacher_seconds": median_seconds(find, device, turns), "seconds": median_seconds(compare, device, turns)}
 
 
 def gradient_error(where: Where, shape: str, contender: str) -> dict[str, Any]:

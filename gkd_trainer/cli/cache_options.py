@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from gkd_trainer.config import GKDConfig
     from gkd_trainer.data.sources import RowSource
+    from gkd_trainer.teachers.cache import Part
 
 _TEACHER = (
     "teacher_model_name_or_path",
@@ -62,6 +63,12 @@ class CacheOptions:
     )
     shard_mb: float = _option(256.0, "Size of a file in MiB, before compression.")
     batch_size: int = _option(8, "Number of rows that the teacher scores at once.")
+    part: str | None = _option(
+        None,
+        "I/N: score only each N-th row from row I on, and write these to part-I-of-N in --output_dir, as one of N "
+        "processes; `train` reads all parts by --teacher_cache_dir. By default all rows; under `accelerate launch` or "
+        "torchrun, each process takes a part.",
+    )
 
 
 @dataclass
@@ -94,6 +101,7 @@ class CacheRun:
     cache: CacheOptions
     rows: RowOptions
     config: GKDConfig
+    part: Part | None
 
 
 def parse(arguments: Sequence[str]) -> CacheRun:
@@ -124,7 +132,21 @@ def parse(arguments: Sequence[str]) -> CacheRun:
     given = {name: getattr(options, name) for name in (*_TEACHER, *_ROWS)}
     with refusing_as_configuration():
         config = GKDConfig(output_dir=cache.output_dir, lmbda=0.0, report_to="none", **given)
-    return CacheRun(cache, rows, config)
+    return CacheRun(cache, rows, config, _part(cache.part, config))
+
+
+def _part(given: str | None, config: GKDConfig) -> Part | None:
+    """Return the part of the rows that this process takes; None for all."""
+    from gkd_trainer.teachers.cache import Part
+
+    if config.world_size == 1:
+        return None if given is None else Part.parsed(given)
+    if given is not None:
+        raise GKDConfigError(
+            f"each of the {config.world_size} processes that were launched takes a part of the rows by itself: leave "
+            f"part={given} out, or start one process"
+        )
+    return Part(number=config.process_index + 1, count=config.world_size)
 
 
 def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:

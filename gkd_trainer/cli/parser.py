@@ -74,6 +74,8 @@ def build_parser(
     for action in parser._actions:
         if action.type in (int, float) and type(None) in get_args(hints.get(action.dest)):
             action.type = _or_none(action.type)
+        if action.dest in _PATHS and list[str] in get_args(hints.get(action.dest)):
+            action.nargs = "+"  # of an option that takes a list or a string, transformers' parser takes a string
         if action.nargs == 0 and action.const is False:  # its help is that of the option which it switches off
             action.help = f"Short for --{action.dest} false."
     return parser

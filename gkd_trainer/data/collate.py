@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    default_data_collator,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, PER_TOKEN, SIDE_TENSORS, TEACHER_PROMPT_IDS, SideTensor
@@ -173,6 +178,11 @@ class EncoderDecoderCollator:
             "attention_mask": pad_sequence([torch.ones_like(ids_L) for ids_L in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
+
+
+def can_pad(collator: Any) -> bool:
+    """Return whether a collator may pad: False for transformers' default_data_collator, also as a class."""
+    return collator is not default_data_collator and type(collator) is not DefaultDataCollator
 
 
 def unwrapped(collator: Any) -> Any:

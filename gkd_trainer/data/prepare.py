@@ -303,12 +303,15 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow, needs_all: bool) -> An
 
 
 def _warn_of_date(preparer: RowPreparer, row: Mapping[str, Any], name: str) -> None:
-    if preparer.writes_date(row):
+    places = {"": preparer.writes_date(row), " into the teacher's prompts": preparer.writes_date_for_teacher(row)}
+    for place in (place for place, is_dated in places.items() if is_dated):
         logger.warning(
-            "%s: the chat template writes today's date, so tomorrow these rows have other tokens: a resumed run trains "
-            "on other prompts, and a cache does not find them. Give the date in the column chat_template_kwargs (to "
-            "Llama 3.2's template as date_string), or write it into tokenizer.chat_template in place of strftime_now",
+            "%s: the chat template writes today's date%s, so tomorrow these rows have other tokens: a resumed run "
+            "trains on other prompts, and a cache does not find them. Give the date in the column chat_template_kwargs "
+            "(to Llama 3.2's template as date_string), or write it into tokenizer.chat_template in place of "
+            "strftime_now",
             name,
+            place,
         )
 
 

@@ -10,7 +10,7 @@ from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing, images_of, require_own, require_readable, with_image_parts
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, texts_of, tools_of
+from gkd_trainer.data.messages import has_messages, messages_of, template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.rules import PreparedRow, RowRules, fitted, fitted_pair
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts
@@ -118,9 +118,12 @@ class RowPreparer:
     def writes_date(self, row: Mapping[str, Any]) -> bool:
         """Return whether the chat template writes today's date into rows like this one."""
         formatted = self._readable(row)
-        is_chat = any(isinstance(formatted.get(column), list) for column in ("messages", "conversations", "prompt"))
-        variables = formatted.get("chat_template_kwargs")
-        return is_chat and writes_date(self.tokenizer, variables if isinstance(variables, dict) else {})
+        return has_messages(formatted) and writes_date(self.tokenizer, _variables_of(formatted))
+
+    def writes_date_for_teacher(self, row: Mapping[str, Any]) -> bool:
+        """Return whether it is written into the teacher's prompts of rows like this one, by its template or ours."""
+        shown = {**_teachers_columns(row), **self._readable(row)}
+        return self.teacher_prompts.renders(shown) and writes_date(self.teacher_prompts.tokenizer, _variables_of(shown))
 
     def _readable(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a row as `formatting_func` makes it, or nothing if it can't be read, which `prepare` says."""
@@ -348,6 +351,12 @@ class RowPreparer:
 
 def _refused(error: Exception) -> RowDropped:
     return RowDropped(f"refused by the chat template ({str(error)[:100]})")
+
+
+def _variables_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row's variables for the chat template, or none if they can't be read, which `prepare` says."""
+    variables = row.get("chat_template_kwargs")
+    return variables if isinstance(variables, dict) else {}
 
 
 def _teachers_columns(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
-from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
+from gkd_trainer.data.messages import has_messages, template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.data.tokens import RowDropped, id_list
 from gkd_trainer.errors import GKDDataError
@@ -77,6 +77,13 @@ class TeacherPrompts:
         if not ids:
             raise RowDropped(f"empty {TEACHER_PROMPT}")
         return ids
+
+    def renders(self, row: Mapping[str, Any]) -> bool:
+        """Return whether messages are rendered as the teacher's prompt of a row."""
+        given = row.get(TEACHER_PROMPT)
+        if given is not None:
+            return not isinstance(given, str)
+        return self.rendered is not None and row.get(TEACHER_PROMPT_IDS) is None and has_messages(row)
 
     def trained(self, labels: list[int], prompt: list[int]) -> list[int]:
         """Return a row's labels, limited to the last run if the teacher reads a prompt of its own, or may do so."""

@@ -33,6 +33,9 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _FAR = tl.constexpr(1e4)
 """Stands for infinity when multiplied by probability zero, as in `objective.py`."""
 
+_COMPARABLE = tl.constexpr(2.0**23)
+"""From which difference on the gap of two logits absorbs a whole nat, as in `rows.py`."""
+
 _HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 """Whether the processor's own exponential and logarithm, of base two, can be called."""
 
@@ -162,6 +165,7 @@ def _compare_kernel(
     else:
         value, slope_sum = tl.sum(sums[0], axis=0) * factor, tl.sum(sums[1], axis=0)
     value += (log_z_q + log_z_p) * 0.0  # NaN if a side is not finite, which its terms may hide
+    value = tl.where(tl.abs(top_q - top_p) < _COMPARABLE, value, float("nan"))
 
     label, cross_entropy = -1, 0.0
     if HAS_LABELS:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gkd_trainer.batch_keys import DECODER_INPUT_IDS
 from gkd_trainer.models.decoders import is_encoder_decoder
+from gkd_trainer.models.device_map import has_own_forward, is_hooked, only_moves_tensors
 from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, StudentSignal
 from gkd_trainer.types import TokenBatch
 
@@ -49,7 +50,7 @@ class SeparableHead:
         """Return the head with its current weights, in the autograd graph if they are trained."""
         bias_V = self.module.bias
         if self.biased is not None:
-            final_V: Any = self.biased.final_logits_bias[0]  # type: ignore[index]
+            final_V: Any = self.biased.final_logits_bias[0].to(self.module.weight.device)  # type: ignore[index]
             bias_V = final_V if bias_V is None else bias_V + final_V
         return Head(self.module.weight, bias_V, self.scale, self.softcap)
 
@@ -79,11 +80,14 @@ class Context:
         return f"set max_length to {self.limit} or less{scaling}"
 
 
-def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | InseparableHead:
+def find_head(
+    model: nn.Module, *, is_sharded: bool = False, on_any_device: bool = False
+) -> SeparableHead | InseparableHead:
     """Return the head of a language model, checked against the model's own logits by one forward of four tokens.
 
     The check makes this safe: it reveals anything that an unknown architecture does between hidden states and logits.
-    It runs in eval mode and draws no random numbers. `model` must not be wrapped for distribution.
+    It runs in eval mode and draws no random numbers. `model` must not be wrapped for distribution. Predictions are on
+    the head's device: only with `on_any_device` may that be another one than the batch's, where a device map put it.
     """
     module = output_embeddings(model)
     if getattr(model, "_compiled_call_impl", None) is not None:  # model.compile()
@@ -96,10 +100,13 @@ def find_head(model: nn.Module, *, is_sharded: bool = False) -> SeparableHead | 
     weight_VH = module.weight
     if type(weight_VH) is not nn.Parameter or not weight_VH.is_floating_point():
         return InseparableHead("the weight of its head is quantised or distributed", module)
-    if weight_VH.is_meta or weight_VH.numel() == 0 or hasattr(module, "_hf_hook"):
-        return InseparableHead("the weight of its head is offloaded, sharded or moved between devices", module)
-    if "forward" in vars(module):
+    if weight_VH.is_meta or weight_VH.numel() == 0:
+        return InseparableHead("the weight of its head is offloaded or sharded", module)
+    if not has_own_forward(module):
         return InseparableHead("the forward of its head was replaced", module)
+    if is_hooked(module) and not (on_any_device and only_moves_tensors(module)):
+        hook = "a hook of accelerate does more to its head than move tensors between devices"
+        return InseparableHead(hook if on_any_device else "a device map placed it on several devices", module)
     config = _text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     biased = model if isinstance(getattr(model, "final_logits_bias", None), Tensor) else None
@@ -141,7 +148,8 @@ def compare(
     """Run a model's forward; return `comparison` of its predictions at the scored positions, and the forward's output.
 
     `model` may be wrapped (DDP, FSDP): calling its forward runs the hooks. With a separable head the comparison runs
-    inside the forward, where the head's weight is gathered, and the output holds one column of logits; with an
+    inside the forward, on the head's device, where its weight is gathered, and the output holds one column of logits;
+    with an
     inseparable one it holds all logits [B, L, V], which autocast does not round if the head's weights are float32. With
     `is_output_hidden`, or a sharded head, the column is of the hidden states, and the loss must include `connection` of
     the output.
@@ -152,7 +160,8 @@ def compare(
         return comparison(LogitsSignal(logits_of(output)[batch.rows_N, batch.columns_N])), output
 
     def compare_hidden(hidden_BLH: Tensor) -> T:
-        return comparison(HiddenSignal(hidden_BLH[batch.rows_N, batch.columns_N], head.current()))
+        rows_N, columns_N = (index_N.to(hidden_BLH.device) for index_N in (batch.rows_N, batch.columns_N))
+        return comparison(HiddenSignal(hidden_BLH[rows_N, columns_N], head.current()))
 
     with _in_place_of(head, compare_hidden, is_output_hidden or head.is_sharded) as results:
         output = model(**batch.model_inputs, **forward_kwargs)
@@ -278,9 +287,11 @@ def _is_float32(module: nn.Module) -> bool:
 @contextmanager
 def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T], is_output_hidden: bool) -> Iterator[list[T]]:
     module, biased, results = head.module, head.biased, list[T]()
+    replaced = vars(module).get("forward")
     final_bias_1V: Any = None if biased is None else biased.final_logits_bias
 
     def first_column(hidden_BLH: Tensor) -> Tensor:
+        hidden_BLH = hidden_BLH.to(module.weight.device)  # as the hook on a module of a device map does
         results.append(call(hidden_BLH))
         if biased is not None:  # it would broadcast the column to [B, L, V]
             biased.final_logits_bias = final_bias_1V[:, :1]
@@ -296,6 +307,8 @@ def _in_place_of(head: SeparableHead, call: Callable[[Tensor], T], is_output_hid
         yield results
     finally:
         del module.forward
+        if replaced is not None:
+            module.forward = replaced  # type: ignore[method-assign]
         if biased is not None:
             biased.final_logits_bias = final_bias_1V
 
@@ -304,7 +317,7 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
     hidden: list[Tensor] = []
 
     def rescale(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden_BLH = args[0]
+        hidden_BLH = args[0].to(head.module.weight.device)
         if hidden_BLH.shape[:-1] == (1, _PROBE_LENGTH):
             # Small logits, as of an untrained model, hide a soft-cap, and large ones an offset: so make the first
             # position 0 and the last one large.
@@ -332,6 +345,7 @@ def _explains_logits(model: nn.Module, head: SeparableHead) -> bool:
             if len(hidden) != 1 or hidden[0].shape[:-1] != (1, _PROBE_LENGTH):
                 return False
             expected_BLV = head.current().logits(hidden[0])
+            logits_BLV = logits_BLV.to(expected_BLV.device)
     finally:
         hook.remove()
         for module in in_training:

@@ -133,7 +133,11 @@ class VLLMColocateRollouts(RolloutEngine):
         padded_size = self._llm.llm_engine.model_config.get_vocab_size()
         self._never_ids = [*sorted(never_sampled), *range(vocab_size, padded_size)]
         self._limits_biases = bool(getattr(self._llm.llm_engine.vllm_config, "use_v2_model_runner", False))
-        self._check_biases(len(self._never_ids))
+        try:
+            self._check_biases(len(self._never_ids))
+        except GKDConfigError:
+            self.close()  # the error's traceback would keep the engine in a notebook's memory
+            raise
         # Others depend on how tokens are sampled, or are logits.
         self._computes_raw_log_probs = self._llm.llm_engine.model_config.logprobs_mode == "raw_logprobs"
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len

@@ -22,7 +22,7 @@ from gkd_trainer.rollouts.vllm_sampling import (
 )
 from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
 from gkd_trainer.types import Completion, PromptMedia, Sampling
-from gkd_trainer.vllm_answers import CompletionAnswer, Models
+from gkd_trainer.vllm_answers import CompletionAnswer, Models, ServerInfo
 from gkd_trainer.vllm_client import RequestRefusedError, VLLMServer, call_each
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class VLLMServerRollouts(RolloutEngine):
         ]
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size, self._never_sampled = vocab_size, sorted(never_sampled)
-        self._rank, self._has_warned = rank, False
+        self._rank, self._takes_any_biases = rank, False
         shown = [server.base_url for server in self._servers]
         # Checked before the first contact, which may take long.
         folder = shared_folder(sync_dir, shown) if rank == 0 and weight_sync != "nccl" else None
@@ -108,6 +108,21 @@ class VLLMServerRollouts(RolloutEngine):
         else:
             self._sync = (AdapterSync if weight_sync == "adapter" else FullSync)(self._servers, folder)
 
+    def _refuse_or_warn(self, excess: str) -> None:
+        """Raise GKDConfigError if a server's model runner does not take so many biases; warn once if that is unknown.
+
+        The runner V1 takes any number.
+        """
+        if self._takes_any_biases:
+            return
+        uses_v2 = call_each(self._servers, self._servers, lambda server, _: _uses_runner_v2(server))
+        for server, is_v2 in zip(self._servers, uses_v2, strict=True):
+            if is_v2:
+                raise GKDConfigError(f"{excess}. The server at {server.base_url} has VLLM_USE_V2_MODEL_RUNNER=1")
+        if None in uses_v2:
+            logger.warning("Unless they use another, the vLLM servers end at the next request: %s.", excess)
+        self._takes_any_biases = True
+
     def sync(self, model: nn.Module) -> None:
         """Send the servers the student's current weights; all ranks must call it."""
         if self._rank == 0:
@@ -130,10 +145,8 @@ class VLLMServerRollouts(RolloutEngine):
         # The server must have as many rows in its head as the student's: vLLM refuses a bias for an id that it lacks.
         never_ids = [*self._never_sampled, *self._sync.padding_ids(self._vocab_size)]
         fields = sampling_fields(sampling, self._stop_ids, never_ids)
-        excess = excess_of_biases(len(fields.get("logit_bias", ())))
-        if excess and not self._has_warned:  # the server does not say which runner it has, and V1 takes any number
-            logger.warning("Unless they use another, the vLLM servers end at the next request: %s.", excess)
-            self._has_warned = True
+        if excess := excess_of_biases(len(fields.get("logit_bias", ()))):
+            self._refuse_or_warn(excess)
         fields |= _ANSWER_FORM
 
         def parse(answer: object) -> Completion:
@@ -239,3 +252,12 @@ class VLLMServerRollouts(RolloutEngine):
 def _served_model(answer: object) -> tuple[str, int]:
     lengths = Models.parse(answer).lengths()
     return next(iter(lengths.items()))
+
+
+def _uses_runner_v2(server: VLLMServer) -> bool | None:
+    """Return whether a server was told to use vLLM's model runner V2; None if it does not say."""
+    try:
+        environment = server.get("/server_info?config_format=json", ServerInfo.parse).environment
+    except RequestRefusedError:  # only in its development mode, which adapters do without
+        return None
+    return None if environment is None else environment.uses_runner_v2

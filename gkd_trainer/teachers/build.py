@@ -77,7 +77,7 @@ def _live_teacher(
     if teacher is None and isinstance(source, str | os.PathLike):
         init_kwargs = cast("dict[str, Any] | None", args.teacher_model_init_kwargs)  # JSON is parsed already
         options = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-        return FrozenTeacher.from_pretrained(source, top_k=top_k, **options)
+        return FrozenTeacher.from_pretrained(source, top_k=top_k, offload=args.teacher_offload, **options)
     if args.teacher_model_init_kwargs is not None:
         raise GKDTeacherError(
             "teacher_model_init_kwargs is for loading a teacher by name, but the given one is already loaded: leave it "
@@ -88,9 +88,15 @@ def _live_teacher(
             raise GKDTeacherError(
                 "teacher_top_k has no effect on a teacher passed as an object: pass top_k to that teacher instead"
             )
+        if args.teacher_offload:
+            raise GKDTeacherError(
+                "teacher_offload has no effect on a teacher passed as an object: pass offload=True to that teacher "
+                "instead"
+            )
         return teacher
     if teacher_model is not None and not isinstance(teacher_model, str | os.PathLike):
-        return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k)
+        offload = args.teacher_offload
+        return FrozenTeacher(teacher_model, trust_remote_code=trust_remote_code, top_k=top_k, offload=offload)
     if args.self_teacher is not None:
         return SelfTeacher(args.self_teacher, ema_decay=args.self_teacher_ema_decay)
     assert urls is not None  # the only case left

@@ -26,13 +26,13 @@ from gkd_trainer.teachers.cache.format import (
     Manifest,
     StoredWitness,
     dtype_name,
-    read_manifest,
     refuse_another_served,
     template_digest,
     weights_digest,
 )
+from gkd_trainer.teachers.cache.joined import JoinedReader, read_manifests
 from gkd_trainer.teachers.cache.kinds import Values, values_of
-from gkd_trainer.teachers.cache.reader import CacheReader, read_vocabulary
+from gkd_trainer.teachers.cache.reader import read_vocabulary
 from gkd_trainer.teachers.description import TeacherDescription, describe
 from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
 from gkd_trainer.transfer import to_device
@@ -42,25 +42,32 @@ logger = logging.getLogger(__name__)
 
 
 class CachedTeacher(CompositeTeacher):
-    """Reads a teacher's predictions from a folder that `gkd-trainer cache` wrote, for data that does not change.
+    """Reads a teacher's predictions from folders that `gkd-trainer cache` wrote, for data that does not change.
 
     Rows are found by their token ids, so their order, the number of workers and ranks, and filters do not matter; a
     longer row serves its prefixes. Files are mapped into memory, and each row is checked when it is read.
 
     Args:
-        folder: The cache.
+        folder: The cache, or several of one teacher, such as those of several datasets. A folder of parts stands for
+            all of them. A row that is in more than one cache is read from the first.
         fallback: The teacher that was cached, to score rows that the cache lacks. Without one, such a row is an error,
             so that the student can't be trained on completions generated during training.
 
     Raises:
-        GKDTeacherError: There is no cache in `folder`, its manifest was changed, or `fallback` can't stand in for it.
+        GKDTeacherError: There is no cache in a folder, or only some of its parts; its manifest was changed; the caches
+            are not of one teacher; or `fallback` can't stand in for it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fallback: Teacher | None = None) -> None:
-        self._folder, self._fallback = Path(folder), fallback
-        self._manifest = read_manifest(self._folder)
+    def __init__(
+        self, folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], fallback: Teacher | None = None
+    ) -> None:
+        folders = [folder] if isinstance(folder, str | os.PathLike) else folder
+        self._names, self._fallback = ", ".join(map(str, folders)), fallback
+        self._manifests = read_manifests(map(Path, folders))
+        # What the caches must have in common is read from the first.
+        self._folder, self._manifest = next(iter(self._manifests.items()))
         self._vocabulary = read_vocabulary(self._folder, self._manifest)
-        self._reader: CacheReader | None = None
+        self._reader: JoinedReader | None = None
         self._head: Head | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._has_missed = False
@@ -75,7 +82,7 @@ class CachedTeacher(CompositeTeacher):
                 "student: pass a separate teacher"
             )
         if fallback is not None:
-            self._require("top_k", fallback.top_k, self._manifest.top_k)
+            self._require(self._folder, "top_k", fallback.top_k, self._manifest.top_k)
 
     def score(self, batch: TokenBatch) -> Signal:
         """Return the cached predictions at the batch's scored positions, and the fallback's for rows without any.
@@ -99,35 +106,45 @@ class CachedTeacher(CompositeTeacher):
         """Look up rows before any is drawn; log how many the fallback will score.
 
         Args:
-            rows: The number of each row in its dataset, and a batch of it alone, as it will be scored; None if that
+            rows: The number of each row in its dataset, and a batch of it alone, as it will be collated; None if that
                 can't be known ahead.
             name: The dataset's name in errors and the log.
 
         Raises:
-            GKDDataError: Rows are not in the cache, and there is no fallback; or see `score`.
+            GKDDataError: Rows are not in the cache, or are bare prompts, which the student completes before they are
+                scored, and there is no fallback; or see `score`.
             GKDTeacherError: The rows can't be looked up now, the cache is not complete, and there is no fallback.
         """
         reader = self._opened("check_rows")
         if rows is None:
-            if self._fallback is None and not self._manifest.is_complete:
+            if self._fallback is None and (incomplete := self._incomplete()):
                 raise GKDTeacherError(
-                    f"{self._incomplete()}, and the rows of {name} can't be looked up before they are drawn. Run the "
-                    "`gkd-trainer cache` command that began it again, which continues it, or set "
+                    f"{'. '.join(incomplete)}, and the rows of {name} can't be looked up before they are drawn. Run "
+                    "the `gkd-trainer cache` command that began it again, which continues it, or set "
                     "teacher_cache_miss='teacher' (CachedTeacher's fallback)"
                 )
             return
         n_rows = n_missing = 0
         first = ""
+        prompts = []
         for number, batch in rows:
             n_rows += 1
             sequences = self._sequences(batch)
+            if bool((batch.on_host.labels_BL == IGNORE_INDEX).all()):
+                prompts.append(number)
             lacking = [index for index, sequence in enumerate(sequences) if not reader.has(sequence)]
             if lacking:
                 n_missing += 1
                 first = first or f"row {number}: {self._description(batch, sequences, lacking[0])}"
+        if prompts and self._fallback is None:
+            raise GKDDataError(
+                f"{name}: {len(prompts)} of {n_rows} rows looked up are prompts without a completion, such as row "
+                f"{prompts[0]}; the student will complete them, and no cache can have its completions: add a "
+                "completion to each, leave them out, or set teacher_cache_miss='teacher' (CachedTeacher's fallback)"
+            )
         if n_missing == 0:
             return
-        counted = f"{name}: {n_missing} of {n_rows} rows looked up are not in the cache in {self._folder}"
+        counted = f"{name}: {n_missing} of {n_rows} rows looked up are not in the cache in {self._names}"
         if self._fallback is not None:
             logger.info("%s: the teacher scores them.", counted)
             return
@@ -136,7 +153,7 @@ class CachedTeacher(CompositeTeacher):
             f"{self._remedy()}"
         )
 
-    def _opened(self, caller: str) -> CacheReader:
+    def _opened(self, caller: str) -> JoinedReader:
         if self._reader is None:
             raise RuntimeError(f"CachedTeacher.{caller} was called before prepare(device)")
         return self._reader
@@ -147,20 +164,15 @@ class CachedTeacher(CompositeTeacher):
         prompts_BP = batch.on_host.side.get(TEACHER_PROMPT_IDS)
         if prompts_BP is not None and bool((prompts_BP != IGNORE_INDEX).any()):
             raise GKDDataError(
-                f"the cache in {self._folder} holds predictions for the rows' own prompts, but this batch has prompts "
+                f"the cache in {self._names} holds predictions for the rows' own prompts, but this batch has prompts "
                 "of the teacher's own: remove the column teacher_prompt, or train with the teacher itself"
             )
         return sequences_of(batch)
 
     @property
-    def folder(self) -> Path:
-        """The cache."""
-        return self._folder
-
-    @property
-    def manifest(self) -> Manifest:
-        """What was cached, from which teacher."""
-        return self._manifest
+    def manifests(self) -> Mapping[Path, Manifest]:
+        """What was cached, from which teacher, by folder."""
+        return self._manifests
 
     @property
     def fallback(self) -> Teacher | None:
@@ -203,12 +215,12 @@ class CachedTeacher(CompositeTeacher):
         return self._fallback is not None and self._fallback.can_generate
 
     def check_options(self, args: GKDArguments) -> None:
-        """Raise GKDTeacherError if the cache was made with options that the run's don't fit."""
-        source = self._manifest.source
+        """Raise GKDTeacherError if a cache was made with options that the run's don't fit."""
         if args.teacher_top_k is not None:
-            self._require("teacher_top_k", args.teacher_top_k, self.top_k)
-        if source.train_on == "last_turn":  # of all turns, the last is a part
-            self._require("train_on", args.train_on, source.train_on)
+            self._require(self._folder, "teacher_top_k", args.teacher_top_k, self.top_k)
+        for folder, manifest in self._manifests.items():
+            if manifest.source.train_on == "last_turn":  # of all turns, the last is a part
+                self._require(folder, "train_on", args.train_on, manifest.source.train_on)
 
     def prepare(
         self,
@@ -225,42 +237,43 @@ class CachedTeacher(CompositeTeacher):
             GKDTeacherError: The run's chat template or `max_length` is not the cache's, the fallback is not the cached
                 teacher, or the cache is damaged.
         """
-        source = self._manifest.source
-        if tokenizer is not None and None not in (source.chat_template, template_digest(tokenizer)):
-            self._require("chat_template", template_digest(tokenizer), source.chat_template)
-        if source.max_length is not None and (max_length is None or max_length > source.max_length):
-            raise GKDTeacherError(
-                f"the cache in {self._folder} holds rows of up to max_length={source.max_length} tokens, but this run "
-                f"has max_length={max_length}: set it to {source.max_length} or less, or make a cache with this run's"
-            )
+        for folder, manifest in self._manifests.items():
+            template, longest = manifest.source.chat_template, manifest.source.max_length
+            if tokenizer is not None and None not in (template, template_digest(tokenizer)):
+                self._require(folder, "chat_template", template_digest(tokenizer), template)
+            if longest is not None and (max_length is None or max_length > longest):
+                raise GKDTeacherError(
+                    f"the cache in {folder} holds rows of up to max_length={longest} tokens, but this run has "
+                    f"max_length={max_length}: set it to {longest} or less, or make a cache with this run's"
+                )
         if self._fallback is not None:
             self._fallback.prepare(device, tokenizer, max_length)
             self._check_fallback(self._fallback)
         self._tokenizer = tokenizer
-        self._reader = CacheReader(self._folder, self._manifest)
-        if not self._manifest.is_complete:
-            logger.warning("%s.", self._incomplete())
-        head = self._reader.shared.head
+        self._reader = JoinedReader(self._manifests)
+        for incomplete in self._incomplete():
+            logger.warning("%s.", incomplete)
+        head = self._reader.head
         self._head = None if head is None else _moved(head, device)
 
     def _check_fallback(self, fallback: Teacher) -> None:
         source, model = self._manifest.source, fallback.model
-        self._require("vocab_size", fallback.vocab_size, source.vocab_size)
+        self._require(self._folder, "vocab_size", fallback.vocab_size, source.vocab_size)
         weights = None if model is None else weights_digest(model)
         if model is not None:
-            self._require("dtype", dtype_name(model.dtype), source.dtype)
-            self._require("weights", weights, source.weights)
+            self._require(self._folder, "dtype", dtype_name(model.dtype), source.dtype)
+            self._require(self._folder, "weights", weights, source.weights)
         if weights is None:  # unknown, so its name counts, and what it says
-            name = str(describe(fallback).name)
-            self._require("teacher", name, source.teacher)
+            name = describe(fallback).full_name
+            self._require(self._folder, "teacher", name, source.teacher)
             refuse_another_served(
                 self._folder, source, CacheSource(teacher=name, witness=StoredWitness.of(fallback.witness))
             )
 
-    def _require(self, name: str, given: object, cached: object) -> None:
+    def _require(self, folder: Path, name: str, given: object, cached: object) -> None:
         if given != cached:
             raise GKDTeacherError(
-                f"the cache in {self._folder} was made with another {name}: {cached!r} there, {given!r} in this run. "
+                f"the cache in {folder} was made with another {name}: {cached!r} there, {given!r} in this run. "
                 "Use what it was made with, or make a cache for this run"
             )
 
@@ -284,21 +297,25 @@ class CachedTeacher(CompositeTeacher):
         if self._fallback is None:
             row = self._description(batch, sequences, missing[0])
             raise GKDDataError(
-                f"a row is not in the cache in {self._folder} ({row}), or not the predictions for all "
+                f"a row is not in the cache in {self._names} ({row}), or not the predictions for all "
                 f"{len(sequences[missing[0]].targets_P)} of its tokens trained on. {self._remedy()}"
             )
         if not self._has_missed:
             self._has_missed = True
-            logger.info("Some rows are not in the cache in %s: the teacher scores them.", self._folder)
+            logger.info("Some rows are not in the cache in %s: the teacher scores them.", self._names)
         asked = [sequences[index] for index in missing]
         signal = self._fallback.score(_batch_of(asked, batch.labels_BL.device))
         values = values_of(signal, self._manifest.kind)
         counts = [len(sequence.targets_P) for sequence in asked]
         return list(zip(*(value.split(counts) for value in values), strict=True))
 
-    def _incomplete(self) -> str:
-        n_rows = sum(shard.rows for shard in self._manifest.shards)
-        return f"The cache in {self._folder} is not complete: it holds {n_rows} rows so far"
+    def _incomplete(self) -> list[str]:
+        """Return a sentence for each cache that is not complete, without its full stop."""
+        incomplete = {folder: each.shards for folder, each in self._manifests.items() if not each.is_complete}
+        return [
+            f"The cache in {folder} is not complete: it holds {sum(shard.rows for shard in shards)} rows so far"
+            for folder, shards in incomplete.items()
+        ]
 
     def _description(self, batch: TokenBatch, sequences: list[TokenSequence], index: int) -> str:
         """Return what tells a row: its key, if it has one, and its tokens."""
@@ -320,7 +337,7 @@ class CachedTeacher(CompositeTeacher):
                 " The chat template writes today's date unless the rows give one, so rows that were cached on another "
                 "day have other tokens: cache them with a fixed date (chat_template_kwargs, or a changed template)."
             )
-        state = "" if self._manifest.is_complete else f"{self._incomplete()}. "
+        state = "".join(f"{incomplete}. " for incomplete in self._incomplete())
         return (
             f"{state}Add this data to it with `gkd-trainer cache` and the options of this run, or set "
             f"teacher_cache_miss='teacher' (CachedTeacher's fallback).{dated}"
@@ -329,7 +346,8 @@ class CachedTeacher(CompositeTeacher):
 
 @describe.register
 def _(teacher: CachedTeacher) -> TeacherDescription:
-    return TeacherDescription(teacher.manifest.source.teacher, (), teacher.top_k)
+    first = next(iter(teacher.manifests.values()))
+    return TeacherDescription(first.source.teacher, (), teacher.top_k)
 
 
 def _batch_of(sequences: Sequence[TokenSequence], device: torch.device) -> TokenBatch:

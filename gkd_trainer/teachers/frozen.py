@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.integrations import deepspeed
 
 from gkd_trainer.batch_keys import DECODER_INPUT_IDS, IGNORE_INDEX, has_decoder_inputs
 from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.models.device_map import HeadCopy, input_device, is_placed
 from gkd_trainer.models.heads import (
     ROUNDED_LOGITS,
     InseparableHead,
@@ -39,8 +40,9 @@ from gkd_trainer.models.loading import (
     uncompiled,
 )
 from gkd_trainer.models.top_tokens import top_tokens
-from gkd_trainer.signals import Signal
+from gkd_trainer.signals import HiddenSignal, LogitsSignal, Signal, StudentSignal, TopKSignal
 from gkd_trainer.teachers.base import Teacher
+from gkd_trainer.teachers.offload import WaitingWeights
 from gkd_trainer.types import TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ class FrozenTeacher(Teacher):
     """A causal LM or an encoder-decoder in eval mode, without gradients, of any dtype, quantised or not.
 
     It returns final hidden states and its head, so that logits are computed only for the tokens trained on; if the head
-    can't be split off safely, it returns logits, and logs that once.
+    can't be split off safely, it returns logits, and logs that once. A model that a device map placed scores where it
+    is; its predictions go to the batch's device, where its head is copied once.
 
     Args:
         model: The teacher: a language model of transformers, or a PEFT model around one, with its active adapter. Its
@@ -61,6 +64,9 @@ class FrozenTeacher(Teacher):
             remote teacher would. The mass of those that the student's vocabulary lacks then counts as outside the top
             tokens (see `TopKSignal.sliced`), whereas full distributions are normalised without it. None returns full
             distributions.
+        offload: Whether its weights wait in the CPU's memory, pinned on CUDA, except while it scores: they are copied
+            to the device for each batch. Nothing moves on a CPU, and a model that is quantised, sharded, or placed by a
+            device map stays where it is.
 
     Raises:
         GKDTeacherError: `model` is not such a model, or `top_k` is not in [1, vocab_size].
@@ -75,6 +81,7 @@ class FrozenTeacher(Teacher):
         tokenizer: PreTrainedTokenizerBase | None = None,
         trust_remote_code: bool = False,
         top_k: int | None = None,
+        offload: bool = False,
     ) -> None:
         refuse_mistral_common(tokenizer)
         model = _checked(model)
@@ -82,12 +89,16 @@ class FrozenTeacher(Teacher):
         self._forward_kwargs = scoring_kwargs(model)
         self.tokenizer = tokenizer or find_tokenizer(name_of(model), trust_remote_code)
         self._head: SeparableHead | InseparableHead | None = None
+        self._head_copy = HeadCopy()
+        self._input_device: torch.device | None = None
         if top_k is not None and not 1 <= top_k <= self.vocab_size:
             raise GKDTeacherError(
                 f"top_k must be in [1, {self.vocab_size}], the size of the teacher's head; got {top_k}: for full "
                 "distributions leave it None"
             )
         self._top_k = top_k
+        self._offload = offload
+        self._waiting: WaitingWeights | None = None
 
     @classmethod
     def from_pretrained(
@@ -96,6 +107,7 @@ class FrozenTeacher(Teacher):
         *,
         trust_remote_code: bool = False,
         top_k: int | None = None,
+        offload: bool = False,
         **init_kwargs: Any,
     ) -> FrozenTeacher:
         """Load a teacher from the hub or a folder; `init_kwargs` go to the auto class's from_pretrained.
@@ -111,7 +123,7 @@ class FrozenTeacher(Teacher):
                 message = loading_failure("teacher", name_or_path, "teacher_model_init_kwargs", error)
                 raise GKDTeacherError(message) from error
         tokenizer = find_tokenizer(name_or_path, init_kwargs["trust_remote_code"], init_kwargs)
-        return cls(model, tokenizer, top_k=top_k)
+        return cls(model, tokenizer, top_k=top_k, offload=offload)
 
     def score(self, batch: TokenBatch) -> Signal:
         """Return final hidden states with the head, or logits if the head is inseparable; or the top tokens.
@@ -125,9 +137,21 @@ class FrozenTeacher(Teacher):
             batch = masked_token(batch)
         refuse_unread_media(self._model, batch.model_inputs, "teacher")
         self._model.eval()
-        with torch.no_grad():
-            signal, _ = predict(self._model, batch, self._head, **self._forward_kwargs)
-            return signal if self._top_k is None else top_tokens(signal, self._top_k)
+        with torch.no_grad(), nullcontext() if self._waiting is None else self._waiting.at_work():
+            moved = batch if self._input_device is None else batch.to(self._input_device)
+            signal, _ = predict(self._model, moved, self._head, **self._forward_kwargs)
+            # Before it is moved: the head's device has the logits, and few tokens of them go to the batch's.
+            compared = signal if self._top_k is None else top_tokens(signal, self._top_k)
+            scored = self._moved(compared, batch.labels_BL.device)
+            return scored if self._waiting is None else self._waiting.detached(scored)
+
+    def _moved(self, signal: StudentSignal | TopKSignal, device: torch.device) -> Signal:
+        """Return a signal on the device of the batch, with one copy of the head there for all batches."""
+        if isinstance(signal, HiddenSignal):
+            return HiddenSignal(signal.hidden_NH.to(device), self._head_copy.on(device, signal.head))
+        if isinstance(signal, LogitsSignal):
+            return LogitsSignal(signal.logits_NV.to(device))
+        return TopKSignal(signal.ids_NK.to(device), signal.log_p_NK.to(device), signal.vocab_size)
 
     @property
     def vocab_size(self) -> int:
@@ -157,8 +181,8 @@ class FrozenTeacher(Teacher):
 
     @property
     def can_generate(self) -> bool:
-        """Whether transformers' `generate` takes its model."""
-        return bool(getattr(self._model, "can_generate", lambda: False)())
+        """Whether transformers' `generate` takes its model, whose weights must then be on the device."""
+        return not self._offload and bool(getattr(self._model, "can_generate", lambda: False)())
 
     def prepare(
         self,
@@ -166,11 +190,16 @@ class FrozenTeacher(Teacher):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Move the model to `device`, unless it was placed when loaded, and split off its head."""
+        """Move the model to `device`, unless it was placed when loaded, and split off its head.
+
+        With `offload`, its weights then wait on the CPU.
+        """
         # Not accelerator.prepare_model: Trainer.evaluate skips preparing the student once any model is registered.
-        if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
+        if is_placed(self._model):
+            self._input_device = input_device(self._model)
+        else:
             self._model.to(device)
-        self._head = find_head(self._model)
+        self._head = find_head(self._model, on_any_device=True)
         if isinstance(self._head, InseparableHead):
             logger.warning(
                 "The teacher (%s) computes full logits, which takes more memory%s: %s.",
@@ -178,6 +207,8 @@ class FrozenTeacher(Teacher):
                 ROUNDED_LOGITS if rounds_logits(self._model, is_autocast=False) else "",
                 self._head.reason,
             )
+        if self._offload:
+            self._waiting = WaitingWeights.of(self, name_of(self._model), device)
 
 
 def scoring_kwargs(model: nn.Module) -> dict[str, Any]:

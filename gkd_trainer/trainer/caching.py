@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 from torch import nn
 from transformers.utils.logging import tqdm
@@ -23,7 +24,7 @@ from gkd_trainer.models.loading import base_model
 from gkd_trainer.rollouts.build import find_stop_ids
 from gkd_trainer.teachers import CachedTeacher, Teacher, describe, pad_tokens_of, shared_vocabulary_size
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, all_teachers
-from gkd_trainer.teachers.cache import CacheWriter, Manifest, source_of
+from gkd_trainer.teachers.cache import CacheWriter, Manifest, Part, folder_to_write, source_of
 from gkd_trainer.teachers.cache.format import Kind
 from gkd_trainer.teachers.prompt_scores import TokenSequence
 from gkd_trainer.trainer.pairing import fitted_into, shorter_context
@@ -53,6 +54,7 @@ def cache_predictions(
     compression: Literal["auto", "none", "zstd"] = "auto",
     shard_mb: float = 256.0,
     batch_size: int = 8,
+    part: tuple[int, int] | None = None,
 ) -> Manifest:
     """Have a teacher score the rows of a dataset, prepared as for training, and write a cache for CachedTeacher.
 
@@ -70,34 +72,19 @@ def cache_predictions(
         compression: Whether to compress rows (see CacheWriter).
         shard_mb: Size of a file in MiB (see CacheWriter).
         batch_size: Number of rows to score at once.
+        part: (2, 4) takes the second of every four rows, and writes them to `folder`/part-2-of-4: one process can write
+            each part, and CachedTeacher(folder) reads all. None takes all rows.
 
     Returns:
-        The manifest of the complete cache.
+        The manifest of the complete cache, or part.
 
     Raises:
         GKDError: The rows can't be prepared, the teacher can't score them, or the folder can't be written.
     """
-    if batch_size < 1:
-        raise GKDConfigError(f"batch_size must be at least 1; got {batch_size}")
-    if args.generates:
-        raise GKDConfigError("only the data can be cached, not completions to come: set lmbda=0 and seq_kd=False")
-    if any(isinstance(each, CachedTeacher) for each in all_teachers(teacher)):
-        raise GKDTeacherError("the teacher to cache is a cache already: pass the teacher itself")
-    if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
-        raise GKDTeacherError(
-            "a cache holds predictions over the student's tokens, but this teacher reads other tokens: train with it "
-            "in this process, without a cache"
-        )
-    if teacher.shares_weights:
-        raise GKDTeacherError(
-            f"a {type(teacher).__name__} is the student, which training changes: only a teacher of its own can be "
-            "cached"
-        )
-    if isinstance(teacher, CompositeTeacher):
-        raise GKDTeacherError(
-            f"a cache holds the predictions of one teacher; got {type(teacher).__name__}: cache each of its teachers, "
-            "and combine the CachedTeachers"
-        )
+    _refuse_unfit(teacher, args, batch_size)
+    chosen = None if part is None else Part(number=part[0], count=part[1])
+    folder = folder_to_write(Path(folder), chosen)
+    dataset, name = _rows_of(dataset, chosen)
     model = student if student is not None else teacher.model
     if model is None:
         raise GKDConfigError("a teacher behind a server needs the student, for which the rows are prepared: pass it")
@@ -123,9 +110,9 @@ def cache_predictions(
         formatting_func=formatting_func,
         shorter=shorter,
         images=ImageProcessing.of(processing_class),
-    ).prepared(dataset, "train", is_training=True)
+    ).prepared(dataset, name, is_training=True)
     source = source_of(
-        teacher, tokenizer, name=str(describe(teacher).name), max_length=args.max_length, train_on=args.train_on
+        teacher, tokenizer, name=describe(teacher).full_name, max_length=args.max_length, train_on=args.train_on
     )
     kind = kind or ("hidden" if teacher.top_k is None else "topk")
     writer = CacheWriter(
@@ -138,7 +125,8 @@ def cache_predictions(
     )
     collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id(processing_class))
     with writer:
-        new = _new_rows(rows, writer, is_quiet=args.disable_tqdm)
+        is_quiet = args.disable_tqdm or args.local_process_index > 0
+        new = _new_rows(rows, writer, chosen, is_quiet=is_quiet)
         for examples in _batches_by_length(new, batch_size):
             batch = TokenBatch.from_inputs(collate(examples)).to(args.device)
             writer.add(batch, teacher.score(batch))
@@ -147,21 +135,70 @@ def cache_predictions(
     return manifest
 
 
-def _new_rows(rows: Any, writer: CacheWriter, *, is_quiet: bool) -> Iterator[dict[str, Any]]:
+def _refuse_unfit(teacher: Teacher, args: Any, batch_size: int) -> None:
+    if batch_size < 1:
+        raise GKDConfigError(f"batch_size must be at least 1; got {batch_size}")
+    if args.generates:
+        raise GKDConfigError("only the data can be cached, not completions to come: set lmbda=0 and seq_kd=False")
+    if any(isinstance(each, CachedTeacher) for each in all_teachers(teacher)):
+        raise GKDTeacherError("the teacher to cache is a cache already: pass the teacher itself")
+    if any(isinstance(each, AligningTeacher) for each in all_teachers(teacher)):
+        raise GKDTeacherError(
+            "a cache holds predictions over the student's tokens, but this teacher reads other tokens: train with it "
+            "in this process, without a cache"
+        )
+    if teacher.shares_weights:
+        raise GKDTeacherError(
+            f"a {type(teacher).__name__} is the student, which training changes: only a teacher of its own can be "
+            "cached"
+        )
+    if isinstance(teacher, CompositeTeacher):
+        raise GKDTeacherError(
+            f"a cache holds the predictions of one teacher; got {type(teacher).__name__}: cache each of its teachers, "
+            "and combine the CachedTeachers"
+        )
+
+
+def _rows_of(dataset: Any, part: Part | None) -> tuple[Any, str]:
+    """Return the rows of a part of a dataset, or of all of it, and their name."""
+    if part is None:
+        return dataset, "train"
+    name = f"train (part {part})"
+    if isinstance(dataset, list):
+        dealt: Any = dataset[part.rows]
+    elif isinstance(dataset, datasets.Dataset):
+        dealt = dataset.select(range(len(dataset))[part.rows])
+    elif isinstance(dataset, datasets.IterableDataset):
+        own = part.number - 1
+        return dataset.filter(lambda _, index: index % part.count == own, with_indices=True), name
+    else:
+        raise GKDDataError(
+            f"{name}: expected a datasets.Dataset, a datasets.IterableDataset or a list of dicts, whose rows can be "
+            f"dealt out; got {type(dataset).__name__}: convert it with datasets.Dataset.from_list(list(rows))"
+        )
+    if len(dealt) == 0:
+        raise GKDDataError(f"{name}: there are only {len(dataset)} rows: divide them into as many parts at most")
+    return dealt, name
+
+
+def _new_rows(rows: Any, writer: CacheWriter, part: Part | None, *, is_quiet: bool) -> Iterator[dict[str, Any]]:
     """Yield token ids and labels of the rows that the cache lacks."""
+    title, data = "Caching", "the data to cache"
+    if part is not None:
+        title, data = f"{title} part {part}", f"part {part} of {data}"
     total = len(rows) if hasattr(rows, "__len__") else None
-    for index, row in enumerate(tqdm(rows, desc="Caching", total=total, disable=is_quiet)):
+    for index, row in enumerate(tqdm(rows, desc=title, total=total, disable=is_quiet)):
         if unread := sorted(name for name in _MORE_THAN_TOKENS & row.keys() if _is_given(row[name])):
             raise GKDDataError(
                 f"rows of the data to cache have {', '.join(unread)}, but a cache holds one teacher's predictions for "
                 "the row's own tokens alone: remove the column and cache each teacher by itself, or train with the "
                 "teacher in this process"
             )
-        tokens = read_row(held_tokens, row, f"row {index} of the data to cache")
+        tokens = read_row(held_tokens, row, f"row {index} of {data}")
         if holds_several_samples(tokens):
             raise GKDDataError(
-                f"the position_ids of row {index} of the data to cache start again, so it holds several samples: cache "
-                "rows of one sample each; packed rows then find theirs"
+                f"the position_ids of row {index} of {data} start again, so it holds several samples: cache rows of "
+                "one sample each; packed rows then find theirs"
             )
         sequence = _sequence(tokens.ids, tokens.labels)
         if sequence is not None and not writer.has(sequence):

@@ -14,20 +14,15 @@ import datasets
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import (
-    DefaultDataCollator,
-    Seq2SeqTrainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import Seq2SeqTrainer, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from gkd_trainer.compat import checkpoints_activations, find_unused_parameters
 from gkd_trainer.config_effects import Run
-from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, StackOthers, first_row
+from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, StackOthers, can_pad, first_row
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
+from gkd_trainer.models.device_map import accelerators_of, refuse_offloaded
 from gkd_trainer.models.loading import (
     base_model,
     find_processing_class,
@@ -118,6 +113,7 @@ def construct(
     trusts = getattr(config, "trust_remote_code", False)
     teacher = build_teacher(config, teacher=teacher, teacher_model=teacher_model, trust_remote_code=trusts)
     _refuse_teacher(teacher, model, config)
+    leave_gpus_to(teacher, config)
     run = Run(
         config,
         has_top_tokens=teacher.top_k is not None,
@@ -140,9 +136,8 @@ def construct(
     set_seed(config.seed)  # adapters are initialised at random
     adapter = peft_config if is_plain_trainer else None
     own = {"model": model, "args": config, "processing_class": processing_class}
-    collator = arguments["data_collator"]
     # Preparation takes out the padding that rows were tokenised with.
-    can_not_pad = prepares_rows and (collator is default_data_collator or type(collator) is DefaultDataCollator)
+    can_not_pad = prepares_rows and not can_pad(arguments["data_collator"])
     if is_plain_trainer:
         if isinstance(model, str):
             model = load_student(model, getattr(config, "model_init_kwargs", None), trusts)
@@ -253,8 +248,8 @@ def _refuse_teacher(teacher: Teacher, model: object, config: Any) -> None:
         )
     if config.seq_kd and not teacher.can_generate:
         raise GKDTeacherError(
-            "seq_kd=True makes the teacher generate, but this teacher can't: pass a causal LM in this process as "
-            "teacher_model, or set seq_kd=False"
+            "seq_kd=True makes the teacher generate, but this teacher can't: pass a causal LM in this process, without "
+            "offload, as teacher_model, or set seq_kd=False"
         )
 
 
@@ -318,6 +313,16 @@ def refuse_meaningless(args: Any, compute_loss_func: object, peft_config: PeftCo
             "teacher's distributions: set it to 0 (loss_temperature smooths both sides)"
         )
     refuse_prompt_learning(peft_config)
+
+
+def leave_gpus_to(teacher: Teacher, args: Any) -> None:
+    """Keep Trainer from copying the student to GPUs that are there for a teacher.
+
+    Trainer does the same for a student that a device map spreads over several.
+    """
+    models = [each.model for each in all_teachers(teacher) if each.model is not None and not each.shares_weights]
+    if args.n_gpu > 1 and any(accelerators_of(model) - {args.device} for model in models):
+        args._n_gpu = 1
 
 
 def refuse_data_parallel(args: Any) -> None:
@@ -400,7 +405,8 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
         is_trained: Whether there is a training set.
 
     Raises:
-        GKDConfigError: Its adapter adds virtual tokens, or it must be trained but is frozen or would get no gradients.
+        GKDConfigError: Its adapter adds virtual tokens, or it must be trained but is frozen, offloaded, or would get no
+            gradients.
         GKDTeacherError: It shares weights with the teacher.
     """
     refuse_prompt_learning(model)
@@ -410,6 +416,7 @@ def refuse_student(model: nn.Module, teacher: Teacher, *, is_trained: bool) -> N
             "teacher separately"
         )
     if is_trained:
+        refuse_offloaded(model)
         refuse_frozen(model)
         refuse_packed_by_forwards(model)
 

@@ -86,6 +86,6 @@ def _cause(teacher_tokens: int, tokens: int) -> str:
         return f"the teacher's logits hold NaN or +inf at {teacher_tokens} of its tokens, or its top tokens are invalid"
     return (
         f"the loss is not finite at {tokens} of its tokens: the student's logits hold NaN or +inf, one model gives a "
-        "token probability 0 (a logit of -inf), which makes the divergence infinite, or a label is not in the shared "
-        "vocabulary"
+        "token probability 0 (a logit of -inf), which makes the divergence infinite, the models' largest logits differ "
+        "by more than float32 can compare (8e6), or a label is not in the shared vocabulary"
     )

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from benchmarks.gpu.costs import Card, Kernel, Shape, estimate, loop_lengths
+from benchmarks.gpu.costs import (
+    Card,
+    Kernel,
+    Shape,
+    estimate,
+    liger_kernel,
+    loop_lengths,
+    queue_of_pieces,
+    trl_products,
+)
 
 N, V, H, G = 10, 5, 2, 3
 SHAPE = Shape(N, V, H, G, goal=1.0)
@@ -12,7 +21,7 @@ KERNEL = Kernel(registers=100, spilled=0, vector_accesses=13, instructions=(16.0
 
 
 def card(*, products=math.inf, bandwidth=math.inf, instructions=math.inf, cache=0.0):
-    return Card("made up", products, bandwidth, instructions, cache, programs=2)
+    return Card("made up", products, bandwidth, instructions, cache, programs=2, latency=0.5)
 
 
 @pytest.mark.parametrize("R", [1, 4, 10])
@@ -44,6 +53,27 @@ def test_a_cache_saves_later_passes_as_much_as_it_holds_of_the_rows_in_flight():
 
 def test_the_comparison_issues_the_instructions_of_all_passes():
     assert estimate(SHAPE, card(instructions=1.0), KERNEL, R=6).comparison == N * V * 100
+
+
+def test_pieces_of_rows_in_a_queue_fit_into_the_cache_and_wait_for_four_requests_each():
+    two_rows = 2 * V * 8
+    queue = queue_of_pieces(SHAPE, card(cache=two_rows), passes=3)
+    # Five pieces for each of the two programs, in two rows.
+    assert queue.piece == V / 5
+    assert queue.pieces == N * 3 * 5 / 2
+    assert queue.waiting == queue.pieces * 4 * 0.5
+
+
+def test_trl_projects_both_sides_three_times():
+    of_student, of_teacher = 2 * N * V * H, 2 * N * V * G
+    assert trl_products(SHAPE, card(products=1.0)) == 3 * (of_student + of_teacher) + 2 * of_student
+
+
+def test_ligers_kernel_reads_the_weights_for_each_of_its_tiles():
+    # V / H is 2.5, so 10 tokens are split by 3, and 4 rounded to a power of two: three tiles.
+    of_weights = 3 * 2 * V * (H + G + H + 2 * H)
+    assert liger_kernel(SHAPE, card(bandwidth=1.0)) == of_weights + 110 * N * V
+    assert liger_kernel(SHAPE, card(products=1.0)) == 3 * 2 * 4 * V * (3 * H + G)
 
 
 CODE = """

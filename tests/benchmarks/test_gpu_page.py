@@ -65,7 +65,8 @@ def test_the_section_has_figures_goals_and_what_was_not_measured_and_names_card_
         time_of("4096/4096", "ours", TIME),
         time_of("4096/4096", "torch", "out of memory"),
         time_of("4096/4096", "liger", "waiting"),
-        ("memory", {"shape": "4096/4096"}, {"workspace_bytes": 2.5e9, "bytes": 2.7e9}),
+        ("memory", {"shape": "4096/4096", "student": "float32"}, {**TIME, "workspace_bytes": 2.5e9, "bytes": 2.7e9}),
+        ("top-k", {"shape": "4096/4096"}, {"teacher_seconds": 0.02, "seconds": 0.05}),
     )
     text = section(written(tmp_path, loss))
     assert "NVIDIA H100 80GB HBM3, driver 580.1, CUDA 13.0" in text
@@ -75,7 +76,8 @@ def test_the_section_has_figures_goals_and_what_was_not_measured_and_names_card_
     assert ["4096/4096", "ours", "70.0", "58.0", "1.21", "5.25", "≤ 1.2"] in rows
     assert ["4096/4096", "plain torch", "out of memory", "", "", "", ""] in rows
     assert ["4096/4096", "Liger chunked JSD, compiled", "not run", "", "", "", ""] in rows
-    assert ["4096/4096", "2.50", "2.70", "+8%", "≤ +10%"] in rows
+    assert ["4096/4096 × float32", "70.0", "1.21", "2.50", "2.70", "+8%"] in rows
+    assert ["4096/4096", "20.0", "50.0"] in rows
     assert "Not yet run on a GPU: `checks`, `steps`." in text
 
 

@@ -58,6 +58,27 @@ def test_the_same_command_continues_and_another_is_refused(command, capsys, tmp_
     assert "was made with another max_length: 1024 there, 99 now" in error
 
 
+def test_parts_are_trained_from_as_one_folder_once_all_are_written(command, pair, data, tmp_path, losses, capsys):
+    folder = tmp_path / "cache"
+    main([*command, "--use_cpu", "--part", "1/2"])
+    printed = capsys.readouterr().out
+    assert f"{folder}/part-1-of-2: 2 rows, " in printed
+    assert f"{folder}: 1 of 2 parts are complete; still to be written: 2/2" in printed
+    run = [*pair[:2], *pair[4:], *data, "--lmbda", "0", "--save_strategy", "no", "--use_cpu"]
+    code, error = exit_of(["train", *run, "--teacher_cache_dir", str(folder)], capsys)
+    assert code == 1
+    assert f"the cache in {folder} lacks 2/2 of 2 parts" in error
+    code, error = exit_of([*command, "--use_cpu"], capsys)
+    assert code == 1
+    assert f"{folder} holds a cache in 2 parts: write each with --part" in error
+    main([*command, "--use_cpu", "--part", "2/2"])
+    assert f"{folder}: 2 of 2 parts are complete\n" in capsys.readouterr().out
+    main([*command[:-1], str(tmp_path / "whole"), "--use_cpu"])
+    for cache in (tmp_path / "whole", folder):
+        main(["train", *run, "--teacher_cache_dir", str(cache)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_model_or_file_that_is_not_there_is_named(command, capsys, rows_file):
     code, error = exit_of([*command, "--model", "nowhere", "--use_cpu"], capsys)
     assert code == 1

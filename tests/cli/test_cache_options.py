@@ -2,6 +2,7 @@
 
 import pytest
 
+from gkd_trainer import GKDConfig
 from gkd_trainer.cli import main
 from gkd_trainer.cli.cache_options import parse
 from gkd_trainer.errors import GKDConfigError
@@ -48,6 +49,18 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     )
 
 
+def test_each_process_that_was_launched_takes_a_part_by_itself(monkeypatch):
+    assert parse(REQUIRED).part is None
+    assert str(parse([*REQUIRED, "--part", "2/4"]).part) == "2/4"
+    monkeypatch.setattr(GKDConfig, "world_size", 8)
+    monkeypatch.setattr(GKDConfig, "process_index", 2)
+    assert str(parse(REQUIRED).part) == "3/8"
+    with pytest.raises(
+        GKDConfigError, match=r"each of the 8 processes that were launched takes a part .*: leave part=2/4"
+    ):
+        parse([*REQUIRED, "--part", "2/4"])
+
+
 def test_top_tokens_are_64_unless_a_number_is_given():
     assert parse([*REQUIRED, "--kind", "topk"]).config.teacher_top_k == 64
     assert parse([*REQUIRED, "--kind", "topk", "--teacher_top_k", "5"]).config.teacher_top_k == 5
@@ -62,6 +75,7 @@ def test_top_tokens_are_64_unless_a_number_is_given():
             [*REQUIRED[2:], "--teacher_server_base_url", "http://a:1"],
             "with a teacher behind a server, the rows are prepared for the student: set --model",
         ),
+        ([*REQUIRED, "--part", "3/2"], "part must be I/N, with I from 1 to N, such as 2/4; got 3/2"),
         ([*REQUIRED, "--max_length", "1"], "max_length must be at least 2"),
     ],
 )

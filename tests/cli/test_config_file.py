@@ -106,8 +106,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     one = ["--model=m", "--dataset=d", "--teacher_vocabulary_mode=matched", "--output_dir=o"]
     config = parse([*one, *(f"--{name}=~/t" for name in paths)]).config
     assert [getattr(config, name) for name in paths] == [str(tmp_path / "t")] * 2
-    config = parse(["--model=m", "--dataset=d", "--lmbda=0", "--output_dir=o", "--teacher_cache_dir=~/c"]).config
-    assert config.teacher_cache_dir == str(tmp_path / "c")
+    run = ["--model=m", "--dataset=d", "--lmbda=0", "--output_dir=o"]
+    config = parse([*run, "--teacher_cache_dir=~/c"]).config
+    assert config.teacher_cache_dir == [str(tmp_path / "c")]
+    assert parse([*run, "--teacher_cache_dir", "~/c", "d"]).config.teacher_cache_dir == [str(tmp_path / "c"), "d"]
+    (tmp_path / "b.yaml").write_text("teacher_cache_dir: [~/c, d]\n")
+    config = parse([*run, "--config", "~/b.yaml"]).config
+    assert config.teacher_cache_dir == [str(tmp_path / "c"), "d"]
 
 
 @pytest.mark.parametrize("written", ["false", "no", "off", "False", "null"])

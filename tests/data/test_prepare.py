@@ -9,6 +9,8 @@ from PIL import Image
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
 from gkd_trainer.data import prepare_dataset
+from gkd_trainer.data.rendered_prompts import RenderedPrompts
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDDataError
 from tests.data.templates import CHATS
 
@@ -383,13 +385,44 @@ DATE = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(
     ("row", "is_warned"),
-    [(conversation("Paris."), True), ({**conversation("Paris."), **DATE}, False), ({"text": "one two"}, False)],
+    [
+        (conversation("Paris."), True),
+        ({**conversation("Paris."), **DATE}, False),
+        ({"text": "one two"}, False),
+        ({**conversation("Paris."), "input_ids": [5, 6]}, False),
+    ],
 )
 def test_a_template_that_writes_todays_date_is_warned_of_once(byte_level, rules, caplog, row, is_warned, is_stream):
     rows = [row, row]
     prepare_dataset(iterable(rows) if is_stream else rows, byte_level(DATED), rules(train_on="last_turn"), name="eval")
     assert [message[:50] for message in warnings_of(caplog)] == [
         "eval: the chat template writes today's date, so to"
+    ] * is_warned
+
+
+OWN_PROMPT = {"teacher_prompt": [{"role": "user", "content": "one"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "has_other_tokens", "is_warned"),
+    [
+        ({**conversation("Paris."), **OWN_PROMPT}, False, True),
+        ({**conversation("Paris."), **OWN_PROMPT, **DATE}, False, False),
+        ({**conversation("Paris."), "teacher_prompt": "one"}, False, False),
+        (conversation("Paris."), False, False),
+        (conversation("Paris."), True, True),
+        ({**conversation("Paris."), **DATE}, True, False),
+        ({"text": "one two"}, True, False),
+    ],
+)
+def test_a_teachers_template_that_writes_todays_date_is_warned_of(
+    byte_level, rules, caplog, row, has_other_tokens, is_warned
+):
+    teacher = byte_level(DATED)
+    prompts = TeacherPrompts(teacher, rendered=RenderedPrompts(teacher) if has_other_tokens else None)
+    prepare_dataset([row], byte_level(), rules(train_on="last_turn"), name="eval", teacher_prompts=prompts)
+    assert [message[:74] for message in warnings_of(caplog)] == [
+        "eval: the chat template writes today's date into the teacher's prompts, so"
     ] * is_warned
 
 

@@ -304,7 +304,7 @@ def test_the_gradient_is_right_where_teacher_and_student_are_close(sigma):
 def test_every_field_equals_that_of_plain_torch_on_broken_rows_too(beta, softcap):
     student_RV, teacher_RV = pair(150)
     student_RV[0, 2:70] = teacher_RV[0, 2:70] = -math.inf
-    teacher_RV[1, 3], teacher_RV[2], student_RV[3, 1] = math.nan, -math.inf, math.inf
+    teacher_RV[1, 3], teacher_RV[2], student_RV[3, 1], teacher_RV[4, 5] = math.nan, -math.inf, math.inf, 1e30
     objective = Objective(beta=beta, temperature=2.0)
     weights = {
         "labels_R": torch.tensor([2, 149, 150, 4, -1]),

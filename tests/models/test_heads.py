@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +45,7 @@ from gkd_trainer.models.heads import (
 from gkd_trainer.signals import HiddenSignal, LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher
 from gkd_trainer.types import TokenBatch
+from tests.vision import make_pair
 
 FAMILIES = ["llama", "qwen2", "gemma2", "phi", "cohere", "granite"]
 
@@ -571,3 +574,90 @@ def test_the_bias_behind_the_head_is_whole_after_a_forward_that_failed(tiny_enco
     compare(model, batch, head, lambda signal: None)
     assert model.final_logits_bias is bias
     assert bias.shape == (1, 368)
+
+
+class Offset(ModelHook):
+    def post_forward(self, module, output):
+        return output + 1
+
+
+@pytest.fixture
+def spread():
+    """Put accelerate's hooks on a model, as a device map over several devices does."""
+    return lambda model: dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "qwen3_moe"])
+def test_a_head_that_a_device_map_placed_gives_what_it_gives_without_the_map(tiny_model, spread, family):
+    batch = padded_batch()
+    signals, heads = [], []
+    for model in (tiny_model(family), spread(tiny_model(family))):
+        heads.append(find_head(model, on_any_device=True))
+        forward = model.get_output_embeddings().forward
+        signals.append(predict(model, batch, heads[-1])[0])
+        assert model.get_output_embeddings().forward == forward
+        assert predict(model, batch, heads[-1])[1].logits.shape == (3, 9, 1)
+    expected, found = signals
+    assert isinstance(found, HiddenSignal)
+    assert (heads[1].scale, heads[1].softcap) == (heads[0].scale, heads[0].softcap)
+    assert torch.equal(found.hidden_NH, expected.hidden_NH)
+    assert torch.equal(found.head.weight_VH, expected.head.weight_VH)
+    assert torch.equal(found.head.logits(found.hidden_NH), expected.head.logits(expected.hidden_NH))
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_untied", "bart"])
+def test_a_device_map_does_not_hide_the_head_of_an_encoder_decoder(tiny_encoder_decoder, spread, family):
+    signals = []
+    for model in (tiny_encoder_decoder(family), spread(tiny_encoder_decoder(family))):
+        head = find_head(model, on_any_device=True)
+        assert isinstance(head, SeparableHead)
+        signals.append(predict(model, decoder_batch(model), head)[0])
+    expected, found = signals
+    assert torch.equal(found.head.logits(found.hidden_NH), expected.head.logits(expected.hidden_NH))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2"])
+def test_a_device_map_does_not_hide_the_head_of_a_vision_language_model(spread, family):
+    signals = []
+    for model in (make_pair(family).teacher, spread(make_pair(family).teacher)):
+        head = find_head(model, on_any_device=True)
+        assert isinstance(head, SeparableHead)
+        signals.append(predict(model, padded_batch(vocab=32), head)[0])
+    expected, found = signals
+    assert torch.equal(found.head.logits(found.hidden_NH), expected.head.logits(expected.hidden_NH))
+
+
+def test_predictions_are_on_the_device_of_a_head_apart_from_the_layers(tiny_model):
+    """The other way round, nothing could be read from the meta device."""
+    model, batch = tiny_model(), padded_batch()
+    head = replace(find_head(model), softcap=30.0)
+    add_hook_to_module(model.lm_head, AlignDevicesHook("meta"))
+    signal, output = predict(model, batch, head)
+    assert (signal.hidden_NH.device.type, signal.head.weight_VH.device.type) == ("meta", "meta")
+    assert signal.hidden_NH.shape == (batch.n_scored, 32)
+    assert output.logits.device.type == "meta"
+
+
+def test_a_bias_behind_a_head_on_another_device_follows_it(tiny_encoder_decoder):
+    model = tiny_encoder_decoder("bart")
+    head = find_head(model)
+    model.lm_head.to("meta")
+    assert head.current().bias_V.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        (AlignDevicesHook("cpu", offload=True), "the weight of its head is offloaded or sharded"),
+        (Offset(), "a hook of accelerate does more to its head than move tensors between devices"),
+        (SequentialHook(AlignDevicesHook("cpu"), Offset()), "a hook of accelerate does more"),
+    ],
+)
+def test_a_hook_that_does_more_than_move_tensors_hides_the_head_and_says_why(tiny_model, hook, reason):
+    model = tiny_model()
+    add_hook_to_module(model.lm_head, hook)
+    assert reason in find_head(model, on_any_device=True).reason
+
+
+def test_a_device_map_hides_a_head_whose_predictions_must_be_on_the_batchs_device(tiny_model, spread):
+    assert find_head(spread(tiny_model())) == InseparableHead("a device map placed it on several devices")

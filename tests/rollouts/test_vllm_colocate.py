@@ -561,8 +561,12 @@ class UnbuiltEngine:
 
     def __init__(self):
         self.calls, self.rows = [], ROWS
-        config = SimpleNamespace(get_vocab_size=lambda: self.rows, max_model_len=64)
-        self.llm_engine = SimpleNamespace(model_config=config, vllm_config=SimpleNamespace(use_v2_model_runner=True))
+        config = SimpleNamespace(get_vocab_size=lambda: self.rows, max_model_len=64, logprobs_mode="raw_logprobs")
+        self.llm_engine = SimpleNamespace(
+            model_config=config,
+            vllm_config=SimpleNamespace(use_v2_model_runner=True),
+            engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")),
+        )
 
     def sleep(self, level):
         self.calls.append(f"sleep at level {level}")
@@ -601,6 +605,8 @@ def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_refused(unbuilt, model, 
     unbuilt.rows += 1
     with pytest.raises(GKDConfigError, match=r"at most 1024 logit biases .*but 1025 .*VLLM_USE_V2_MODEL_RUNNER=0"):
         VLLMColocateRollouts(model, [STOP], VOCABULARY, never_sampled={3, 4})
+    assert unbuilt.calls == ["shutdown"]
+    assert list(vllm_colocate._LIVE_ENGINES) == [engine]
     unbuilt.llm_engine.vllm_config.use_v2_model_runner = False
     VLLMColocateRollouts(model, [STOP], VOCABULARY, never_sampled={3, 4})
     monkeypatch.undo()

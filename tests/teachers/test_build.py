@@ -1,5 +1,7 @@
 """Options and arguments become one teacher, or an error that says which to keep."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -138,6 +140,15 @@ def test_options_that_do_not_apply_to_a_loaded_teacher_are_refused(tiny_model):
         build_teacher(GKDArguments(teacher_model_init_kwargs={"dtype": "bfloat16"}), teacher_model=tiny_model())
     with pytest.raises(GKDTeacherError, match="teacher_top_k has no effect on a teacher passed as an object"):
         build_teacher(GKDArguments(teacher_top_k=5), teacher=FrozenTeacher(tiny_model()))
+    with pytest.raises(GKDTeacherError, match="teacher_offload has no effect on a teacher passed as an object"):
+        build_teacher(GKDArguments(teacher_offload=True), teacher=FrozenTeacher(tiny_model()))
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_teacher_that_is_to_wait_on_the_cpu_is_built_so(folder, tiny_model, is_named):
+    model = str(folder) if is_named else tiny_model()
+    assert not build_teacher(GKDArguments(teacher_offload=True), teacher_model=model).can_generate
+    assert build_teacher(GKDArguments(), teacher_model=model).can_generate
 
 
 def test_anything_but_a_model_is_refused(tiny_model):
@@ -157,7 +168,10 @@ def test_a_cache_becomes_a_teacher_with_its_fallback(cache, tiny_model, folder):
     last = {"teacher_cache_dir": cache, "lmbda": 0.0, "train_on": "last_turn"}
     alone = build_teacher(GKDArguments(**last))
     assert isinstance(alone, CachedTeacher)
-    assert (str(alone.folder), alone.fallback) == (cache, None)
+    assert (*map(str, alone.manifests), alone.fallback) == (cache, None)
+    write(Path(cache).parent / "later", make_rows(2, seed=1))
+    both = [cache, str(Path(cache).parent / "later")]
+    assert list(map(str, build_teacher(GKDArguments(**{**last, "teacher_cache_dir": both})).manifests)) == both
     last["teacher_cache_miss"] = "teacher"
     named = build_teacher(GKDArguments(**last, teacher_model_name_or_path=str(folder)))
     assert is_the_saved_one(named.fallback, tiny_model)

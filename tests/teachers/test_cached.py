@@ -142,6 +142,15 @@ def test_rows_that_are_not_in_the_cache_are_counted_before_any_is_drawn(live, tm
         cached.check_rows(numbered([ROWS[4], ROWS[5], ROWS[6], ROWS[8], ROWS[0], ROWS[9]]), "train")
 
 
+def test_bare_prompts_are_refused_before_the_student_completes_them(live, tmp_path):
+    rows = numbered([ROWS[0], ([5, 6], [-100, -100]), ([7, 8, 9], [-100] * 3)])
+    cached = opened(cached_from(tmp_path, live()))
+    with pytest.raises(GKDDataError, match=r"^eval: 2 of 3 rows .* prompts without a completion, such as row 1;"):
+        cached.check_rows(rows, "eval")
+    cached.check_rows(rows[:1], "eval")
+    opened(tmp_path, live()).check_rows(rows, "eval")
+
+
 def test_rows_that_the_fallback_will_score_are_counted_in_the_log(live, tmp_path, caplog):
     caplog.set_level("INFO")
     cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]), live())
@@ -293,8 +302,8 @@ def test_the_cached_vocabulary_is_the_tokenizers(live, byte_level, tmp_path):
 def test_it_states_what_it_can_do(live, tmp_path):
     alone = CachedTeacher(cached_from(tmp_path, live()))
     assert (alone.model, alone.can_generate, alone.is_local, list(alone.teachers)) == (None, False, False, [])
-    assert alone.folder == tmp_path
-    assert alone.manifest.source.dtype == "float32"
+    assert list(alone.manifests) == [tmp_path]
+    assert alone.manifests[tmp_path].source.dtype == "float32"
     with pytest.raises(RuntimeError, match="before prepare"):
         alone.score(batch_of(ROWS))
     fallback = live()
@@ -321,3 +330,30 @@ def test_rows_of_an_encoder_decoder_and_images_are_refused(live, tmp_path):
     inputs = {**batch.model_inputs, "pixel_values": torch.zeros(2, 3)}
     with pytest.raises(GKDDataError, match="in a cache knows only token ids, but this batch also holds"):
         cached.score(TokenBatch(inputs, batch.labels_BL, batch.is_on_policy_B))
+
+
+def test_rows_from_several_folders_are_scored_as_from_one(live, tmp_path):
+    whole = opened(cached_from(tmp_path / "whole", live(dtype=torch.bfloat16)))
+    folders = [
+        cached_from(tmp_path / name, live(dtype=torch.bfloat16), rows=ROWS[start::2]) for start, name in enumerate("ab")
+    ]
+    batch = batch_of(ROWS[::-1])
+    given, expected = opened(folders).score(batch), whole.score(batch)
+    assert torch.allclose(given.hidden_NH, expected.hidden_NH, atol=1e-2)  # scored in other batches
+    assert torch.equal(given.head.weight_VH, expected.head.weight_VH)
+
+
+def test_each_of_several_folders_must_fit_the_run(live, byte_level, tmp_path, caplog):
+    folders = [
+        cached_from(tmp_path / name, live(), byte_level(), rows=rows, max_length=longest, train_on=turns)
+        for name, rows, longest, turns in (("a", ROWS[:5], 64, "all_turns"), ("b", ROWS[5:], 32, "last_turn"))
+    ]
+    with pytest.raises(GKDTeacherError, match=r"the cache in .*/b holds rows of up to max_length=32 tokens"):
+        opened(folders, tokenizer=byte_level(), max_length=64)
+    with pytest.raises(GKDTeacherError, match=r"the cache in .*/b was made with another train_on"):
+        CachedTeacher(folders).check_options(GKDArguments(lmbda=0.0))
+    write_manifest(folders[1], read_manifest(folders[1]).model_copy(update={"is_complete": False}))
+    cached = opened(folders, tokenizer=byte_level(), max_length=32)
+    assert f"The cache in {folders[1]} is not complete: it holds 5 rows so far." in caplog.text
+    with pytest.raises(GKDDataError, match=rf"a row is not in the cache in {folders[0]}, {folders[1]} \("):
+        cached.score(batch_of([([40, 41, 42], [-100, 41, 42])]))

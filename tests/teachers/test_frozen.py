@@ -2,21 +2,24 @@
 
 import logging
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.ao.quantization import quantize_dynamic
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDTeacherError
-from gkd_trainer.signals import HiddenSignal, LogitsSignal, TopKSignal
-from gkd_trainer.teachers import FrozenTeacher, Teacher
+from gkd_trainer.models import heads
+from gkd_trainer.signals import HiddenSignal, LogitsSignal, TopKSignal, plain_signals, tensors_of
+from gkd_trainer.teachers import FrozenTeacher, Teacher, WeightedTeachers, frozen
 from gkd_trainer.types import TokenBatch
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def batch_of_two():
@@ -132,6 +135,130 @@ def test_a_model_is_moved_to_the_device_unless_loading_placed_it(tiny_model, mon
     monkeypatch.setattr(model, "to", moves.append)
     prepared(model)
     assert moves == moved
+
+
+def spread(model):
+    """A model with accelerate's hooks, as a device map over several devices puts them."""
+    return dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_spread_by_a_device_map_gives_hidden_states_equal_to_the_bit(tiny_model, family, dtype, caplog):
+    batch = batch_of_two()
+    expected = prepared(tiny_model(family).to(dtype)).score(batch)
+    found = prepared(spread(tiny_model(family).to(dtype))).score(batch)
+    assert isinstance(found, HiddenSignal)
+    assert torch.equal(found.hidden_NH, expected.hidden_NH)
+    assert torch.equal(found.head.logits(found.hidden_NH), expected.head.logits(expected.hidden_NH))
+    assert not [record for record in caplog.records if record.name.startswith("gkd_trainer")]
+
+
+def test_an_adapter_around_a_teacher_spread_by_a_device_map_changes_nothing_of_that(tiny_model):
+    batch = batch_of_two()
+    expected = prepared(adapted(tiny_model())).score(batch)
+    for model in (adapted(spread(tiny_model())), spread(adapted(tiny_model()))):
+        found = prepared(model).score(batch)
+        assert isinstance(found, HiddenSignal)
+        assert torch.equal(found.hidden_NH, expected.hidden_NH)
+
+
+def test_the_top_tokens_of_a_teacher_spread_by_a_device_map_are_not_rounded_with_its_logits(tiny_model):
+    batch = batch_of_two()
+    expected = prepared(tiny_model().bfloat16(), top_k=5).score(batch)
+    found = prepared(spread(tiny_model().bfloat16()), top_k=5).score(batch)
+    assert torch.equal(found.ids_NK, expected.ids_NK)
+    assert torch.equal(found.log_p_NK, expected.log_p_NK)
+
+
+def test_a_teacher_whose_head_is_offloaded_computes_logits_and_says_why(tiny_model, caplog, tmp_path):
+    places = {"model": "cpu", "lm_head": "disk"}
+    teacher = prepared(dispatch_model(tiny_model(), places, offload_dir=str(tmp_path)))
+    assert "full logits, which takes more memory: the weight of its head is offloaded or sharded" in caplog.text
+    batch = batch_of_two()
+    expected_NV = tiny_model()(**batch.model_inputs).logits[batch.is_scored_BL]
+    assert torch.equal(teacher.score(batch).logits_NV, expected_NV)
+
+
+def test_a_teacher_keeps_its_head_where_layers_are_offloaded(tiny_model, tmp_path):
+    batch, model = batch_of_two(), ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"]
+    places = {**dict.fromkeys([*model, "lm_head"], "cpu"), "model.layers.1": "disk"}
+    signal = prepared(dispatch_model(tiny_model(), places, offload_dir=str(tmp_path))).score(batch)
+    assert isinstance(signal, HiddenSignal)
+    assert torch.equal(signal.hidden_NH, prepared(tiny_model()).score(batch).hidden_NH)
+
+
+@pytest.fixture
+def far_batch(monkeypatch):
+    """A batch on the meta device, which teachers on the CPU read on the CPU."""
+    predict = heads.predict
+    monkeypatch.setattr(
+        frozen, "predict", lambda model, batch, *args, **options: predict(model, batch.on_host, *args, **options)
+    )
+    return batch_of_two().to(META)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"is_separable": False}], ids=str)
+def test_a_signal_is_on_the_batchs_device_wherever_the_teacher_is(tiny_model, far_batch, options):
+    top_k, is_separable = options.get("top_k"), options.get("is_separable", True)
+    apart = prepared(spread(tiny_model()) if is_separable else adapted_head(tiny_model()), top_k=top_k)
+    for teacher in (apart, WeightedTeachers({"a": apart, "b": prepared(tiny_model("phi"))})):
+        for plain in plain_signals(teacher.score(far_batch)):
+            assert {tensor.device for tensor in tensors_of(plain)} == {META}
+
+
+def test_a_head_elsewhere_is_copied_once_for_all_batches(tiny_model, far_batch):
+    teacher = prepared(spread(tiny_model()))
+    first, again = (teacher.score(far_batch).head.weight_VH for _ in range(2))
+    assert first is again
+    assert teacher.model.lm_head.weight.device == CPU
+
+
+def test_the_copy_of_a_head_ends_with_its_teacher(tiny_model, far_batch):
+    teacher = prepared(spread(tiny_model()))
+    copy = weakref.ref(teacher.score(far_batch).head.weight_VH)
+    assert copy() is not None
+    del teacher
+    assert copy() is None
+
+
+def test_top_tokens_need_no_copy_of_the_head(tiny_model, far_batch, monkeypatch):
+    monkeypatch.setattr(frozen.HeadCopy, "on", lambda *_: pytest.fail("copied"))
+    assert prepared(spread(tiny_model()), top_k=5).score(far_batch).log_p_NK.device == META
+
+
+def test_inputs_go_to_a_teacher_that_a_device_map_put_on_one_other_device(tiny_model, monkeypatch):
+    model, seen = tiny_model().to(META), []
+    model.hf_device_map = {"": "meta"}
+    teacher = prepared(model)
+    nothing = LogitsSignal(torch.zeros(1, 368))
+    monkeypatch.setattr(frozen, "predict", lambda model, batch, *_, **__: (seen.append(batch), nothing)[::-1])
+    batch = batch_of_two()
+    assert teacher.score(batch).logits_NV.device == CPU
+    assert {value.device for value in seen[0].model_inputs.values()} == {META}
+    assert seen[0].on_host is batch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("head", [0, 1])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_teacher_on_two_gpus_gives_what_it_gives_on_one(tiny_model, head, top_k):
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    batch = batch_of_two().to(first)
+    whole = FrozenTeacher(tiny_model("gemma2", tie_word_embeddings=False), top_k=top_k)
+    whole.prepare(first)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1}
+    model = tiny_model("gemma2", tie_word_embeddings=False)
+    parts = FrozenTeacher(dispatch_model(model, {**places, "lm_head": head}), top_k=top_k)
+    alone = FrozenTeacher(dispatch_model(tiny_model("gemma2", tie_word_embeddings=False), {"": second}), top_k=top_k)
+    for teacher in (parts, alone):
+        teacher.prepare(first)
+        found = teacher.score(batch)
+        assert isinstance(found, HiddenSignal if top_k is None else TopKSignal)
+        for actual, other in zip(tensors_of(found), tensors_of(whole.score(batch)), strict=True):
+            assert actual.device == first
+            torch.testing.assert_close(actual, other)
 
 
 def quantised(model, layers):

@@ -125,6 +125,36 @@ def test_nothing_waits_on_a_cpu_or_behind_a_server(tiny_model):
     assert WaitingWeights.of(VLLMServerTeacher("http://127.0.0.1:9"), "math", ELSEWHERE) is None
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_one_teacher_s_weights_are_on_their_device_only_while_it_scores(tiny_model, moved, monkeypatch, top_k):
+    ids_BL = torch.arange(12).reshape(2, 6)
+    batch = TokenBatch.from_inputs({"input_ids": ids_BL, "labels": ids_BL})
+    plain = FrozenTeacher(tiny_model(), top_k=top_k)
+    plain.prepare(torch.device("cpu"))
+    expected = plain.score(batch)
+    model = tiny_model()
+    monkeypatch.setattr(model, "to", lambda device: model)  # nothing is computed on that device
+    teacher = FrozenTeacher(model, top_k=top_k, offload=True)
+    teacher.prepare(ELSEWHERE)
+    at_rest = addresses(model.parameters())
+    at_work = []
+    model.lm_head.register_forward_pre_hook(lambda *args: at_work.append(addresses(model.parameters())))
+    model.model.register_forward_pre_hook(lambda *args: at_work.append(addresses(model.parameters())))
+    for turn in (1, 2):
+        signal = teacher.score(batch)
+        assert len(moved) == turn * len(list(model.parameters()))
+        assert len(at_work) > 0
+        assert all(not found & at_rest for found in at_work)
+        assert addresses(model.parameters()) == at_rest
+    if top_k is None:
+        assert signal.head.weight_VH.data_ptr() in addresses(moved)
+        assert torch.equal(signal.head.logits(signal.hidden_NH), expected.head.logits(expected.hidden_NH))
+    else:
+        assert torch.equal(signal.log_p_NK, expected.log_p_NK)
+    assert plain.can_generate
+    assert not teacher.can_generate
+
+
 def devices(model):
     return {weight.device.type for weight in model.parameters()}
 
@@ -147,3 +177,20 @@ def test_on_cuda_only_one_teacher_is_there_at_a_time_and_scores_do_not_change(ti
     for group, expected in zip(signals[1].groups, signals[0].groups, strict=True):
         torch.testing.assert_close(group.head.logits(group.hidden_NH), expected.head.logits(expected.hidden_NH))
     assert all(weight.is_pinned() for weight in models[0].parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_one_teacher_leaves_the_device_and_scores_the_same(tiny_model):
+    cuda = torch.device("cuda")
+    ids_BL = torch.arange(12, device=cuda).reshape(2, 6)
+    batch = TokenBatch.from_inputs({"input_ids": ids_BL, "labels": ids_BL})
+    signals = []
+    for is_offloaded in (False, True):
+        model = tiny_model()
+        teacher = FrozenTeacher(model, offload=is_offloaded)
+        teacher.prepare(cuda)
+        signals.append(teacher.score(batch))
+        assert devices(model) == {"cpu" if is_offloaded else "cuda"}
+    first, second = (signal.head.logits(signal.hidden_NH) for signal in signals)
+    torch.testing.assert_close(second, first)

@@ -129,7 +129,9 @@ def cached(config, tiny_model, token_rows, byte_level, tmp_path):
 
     def make(teacher=None, rows=None, *, name="cache", tokenizer=None, **options):
         folder = str(tmp_path / name)
-        caching = {key: options.pop(key) for key in ("kind", "shard_mb", "batch_size", "student") if key in options}
+        caching = {
+            key: options.pop(key) for key in ("kind", "shard_mb", "batch_size", "student", "part") if key in options
+        }
         cache_predictions(
             teacher or FrozenTeacher(tiny_model(hidden=48, seed=1)),
             token_rows() if rows is None else rows,

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from datasets import Dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig, OtherTokenizerTeacher, RoutedTeachers, SelfTeacher
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDTeacherError
 from gkd_trainer.teachers.cache import read_manifest
+from gkd_trainer.types import TokenBatch
 from tests.trainer.conftest import make_rows
 
 
@@ -131,6 +134,46 @@ def test_a_second_run_scores_only_rows_that_are_new(cached, tiny_model, token_ro
     asked.clear()
     cached(recording(FrozenTeacher(tiny_model(hidden=48, seed=1))), token_rows(16))
     assert asked == []
+
+
+@pytest.mark.parametrize("form", [list, Dataset.from_list, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
+def test_parts_are_read_as_one_cache_of_all_rows(cached, tiny_model, byte_level, form):
+    teacher = FrozenTeacher(tiny_model(hidden=48, seed=1).bfloat16())
+    for number in (3, 1, 2):
+        folder = cached(teacher, form(make_rows(16)), name="parts", part=(number, 3), batch_size=1)
+    parts, whole = (CachedTeacher(each) for each in (folder, cached(teacher, batch_size=1)))
+    assert [sum(shard.rows for shard in each.shards) for each in parts.manifests.values()] == [6, 5, 5]
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    batch = TokenBatch.from_inputs(collate(make_rows(16)))
+    for each in (parts, whole):
+        each.prepare(torch.device("cpu"), byte_level(), 64)
+    given, expected = parts.score(batch), whole.score(batch)
+    assert torch.equal(given.hidden_NH, expected.hidden_NH)
+    assert torch.equal(given.head.weight_VH, expected.head.weight_VH)
+
+
+def test_a_part_scores_only_its_own_rows_and_is_continued_alone(cached, tiny_model):
+    asked = []
+    teacher = FrozenTeacher(tiny_model(hidden=48, seed=1))
+    score = teacher.score
+    teacher.score = lambda batch: asked.append(batch.model_inputs["input_ids"][0].tolist()) or score(batch)
+    rows = make_rows(12)
+    cached(teacher, rows[:6], part=(2, 4), batch_size=1)
+    assert sorted(asked) == sorted(row["input_ids"] for row in (rows[1], rows[5]))
+    asked.clear()
+    cached(teacher, rows, part=(2, 4), batch_size=1)
+    assert asked == [rows[9]["input_ids"]]
+
+
+def test_rows_that_can_not_be_dealt_out_are_refused(cached):
+    with pytest.raises(
+        GKDDataError, match=r"train \(part 5/5\): there are only 4 rows: divide them into as many parts"
+    ):
+        cached(rows=make_rows(4), part=(5, 5))
+    with pytest.raises(GKDDataError, match=r"whose rows can be dealt out; got Subset: convert it"):
+        cached(rows=torch.utils.data.Subset(make_rows(4), [0, 1]), part=(1, 2))
+    with pytest.raises(GKDConfigError, match="part must be I/N, with I from 1 to N, such as 2/4; got 0/2"):
+        cached(part=(0, 2))
 
 
 def test_what_can_not_be_cached_is_refused(cached, tiny_model, byte_level):

@@ -9,18 +9,29 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch.utils.data import IterableDataset
 from transformers import DefaultDataCollator, Trainer, default_data_collator
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from gkd_trainer import FrozenTeacher, GKDArguments, GKDConfig, GKDConfigError, GKDTeacherError
+from gkd_trainer import (
+    FrozenTeacher,
+    GKDArguments,
+    GKDConfig,
+    GKDConfigError,
+    GKDTeacherError,
+    GKDTrainer,
+    SelfTeacher,
+)
 from gkd_trainer.data import unwrapped
+from gkd_trainer.trainer import construction
 from gkd_trainer.trainer.construction import (
     accepted_by,
     construct,
     init_parameters,
+    leave_gpus_to,
     refuse_data_parallel,
     refuse_dropped_deepspeed,
     refuse_split_models,
@@ -389,10 +400,36 @@ def test_a_student_with_virtual_tokens_is_refused(tiny_model):
         refuse_student(prompted, teacher, is_trained=True)
 
 
+def test_a_student_is_trained_only_if_no_trained_weight_is_offloaded(tiny_model, tmp_path):
+    student = dispatch_model(tiny_model(), {"model": "cpu", "lm_head": "disk"}, offload_dir=str(tmp_path))
+    teacher = FrozenTeacher(tiny_model(seed=1))
+    refuse_student(student, teacher, is_trained=False)
+    with pytest.raises(GKDConfigError, match="device map offloads weights that would be trained"):
+        refuse_student(student, teacher, is_trained=True)
+
+
 def test_several_gpus_in_one_process_are_refused():
     refuse_data_parallel(SimpleNamespace(n_gpu=1))
     with pytest.raises(GKDConfigError, match=r"2 GPUs are visible .*accelerate launch"):
         refuse_data_parallel(SimpleNamespace(n_gpu=2))
+
+
+@pytest.mark.parametrize(("devices", "n_gpu"), [({"cuda:0", "cuda:1"}, 1), ({"cuda:1"}, 1), ({"cuda:0"}, 2), ((), 2)])
+def test_gpus_that_a_device_map_gave_to_a_teacher_are_left_to_it(tiny_model, monkeypatch, devices, n_gpu):
+    monkeypatch.setattr(construction, "accelerators_of", lambda model: {torch.device(device) for device in devices})
+    args = SimpleNamespace(n_gpu=2, _n_gpu=2, device=torch.device("cuda:0"))
+    leave_gpus_to(FrozenTeacher(tiny_model()), args)
+    assert args._n_gpu == n_gpu
+    leave_gpus_to(SelfTeacher(), args)
+    assert args._n_gpu == n_gpu
+
+
+def test_a_run_with_a_teacher_on_other_gpus_is_not_refused_as_data_parallel(tiny_model, config_of, monkeypatch):
+    monkeypatch.setattr(construction, "accelerators_of", lambda model: {torch.device("cuda:1")})
+    args = config_of(max_steps=1)
+    args._n_gpu = 2
+    trainer = GKDTrainer(tiny_model(), args, teacher_model=tiny_model(seed=1))
+    assert trainer.args.n_gpu == 1
 
 
 def test_deepspeed_that_was_asked_for_and_does_not_run_is_refused():

@@ -10,7 +10,6 @@ from trl import SFTConfig, SFTTrainer
 from gkd_trainer import CachedTeacher, FrozenTeacher, GKDArguments, GKDMixin, GKDTrainer, RoutedTeachers
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.teachers import WeightedTeachers
-from gkd_trainer.teachers.cache import read_manifest
 from gkd_trainer.teachers.cache.format import write_manifest
 from gkd_trainer.trainer import coverage
 
@@ -41,9 +40,9 @@ def teacher(cached, token_rows):
 @pytest.fixture
 def incomplete(teacher):
     """The same cache while it is being written."""
-    manifest = read_manifest(teacher.folder)
-    write_manifest(teacher.folder, manifest.model_copy(update={"is_complete": False}))
-    return CachedTeacher(teacher.folder)
+    [(folder, manifest)] = teacher.manifests.items()
+    write_manifest(folder, manifest.model_copy(update={"is_complete": False}))
+    return CachedTeacher(folder)
 
 
 @pytest.mark.parametrize("options", [EPOCH, {"max_steps": 4}])
@@ -94,6 +93,15 @@ def test_evaluation_sets_are_looked_up_too(make_trainer, teacher, token_rows, ca
         trainer.evaluate(token_rows(16))
 
 
+def test_prompts_to_evaluate_on_are_refused_before_training(make_trainer, cached):
+    prompts = Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, -100]}] * 4)
+    given = {"teacher": CachedTeacher(cached()), "eval_dataset": prompts}
+    with pytest.raises(GKDDataError, match="eval: 4 of 4 rows looked up are prompts without a completion"):
+        make_trainer(trainer_args=given, eval_strategy="steps")
+    with pytest.raises(GKDDataError, match="test: 4 of 4 rows looked up are prompts without a completion"):
+        make_trainer(trainer_args=given).predict(prompts)
+
+
 @pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
 def test_joined_rows_are_looked_up_one_by_one(config, tiny_model, byte_level, cached, token_rows, options):
     def trainer(rows):
@@ -126,10 +134,8 @@ def test_rows_that_a_collator_changes_are_not_looked_up_so_the_cache_must_be_com
     folder = cached(rows=token_rows(14))
     collator = Reversing(byte_level())
     make_trainer(trainer_args={"teacher": CachedTeacher(folder), "data_collator": collator}, **EPOCH)
-    write_manifest(
-        CachedTeacher(folder).folder,
-        read_manifest(CachedTeacher(folder).folder).model_copy(update={"is_complete": False}),
-    )
+    [(path, manifest)] = CachedTeacher(folder).manifests.items()
+    write_manifest(path, manifest.model_copy(update={"is_complete": False}))
     with pytest.raises(GKDTeacherError, match="not complete: it holds 14 rows so far, and the rows of train can't be"):
         make_trainer(trainer_args={"teacher": CachedTeacher(folder), "data_collator": collator}, **EPOCH)
 
@@ -140,6 +146,14 @@ def test_a_cache_that_is_still_written_serves_a_run_whose_rows_it_has(make_train
     stream = token_rows(14).to_iterable_dataset()
     with pytest.raises(GKDTeacherError, match=r"not complete.* the rows of train can't be looked up"):
         make_trainer(trainer_args={"teacher": incomplete, "train_dataset": stream}, max_steps=2)
+
+
+def test_rows_are_looked_up_in_all_folders_of_one_teacher(make_trainer, teacher, cached, token_rows):
+    folders = [*teacher.manifests, cached(rows=token_rows(16).select([14]), name="later")]
+    with pytest.raises(GKDDataError, match=r"train: 1 of 16 rows .* not in the cache in .*cache, .*later.* row 15: "):
+        make_trainer(trainer_args={"teacher": CachedTeacher(folders)}, **EPOCH)
+    cached(rows=token_rows(16).select([14, 15]), name="later")
+    make_trainer(trainer_args={"teacher": CachedTeacher(folders)}, **EPOCH)
 
 
 def test_each_of_several_caches_is_asked_for_the_rows_that_it_scores(make_trainer, teacher, cached, token_rows):

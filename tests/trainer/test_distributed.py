@@ -1,10 +1,12 @@
 """Two processes over gloo do the same as one."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
 
-from gkd_trainer import FrozenTeacher, GKDConfig
+from gkd_trainer import CachedTeacher, FrozenTeacher, GKDConfig
 from gkd_trainer.trainer.caching import cache_predictions
 from tests.forks import run_ranks
 from tests.trainer.conftest import make_rows
@@ -90,6 +92,30 @@ def test_two_ranks_that_share_the_student_by_fsdp_train_like_one(full_run, tiny_
     assert two["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-4)
 
 
+def test_a_student_whose_checkpoints_are_in_shards_resumes_and_is_saved_whole(full_run, tmp_path):
+    folder = tmp_path / "runs"
+    options = {
+        **OPTIONS,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "lmbda": 0.5,
+        "names_teacher": True,
+    }
+    options |= {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
+    whole, expected, process = full_run(folder, ranks=2, **options)
+    assert whole is not None, process.stderr
+    [checkpoint] = (folder / "run").glob("checkpoint-2")
+    assert list(checkpoint.glob("pytorch_model_fsdp_0/*.distcp"))
+    assert not list(checkpoint.glob("*.safetensors"))
+    (folder / "result.json").unlink()
+    resumed, actual, process = full_run(folder, ranks=2, resume=True, **options)
+    assert resumed is not None, process.stderr
+    assert [entry["step"] for entry in steps(resumed)] == [1, 2, 3]
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
 def require_equal_runs(one, expected, two, actual, process):
     assert two is not None, process.stderr
     for name, tensor in expected.items():
@@ -127,6 +153,22 @@ def test_two_ranks_that_read_one_cache_train_like_one_with_the_teacher(full_run,
     options["teacher_cache_dir"] = str(tmp_path / "cache")
     two, actual, process = full_run(tmp_path / "two", ranks=2, per_device_train_batch_size=2, **options)
     require_equal_runs(one, expected, two, actual, process)
+
+
+def test_ranks_of_the_command_that_caches_write_a_part_each(tiny_model, tmp_path):
+    tiny_model(hidden=48, seed=1).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, make_rows(5))))
+    paths = {"--teacher": "teacher", "--dataset": "rows.jsonl", "--output_dir": "cache"}
+    command = ["cache", "--use_cpu", *(word for name, path in paths.items() for word in (name, str(tmp_path / path)))]
+    (tmp_path / "command.json").write_text(json.dumps(command))
+    process = run_ranks("tests.cli.ranks", tmp_path, ranks=2)
+    assert process.returncode == 0, process.stderr
+    folder = tmp_path / "cache"
+    assert f"{folder}: 2 of 2 parts are complete\n" in process.stderr
+    rows = {
+        str(part): sum(shard.rows for shard in each.shards) for part, each in CachedTeacher(folder).manifests.items()
+    }
+    assert rows == {f"{folder}/part-1-of-2": 3, f"{folder}/part-2-of-2": 2}
 
 
 STREAM = {**OPTIONS, "max_steps": 5, "per_device_train_batch_size": 2}

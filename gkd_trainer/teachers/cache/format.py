@@ -84,6 +84,16 @@ class CacheSource(_Fields):
     train_on: str | None = None
     witness: StoredWitness | None = None
 
+    def differences(self, other: CacheSource) -> list[str]:
+        """Return the names of the fields in which both differ, other than `witness`, for which see below.
+
+        Known weights count, not the name: the same model may be in another folder.
+        """
+        are_weights_known = None not in (self.weights, other.weights)
+        apart = {"witness", "teacher"} if are_weights_known else {"witness"}
+        fields = [name for name in CacheSource.model_fields if name not in apart]
+        return [name for name in fields if getattr(self, name) != getattr(other, name)]
+
     def witness_distance(self, other: CacheSource) -> float:
         """Return the mean total variation between both teachers' scores of one text; 0 if there is no such text."""
         one, another = self.witness, other.witness

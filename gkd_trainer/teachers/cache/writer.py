@@ -163,11 +163,8 @@ class CacheWriter:
         else:
             manifest = read_manifest(self._folder)
             _require_same(self._folder, "kind", manifest.kind, self._kind)
-            # Known weights count, not the name: the same model may be in another folder.
-            apart = {"witness"} if self._source.weights is None else {"witness", "teacher"}
-            for name in CacheSource.model_fields:
-                if name not in apart:
-                    _require_same(self._folder, name, getattr(manifest.source, name), getattr(self._source, name))
+            for name in manifest.source.differences(self._source):
+                _require_same(self._folder, name, getattr(manifest.source, name), getattr(self._source, name))
             refuse_another_served(self._folder, manifest.source, self._source)
             check_files(self._folder, manifest)
             self._shared = load_shared(self._folder, manifest)
@@ -310,7 +307,8 @@ def _locked(folder: Path) -> BinaryIO | None:
     except BlockingIOError:
         lock.close()
         raise GKDConfigError(
-            f"another process writes the cache in {folder}: wait until it ends, or choose another folder"
+            f"another process writes the cache in {folder}: wait until it ends, choose another folder, or have each "
+            "process write a part of the rows (--part, part of cache_predictions)"
         ) from None
     except OSError as error:
         logger.warning("%s can't be locked (%s): let no second process write it.", folder, error)
