@@ -11,7 +11,7 @@ from trl.data_utils import maybe_convert_to_chatml
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.messages import has_messages, template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
-from gkd_trainer.data.tokens import RowDropped, id_list
+from gkd_trainer.data.tokens import RowDropped, id_list, refuse_negative_ids
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.models.prompts import prompt_ids
 from gkd_trainer.types import prompt_length
@@ -47,7 +47,9 @@ class TeacherPrompts:
         if row.get(TEACHER_PROMPT) is None:  # the rows of a dataset that is already prepared keep theirs
             held = row.get(TEACHER_PROMPT_IDS)
             if held is not None:
-                return id_list(held, TEACHER_PROMPT_IDS)
+                ids = id_list(held, TEACHER_PROMPT_IDS)
+                refuse_negative_ids(ids, TEACHER_PROMPT_IDS)
+                return ids
             return [] if self.rendered is None else self.rendered.of(row, is_generating=is_generating)
         if self.tokenizer is None:
             raise GKDDataError(
