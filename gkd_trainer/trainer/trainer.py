@@ -80,6 +80,7 @@ from gkd_trainer.trainer.preparation import (
     tokenizer_of,
 )
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
+from gkd_trainer.trainer.sampling_check import SamplingCheck, is_noisy
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
 from gkd_trainer.types import Generated, TokenBatch
@@ -224,10 +225,12 @@ class GKDMixin(AnyTrainer):
         if (updates := parts.student_teachers.callback()) is not None:
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
-        self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
+        self._meter, self._sampling_check = TrainingMeter(self.args.device, self._teacher_sums), SamplingCheck()
+        self._finite_check = FiniteCheck(beside=self._sampling_check.taken)
         self._placement = Placement(self.args.device)
         self._window_tokens: Tensor | None = None
-        self._is_in_step = self._is_last_of_window = self._is_in_checkpoint = False
+        self._is_in_step = self._is_last_of_window = False
+        self._is_in_checkpoint = self._has_current_rollouts = False
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
@@ -452,7 +455,7 @@ class GKDMixin(AnyTrainer):
         if taken is None:
             return []
         window, staleness = taken
-        self._generated = window.generated
+        self._generated, self._has_current_rollouts = window.generated, staleness == 0
         self._meter.add_samples(**sample_counts(window, staleness))
         return window.batches
 
@@ -485,7 +488,7 @@ class GKDMixin(AnyTrainer):
             self._is_in_step = False
         if self._is_last_of_window:
             self._is_last_of_window = False
-            self._raise_if_not_finite()
+            self._raise_if_wrong()
         return loss
 
     def _step_divisor(self, inputs: dict[str, Any]) -> Tensor | int | None:
@@ -503,8 +506,10 @@ class GKDMixin(AnyTrainer):
         # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
         return self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
-    def _raise_if_not_finite(self) -> None:
-        self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
+    def _raise_if_wrong(self) -> None:
+        step = self.state.global_step + 1
+        sums = self._finite_check.raise_if_not(step, self._ranks.index, self._ranks.sum)
+        self._sampling_check.judge(sums, step, is_noisy=lambda: is_noisy(self.model, self.args))
 
     def compute_loss(
         self,
@@ -576,20 +581,28 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        index_B = batch.side.get(TEACHER_INDEX)
-        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result, self._teacher_sums, index_B)
+        sums_BK = sums_by_sample(
+            batch.rows_N,
+            batch.is_on_policy_B,
+            result,
+            self._teacher_sums,
+            batch.side.get(TEACHER_INDEX),
+            batch.sampling_log_probs_N,
+        )
         if not is_training:
             self._evaluation.see(sums_BK)
             return
         self._meter.add_tokens(sums_BK)
+        if self._has_current_rollouts:
+            self._sampling_check.add(sums_BK)
         is_finite_N = result.is_finite_N
-        if result.cross_entropy_N is not None:
+        if result.loss_N is not None and result.cross_entropy_N is not None:
             is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
         self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
         if self._is_last_of_window:  # before the backward: see FiniteCheck
             self._finite_check.begin_reading(self._ranks.sum)
             if self.is_deepspeed_enabled:  # its backward takes the optimizer's step
-                self._raise_if_not_finite()
+                self._raise_if_wrong()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; training entries get the metrics since the last one."""
