@@ -37,7 +37,7 @@ class Collected:
             self.missing |= {(item.nodeid, name) for name in item.fixturenames if name not in known}
 
 found = {"installed": [name for name in ("datasets", "pandas", "PIL", "trl") if find_spec(name) is not None]}
-files = [file for file in checks.files_with_gpu_tests() if file not in checks._WITH_FIXTURES]
+files = [file for file in checks.files_with_gpu_tests() if not file.startswith(checks._WITH_FIXTURES)]
 collected = Collected()
 found["collection"] = pytest.main(["--collect-only", "-qq", "--noconftest", "-m", "gpu", *files], [collected])
 found["files"] = [files, sorted(collected.files)]
