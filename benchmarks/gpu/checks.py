@@ -44,6 +44,9 @@ _SECONDS = 20
 _SECONDS_OF_KERNELS = 90
 """The same if they compile kernels, some hundred variants."""
 
+_LONGEST_SANITIZER = 110
+"""Seconds after which a tool, which slows all kernels down, is stopped."""
+
 _SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -127,9 +130,14 @@ def sanitize(where: Where, tool: str) -> dict[str, Any]:
         sanitizer = next((path for path in map(shutil.which, _SANITIZERS) if path is not None), None)
         if sanitizer is None:
             raise NotMeasuredError("compute-sanitizer is not installed: it comes with CUDA's toolkit")
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *command]
-    # Without torch's cache each tensor is an allocation of its own, whose end the tool knows.
-    done = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        # torch asks the driver for functions that it may lack: such calls fail, and are no errors of ours.
+        options = ["--tool", tool, "--error-exitcode", "99", "--report-api-errors", "no"]
+        command = [sanitizer, *options, *command]
+    try:
+        # Without torch's cache each tensor is an allocation of its own, whose end the tool knows.
+        done = _run(command, timeout=_LONGEST_SANITIZER, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    except subprocess.TimeoutExpired:
+        raise NotMeasuredError(f"it did not finish in {_LONGEST_SANITIZER} s") from None
     if "Device not supported" in done.stdout:
         raise NotMeasuredError("compute-sanitizer does not support this device, or what it runs under")
     if done.returncode not in (0, 99):
@@ -172,7 +180,7 @@ def _teachers(N: int, V: int, H: int, device: str, *, is_top_k_taken: bool) -> I
         yield TopKSignal(ids_NK, log_p_NK, V)
 
 
-def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], timeout: float | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         command,
@@ -182,4 +190,5 @@ def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
+        timeout=timeout,
     )

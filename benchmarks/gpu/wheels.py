@@ -26,6 +26,9 @@ NEEDS = (
 )
 """What ROOTS need and a machine with transformers may lack. Only pydantic-core is compiled, and it takes 2 MB."""
 
+COMPILED = ("pyarrow", "pandas", "xxhash")
+"""What datasets needs, and is not carried unless asked for."""
+
 
 def gather(folder: Path, python: str, platforms: Sequence[str], also: Sequence[str], constraints: Path) -> list[Path]:
     """Download the wheels for a version of Python, and return them.

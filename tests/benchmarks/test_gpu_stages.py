@@ -149,12 +149,23 @@ def test_what_a_sanitizer_finds_is_reported(tmp_path, monkeypatch, tool):
     program = tmp_path / "compute-sanitizer"
     program.write_text(
         f"#!/bin/sh\necho '========= COMPUTE-SANITIZER'\necho '========= {found}'\n"
-        'case "$*" in "--tool memcheck --error-exitcode 99 "*exercise*cuda*) exit 99;; *exercise*cuda*) exit 0;; esac\n'
+        'case "$*" in "--tool memcheck --error-exitcode 99 --report-api-errors no "*exercise*cuda*) exit 99;; '
+        "*exercise*cuda*) exit 0;; esac\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     expected = {"failed": 1, "found": [found]} if found else {"failed": 0, "found": []}
     assert checks.sanitize(FULL, tool) == expected
+
+
+def test_a_sanitizer_that_takes_too_long_is_no_failure(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(checks, "_LONGEST_SANITIZER", 0.1)
+    with pytest.raises(NotMeasuredError, match=r"did not finish in 0\.1 s"):
+        checks.sanitize(FULL, "racecheck")
 
 
 def test_a_machine_without_the_sanitizer_is_told_so(monkeypatch):
