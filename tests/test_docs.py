@@ -220,8 +220,9 @@ def test_metrics_page_names_what_an_evaluation_gives():
 def commands(page):
     """The arguments of a page's `gkd-trainer train` commands, but for those that read a file."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").split("\n")
-    calls = [shlex.split(line, comments=True) for line in lines if line.startswith("gkd-trainer train ")]
-    return [call[2:] for call in calls if "--config" not in call]
+    command = re.compile(r"^(?:[A-Z_]+=\S* )*gkd-trainer train ")
+    calls = [shlex.split(command.sub("", line), comments=True) for line in lines if command.match(line)]
+    return [call for call in calls if "--config" not in call]
 
 
 RUNS = [
