@@ -74,7 +74,7 @@ def test_options_page_repeats_the_help_of_each_option():
 # The numbers that a help text calls a default, from where the code has them.
 DEFAULTS_IN_HELP = {
     "logging_steps": [float(MAX_STEPS)],
-    "loss_workspace_mb": [CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB],
+    "loss_workspace_mb": [CPU_WORKSPACE_MB, CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB],
     "teacher_top_k": [default_of(VLLMServerTeacher.__init__, "top_k")],
 }
 
