@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from gkd_trainer.config_checks import check_combinations, check_room_for_prompts
+from gkd_trainer.config_checks import check_combinations, check_dataset_kwargs, check_room_for_prompts
 from gkd_trainer.config_effects import Run
 from gkd_trainer.config_values import (
     check_ranges,
@@ -478,6 +478,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
         if is_unset:
             self.logging_steps = unset
         super().__post_init__()
+        check_dataset_kwargs(self.dataset_kwargs)
         if is_unset:  # TrainingArguments turns it into a plain number
             self.logging_steps = unset
 
