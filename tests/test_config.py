@@ -64,13 +64,10 @@ def test_whether_a_run_generates_takes_its_whole_schedule_into_account(options, 
 
 
 def test_a_misspelt_key_of_dataset_kwargs_is_refused(config_of):
-    with pytest.raises(
-        GKDConfigError, match="dataset_kwargs takes only 'skip_prepare_dataset'; got 'skip_prepare_set'"
-    ):
-        config_of(dataset_kwargs={"skip_prepare_set": True})
-    assert config_of(MyConfig, dataset_kwargs={"of_another_trainer": True}).dataset_kwargs == {
-        "of_another_trainer": True
-    }
+    with pytest.raises(GKDConfigError, match="takes only 'skip_prepare_dataset'; got 'skip_prepare'"):
+        config_of(dataset_kwargs={"skip_prepare": True})
+    read_by_another = {"of_another_trainer": True}
+    assert config_of(MyConfig, dataset_kwargs=read_by_another).dataset_kwargs == read_by_another
 
 
 @pytest.mark.parametrize("name", ["model_init_kwargs", "dataset_kwargs", "generation_kwargs"])
