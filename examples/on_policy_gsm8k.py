@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_vllm=args.vllm is not None,
         vllm_mode=args.vllm or "colocate",
         vllm_server_base_url=args.vllm_server_base_url,
-        vllm_engine_kwargs={"enforce_eager": not torch.cuda.is_available()},  # compiling takes long on a CPU
+        # Compiling takes long on a CPU.
+        vllm_engine_kwargs={"enforce_eager": not torch.cuda.is_available()} if args.vllm == "colocate" else None,
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
