@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.arms import ARMS, DECISIVE, is_timed
 from experiments.measures import Remembering, compared, completions
-from experiments.studies import Grid, Run, Study, made_once
-from experiments.training import Setting, trained
+from experiments.studies import Grid, Run, Study, make_start
+from experiments.training import Setting
 from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.report.drafting import tokens_per_forward
 
@@ -142,10 +142,7 @@ class DraftStudy(Study):
 
     def _start(self, pruned: Setting, seed: int, steps: int) -> PreTrainedModel:
         folder = self._folder / f"start-{seed}-{steps}"
-        with made_once(folder) as is_missing:
-            if is_missing:
-                student, _ = trained(pruned, ARMS["fixed-forward"], seed, steps, measures=False)
-                student.save_pretrained(folder)
+        make_start(folder, pruned, "fixed-forward", seed, steps)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return model
 

@@ -15,8 +15,8 @@ from experiments import errands
 from experiments.arms import ARMS, DECISIVE, FEW, TEACHER, is_timed
 from experiments.errands import MAX_NEW_TOKENS, PAD
 from experiments.measures import compared, completions
-from experiments.studies import Grid, Run, Study, made_once
-from experiments.training import Setting, trained
+from experiments.studies import Grid, Run, Study, made_once, make_start
+from experiments.training import Setting
 
 HELD_OUT = 256
 TEACHER_STEPS = 1200
@@ -99,17 +99,15 @@ class ErrandStudy(Study):
 
     def _teacher(self) -> PreTrainedModel:
         folder = self._folder / "teacher"
-        with made_once(folder) as is_missing:
+        plan = {"steps": TEACHER_STEPS, "seed": 0}
+        with made_once(folder, plan) as is_missing:
             if is_missing:
-                errands.trained_teacher(TEACHER_STEPS, seed=0).save_pretrained(folder)
+                errands.trained_teacher(**plan).save_pretrained(folder)
         return _loaded(folder)
 
     def _start(self, untrained: Setting, name: str, seed: int) -> PreTrainedModel:
         folder = self._folder / name
-        with made_once(folder) as is_missing:
-            if is_missing:
-                student, _ = trained(untrained, ARMS["sft"], seed, START_STEPS, measures=False)
-                student.save_pretrained(folder)
+        make_start(folder, untrained, "sft", seed, START_STEPS)
         return copy.deepcopy(_loaded(folder))
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from filelock import FileLock
 
-from experiments.training import Setting
+from experiments.arms import ARMS
+from experiments.training import Setting, trained
 
 Grid = Literal["small", "full"]
 
@@ -57,11 +60,38 @@ class Study(ABC):
         """Return what the run shares with others: models, rows and options."""
 
 
+def make_start(folder: Path, setting: Setting, arm: str, seed: int, steps: int) -> None:
+    """Train a student from which others start, and save it in a folder, unless it is there."""
+    rows = json.dumps([dict(row) for row in setting.rows[ARMS[arm].data](seed)])
+    plan = {
+        "arm": arm,
+        "seed": seed,
+        "steps": steps,
+        "rows": sha256(rows.encode()).hexdigest(),
+        **setting.options,
+        **setting.own_options,
+    }
+    with made_once(folder, plan) as is_missing:
+        if is_missing:
+            student, _ = trained(setting, ARMS[arm], seed, steps, measures=False)
+            student.save_pretrained(folder)
+
+
 @contextmanager
-def made_once(folder: Path) -> Iterator[bool]:
-    """Yield whether a folder of models has yet to be made; other processes that need it wait until it is there."""
+def made_once(folder: Path, plan: Mapping[str, object]) -> Iterator[bool]:
+    """Yield whether a folder of models has yet to be made; other processes that need it wait until it is there.
+
+    Raises SystemExit if it was made by another plan, of which some results may be too.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        done = folder / "complete"
-        yield not done.exists()
-        done.touch()
+        done = folder / "plan.json"  # written last
+        is_missing = not done.exists()
+        if not is_missing and (made_by := json.loads(done.read_text())) != plan:
+            changed = sorted(name for name in {*made_by, *plan} if made_by.get(name) != plan.get(name))
+            raise SystemExit(
+                f"{folder} was made by another plan ({', '.join(changed)}): delete it, and the results of runs that "
+                "used it"
+            )
+        yield is_missing
+        done.write_text(json.dumps(plan))

@@ -98,7 +98,8 @@ class TopKSignal:
 
     `ids_NK` are int64 and distinct at each position; `log_p_NK` are at temperature 1 and not normalised over the K:
     their probabilities and the teacher's mass on all other tokens sum to one. An entry of -inf is absent, and its id is
-    meaningless. `vocab_size` is the number of tokens that the teacher predicts over.
+    meaningless; without entries, a position says nothing. `vocab_size` is the number of tokens that the teacher
+    predicts over.
     """
 
     ids_NK: Tensor

@@ -9,7 +9,7 @@ from typing import Any
 
 from gkd_trainer.config_effects import Run
 from gkd_trainer.config_values import check
-from gkd_trainer.divergence.options import check_mode, check_top_k_temperature
+from gkd_trainer.divergence.options import check_mode, check_tail, check_top_k_temperature
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.redaction import redacted
 
@@ -21,6 +21,7 @@ def check_teacher(run: Run) -> None:
     _check_offload(run.args)
     _check_self_teacher(run.args)
     check_loss_temperature(run)
+    check_tail(run.args.teacher_tail, run.args.teacher_top_k, "teacher_tail")
     _check_other_vocabulary(run.args)
     check_cache(run)
 

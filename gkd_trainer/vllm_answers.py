@@ -54,11 +54,18 @@ class Models(Answer):
         )
 
 
+class TokenLogProbs(Answer):
+    """The log-probabilities of generated tokens, None for one without."""
+
+    token_logprobs: list[float | None]
+
+
 class GeneratedChoice(Answer):
-    """A completion, asked for with `return_token_ids`."""
+    """A completion, asked for with `return_token_ids`, and perhaps with `logprobs`."""
 
     token_ids: list[int]
     finish_reason: str | None
+    logprobs: TokenLogProbs | None = None
 
 
 class CompletionAnswer(Answer):
@@ -145,7 +152,12 @@ class _VLLMConfig(Answer):
     weight_transfer: _WeightTransfer | None = Field(None, alias="weight_transfer_config")
 
 
+class _Environment(Answer):
+    uses_runner_v2: bool | None = Field(None, alias="VLLM_USE_V2_MODEL_RUNNER")
+
+
 class ServerInfo(Answer):
-    """GET /server_info?config_format=json."""
+    """GET /server_info?config_format=json; without a choice in its environment, vLLM does not name its model runner."""
 
     vllm_config: _VLLMConfig
+    environment: _Environment | None = Field(None, alias="vllm_env")

@@ -202,7 +202,7 @@ def test_metrics_page_names_what_a_run_logs():
     with meter.measure("rollout"), meter.measure("step"):
         pass
     logged = meter.read(lambda sums: sums)
-    assert len(logged) == 23
+    assert len(logged) == 24
     for metric in logged:
         assert f"`{metric}`" in page, metric
 

@@ -9,9 +9,11 @@ import weakref
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
+from experiments.report import interval
 from tests.vision import make_pair
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
@@ -212,6 +214,13 @@ def test_gsm8k_experiment_compares_on_policy_with_both_controls(capsys, monkeypa
     assert "│ own-0.5 │ 2 │ 0.625 │" in printed
     assert "own-0.5 − fixed-0.5 │ 2 │ +0.000 │ +0.000 to +0.000" in printed
     assert re.search(r"own-0.5 − fresh-0.5 │ 2 │ \+0.250 │ \+0.000 to \+0.[567]", printed)
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2, 3, 5, 30])
+def test_gsm8k_experiment_has_the_intervals_of_the_experiments(n_seeds, monkeypatch):
+    differences_SP = np.random.default_rng(n_seeds).normal(0.1, 1.0, size=(n_seeds, 7)) + np.arange(n_seeds)[:, None]
+    own = loaded("gsm8k_experiment", monkeypatch).interval(differences_SP)
+    assert own == pytest.approx(interval(differences_SP), rel=1e-6)
 
 
 def test_gsm8k_experiment_neither_skips_nor_prints_an_arm_with_other_options(run, capsys, served_dir, tiny_teacher_dir):

@@ -1,11 +1,11 @@
-"""One hint of another library is silenced while it is imported, and nothing else."""
+"""One message of another library is left out inside a block, and nothing else."""
 
 import importlib
 import logging
 
 import pytest
 
-from gkd_trainer.quiet import quiet_imports
+from gkd_trainer.quiet import quiet_imports, quiet_padding
 
 HINT = "Failed to load CPU gemm_4bit_forward from kernels-community: %s"
 
@@ -27,3 +27,15 @@ def test_the_hint_is_heard_again_after_an_import_that_fails(caplog):
     library.warning(HINT, "later")
     assert caplog.messages == [HINT % "later"]
     assert library.filters == []
+
+
+def test_the_warning_of_right_padding_is_left_out_and_nothing_else_is(caplog):
+    library = logging.getLogger("transformers.generation.utils")
+    library.addHandler(caplog.handler)  # transformers' loggers do not propagate
+    warning = "A decoder-only architecture is being used, but right-padding was detected!"
+    with quiet_padding():
+        library.warning(warning)
+        library.warning("another")
+    library.warning(warning)
+    library.removeHandler(caplog.handler)
+    assert [*dict.fromkeys(caplog.messages)] == ["another", warning]

@@ -45,6 +45,10 @@ HIDDEN_STATES = {
         ({"self_teacher": "base", "teacher_top_k": 5}, "so teacher_top_k has no meaning"),
         ({"self_teacher": "base", "teachers": {"a": "b"}}, "so teachers has no meaning"),
         ({"self_teacher": "base", "teacher_cache_dir": "/a"}, "so teacher_cache_dir has no meaning"),
+        (
+            {"teacher_top_k": 1, "teacher_tail": "renormalize"},
+            "teacher_tail='renormalize' .* top k of 1 .* nothing is trained: set teacher_tail to 'bucket'",
+        ),
         ({"teacher_top_k": 5, "loss_temperature": 2.0}, r"loss_temperature=2\.0 can't be applied to a teacher's top"),
         ({"teacher_server_base_url": "http://a:1", "loss_temperature": 0.5}, "their log-probs are at temperature 1"),
         ({"teacher_offload": True, "seq_kd": True}, "its weights must stay on the device, but teacher_offload=True"),

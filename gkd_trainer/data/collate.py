@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    default_data_collator,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollator
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, PER_TOKEN, SIDE_TENSORS, TEACHER_PROMPT_IDS, SideTensor
@@ -101,6 +106,9 @@ class KeepTokenValues(Wrapper):
 class KeepSideTensors(Wrapper):
     """Collates rows with any collator, and adds to the batch the SIDE_TENSORS that the rows have as columns.
 
+    Trainer keeps the columns `label` and `label_ids`, and transformers' collators take them for the labels. From rows
+    that have `labels`, as all prepared ones do, such a collator gets neither.
+
     If a collator makes its own samples, with other tokens than the rows have, the batch gets none: prompts are then the
     tokens before the last trained run, and no key tells which rows a sample comes from. Only a prompt of the teacher's
     own can't be left out: the teacher would read another.
@@ -117,9 +125,11 @@ class KeepSideTensors(Wrapper):
         if not all(isinstance(row, Mapping) for row in rows):
             return self.collator(rows)
         names = {name for name, side in SIDE_TENSORS.items() if side.is_column and any(name in row for row in rows)}
+        left_out = names | (_NO_LABELS if self._is_misled and all("labels" in row for row in rows) else set())
+        given = [{key: value for key, value in row.items() if key not in left_out} for row in rows]
+        batch = self.collator(given if left_out else rows)
         if not names:
-            return self.collator(rows)
-        batch = self.collator([{key: value for key, value in row.items() if key not in names} for row in rows])
+            return batch
         tensors = {name: _side_tensor(SIDE_TENSORS[name], [row.get(name) for row in rows]) for name in sorted(names)}
         found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         if not found or _has_tokens_of(batch, rows):
@@ -133,6 +143,10 @@ class KeepSideTensors(Wrapper):
             )
         return batch
 
+    @property
+    def _is_misled(self) -> bool:
+        return type(unwrapped(self)).__module__.startswith("transformers.")
+
 
 class StackOthers(Wrapper):
     """Collates rows' tokens with a collator that pads them, and other columns as transformers' default_data_collator.
@@ -145,7 +159,7 @@ class StackOthers(Wrapper):
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         """Return the collated batch."""
-        of_tokens = PER_TOKEN | {SEQ_LENGTHS}
+        of_tokens = PER_TOKEN | _NO_LABELS | {SEQ_LENGTHS}
         others = [{key: row[key] for key in row if key not in of_tokens} for row in rows]
         return {**default_data_collator(others), **self.collator(rows)}
 
@@ -173,6 +187,11 @@ class EncoderDecoderCollator:
             "attention_mask": pad_sequence([torch.ones_like(ids_L) for ids_L in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
+
+
+def can_pad(collator: Any) -> bool:
+    """Return whether a collator may pad: False for transformers' default_data_collator, also as a class."""
+    return collator is not default_data_collator and type(collator) is not DefaultDataCollator
 
 
 def unwrapped(collator: Any) -> Any:
@@ -237,6 +256,7 @@ def holds_several_samples(tokens: RowTokens) -> bool:
 
 
 _MASKS = frozenset({"attention_mask", "completion_mask", "assistant_masks"})
+_NO_LABELS = frozenset({"label", "label_ids"})
 _CARRIED = frozenset({"position_ids", "token_type_ids", "mm_token_type_ids"})
 
 

@@ -44,6 +44,12 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
     return messages
 
 
+def has_messages(row: Mapping[str, Any]) -> bool:
+    """Return whether a row holds messages to be rendered, and no tokens, which are read in their place."""
+    columns = ("messages", "conversations", "prompt")
+    return row.get("input_ids") is None and any(isinstance(row.get(column), list) for column in columns)
+
+
 def texts_of(value: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Return messages as `messages_of` does, with texts as their contents in place of lists of text parts.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from gkd_trainer.batch_keys import IGNORE_INDEX
-from gkd_trainer.data.tokens import SEQ_LENGTHS, RowDropped, RowTokens, held_tokens, id_list
+from gkd_trainer.data.tokens import SEQ_LENGTHS, RowDropped, RowTokens, held_tokens, id_list, refuse_negative_labels
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.types import prompt_length
 
@@ -18,7 +18,7 @@ def held_pair(row: Mapping[str, Any]) -> RowTokens:
     """Return a row's `input_ids`, which the encoder reads, and its `labels`, empty if it has none.
 
     Raises:
-        RowDropped: A column is not a list of token ids, or not as long as `input_ids`.
+        RowDropped: A column is not a list of token ids, has a negative one, or is not as long as `input_ids`.
         GKDDataError: The row has a column that only causal LMs use, or decoder inputs.
 
     """
@@ -32,6 +32,7 @@ def held_pair(row: Mapping[str, Any]) -> RowTokens:
     labels = [] if row.get("labels") is None else id_list(row["labels"], "labels")
     while labels and labels[-1] == IGNORE_INDEX:  # padding
         labels.pop()
+    refuse_negative_labels(labels)
     return replace(encoded, labels=labels, prompt_ids=[])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.keys import checked_key
+from gkd_trainer.data.map_cache import code_version, one_process_at_a_time
+from gkd_trainer.data.mixed import dataset_of, parsed_texts
 from gkd_trainer.data.routing import TeacherRoute
 from gkd_trainer.data.rows import RowPreparer
 from gkd_trainer.data.rules import RowRules
@@ -41,6 +44,9 @@ _NEW_FEATURES = {
 
 _KEY_COLUMNS = {side.name for side in SIDE_TENSORS.values() if side.is_column and not side.is_list}
 """The columns of integers that a batch carries with its tokens."""
+
+_TABLES = ("arrow", "pandas", "polars")
+"""Formats of a Dataset in which a row is a table, which no collator takes."""
 
 _N_REASONS_SHOWN = 8
 _N_ROWS_SHOWN = 10
@@ -90,7 +96,9 @@ def prepare_dataset(
 
     """
     if isinstance(dataset, list):
-        dataset = _from_list(dataset, name)
+        dataset = dataset_of(dataset, name)
+    elif isinstance(dataset, Dataset | IterableDataset):
+        _warn_of_parsed_texts(dataset, rules, name)
     if isinstance(dataset, Dataset | IterableDataset):
         preparer = RowPreparer.create(tokenizer, rules, formatting_func, images=images, teacher_prompts=teacher_prompts)
         prepare = _PrepareRow(preparer, route, True, name)
@@ -124,7 +132,10 @@ def first_row(dataset: Any) -> Mapping[str, Any] | None:
 
 @dataclass(frozen=True)
 class _PrepareRow:
-    """The function for `map`: it marks unusable rows in a column, since processes share no state."""
+    """The function for `map`: it marks unusable rows in a column, since processes share no state.
+
+    `code` is read by the cache of `datasets` alone.
+    """
 
     preparer: RowPreparer
     route: TeacherRoute | None
@@ -133,6 +144,7 @@ class _PrepareRow:
     has_teacher_prompts: bool = False
     is_drop_raised: bool = False
     has_lengths: bool = False
+    code: tuple[str, ...] = field(default_factory=code_version)
 
     def for_rows_like(self, first: Mapping[str, Any]) -> _PrepareRow:
         """Return the function for a dataset with this first row."""
@@ -143,6 +155,8 @@ class _PrepareRow:
         )
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        # `map` would encode again what is read of its own row: images, and as JSON texts beside other types.
+        row = copy(row)
         # Raised in a stream too: a teacher that looks up keys would confuse the rows.
         for name in _KEY_COLUMNS & row.keys():
             checked_key(row[name], f"{self.name}: row {index}", name)
@@ -248,15 +262,12 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
         columns = dataset.column_names
         dataset = dataset.map(dict, remove_columns=columns, num_proc=num_proc, desc=f"Transforming {name}")
         dataset = dataset.with_format(None)
-    prepare = prepare.for_rows_like(dataset[0])
-    _warn_of_date(preparer, dataset[0], name)
-    mapped = dataset.map(
-        prepare,
-        with_indices=True,
-        features=_features(dataset, prepare),
-        num_proc=num_proc,
-        desc=f"Preparing {name}",
-    )
+    rows = dataset.with_format(None)  # A format gives arrays or tables in place of messages.
+    prepare = prepare.for_rows_like(rows[0])
+    _warn_of_date(preparer, rows[0], name)
+    features = _features(rows, prepare)
+    with one_process_at_a_time(rows, prepare):
+        mapped = rows.map(prepare, with_indices=True, features=features, num_proc=num_proc, desc=f"Preparing {name}")
     notes = mapped.with_format(None).select_columns(_BOOKKEEPING)[:]
     counts = Counter(problem for problem in notes[_PROBLEM] if problem)
     usable = [i for i, problem in enumerate(notes[_PROBLEM]) if not problem]
@@ -284,7 +295,21 @@ def _prepare_map_style(dataset: Any, prepare: _PrepareRow, num_proc: int | None,
     n_cut = sum(notes[_IS_CUT][i] for i in usable)
     if n_cut:
         logger.warning("%s: %d of %d rows cut to max_length=%d", name, n_cut, len(usable), preparer.rules.max_length)
-    return mapped.remove_columns(_BOOKKEEPING)
+    return _with_format_of(dataset, mapped.remove_columns(_BOOKKEEPING))
+
+
+def _with_format_of(dataset: Any, mapped: Any) -> Any:
+    """Return a prepared dataset in the format of the one that it was made from, unless that gives tables for rows.
+
+    Columns that the format hides stay hidden, but for the tokens.
+    """
+    given = dataset.format
+    if given["type"] in _TABLES:
+        return mapped
+    hidden = set(dataset.column_names) - {*given["columns"], "input_ids", "labels"}
+    shown = [column for column in mapped.column_names if column not in hidden]
+    is_all = given["output_all_columns"]
+    return mapped.with_format(given["type"], columns=shown, output_all_columns=is_all, **given["format_kwargs"])
 
 
 def _prepare_iterable(dataset: Any, prepare: _PrepareRow, needs_all: bool) -> Any:
@@ -303,12 +328,28 @@ def _prepare_iterable(dataset: Any, prepare: _PrepareRow, needs_all: bool) -> An
 
 
 def _warn_of_date(preparer: RowPreparer, row: Mapping[str, Any], name: str) -> None:
-    if preparer.writes_date(row):
+    places = {"": preparer.writes_date(row), " into the teacher's prompts": preparer.writes_date_for_teacher(row)}
+    for place in (place for place, is_dated in places.items() if is_dated):
         logger.warning(
-            "%s: the chat template writes today's date, so tomorrow these rows have other tokens: a resumed run trains "
-            "on other prompts, and a cache does not find them. Give the date in the column chat_template_kwargs (to "
-            "Llama 3.2's template as date_string), or write it into tokenizer.chat_template in place of strftime_now",
+            "%s: the chat template writes today's date%s, so tomorrow these rows have other tokens: a resumed run "
+            "trains on other prompts, and a cache does not find them. Give the date in the column chat_template_kwargs "
+            "(to Llama 3.2's template as date_string), or write it into tokenizer.chat_template in place of "
+            "strftime_now",
             name,
+            place,
+        )
+
+
+def _warn_of_parsed_texts(dataset: Any, rules: RowRules, name: str) -> None:
+    columns = {"messages", "conversations", "prompt", "completion", TEACHER_PROMPT, rules.text_field}
+    is_prepared = "input_ids" in (dataset.features or ())
+    if not is_prepared and (places := parsed_texts(dataset.features, columns)):
+        logger.warning(
+            '%s: %s holds texts beside values of other types, so `datasets` has read texts that are JSON, such as "4", '
+            "as their values. Give all rows one form (contents all as texts, or all as lists of parts), or pass the "
+            "rows as a list of dicts",
+            name,
+            ", ".join(places),
         )
 
 
@@ -320,16 +361,6 @@ def _features(dataset: Any, prepare: _PrepareRow) -> Features:
         keys[TEACHER_INDEX] = Value("int64")
     positions = {"position_ids": List(Value("int32"))} if prepare.has_lengths else {}
     return Features({**positions, **dataset.features, **_NEW_FEATURES, **prompts, **keys})
-
-
-def _from_list(rows: list[Any], name: str) -> Any:
-    if not all(isinstance(row, Mapping) for row in rows):
-        kind = next(type(row).__name__ for row in rows if not isinstance(row, Mapping))
-        raise GKDDataError(f'{name}: expected a list of dicts, such as {{"messages": [...]}}; it holds {kind}')
-    # `from_list` takes only the columns of the first row.
-    columns = dict.fromkeys(column for row in rows for column in row)
-    full_rows = [{column: row.get(column) for column in columns} for row in rows]
-    return Dataset.from_list(full_rows, on_mixed_types="use_json")
 
 
 def _is_tokenised(dataset: Any) -> bool:

@@ -10,7 +10,7 @@ from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.tokens import RowDropped
-from gkd_trainer.models.prompts import RENDERING_ERRORS, render_prompt
+from gkd_trainer.models.prompts import RENDERING_ERRORS, render_prompt, with_calls
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class RenderedPrompts:
         messages = [] if self.tokenizer.chat_template is None else _prompt_of(row, self.tokenizer, is_generating)
         if not messages:
             return []
+        tools, template_kwargs = tools_of(row), template_kwargs_of(row)
         try:
-            text = render_prompt(self.tokenizer, messages, tools_of(row), template_kwargs_of(row))
+            messages = with_calls(self.tokenizer, messages, tools, template_kwargs)
+            text = render_prompt(self.tokenizer, messages, tools, template_kwargs)
         except RENDERING_ERRORS as error:
             raise RowDropped(f"refused by the teacher's chat template ({str(error)[:100]})") from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,11 +10,11 @@ from trl.data_utils import apply_chat_template, maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
 from gkd_trainer.data.images import ImageProcessing, images_of, require_own, require_readable, with_image_parts
-from gkd_trainer.data.messages import messages_of, template_kwargs_of, texts_of, tools_of
+from gkd_trainer.data.messages import has_messages, messages_of, template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.pairs import held_pair, text_pair, turn_pair
 from gkd_trainer.data.rules import PreparedRow, RowRules, fitted, fitted_pair
 from gkd_trainer.data.teacher_prompts import TEACHER_PROMPT, TeacherPrompts, has_teacher_prompts
-from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens
+from gkd_trainer.data.tokens import RowDropped, RowTokens, held_tokens, trains_on_all
 from gkd_trainer.data.turns import (
     Span,
     TurnsNotFound,
@@ -26,12 +26,24 @@ from gkd_trainer.data.turns import (
     without_stop,
 )
 from gkd_trainer.errors import GKDDataError
-from gkd_trainer.models.prompts import RENDERING_ERRORS, leading_ids, render_prompt, with_arguments, writes_date
+from gkd_trainer.models.prompts import (
+    RENDERING_ERRORS,
+    leading_ids,
+    render_prompt,
+    with_arguments,
+    with_calls,
+    writes_date,
+)
 from gkd_trainer.types import prompt_length
 
 NEEDS_COMPLETION = (
     "a prompt without a completion gives nothing to train on: set lmbda=1.0 (the student completes each "
     "prompt) or seq_kd=True (the teacher does), or add completions"
+)
+
+NEEDS_PROMPT = (
+    "expected a prompt in each row, since lmbda=1.0 generates every completion; got rows that are trained on from "
+    "their first token (as `text` is): use `messages`, or `prompt` and `completion`, or lower lmbda"
 )
 
 
@@ -118,9 +130,12 @@ class RowPreparer:
     def writes_date(self, row: Mapping[str, Any]) -> bool:
         """Return whether the chat template writes today's date into rows like this one."""
         formatted = self._readable(row)
-        is_chat = any(isinstance(formatted.get(column), list) for column in ("messages", "conversations", "prompt"))
-        variables = formatted.get("chat_template_kwargs")
-        return is_chat and writes_date(self.tokenizer, variables if isinstance(variables, dict) else {})
+        return has_messages(formatted) and writes_date(self.tokenizer, _variables_of(formatted))
+
+    def writes_date_for_teacher(self, row: Mapping[str, Any]) -> bool:
+        """Return whether it is written into the teacher's prompts of rows like this one, by its template or ours."""
+        shown = {**_teachers_columns(row), **self._readable(row)}
+        return self.teacher_prompts.renders(shown) and writes_date(self.teacher_prompts.tokenizer, _variables_of(shown))
 
     def _readable(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a row as `formatting_func` makes it, or nothing if it can't be read, which `prepare` says."""
@@ -146,7 +161,11 @@ class RowPreparer:
 
     def _tokens(self, row: Mapping[str, Any], n_images: int) -> RowTokens:
         if row.get("input_ids") is not None:
-            return held_pair(row) if self.rules.is_encoder_decoder else held_tokens(row)
+            if self.rules.is_encoder_decoder:
+                return held_pair(row)
+            if self.rules.needs_prompt and trains_on_all(row):
+                raise GKDDataError(NEEDS_PROMPT)
+            return held_tokens(row)
         text_field = self.rules.text_field
         row_keys = (
             "messages",
@@ -230,6 +249,7 @@ class RowPreparer:
         n_given = len(messages) if is_open else last_turn
         prompt = ""
         try:
+            messages = with_calls(self.tokenizer, messages, tools, template_kwargs)
             text, spans = render_turns(
                 self.tokenizer,
                 messages,
@@ -269,13 +289,17 @@ class RowPreparer:
         self._require_chat_template()
         template_kwargs, tools = template_kwargs_of(row), tools_of(row)
 
-        def render(given: list[Any]) -> str:
+        def continued(given: list[Any]) -> str:
             prompt_row: dict[str, Any] = {"prompt": given, "chat_template_kwargs": template_kwargs}
             text: str = apply_chat_template(prompt_row, self.tokenizer, tools)["prompt"]
             return text
 
         try:
-            text = with_arguments(render, messages)
+            messages = with_calls(self.tokenizer, messages, tools, template_kwargs)
+            if messages[-1]["role"] == "assistant":
+                text = with_arguments(continued, messages)
+            else:
+                text = render_prompt(self.tokenizer, messages, tools, template_kwargs)
         except RENDERING_ERRORS as error:
             raise _refused(error) from error
         ids, _ = encode_spans(self.tokenizer, text, [])
@@ -290,6 +314,8 @@ class RowPreparer:
         return RowTokens(ids, self._trained(turn_labels(ids, ranges, self._stop_ids)))
 
     def _text(self, row: dict[str, Any], n_images: int, *, has_completion_column: bool) -> RowTokens:
+        if self.rules.needs_prompt:
+            raise GKDDataError(NEEDS_PROMPT)
         text = row[self.rules.text_field]
         if not isinstance(text, str):
             raise RowDropped(f"{self.rules.text_field} is not a text")
@@ -348,6 +374,12 @@ class RowPreparer:
 
 def _refused(error: Exception) -> RowDropped:
     return RowDropped(f"refused by the chat template ({str(error)[:100]})")
+
+
+def _variables_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row's variables for the chat template, or none if they can't be read, which `prepare` says."""
+    variables = row.get("chat_template_kwargs")
+    return variables if isinstance(variables, dict) else {}
 
 
 def _teachers_columns(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.data.images import ImageProcessing
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens
-from gkd_trainer.errors import GKDDataError
 from gkd_trainer.types import prompt_length
 
 
@@ -72,9 +71,7 @@ def fitted(
 ) -> PreparedRow:
     """Return a row of a causal LM, with the teacher's own prompt if it has one, cut to `max_length`.
 
-    Raises:
-        RowDropped: The rules leave nothing to train on or to complete.
-        GKDDataError: No row like this one can be used with these rules.
+    Raises RowDropped if the rules leave nothing to train on or to complete.
     """
     if tokens.is_open and (teacher_ids or teacher_prompts.may_follow):
         # The teacher's prompt is that of the new completion, not of a turn in the middle.
@@ -93,11 +90,7 @@ def fitted(
     if first_trained is None and rules.needs_completion:
         raise RowDropped("no token is trained on")
     if n_prompt == 0 and rules.needs_prompt:
-        raise GKDDataError(
-            "expected a prompt in each row, since lmbda=1.0 generates every completion; got a row that "
-            "is trained on from its first token (as `text` is): use `messages`, or `prompt` and "
-            "`completion`, or lower lmbda"
-        )
+        raise RowDropped("no prompt, although lmbda=1.0 generates every completion")
     if rules.max_length is not None:
         is_completed = rules.is_generating or first_trained is None
         if is_completed and n_prompt > rules.max_length - rules.max_new_tokens:

@@ -9,9 +9,9 @@ from typing import Any
 from trl.data_utils import maybe_convert_to_chatml
 
 from gkd_trainer.batch_keys import IGNORE_INDEX, TEACHER_PROMPT_IDS
-from gkd_trainer.data.messages import template_kwargs_of, texts_of, tools_of
+from gkd_trainer.data.messages import has_messages, template_kwargs_of, texts_of, tools_of
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
-from gkd_trainer.data.tokens import RowDropped, id_list
+from gkd_trainer.data.tokens import RowDropped, id_list, refuse_negative_ids
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.models.prompts import prompt_ids
 from gkd_trainer.types import prompt_length
@@ -47,7 +47,9 @@ class TeacherPrompts:
         if row.get(TEACHER_PROMPT) is None:  # the rows of a dataset that is already prepared keep theirs
             held = row.get(TEACHER_PROMPT_IDS)
             if held is not None:
-                return id_list(held, TEACHER_PROMPT_IDS)
+                ids = id_list(held, TEACHER_PROMPT_IDS)
+                refuse_negative_ids(ids, TEACHER_PROMPT_IDS)
+                return ids
             return [] if self.rendered is None else self.rendered.of(row, is_generating=is_generating)
         if self.tokenizer is None:
             raise GKDDataError(
@@ -77,6 +79,13 @@ class TeacherPrompts:
         if not ids:
             raise RowDropped(f"empty {TEACHER_PROMPT}")
         return ids
+
+    def renders(self, row: Mapping[str, Any]) -> bool:
+        """Return whether messages are rendered as the teacher's prompt of a row."""
+        given = row.get(TEACHER_PROMPT)
+        if given is not None:
+            return not isinstance(given, str)
+        return self.rendered is not None and row.get(TEACHER_PROMPT_IDS) is None and has_messages(row)
 
     def trained(self, labels: list[int], prompt: list[int]) -> list[int]:
         """Return a row's labels, limited to the last run if the teacher reads a prompt of its own, or may do so."""

@@ -20,9 +20,13 @@ _PER_TOKEN_COLUMNS = (
 )
 """Columns of tokenised rows with one value per token."""
 
+_TRAINED_MASKS = ("completion_mask", "assistant_masks")
+"""Those that say which tokens are trained on in a row without `labels`."""
 
 SEQ_LENGTHS = "seq_lengths"
 """The column in which `trl.pack_dataset` leaves how long each sample of a row is; it stands for `position_ids`."""
+
+NEGATIVE_LABEL = f"a negative label other than {IGNORE_INDEX}, which marks tokens that are not trained on"
 
 
 class RowDropped(Exception):  # noqa: N818 (a verdict on a row, which is counted; never seen by a caller)
@@ -58,7 +62,7 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
     `position_ids` are made from the `seq_lengths` of a row that TRL packed.
 
     Raises:
-        RowDropped: A column is not a list of token ids, or does not fit the length of `input_ids`.
+        RowDropped: A column is not a list of token ids, has a negative one, or does not fit the length of `input_ids`.
 
     """
     ids = id_list(row["input_ids"], "input_ids")
@@ -76,7 +80,7 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
         if len(labels) != len(ids):
             raise RowDropped("labels are not as long as input_ids")
     else:
-        masks = [per_token[column] for column in ("completion_mask", "assistant_masks") if column in per_token]
+        masks = [per_token[column] for column in _TRAINED_MASKS if column in per_token]
         labels = [token_id if all(mask[i] for mask in masks) else IGNORE_INDEX for i, token_id in enumerate(ids)]
     # Padding is removed on either side: otherwise a prompt would be completed after its padding.
     kept = [i for i, attended in enumerate(per_token.get("attention_mask", [1] * len(ids))) if attended]
@@ -85,7 +89,15 @@ def held_tokens(row: Mapping[str, Any]) -> RowTokens:
         per_token = {column: [values[i] for i in kept] for column, values in per_token.items()}
     # Rows of a dataset that is already prepared keep their prompts.
     prompt_ids = [] if row.get(PROMPT_IDS) is None else id_list(row[PROMPT_IDS], PROMPT_IDS)
+    refuse_negative_ids(ids, "input_ids")
+    refuse_negative_labels(labels)
+    refuse_negative_ids(prompt_ids, PROMPT_IDS)
     return RowTokens(ids, labels, prompt_ids, per_token)
+
+
+def trains_on_all(row: Mapping[str, Any]) -> bool:
+    """Return whether no column of a tokenised row says which of its tokens are trained on."""
+    return all(row.get(column) is None for column in ("labels", *_TRAINED_MASKS))
 
 
 def lengths_of(position_ids: Sequence[int]) -> list[int]:
@@ -100,6 +112,18 @@ def id_list(value: Any, column: str) -> list[int]:
         return [operator.index(token_id) for token_id in _plain(value)]
     except TypeError:
         raise RowDropped(f"{column} is not a list of token ids") from None
+
+
+def refuse_negative_ids(ids: Sequence[int], column: str) -> None:
+    """Raise RowDropped if a row's token ids, without padding, are not all counted from 0."""
+    if ids and min(ids) < 0:
+        raise RowDropped(f"a negative token id in {column}")
+
+
+def refuse_negative_labels(labels: Sequence[int]) -> None:
+    """Raise RowDropped for a negative label that would be trained on: some formats mark by -1 what is not."""
+    if any(label < 0 and label != IGNORE_INDEX for label in {*labels}):
+        raise RowDropped(NEGATIVE_LABEL)
 
 
 def _plain(value: Any) -> Any:

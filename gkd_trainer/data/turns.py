@@ -74,7 +74,8 @@ def render_turns(
     own_template = tokenizer.get_chat_template(None, tools)
     if has_generation_markers(own_template):
         return conversation.by_markers(own_template, turns)
-    if patched_template is not None:
+    # TRL patches the template of rows without tools, which may be another.
+    if patched_template is not None and own_template == tokenizer.get_chat_template(None, None):
         return conversation.by_markers(patched_template, turns)
     try:
         return conversation.by_prefixes(turns)
@@ -245,7 +246,7 @@ class _Conversation:
         Templates can't render an empty list, and end a lone assistant turn differently from a user's. So a turn that
         opens the conversation is preceded by a user's turn with the same content.
         """
-        return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"]}]
+        return self.messages[:turn] or [{"role": "user", "content": self.messages[0]["content"] or ""}]
 
     def _render(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
         def render(given: list[Any]) -> str:

@@ -44,7 +44,10 @@ def total_variation(p_NV: Tensor, q_NV: Tensor, parameters: Mapping[str, float])
 
 
 def alpha_beta(p_NV: Tensor, q_NV: Tensor, parameters: Mapping[str, float]) -> Tensor:
-    """Return Σ((alpha·p^s + beta·q^s) / s - p^alpha·q^beta) / (alpha·beta) with s = alpha + beta."""
+    """Return Σ((alpha·p^s + beta·q^s) / s - p^alpha·q^beta) / (alpha·beta) with s = alpha + beta.
+
+    The division multiplies what float64 rounds: an alpha·beta below some 1e-9 leaves noise.
+    """
     alpha, beta = parameters["alpha"], parameters["beta"]
     powers_NV = (alpha * p_NV ** (alpha + beta) + beta * q_NV ** (alpha + beta)) / (alpha + beta)
     return (powers_NV - p_NV**alpha * q_NV**beta).sum(dim=1) / (alpha * beta)

@@ -22,6 +22,7 @@ from gkd_trainer.divergence.options import (
     TAILS,
     check_choice,
     check_mode,
+    check_tail,
     check_top_k_temperature,
     checked_objective,
 )
@@ -88,7 +89,8 @@ def token_divergence(
         labels_N: [N] integer token ids for the cross entropy, if that is wanted too. IGNORE_INDEX gives 0; another id
             outside [0, V) gives +inf; neither has a gradient.
         label_weight_N: [N] weights of the cross entropy in `loss_N`, (1 - weight)·value + weight·cross entropy; needs
-            `labels_N`. The forward pass must know the mix to compute its gradient.
+            `labels_N`. The forward pass must know the mix to compute its gradient; without weights it computes that of
+            the values alone, and the cross entropy costs nearly nothing.
         product_dtype: the dtype to which matrix products of float32 hidden states, heads and gradients round their
             inputs; logits and gradients are still summed in float32. bfloat16 or float16 on CUDA; elsewhere bfloat16,
             only for the products of the gradient. float32 and None round nothing; with None, bfloat16 or float16
@@ -107,7 +109,7 @@ def token_divergence(
     check_choice("tail", tail, TAILS)
     _check_products(product_dtype, vocab_chunk=vocab_chunk, token_block=token_block, workspace_mb=workspace_mb)
     _check_signal("student", student)
-    _check_teacher(teacher, temperature, divergence)
+    _check_teacher(teacher, temperature, divergence, tail)
     _check_pair(student, teacher, labels_N, label_weight_N)
     objective = checked_objective(
         divergence,
@@ -301,7 +303,7 @@ def _check_products(product_dtype: torch.dtype | None, **sizes: float | None) ->
             raise GKDConfigError(f"{name} must be at least 1 and finite, or None for a default; got {size}")
 
 
-def _check_teacher(teacher: Signal, temperature: float, divergence: str) -> None:
+def _check_teacher(teacher: Signal, temperature: float, divergence: str, tail: str) -> None:
     if isinstance(teacher, GroupedSignal):
         check_groups(teacher)
     elif isinstance(teacher, SummedSignal):
@@ -309,6 +311,7 @@ def _check_teacher(teacher: Signal, temperature: float, divergence: str) -> None
     for signal in plain_signals(teacher):
         if isinstance(signal, TopKSignal):
             _check_top_k(signal)
+            check_tail(tail, signal.ids_NK.shape[1])
             check_top_k_temperature(temperature)
         elif isinstance(signal, MappedSignal):
             _check_signal("teacher", signal.signal)

@@ -107,6 +107,18 @@ def check_top_k_temperature(temperature: float, name: str = "temperature") -> No
         )
 
 
+def check_tail(tail: str, K: int | None, name: str = "tail") -> None:
+    """Raise GKDConfigError for a tail that leaves nothing to compare of a teacher's K top tokens (None: of all tokens).
+
+    `name` is the option's name in the error.
+    """
+    if tail == "renormalize" and K == 1:
+        raise GKDConfigError(
+            f"{name}='renormalize' compares the models over the teacher's top tokens alone, so for a top k of 1 both "
+            f"give it probability 1, and nothing is trained: set {name} to 'bucket', or use a larger top k"
+        )
+
+
 def _checked_options(divergence: str, options: Mapping[str, float] | None, resolution: float) -> tuple[float, ...]:
     """Return the values of a divergence's options in the order of its entry."""
     entry = DIVERGENCES[divergence].options
@@ -121,10 +133,16 @@ def _checked_options(divergence: str, options: Mapping[str, float] | None, resol
             f"the divergence {divergence!r} has the options {list(entry)}; got {unknown}: leave them out"
         )
     what = f"of the divergence {divergence!r}"
-    return tuple(
+    values = tuple(
         _checked_number(f"the option {name!r} {what}", options.get(name, option.default), option, resolution)
         for name, option in entry.items()
     )
+    if divergence == "alpha_beta" and sum(values) < 1000 * resolution:
+        raise GKDConfigError(
+            f"the options 'alpha' and 'beta' {what} must add up to at least {1000 * resolution:.2g}, or rounding would "
+            f"hide the loss; got {values[0]:g} and {values[1]:g}: raise one of them, and the other may be small"
+        )
+    return values
 
 
 def _checked_number(what: str, number: object, option: Option, resolution: float) -> float:

@@ -62,7 +62,7 @@ def reference_topk_jsd(
     Args:
         student_logits_NV: [N, V], any float dtype.
         ids_NK: [N, K] token ids, distinct at each position where `log_p_NK` is not -inf.
-        log_p_NK: [N, K] the teacher's log-probs; -inf is not an entry.
+        log_p_NK: [N, K] the teacher's log-probs; -inf is not an entry. A position without entries has the value 0.
         beta: as for `reference_jsd`.
         scale: likewise.
         tail: "bucket" merges all tokens that are not entries into one category, "renormalize" leaves them out.
@@ -88,6 +88,9 @@ def reference_topk_jsd(
         tail_p_N1 = (1 - p_NV.sum(dim=1, keepdim=True)).clamp_min(torch.finfo(log_p_NK.dtype).eps)
         p_parts.append(torch.where(is_inside_NV.all(dim=1, keepdim=True), 0.0, tail_p_N1))
         q_parts.append((q_NV * ~is_inside_NV).sum(dim=1, keepdim=True))
+    else:  # without entries, nothing but one category that is the same on both sides
+        p_parts.append((~is_inside_NV.any(dim=1, keepdim=True)).double())
+        q_parts.append(p_parts[-1])
     p_NC, q_NC = torch.cat(p_parts, dim=1), torch.cat(q_parts, dim=1)
     p_NC, q_NC = p_NC / p_NC.sum(dim=1, keepdim=True), q_NC / q_NC.sum(dim=1, keepdim=True)
     values_N = formulas.jsd(p_NC, q_NC, {"beta": beta})

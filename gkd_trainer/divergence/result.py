@@ -32,7 +32,8 @@ class TokenDivergence:
         agrees_N: True where both sides have the same top token; for a weighted sum, the mean over its teachers.
         is_teacher_finite_N: False where the teacher's logits held NaN or +inf, or were all -inf; for a top-k teacher,
             where its log-probs held NaN, had a mass above one or an id outside the vocabulary, or had no entry.
-        is_finite_N: False where the value is not finite; its gradient is then zero.
+        is_finite_N: False where the value is not finite; its gradient is then zero. It is NaN if the largest logits of
+            both sides differ by more than their precision can compare (8e6 in float32).
         acceptance_N: Σ min(p, q), the probability that speculative decoding accepts a token that the student drafts for
             the teacher (Leviathan et al. 2023, arXiv 2211.17192); for a top-k teacher over the categories compared: an
             upper bound if the tail is one of them, no bound if both sides are renormalized. None for a comparison that

@@ -239,6 +239,8 @@ def _compare(
     # Near-equal logits subtract without rounding; log q - log p would round both first, and so would the division by
     # the temperature. Of the log-normalisers only the logarithms are small: their shifts are logits too.
     gap_RV, shift_gap_R1 = student_RV - teacher_RV, q.shift_R1 - p.shift_R1
+    # From here on the gap absorbs a whole nat of either side: the value, and often 0, would be that of other logits.
+    is_comparable_R = shift_gap_R1[:, 0].abs() < 1 / torch.finfo(student_RV.dtype).eps
     if per_tempered is not None:
         gap_RV, shift_gap_R1 = gap_RV * per_tempered, shift_gap_R1 * per_tempered
     gap_RV = gap_RV - (shift_gap_R1 + (q.log_z_R1 - p.log_z_R1))
@@ -246,7 +248,7 @@ def _compare(
     gap_RV = torch.where(q.probability_RV + p.probability_RV == 0, 0.0, gap_RV)
     pair = Pair(q.probability_RV, p.probability_RV, q.log_probability_RV, p.log_probability_RV, gap_RV)
     value_terms_RV, slope_RV = TERMS[variant.kind](pair, first, second)
-    values_R = value_terms_RV.sum(dim=1) * factor
+    values_R = torch.where(is_comparable_R, value_terms_RV.sum(dim=1) * factor, math.nan)
     acceptance_R = torch.minimum(q.probability_RV, p.probability_RV).sum(dim=1)
     is_finite_R = values_R.isfinite()
     is_teacher_finite_R = p.log_z_R1[:, 0].isfinite()

@@ -148,12 +148,17 @@ class TopKComparison(RowComparison):
         student = _student_categories(
             picked.logits_RJ[:, :K].masked_fill(~entries.is_inside_RK, -math.inf), rest, dtype
         )
-        teacher_RC = log_p_RK
         if self.tail == "bucket":
             log_tail_p_R = _log_tail(log_p_RK, entries.is_entry_RK, V, is_rest_empty_R=rest.total_R1[:, 0] == 0)
-            teacher_RC = torch.cat([log_p_RK, log_tail_p_R[:, None]], dim=1)
+            slope_RC, teacher_RC = student.logits_RC, torch.cat([log_p_RK, log_tail_p_R[:, None]], dim=1)
+        else:
+            # Nothing is known without entries: both sides have one category, the same.
+            is_empty_R1 = ~entries.is_entry_RK.any(dim=1, keepdim=True)
+            is_only_RK = torch.nn.functional.pad(is_empty_R1, (0, K - 1), value=False)
+            slope_RC = student.logits_RC[:, :K].masked_fill(is_only_RK, 0.0)
+            teacher_RC = log_p_RK.masked_fill(is_only_RK, 0.0)
         # The value must show errors that the categories hide: bad logits outside them, a mass above one.
-        slope_RC = student.logits_RC[:, : teacher_RC.shape[1]].masked_fill(~student.is_finite_R[:, None], math.nan)
+        slope_RC = slope_RC.masked_fill(~student.is_finite_R[:, None], math.nan)
         teacher_RC = teacher_RC.to(dtype).masked_fill(~entries.is_finite_R[:, None], math.nan)
         result = LogitsComparison(self.objective, temporary=self.temporary)(
             slope_RC, (teacher_RC,), value_weight_R=None if value_weight_R is None else value_weight_R.to(dtype)
@@ -249,7 +254,7 @@ class _Entries(NamedTuple):
         is_entry_RK = log_p_RK != -math.inf
         is_token_RK = (ids_RK >= 0) & (ids_RK < V)
         mass_R = log_p_RK.logsumexp(dim=1).exp()
-        is_finite_R = is_entry_RK.any(dim=1) & ~(is_entry_RK & ~is_token_RK).any(dim=1)
+        is_finite_R = ~(is_entry_RK & ~is_token_RK).any(dim=1)
         is_finite_R &= mass_R <= 1 + _EXCESS_MASS  # False for NaN too
         return cls(ids_RK.clamp(0, V - 1), is_entry_RK, is_entry_RK & is_token_RK, mass_R, is_finite_R)
 

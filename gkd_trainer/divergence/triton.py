@@ -33,6 +33,9 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _FAR = tl.constexpr(1e4)
 """Stands for infinity when multiplied by probability zero, as in `objective.py`."""
 
+_COMPARABLE = tl.constexpr(2.0**23)
+"""From which difference on the gap of two logits absorbs a whole nat, as in `rows.py`."""
+
 _HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
 """Whether the processor's own exponential and logarithm, of base two, can be called."""
 
@@ -162,6 +165,7 @@ def _compare_kernel(
     else:
         value, slope_sum = tl.sum(sums[0], axis=0) * factor, tl.sum(sums[1], axis=0)
     value += (log_z_q + log_z_p) * 0.0  # NaN if a side is not finite, which its terms may hide
+    value = tl.where(tl.abs(top_q - top_p) < _COMPARABLE, value, float("nan"))
 
     label, cross_entropy = -1, 0.0
     if HAS_LABELS:
@@ -221,15 +225,15 @@ def _normalise(
     z_q_C, z_p_C, z_C, gap_C = zero_C, zero_C, zero_C, zero_C
     for start in range(0, V, CHUNK):
         student_C, teacher_C = _load(student_ptr, start, V, CHUNK), _load(teacher_ptr, start, V, CHUNK)
-        kept_q_C, added_q_C = _rescaled(student_C, top_q_C, scale)
-        kept_p_C, added_p_C = _rescaled(teacher_C, top_p_C, scale)
+        kept_q_C, added_q_C, is_higher_q_C = _rescaled(student_C, top_q_C, scale)
+        kept_p_C, added_p_C, is_higher_p_C = _rescaled(teacher_C, top_p_C, scale)
         z_q_C, z_p_C = z_q_C * kept_q_C + added_q_C, z_p_C * kept_p_C + added_p_C
         if KIND == "forward_kl":
-            gap_C = gap_C * kept_p_C + added_p_C * _at_least(teacher_C - student_C, -_FAR)
+            gap_C = _plus_gap(gap_C, teacher_C - student_C, kept_p_C, added_p_C, is_higher_p_C)
         elif KIND == "reverse_kl":
-            gap_C = gap_C * kept_q_C + added_q_C * _at_least(student_C - teacher_C, -_FAR)
+            gap_C = _plus_gap(gap_C, student_C - teacher_C, kept_q_C, added_q_C, is_higher_q_C)
         if NEEDS_Z:
-            kept_C, added_C = _rescaled(student_C, top_q_C, _LOG2_E)
+            kept_C, added_C, _ = _rescaled(student_C, top_q_C, _LOG2_E)
             z_C = z_C * kept_C + added_C
         top_q_C, top_p_C = tl.maximum(top_q_C, student_C), tl.maximum(top_p_C, teacher_C)
     top_q, top_p = tl.max(top_q_C, axis=0), tl.max(top_p_C, axis=0)
@@ -239,19 +243,33 @@ def _normalise(
     if NEEDS_Z:
         z = tl.sum(z_C * _exp2((top_q_C - top_q) * _LOG2_E), axis=0)
     if KIND == "forward_kl":
-        mean_gap = tl.sum(gap_C * share_p_C, axis=0) / z_p
+        mean_gap = tl.sum(_product(share_p_C, gap_C), axis=0) / z_p
     elif KIND == "reverse_kl":
-        mean_gap = tl.sum(gap_C * share_q_C, axis=0) / z_q
+        mean_gap = tl.sum(_product(share_q_C, gap_C), axis=0) / z_q
     return top_q, z_q, top_p, z_p, z, mean_gap
 
 
 @triton.jit
 def _rescaled(logits_C, top_C, scale):
-    """Return the factor of each sum of exponentials when its largest logit may rise, and what is added to it."""
+    """Return the factor of each sum of exponentials when its largest logit may rise, what is added, and if it rises."""
     above_C = logits_C - top_C
     smaller_C = _exp2(-tl.abs(above_C) * scale)
     is_higher_C = above_C > 0
-    return tl.where(is_higher_C, smaller_C, 1.0), tl.where(is_higher_C, 1.0, smaller_C)
+    return tl.where(is_higher_C, smaller_C, 1.0), tl.where(is_higher_C, 1.0, smaller_C), is_higher_C
+
+
+@triton.jit
+def _plus_gap(sum_C, gap_C, kept_C, added_C, is_higher_C):
+    """Return sum·kept + gap·added, without the part whose factor is zero: it may be infinite, or NaN."""
+    all_C = sum_C * kept_C + gap_C * added_C
+    # One factor is 1. Cheaper than a look at both: the NaN of an infinity times zero. That of a logit is in z too.
+    return tl.where(all_C == all_C, all_C, tl.where(is_higher_C, gap_C, sum_C))
+
+
+@triton.jit
+def _product(probability_C, gap_C):
+    """Return the product, which is zero where the probability is: the gap may be infinite, or NaN."""
+    return tl.where(probability_C == 0, 0.0, probability_C * gap_C)
 
 
 @triton.jit
@@ -363,7 +381,7 @@ def _terms(pair, numbers, KIND: tl.constexpr):
     if KIND == "forward_kl":
         value_C, slope_C = q_C, q_C - p_C  # the value is known
     elif KIND == "reverse_kl":
-        value_C, slope_C = q_C, q_C * _at_least(gap_C, -_FAR)
+        value_C, slope_C = q_C, _product(q_C, gap_C)
     elif KIND == "skew_kl":
         _, log_p_over_m_C = _log_over_mixture(gap_C, first, second)
         value_C, slope_C = p_C * log_p_over_m_C, -second * q_C * _expm1(log_p_over_m_C)
@@ -375,11 +393,19 @@ def _terms(pair, numbers, KIND: tl.constexpr):
         value_C = 0.5 * tl.abs(q_C - p_C)
         slope_C = q_C * tl.where(gap_C > 0, 0.5, tl.where(gap_C < 0, -0.5, 0.0))
     elif KIND == "alpha_beta":
-        total = first + second
-        cross_C = _exp2(first * log2_p_C + second * log2_q_C)
-        p_power_C, q_power_C = _exp2(total * log2_p_C), _exp2(total * log2_q_C)
-        value_C = (p_power_C * (first / total) + q_power_C * (second / total) - cross_C) * (1 / (first * second))
-        slope_C = (q_power_C - cross_C) * (1 / first)
+        # See objective.py. The largest number stands for an infinite gap, and for none between zeros (NaN).
+        size_C = tl.abs(gap_C)
+        size_C = tl.where(size_C < -_LOWEST, size_C, -_LOWEST)
+        is_q_larger_C = gap_C > 0
+        a_C, b_C = tl.where(is_q_larger_C, first, second), tl.where(is_q_larger_C, second, first)
+        power_C = _exp2((first + second) * tl.maximum(log2_q_C, log2_p_C))
+        cross_C = power_C * _exp2(-a_C * size_C * _LOG2_E)
+        per_a_C = tl.where(is_q_larger_C, -1 / first, -1 / second)
+        per_b_C = tl.where(is_q_larger_C, -1 / second, -1 / first)
+        rise_C = power_C * _expm1(-a_C * size_C) * per_a_C
+        fall_C = cross_C * _expm1(-b_C * size_C) * per_b_C
+        value_C = (rise_C - fall_C) * (1 / (first + second))
+        slope_C = tl.where(is_q_larger_C, rise_C, -fall_C)
     else:
         tl.static_assert(KIND == "jsd", "a kind without a kernel")
         log_q_over_m_C, log_p_over_m_C = _log_over_mixture(gap_C, first, second)

@@ -198,7 +198,7 @@ def _categories_kernel(
     entries = tl.sum(is_entry_K.to(tl.int32), axis=0)
     mass = tl.sum(tl.exp(log_p_K), axis=0)
     # False for NaN too.
-    is_teacher_finite = (entries > 0) & (entries == tl.sum(is_inside_K.to(tl.int32), axis=0)) & (mass <= max_mass)
+    is_teacher_finite = (entries == tl.sum(is_inside_K.to(tl.int32), axis=0)) & (mass <= max_mass)
     top_p = tl.max(log_p_K, axis=0)
 
     logits_K = tl.load(student_ptr + ids_K, mask=is_inside_K, other=-float("inf"))
@@ -219,6 +219,10 @@ def _categories_kernel(
     entropy = -tl.sum(q_K * tl.maximum(log_q_K, -1e4), axis=0) - q_rest * tl.maximum(log_q_rest, -1e4)
 
     C = K + 1 if HAS_BUCKET else K
+    if not HAS_BUCKET:
+        # Without entries, both sides have one category; see `topk.TopKComparison`.
+        is_only_K = (entries == 0) & (k_K == 0)
+        logits_K, log_p_K = tl.where(is_only_K, 0.0, logits_K), tl.where(is_only_K, 0.0, log_p_K)
     student_K = tl.where(is_student_finite, logits_K, float("nan"))
     teacher_K = tl.where(is_teacher_finite, log_p_K, float("nan"))
     tl.store(student_categories_ptr + row * C + k_K, student_K, mask=is_column_K)

@@ -64,7 +64,9 @@ class SortedTerms:
             return _sorted_distance(q_RV, p_RW, slope_RV, torch.arange(q_RV.shape[1], device=q_RV.device)), slope_RV
         share = len(mapping.teacher_ids_M) / p_RW.shape[1]
         rest = mapping.student_rest
-        distance_R = _sorted_distance(q_RV[:, rest], p_RW[:, mapping.teacher_rest], slope_RV, rest)
+        distance_R = q_RV.new_zeros(len(q_RV))
+        if len(rest):  # otherwise TRL counts nothing: the student can't follow the teacher to tokens that it lacks
+            distance_R = _sorted_distance(q_RV[:, rest], p_RW[:, mapping.teacher_rest], slope_RV, rest)
         matched_R, matched_RM = self._matched_terms(
             *(log_RV[:, ids] for log_RV, ids in ((log_q_RV, mapping.student_ids_M), (log_p_RW, mapping.teacher_ids_M)))
         )

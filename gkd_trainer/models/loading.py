@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from gkd_trainer.batch_keys import MEDIA_INPUTS
@@ -95,6 +96,8 @@ def auto_class(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
 def stored_config(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
     """Return the config with which a model is loaded by name: that of the base model for an adapter.
 
+    A folder with an adapter and a config of its own holds its base model too.
+
     Raises what AutoConfig.from_pretrained raises if there is none.
     """
     config = init_kwargs.get("config")
@@ -102,11 +105,17 @@ def stored_config(name_or_path: str, init_kwargs: Mapping[str, Any]) -> Any:
         return config
     read = {key: value for key, value in init_kwargs.items() if key in (*PLACE, *_CONFIG_OPTIONS)}
     place = {key: value for key, value in init_kwargs.items() if key in PLACE}
-    if find_adapter_config_file(name_or_path, **place) is not None:
+    is_whole = Path(name_or_path, CONFIG_NAME).is_file()
+    if not is_whole and find_adapter_config_file(name_or_path, **place) is not None:
         # The auto classes also load an adapter's folder, which names the model that it belongs to.
         base = PeftConfig.from_pretrained(name_or_path, **place).base_model_name_or_path
-        return stored_config(base, {key: value for key, value in init_kwargs.items() if key not in PLACE})
+        return stored_config(base, _for_base(init_kwargs))
     return AutoConfig.from_pretrained(config or name_or_path, **read)
+
+
+def _for_base(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with which an adapter's base model is loaded: it is in another repository."""
+    return {key: value for key, value in init_kwargs.items() if key not in ("revision", "subfolder")}
 
 
 def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -127,7 +136,7 @@ def outline(name_or_path: str, init_kwargs: Mapping[str, Any] | None, trust_remo
             model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a malformed config fails in any way
         raise GKDConfigError(loading_failure("student", name_or_path, "model_init_kwargs", error)) from error
-    own_place = place if config.name_or_path == name_or_path else {}  # an adapter's base model is elsewhere
+    own_place = place if config.name_or_path == name_or_path else _for_base(place)
     with contextlib.suppress(OSError):  # else transformers made it from the config
         model.generation_config = GenerationConfig.from_pretrained(config.name_or_path, **own_place)
     return model
@@ -201,7 +210,7 @@ def find_processing_class(
     if kind is AutoModelForImageTextToText:
         place = {key: value for key, value in kwargs.items() if key in (*PLACE, "trust_remote_code")}
         try:
-            processor = AutoProcessor.from_pretrained(name_or_path, **place)
+            processor = AutoProcessor.from_pretrained(name_or_path, **place, **without_mistral_common())
         except Exception as error:  # of any type, also if a package that it needs is missing
             logger.warning(
                 "The processor of %r can't be loaded (%s: %s), so rows can't have images: only its tokenizer is used.",
@@ -368,6 +377,15 @@ def refuse_packed_by_forwards(model: nn.Module) -> None:
                 "the student is in 4 bit on a CPU, where bitsandbytes repacks the weights in the first forward without "
                 "gradients, and computes no gradients from then on: load it in 8 bit or unquantised, or train on a GPU"
             )
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model in training drops anything at random."""
+    return any(
+        "drop" in name and isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in (vars(module) | ({"dropout": module.p} if isinstance(module, nn.Dropout) else {})).items()
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:

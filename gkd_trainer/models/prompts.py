@@ -33,7 +33,8 @@ def prompt_ids(
         is_source: Whether the encoder of an encoder-decoder reads it: a text then has all special tokens of the
             tokenizer, such as the eos after it.
 
-    Raises ValueError for messages with a part that is not a text, and what the template raises.
+    Raises ValueError for messages with a part that is not a text or tool calls that the template leaves out, and what
+    the template raises.
     """
     if isinstance(prompt, str) and is_source:
         return list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
@@ -41,7 +42,9 @@ def prompt_ids(
         ids = _encoded(tokenizer, prompt)
         leading = leading_ids(tokenizer)
         return ids if tuple(ids[: len(leading)]) == leading else [*leading, *ids]
-    return _encoded(tokenizer, render_prompt(tokenizer, with_texts(tokenizer, prompt), tools, template_kwargs or {}))
+    template_kwargs = template_kwargs or {}
+    messages = with_calls(tokenizer, with_texts(tokenizer, prompt), tools, template_kwargs)
+    return _encoded(tokenizer, render_prompt(tokenizer, messages, tools, template_kwargs))
 
 
 def render_prompt(
@@ -64,24 +67,70 @@ def with_arguments(
     """Return what `render` makes of messages whose tool calls have objects as arguments, not their JSON.
 
     OpenAI's format has the JSON, but most templates write it themselves. One that refuses objects, or prints them as
-    Python does, gets the JSON.
+    Python does, gets the JSON, whichever the messages have.
 
     Args:
         render: Renders messages.
         messages: The messages, whose tool calls' arguments may be either.
         text_of: Returns the text of what `render` makes; by default it is one.
     """
-    given = [dict(message) for message in messages]
     objects: list[dict[str, Any]] = []
-    parsed = [_with_objects(message, objects) for message in given]
+
+    def as_object(arguments: Any) -> Any:
+        parsed = _parsed(arguments)
+        if isinstance(parsed, dict):
+            objects.append(parsed)
+        return parsed
+
+    given = [_with_arguments_as(as_object, message) for message in messages]
     if not objects:
         return render(given)
+    as_json = [_with_arguments_as(_json_of, message) for message in messages]
     try:
-        rendered = render(parsed)
+        rendered = render(given)
     except RENDERING_ERRORS:
-        return render(given)
+        return render(as_json)
     text = text_of(rendered)
-    return render(given) if any(arguments and str(arguments) in text for arguments in objects) else rendered
+    return render(as_json) if any(arguments and str(arguments) in text for arguments in objects) else rendered
+
+
+def with_calls(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, template_kwargs: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return messages in a form in which the tokenizer's template writes their tool calls.
+
+    Most templates write them beside any content; DeepSeek-R1-Distill's only if that is None, as in OpenAI's format,
+    where others would write "None". So an empty content becomes None where the calls would be left out otherwise.
+
+    Raises ValueError for calls that the template leaves out in any form.
+    """
+    hello = {"role": "user", "content": "Hello"}
+    context = next((dict(message) for message in messages if message.get("role") == "user"), hello)
+
+    def writes_calls(message: dict[str, Any]) -> bool | None:
+        """Return whether the calls change what is written; None if the template refuses the message."""
+        bare = {name: value for name, value in message.items() if name != "tool_calls"}
+        texts: list[str | None] = []
+        for answer in (message, bare):
+            try:
+                texts.append(render_prompt(tokenizer, [context, answer], tools, template_kwargs))
+            except RENDERING_ERRORS:
+                texts.append(None)
+        return None if texts[0] is None else texts[0] != texts[1]
+
+    copies = [dict(message) for message in messages]
+    calling = [message for message in copies if message.get("role") == "assistant" and message.get("tool_calls")]
+    for is_empty in (True, False):
+        alike = [message for message in calling if is_empty is not bool(message.get("content"))]
+        is_written = not alike or writes_calls(alike[0])
+        if is_written:
+            continue
+        if is_empty and writes_calls({**alike[0], "content": None}):
+            for message in alike:
+                message["content"] = None
+        elif is_written is False:
+            raise ValueError("it leaves out tool calls" if is_empty else "it leaves out tool calls beside a text")
+    return copies
 
 
 def with_texts(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,27 +183,33 @@ def leading_ids(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
-def _with_objects(message: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a message with objects for the JSON of its tool calls' arguments, and add them to `found`."""
+def _with_arguments_as(form: Callable[[Any], Any], message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with its tool calls' arguments in another form."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_with_object(call, found) for call in calls]}
+        return dict(message)
+    return {**message, "tool_calls": [_call_with_arguments_as(form, call) for call in calls]}
 
 
-def _with_object(call: Any, found: list[dict[str, Any]]) -> Any:
+def _call_with_arguments_as(form: Callable[[Any], Any], call: Any) -> Any:
     if not isinstance(call, Mapping):
         return call
     if "function" in call:
-        return {**call, "function": _with_object(call["function"], found)}
+        return {**call, "function": _call_with_arguments_as(form, call["function"])}
+    return {**call, "arguments": form(call["arguments"])} if "arguments" in call else call
+
+
+def _parsed(arguments: Any) -> Any:
+    """Return arguments as an object if they are the JSON of one."""
     try:
-        arguments = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call
-    if not isinstance(arguments, dict):
-        return call
-    found.append(arguments)
-    return {**call, "arguments": arguments}
+        parsed = json.loads(arguments)
+    except (TypeError, ValueError):
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
+
+
+def _json_of(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 _MEDIA = ("image", "video", "audio")

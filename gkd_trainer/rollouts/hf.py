@@ -29,6 +29,7 @@ from transformers import (
 
 from gkd_trainer.models.heads import without_router_logits
 from gkd_trainer.models.loading import base_model
+from gkd_trainer.quiet import quiet_padding
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.media import joined
 from gkd_trainer.rollouts.prompts import PromptBatch
@@ -108,7 +109,12 @@ class HFRollouts(RolloutEngine):
             raise RuntimeError("HFRollouts.generate was called before sync(model)")
         media = media or [None] * len(prompts)
         completions: dict[int, Completion] = {}
-        with ready_to_generate(self._model), _calling(self._wrapped, self._model), torch.no_grad():
+        with (
+            ready_to_generate(self._model),
+            _calling(self._wrapped, self._model),
+            quiet_padding(),  # prompts are padded on the left
+            torch.no_grad(),
+        ):
             for indices in self._batches(prompts, sampling, media):
                 if not indices:  # other ranks generate; once it is done, generate calls the forward until they are too
                     self._generate_batch([[self._pad_token_id]], Sampling(1, temperature=0.0), [0], [])

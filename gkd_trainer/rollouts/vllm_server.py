@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -11,13 +12,28 @@ from torch import nn
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.media import refuse_media
-from gkd_trainer.rollouts.vllm_sampling import check_lengths, excess_of_biases, parse_completion, sampling_fields
+from gkd_trainer.rollouts.vllm_sampling import (
+    ASKED_PROMPTS,
+    asking_for_log_probs,
+    check_lengths,
+    excess_of_biases,
+    parse_completion,
+    sampling_fields,
+)
 from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
 from gkd_trainer.types import Completion, PromptMedia, Sampling
-from gkd_trainer.vllm_answers import CompletionAnswer, Models
+from gkd_trainer.vllm_answers import CompletionAnswer, Models, ServerInfo
 from gkd_trainer.vllm_client import RequestRefusedError, VLLMServer, call_each
 
 logger = logging.getLogger(__name__)
+
+# Tokens as ids also among the log-probs, where text would only take time.
+_ANSWER_FORM = {
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "add_special_tokens": False,
+    "stream": False,
+}
 
 
 class VLLMServerRollouts(RolloutEngine):
@@ -68,7 +84,7 @@ class VLLMServerRollouts(RolloutEngine):
         ]
         self._stop_ids = sorted(set(stop_ids))
         self._vocab_size, self._never_sampled = vocab_size, sorted(never_sampled)
-        self._rank, self._has_warned = rank, False
+        self._rank, self._takes_any_biases = rank, False
         shown = [server.base_url for server in self._servers]
         # Checked before the first contact, which may take long.
         folder = shared_folder(sync_dir, shown) if rank == 0 and weight_sync != "nccl" else None
@@ -84,12 +100,28 @@ class VLLMServerRollouts(RolloutEngine):
                 f"the rollout servers take at most {self._max_model_length} tokens, but max_length is {max_length}: "
                 f"start them with --max-model-len {max_length} or more, or lower max_length"
             )
+        self._tells_log_probs = self._are_log_probs_raw()
         if weight_sync == "nccl":
             from gkd_trainer.rollouts.vllm_nccl import NCCLSync
 
             self._sync: WeightSync = NCCLSync(self._servers)
         else:
             self._sync = (AdapterSync if weight_sync == "adapter" else FullSync)(self._servers, folder)
+
+    def _refuse_or_warn(self, excess: str) -> None:
+        """Raise GKDConfigError if a server's model runner does not take so many biases; warn once if that is unknown.
+
+        The runner V1 takes any number.
+        """
+        if self._takes_any_biases:
+            return
+        uses_v2 = call_each(self._servers, self._servers, lambda server, _: _uses_runner_v2(server))
+        for server, is_v2 in zip(self._servers, uses_v2, strict=True):
+            if is_v2:
+                raise GKDConfigError(f"{excess}. The server at {server.base_url} has VLLM_USE_V2_MODEL_RUNNER=1")
+        if None in uses_v2:
+            logger.warning("Unless they use another, the vLLM servers end at the next request: %s.", excess)
+        self._takes_any_biases = True
 
     def sync(self, model: nn.Module) -> None:
         """Send the servers the student's current weights; all ranks must call it."""
@@ -113,17 +145,24 @@ class VLLMServerRollouts(RolloutEngine):
         # The server must have as many rows in its head as the student's: vLLM refuses a bias for an id that it lacks.
         never_ids = [*self._never_sampled, *self._sync.padding_ids(self._vocab_size)]
         fields = sampling_fields(sampling, self._stop_ids, never_ids)
-        excess = excess_of_biases(len(fields.get("logit_bias", ())))
-        if excess and not self._has_warned:  # the server does not say which runner it has, and V1 takes any number
-            logger.warning("Unless they use another, the vLLM servers end at the next request: %s.", excess)
-            self._has_warned = True
-        fields |= {"return_token_ids": True, "add_special_tokens": False, "stream": False}
+        if excess := excess_of_biases(len(fields.get("logit_bias", ()))):
+            self._refuse_or_warn(excess)
+        fields |= _ANSWER_FORM
 
         def parse(answer: object) -> Completion:
             choice = CompletionAnswer.parse(answer).choices[0]
-            return parse_completion(choice.token_ids, choice.finish_reason, sampling, self._stop_ids, self._vocab_size)
+            log_probs = None if choice.logprobs is None else choice.logprobs.token_logprobs
+            return parse_completion(
+                choice.token_ids, choice.finish_reason, sampling, self._stop_ids, self._vocab_size, log_probs
+            )
 
-        bodies = [{**fields, "prompt": list(prompt), "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        # At least one of each server.
+        asked = max(ASKED_PROMPTS, len(self._servers)) if self._tells_log_probs else 0
+        asking = asking_for_log_probs(fields)
+        bodies = [
+            {**(asking if index < asked else fields), "prompt": list(prompt), "seed": seed}
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
         completions: dict[int, Completion] = {}
         for _ in range(TRIES):
             missing = [index for index in range(len(bodies)) if index not in completions]
@@ -168,6 +207,36 @@ class VLLMServerRollouts(RolloutEngine):
         for server in self._servers:
             server.close()
 
+    def _are_log_probs_raw(self) -> bool:
+        """Return whether all servers tell the log-probs that their model computes, not those after restrictions.
+
+        `--logprobs-mode` decides, which only servers in development mode would name. So each is asked for the most
+        probable token alone: its raw log-prob is below 0 and at least that of a uniform distribution. Restricted to
+        that token it is 0, and logits are hardly ever in between.
+        """
+        restricted = {"max_tokens": 1, "temperature": 1.0, "top_k": 1, "seed": 0, "ignore_eos": True, "logprobs": 0}
+        body = {**restricted, **_ANSWER_FORM, "model": self._model_name, "prompt": [0]}
+
+        def is_raw(answer: object) -> bool:
+            found = CompletionAnswer.parse(answer).choices[0].logprobs
+            values = [] if found is None else found.token_logprobs
+            # The server may pad the vocabulary.
+            return len(values) == 1 and values[0] is not None and -math.log(2 * self._vocab_size) < values[0] < 0
+
+        def asked(server: VLLMServer, _: object) -> bool:
+            try:
+                return server.post("/v1/completions", body, is_raw)
+            except RequestRefusedError:
+                return False
+
+        if all(call_each(self._servers, self._servers, asked)):
+            return True
+        logger.warning(
+            "A vLLM server does not tell the log-probabilities that its model computes (start it without "
+            "--logprobs-mode): whether it computes the student is not checked."
+        )
+        return False
+
     def _restored_version(self, server: VLLMServer) -> str:
         for _ in range(TRIES):
             version = self._sync.confirmed_version(server)
@@ -183,3 +252,12 @@ class VLLMServerRollouts(RolloutEngine):
 def _served_model(answer: object) -> tuple[str, int]:
     lengths = Models.parse(answer).lengths()
     return next(iter(lengths.items()))
+
+
+def _uses_runner_v2(server: VLLMServer) -> bool | None:
+    """Return whether a server was told to use vLLM's model runner V2; None if it does not say."""
+    try:
+        environment = server.get("/server_info?config_format=json", ServerInfo.parse).environment
+    except RequestRefusedError:  # only in its development mode, which adapters do without
+        return None
+    return None if environment is None else environment.uses_runner_v2

@@ -6,9 +6,11 @@ Shapes: L tokens of the student's row, P tokens of the teacher's, A positions at
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,8 +62,9 @@ class Aligner:
         self.special_ids = _special_ids(self.student, self.teacher, _roles(student, teacher))
         self._student_leading = _leading_ids(student, self.student)
         self._teacher_leading = _leading_ids(teacher, self.teacher)
-        self._student_reply = _reply_of(student, self.student)
-        self._teacher_reply = _reply_of(teacher, self.teacher)
+        self._student_replies = _replies_of(student, self.student)
+        self._teacher_replies = _replies_of(teacher, self.teacher)
+        self._student_turn_end = turn_end_id(student)
         self._names: dict[int, list[int]] = {}
 
     def aligned(
@@ -95,7 +98,7 @@ class Aligner:
         special = np.flatnonzero(is_special_L)
         edges = np.unique([start, len(ids), *breaks, *special, *(special + 1)])
         edges = edges[edges >= start].tolist()
-        lead, teacher_lead = self._leads(ids[:start], prompt_ids)
+        lead, teacher_lead, tail = self._margins(ids[:start], prompt_ids)
         if lead == teacher_lead or not edges[:-1] or is_special_L[start]:
             lead = teacher_lead = b""
         elif not self.student.of(ids[start : edges[1]]).startswith(lead):
@@ -103,12 +106,19 @@ class Aligner:
         # Bytes count from where the text begins in both: a token that begins before has no counterpart.
         begin_L = np.cumsum(length_L) - length_L - len(lead)
         row = _Writing(list(self._teacher_leading if prompt_ids is None else prompt_ids))
+        n_dropped = 0
         for first, last in pairwise(edges):
             position = int(begin_L[first])
             if is_special_L[first]:
-                self._write_special(row, ids[first], position)
+                # After a tail that the teacher does not read, both end the turn at the tail's place.
+                self._write_special(row, ids[first], position - n_dropped)
+                n_dropped = 0
             else:
-                self._write_text(row, self.student.of(ids[first:last])[len(lead) :], position + len(lead), teacher_lead)
+                data = self.student.of(ids[first:last])[len(lead) :]
+                if tail and data.endswith(tail) and last < len(ids) and ids[last] == self._student_turn_end:
+                    n_dropped = len(tail)
+                    data = data[:-n_dropped]
+                self._write_text(row, data, position + len(lead), teacher_lead)
             lead = teacher_lead = b""
         teacher_begin_P = row.begins(self.teacher.length_V)
         if limit is not None:
@@ -130,14 +140,21 @@ class Aligner:
         written = self._names[token_id]
         row.write(written, position, [position, *[-1] * len(written)][: len(written)])
 
-    def _leads(self, student_prompt: Sequence[int], prompt_ids: Sequence[int] | None) -> tuple[bytes, bytes]:
-        """Return the whitespace that the student's tokens, and the teacher's, have before the text that is written."""
+    def _margins(self, student_prompt: Sequence[int], prompt_ids: Sequence[int] | None) -> tuple[bytes, bytes, bytes]:
+        """Return the whitespace that the student's tokens, and the teacher's, have before the text that is written.
+
+        The third is what the student's have before the end of the turn, if the teacher reads none there. One whose
+        template writes some reads none either if the student's does not: Llama 2 itself ends without it.
+        """
         if prompt_ids is None:
-            return b" " * self.student.prepends_space, b" " * self.teacher.prepends_space
-        if not self._teacher_reply.follows(self.teacher, prompt_ids):
-            return b"", b""  # a prompt of the user's, after which nothing is known
-        is_reply = self._student_reply.follows(self.student, student_prompt)
-        return self._student_reply.lead if is_reply else b"", self._teacher_reply.lead
+            return b" " * self.student.prepends_space, b" " * self.teacher.prepends_space, b""
+        theirs = _reply_after(prompt_ids, self.teacher, self._teacher_replies)
+        if theirs is None:
+            return b"", b"", b""  # a prompt of the user's, after which nothing is known
+        mine = _reply_after(student_prompt, self.student, self._student_replies)
+        if mine is None:
+            return b"", theirs.lead, b""
+        return mine.lead, theirs.lead, b"" if mine.tail == theirs.tail else mine.tail
 
     def _write_text(self, row: _Writing, data: bytes, position: int, lead: bytes) -> None:
         """Write text after whitespace that only the teacher reads; the text begins at `position`."""
@@ -250,40 +267,59 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 @dataclass(frozen=True)
 class _Reply:
-    """What a chat template writes before each reply, as bytes, and the whitespace between that and the reply."""
+    """What a chat template writes before each reply, as bytes, and the whitespace on both sides of the reply."""
 
     header: bytes
     lead: bytes
-
-    def follows(self, tokens: TokenBytes, ids: Sequence[int]) -> bool:
-        """Return whether a prompt ends with the header."""
-        n_bytes = len(self.header)
-        return n_bytes > 0 and tokens.of(ids[-n_bytes:]).endswith(self.header)
+    tail: bytes
 
 
-def _reply_of(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> _Reply:
-    """Find out how replies begin, in the tokenizer's own tokens: it may add a space that the template does not write.
+def _reply_after(prompt_ids: Sequence[int], tokens: TokenBytes, replies: Iterable[_Reply]) -> _Reply | None:
+    """Return the first of the replies whose header a prompt ends with."""
+    return next((each for each in replies if tokens.of(prompt_ids[-len(each.header) :]).endswith(each.header)), None)
 
-    Llama-2's template writes a space after the prompt, and Phi-3's tokenizer puts one after a special token.
+
+def _replies_of(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> list[_Reply]:
+    """Find out what surrounds replies to users and to tools, in the tokenizer's own tokens.
+
+    A tokenizer may add a space that the template does not write: Phi-3's puts one after a special token. Llama 2's
+    template writes a space on both sides.
     """
 
-    def written(user: str, *reply: dict[str, str], is_prompt: bool) -> bytes:
-        messages = [{"role": "user", "content": user}, *reply]
+    def written(messages: list[dict[str, Any]], *, is_prompt: bool) -> bytes:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
         return tokens.of(tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
-    if tokenizer.chat_template is None:
-        return _Reply(b"", b"")
-    try:
-        prompt, other = written("Hello", is_prompt=True), written("Thanks", is_prompt=True)
-        whole = written("Hello", {"role": "assistant", "content": _REPLY}, is_prompt=False)
-    except RENDERING_ERRORS:
-        return _Reply(b"", b"")
-    n_shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(prompt[::-1], other[::-1], strict=False)))
-    header = prompt[len(prompt) - n_shared :]
-    lead, found, _ = whole.removeprefix(prompt).partition(_REPLY.encode())
-    is_lead = whole.startswith(prompt) and found and not lead.strip()
-    return _Reply(header, lead if is_lead else b"")
+    def found(asked: Callable[[str], list[dict[str, Any]]]) -> _Reply:
+        prompt, other = (written(asked(text), is_prompt=True) for text in ("Hello", "Thanks"))
+        whole = written([*asked("Hello"), {"role": "assistant", "content": _REPLY}], is_prompt=False)
+        both = zip(prompt[::-1], other[::-1], strict=False)
+        n_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        lead, reply, rest = whole.removeprefix(prompt).partition(_REPLY.encode())
+        is_lead = whole.startswith(prompt) and reply and not lead.strip()
+        return _Reply(
+            prompt[len(prompt) - n_shared :], lead if is_lead else b"", rest[: len(rest) - len(rest.lstrip())]
+        )
+
+    replies = []
+    for asked in (_by_user, _by_tool) if tokenizer.chat_template is not None else ():
+        with suppress(*RENDERING_ERRORS):  # few templates know of tools
+            replies.append(found(asked))
+    return [each for each in replies if each.header]
+
+
+def _by_user(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def _by_tool(text: str) -> list[dict[str, Any]]:
+    call_id = (text * 9)[:9]  # Mistral's templates take no other length
+    call = {"id": call_id, "type": "function", "function": {"name": "look", "arguments": {}}}
+    return [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "look", "tool_call_id": call_id, "content": text},
+    ]
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase, tokens: TokenBytes) -> tuple[int, ...]:

@@ -106,12 +106,13 @@ class CachedTeacher(CompositeTeacher):
         """Look up rows before any is drawn; log how many the fallback will score.
 
         Args:
-            rows: The number of each row in its dataset, and a batch of it alone, as it will be scored; None if that
+            rows: The number of each row in its dataset, and a batch of it alone, as it will be collated; None if that
                 can't be known ahead.
             name: The dataset's name in errors and the log.
 
         Raises:
-            GKDDataError: Rows are not in the cache, and there is no fallback; or see `score`.
+            GKDDataError: Rows are not in the cache, or are bare prompts, which the student completes before they are
+                scored, and there is no fallback; or see `score`.
             GKDTeacherError: The rows can't be looked up now, the cache is not complete, and there is no fallback.
         """
         reader = self._opened("check_rows")
@@ -125,13 +126,22 @@ class CachedTeacher(CompositeTeacher):
             return
         n_rows = n_missing = 0
         first = ""
+        prompts = []
         for number, batch in rows:
             n_rows += 1
             sequences = self._sequences(batch)
+            if bool((batch.on_host.labels_BL == IGNORE_INDEX).all()):
+                prompts.append(number)
             lacking = [index for index, sequence in enumerate(sequences) if not reader.has(sequence)]
             if lacking:
                 n_missing += 1
                 first = first or f"row {number}: {self._description(batch, sequences, lacking[0])}"
+        if prompts and self._fallback is None:
+            raise GKDDataError(
+                f"{name}: {len(prompts)} of {n_rows} rows looked up are prompts without a completion, such as row "
+                f"{prompts[0]}; the student will complete them, and no cache can have its completions: add a "
+                "completion to each, leave them out, or set teacher_cache_miss='teacher' (CachedTeacher's fallback)"
+            )
         if n_missing == 0:
             return
         counted = f"{name}: {n_missing} of {n_rows} rows looked up are not in the cache in {self._names}"
@@ -254,7 +264,7 @@ class CachedTeacher(CompositeTeacher):
             self._require(self._folder, "dtype", dtype_name(model.dtype), source.dtype)
             self._require(self._folder, "weights", weights, source.weights)
         if weights is None:  # unknown, so its name counts, and what it says
-            name = str(describe(fallback).name)
+            name = describe(fallback).full_name
             self._require(self._folder, "teacher", name, source.teacher)
             refuse_another_served(
                 self._folder, source, CacheSource(teacher=name, witness=StoredWitness.of(fallback.witness))

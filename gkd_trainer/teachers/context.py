@@ -19,7 +19,7 @@ from gkd_trainer.batch_keys import IGNORE_INDEX, PER_LABEL, ROW_KEY, TEACHER_PRO
 from gkd_trainer.errors import GKDDataError, GKDTeacherError
 from gkd_trainer.models.heads import find_context
 from gkd_trainer.models.loading import base_model
-from gkd_trainer.models.prompts import prompt_ids
+from gkd_trainer.models.prompts import prompt_ids, writes_date
 from gkd_trainer.signals import Signal
 from gkd_trainer.teachers.base import AligningTeacher, CompositeTeacher, StudentTeacher, Teacher, all_teachers
 from gkd_trainer.types import TokenBatch
@@ -67,6 +67,7 @@ class ContextTeacher(CompositeTeacher):
         self._students_tokenizer: Any = None
         self._limit: int | None = None
         self._too_long = 0
+        self._has_rendered = False
 
     @property
     def teachers(self) -> Sequence[Teacher]:
@@ -177,12 +178,20 @@ class ContextTeacher(CompositeTeacher):
             )
         try:
             tokenizer = template_tokenizer(self._teacher, self._students_tokenizer)
-            return prompt_ids(tokenizer, prompt, is_source=is_source)
+            ids = prompt_ids(tokenizer, prompt, is_source=is_source)
         except Exception as error:  # a template may raise anything
             raise GKDTeacherError(
                 f"the teacher's prompt for the row with {ROW_KEY} {key} was refused by the chat template "
                 f"({type(error).__name__}: {error}): return other messages, or a text"
             ) from error
+        if not isinstance(prompt, str) and not self._has_rendered:
+            self._has_rendered = True
+            if writes_date(tokenizer, {}):
+                logger.warning(
+                    "The chat template writes today's date into the teacher's prompts, so a run resumed tomorrow has "
+                    "others: write a date into its tokenizer's chat_template in place of strftime_now, or return texts."
+                )
+        return ids
 
     def _count_too_long(self, key: int | None, length: int) -> None:
         self._too_long += 1

@@ -30,6 +30,13 @@ class TeacherDescription:
     top_k: int | None
     vocabulary_mode: str | None = None
 
+    @property
+    def full_name(self) -> str:
+        """The name in one line, by which a cache knows a teacher whose weights are unknown."""
+        if isinstance(self.name, str):
+            return self.name
+        return "; ".join(f"{label}: {name}" for label, name in self.name.items())
+
 
 @singledispatch
 def describe(teacher: Teacher) -> TeacherDescription:
@@ -39,7 +46,9 @@ def describe(teacher: Teacher) -> TeacherDescription:
 
 @describe.register
 def _(teacher: HiddenStateServerTeacher) -> TeacherDescription:
-    return TeacherDescription(teacher.checkpoint, teacher.base_urls, teacher.top_k)
+    checkpoint, label = teacher.checkpoint, teacher.served_as  # that of an adapter, of which this is the base
+    name = checkpoint if label in (None, checkpoint) else {label: checkpoint}
+    return TeacherDescription(name, teacher.base_urls, teacher.top_k)
 
 
 @describe.register

@@ -1,6 +1,7 @@
 """vLLM's final hidden states of a prompt's tokens (`/pooling`): reading them, and comparing them by a head.
 
-Shapes: V vocabulary, H hidden width, P scored positions of one sequence, L tokens of one, S likely tokens.
+Shapes: V vocabulary, H hidden width, P scored positions of one sequence, L tokens of one, S likely tokens, K top
+tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gkd_trainer.signals import Head
-from gkd_trainer.teachers.prompt_scores import TokenSequence
+from gkd_trainer.teachers.prompt_scores import TokenSequence, TopScores
 from gkd_trainer.vllm_answers import PooledInput, PooledInputs
 from gkd_trainer.vllm_client import RawAnswer
 
@@ -114,6 +115,12 @@ def log_probs(states_PH: Tensor, head: Head) -> Tensor:
         for start in range(0, head.weight_VH.shape[0], _ROWS_AT_ONCE)
     ]
     return torch.cat(parts, dim=1).log_softmax(dim=1)
+
+
+def top_scores(states_PH: Tensor, head: Head, count: int) -> TopScores:
+    """Return the `count` most probable tokens of each state's distribution, or all if there are fewer."""
+    log_p_PK, ids_PK = log_probs(states_PH, head).topk(min(count, head.weight_VH.shape[0]))
+    return TopScores(ids_PK.cpu().numpy(), log_p_PK.cpu().double().numpy())
 
 
 def likely_head(states_PH: Tensor, head: Head) -> Head:

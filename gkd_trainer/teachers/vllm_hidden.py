@@ -21,7 +21,7 @@ from gkd_trainer.models.checkpoint_head import read_head
 from gkd_trainer.models.loading import find_tokenizer
 from gkd_trainer.signals import Head, HiddenSignal
 from gkd_trainer.teachers.base import Teacher
-from gkd_trainer.teachers.prompt_scores import TokenSequence, sequences_of
+from gkd_trainer.teachers.prompt_scores import TokenSequence, Witness, sequences_of
 from gkd_trainer.teachers.prompt_states import (
     STATE_DTYPES,
     likely_head,
@@ -30,6 +30,7 @@ from gkd_trainer.teachers.prompt_states import (
     narrowest_dtype,
     parse_states,
     states_request,
+    top_scores,
 )
 from gkd_trainer.teachers.served import TeacherServers
 from gkd_trainer.transfer import to_device
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _OPTIONS = '--runner pooling --convert embed --pooler-config \'{"task": "token_embed"}\''
 """The options with which vLLM returns the final hidden states of all tokens of a causal LM."""
+
+_WITNESS_TOP = 20
+"""How many top tokens of each distribution a cache keeps of the witness."""
 
 
 class HiddenStateServerTeacher(Teacher):
@@ -101,7 +105,7 @@ class HiddenStateServerTeacher(Teacher):
             request_timeout=request_timeout,
             unsent=1,  # the last token trained on is predicted by the state before it
         )
-        self._checkpoint = os.fspath(checkpoint)
+        self._checkpoint, self._served_as = os.fspath(checkpoint), model
         self._head = read_head(self._checkpoint, trust_remote_code=trust_remote_code, init_kwargs=init_kwargs)
         self.tokenizer = find_tokenizer(self._checkpoint, trust_remote_code, init_kwargs)
         self._vocabulary: Mapping[str, int] | None = None if self.tokenizer is None else self.tokenizer.get_vocab()
@@ -132,6 +136,11 @@ class HiddenStateServerTeacher(Teacher):
     def checkpoint(self) -> str:
         """The name or folder of the model served, from which its head was read."""
         return self._checkpoint
+
+    @property
+    def served_as(self) -> str | None:
+        """The name under which the model is served, if one was given."""
+        return self._served_as
 
     @property
     def dtype(self) -> str | None:
@@ -200,6 +209,8 @@ class HiddenStateServerTeacher(Teacher):
         witnesses = {server: each[:count].to(STATE_DTYPES[dtype]).float() for server, each in states.items()}
         first = next(iter(witnesses.values()))
         self._witness = witness = _Witness(probe.witness, likely_head(first, self._head), first)
+        unrounded = next(iter(states.values()))[:count]  # so that a cache may be continued with another dtype
+        self.witness = Witness(probe.witness.token_ids, top_scores(unrounded, self._head, _WITNESS_TOP))
         for server, states_PH in states.items():
             if self._checks:
                 self._check_states(server, probe.sequence, states_PH, dtype)

@@ -77,11 +77,4 @@ def top_tokens_mapped(signal: TopKSignal, mapping: VocabularyMap) -> TopKSignal:
     W = len(student_of_W)
     ids_NK = student_of_W[signal.ids_NK.clamp(0, W - 1)].masked_fill(signal.ids_NK >= W, -1)
     log_p_NK = signal.log_p_NK.masked_fill(ids_NK < 0, -torch.inf)
-    ids_NK = ids_NK.clamp_min(0)
-    # A comparison needs one entry. Where the student has none of the top tokens, some token that both have stands in:
-    # its probability is at most that of the last top token.
-    is_empty_N = (log_p_NK == -torch.inf).all(dim=1) & (signal.log_p_NK != -torch.inf).any(dim=1)
-    lowest_N = signal.log_p_NK.masked_fill(signal.log_p_NK == -torch.inf, torch.inf).amin(dim=1)
-    log_p_NK[:, 0] = torch.where(is_empty_N, lowest_N, log_p_NK[:, 0])
-    ids_NK[:, 0] = torch.where(is_empty_N, mapping.student_ids_M[0], ids_NK[:, 0])
-    return TopKSignal(ids_NK, log_p_NK, len(mapping.student_group_V))
+    return TopKSignal(ids_NK.clamp_min(0), log_p_NK, len(mapping.student_group_V))

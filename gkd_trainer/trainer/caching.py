@@ -112,7 +112,7 @@ def cache_predictions(
         images=ImageProcessing.of(processing_class),
     ).prepared(dataset, name, is_training=True)
     source = source_of(
-        teacher, tokenizer, name=str(describe(teacher).name), max_length=args.max_length, train_on=args.train_on
+        teacher, tokenizer, name=describe(teacher).full_name, max_length=args.max_length, train_on=args.train_on
     )
     kind = kind or ("hidden" if teacher.top_k is None else "topk")
     writer = CacheWriter(

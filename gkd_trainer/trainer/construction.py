@@ -14,18 +14,13 @@ import datasets
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import (
-    DefaultDataCollator,
-    Seq2SeqTrainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import Seq2SeqTrainer, TrainingArguments, set_seed
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from gkd_trainer.compat import checkpoints_activations, find_unused_parameters
 from gkd_trainer.config_effects import Run
-from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, StackOthers, first_row
+from gkd_trainer.data import EncoderDecoderCollator, ImageProcessing, StackOthers, can_pad, first_row
+from gkd_trainer.divergence.options import check_tail
 from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import is_encoder_decoder
 from gkd_trainer.models.device_map import accelerators_of, refuse_offloaded
@@ -129,6 +124,7 @@ def construct(
         has_eval_rows=arguments["eval_dataset"] is not None,
     )
     check_loss_temperature(run)
+    check_tail(config.teacher_tail, teacher.top_k, "teacher_tail")
     check_cache(run)
     processing_class = arguments["processing_class"]
     if processing_class is None:
@@ -143,9 +139,8 @@ def construct(
     set_seed(config.seed)  # adapters are initialised at random
     adapter = peft_config if is_plain_trainer else None
     own = {"model": model, "args": config, "processing_class": processing_class}
-    collator = arguments["data_collator"]
     # Preparation takes out the padding that rows were tokenised with.
-    can_not_pad = prepares_rows and (collator is default_data_collator or type(collator) is DefaultDataCollator)
+    can_not_pad = prepares_rows and not can_pad(arguments["data_collator"])
     if is_plain_trainer:
         if isinstance(model, str):
             model = load_student(model, getattr(config, "model_init_kwargs", None), trusts)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
@@ -49,10 +50,11 @@ class Evaluation:
         return {f"{prefix}_{name}": metric for name, metric in {**self._data.read(), **on_policy}.items()}
 
 
-def require_equal_batches(loader: Any, ranks: Ranks) -> None:
+def require_equal_batches(loader: Any, ranks: Ranks, *, gathers_outputs: bool) -> None:
     """Raise GKDConfigError, on all ranks, if they have different numbers of batches, and would wait for one another.
 
-    That may be so without `even_batches`. Loaders without a length can't be checked.
+    If `gathers_outputs`, the same holds for batches of different sizes. Either may happen without `even_batches`.
+    Loaders without a length, and sizes in a user's own loader, can't be checked.
     """
     if ranks.size == 1 or ranks.accelerator.even_batches or not has_length(loader):
         return
@@ -63,3 +65,22 @@ def require_equal_batches(loader: Any, ranks: Ranks) -> None:
             "would wait for one another forever: set even_batches to True in accelerator_config, or lower "
             "per_device_eval_batch_size"
         )
+    if gathers_outputs and (sizes := _uneven_sizes(loader)) is not None:
+        raise GKDConfigError(
+            "compute_metrics and predict gather the outputs of all ranks, so their batches must have the same size, "
+            f"but {sizes[0]} samples are not a multiple of the {sizes[1]} in one batch of every rank: set even_batches "
+            "to True in accelerator_config, choose another per_device_eval_batch_size, or evaluate without "
+            "compute_metrics"
+        )
+
+
+def _uneven_sizes(loader: Any) -> tuple[int, int] | None:
+    """Return how many samples there are, and in one batch of every rank, if the ranks' last batches differ in size.
+
+    Returns None if they don't, or if not Accelerate deals them out.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(sampler, BatchSamplerShard) or sampler.batch_size is None or sampler.drop_last:
+        return None
+    sizes = int(loader.total_dataset_length), int(loader.total_batch_size)
+    return sizes if sizes[0] % sizes[1] else None

@@ -6,6 +6,9 @@ import copy
 import dataclasses
 from typing import Any
 
+import datasets
+
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.config_checks import check_combinations
 from gkd_trainer.config_effects import Run
@@ -54,23 +57,56 @@ class FixedOptions:
     def require_unchanged(self, args: Any) -> None:
         """Raise GKDConfigError if options were changed that can't be, or to values that are invalid.
 
-        λ may change between values for which the rows are the same.
+        λ may change between values for which the rows are the same; see `require_completions`.
         """
         check_ranges(args, dataclasses.fields(GKDArguments))
         before = self._built_for
         fixed = {option.name for option in dataclasses.fields(GKDArguments)} - _READ_WHEN_USED
-        # Rows have room for completions only if some are generated, and may be prompts if all are.
-        if (args.generates and not before.generates) or (before.is_always_on_policy and not args.generates):
+        if args.generates and not before.generates:  # rows have room for completions only if some are generated
             fixed |= {"lmbda", "lmbda_end"}
         if args.eval_on_policy:  # so may those to evaluate on; without it they are read as they are
             fixed.add("eval_on_policy")
         for name in sorted(fixed):
-            then, now = getattr(before, name), getattr(args, name)
-            if now != then:
-                now, then = redacted(now, name), redacted(then, name)
-                raise GKDConfigError(
-                    f"{name} is {now!r}, but was {then!r} when this trainer prepared its rows and built its teacher "
-                    f"and engines, which can't follow: build a new trainer with {name}={now!r}, or set it to {then!r} "
-                    "again"
-                )
+            if getattr(args, name) != getattr(before, name):
+                raise self._changed(name, args, "and built its teacher and engines, which can't follow")
         check_combinations(dataclasses.replace(self._run, args=args))
+
+    def require_completions(self, args: Any, rows: Any) -> None:
+        """Raise GKDConfigError if λ was 1, so that rows may be bare prompts, and now some samples need a completion.
+
+        Args:
+            args: The options now.
+            rows: The prepared training set.
+        """
+        before = self._built_for
+        if not before.is_always_on_policy or args.is_always_on_policy:
+            return
+        if isinstance(rows, datasets.Dataset):
+            number = _first_bare_prompt(rows)
+            if number is None:
+                return
+            reason = f"and row {number}, a prompt without a completion, can't be trained on off-policy"
+        elif isinstance(rows, datasets.IterableDataset):
+            reason = "and streamed rows that are prompts without a completion can't be trained on off-policy"
+        else:  # used as they are, whatever λ is
+            return
+        name = next(each for each in ("lmbda", "lmbda_end") if getattr(args, each) != getattr(before, each))
+        raise self._changed(name, args, reason)
+
+    def _changed(self, name: str, args: Any, reason: str) -> GKDConfigError:
+        now, then = (redacted(getattr(each, name), name) for each in (args, self._built_for))
+        return GKDConfigError(
+            f"{name} is {now!r}, but was {then!r} when this trainer prepared its rows {reason}: build a new trainer "
+            f"with {name}={now!r}, or set it to {then!r} again"
+        )
+
+
+def _first_bare_prompt(rows: datasets.Dataset) -> int | None:
+    """Return the number of the first prepared row without a token to train on; None if there is none."""
+    number = 0
+    for batch in rows.with_format(None).select_columns(["labels"]).iter(batch_size=1000):
+        for labels in batch["labels"]:
+            if all(label == IGNORE_INDEX for label in labels):
+                return number
+            number += 1
+    return None

@@ -145,7 +145,11 @@ def require_same_kind(student: nn.Module, teacher: Teacher) -> None:
 
 
 def refuse_pad_token(pad_token_id: int, model: nn.Module, teacher: Teacher) -> None:
-    """Raise GKDConfigError if a model that reads padded batches has no embedding for the pad token."""
+    """Raise GKDConfigError if a model has no embedding for the pad token.
+
+    Also if nothing is padded with it: Trainer writes the id into the student's config, with which most models of
+    transformers can't be loaded again.
+    """
     teachers = list(all_teachers(teacher))
     if any(isinstance(each, AligningTeacher) for each in teachers):
         teachers = []  # it reads other tokens

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from gkd_trainer.batch_keys import PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS
+from gkd_trainer.batch_keys import IGNORE_INDEX, PROMPT_IDS, SIDE_TENSORS, TEACHER_PROMPT_IDS
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.data import (
     IMAGE_COLUMNS,
@@ -26,7 +26,7 @@ from gkd_trainer.data import (
     prepare_dataset,
 )
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
-from gkd_trainer.data.tokens import SEQ_LENGTHS
+from gkd_trainer.data.tokens import NEGATIVE_LABEL, SEQ_LENGTHS
 from gkd_trainer.errors import GKDConfigError, GKDDataError
 from gkd_trainer.models.loading import refuse_mistral_common
 from gkd_trainer.trainer.pairing import OwnedContext
@@ -243,12 +243,20 @@ def keeping_columns(collator: Any, images: ImageProcessing | None = None) -> Any
 
 
 def require_labels(inputs: Mapping[str, Any]) -> None:
-    """Raise GKDDataError if a collated batch has no labels."""
+    """Raise GKDDataError if a collated batch has no labels, or, while it is on the CPU, a negative one to train on."""
     if "labels" not in inputs or inputs["labels"] is None:
         raise GKDDataError(
             f"the data collator returned no labels, only {', '.join(sorted(inputs))}: return labels [B, L] with the "
             "token ids, and -100 for tokens that are not trained on, or leave data_collator out"
         )
+    labels = inputs["labels"]
+    if isinstance(labels, torch.Tensor) and labels.device.type == "cpu":  # elsewhere, looking would wait
+        is_negative = (labels < 0) & (labels != IGNORE_INDEX)
+        if is_negative.any():
+            raise GKDDataError(
+                f"the data collator returned {NEGATIVE_LABEL}: {labels[is_negative][0]}. Put {IGNORE_INDEX} in its "
+                "place"
+            )
 
 
 def tokenizer_of(processing_class: Any) -> Any:

@@ -92,6 +92,21 @@ class Ranks:
         return is_static or self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @contextmanager
+    def saving_whole(self) -> Iterator[None]:
+        """Have Trainer's `save_model` write the whole student, though FSDP's checkpoints keep it in shards."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            yield
+            return
+        from torch.distributed.fsdp import StateDictType
+
+        of_checkpoints, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            plugin.state_dict_type = of_checkpoints
+
+    @contextmanager
     def gathered(self, model: nn.Module, wrapped: nn.Module) -> Iterator[nn.Module]:
         """Yield the student to generate with or to take weights from; under ZeRO-3 it is gathered in the block.
 

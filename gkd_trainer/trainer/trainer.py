@@ -25,7 +25,7 @@ from gkd_trainer.batch_keys import PER_LABEL, SIDE_TENSORS, TEACHER_INDEX, has_d
 from gkd_trainer.compat import checkpoints_activations, mark_loss_as_scaled
 from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
-from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, columns_read_by, unwrapped
+from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, can_pad, columns_read_by, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
 from gkd_trainer.errors import GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
@@ -80,6 +80,7 @@ from gkd_trainer.trainer.preparation import (
     tokenizer_of,
 )
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
+from gkd_trainer.trainer.sampling_check import SamplingCheck, is_noisy
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch
 from gkd_trainer.types import Generated, TokenBatch
@@ -203,7 +204,7 @@ class GKDMixin(AnyTrainer):
         self._fixed_options = FixedOptions(replace(construction.run, args=self.args))
         self._prepared_once = PreparedOnce(self._prepared)
         self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
-        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval", is_drawn=self.args.eval_strategy != "no")
+        self._prepare_evaluation()
 
     def _build_parts(
         self, teacher: Teacher, rollouts: RolloutEngine | None, formatting_func: Callable[[Any], Any] | None
@@ -225,10 +226,12 @@ class GKDMixin(AnyTrainer):
         if (updates := parts.student_teachers.callback()) is not None:
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
-        self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
+        self._meter, self._sampling_check = TrainingMeter(self.args.device, self._teacher_sums), SamplingCheck()
+        self._finite_check = FiniteCheck(beside=self._sampling_check.taken)
         self._placement = Placement(self.args.device)
         self._window_tokens: Tensor | None = None
         self._is_in_step = self._is_last_of_window = False
+        self._is_in_checkpoint = self._has_current_rollouts = False
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
@@ -287,6 +290,10 @@ class GKDMixin(AnyTrainer):
         coverage.check_rows(self.teacher, rows, name, are_all_drawn=is_drawn)
         return dataset
 
+    def _prepare_evaluation(self) -> None:
+        """Prepare the trainer's own evaluation set, if it was set since."""
+        self.eval_dataset = self._prepared_once(self.eval_dataset, "eval", is_drawn=self.args.eval_strategy != "no")
+
     def _columns_drawn(self) -> list[str] | None:
         """Return the columns of rows that the collator gets; None for all."""
         if not self.args.remove_unused_columns:
@@ -327,6 +334,8 @@ class GKDMixin(AnyTrainer):
         if collator is not None and self._prepares_rows:
             if type(collator) is DataCollatorForVisionLanguageModeling:  # SFTTrainer's own, which reads other columns
                 collator = DataCollatorForLanguageModeling(collator.processor.tokenizer.pad_token_id)
+            if not can_pad(collator):  # set later: at construction another one has taken its place
+                collator = StackOthers(default_collator(self.model, pad_token_id(self.processing_class)))
             collator = keeping_columns(collator, self._images)
         self._data_collator = collator
 
@@ -357,6 +366,8 @@ class GKDMixin(AnyTrainer):
     def get_train_dataloader(self) -> Any:
         """Return the loader of the training set; its rows are prepared if it was set since."""
         self.train_dataset = self._prepared_once(self.train_dataset, "train", is_training=True)
+        if self._prepares_rows:
+            self._fixed_options.require_completions(self.args, self.train_dataset)
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -393,6 +404,7 @@ class GKDMixin(AnyTrainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self._fixed_options.require_unchanged(self.args)  # here a hyperparameter search has set the trial's
+        self._prepare_evaluation()  # now: a set that can't be used must not end the run at its first evaluation
         # Drop sums left over from an earlier run, after its last log entry or its interruption.
         self._meter.clear()
         self._recovery.last_checkpoint = None  # of an earlier run; loading one sets it again
@@ -444,7 +456,7 @@ class GKDMixin(AnyTrainer):
         if taken is None:
             return []
         window, staleness = taken
-        self._generated = window.generated
+        self._generated, self._has_current_rollouts = window.generated, staleness == 0
         self._meter.add_samples(**sample_counts(window, staleness))
         return window.batches
 
@@ -477,7 +489,7 @@ class GKDMixin(AnyTrainer):
             self._is_in_step = False
         if self._is_last_of_window:
             self._is_last_of_window = False
-            self._raise_if_not_finite()
+            self._raise_if_wrong()
         return loss
 
     def _step_divisor(self, inputs: dict[str, Any]) -> Tensor | int | None:
@@ -495,8 +507,10 @@ class GKDMixin(AnyTrainer):
         # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
         return self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
-    def _raise_if_not_finite(self) -> None:
-        self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
+    def _raise_if_wrong(self) -> None:
+        step = self.state.global_step + 1
+        sums = self._finite_check.raise_if_not(step, self._ranks.index, self._ranks.sum)
+        self._sampling_check.judge(sums, step, is_noisy=lambda: is_noisy(self.model, self.args))
 
     def compute_loss(
         self,
@@ -568,20 +582,28 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        index_B = batch.side.get(TEACHER_INDEX)
-        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result, self._teacher_sums, index_B)
+        sums_BK = sums_by_sample(
+            batch.rows_N,
+            batch.is_on_policy_B,
+            result,
+            self._teacher_sums,
+            batch.side.get(TEACHER_INDEX),
+            batch.sampling_log_probs_N,
+        )
         if not is_training:
             self._evaluation.see(sums_BK)
             return
         self._meter.add_tokens(sums_BK)
+        if self._has_current_rollouts:
+            self._sampling_check.add(sums_BK)
         is_finite_N = result.is_finite_N
-        if result.cross_entropy_N is not None:
+        if result.loss_N is not None and result.cross_entropy_N is not None:
             is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
         self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
         if self._is_last_of_window:  # before the backward: see FiniteCheck
             self._finite_check.begin_reading(self._ranks.sum)
             if self.is_deepspeed_enabled:  # its backward takes the optimizer's step
-                self._raise_if_not_finite()
+                self._raise_if_wrong()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; training entries get the metrics since the last one."""
@@ -643,7 +665,9 @@ class GKDMixin(AnyTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the loss and our metrics weighted by tokens over all ranks."""
-        require_equal_batches(dataloader, self._ranks)
+        is_loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        gathers_outputs = not is_loss_only or "inputs" in self.args.include_for_metrics
+        require_equal_batches(dataloader, self._ranks, gathers_outputs=gathers_outputs)
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._recovery.note_random_states()
         with self._saving_before_it_fails():
@@ -682,7 +706,11 @@ class GKDMixin(AnyTrainer):
         if self.args.should_save:
             # Left by an older run in the same folder, it would make a half-written checkpoint seem complete.
             (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        self._is_in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_in_checkpoint = False
         self._recovery.last_checkpoint = checkpoint
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -709,6 +737,11 @@ class GKDMixin(AnyTrainer):
         self._recovery.last_checkpoint = None if checkpoint is None else Path(checkpoint)
         self._queue.load(load_rollouts(checkpoint, self._ranks.index))
         self._student_teachers.load(checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole student as Trainer does, also if FSDP keeps checkpoints in shards; on all ranks together."""
+        with contextlib.nullcontext() if self._is_in_checkpoint else self._ranks.saving_whole():
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         card = Path(output_dir or self.args.output_dir) / "README.md"

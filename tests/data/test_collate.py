@@ -16,6 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLCollat
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY, TEACHER_PROMPT_IDS
 from gkd_trainer.data import EncoderDecoderCollator, KeepSideTensors, columns_read_by, keeping_token_values, only_pads
+from gkd_trainer.data.collate import StackOthers
 from gkd_trainer.errors import GKDDataError
 
 ROWS = [
@@ -193,10 +194,36 @@ def test_only_the_collators_that_pad_them_get_values_per_token_that_a_forward_do
     assert not columns_read_by(KeepSideTensors(own), forward)
 
 
+@pytest.mark.parametrize("label", [True, "positive"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        DataCollatorForSeq2Seq,
+        lambda tokenizer: keeping_token_values(DataCollatorWithPadding(tokenizer)),
+        lambda tokenizer: StackOthers(DataCollatorWithPadding(tokenizer)),
+    ],
+    ids=["seq2seq", "padding", "default"],
+)
+def test_a_column_label_is_not_taken_for_the_labels(byte_level, make, label):
+    collator = KeepSideTensors(make(byte_level()))
+    expected = collator(ROWS)
+    batch = collator([{**row, "label": label, "label_ids": label} for row in ROWS])
+    assert batch.keys() == expected.keys()
+    assert batch["labels"].tolist() == expected["labels"].tolist()
+
+
+def test_a_collator_of_the_users_own_gets_the_column_label():
+    seen = []
+    KeepSideTensors(lambda rows: seen.extend(rows) or {})([{**row, "label": True} for row in ROWS])
+    assert [row["label"] for row in seen] == [True, True]
+
+
 def test_a_row_whose_columns_do_not_fit_is_refused_with_the_remedy(padding_collator):
     for row, reason in (
         ({"input_ids": [5, 6], "completion_mask": [1]}, "completion_mask is not as long as input_ids"),
         ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "no tokens"),
+        ({"input_ids": [5, -6]}, "a negative token id in input_ids"),
+        ({"input_ids": [5, 6], "labels": [-1, 6]}, "a negative label other than -100, which marks .* not trained on"),
     ):
         with pytest.raises(GKDDataError, match=rf"row 1 of a batch can't be used: {reason}\. Correct the dataset, or"):
             padding_collator([ROWS[0], row])

@@ -113,6 +113,7 @@ def test_rows_that_cant_be_used_say_why(byte_level, pairs):
     assert reason({"input_ids": [], "labels": [5]}, None, pairs()) == "no tokens"
     assert reason({"input_ids": [5], "labels": [X]}, None, pairs()) == "no token is trained on"
     assert reason({"input_ids": [5], "labels": "five"}, None, pairs()) == "labels is not a list of token ids"
+    assert reason({"input_ids": [5], "labels": [-1, 5]}, None, pairs()).startswith("a negative label other than -100")
     for row in ({"input_ids": [9], "labels": [5]}, {"input_ids": [5], "labels": [9]}):
         assert reason(row, None, pairs(vocab_size=9)) == "a token id beyond the models' 9 tokens"
 

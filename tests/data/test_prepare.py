@@ -5,10 +5,13 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from gkd_trainer.batch_keys import PROMPT_IDS, ROW_KEY
-from gkd_trainer.data import prepare_dataset
+from gkd_trainer.data import map_cache, prepare_dataset
+from gkd_trainer.data.rendered_prompts import RenderedPrompts
+from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.errors import GKDDataError
 from tests.data.templates import CHATS
 
@@ -89,6 +92,79 @@ def test_a_row_whose_turns_are_not_found_leaves_the_others_in_the_set(chat_token
 def test_a_set_of_rows_whose_turns_are_not_found_is_refused_with_the_remedy(chat_tokenizer, rules):
     with pytest.raises(GKDDataError, match=r"none of the 2 rows can be used: 2 assistant turns .* markers"):
         prepare_dataset([TWO_ANSWERS] * 2, chat_tokenizer(CHATS["olmo2"]), rules())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    Dataset.from_list([conversation("Paris.")]).save_to_disk(tmp_path)
+    return lambda: Dataset.load_from_disk(tmp_path)
+
+
+def test_rows_prepared_by_other_code_are_not_read_from_the_cache_of_datasets(byte_level, rules, saved, monkeypatch):
+    def cached_file():
+        return prepare_dataset(saved(), byte_level(), rules()).cache_files
+
+    before = cached_file()
+    assert cached_file() == before
+    monkeypatch.setattr(map_cache, "__version__", "0.0.9")
+    map_cache.code_version.cache_clear()
+    assert cached_file() != before
+    map_cache.code_version.cache_clear()
+
+
+def test_rows_in_files_are_prepared_under_a_lock(byte_level, rules, saved, tmp_path):
+    def formatted(row):
+        for file in tmp_path.glob("gkd-*.lock"):
+            with pytest.raises(Timeout):
+                FileLock(file).acquire(timeout=0)
+            (tmp_path / "tried").touch()
+        return row["messages"]
+
+    assert len(prepare_dataset(saved(), byte_level(), rules(), formatting_func=formatted)) == 1
+    assert (tmp_path / "tried").exists()
+
+
+IN_PARTS = {
+    "messages": [{"role": "user", "content": [{"type": "text", "text": "one"}]}, *conversation("two")["messages"][1:]]
+}
+
+
+def test_answers_that_are_json_are_trained_on_as_they_are_beside_contents_in_parts(byte_level, rules, caplog):
+    tokenizer = byte_level()
+    answers = ["4", '{"a":1,   "b":2.0}', '"Paris"', "true"]
+    prepared = prepare_dataset([IN_PARTS, *map(conversation, answers)], tokenizer, rules())
+    for row, answer in zip(prepared, ["two", *answers], strict=True):
+        assert tokenizer.decode([label for label in row["labels"] if label != -100]) == f"{answer}<|im_end|>"
+    assert [row["messages"][1]["content"] for row in prepared] == ["two", *answers]
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_texts_that_datasets_may_have_parsed_are_warned_of(byte_level, rules, is_stream, caplog):
+    rows = Dataset.from_list([IN_PARTS, conversation("two")], on_mixed_types="use_json")
+    prepared = prepare_dataset(rows.to_iterable_dataset() if is_stream else rows, byte_level(), rules())
+    [warning] = warnings_of(caplog)
+    assert warning.startswith("train: messages[].content holds texts beside values of other types, so `datasets` has")
+    caplog.clear()
+    prepare_dataset(prepared, byte_level(), rules())
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("kind", [None, "torch", "numpy", "pandas", "arrow"])
+def test_rows_of_a_dataset_in_any_format_are_read_alike(byte_level, rules, kind):
+    rows = Dataset.from_list([{**conversation("Paris."), "id": 7}, {**conversation(""), "id": 8}])
+    expected = prepare_dataset(rows, byte_level(), rules())
+    prepared = prepare_dataset(rows.with_format(kind), byte_level(), rules())
+    assert prepared.with_format(None)[:] == expected[:]
+    assert prepared.format["type"] == (None if kind in ("pandas", "arrow") else kind)
+    assert list(prepared[0]["labels"]) == expected[0]["labels"]
+
+
+def test_columns_that_a_format_hides_stay_hidden_but_for_the_tokens(rules):
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2], "id": 7}])
+    prepared = prepare_dataset(rows.with_format("torch", columns=["input_ids"]), None, rules())
+    assert {name: value.tolist() for name, value in prepared[0].items()} == {"input_ids": [1, 2], "labels": [-100, 2]}
+    assert prepared.with_format(None)[0] == {"input_ids": [1, 2], "labels": [-100, 2], "id": 7}
 
 
 def test_nothing_is_logged_if_nothing_is_dropped(byte_level, mixing, caplog):
@@ -383,13 +459,44 @@ DATE = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize(
     ("row", "is_warned"),
-    [(conversation("Paris."), True), ({**conversation("Paris."), **DATE}, False), ({"text": "one two"}, False)],
+    [
+        (conversation("Paris."), True),
+        ({**conversation("Paris."), **DATE}, False),
+        ({"text": "one two"}, False),
+        ({**conversation("Paris."), "input_ids": [5, 6]}, False),
+    ],
 )
 def test_a_template_that_writes_todays_date_is_warned_of_once(byte_level, rules, caplog, row, is_warned, is_stream):
     rows = [row, row]
     prepare_dataset(iterable(rows) if is_stream else rows, byte_level(DATED), rules(train_on="last_turn"), name="eval")
     assert [message[:50] for message in warnings_of(caplog)] == [
         "eval: the chat template writes today's date, so to"
+    ] * is_warned
+
+
+OWN_PROMPT = {"teacher_prompt": [{"role": "user", "content": "one"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "has_other_tokens", "is_warned"),
+    [
+        ({**conversation("Paris."), **OWN_PROMPT}, False, True),
+        ({**conversation("Paris."), **OWN_PROMPT, **DATE}, False, False),
+        ({**conversation("Paris."), "teacher_prompt": "one"}, False, False),
+        (conversation("Paris."), False, False),
+        (conversation("Paris."), True, True),
+        ({**conversation("Paris."), **DATE}, True, False),
+        ({"text": "one two"}, True, False),
+    ],
+)
+def test_a_teachers_template_that_writes_todays_date_is_warned_of(
+    byte_level, rules, caplog, row, has_other_tokens, is_warned
+):
+    teacher = byte_level(DATED)
+    prompts = TeacherPrompts(teacher, rendered=RenderedPrompts(teacher) if has_other_tokens else None)
+    prepare_dataset([row], byte_level(), rules(train_on="last_turn"), name="eval", teacher_prompts=prompts)
+    assert [message[:74] for message in warnings_of(caplog)] == [
+        "eval: the chat template writes today's date into the teacher's prompts, so"
     ] * is_warned
 
 

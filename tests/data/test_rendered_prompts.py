@@ -124,6 +124,13 @@ def test_messages_that_the_template_refuses_drop_the_row():
         RenderedPrompts(strict).of({"messages": [USER, TURN]})
 
 
+def test_calls_that_the_template_leaves_out_drop_the_row():
+    plain = sentencepiece_like(sentencepiece_backend(), "{% for m in messages %}{{ m.content }}{% endfor %}")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum", "arguments": {}}}]}
+    with pytest.raises(RowDropped, match=r"the teacher's chat template \(it leaves out tool calls\)"):
+        RenderedPrompts(plain).of({"messages": [USER, call, {"role": "tool", "content": "4"}, TURN]})
+
+
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_prepared_data_set_has_them_beside_its_tokens(teacher, byte_level, is_stream):
     dataset = Dataset.from_list([{"messages": [USER, TURN]}, {"messages": [USER, TURN, USER, TURN]}])

@@ -107,9 +107,15 @@ def test_a_text_row_of_several_documents_is_all_trained_on(byte_level, rules):
     assert row.labels == row.input_ids
 
 
-def test_a_text_row_is_refused_if_each_row_needs_a_prompt(byte_level, on_policy):
+@pytest.mark.parametrize("row", [{"text": "one two"}, {"text": ""}, {"input_ids": [1, 2]}], ids=str)
+def test_a_format_without_prompts_is_refused_if_each_row_needs_one(byte_level, on_policy, row):
     with pytest.raises(GKDDataError, match=r"expected a prompt in each row.*lmbda=1\.0"):
-        prepare({"text": "one two"}, byte_level(), on_policy())
+        prepare(row, byte_level(), on_policy())
+
+
+@pytest.mark.parametrize("row", [{"prompt": "", "completion": "b"}, {"input_ids": [1], "labels": [1]}], ids=str)
+def test_a_row_whose_prompt_is_empty_is_dropped_if_each_row_needs_one(byte_level, on_policy, row):
+    assert reason(row, byte_level(), on_policy()) == "no prompt, although lmbda=1.0 generates every completion"
 
 
 def test_the_column_of_text_can_be_named(byte_level, rules):
@@ -168,6 +174,13 @@ def test_a_prompt_that_ends_with_an_assistant_message_is_continued(byte_level, o
     tokenizer = byte_level()
     row = prepare({"prompt": [QUESTION, {"role": "assistant", "content": "It is"}]}, tokenizer, on_policy())
     assert tokenizer.decode(row.input_ids).endswith("<|im_start|>assistant\nIt is")
+
+
+@pytest.mark.parametrize("role", ["system", "ipython"])
+def test_a_prompt_may_end_with_any_role_that_the_template_takes(byte_level, on_policy, role):
+    tokenizer = byte_level()
+    row = prepare({"prompt": [QUESTION, {"role": role, "content": "fine"}]}, tokenizer, on_policy())
+    assert tokenizer.decode(row.input_ids).endswith(f"<|im_start|>{role}\nfine<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_bare_prompt_is_refused_if_completions_come_from_the_data(byte_level, rules):
@@ -396,8 +409,3 @@ def test_a_row_that_the_template_refuses_is_dropped(byte_level, rules, on_policy
         ({"prompt": [QUESTION]}, on_policy()),
     ):
         assert reason(row, tokenizer, row_rules) == "refused by the chat template (roles must alternate)"
-
-
-def test_a_prompt_that_ends_with_a_system_message_is_dropped(byte_level, on_policy):
-    row = {"prompt": [{"role": "system", "content": "You are helpful."}]}
-    assert "Invalid role in the last message: system" in reason(row, byte_level(), on_policy())

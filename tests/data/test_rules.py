@@ -5,7 +5,6 @@ import pytest
 from gkd_trainer.data.rules import fitted, fitted_pair
 from gkd_trainer.data.teacher_prompts import TeacherPrompts
 from gkd_trainer.data.tokens import RowDropped, RowTokens
-from gkd_trainer.errors import GKDDataError
 
 ROW = RowTokens([1, 2, 3, 4], [-100, -100, -100, 4])
 
@@ -56,9 +55,9 @@ def test_a_token_beyond_the_models_drops_the_row_wherever_it_is(rules):
     assert fit(in_prompt, rules(vocab_size=5)).prompt_ids == [4]
 
 
-def test_a_row_without_a_prompt_is_refused_if_all_completions_are_generated(on_policy):
-    with pytest.raises(GKDDataError, match="expected a prompt in each row, since lmbda="):
-        fit(RowTokens([1, 2], [1, 2]), on_policy())
+def test_a_row_without_a_prompt_is_dropped_if_all_completions_are_generated(on_policy):
+    expected = ("no prompt, although lmbda=1.0 generates every completion", 0)
+    assert reason(fit, RowTokens([1, 2], [1, 2]), on_policy()) == expected
 
 
 def test_of_an_encoder_decoder_the_labels_are_cut_and_a_long_prompt_drops_the_row(rules):

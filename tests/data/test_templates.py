@@ -1,5 +1,7 @@
 """Conversations under the chat templates of many models: the tokens trained on, and the prompts of completions."""
 
+from dataclasses import replace
+
 import pytest
 
 from gkd_trainer.batch_keys import PROMPT_IDS
@@ -297,8 +299,42 @@ def test_arguments_in_json_are_read_as_the_object_that_they_are(prepare, name):
         assert prepare(CHATS[name], in_json, **changes)[0] == prepare(CHATS[name], as_object, **changes)[0]
 
 
-def test_a_template_that_refuses_objects_gets_arguments_in_json(prepare):
+@pytest.mark.parametrize("messages", [AS_JSON, WITH_TOOL], ids=["json", "object"])
+def test_a_template_that_refuses_objects_gets_arguments_in_json(prepare, messages):
     """DeepSeek's own; TRL's patch of it, which renders the turns that are trained on, takes objects."""
-    row, tokenizer = prepare(CHATS["deepseek-v3"], {"messages": AS_JSON}, is_generating=True)
+    row, tokenizer = prepare(CHATS["deepseek-v3"], {"messages": messages}, is_generating=True)
     for ids in (row.input_ids, prompt_of(row)):
         assert '```json\n{"a": 2}\n```' in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("content", ["", None, ...])
+def test_calls_are_trained_on_where_the_template_wants_none_for_a_content(prepare, content):
+    messages = [dict(message) for message in WITH_TOOL]
+    messages[1]["content"] = content
+    if content is ...:
+        del messages[1]["content"]
+    row, tokenizer = prepare(CHATS["r1-distill"], {"messages": messages}, is_generating=True)
+    assert "multiply" in tokenizer.decode(prompt_of(row))
+    call, answer = trained_runs(tokenizer, row.labels)
+    assert '<｜tool▁sep｜>multiply\n```json\n{"a": 2}\n```' in call
+    assert answer == "four<｜end▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "phi3.5"])
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_calls_that_the_template_leaves_out_drop_their_row(prepare, name, column):
+    row = {column: WITH_TOOL if column == "messages" else WITH_TOOL[:3]}
+    with pytest.raises(RowDropped, match=r"refused by the chat template \(it leaves out tool calls\)"):
+        prepare(CHATS[name], row, needs_completion=False)
+
+
+def test_rows_with_tools_are_trained_on_by_the_template_for_tools(prepare):
+    chat = CHATS["qwen2.5"]  # TRL patches it
+    for_tools = chat.template.replace("You may call one or more functions", "These functions may be called")
+    assert for_tools != chat.template
+    named = replace(chat, template={"default": chat.template, "tool_use": for_tools})
+    for tools, template in ((TOOLS, for_tools), (None, chat.template)):
+        row = {"messages": WITH_TOOL[:1] + WITH_TOOL[3:], "tools": tools}
+        expected, _ = prepare(replace(chat, template=template), row, is_generating=True)
+        assert prepare(named, row, is_generating=True)[0] == expected
+        assert expected.prompt_ids == []  # the text that is trained on begins with the prompt

@@ -42,6 +42,23 @@ def test_anything_but_a_list_of_token_ids_is_dropped_by_its_column(name, value):
     assert dropped.value.reason == f"{name} is not a list of token ids"
 
 
+@pytest.mark.parametrize("name", ["input_ids", PROMPT_IDS])
+def test_a_negative_token_id_drops_its_row(name):
+    with pytest.raises(RowDropped, match=f"a negative token id in {name}"):
+        held_tokens({"input_ids": [1, 2], "labels": [X, 2], name: [1, -200]})
+
+
+def test_a_negative_label_drops_its_row_unless_it_marks_what_is_not_trained_on():
+    assert held_tokens({"input_ids": [1, 2], "labels": [X, 2]}).labels == [X, 2]
+    with pytest.raises(RowDropped, match="a negative label other than -100, which marks"):
+        held_tokens({"input_ids": [1, 2], "labels": [-1, 2]})
+
+
+def test_padding_may_have_any_id_and_label():
+    row = {"input_ids": [-1, 1, 2], "labels": [-1, X, 2], "attention_mask": [0, 1, 1]}
+    assert held_tokens(row).ids == [1, 2]
+
+
 def test_a_verdict_passes_from_process_to_process():
     dropped = pickle.loads(pickle.dumps(RowDropped("too long", 7)))
     assert (dropped.reason, dropped.needed_length) == ("too long", 7)

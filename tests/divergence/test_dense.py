@@ -205,6 +205,22 @@ def test_a_teacher_without_probability_makes_the_reverse_kl_infinite_with_a_grad
     assert (gradient_NV[0] != 0).all()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 8e6), (torch.float64, 4e15)])
+def test_logits_too_far_apart_to_compare_are_flagged_and_get_no_gradient(beta, side, dtype, largest):
+    student_logits_NV, teacher_logits_NV = (logits_NV.detach() for logits_NV in pair(3, dtype=dtype))
+    outliers = student_logits_NV if side == "student" else teacher_logits_NV
+    outliers[1, 3], outliers[2, 3] = largest, 1e30
+    student_logits_NV.requires_grad_()
+    result = dense_divergence(student_logits_NV, teacher_logits_NV, beta=beta)
+    assert result.is_finite_N.tolist() == [True, True, False]
+    assert result.values_N.isnan().tolist() == [False, False, True]
+    gradient_NV = gradient(result.values_N, student_logits_NV, upstream(3))
+    assert gradient_NV[0].any()
+    assert not gradient_NV[2].any()
+
+
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("vocab_chunk", [7, None])
 def test_flags_mark_only_rows_that_are_not_finite(beta, vocab_chunk):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gkd_trainer.divergence import formulas, reference_divergence, reference_jsd, rows, token_divergence
+from gkd_trainer.divergence import formulas, objective, reference_divergence, reference_jsd, rows, token_divergence
 from gkd_trainer.divergence.objective import DIVERGENCES, TERMS
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.signals import Head, HiddenSignal, LogitsSignal, TopKSignal
@@ -61,6 +61,30 @@ def test_values_and_gradient_equal_the_oracle(divergence, options, temperature, 
     )
     torch.testing.assert_close(actual_N.double(), expected_N, rtol=2e-5, atol=5e-6)
     assert_close_in_norm(gradient(actual_N, student_logits_NV), gradient(expected_N, student_logits_NV), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("options", [(1e-6, 1.0), (1e-4, 0.5), (0.2, 0.7), (0.7, 1e-6), (1e-3, 1e-3)])
+@pytest.mark.parametrize("gap", [1.0, 0.03])
+def test_small_options_of_alpha_beta_leave_value_and_gradient_right_in_proportion(options, gap):
+    options = dict(zip(("alpha", "beta"), options, strict=True))
+    student_logits_NV, teacher_logits_NV = pair(gap=gap)
+    actual_N = value(student_logits_NV, teacher_logits_NV, "alpha_beta", options)
+    expected_N = reference_divergence(student_logits_NV, teacher_logits_NV, divergence="alpha_beta", **options)
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=1e-3, atol=0)
+    assert_close_in_norm(gradient(actual_N, student_logits_NV), gradient(expected_N, student_logits_NV), tolerance=4e-5)
+
+
+def test_compiled_slopes_of_close_models_are_right_in_proportion_too():
+    log_q_NV, log_p_NV = (logits_NV.detach().log_softmax(dim=1) for logits_NV in pair(gap=0.03))
+    both = objective.Pair(log_q_NV.exp(), log_p_NV.exp(), log_q_NV, log_p_NV, log_q_NV - log_p_NV)
+    numbers = {"alpha_beta": (1e-5, 0.7), "skew_kl": (0.99, 0.01), "skew_reverse_kl": (0.99, 0.01)}
+    numbers = {name: tuple(map(torch.tensor, pair)) for name, pair in numbers.items()}
+
+    def slopes():
+        return [TERMS[name](both, *numbers[name])[1] for name in numbers]
+
+    for actual_NV, expected_NV in zip(rows.Fused(slopes)(), slopes(), strict=True):
+        assert_close_in_norm(actual_NV, expected_NV, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("divergence", NAMES)
@@ -117,12 +141,12 @@ def test_skewed_kls_have_the_kls_as_their_limits():
 
 def test_the_alpha_beta_divergence_has_the_kls_as_its_limits():
     student_logits_NV, teacher_logits_NV = (logits_NV.double() for logits_NV in pair())
-    for options, beta in (({"alpha": 1.0, "beta": 1e-7}, 0.0), ({"alpha": 1e-7, "beta": 1.0}, 1.0)):
+    for options, beta in (({"alpha": 1.0, "beta": 1e-12}, 0.0), ({"alpha": 1e-12, "beta": 1.0}, 1.0)):
         torch.testing.assert_close(
             value(student_logits_NV, teacher_logits_NV, "alpha_beta", options),
             reference_jsd(student_logits_NV, teacher_logits_NV, beta=beta),
-            rtol=1e-4,
-            atol=1e-6,
+            rtol=1e-9,
+            atol=1e-9,
         )
 
 

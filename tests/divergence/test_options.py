@@ -61,6 +61,13 @@ def test_what_a_divergence_does_not_take_is_refused(ask, divergence, options, me
 
 
 @pytest.mark.parametrize("ask", [by_call, by_configuration])
+def test_a_sum_of_alpha_and_beta_at_which_rounding_would_be_larger_than_the_value_is_refused(ask):
+    with pytest.raises(GKDConfigError, match=r"'alpha' and 'beta' .* must add up to at least 0.00012.*got 1e-06 and"):
+        ask("alpha_beta", {"alpha": 1e-6, "beta": 1e-5})
+    ask("alpha_beta", {"alpha": 1e-6, "beta": 1e-3})
+
+
+@pytest.mark.parametrize("ask", [by_call, by_configuration])
 @pytest.mark.parametrize("options", [{1: 0.5}, {None: 0.5}, {("alpha",): 0.5}])
 def test_a_name_that_is_no_string_is_refused(ask, options):
     with pytest.raises(GKDConfigError, match=re.escape(f"has the options ['alpha']; got {list(options)}")):
@@ -108,7 +115,7 @@ def test_numbers_that_would_make_nan_of_the_loss_are_refused_in_a_configuration(
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_allowed_extremes_give_finite_numbers(divergence, end, temperature):
     eps = torch.finfo(torch.float32).eps
-    share, size = (eps, 1e-12) if end == "lowest" else (1 - eps, 1e12)
+    share, size = (eps, 1000 * eps) if end == "lowest" else (1 - eps, 1e12)
     student_logits_NV = (30 * signal().logits_NV).requires_grad_()
     result = token_divergence(
         LogitsSignal(student_logits_NV),

@@ -6,7 +6,7 @@ import torch
 from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.signals import LogitsSignal
-from tests.divergence.maps import N, V, W, a_map, logits, mapped
+from tests.divergence.maps import M, N, V, W, a_map, logits, mapped
 
 
 def compared(student_NV, teacher_NW, mapping, **options):
@@ -14,10 +14,10 @@ def compared(student_NV, teacher_NW, mapping, **options):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("mode", ["uld", "gold"])
-def test_the_mean_is_trls(mode, beta):
+@pytest.mark.parametrize(("mode", "M"), [("uld", M), ("gold", M), ("gold", V)])
+def test_the_mean_is_trls(mode, M, beta):
     gold = pytest.importorskip("trl.experimental.gold.gold_trainer")
-    mapping = a_map(mode)
+    mapping = a_map(mode, M=M)
     student_NV, teacher_NW = logits(N, V, seed=1).requires_grad_(), logits(N, W, seed=2)
     loss = object.__new__(gold.ULDLoss)
     torch.nn.Module.__init__(loss)

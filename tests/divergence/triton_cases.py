@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.nn import functional
 from triton import jit
 
-from gkd_trainer.divergence import linear, reference_jsd, rows, token_divergence, triton
+from gkd_trainer.divergence import linear, reference_divergence, reference_jsd, rows, token_divergence, triton
 from gkd_trainer.divergence.objective import Objective
 from gkd_trainer.divergence.options import checked_objective
 from gkd_trainer.divergence.rows import LogitsComparison, gradient_of
@@ -304,7 +304,7 @@ def test_the_gradient_is_right_where_teacher_and_student_are_close(sigma):
 def test_every_field_equals_that_of_plain_torch_on_broken_rows_too(beta, softcap):
     student_RV, teacher_RV = pair(150)
     student_RV[0, 2:70] = teacher_RV[0, 2:70] = -math.inf
-    teacher_RV[1, 3], teacher_RV[2], student_RV[3, 1] = math.nan, -math.inf, math.inf
+    teacher_RV[1, 3], teacher_RV[2], student_RV[3, 1], teacher_RV[4, 5] = math.nan, -math.inf, math.inf, 1e30
     objective = Objective(beta=beta, temperature=2.0)
     weights = {
         "labels_R": torch.tensor([2, 149, 150, 4, -1]),
@@ -318,6 +318,23 @@ def test_every_field_equals_that_of_plain_torch_on_broken_rows_too(beta, softcap
     expected = LogitsComparison(objective, softcap)(student_RV, (teacher_RV,), labels_R, **weights)
     for name, expected_R in vars(expected).items():
         torch.testing.assert_close(actual[name], expected_R, rtol=1e-5, atol=2e-6, equal_nan=True, msg=name)
+    torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("masked", [torch.finfo(torch.float32).min, -1e4, -150.0])
+@pytest.mark.parametrize("V", [37, 150])
+def test_a_token_that_one_side_forbids_and_the_other_hardly_allows_counts_as_in_plain_torch(beta, masked, V):
+    """Its gap is infinite, and its probability underflows: it comes before, among and after the tokens that count."""
+    nearly_RV, forbidding_RV = pair(V)
+    for columns in (slice(0, 9), slice(20, 24), slice(V - 3, V)):
+        nearly_RV[:, columns], forbidding_RV[:, columns] = masked, -math.inf
+    student_RV, teacher_RV = (nearly_RV, forbidding_RV) if beta == 1 else (forbidding_RV, nearly_RV)
+    objective, weights = Objective(beta=beta), {"value_weight_R": torch.linspace(-1, 2, R)}
+    fields, gradient_RV = compare(student_RV, teacher_RV, objective, **weights)
+    expected = LogitsComparison(objective)(student_RV, (teacher_RV,), **weights)
+    assert expected.is_finite_N.all()
+    torch.testing.assert_close(fields["values_N"], expected.values_N, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
 
 
@@ -350,6 +367,20 @@ def test_the_other_divergences_equal_plain_torch(kind):
     expected = LogitsComparison(objective)(student_RV, (teacher_RV,), value_weight_R=torch.ones(R))
     torch.testing.assert_close(actual["values_N"], expected.values_N, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(gradient_RV, student_RV, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [(1e-6, 1.0), (0.2, 0.7), (0.7, 1e-6)])
+def test_small_options_of_alpha_beta_leave_value_and_gradient_right_in_proportion(options):
+    student_RV, _ = pair(150)
+    teacher_RV = student_RV + 0.1 * torch.randn(R, 150, generator=torch.Generator().manual_seed(1))
+    options = dict(zip(("alpha", "beta"), options, strict=True))
+    objective = checked_objective("alpha_beta", options)
+    fields, gradient_RV = compare(student_RV, teacher_RV, objective, value_weight_R=torch.ones(R))
+    student_RV.requires_grad_()
+    expected_R = reference_divergence(student_RV, teacher_RV, divergence="alpha_beta", **options)
+    (expected_RV,) = torch.autograd.grad(expected_R.sum(), student_RV)
+    torch.testing.assert_close(fields["values_N"].double(), expected_R, rtol=1e-3, atol=0)
+    assert_close_in_norm(gradient_RV, expected_RV.double(), tolerance=2e-5)
 
 
 class _OnDevice:

@@ -130,17 +130,18 @@ def test_logits_far_from_zero_are_compared_as_precisely(offset):
 
 def broken_pair():
     """Rows 0 to 5 of the teacher and 6 to 10 of the student are not finite; the others have unusual entries."""
-    student_RV, (ids_RK, log_p_RK) = pair(16, 150, 5)
-    log_p_RK[0, 1], log_p_RK[1, 2], log_p_RK[2] = math.nan, math.inf, -math.inf
+    student_RV, (ids_RK, log_p_RK) = pair(17, 150, 5)
+    log_p_RK[0, 1], log_p_RK[1, 2], log_p_RK[2] = math.nan, math.inf, 0.0
     log_p_RK[3], ids_RK[4, 3], ids_RK[5, 0] = math.log(0.3), 150, -1
-    is_outside_RV = torch.ones(16, 150, dtype=torch.bool).scatter(1, ids_RK.clamp(0, 149), False)
+    is_outside_RV = torch.ones(17, 150, dtype=torch.bool).scatter(1, ids_RK.clamp(0, 149), False)
     student_RV[6, is_outside_RV[6].nonzero()[3]] = math.nan
     student_RV[7, is_outside_RV[7].nonzero()[90]] = math.inf
     student_RV[8, ids_RK[8, 2]], student_RV[9, ids_RK[9, 4]], student_RV[10] = math.inf, math.nan, -math.inf
     # Missing entries, whose ids mean nothing.
     log_p_RK[11, :2], ids_RK[11, :2] = -math.inf, torch.tensor([-7, 2**40])
     log_p_RK[12, 0], ids_RK[12, 0] = -math.inf, ids_RK[12, 1]
-    # Nothing but the entries; an entry of probability zero; a large part of the vocabulary masked.
+    # No entry; nothing but the entries; an entry of probability zero; a large part of the vocabulary masked.
+    log_p_RK[16] = -math.inf
     student_RV[13, is_outside_RV[13]] = -math.inf
     student_RV[14, ids_RK[14, 1]] = -math.inf
     student_RV[15, :70] = -math.inf
@@ -161,12 +162,12 @@ def test_every_field_equals_that_of_plain_torch_on_broken_rows_too(beta, tail, s
     student_RV, teacher = broken_pair()
     if softcap is not None:
         student_RV = student_RV.clamp(-20, 20)  # NaN stays NaN
-    labels_R = torch.tensor([2, 149, 150, 4, -1, -100, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
-    weights = {**of_weights(16, 150), "labels_R": labels_R}
+    labels_R = torch.tensor([2, 149, 150, 4, -1, -100, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+    weights = {**of_weights(17, 150), "labels_R": labels_R}
     options = {"tail": tail, "softcap": softcap, **weights}
     expected, expected_RV = compare(student_RV, teacher, Objective(beta=beta), engine="eager", **options)
     actual, gradient_RV = compare(student_RV, teacher, Objective(beta=beta), **options)
-    assert expected["is_teacher_finite_N"].tolist() == [row >= 6 for row in range(16)]
+    assert expected["is_teacher_finite_N"].tolist() == [row >= 6 for row in range(17)]
     assert expected["is_finite_N"][6:11].tolist() == (
         [False] * 5 if softcap is None else [False, True, True, False, True]
     )

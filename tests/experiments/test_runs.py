@@ -8,9 +8,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
-from experiments import errand_study, runner
+from experiments import errand_study, runner, studies
 from experiments.arms import ARMS, is_timed
 from experiments.draft_study import DraftStudy
 from experiments.lines import Lines
@@ -44,6 +45,17 @@ def test_arms_of_every_kind_train_from_one_start_and_are_measured_on_the_way(opt
         assert {len(values) for values in last["by_prompt"].values()} == {3}
     by_arm = {result["arm"]: result for result in results}
     assert by_arm["sft-longer"]["trained_steps"] > by_arm["sft"]["trained_steps"] == 2
+
+
+@pytest.mark.parametrize("changed", ["START_STEPS", "TEACHER_STEPS", "MAX_NEW_TOKENS"])
+def test_models_that_another_plan_made_are_not_used(options, monkeypatch, changed):
+    run = Run("sft", 0, 2, FACTORS)
+    study = runner.study_of(options, "errands")
+    before = study.setting(run).student(0).state_dict()
+    torch.testing.assert_close(study.setting(run).student(0).state_dict(), before, rtol=0, atol=0)
+    monkeypatch.setattr(errand_study, changed, getattr(errand_study, changed) + 1)
+    with pytest.raises(SystemExit, match=r"was made by another plan \((steps|max_length, max_new_tokens)\): delete it"):
+        study.setting(run).student(0)
 
 
 @pytest.mark.parametrize("arm", ["sft", "fixed-jsd"])
@@ -110,7 +122,7 @@ def test_the_teacher_is_measured_like_a_student(options):
     assert point["acceptance"] == pytest.approx(1, abs=1e-5)
 
 
-def test_the_command_runs_in_processes_of_its_own_and_writes_its_tables(tmp_path):
+def test_the_command_runs_in_processes_of_its_own_and_writes_its_tables(tmp_path, monkeypatch):
     code = """
 import sys
 from experiments import errand_study
@@ -120,12 +132,13 @@ from experiments.__main__ import main
 main(sys.argv[1:])
 """
     folders = ["--results", tmp_path / "results", "--models", tmp_path / "models"]
-    teacher = tmp_path / "models" / "errands" / "teacher"
-    errand_study.errands.model(16, 1, seed=0).save_pretrained(teacher)
-    (teacher / "complete").touch()
-    start = tmp_path / "models" / "errands" / "start-16-6-0"
-    errand_study.errands.model(16, 2, seed=1).save_pretrained(start)
-    (start / "complete").touch()
+    # As the processes will find them: the models that all runs share, without the minutes that they train for.
+    with monkeypatch.context() as shortened:
+        shortened.setattr(errand_study.errands, "trained_teacher", lambda **plan: errand_study.errands.model(16, 1, 0))
+        shortened.setattr(studies, "trained", lambda setting, arm, seed, *args, **options: (setting.student(seed), {}))
+        shortened.setattr(errand_study, "_Examination", lambda teacher: None)
+        study = errand_study.ErrandStudy(tmp_path / "models" / "errands")
+        study.setting(Run("sft", 0, 1, FACTORS)).student(0)
     command = [sys.executable, "-c", code, "run", "--studies", "errands", "--workers", "1", *map(str, folders)]
     subprocess.run(command, check=True, timeout=240, cwd=Path(__file__).parents[2])
     [result] = Lines(tmp_path / "results" / "errands.jsonl").read()

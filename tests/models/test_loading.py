@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
     Gemma3Config,
+    Mistral3Config,
     MistralConfig,
     MptConfig,
     MptForCausalLM,
@@ -34,6 +35,7 @@ from gkd_trainer.models.loading import (
     refuse_mistral_common,
     refuse_prompt_learning,
     refuse_unread_media,
+    stored_config,
     wrap_in_adapter,
 )
 from gkd_trainer.types import MediaTokens
@@ -74,7 +76,9 @@ def test_the_tokenizer_beside_the_weights_is_found(bf16_checkpoint, byte_level):
     assert tokenizer.get_vocab() == byte_level().get_vocab()
 
 
-def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_common(tmp_path):
+@pytest.fixture
+def tekken():
+    """A tekken.json of Mistral's, and the number of its tokens."""
     controls = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
     controls = f"{controls} [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX]".split()
     size = {"num_vocab_tokens": 256, "default_vocab_size": 256 + len(controls)}
@@ -84,11 +88,26 @@ def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_com
         "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)],
         "special_tokens": [{"rank": i, "token_str": token, "is_control": True} for i, token in enumerate(controls)],
     }
-    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
-    MistralConfig(vocab_size=size["default_vocab_size"]).save_pretrained(tmp_path)
+    return json.dumps(tekken), size["default_vocab_size"]
+
+
+def test_a_tekken_file_gives_a_tokenizer_of_transformers_also_beside_mistral_common(tmp_path, tekken):
+    text, size = tekken
+    (tmp_path / "tekken.json").write_text(text)
+    MistralConfig(vocab_size=size).save_pretrained(tmp_path)
     tokenizer = find_tokenizer(str(tmp_path), trust_remote_code=False)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    assert len(tokenizer.get_vocab()) == size["default_vocab_size"]
+    assert len(tokenizer.get_vocab()) == size
+
+
+def test_a_processor_has_a_tokenizer_of_transformers_also_beside_mistral_common(tmp_path, tekken):
+    (tmp_path / "tekken.json").write_text(tekken[0])
+    Mistral3Config(architectures=["Mistral3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    processor = make_processor("llava")  # Mistral's own needs torchvision
+    processor.save_pretrained(tmp_path)
+    found = find_processing_class(str(tmp_path), trust_remote_code=False)
+    assert type(found) is type(processor)
+    assert found.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_a_tokenizer_of_mistral_common_is_refused_with_one_to_load_in_its_place(byte_level):
@@ -340,6 +359,23 @@ def test_the_outline_of_an_adapter_is_its_base_models(tiny_model, tmp_path):
     empty = outline(str(tmp_path / "adapter"), {"revision": "of-the-adapter"}, trust_remote_code=False)
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
     assert (empty.config.hidden_size, empty.generation_config.eos_token_id) == (48, [2, 7])
+
+
+def test_the_base_of_an_adapter_is_found_in_the_cache_that_was_given(tiny_model, tmp_path):
+    repository = tmp_path / "cache/models--org--base"
+    tiny_model("qwen2", hidden=48).save_pretrained(repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    LoraConfig(base_model_name_or_path="org/base").save_pretrained(tmp_path / "adapter")
+    place = {"cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    assert stored_config(str(tmp_path / "adapter"), place).hidden_size == 48
+    assert outline(str(tmp_path / "adapter"), place, trust_remote_code=False).config.hidden_size == 48
+
+
+def test_a_model_with_an_adapter_in_its_folder_is_its_base(tiny_model, tmp_path):
+    LoraConfig(base_model_name_or_path="org/nowhere").save_pretrained(tmp_path)
+    tiny_model("qwen2", hidden=48).save_pretrained(tmp_path)
+    assert stored_config(str(tmp_path), {"local_files_only": True}).hidden_size == 48
 
 
 def test_an_encoder_decoder_has_no_outline(tiny_encoder_decoder, tmp_path):

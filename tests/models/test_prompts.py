@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gkd_trainer.models.prompts import leading_ids, prompt_ids, with_arguments, writes_date
+from gkd_trainer.models.prompts import leading_ids, prompt_ids, with_arguments, with_calls, writes_date
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -58,7 +58,7 @@ def test_parts_that_are_not_text_are_refused(byte_level):
         prompt_ids(byte_level(), [{"role": "user", "content": [*PARTS, {"type": "image"}]}])
 
 
-@pytest.mark.parametrize("arguments", ["", "[1]", "two", None, {"a": 2}, {}])
+@pytest.mark.parametrize("arguments", ["", "[1]", "two", None, [1], {}])
 @pytest.mark.parametrize("is_flat", [False, True])
 def test_arguments_that_are_not_the_json_of_an_object_stay(arguments, is_flat):
     call = {"name": "sum", "arguments": arguments}
@@ -87,9 +87,10 @@ def test_parts_that_a_template_reads_beside_texts_reach_it_but_no_images(byte_le
         prompt_ids(tokenizer, [{"role": "user", "content": [{"type": "image_url"}, *PARTS]}])
 
 
-def test_a_template_that_prints_arguments_as_they_are_prints_their_json(byte_level):
-    arguments = '{"city": "Paris", "metric": true}'
-    call = {"function": {"name": "weather", "arguments": arguments}}
+@pytest.mark.parametrize("form", [str, json.loads], ids=["json", "object"])
+def test_a_template_that_prints_or_refuses_objects_gets_their_json(byte_level, form):
+    arguments = '{"city": "Köln", "metric": true}'
+    call = {"function": {"name": "weather", "arguments": form(arguments)}}
     messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}]
     for template in (
         "{{ messages[1].tool_calls[0].function.arguments }}",
@@ -98,6 +99,64 @@ def test_a_template_that_prints_arguments_as_they_are_prints_their_json(byte_lev
     ):
         tokenizer = byte_level(template)
         assert tokenizer.decode(prompt_ids(tokenizer, messages)) == arguments
+
+
+CALL = {"id": "functions.sum:0", "function": {"name": "sum", "arguments": {"a": 2}}}
+
+
+def calling(content):
+    return [
+        *MESSAGES,
+        {"role": "assistant", "content": content, "tool_calls": [CALL]},
+        {"role": "tool", "content": "4"},
+    ]
+
+
+def writing(call, *, last_only=False):
+    """A template that writes contents, and calls as given."""
+    shown = f"{{% for c in m.tool_calls %}}{call}{{% endfor %}}"
+    if last_only:
+        shown = f"{{% if loop.last %}}{shown}{{% endif %}}"
+    return "{% for m in messages %}{{ m.content or '' }}" + shown + "{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        writing("{{ c.function.name }}"),
+        writing("{{ c.id }}"),  # as Kimi K2's, which writes no name
+        writing("{{ c.function.name | upper }}"),
+        writing("{{ c.function.name }}", last_only=True),
+        "{% for m in messages %}{{ '' + m.content[0] }}{% endfor %}",  # refuses an empty content
+    ],
+    ids=["name", "id", "another form", "not in earlier turns", "refusing"],
+)
+def test_calls_that_a_template_writes_in_any_form_or_refuses_stay_as_they_are(byte_level, template):
+    assert with_calls(byte_level(template), calling(""), None, {}) == calling("")
+
+
+def test_an_empty_content_becomes_none_where_calls_would_be_left_out(byte_level):
+    tokenizer = byte_level(
+        "{% for m in messages %}{% if m.content is none %}{% for c in m.tool_calls %}{{ c.function.name }}"
+        "{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert with_calls(tokenizer, calling(""), None, {}) == calling(None)
+    assert tokenizer.decode(prompt_ids(tokenizer, calling(""))) == "hellosum4"
+    with pytest.raises(ValueError, match="it leaves out tool calls beside a text"):
+        with_calls(tokenizer, calling("well"), None, {})
+
+
+def test_calls_that_a_template_never_writes_are_refused(byte_level):
+    for template in ("{% for m in messages %}{{ m.content }}{% endfor %}", writing("")):
+        with pytest.raises(ValueError, match=r"it leaves out tool calls$"):
+            prompt_ids(byte_level(template), calling(""))
+
+
+def test_calls_are_looked_for_with_the_rows_tools_and_variables(byte_level):
+    tokenizer = byte_level(writing("{{ c.function.name if tools and shows }}"))
+    assert with_calls(tokenizer, calling(""), [{"name": "sum"}], {"shows": True}) == calling("")
+    with pytest.raises(ValueError, match="leaves out"):
+        with_calls(tokenizer, calling(""), None, {})
 
 
 def test_a_call_without_the_key_function_has_its_arguments_read_too():

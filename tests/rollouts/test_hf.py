@@ -1,5 +1,6 @@
 """Completions by transformers.generate: exactly the model's distribution, and dependent only on the seeds."""
 
+import logging
 import random
 from types import SimpleNamespace
 
@@ -263,6 +264,21 @@ def test_a_row_that_ends_early_has_no_padding_in_it(model, pad_token_id):
         assert completion.is_finished == (ids[-1] == 2)
         assert completion.is_finished or len(ids) == 25
         assert 0 not in ids
+
+
+def test_prompts_that_end_with_the_pad_token_are_not_called_padded_on_the_right(model, monkeypatch, caplog):
+    logger, generate = logging.getLogger("transformers.generation.utils"), type(model).generate
+
+    def as_in_transformers_5_0(model, *, input_ids, generation_config, **options):
+        if len(input_ids) > 1 and (input_ids[:, -1] == generation_config.pad_token_id).any():
+            logger.warning("A decoder-only architecture is being used, but right-padding was detected!")
+        return generate(model, input_ids=input_ids, generation_config=generation_config, **options)
+
+    monkeypatch.setattr(type(model), "generate", as_in_transformers_5_0)
+    logger.addHandler(caplog.handler)  # transformers' loggers do not propagate
+    engine_of(model).generate([[5, 2], [6, 7, 2]], Sampling(2), [0, 1])
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 # What else is never sampled, and what is passed on

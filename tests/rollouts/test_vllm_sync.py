@@ -24,7 +24,7 @@ class Fake(FaultyProxy):
 
     def __init__(self):
         super().__init__("http://127.0.0.1:9")
-        self.adapters, self.version = {}, "default"
+        self.adapters, self.version, self.environment = {}, "default", {}
         self.next(self._served, times=None)
 
     def restart(self):
@@ -35,9 +35,11 @@ class Fake(FaultyProxy):
         if request.path in ("/weight_info", "/update_weight_version"):
             self.version = (request.json or {}).get("new_version", self.version)
             answer = {"weight_version": self.version, "success": True}
+        elif request.path.startswith("/server_info") and self.environment is None:
+            return status(404)(request, forward)
         elif request.path.startswith("/server_info"):
             config = {"device_config": {"device": "cuda"}, "model_config": {"hf_overrides": {}}}
-            answer = {"vllm_config": config}
+            answer = {"vllm_config": config, "vllm_env": self.environment}
         elif request.path in ("/collective_rpc", "/reset_prefix_cache?reset_external=true"):
             answer = {"results": [None]}
         elif request.path == "/v1/models":
@@ -106,7 +108,12 @@ def test_other_ranks_do_not_wait_for_a_rank_0_that_failed(fake, tiny_model, monk
     assert len(said) == 1
 
 
-def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_named_once_before_they_are_sent(fake, student, caplog):
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_named_once_before_they_are_sent(
+    fake, student, caplog, is_silent
+):
+    if is_silent:  # without its development mode
+        fake.environment = None
     engine = engine_of(fake, never_sampled=range(400, 400 + 1024 - 8))  # and 8 rows of padding
     engine.sync(student)
     engine.generate([[5, 6]], Sampling(2), [0])
@@ -115,6 +122,21 @@ def test_more_logit_biases_than_vllm_takes_on_a_gpu_are_named_once_before_they_a
         engine.generate([[5, 6]], Sampling(2, extra={"logit_bias": {"5": 1.0}}), [0])
     assert caplog.text.count("but 1025 are needed") == 1
     assert "VLLM_USE_V2_MODEL_RUNNER=0" in caplog.text
+
+
+@pytest.mark.parametrize("uses_v2", [True, False])
+def test_more_logit_biases_than_a_server_takes_by_its_own_word_are_refused(fake, student, caplog, uses_v2):
+    fake.environment["VLLM_USE_V2_MODEL_RUNNER"] = uses_v2
+    engine = engine_of(fake, never_sampled=range(400, 400 + 1025))
+    engine.sync(student)
+    for _ in range(2):
+        if uses_v2:
+            with pytest.raises(GKDConfigError, match=rf"but 10\d\d are needed.*{fake.base_url} has VLLM_USE_V2_MODEL"):
+                engine.generate([[5, 6]], Sampling(2), [0])
+        else:
+            assert engine.generate([[5, 6]], Sampling(2), [0])
+    assert not caplog.records
+    assert sum(path.startswith("/server_info") for path in fake.paths()) == (2 if uses_v2 else 1)
 
 
 @pytest.mark.parametrize("url", ["http://10.1.2.3:8000", "http://gpu-node:8000", "http://[2001:db8::1]:8000"])

@@ -142,6 +142,15 @@ def test_rows_that_are_not_in_the_cache_are_counted_before_any_is_drawn(live, tm
         cached.check_rows(numbered([ROWS[4], ROWS[5], ROWS[6], ROWS[8], ROWS[0], ROWS[9]]), "train")
 
 
+def test_bare_prompts_are_refused_before_the_student_completes_them(live, tmp_path):
+    rows = numbered([ROWS[0], ([5, 6], [-100, -100]), ([7, 8, 9], [-100] * 3)])
+    cached = opened(cached_from(tmp_path, live()))
+    with pytest.raises(GKDDataError, match=r"^eval: 2 of 3 rows .* prompts without a completion, such as row 1;"):
+        cached.check_rows(rows, "eval")
+    cached.check_rows(rows[:1], "eval")
+    opened(tmp_path, live()).check_rows(rows, "eval")
+
+
 def test_rows_that_the_fallback_will_score_are_counted_in_the_log(live, tmp_path, caplog):
     caplog.set_level("INFO")
     cached = opened(cached_from(tmp_path, live(), rows=ROWS[:7]), live())

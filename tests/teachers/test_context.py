@@ -221,6 +221,22 @@ def test_messages_are_rendered_by_the_teachers_template(tiny_model, byte_level):
     torch.testing.assert_close(actual_NV, expected_logits_NV(model, [prompt] * 3), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "is_warned"), [([{"role": "user", "content": "one"}], True), ("one", False), (None, False)]
+)
+def test_a_template_that_writes_todays_date_into_its_prompts_is_warned_of_once(
+    tiny_model, byte_level, caplog, prompt, is_warned
+):
+    inner = FrozenTeacher(tiny_model(), byte_level("{{ strftime_now('%d %b %Y') + messages[0].content }}"))
+    teacher = ContextTeacher(inner, lambda row, completion: prompt, ROWS)
+    teacher.prepare(CPU, byte_level())
+    for _ in range(2):
+        teacher.score(batch_of(SAMPLES, keys=KEYS))
+    assert [record.message[:69] for record in caplog.records] == [
+        "The chat template writes today's date into the teacher's prompts, so "
+    ] * is_warned
+
+
 def test_a_rows_own_prompt_comes_first(tiny_model, byte_level):
     model, tokenizer = tiny_model(), byte_level()
     teacher = in_context(model, lambda row, completion: "hello", tokenizer)

@@ -64,6 +64,10 @@ def test_a_teacher_of_hidden_states_is_described_by_its_checkpoint(tiny_model, t
     tiny_model().save_pretrained(tmp_path)
     url = "http://127.0.0.1:9"
     assert describe(HiddenStateServerTeacher(url, tmp_path)) == TeacherDescription(str(tmp_path), [url], None)
+    adapter = describe(HiddenStateServerTeacher(url, tmp_path, model="math-lora"))
+    assert adapter == TeacherDescription({"math-lora": str(tmp_path)}, [url], None)
+    assert adapter.full_name == f"math-lora: {tmp_path}"
+    assert describe(HiddenStateServerTeacher(url, tmp_path, model=str(tmp_path))).name == str(tmp_path)
 
 
 def test_a_teacher_with_another_tokenizer_is_described_with_how_it_is_compared(tiny_model, byte_level):

@@ -17,6 +17,7 @@ from gkd_trainer.teachers.prompt_states import (
     narrowest_dtype,
     parse_states,
     states_request,
+    top_scores,
 )
 from gkd_trainer.vllm_client import RawAnswer
 
@@ -115,6 +116,14 @@ def test_the_likely_head_has_the_rows_of_the_most_probable_tokens_at_each_positi
         assert {tuple(row) for row in head.weight_VH[log_p_V.topk(16).indices].tolist()} <= rows
     assert len(rows) <= 64
     assert len(likely_head(states_PH, random_head(3)).weight_VH) == 3
+
+
+def test_top_scores_are_the_most_probable_tokens_and_their_log_probs():
+    head, (_, states_PH) = random_head(300), random_states()
+    scores, log_p_PV = top_scores(states_PH, head, 5), log_probs(states_PH, head)
+    assert scores.ids_PK.tolist() == log_p_PV.argsort(dim=1, descending=True)[:, :5].tolist()
+    assert torch.equal(torch.tensor(scores.log_p_PK).float(), log_p_PV.sort(dim=1, descending=True).values[:, :5])
+    assert top_scores(states_PH, random_head(3), 5).ids_PK.shape == (len(states_PH), 3)
 
 
 def test_the_likely_tokens_show_another_model_and_forgive_rounding():

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from gkd_trainer.data.rendered_prompts import RenderedPrompts
 from gkd_trainer.models.prompts import prompt_ids
-from gkd_trainer.teachers.alignment import Aligner
+from gkd_trainer.teachers.alignment import Aligner, turn_end_id
 from tests.vocabularies import TEXTS, sentencepiece_backend, sentencepiece_like
 
 CHATML = (
@@ -108,10 +108,10 @@ def sides(aligner, student_ids, teacher_ids):
 def read(tokenizers):
     """Return what a teacher reads after its prompt, and whether the first of its tokens is compared."""
 
-    def read(student, teacher, reply, own_prompt=None):
+    def read(student, teacher, reply, own_prompt=None, asked=(USER,)):
         aligner = Aligner(tokenizers.get(student, student), tokenizers.get(teacher, teacher))
-        prompt = prompt_ids(tokenizers.get(student, student), [USER])
-        own_prompt = own_prompt or prompt_ids(tokenizers.get(teacher, teacher), [USER])
+        prompt = prompt_ids(tokenizers.get(student, student), asked)
+        own_prompt = own_prompt or prompt_ids(tokenizers.get(teacher, teacher), asked)
         ids = [*prompt, *aligner.student.encoded(reply)]
         row = aligner.aligned(ids, [len(prompt)], start=len(prompt), prompt_ids=own_prompt)
         return aligner.teacher.of(row.teacher_ids[len(own_prompt) :]), len(own_prompt) in row.teacher_A
@@ -148,3 +148,67 @@ def test_after_a_prompt_that_is_not_the_templates_the_students_text_is_read_as_i
     own_prompt = tokenizers["Llama 2"]("The capital of France is")["input_ids"]
     assert read("ChatML", "Llama 2", "Paris", own_prompt) == (b"Paris", True)
     assert read("Mistral", "Llama 2", " Paris", own_prompt) == (b" Paris", True)
+
+
+MISTRAL_WITH_TOOLS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    "{% elif m.tool_calls is defined %}{{ '[TOOL_CALLS]' + m.tool_calls[0].function | tojson + eos_token }}"
+    "{% elif m['role'] == 'tool' %}"
+    "{% if m.tool_call_id | length != 9 %}{{ raise_exception('an id of 9 characters') }}{% endif %}"
+    "{{ '[TOOL_RESULTS]' + m['content'] + ', ' + m.tool_call_id + '[/TOOL_RESULTS]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+)
+CALL = {"id": "123456789", "type": "function", "function": {"name": "look", "arguments": {}}}
+ASKED_BY_A_TOOL = [
+    USER,
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "123456789", "content": "one"},
+]
+
+
+def test_a_reply_to_a_tool_begins_as_the_template_writes_it(read, byte_level):
+    mistral = byte_level(MISTRAL_WITH_TOOLS)
+    for asked in ([USER], ASKED_BY_A_TOOL):
+        assert read("ChatML", mistral, "Paris", asked=asked) == (b" Paris", False)
+        assert read(mistral, "ChatML", " Paris", asked=asked)[0] == b"Paris"
+
+
+@pytest.fixture
+def ended(tokenizers):
+    """Return a student's tokens for a reply as its template ends it, and the pairs that are compared with a teacher."""
+
+    def ended(student_name, teacher_name, reply):
+        student, teacher = tokenizers[student_name], tokenizers[teacher_name]
+        aligner = Aligner(student, teacher)
+        prompt, own_prompt = prompt_ids(student, [USER]), prompt_ids(teacher, [USER])
+        completion = [*aligner.student.encoded(reply), turn_end_id(student)]
+        row = aligner.aligned([*prompt, *completion], [len(prompt)], start=len(prompt), prompt_ids=own_prompt)
+        read = row.teacher_ids[len(own_prompt) :]
+        pairs = zip((row.student_A - len(prompt)).tolist(), (row.teacher_A - len(own_prompt)).tolist(), strict=True)
+        return (
+            completion,
+            aligner.teacher.of(read),
+            [(mine, aligner.teacher.of([read[theirs]])) for mine, theirs in pairs],
+        )
+
+    return ended
+
+
+def test_the_space_that_a_template_writes_after_a_reply_is_not_read_by_a_teacher_without_it(ended):
+    completion, read, compared = ended("Llama 2", "ChatML", " Paris is fine ")
+    assert read == b"Paris is fine<|im_end|>"
+    # Both have read "fine": the teacher ends the turn where the student writes the space.
+    assert compared[-1] == (len(completion) - 2, b"<|im_end|>")
+
+
+def test_a_space_after_a_reply_is_read_if_both_templates_write_it_or_the_students_does_not(ended):
+    for student, teacher in (("Llama 2", "Llama 2 without a space before a text"), ("ChatML", "Llama 2")):
+        completion, read, compared = ended(student, teacher, "Paris is fine ")
+        assert read.removeprefix(b" ") == b"Paris is fine <eos>"
+        assert compared[-1] == (len(completion) - 1, b"<eos>")
+
+
+def test_a_teacher_whose_template_writes_a_space_after_a_reply_reads_none_that_the_student_does_not_write(ended):
+    completion, read, compared = ended("ChatML", "Llama 2", "Paris is fine")
+    assert read == b" Paris is fine<eos>"
+    assert compared[-1] == (len(completion) - 1, b"<eos>")

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gkd_trainer.divergence import token_divergence
 from gkd_trainer.errors import GKDConfigError, GKDDataError, GKDServerError, GKDTeacherError
 from gkd_trainer.signals import LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher, HiddenStateServerTeacher, RoutedTeachers, Teacher
+from gkd_trainer.teachers.cache.format import refuse_another_served, source_of
 from gkd_trainer.teachers.context import longest_context, with_teacher_prompts
 from gkd_trainer.teachers.prompt_states import STATE_DTYPES
 from tests.serving import MAX_MODEL_LENGTH, FaultyProxy, cut_in_half, status
@@ -413,6 +415,15 @@ def test_the_right_model_passes_however_its_answers_are_computed(make, hidden_pr
     for model in (served_model, copy.to(torch.bfloat16)):
         hidden_proxy.next(of_model(model), times=2, path=STATES)
         assert len(teacher.score(batch).hidden_NH) == batch.n_scored
+
+
+def test_a_cache_can_tell_whether_it_is_the_same_model(make, hidden_proxy, tiny_model):
+    hidden_proxy.next(of_model(tiny_model(hidden=128, seed=5)), path=STATES)
+    other, teacher, rounded = make(), make(), make(dtype="fp8_e5m2")
+    sources = [source_of(each, None, name="same") for each in (teacher, rounded, other)]
+    refuse_another_served(Path("cache"), sources[0], sources[1])
+    with pytest.raises(GKDTeacherError, match="the cache in cache was made with another model"):
+        refuse_another_served(Path("cache"), sources[0], sources[2])
 
 
 # The first contact.

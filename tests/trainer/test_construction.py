@@ -218,6 +218,11 @@ def test_a_top_k_teacher_is_compared_at_temperature_1(built, tiny_model):
         built(teacher=FrozenTeacher(tiny_model(), top_k=3), loss_temperature=2.0)
 
 
+def test_one_top_token_that_would_be_all_of_the_comparison_is_refused(built, tiny_model):
+    with pytest.raises(GKDConfigError, match=r"teacher_tail='renormalize' compares .* top k of 1 "):
+        built(teacher=FrozenTeacher(tiny_model(), top_k=1), teacher_tail="renormalize")
+
+
 def test_a_teacher_that_can_not_generate_gets_no_engine_under_seq_kd(built, tiny_model):
     class Mute(FrozenTeacher):
         can_generate = False

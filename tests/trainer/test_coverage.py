@@ -93,6 +93,15 @@ def test_evaluation_sets_are_looked_up_too(make_trainer, teacher, token_rows, ca
         trainer.evaluate(token_rows(16))
 
 
+def test_prompts_to_evaluate_on_are_refused_before_training(make_trainer, cached):
+    prompts = Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, -100]}] * 4)
+    given = {"teacher": CachedTeacher(cached()), "eval_dataset": prompts}
+    with pytest.raises(GKDDataError, match="eval: 4 of 4 rows looked up are prompts without a completion"):
+        make_trainer(trainer_args=given, eval_strategy="steps")
+    with pytest.raises(GKDDataError, match="test: 4 of 4 rows looked up are prompts without a completion"):
+        make_trainer(trainer_args=given).predict(prompts)
+
+
 @pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
 def test_joined_rows_are_looked_up_one_by_one(config, tiny_model, byte_level, cached, token_rows, options):
     def trainer(rows):

@@ -92,6 +92,30 @@ def test_two_ranks_that_share_the_student_by_fsdp_train_like_one(full_run, tiny_
     assert two["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-4)
 
 
+def test_a_student_whose_checkpoints_are_in_shards_resumes_and_is_saved_whole(full_run, tmp_path):
+    folder = tmp_path / "runs"
+    options = {
+        **OPTIONS,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 2,
+        "lmbda": 0.5,
+        "names_teacher": True,
+    }
+    options |= {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
+    whole, expected, process = full_run(folder, ranks=2, **options)
+    assert whole is not None, process.stderr
+    [checkpoint] = (folder / "run").glob("checkpoint-2")
+    assert list(checkpoint.glob("pytorch_model_fsdp_0/*.distcp"))
+    assert not list(checkpoint.glob("*.safetensors"))
+    (folder / "result.json").unlink()
+    resumed, actual, process = full_run(folder, ranks=2, resume=True, **options)
+    assert resumed is not None, process.stderr
+    assert [entry["step"] for entry in steps(resumed)] == [1, 2, 3]
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
 def require_equal_runs(one, expected, two, actual, process):
     assert two is not None, process.stderr
     for name, tensor in expected.items():

@@ -250,6 +250,14 @@ def test_a_configuration_that_trls_trainer_has_used_can_be_used_here(tiny_model,
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("family", ["llama", "t5_untied"])
+def test_the_collator_that_can_not_pad_may_be_set_later(make_trainer, tiny_model, tiny_encoder_decoder, family):
+    make = tiny_encoder_decoder if family == "t5_untied" else tiny_model
+    trainer = make_trainer(trainer_args={"model": make(family), "teacher_model": make(family, seed=1)}, max_steps=1)
+    trainer.data_collator = default_data_collator
+    trainer.train()
+
+
 @pytest.mark.parametrize("is_made_late", [False, True])
 def test_the_collator_that_can_not_pad_takes_rows_padded_to_different_lengths(make_trainer, tiny_model, is_made_late):
     rows = [

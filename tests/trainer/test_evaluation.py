@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
 from gkd_trainer.divergence import TokenDivergence
 from gkd_trainer.errors import GKDConfigError
 from gkd_trainer.report.metrics import sums_by_sample
+from gkd_trainer.trainer import trainer as trainer_module
 from gkd_trainer.trainer.evaluation import Evaluation, require_equal_batches
 
 
@@ -94,12 +97,64 @@ def test_samples_of_other_ranks_count():
     assert evaluation.metrics("eval")["eval_loss"] == pytest.approx(22 / 4)
 
 
-def test_ranks_with_different_numbers_of_batches_are_refused(two_ranks):
+@pytest.mark.parametrize("gathers_outputs", [False, True])
+def test_ranks_with_different_numbers_of_batches_are_refused(two_ranks, gathers_outputs):
     ranks = two_ranks(2, 1)
-    require_equal_batches([1, 2], ranks)  # with even_batches they don't ask
+    require_equal_batches([1, 2], ranks, gathers_outputs=gathers_outputs)  # with even_batches they don't ask
     ranks.accelerator.even_batches = False
-    require_equal_batches([1, 2], ranks)
-    require_equal_batches(iter([1, 2]), ranks)
+    require_equal_batches([1, 2], ranks, gathers_outputs=gathers_outputs)
+    require_equal_batches(iter([1, 2]), ranks, gathers_outputs=gathers_outputs)
     with pytest.raises(GKDConfigError, match="they have 2, 1, and would wait"):
-        require_equal_batches([1, 2], ranks)
+        require_equal_batches([1, 2], ranks, gathers_outputs=gathers_outputs)
     assert ranks.said == [[2], [2]]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 4])
+@pytest.mark.parametrize("samples", range(5, 18))
+def test_batches_of_different_sizes_are_refused_if_outputs_are_gathered(
+    two_ranks, samples, batch_size, drop_last, splits
+):
+    loaders = [
+        prepare_data_loader(
+            DataLoader(range(samples), batch_size, drop_last=drop_last),
+            num_processes=2,
+            process_index=rank,
+            split_batches=splits,
+            even_batches=False,
+        )
+        for rank in range(2)
+    ]
+    first, second = ([len(batch) for batch in loader.batch_sampler] for loader in loaders)
+    ranks = two_ranks(*[len(loaders[0])] * 2)
+    ranks.accelerator.even_batches = False
+    require_equal_batches(loaders[0], ranks, gathers_outputs=False)
+    if first == second:
+        require_equal_batches(loaders[0], ranks, gathers_outputs=True)
+        return
+    with pytest.raises(GKDConfigError, match=rf"but {samples} samples are not a multiple of the \d+ in one batch"):
+        require_equal_batches(loaders[0], ranks, gathers_outputs=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "has_metrics", "gathers"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"prediction_loss_only": True}, True, False),
+        ({"include_for_metrics": ["inputs"]}, False, True),
+    ],
+)
+def test_outputs_are_gathered_if_more_than_the_loss_is_wanted(
+    make_trainer, token_rows, monkeypatch, options, has_metrics, gathers
+):
+    asked = []
+    monkeypatch.setattr(
+        trainer_module, "require_equal_batches", lambda *_, gathers_outputs: asked.append(gathers_outputs)
+    )
+    metrics = (lambda prediction: {}) if has_metrics else None
+    trainer = make_trainer(trainer_args={"eval_dataset": token_rows(2), "compute_metrics": metrics}, **options)
+    trainer.evaluate()
+    trainer.predict(token_rows(2))
+    assert asked == [gathers, "prediction_loss_only" not in options]

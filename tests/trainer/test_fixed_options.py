@@ -1,7 +1,7 @@
 """Options that are changed after a trainer was built."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.config_effects import Run
@@ -21,7 +21,6 @@ def changed(before, after):
 REFUSED = [
     ({"lmbda": 0.0}, {"lmbda": 0.5}),
     ({"lmbda": 0.0, "lmbda_end": 0.0, "lmbda_schedule": "linear"}, {"lmbda_end": 1.0}),
-    ({"lmbda": 1.0}, {"lmbda": 0.0}),  # rows may be prompts
     ({}, {"seq_kd": True}),
     ({"seq_kd": True}, {"seq_kd": False}),
     ({}, {"max_new_tokens": 64}),
@@ -48,7 +47,7 @@ def test_an_option_that_shaped_rows_teacher_or_engines_is_refused_if_it_changes(
     [
         ({"lmbda": 0.5}, {"lmbda": 0.9}),  # as callbacks do that schedule it
         ({"lmbda": 0.5}, {"lmbda": 0.0}),
-        ({"lmbda": 1.0}, {"lmbda": 0.2}),
+        ({"lmbda": 1.0}, {"lmbda": 0.2}),  # but see require_completions
         ({"seq_kd": True, "lmbda": 0.0}, {"lmbda": 0.5}),
         ({}, {"beta": 0.1, "loss_temperature": 2.0, "temperature": 0.7, "ce_weight": 0.1, "rollout_steps": 2}),
         ({"eval_on_policy": True}, {"eval_on_policy": False}),
@@ -88,5 +87,64 @@ def test_training_does_not_start_with_options_that_its_rows_do_not_fit(make_trai
     trainer = make_trainer(trainer_args={"train_dataset": rows}, max_length=24, max_new_tokens=12)
     trainer.lmbda = 1.0
     with pytest.raises(GKDConfigError, match=r"lmbda is 1.0, but was 0.0"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+PROMPT = {"input_ids": [5, 6], "labels": [-100, -100]}
+COMPLETED = {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}
+OF_AN_ENCODER_DECODER = {"input_ids": [5, 6], "labels": []}
+SINCE_ONE = [
+    ({"lmbda": 0.2}, r"lmbda is 0\.2, but was 1\.0 .*with lmbda=0\.2, or set it to 1\.0"),
+    ({"lmbda": 0.0}, r"lmbda is 0\.0, but was 1\.0"),
+    ({"lmbda_schedule": "linear", "lmbda_end": 0.2}, r"lmbda_end is 0\.2, but was None"),
+]
+
+
+def require_completions(before, after, rows):
+    """Check the rows of a trainer whose options were changed."""
+    args = GKDArguments(**before)
+    fixed = FixedOptions(Run(args))
+    for name, value in after.items():
+        setattr(args, name, value)
+    fixed.require_completions(args, rows)
+
+
+@pytest.mark.parametrize(("after", "message"), SINCE_ONE)
+@pytest.mark.parametrize("prompt", [PROMPT, OF_AN_ENCODER_DECODER])
+def test_prompts_that_only_rollouts_complete_are_refused_if_lmbda_falls_from_one(after, message, prompt):
+    with pytest.raises(GKDConfigError, match=message) as raised:
+        require_completions({"lmbda": 1.0}, after, Dataset.from_list([COMPLETED, COMPLETED, prompt]))
+    assert "row 2, a prompt without a completion, can't be trained on off-policy" in str(raised.value)
+
+
+@pytest.mark.parametrize(("after", "message"), SINCE_ONE)
+def test_streamed_rows_are_refused_if_lmbda_falls_from_one(after, message):
+    with pytest.raises(GKDConfigError, match=message):
+        require_completions({"lmbda": 1.0}, after, IterableDataset.from_generator(lambda: iter([COMPLETED])))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rows"),
+    [
+        ({"lmbda": 1.0}, {"lmbda": 0.2}, Dataset.from_list([COMPLETED, COMPLETED])),
+        ({"lmbda": 1.0}, {"lmbda": 0.2}, [PROMPT]),  # a dataset of the user's own is used as it is, whatever λ is
+        ({"lmbda": 1.0}, {}, Dataset.from_list([PROMPT])),
+        ({"lmbda": 0.2}, {"lmbda": 0.5}, Dataset.from_list([PROMPT])),  # never prepared
+    ],
+)
+def test_lmbda_may_fall_from_one_if_off_policy_samples_have_completions(before, after, rows):
+    require_completions(before, after, rows)
+
+
+@pytest.mark.parametrize("has_completions", [True, False])
+def test_a_run_whose_lmbda_fell_from_one_trains_on_completions_or_not_at_all(make_trainer, token_rows, has_completions):
+    rows = token_rows(8) if has_completions else Dataset.from_list([PROMPT] * 8)
+    trainer = make_trainer(trainer_args={"train_dataset": rows}, lmbda=1.0, max_steps=1)
+    trainer.lmbda = 0.2
+    if has_completions:
+        assert trainer.train().global_step == 1
+        return
+    with pytest.raises(GKDConfigError, match="row 0, a prompt without a completion"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -28,6 +28,7 @@ from gkd_trainer import (
     cache_predictions,
 )
 from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.rollouts import HFRollouts
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers.base import all_teachers
 from gkd_trainer.trainer.placement import Placement
@@ -121,6 +122,17 @@ def make_rows(extra=None, count=8):
     return Dataset.from_list(rows)
 
 
+class Telling(HFRollouts):
+    """An engine that tells log-probs of its tokens, as one with numerics of its own does."""
+
+    def __init__(self):
+        super().__init__(stop_ids=[2])
+
+    def generate(self, *args, **kwargs):
+        found = super().generate(*args, **kwargs)
+        return [replace(completion, log_probs=[-5.0] * len(completion.token_ids)) for completion in found]
+
+
 @pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_micro_batch_of_data_or_rollouts_waits_for_nothing(make_trainer, student, frozen, lmbda, size):
@@ -143,6 +155,12 @@ def test_a_micro_batch_of_data_or_rollouts_waits_for_nothing(make_trainer, stude
 )
 def test_no_loss_waits(make_trainer, student, frozen, options):
     step(make_trainer(trainer_args={"model": student(), "teacher": frozen()}, lmbda=0.5, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_temperature": 2.0}, {"ce_weight": 0.25}], ids=str)
+def test_the_comparison_with_the_rollout_engine_does_not_wait(make_trainer, student, frozen, options):
+    arguments = {"model": student(), "teacher": frozen(), "rollouts": Telling()}
+    step(make_trainer(trainer_args=arguments, lmbda=0.5, **options))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi", "cohere", "granite", "qwen2"])
@@ -293,10 +311,13 @@ def reads_of_a_run(trainer, monkeypatch):
     return of_each
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.5])
-def test_a_run_reads_one_flag_per_step_and_nothing_per_micro_batch(make_trainer, student, frozen, lmbda, monkeypatch):
+@pytest.mark.parametrize(("lmbda", "engine"), [(0.0, None), (0.5, None), (0.5, Telling)])
+def test_a_run_reads_one_flag_per_step_and_nothing_per_micro_batch(
+    make_trainer, student, frozen, lmbda, engine, monkeypatch
+):
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 3, "lmbda": lmbda}
-    trainer = make_trainer(trainer_args={"model": student(), "teacher": frozen()}, **options)
+    arguments = {"model": student(), "teacher": frozen(), "rollouts": engine and engine()}
+    trainer = make_trainer(trainer_args=arguments, **options)
     # After the backward, from a copy that began before it.
     assert reads_of_a_run(trainer, monkeypatch) == [{}, {(_OURS, "_local_scalar_dense"): 1}] * 3
 

@@ -99,8 +99,8 @@ def test_bare_prompts_are_evaluated_but_not_trained_on_off_policy(lmbda):
     assert prepared([PROMPT_ALONE, BOTH], lmbda=lmbda) == [[5, 6], BOTH["input_ids"]]
 
 
-def test_a_row_without_a_prompt_is_refused_only_if_all_completions_are_generated():
-    with pytest.raises(GKDDataError, match=r"expected a prompt in each row, since lmbda=1\.0"):
+def test_rows_without_a_prompt_are_refused_only_if_all_completions_are_generated():
+    with pytest.raises(GKDDataError, match=r"none of the 1 rows can be used: 1 no prompt, although lmbda=1\.0"):
         prepared([WITHOUT_PROMPT], is_training=True, lmbda=1.0)
     for is_training, lmbda in ((True, 0.5), (True, 0.0), (False, 1.0)):
         assert prepared([WITHOUT_PROMPT], is_training, lmbda=lmbda) == [[5, STOP]]
@@ -313,6 +313,12 @@ def test_a_batch_without_labels_is_refused_with_what_it_holds():
     for inputs in ({"input_ids": 1, "attention_mask": 2}, {"input_ids": 1, "attention_mask": 2, "labels": None}):
         with pytest.raises(GKDDataError, match="returned no labels, only attention_mask, input_ids"):
             require_labels(inputs)
+
+
+def test_a_batch_with_a_negative_label_other_than_the_ignored_one_is_refused():
+    require_labels({"labels": torch.tensor([[X, 0, 5]])})
+    with pytest.raises(GKDDataError, match=r"returned a negative label other than -100, .*: -1\. Put -100"):
+        require_labels({"labels": torch.tensor([[X, -1, 5]])})
 
 
 def test_the_tokenizer_is_found_also_within_a_processor():

@@ -408,6 +408,15 @@ def test_another_run_does_not_begin_with_the_checkpoint_of_the_one_before(make_t
     assert seen == [None, None, first]
 
 
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_an_evaluation_set_that_is_set_later_is_refused_before_the_first_step(make_trainer, token_rows, strategy):
+    trainer = make_trainer(trainer_args={"eval_dataset": token_rows(4)}, eval_strategy=strategy)
+    trainer.eval_dataset = Dataset.from_list([{"input_ids": [5, 999], "labels": [-100, 999]}])
+    with pytest.raises(GKDDataError, match="eval: none of the 1 rows can be used"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_datasets_that_are_set_later_are_prepared(make_trainer, token_rows):
     long = Dataset.from_list([{"input_ids": [*range(4, 100)], "labels": [-100] * 4 + [*range(8, 100)]}] * 4)
     trainer = make_trainer(trainer_args={"eval_dataset": {"a": token_rows(4), "b": token_rows(4)}}, max_length=24)
