@@ -76,6 +76,7 @@ from gkd_trainer.trainer.preparation import (
     is_stream,
     keeping_columns,
     pad_token_id,
+    refuse_negative_labels,
     require_labels,
     tokenizer_of,
 )
@@ -444,6 +445,7 @@ class GKDMixin(AnyTrainer):
             return batches, None
         for batch in batches:
             require_labels(batch)
+            refuse_negative_labels(batch)
         placed = self._placement.placed(self._comparable(batches))
         self._has_trained = True
         self._finite_check.clear()

@@ -2,7 +2,8 @@
 
 On a meta tensor everything that would wait for a GPU raises, since there is nothing to read: its values, how many of
 them are not zero, its copy on the CPU. So the window is prepared on the CPU, as in a run, and its micro-batches are
-computed on the meta device, by the trainer's own hooks.
+computed on the meta device, by the trainer's own hooks. Copies to it from the host's ordinary memory, for which CUDA
+waits too, are looked for.
 """
 
 import sys
@@ -32,7 +33,7 @@ from gkd_trainer.rollouts import HFRollouts
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers.base import all_teachers
 from gkd_trainer.trainer.placement import Placement
-from tests.vision import conversation, make_pair, picture
+from tests.copies import NoOrdinaryCopies
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 META = torch.device("meta")
@@ -102,10 +103,11 @@ def step(trainer, size=1):
     on_meta(trainer)
     trainer.model.train()
     losses = []
-    for batch in batches:
-        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
-        loss.backward()
-        losses.append(loss)
+    with NoOrdinaryCopies():
+        for batch in batches:
+            loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+            loss.backward()
+            losses.append(loss)
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     assert any(weight.grad is not None for weight in weights)
     assert all(loss.device == META for loss in losses)
@@ -324,6 +326,8 @@ def test_a_run_reads_one_flag_per_step_and_nothing_per_micro_batch(
 
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2.5"])
 def test_a_run_on_images_reads_no_more(config_of, family, monkeypatch):
+    from tests.vision import conversation, make_pair, picture  # PIL, which a GPU machine may lack
+
     pair = make_pair(family)
     rows = [{"images": [picture(seed, 16, 8)], "messages": conversation("What?", "A cat.")} for seed in range(4)]
     args = config_of(max_steps=2, per_device_train_batch_size=2, max_new_tokens=4, max_length=160, lmbda=0.5)
