@@ -218,6 +218,7 @@ class GKDMixin(AnyTrainer):
             processing_class=self.processing_class,
             rollouts=rollouts,
             formatting_func=formatting_func,
+            has_eval_rows=self.eval_dataset is not None,
         )
         self.args, self.teacher = parts.args, teacher
         self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
