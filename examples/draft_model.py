@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = GKDConfig(
         output_dir=args.output_dir,
         lmbda=args.lmbda,
-        beta=0.0,
+        beta=0.0 if args.divergence == "jsd" else GKDConfig.beta,  # others have none
         divergence=args.divergence,
         max_new_tokens=args.max_new_tokens,
         max_length=256 + args.max_new_tokens,

@@ -1,16 +1,18 @@
 r"""The full distribution of a teacher behind an ordinary vLLM server: reverse KL on the student's own answers.
 
 Start the teacher, here or on another machine, so that it returns hidden states; then train. Name its checkpoint
-too: the head is read from there. On a CPU, VLLM_CPU_KVCACHE_SPACE bounds its KV cache, in GiB:
+too: the head is read from there.
 
-    VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
-        --model Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1 --port 8001 \
+    vllm serve Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1 --port 8001 --max-model-len 1024 \
         --runner pooling --convert embed --pooler-config '{"task": "token_embed"}'
     python examples/hidden_server_teacher.py --student Qwen/Qwen2.5-0.5B-Instruct \
         --teacher Qwen/Qwen2.5-7B-Instruct --teacher_url http://127.0.0.1:8001
 
-The divergence of each step is printed at the end, over all tokens and at a temperature of 2, which a server of top
-tokens can't give. `--data` also takes a folder with train.jsonl.
+If both run here, put CUDA_VISIBLE_DEVICES=1 before the first command and CUDA_VISIBLE_DEVICES=0 before the second. On a
+CPU, put VLLM_CPU_KVCACHE_SPACE=1 before the first: GiB for its KV cache, which otherwise takes nearly all memory.
+
+The logged divergences are printed at the end: over all tokens and at a temperature of 2, which a server of top tokens
+can't give. `--data` also takes a folder with train.jsonl.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from gkd_trainer.data import gsm8k
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train from the served teacher, and print what its server sent and the divergence of each logged step."""
+    """Train from the served teacher, and print what its server sent and the logged divergences."""
     args = parse_args(argv)
     config = GKDConfig(
         output_dir=args.output_dir,

@@ -8,12 +8,14 @@ likely. Completions are printed during training; at the end the student solves a
 
 `--vllm colocate` generates with vLLM in this process. `--vllm server --vllm_server_base_url http://127.0.0.1:8000`
 generates with a server, which gets the weights of every step. Start the server first, with the student (see
-docs/vllm.md). On a CPU, VLLM_CPU_KVCACHE_SPACE bounds its KV cache, in GiB, which otherwise takes nearly all memory,
-and --hf-overrides unties the head of a student with tied embeddings, such as this one:
+docs/vllm.md):
 
-    VLLM_CPU_KVCACHE_SPACE=1 VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
-        --model Qwen/Qwen2.5-0.5B-Instruct --host 127.0.0.1 --port 8000 --max-model-len 512 \
-        --hf-overrides '{"tie_word_embeddings": false}'
+    CUDA_VISIBLE_DEVICES=1 VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen2.5-0.5B-Instruct --host 127.0.0.1 --port 8000 \
+        --max-model-len 512
+
+and this script with CUDA_VISIBLE_DEVICES=0. On a CPU, VLLM_CPU_KVCACHE_SPACE=1 before the command bounds the server's
+KV cache, in GiB, which otherwise takes nearly all memory, and `--hf-overrides '{"tie_word_embeddings": false}'` behind
+it unties the head of a student with tied embeddings, such as this one.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         use_vllm=args.vllm is not None,
         vllm_mode=args.vllm or "colocate",
         vllm_server_base_url=args.vllm_server_base_url,
-        vllm_engine_kwargs={"enforce_eager": not torch.cuda.is_available()},  # compiling takes long on a CPU
+        # Compiling takes long on a CPU.
+        vllm_engine_kwargs={"enforce_eager": not torch.cuda.is_available()} if args.vllm == "colocate" else None,
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,

@@ -1,11 +1,12 @@
 r"""A teacher behind an ordinary vLLM server: half of the samples come from GSM8K's solutions, half from the student.
 
-Start the teacher, here or on another machine (see docs/vllm.md), then train. On a CPU, VLLM_CPU_KVCACHE_SPACE bounds
-its KV cache, in GiB; without it, the cache takes nearly all memory:
+Start the teacher, here or on another machine (see docs/vllm.md), then train:
 
-    VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 python -m vllm.entrypoints.openai.api_server \
-        --model Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1 --port 8001 --max-logprobs 64
+    vllm serve Qwen/Qwen2.5-7B-Instruct --host 127.0.0.1 --port 8001 --max-model-len 1024 --max-logprobs 64
     python examples/server_teacher.py --student Qwen/Qwen2.5-0.5B-Instruct --teacher_url http://127.0.0.1:8001
+
+If both run here, put CUDA_VISIBLE_DEVICES=1 before the first command and CUDA_VISIBLE_DEVICES=0 before the second. On a
+CPU, put VLLM_CPU_KVCACHE_SPACE=1 before the first: GiB for its KV cache, which otherwise takes nearly all memory.
 
 The student is compared with the teacher's 64 most probable tokens and one bucket for all others. The probability that
 each model gives to those tokens is printed at the end. `--data` also takes a folder with train.jsonl.

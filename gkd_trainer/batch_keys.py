@@ -5,6 +5,7 @@ Shapes: B batch, L length, P length of a sample's own prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,12 @@ scored position of the sample, in order.
 TEACHER_COLUMNS = "teacher_columns"
 """The key of the teacher's columns; see TEACHER_IDS."""
 
+SAMPLING_LOG_PROBS = "sampling_log_probs"
+"""The key of what the rollout engine computed for each token of the student's completions: see `Completion.log_probs`.
+
+In a batch, floats [B, L] in the columns of the labels, NaN where there is none.
+"""
+
 
 @dataclass(frozen=True)
 class SideTensor:
@@ -57,7 +64,7 @@ class SideTensor:
     """
 
     name: str
-    filling: int
+    filling: float
     is_column: bool
     is_list: bool
     survives_completion: bool
@@ -74,6 +81,7 @@ SIDE_TENSORS: Mapping[str, SideTensor] = {
         SideTensor(TEACHER_PROMPT_IDS, filling=IGNORE_INDEX, is_column=True, is_list=True, survives_completion=True),
         SideTensor(TEACHER_IDS, filling=IGNORE_INDEX, is_column=False, is_list=True, survives_completion=False),
         SideTensor(TEACHER_COLUMNS, filling=IGNORE_INDEX, is_column=False, is_list=True, survives_completion=False),
+        SideTensor(SAMPLING_LOG_PROBS, filling=math.nan, is_column=False, is_list=True, survives_completion=False),
     )
 }
 """All side tensors, by name."""

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from gkd_trainer.config_checks import check_combinations, check_room_for_prompts
+from gkd_trainer.config_checks import check_combinations, check_dataset_kwargs, check_room_for_prompts
 from gkd_trainer.config_effects import Run
 from gkd_trainer.config_values import (
     check_ranges,
@@ -83,14 +83,14 @@ class GKDArguments(HidesSecrets):
     loss_workspace_mb: float | None = _option(
         None,
         "Memory in MiB (at least 1) that the divergence may use besides hidden states and gradients; by default 256 "
-        "on the CPU, a 24th of the GPU's memory on CUDA but at most 3072, and 1024 elsewhere.",
+        "on the CPU, a 24th of the GPU's memory on CUDA (256 to 3072), and 1024 elsewhere.",
     )
     loss_product_dtype: str = _option(
         "auto",
         "Dtype to which the divergence rounds the inputs of its matrix products; logits stay float32. 'auto' is the "
         "dtype of mixed precision or of a half-precision model on CUDA, and 'float32' elsewhere. On a CPU, "
-        "'bfloat16' applies only to the products for the gradient. Rounding a float32 student makes its gradient wrong "
-        "where the models nearly agree (late in training, in self-distillation): 'float32' there.",
+        "'bfloat16' applies only to the products for the gradient. Choose 'float32' for a float32 student late in "
+        "training or in self-distillation: rounding makes its gradient wrong where the models nearly agree.",
         ["auto", *PRODUCT_DTYPES],
     )
     divergence_scale: str = _option(
@@ -203,9 +203,7 @@ class GKDArguments(HidesSecrets):
         ["all_turns", "last_turn"],
     )
     disable_dropout: bool = _option(True, "Whether to switch off dropout in the student.")
-    teacher_model_name_or_path: str | None = _option(
-        None, "The teacher: its name on the hub or its folder. In Python, the trainer also takes a loaded one."
-    )
+    teacher_model_name_or_path: str | None = _option(None, "The teacher: its name on the hub or its folder.")
     self_teacher: str | None = _option(
         None,
         "Use the student itself, which needs an adapter, as the teacher: 'base' is its model with the adapter off, "
@@ -294,7 +292,8 @@ class GKDArguments(HidesSecrets):
     teacher_cache_dir: list[str] | str | None = _option(
         None,
         "Folder of the teacher's predictions for the data, from `gkd-trainer cache`, or a list of folders. They "
-        "replace a teacher model; needs lmbda=0 and seq_kd=False.",
+        "replace a teacher model; unless teacher_cache_miss='teacher', needs lmbda=0, seq_kd=False and "
+        "eval_on_policy=False.",
     )
     teacher_cache_miss: str = _option(
         "error",
@@ -453,7 +452,8 @@ class GKDConfig(GKDArguments, TrainingArguments):
     )
     dataset_kwargs: dict[str, Any] | str | None = _option(
         None,
-        '{"skip_prepare_dataset": true} leaves the dataset as it is, for your own collator; a dictionary or JSON.',
+        '{"skip_prepare_dataset": true} leaves the dataset as it is: rows of input_ids, or any for a collator of your '
+        "own; a dictionary or JSON.",
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -478,6 +478,7 @@ class GKDConfig(GKDArguments, TrainingArguments):
         if is_unset:
             self.logging_steps = unset
         super().__post_init__()
+        check_dataset_kwargs(self.dataset_kwargs)
         if is_unset:  # TrainingArguments turns it into a plain number
             self.logging_steps = unset
 

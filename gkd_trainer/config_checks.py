@@ -100,6 +100,13 @@ def check_room_for_prompts(args: Any) -> None:
         )
 
 
+def check_dataset_kwargs(dataset_kwargs: Any) -> None:
+    """Raise GKDConfigError for keys of dataset_kwargs that only another trainer could read."""
+    unknown = sorted(map(repr, (dataset_kwargs or {}).keys() - {"skip_prepare_dataset"}))
+    if unknown:
+        raise GKDConfigError(f"dataset_kwargs takes only 'skip_prepare_dataset'; got {', '.join(unknown)}")
+
+
 def _check_schedule(args: Any) -> None:
     if args.lmbda_schedule == "linear" and args.lmbda_end is None:
         raise GKDConfigError("lmbda_schedule='linear' needs lmbda_end, the λ of the last step; got None")

@@ -23,6 +23,7 @@ class Run:
         has_only_cache: Whether the teacher has predictions for only the rows of a cache; None if unknown.
         loads_student: Whether the student is given by name.
         builds_rollouts: Whether the trainer builds the rollout engine, since none is passed.
+        has_eval_rows: Whether there is a dataset to evaluate on, whose rows may be prompts; None if unknown.
     """
 
     args: Any
@@ -30,6 +31,7 @@ class Run:
     has_only_cache: bool | None = None
     loads_student: bool = True
     builds_rollouts: bool = True
+    has_eval_rows: bool | None = None
 
 
 def unused_options(run: Run) -> list[tuple[str, str]]:
@@ -89,6 +91,11 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         lambda run: (run.builds_rollouts and not run.args.use_vllm) or run.args.seq_kd,
     ),
     ("num_completions_to_print", "log_completions=True", lambda run: run.args.log_completions),
+    (
+        "divergence divergence_options",
+        "a teacher_vocabulary_mode other than 'uld'",
+        lambda run: run.args.teacher_vocabulary_mode != "uld",
+    ),
     ("beta", "divergence='jsd', and not teacher_vocabulary_mode='uld'", _is_jsd),
     ("divergence_scale", "divergence='jsd' and beta inside (0, 1)", lambda run: _is_jsd(run) and 0 < run.args.beta < 1),
     (
@@ -125,7 +132,12 @@ NEEDS: tuple[tuple[str, str, Callable[[Run], bool]], ...] = (
         lambda run: run.args.teacher_server_signal == "hidden_states",
     ),
     ("self_teacher_ema_decay", "self_teacher='ema'", lambda run: run.args.self_teacher == "ema"),
-    ("use_vllm", "the trainer to build its rollouts (none passed)", lambda run: run.builds_rollouts),
+    (
+        "use_vllm",
+        "completions (lmbda above 0, eval_on_policy, or an eval_dataset of prompts), and the trainer to build its "
+        "rollouts (none passed)",
+        lambda run: run.builds_rollouts and (run.args.generates_anywhere or run.has_eval_rows is not False),
+    ),
     ("vllm_mode vllm_weight_sync", "use_vllm=True", _uses_vllm),
     (
         "vllm_server_timeout vllm_request_timeout",

@@ -19,6 +19,7 @@ from gkd_trainer.batch_keys import (
     NOT_MODEL_INPUTS,
     PER_LABEL,
     PER_TOKEN,
+    SAMPLING_LOG_PROBS,
     SIDE_TENSORS,
     has_decoder_inputs,
 )
@@ -83,21 +84,27 @@ class Completion:
     `token_ids` end with the stop token if `is_finished`; otherwise they were cut off at `max_new_tokens`. `is_trained`
     marks the tokens to train on, which excludes those that a tool wrote; None trains on all.
 
+    `log_probs` is what an engine with numerics of its own computed for each token: its log-probability over the whole
+    vocabulary, at temperature 1 and before any restriction, NaN if unknown. The trainer compares them with the
+    student's own. None for an engine that runs the student itself. Their rounding does not make completions differ.
+
     Raises:
-        ValueError: `is_trained` and `token_ids` differ in length.
+        ValueError: `is_trained` or `log_probs` differ from `token_ids` in length.
 
     """
 
     token_ids: Sequence[int]
     is_finished: bool
     is_trained: Sequence[bool] | None = None
+    log_probs: Sequence[float] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.is_trained is not None and len(self.is_trained) != len(self.token_ids):
-            raise ValueError(
-                f"is_trained must have one value for each of the completion's {len(self.token_ids)} tokens; "
-                f"got {len(self.is_trained)}"
-            )
+        for name, values in (("is_trained", self.is_trained), ("log_probs", self.log_probs)):
+            if values is not None and len(values) != len(self.token_ids):
+                raise ValueError(
+                    f"{name} must have one value for each of the completion's {len(self.token_ids)} tokens; "
+                    f"got {len(values)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,12 @@ class TokenBatch:
     def targets_N(self) -> Tensor:
         """The token id that each scored position predicts."""
         return self.labels_BL[self.rows_N, self.columns_N + self.label_offset]
+
+    @cached_property
+    def sampling_log_probs_N(self) -> Tensor | None:
+        """What the rollout engine computed for each token trained on (see SAMPLING_LOG_PROBS); None if for none."""
+        values_BL = self.side.get(SAMPLING_LOG_PROBS)
+        return None if values_BL is None else values_BL[self.rows_N, self.columns_N + self.label_offset]
 
     @property
     def n_scored(self) -> int:

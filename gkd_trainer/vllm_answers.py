@@ -54,11 +54,18 @@ class Models(Answer):
         )
 
 
+class TokenLogProbs(Answer):
+    """The log-probabilities of generated tokens, None for one without."""
+
+    token_logprobs: list[float | None]
+
+
 class GeneratedChoice(Answer):
-    """A completion, asked for with `return_token_ids`."""
+    """A completion, asked for with `return_token_ids`, and perhaps with `logprobs`."""
 
     token_ids: list[int]
     finish_reason: str | None
+    logprobs: TokenLogProbs | None = None
 
 
 class CompletionAnswer(Answer):

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
+if TYPE_CHECKING:
+    import httpx  # imported where it is used: conftest.py imports this file, and GPU machines may lack it
 
 MAX_MODEL_LENGTH = 320
 """What the servers take, in tokens: enough for the examples, which ask for 256 and a few new ones."""
@@ -88,6 +89,8 @@ class VLLMProcess:
 
     def wait(self) -> None:
         """Wait until the server answers, or fail with the end of its log."""
+        import httpx
+
         deadline = time.monotonic() + self.START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
@@ -190,7 +193,7 @@ def from_upstream(base_url: str) -> Rule:
     """Send the answer of another server."""
 
     def rule(request: Request, forward: Callable[[], Answer]) -> Answer:
-        with httpx.Client(trust_env=False, timeout=120) as client:
+        with _client() as client:
             return _ask(client, base_url, request)
 
     return rule
@@ -229,7 +232,7 @@ class FaultyProxy:
         return [request.path for request in self.requests]
 
     def start(self) -> None:
-        self._client = httpx.Client(trust_env=False, timeout=120)
+        self._client = _client()
         self._server = _Server(("127.0.0.1", self.port), _handler(self._answer))
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -338,7 +341,13 @@ def _handler(answer_to: Callable[[Request], Answer]) -> type[BaseHTTPRequestHand
     return Handler
 
 
-def _ask(client: httpx.Client, base_url: str, request: Request) -> Answer:
+def _client() -> "httpx.Client":
+    import httpx
+
+    return httpx.Client(trust_env=False, timeout=120)
+
+
+def _ask(client: "httpx.Client", base_url: str, request: Request) -> Answer:
     headers = {"Content-Type": "application/json"}
     if request.authorization is not None:
         headers["Authorization"] = request.authorization

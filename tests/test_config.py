@@ -63,6 +63,13 @@ def test_whether_a_run_generates_takes_its_whole_schedule_into_account(options, 
     assert (args.generates, args.is_always_on_policy) == (generates, is_always_on_policy)
 
 
+def test_a_misspelt_key_of_dataset_kwargs_is_refused(config_of):
+    with pytest.raises(GKDConfigError, match="takes only 'skip_prepare_dataset'; got 'skip_prepare'"):
+        config_of(dataset_kwargs={"skip_prepare": True})
+    read_by_another = {"of_another_trainer": True}
+    assert config_of(MyConfig, dataset_kwargs=read_by_another).dataset_kwargs == read_by_another
+
+
 @pytest.mark.parametrize("name", ["model_init_kwargs", "dataset_kwargs", "generation_kwargs"])
 def test_json_fields_of_the_plain_configuration_are_parsed(config_of, name):
     assert getattr(config_of(**{name: "{}"}), name) == {}
@@ -151,7 +158,7 @@ SECRETS = {
 }
 
 
-PLAIN_SECRETS = {"model_init_kwargs": {"use_auth_token": CANARY}, "dataset_kwargs": {"storage": {"password": CANARY}}}
+PLAIN_SECRETS = {"model_init_kwargs": {"use_auth_token": CANARY}}
 
 
 def printed(args):
@@ -165,7 +172,7 @@ def test_secrets_are_in_no_printed_form_of_a_configuration(config_of):
     plain = {name: value for name, value in SECRETS.items() if name != "hub_token"}
     for args in (
         config_of(**SECRETS, **PLAIN_SECRETS),
-        config_of(MyConfig, **SECRETS, **PLAIN_SECRETS),
+        config_of(MyConfig, **SECRETS, **PLAIN_SECRETS, dataset_kwargs={"storage": {"password": CANARY}}),
         GKDArguments(**plain),
     ):
         text = printed(args)

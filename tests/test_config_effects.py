@@ -10,10 +10,10 @@ from gkd_trainer.config_effects import NEEDS, Run, unused_options
 
 IN_TABLE = [name for names, _, _ in NEEDS for name in names.split()]
 IN_EVERY_RUN = {
-    *("lmbda", "divergence", "loss_workspace_mb", "loss_product_dtype", "loss_temperature", "max_length", "train_on"),
+    *("lmbda", "loss_workspace_mb", "loss_product_dtype", "loss_temperature", "max_length", "train_on"),
     *("disable_dropout", "eval_on_policy", "report_samples"),
     # Refused without what they need: by the configuration, or, for the teacher's, by the trainer.
-    *("lmbda_end", "lmbda_schedule", "divergence_options", "vllm_server_base_url", "teacher_server_base_url"),
+    *("lmbda_end", "lmbda_schedule", "vllm_server_base_url", "teacher_server_base_url"),
     *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_top_k", "teacher_server_signal"),
     *("teachers", "teacher_cache_dir", "teacher_vocabulary_mode"),
     *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_top_k", "self_teacher"),
@@ -49,6 +49,7 @@ def test_the_table_has_every_option_that_some_runs_do_not_use():
         ({"beta": 0.1, "divergence_scale": "continuous"}, {"divergence": "skew_kl"}),
         ({"divergence_scale": "continuous"}, {"beta": 0.0}),
         ({"beta": 0.1}, {"teacher_vocabulary_mode": "uld"}),
+        ({"divergence": "skew_kl", "divergence_options": {"alpha": 0.3}}, {"teacher_vocabulary_mode": "uld"}),
         ({"teacher_min_matched_mass": 0.5, "teacher_tokenizer_name_or_path": "a"}, {}),
         ({"teacher_min_matched_mass": 0.5}, {"teacher_vocabulary_mode": "gold"}),
         ({"teacher_server_model": "a", "teacher_server_api_token": "key", "teacher_server_checks": False}, {}),
@@ -84,6 +85,7 @@ def test_an_option_without_effect_is_listed_with_what_it_needs(unused, options):
         {"lmbda": 0.0, "seq_kd": True, "temperature": 0.5, "rollout_batch_size": 2},
         {"use_vllm": True, "seq_kd": True, "rollout_batch_size": 2},
         {"beta": 0.1, "divergence_scale": "continuous"},
+        {"divergence": "skew_kl", "divergence_options": {"alpha": 0.3}, "teacher_vocabulary_mode": "matched"},
         {"teacher_top_k": 5, "teacher_tail": "renormalize"},
         {"teacher_vocabulary_mode": "matched", "teacher_min_matched_mass": 0.5, "teacher_tokenizer_name_or_path": "a"},
         {"teacher_server_base_url": "http://a:1", "vllm_server_timeout": 5.0, "teacher_server_checks": False},
@@ -106,6 +108,9 @@ def test_an_option_with_an_effect_is_not(options):
         ("loads_student", {"model_init_kwargs": {"dtype": "bfloat16"}}, {"model_init_kwargs"}),
         ("builds_rollouts", {"use_vllm": True, "vllm_weight_sync": "full"}, {"use_vllm", "vllm_weight_sync"}),
         ("builds_rollouts", {"rollout_batch_size": 2}, {"rollout_batch_size"}),
+        ("has_eval_rows", {"use_vllm": True, "lmbda": 0.0}, {"use_vllm"}),
+        ("has_eval_rows", {"use_vllm": True, "lmbda": 0.0, "eval_on_policy": True}, set()),
+        ("has_eval_rows", {"use_vllm": True, "lmbda": 1.0}, set()),
     ],
 )
 def test_facts_that_only_the_trainer_knows_count_once_known(tmp_path, fact, options, unused):

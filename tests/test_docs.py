@@ -74,7 +74,7 @@ def test_options_page_repeats_the_help_of_each_option():
 # The numbers that a help text calls a default, from where the code has them.
 DEFAULTS_IN_HELP = {
     "logging_steps": [float(MAX_STEPS)],
-    "loss_workspace_mb": [CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB],
+    "loss_workspace_mb": [CPU_WORKSPACE_MB, CPU_WORKSPACE_MB, CUDA_WORKSPACE_MB, WORKSPACE_MB],
     "teacher_top_k": [default_of(VLLMServerTeacher.__init__, "top_k")],
 }
 
@@ -202,7 +202,7 @@ def test_metrics_page_names_what_a_run_logs():
     with meter.measure("rollout"), meter.measure("step"):
         pass
     logged = meter.read(lambda sums: sums)
-    assert len(logged) == 23
+    assert len(logged) == 24
     for metric in logged:
         assert f"`{metric}`" in page, metric
 
@@ -220,8 +220,9 @@ def test_metrics_page_names_what_an_evaluation_gives():
 def commands(page):
     """The arguments of a page's `gkd-trainer train` commands, but for those that read a file."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").split("\n")
-    calls = [shlex.split(line, comments=True) for line in lines if line.startswith("gkd-trainer train ")]
-    return [call[2:] for call in calls if "--config" not in call]
+    command = re.compile(r"^(?:[A-Z_]+=\S* )*gkd-trainer train ")
+    calls = [shlex.split(command.sub("", line), comments=True) for line in lines if command.match(line)]
+    return [call for call in calls if "--config" not in call]
 
 
 RUNS = [

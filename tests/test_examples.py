@@ -57,8 +57,11 @@ def loaded(name, monkeypatch):
 
 
 @pytest.fixture
-def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch):
-    """Run an example's main for two steps; return the folder that it saved to. Later options win."""
+def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch, caplog):
+    """Run an example's main for two steps; return the folder that it saved to. Later options win.
+
+    It may set no option in vain.
+    """
 
     def run_example(name, *options, teacher=("--teacher", smollm2_dir), data=("--data", gsm8k_dir)):
         example = loaded(name, monkeypatch)
@@ -66,6 +69,7 @@ def run(smollm2_dir, smollm2_student_dir, gsm8k_dir, tmp_path, monkeypatch):
         output_dir = tmp_path / "output"
         small = ["--output_dir", output_dir, "--max_steps", 2, "--batch_size", 2]
         example.main([str(option) for option in (*places, *small, *options)])
+        assert "have no effect" not in caplog.text
         return output_dir
 
     return run_example
@@ -170,7 +174,8 @@ def test_draft_model_example_saves_a_head_of_the_teachers_size(run, capsys, tiny
         tiny_model(vocab=vocab, seed=vocab).save_pretrained(folders[name])
         byte_level().save_pretrained(folders[name])
     options = ["--student", folders["student"], "--max_new_tokens", 8, "--num_eval", 2, "--num_assisted", 1]
-    output_dir = run("draft_model", *options, "--lmbda", 0, teacher=("--teacher", folders["teacher"]))
+    options += ["--lmbda", 0, "--divergence", "total_variation"]
+    output_dir = run("draft_model", *options, teacher=("--teacher", folders["teacher"]))
     saved = AutoModelForCausalLM.from_pretrained(output_dir)
     assert saved.config.vocab_size == len(saved.get_output_embeddings().weight) == used + 3 + padding
     assert "tokens per forward of the teacher" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gkd_trainer.transfer import HostCopy, all_to_device, integers_to_host, to_device
+from tests.copies import NoOrdinaryCopies
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -32,6 +33,25 @@ def test_of_several_values_tensors_are_moved_and_integers_read():
     assert read == {"ids": values["ids"], "pixels": moved["pixels"], "note": "kept"}  # the very same
     with pytest.raises(NotImplementedError, match="no data"):
         integers_to_host({"is_real": moved["is_real"]})
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda there_N: torch.tensor(1.0, device="meta"),
+        lambda there_N: there_N.new_tensor([1.0]),
+        lambda there_N: torch.ones(3).to("meta"),
+        lambda there_N: there_N.copy_(torch.ones(3)),
+        lambda there_N: there_N[torch.tensor([1])],
+        lambda there_N: there_N.__setitem__(slice(2), torch.ones(2)),
+    ],
+)
+def test_copies_from_ordinary_memory_are_found(copy):
+    there_N = torch.ones(3, device="meta")
+    with NoOrdinaryCopies():
+        to_device(torch.ones(3), torch.device("meta"))
+        with pytest.raises(AssertionError, match=r"copies from ordinary memory: \['.*test_transfer.py:\d+"):
+            copy(there_N)
 
 
 @pytest.mark.gpu

@@ -146,6 +146,13 @@ def test_is_trained_has_a_value_for_every_token_or_is_none(is_trained):
         Completion([5, 6], is_finished=True, is_trained=is_trained)
 
 
+@pytest.mark.parametrize("log_probs", [[], [-0.5], [-0.5] * 3])
+def test_log_probs_are_one_per_token_and_do_not_tell_completions_apart(log_probs):
+    assert Completion([5, 6], True, log_probs=[-0.5, -1.0]) == Completion([5, 6], True)
+    with pytest.raises(ValueError, match=rf"log_probs must have .* 2 tokens; got {len(log_probs)}"):
+        Completion([5, 6], is_finished=True, log_probs=log_probs)
+
+
 def test_only_what_a_forward_takes_is_model_input():
     inputs = {
         "input_ids": torch.ones(2, 3, dtype=torch.long),

@@ -13,8 +13,9 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,11 +32,20 @@ TOOLS = ("memcheck", "racecheck")
 
 _MARKED_GPU = re.compile(r"^\s*@pytest\.mark\.gpu\b|\bmarks=.*\bmark\.gpu\b", re.MULTILINE)
 
+_WITH_FIXTURES = ("tests/teachers/", "tests/trainer/")
+"""Folders whose tests marked `gpu` take fixtures of conftest.py, and packages that a machine for GPUs may lack.
+
+All others run without conftest.py, with torch, Triton, transformers and pytest: that they don't run is a failure.
+"""
+
 _SECONDS = 20
 """About how long a file's tests take."""
 
 _SECONDS_OF_KERNELS = 90
 """The same if they compile kernels, some hundred variants."""
+
+_LONGEST_SANITIZER = 110
+"""Seconds after which a tool, which slows all kernels down, is stopped."""
 
 _SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
@@ -62,16 +72,25 @@ def files_with_gpu_tests() -> list[str]:
 
 
 def run_tests(where: Where, file: str) -> dict[str, Any]:
-    """Run a file's tests marked `gpu`; return how many passed, failed and were skipped, and why some failed."""
+    """Run a file's tests marked `gpu`; return how many passed, failed and were skipped, and why some failed.
+
+    Raises:
+        NotMeasuredError: No test of a teacher or of whole steps ran, since a package or a second GPU is missing.
+        RuntimeError: No test ran, for any other reason.
+    """
+    for package in ("pytest", "pytest_timeout"):
+        if find_spec(package) is None:
+            _raise_not_run(file, f"not installed: {package}")
+    options = () if file.startswith(_WITH_FIXTURES) else ("--noconftest",)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", file]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options, f"--junitxml={report}", file]
         done = _run(command)
         # A file that can't be imported is a test with an error, whose class has no name.
         tests = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
         if not any(test.get("classname") for test in tests):
-            if missing := re.search(r"^E +ModuleNotFoundError: No module named '(\w+)", done.stdout, re.M):
-                raise NotMeasuredError(f"not installed: {missing[1]}")
+            if missing := re.search(r"^E +ModuleNotFoundError: No module named '([\w.]+)", done.stdout, re.M):
+                _raise_not_run(file, f"not installed: {missing[1]}")
             raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}")
     failures = [
         f"{test.get('name')}: {reason}"
@@ -80,14 +99,22 @@ def run_tests(where: Where, file: str) -> dict[str, Any]:
         if found is not None
         for reason in _reasons(found)
     ]
-    skipped = sum(test.find("skipped") is not None for test in tests)
+    skipped = [found.get("message") for test in tests if (found := test.find("skipped")) is not None]
+    if where.device == "cuda" and len(skipped) == len(tests):
+        _raise_not_run(file, f"all of its tests were skipped: {skipped[0]}")
     n_failed = sum(test.find(kind) is not None for test in tests for kind in ("failure", "error"))
     return {
-        "passed": len(tests) - skipped - n_failed,
+        "passed": len(tests) - len(skipped) - n_failed,
         "failed": n_failed,
-        "skipped": skipped,
+        "skipped": len(skipped),
         "failures": failures,
     }
+
+
+def _raise_not_run(file: str, why: str) -> NoReturn:
+    if file.startswith(_WITH_FIXTURES):
+        raise NotMeasuredError(why)
+    raise RuntimeError(f"these tests must run; {why}")
 
 
 def _reasons(found: ElementTree.Element) -> list[str]:
@@ -103,9 +130,14 @@ def sanitize(where: Where, tool: str) -> dict[str, Any]:
         sanitizer = next((path for path in map(shutil.which, _SANITIZERS) if path is not None), None)
         if sanitizer is None:
             raise NotMeasuredError("compute-sanitizer is not installed: it comes with CUDA's toolkit")
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "99", *command]
-    # Without torch's cache each tensor is an allocation of its own, whose end the tool knows.
-    done = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        # torch asks the driver for functions that it may lack: such calls fail, and are no errors of ours.
+        options = ["--tool", tool, "--error-exitcode", "99", "--report-api-errors", "no"]
+        command = [sanitizer, *options, *command]
+    try:
+        # Without torch's cache each tensor is an allocation of its own, whose end the tool knows.
+        done = _run(command, timeout=_LONGEST_SANITIZER, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    except subprocess.TimeoutExpired:
+        raise NotMeasuredError(f"it did not finish in {_LONGEST_SANITIZER} s") from None
     if "Device not supported" in done.stdout:
         raise NotMeasuredError("compute-sanitizer does not support this device, or what it runs under")
     if done.returncode not in (0, 99):
@@ -148,7 +180,7 @@ def _teachers(N: int, V: int, H: int, device: str, *, is_top_k_taken: bool) -> I
         yield TopKSignal(ids_NK, log_p_NK, V)
 
 
-def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], timeout: float | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         command,
@@ -158,4 +190,5 @@ def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
+        timeout=timeout,
     )

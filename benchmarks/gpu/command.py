@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.gpu.cells import Cell, Where, run_stage
 from benchmarks.gpu.page import keep, read, show, write_page
-from benchmarks.gpu.wheels import gather, install
+from benchmarks.gpu.wheels import COMPILED, gather, install
 
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -82,12 +82,16 @@ def _add_gather(commands: Any) -> None:
     command.add_argument("folder", type=Path)
     command.add_argument("--python", default=here, help=f"the other machine's version of Python; {here} by default")
     command.add_argument("--platforms", nargs="+", default=PLATFORMS, help="those that a compiled wheel may name")
-    command.add_argument("--also", nargs="+", default=[], help="further packages, such as pyarrow and pandas (60 MB)")
+    command.add_argument(
+        "--all", action="store_true", help=f"{', '.join(COMPILED)} too (68 MB), without which TRL is not measured"
+    )
+    command.add_argument("--also", nargs="+", default=[], help="further packages")
     command.set_defaults(run=_gather)
 
 
 def _gather(options: argparse.Namespace) -> None:
-    wheels = gather(options.folder, options.python, options.platforms, options.also, CONSTRAINTS)
+    also = [*options.also, *(COMPILED if options.all else ())]
+    wheels = gather(options.folder, options.python, options.platforms, also, CONSTRAINTS)
     size = sum(wheel.stat().st_size for wheel in wheels)
     print(f"{len(wheels)} wheels, {size / 1e6:.1f} MB: carry {options.folder} along, and give the stages --wheels")
 

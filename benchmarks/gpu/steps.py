@@ -99,10 +99,11 @@ def measure_step(where: Where, teacher: str, policy: str, tuned: str, contender:
         for _ in range(sizes.steps):
             seconds.append(seconds_of(loop.step, where.torch_device))
     split = {name: total / sizes.steps for name, total in loop.clock.read().items()}
+    mean = statistics.mean(seconds)  # the parts are sums over the steps
     return {
-        "seconds": statistics.median(seconds),
+        "seconds": mean,
         **{name: split.get(name, 0.0) for name in SPLIT},
-        "rest": statistics.mean(seconds) - sum(split.values()),
+        "rest": mean - sum(split.values()),
         "bytes_before": memory.before,
         "peak_bytes": memory.peak,
         "tokens_trained": loop.tokens_trained,

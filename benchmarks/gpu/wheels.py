@@ -22,9 +22,12 @@ ROOTS = ("trl", "datasets", "liger-kernel", "tenacity", "pydantic", "httpcore", 
 
 NEEDS = (
     *("dill", "multiprocess", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions", "h11"),
-    *("iniconfig", "pluggy", "pygments"),
+    *("certifi", "iniconfig", "pluggy", "pygments", "python-dateutil", "six", "tzdata"),
 )
 """What ROOTS need and a machine with transformers may lack. Only pydantic-core is compiled, and it takes 2 MB."""
+
+COMPILED = ("pyarrow", "pandas", "xxhash")
+"""What datasets needs, and is not carried unless asked for."""
 
 
 def gather(folder: Path, python: str, platforms: Sequence[str], also: Sequence[str], constraints: Path) -> list[Path]:

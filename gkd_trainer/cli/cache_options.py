@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from copy import copy
+from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from gkd_trainer.cli.config_file import parse_with_config
@@ -36,6 +38,12 @@ _ROWS = ("max_length", "train_on", "dataset_num_proc", "model_init_kwargs")
 _TOP_K = 64
 """How many top tokens kind='topk' takes from a teacher in this process."""
 
+_HELP = {
+    "teacher_top_k": "Number of the teacher's most probable tokens to store, for --kind topk; by default "
+    f"{_TOP_K}, or 20 from a server."
+}
+"""The help of options of GKDConfig that mean something narrower here."""
+
 
 def _option(default: Any, help: str, choices: list[str] | None = None) -> Any:
     return field(default=default, metadata={"help": help} | ({} if choices is None else {"choices": choices}))
@@ -51,8 +59,8 @@ class CacheOptions:
     kind: str | None = _option(
         None,
         "What to store of each prediction: hidden is the final hidden state (2 bytes per channel), hidden_int8 the "
-        "same in 1 byte, topk the --teacher_top_k most probable tokens (64 if unset). By default topk if "
-        "--teacher_top_k or a server is given, else hidden.",
+        "same in 1 byte, topk the --teacher_top_k most probable tokens. By default topk if --teacher_top_k or a server "
+        "is given, else hidden.",
         ["hidden", "hidden_int8", "topk"],
     )
     compression: str = _option(
@@ -65,7 +73,7 @@ class CacheOptions:
     batch_size: int = _option(8, "Number of rows that the teacher scores at once.")
     part: str | None = _option(
         None,
-        "I/N: score only each N-th row from row I on, and write these to part-I-of-N in --output_dir, as one of N "
+        "I/N: score every N-th row, starting at row I, and write these to part-I-of-N in --output_dir, as one of N "
         "processes; `train` reads all parts by --teacher_cache_dir. By default all rows; under `accelerate launch` or "
         "torchrun, each process takes a part.",
     )
@@ -162,7 +170,14 @@ def _parser(hints: Mapping[str, Any]) -> HfArgumentParser:
         groups=[
             OptionGroup("cache", fields(CacheOptions)),
             OptionGroup("data", [*fields(RowOptions), *(of_config[name] for name in _ROWS)]),
-            OptionGroup("teacher", [of_config[name] for name in _TEACHER]),
+            OptionGroup("teacher", [_with_own_help(of_config[name]) for name in _TEACHER]),
         ],
         hints=hints,
     )
+
+
+def _with_own_help(option: Field[Any]) -> Field[Any]:
+    own = copy(option)
+    if option.name in _HELP:
+        own.metadata = MappingProxyType({**option.metadata, "help": _HELP[option.name]})
+    return own

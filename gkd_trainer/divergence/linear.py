@@ -42,8 +42,8 @@ def linear_divergence(
 
     A MappedSignal must be one of hidden states. The arguments are those of `loss.token_divergence`, which checks them.
     Gradients reach the student's hidden states, weight and bias, each in its own dtype, if they require one. An
-    upstream gradient that is the same for all tokens (of the loss if labels are weighted, of the values if there are no
-    labels) scales the gradient that the forward pass prepared; any other recomputes the logits.
+    upstream gradient that is the same for all tokens (of the loss if labels are weighted, else of the values) scales
+    the gradient that the forward pass prepared; any other recomputes the logits.
     """
     groups = groups_of(teacher)
     assert groups is not None
@@ -120,10 +120,8 @@ class _LinearDivergence(torch.autograd.Function):
         *sides, order_N, labels_N, label_weight_N, comparison = inputs
         student, groups = comparison.signals(sides)
         needs = ctx.needs_input_grad[:3]
-        # With labels but no weights, the caller mixes the loss, and is unlikely to weight all tokens alike.
-        is_prepared = comparison.is_differentiable and any(needs) and (labels_N is None or label_weight_N is not None)
         gradient = value_weight_N = None
-        if is_prepared:
+        if comparison.is_differentiable and any(needs):
             gradient = HeadGradient.zeros(student, needs, comparison.plan.dtype, comparison.plan.half)
             value_weight_N = _value_weight(student, label_weight_N, comparison.plan.dtype)
         weights = _Weights(labels_N, value_weight_N, label_weight_N)

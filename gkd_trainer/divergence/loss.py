@@ -89,7 +89,8 @@ def token_divergence(
         labels_N: [N] integer token ids for the cross entropy, if that is wanted too. IGNORE_INDEX gives 0; another id
             outside [0, V) gives +inf; neither has a gradient.
         label_weight_N: [N] weights of the cross entropy in `loss_N`, (1 - weight)·value + weight·cross entropy; needs
-            `labels_N`. The forward pass must know the mix to compute its gradient.
+            `labels_N`. The forward pass must know the mix to compute its gradient; without weights it computes that of
+            the values alone, and the cross entropy costs nearly nothing.
         product_dtype: the dtype to which matrix products of float32 hidden states, heads and gradients round their
             inputs; logits and gradients are still summed in float32. bfloat16 or float16 on CUDA; elsewhere bfloat16,
             only for the products of the gradient. float32 and None round nothing; with None, bfloat16 or float16

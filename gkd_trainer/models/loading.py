@@ -379,6 +379,15 @@ def refuse_packed_by_forwards(model: nn.Module) -> None:
             )
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Return whether a model in training drops anything at random."""
+    return any(
+        "drop" in name and isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in (vars(module) | ({"dropout": module.p} if isinstance(module, nn.Dropout) else {})).items()
+    )
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability of a model to 0, including those that attention layers keep as plain numbers."""
     for module in model.modules():

@@ -18,12 +18,17 @@ from gkd_trainer.divergence import TokenDivergence
 
 
 class _Tokens(NamedTuple):
-    """Measurements of N tokens; `divergence_N`, `is_on_policy_N` (0 or 1) and `ones_N` have the sums' dtype."""
+    """Measurements of N tokens; `divergence_N`, `is_on_policy_N` (0 or 1) and `ones_N` have the sums' dtype.
+
+    `sampling_difference_N` is between the student's log-probability of a token and the rollout engine's, NaN where that
+    is unknown; None if it is for all.
+    """
 
     result: TokenDivergence
     divergence_N: Tensor
     is_on_policy_N: Tensor
     ones_N: Tensor
+    sampling_difference_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ TOKEN_SUMS: dict[str, TokenSum] = {
         lambda tokens: tokens.divergence_N,
         metric="divergence_off_policy",
         without="on_policy_divergence",
+        is_evaluated=False,
+    ),
+    "sampled_tokens": TokenSum(lambda tokens: _has_value(tokens.sampling_difference_N)),
+    "sampling_difference": TokenSum(
+        lambda tokens: _without_nan(tokens.sampling_difference_N),
+        metric="sampling_logp_difference",
+        over="sampled_tokens",
         is_evaluated=False,
     ),
     "student_entropy": TokenSum(lambda tokens: tokens.result.student_entropy_N, metric="student_entropy"),
@@ -158,6 +170,7 @@ def sums_by_sample(
     result: TokenDivergence,
     teachers: TeacherSums = ONE_TEACHER,
     teacher_index_B: Tensor | None = None,
+    sampling_log_probs_N: Tensor | None = None,
 ) -> Tensor:
     """Return the TOKEN_SUMS of each sample of a batch, then those of `teachers`, [B, K].
 
@@ -169,16 +182,27 @@ def sums_by_sample(
         result: The comparison of the models at each token.
         teachers: The sums for each of several teachers.
         teacher_index_B: The index of each sample's teacher, if each has one of several.
+        sampling_log_probs_N: The rollout engine's log-probability of each token, NaN if unknown; compared with the
+            student's cross entropy, if `result` has it.
     """
     dtype = _sum_dtype(rows_N.device)
     divergence_N = result.values_N.detach().to(dtype)
-    tokens = _Tokens(result, divergence_N, is_on_policy_B[rows_N].to(dtype), torch.ones_like(divergence_N))
+    difference_N = None
+    if sampling_log_probs_N is not None and result.cross_entropy_N is not None:
+        difference_N = (sampling_log_probs_N + result.cross_entropy_N.detach()).abs()
+    ones_N = torch.ones_like(divergence_N)
+    tokens = _Tokens(result, divergence_N, is_on_policy_B[rows_N].to(dtype), ones_N, difference_N)
     zeros_N = torch.zeros_like(divergence_N)
     columns = [token_sum.values(tokens) for token_sum in TOKEN_SUMS.values()]
     columns += teachers.columns(tokens, None if teacher_index_B is None else teacher_index_B[rows_N])
     columns_NK = torch.stack([zeros_N if column_N is None else column_N.to(dtype) for column_N in columns], dim=1)
     sums_BK = torch.zeros(is_on_policy_B.shape[0], len(columns), dtype=dtype, device=rows_N.device)
     return sums_BK.index_add_(0, rows_N, columns_NK)
+
+
+def sampling_sums(sums_BK: Tensor) -> Tensor:
+    """Return the sum of the differences between student and rollout engine over all samples, and of the tokens [2]."""
+    return torch.stack([sums_BK[:, _COLUMN[name]].sum() for name in ("sampling_difference", "sampled_tokens")])
 
 
 def token_metrics(sums: Mapping[str, float]) -> dict[str, float]:

@@ -98,11 +98,14 @@ def _digest(plan: WindowPlan) -> str:
 
 
 def _saved(completion: Completion) -> list[Any]:
-    saved = [list(completion.token_ids), completion.is_finished]
-    return saved if completion.is_trained is None else [*saved, [bool(value) for value in completion.is_trained]]
+    saved: list[Any] = [list(completion.token_ids), completion.is_finished]
+    is_trained = None if completion.is_trained is None else [bool(value) for value in completion.is_trained]
+    if completion.log_probs is not None:
+        return [*saved, is_trained, [float(value) for value in completion.log_probs]]
+    return saved if is_trained is None else [*saved, is_trained]
 
 
 def _completion(saved: Sequence[Any]) -> Completion:
-    # Without a third entry, all tokens are trained on.
-    token_ids, is_finished, is_trained = [*saved, None][:3]
-    return Completion(token_ids, bool(is_finished), is_trained)
+    # Without a third entry, all tokens are trained on; without a fourth, no log-probs are known.
+    token_ids, is_finished, is_trained, log_probs = [*saved, None, None][:4]
+    return Completion(token_ids, bool(is_finished), is_trained, log_probs)

@@ -92,6 +92,7 @@ def build_student_engine(
     pad_token_id: int,
     vocab_size: int,
     never_sampled: Collection[int] = (),
+    may_generate: bool = True,
     rank: int = 0,
     is_sharded: bool = False,
     fsdp_version: int | None = None,
@@ -107,6 +108,7 @@ def build_student_engine(
         pad_token_id: Pads the prompts of a batch.
         vocab_size: Number of token ids that may be sampled (see `sampled_vocabulary_size`).
         never_sampled: Token ids below it that are never sampled, such as that of an image.
+        may_generate: Whether any completion may be generated; if not, vLLM's engine would only take memory.
         rank: The rank of this process.
         is_sharded: Whether the student's weights are sharded over ranks.
         fsdp_version: 1 or 2 under FSDP, else None.
@@ -118,7 +120,7 @@ def build_student_engine(
             quantised), or the engine refuses an option.
         GKDServerError: A server can't be reached.
     """
-    if not args.use_vllm:
+    if not (args.use_vllm and may_generate):
         _require_generate(args, base_model(student))
         return HFRollouts(stop_ids, pad_token_id, vocab_size, args.rollout_batch_size, is_sharded, never_sampled)
     if fsdp_version == 1:

@@ -8,6 +8,7 @@ agree, a resumed run draws the same as an uninterrupted one, and the global RNG 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from gkd_trainer.batch_keys import (
     IS_ON_POLICY,
     PER_LABEL,
     PROMPT_IDS,
+    SAMPLING_LOG_PROBS,
     SIDE_TENSORS,
     has_decoder_inputs,
     may_be_per_token,
@@ -134,7 +136,8 @@ def with_completions(
     Only the completion is trained on, or the part that its `is_trained` marks. The batch is padded on the right, and
     its IS_ON_POLICY marks the samples that the student generated. Generated samples get values per token by the rule
     of each name; other samples keep theirs. Values per sample or image are kept, except SIDE_TENSORS that a completed
-    sample loses. For an encoder-decoder, the completion replaces the labels and the decoder's inputs.
+    sample loses. For an encoder-decoder, the completion replaces the labels and the decoder's inputs. The batch gets
+    SAMPLING_LOG_PROBS if any of the student's completions has them.
 
     Raises:
         GKDDataError: the batch holds values that can't be extended.
@@ -150,17 +153,27 @@ def with_completions(
     if not generated:
         return marked
     require_extendable(inputs)
+    marked.pop(SAMPLING_LOG_PROBS, None)  # of other completions, in other columns
     if has_decoder_inputs(inputs):
-        return {**marked, **_replaced(inputs, generated, pad_token_id)}
+        completed = {**marked, **_replaced(inputs, generated, pad_token_id)}
+    else:
+        completed = _extended(marked, generated, pad_token_id)
+    log_probs_BL = _log_probs(completed["labels"], generated, starts_after_prompt=not has_decoder_inputs(inputs))
+    return completed if log_probs_BL is None else {**completed, SAMPLING_LOG_PROBS: log_probs_BL}
+
+
+def _extended(inputs: Mapping[str, Any], generated: Mapping[int, Generated], pad_token_id: int) -> dict[str, Any]:
+    """Return a batch in which some samples are their prompts with completions; values per token follow _EXTENDED."""
+    ids_BL: Tensor = inputs["input_ids"]
     mask_BL = inputs.get("attention_mask")
     mask_BL = torch.ones_like(ids_BL) if mask_BL is None else mask_BL
-    marked = {name: value for name, value in marked.items() if name not in _LEFT_OUT}
-    marked["attention_mask"] = mask_BL
+    extended_inputs = {name: value for name, value in inputs.items() if name not in _LEFT_OUT}
+    extended_inputs["attention_mask"] = mask_BL
     is_real_BL = mask_BL.bool().cpu()
     samples = {row: _Sample.of(ids_BL[row].cpu()[is_real_BL[row]], item) for row, item in generated.items()}
     padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
     for name, extended in _EXTENDED.items():
-        if not isinstance(values_BL := marked.get(name), Tensor):
+        if not isinstance(values_BL := extended_inputs.get(name), Tensor):
             continue
         rows = [
             extended(values_L[is_real_L], samples[row]).to(values_L.dtype)
@@ -169,8 +182,24 @@ def with_completions(
             for row, (values_L, is_real_L) in enumerate(zip(values_BL.cpu(), is_real_BL, strict=True))
         ]
         padded_BL = pad_sequence(rows, batch_first=True, padding_value=padding.get(name, 0))
-        marked[name] = padded_BL.to(values_BL.device)
-    return marked
+        extended_inputs[name] = padded_BL.to(values_BL.device)
+    return extended_inputs
+
+
+def _log_probs(labels_BL: Tensor, generated: Mapping[int, Generated], *, starts_after_prompt: bool) -> Tensor | None:
+    """Return the SAMPLING_LOG_PROBS of a completed batch; None if none of the student's completions has any."""
+    found = {
+        row: item
+        for row, item in generated.items()
+        if item.is_on_policy and item.completion.log_probs is not None and len(item.completion.token_ids)
+    }
+    if not found:
+        return None
+    values_BL = torch.full(labels_BL.shape, math.nan)
+    for row, item in found.items():
+        start, length = len(item.prompt) if starts_after_prompt else 0, len(item.completion.token_ids)
+        values_BL[row, start : start + length] = torch.tensor(item.completion.log_probs)
+    return values_BL.to(labels_BL.device)
 
 
 def _replaced(inputs: Mapping[str, Any], generated: Mapping[int, Generated], pad_token_id: int) -> dict[str, Tensor]:

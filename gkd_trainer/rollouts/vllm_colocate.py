@@ -31,7 +31,14 @@ from gkd_trainer.models.weights import (
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.media import refuse_media
 from gkd_trainer.rollouts.private_folder import PrivateFolder
-from gkd_trainer.rollouts.vllm_sampling import check_lengths, excess_of_biases, parse_completion, sampling_fields
+from gkd_trainer.rollouts.vllm_sampling import (
+    ASKED_PROMPTS,
+    asking_for_log_probs,
+    check_lengths,
+    excess_of_biases,
+    parse_completion,
+    sampling_fields,
+)
 from gkd_trainer.types import Completion, PromptMedia, Sampling
 
 logger = logging.getLogger(__name__)
@@ -131,6 +138,8 @@ class VLLMColocateRollouts(RolloutEngine):
         except GKDConfigError:
             self.close()  # the error's traceback would keep the engine in a notebook's memory
             raise
+        # Others depend on how tokens are sampled, or are logits.
+        self._computes_raw_log_probs = self._llm.llm_engine.model_config.logprobs_mode == "raw_logprobs"
         self._max_model_length: int = self._llm.llm_engine.model_config.max_model_len
         if self._sleeps:  # until the student generates something, which may be many steps later
             self._sleep()
@@ -188,6 +197,7 @@ class VLLMColocateRollouts(RolloutEngine):
             SamplingParams(**fields)
         except (TypeError, ValueError) as error:
             raise GKDConfigError(f"vLLM refuses these sampling options: {error}") from error
+        asking = asking_for_log_probs(fields) if self._computes_raw_log_probs else fields
         if self._is_asleep:  # there is no sync between two batches of an evaluation
             self._wake_up_unchanged()
         with _failing_as("generate"), _undisturbed():
@@ -195,7 +205,10 @@ class VLLMColocateRollouts(RolloutEngine):
             if jobs:
                 outputs = self._llm.generate(
                     [TokensPrompt(prompt_token_ids=prompt) for prompt, _ in jobs],
-                    [SamplingParams(**fields, seed=seed) for _, seed in jobs],
+                    [
+                        SamplingParams(**(asking if index < ASKED_PROMPTS else fields), seed=seed)
+                        for index, (_, seed) in enumerate(jobs)
+                    ],
                     use_tqdm=False,
                     lora_request=self._lora_request,
                 )
@@ -208,6 +221,7 @@ class VLLMColocateRollouts(RolloutEngine):
                     sampling,
                     self._stop_ids,
                     self._vocab_size,
+                    _log_probs(output.outputs[0]),
                 )
                 for output in self._ranks.own(outputs)
             ]
@@ -294,6 +308,13 @@ class _TensorParallelGroup:
 
     def own(self, outputs: list[Any]) -> list[Any]:
         return outputs[self._slice]
+
+
+def _log_probs(output: Any) -> list[float] | None:
+    """Return the log-probability of each token of vLLM's output, if it was asked for them."""
+    if output.logprobs is None:
+        return None
+    return [found[token_id].logprob for found, token_id in zip(output.logprobs, output.token_ids, strict=True)]
 
 
 def _model_options(model: nn.Module, folder: PrivateFolder, is_on_cuda: bool) -> dict[str, Any]:

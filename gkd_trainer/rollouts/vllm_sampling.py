@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ _NEVER = -100.0
 _MAX_BIASES = 1024
 """The most that a request may have in vLLM's model runner V2, its default on GPUs (MAX_NUM_LOGIT_BIAS_TOKENS in its
 vllm/v1/worker/gpu/sample/logit_bias.py). More end the engine."""
+
+
+ASKED_PROMPTS = 8
+"""How many prompts of a call are asked for the log-probabilities of their tokens: enough to compare them with the
+student's. vLLM takes some 10 µs per token to tell it, which for all prompts of a large call would be noticed."""
 
 
 def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], never_ids: Collection[int]) -> dict[str, Any]:
@@ -47,6 +53,14 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], never_ids: Coll
     return fields
 
 
+def asking_for_log_probs(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request that also asks for the log-probability of each sampled token.
+
+    Not if they hold `logprobs` already: a user's None declines.
+    """
+    return {"logprobs": 0, **fields}
+
+
 def excess_of_biases(count: int) -> str | None:
     """Return what to do about more logit biases than vLLM's model runner V2 takes; None if they are not too many."""
     if count <= _MAX_BIASES:
@@ -73,7 +87,12 @@ def transformers_options(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_completion(
-    token_ids: Sequence[int], finish_reason: str | None, sampling: Sampling, stop_ids: Sequence[int], vocab_size: int
+    token_ids: Sequence[int],
+    finish_reason: str | None,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    log_probs: Sequence[float | None] | None = None,
 ) -> Completion:
     """Return vLLM's output as a Completion.
 
@@ -89,7 +108,12 @@ def parse_completion(
             f"expected a completion that ends with one of the stop ids {list(stop_ids)} or after "
             f"{sampling.max_new_tokens} tokens; got {len(ids)} tokens up to {ids[-1]}, finish_reason {finish_reason!r}"
         )
-    return Completion(ids, is_finished)
+    if log_probs is None:
+        return Completion(ids, is_finished)
+    values = [math.nan if value is None else float(value) for value in log_probs]
+    if len(values) != len(ids) or any(map(math.isinf, values)):
+        raise ValueError(f"expected {len(ids)} finite log-probs, one per token; got {len(values)}: {values[:8]}")
+    return Completion(ids, is_finished, log_probs=values)
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_length: int) -> None:

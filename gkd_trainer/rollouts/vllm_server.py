@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -11,13 +12,28 @@ from torch import nn
 from gkd_trainer.errors import GKDConfigError, GKDServerError
 from gkd_trainer.rollouts.base import RolloutEngine
 from gkd_trainer.rollouts.media import refuse_media
-from gkd_trainer.rollouts.vllm_sampling import check_lengths, excess_of_biases, parse_completion, sampling_fields
+from gkd_trainer.rollouts.vllm_sampling import (
+    ASKED_PROMPTS,
+    asking_for_log_probs,
+    check_lengths,
+    excess_of_biases,
+    parse_completion,
+    sampling_fields,
+)
 from gkd_trainer.rollouts.vllm_sync import TRIES, AdapterSync, FullSync, WeightSync, shared_folder
 from gkd_trainer.types import Completion, PromptMedia, Sampling
 from gkd_trainer.vllm_answers import CompletionAnswer, Models, ServerInfo
 from gkd_trainer.vllm_client import RequestRefusedError, VLLMServer, call_each
 
 logger = logging.getLogger(__name__)
+
+# Tokens as ids also among the log-probs, where text would only take time.
+_ANSWER_FORM = {
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "add_special_tokens": False,
+    "stream": False,
+}
 
 
 class VLLMServerRollouts(RolloutEngine):
@@ -84,6 +100,7 @@ class VLLMServerRollouts(RolloutEngine):
                 f"the rollout servers take at most {self._max_model_length} tokens, but max_length is {max_length}: "
                 f"start them with --max-model-len {max_length} or more, or lower max_length"
             )
+        self._tells_log_probs = self._are_log_probs_raw()
         if weight_sync == "nccl":
             from gkd_trainer.rollouts.vllm_nccl import NCCLSync
 
@@ -130,13 +147,22 @@ class VLLMServerRollouts(RolloutEngine):
         fields = sampling_fields(sampling, self._stop_ids, never_ids)
         if excess := excess_of_biases(len(fields.get("logit_bias", ()))):
             self._refuse_or_warn(excess)
-        fields |= {"return_token_ids": True, "add_special_tokens": False, "stream": False}
+        fields |= _ANSWER_FORM
 
         def parse(answer: object) -> Completion:
             choice = CompletionAnswer.parse(answer).choices[0]
-            return parse_completion(choice.token_ids, choice.finish_reason, sampling, self._stop_ids, self._vocab_size)
+            log_probs = None if choice.logprobs is None else choice.logprobs.token_logprobs
+            return parse_completion(
+                choice.token_ids, choice.finish_reason, sampling, self._stop_ids, self._vocab_size, log_probs
+            )
 
-        bodies = [{**fields, "prompt": list(prompt), "seed": seed} for prompt, seed in zip(prompts, seeds, strict=True)]
+        # At least one of each server.
+        asked = max(ASKED_PROMPTS, len(self._servers)) if self._tells_log_probs else 0
+        asking = asking_for_log_probs(fields)
+        bodies = [
+            {**(asking if index < asked else fields), "prompt": list(prompt), "seed": seed}
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
         completions: dict[int, Completion] = {}
         for _ in range(TRIES):
             missing = [index for index in range(len(bodies)) if index not in completions]
@@ -180,6 +206,36 @@ class VLLMServerRollouts(RolloutEngine):
         self._sync.close()
         for server in self._servers:
             server.close()
+
+    def _are_log_probs_raw(self) -> bool:
+        """Return whether all servers tell the log-probs that their model computes, not those after restrictions.
+
+        `--logprobs-mode` decides, which only servers in development mode would name. So each is asked for the most
+        probable token alone: its raw log-prob is below 0 and at least that of a uniform distribution. Restricted to
+        that token it is 0, and logits are hardly ever in between.
+        """
+        restricted = {"max_tokens": 1, "temperature": 1.0, "top_k": 1, "seed": 0, "ignore_eos": True, "logprobs": 0}
+        body = {**restricted, **_ANSWER_FORM, "model": self._model_name, "prompt": [0]}
+
+        def is_raw(answer: object) -> bool:
+            found = CompletionAnswer.parse(answer).choices[0].logprobs
+            values = [] if found is None else found.token_logprobs
+            # The server may pad the vocabulary.
+            return len(values) == 1 and values[0] is not None and -math.log(2 * self._vocab_size) < values[0] < 0
+
+        def asked(server: VLLMServer, _: object) -> bool:
+            try:
+                return server.post("/v1/completions", body, is_raw)
+            except RequestRefusedError:
+                return False
+
+        if all(call_each(self._servers, self._servers, asked)):
+            return True
+        logger.warning(
+            "A vLLM server does not tell the log-probabilities that its model computes (start it without "
+            "--logprobs-mode): whether it computes the student is not checked."
+        )
+        return False
 
     def _restored_version(self, server: VLLMServer) -> str:
         for _ in range(TRIES):

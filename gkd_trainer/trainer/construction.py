@@ -121,6 +121,7 @@ def construct(
         has_only_cache=any(isinstance(each, CachedTeacher) and each.fallback is None for each in all_teachers(teacher)),
         loads_student=isinstance(model, str),
         builds_rollouts=builds_rollouts,
+        has_eval_rows=arguments["eval_dataset"] is not None,
     )
     check_loss_temperature(run)
     check_tail(config.teacher_tail, teacher.top_k, "teacher_tail")
@@ -332,7 +333,8 @@ def refuse_data_parallel(args: Any) -> None:
     if args.n_gpu > 1:
         raise GKDConfigError(
             f"{args.n_gpu} GPUs are visible to this process, and Trainer would use nn.DataParallel: "
-            "start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            "start one process per GPU with `accelerate launch`, set CUDA_VISIBLE_DEVICES to one GPU, or put a teacher "
+            "in this process on the others by its device_map"
         )
 
 

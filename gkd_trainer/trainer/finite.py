@@ -20,21 +20,26 @@ class FiniteCheck:
     `begin_reading` after the window's last forward, and `raise_if_not` after its backward: then the host waits for the
     forward alone, while the device still has the whole backward before it, and is never idle for it. If the backward
     takes the optimizer's step, `raise_if_not` must come before it.
+
+    Args:
+        beside: Returns further sums of the window [K], on a device. They are summed over ranks and read together with
+            the flags, and need no exchange of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Callable[[torch.device], Tensor] = lambda device: torch.empty(0, device=device)) -> None:
         self._bad_B2: list[Tensor] = []
-        self._is_bad: HostCopy | None = None
+        self._beside = beside
+        self._sums: HostCopy | None = None  # whether any flag is set, and what is beside
 
     def add(self, rows_N: Tensor, batch_size: int, is_teacher_finite_N: Tensor, is_finite_N: Tensor) -> None:
         """Add a micro-batch: the sample of each token, and whether the teacher's logits and the value were finite."""
         bad_N2 = torch.stack([~is_teacher_finite_N, ~is_finite_N], dim=1).long()
         self._bad_B2.append(bad_N2.new_zeros(batch_size, 2).index_add_(0, rows_N, bad_N2))
-        self._is_bad = None
+        self._sums = None
 
     def clear(self) -> None:
         """Forget the window."""
-        self._bad_B2, self._is_bad = [], None
+        self._bad_B2, self._sums = [], None
 
     def begin_reading(self, reduce: Callable[[Tensor], Tensor] = lambda flag: flag) -> None:
         """Begin to read whether any flag is set, on any rank: if one must raise, all do.
@@ -45,20 +50,27 @@ class FiniteCheck:
             reduce: Sums a tensor over ranks, which all call this together.
         """
         if self._bad_B2:
-            self._is_bad = HostCopy(reduce(torch.cat(self._bad_B2).any().long()))
+            is_bad_1 = torch.cat(self._bad_B2).any().float()[None]
+            self._sums = HostCopy(reduce(torch.cat([is_bad_1, self._beside(is_bad_1.device)])))
 
-    def raise_if_not(self, step: int, rank: int, reduce: Callable[[Tensor], Tensor] = lambda flag: flag) -> None:
-        """Raise GKDNumericsError for the first flagged sample, if any is flagged.
+    def raise_if_not(self, step: int, rank: int, reduce: Callable[[Tensor], Tensor] = lambda flag: flag) -> list[float]:
+        """Raise GKDNumericsError for the first flagged sample, if any is flagged; else return the sums beside.
+
+        They are over all ranks, and empty if nothing was added.
 
         Args:
             step: The next optimizer step, from 1, for the message.
             rank: This rank, for the message.
             reduce: As in `begin_reading`, which this calls if nothing has begun since the last flags were added.
         """
-        if self._is_bad is None:
+        if self._sums is None:
             self.begin_reading(reduce)
-        if self._is_bad is None or not self._is_bad.read():
-            return
+        if self._sums is None:
+            return []
+        sums = self._sums.read()
+        if not sums[0]:
+            beside: list[float] = sums[1:].tolist()
+            return beside
         for micro_batch, bad_B2 in enumerate(self._bad_B2):
             for sample, (teacher_tokens, tokens) in enumerate(bad_B2.tolist()):
                 if teacher_tokens or tokens:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gkd_trainer.batch_keys import IGNORE_INDEX
 from gkd_trainer.config import GKDArguments
 from gkd_trainer.divergence import TokenDivergence, token_divergence
 from gkd_trainer.divergence.options import PRODUCT_DTYPES
@@ -38,8 +39,9 @@ class Comparison:
 
     With `is_training`, the loss mixes in the cross-entropy of the data's tokens (`ce_weight`), but not of on-policy
     samples, whose tokens are not targets. The models are compared over the first `vocab_size` tokens, the only ones
-    that `teacher` predicts over. `product_dtype` is the dtype to which matrix products round. `observe` is called with
-    the batch, both models' predictions and the result.
+    that `teacher` predicts over. For tokens whose log-probability the rollout engine told, the result has the student's
+    cross entropy too, to be compared with it. `product_dtype` is the dtype to which matrix products round. `observe` is
+    called with the batch, both models' predictions and the result.
     """
 
     args: GKDArguments
@@ -63,6 +65,8 @@ class Comparison:
         if args.ce_weight > 0 and self.is_training:
             labels_N = self.batch.targets_N
             label_weight_N = args.ce_weight * ~self.batch.is_on_policy_B[self.batch.rows_N]
+        elif self.is_training and self.batch.sampling_log_probs_N is not None:
+            labels_N = self.batch.targets_N.masked_fill(self.batch.sampling_log_probs_N.isnan(), IGNORE_INDEX)
         return token_divergence(
             student,
             self.teacher,

@@ -61,6 +61,7 @@ def build_parts(
     processing_class: Any,
     rollouts: RolloutEngine | None,
     formatting_func: Callable[[Any], Any] | None,
+    has_eval_rows: bool,
 ) -> Parts:
     """Prepare the teacher, pair it with the student, and build the engines that generate.
 
@@ -72,6 +73,7 @@ def build_parts(
         processing_class: The student's tokenizer, or a processor that holds one; None if there is none.
         rollouts: The student's engine; None to build one from the options.
         formatting_func: Turns a row into one of a known format, if given.
+        has_eval_rows: Whether there is a dataset to evaluate on, whose rows may be prompts.
 
     Raises:
         GKDError: The two don't fit, or a server can't be used.
@@ -100,6 +102,7 @@ def build_parts(
         rollouts = build_student_engine(
             args,
             model,
+            may_generate=args.generates_anywhere or has_eval_rows,
             rank=ranks.index,
             is_sharded=ranks.sharding is not None,
             fsdp_version={"fsdp1": 1, "fsdp2": 2}.get(ranks.sharding or ""),

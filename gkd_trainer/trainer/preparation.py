@@ -243,20 +243,24 @@ def keeping_columns(collator: Any, images: ImageProcessing | None = None) -> Any
 
 
 def require_labels(inputs: Mapping[str, Any]) -> None:
-    """Raise GKDDataError if a collated batch has no labels, or, while it is on the CPU, a negative one to train on."""
+    """Raise GKDDataError if a collated batch has no labels."""
     if "labels" not in inputs or inputs["labels"] is None:
         raise GKDDataError(
             f"the data collator returned no labels, only {', '.join(sorted(inputs))}: return labels [B, L] with the "
             "token ids, and -100 for tokens that are not trained on, or leave data_collator out"
         )
+
+
+def refuse_negative_labels(inputs: Mapping[str, Any]) -> None:
+    """Raise GKDDataError if a collated batch has a negative label to train on; only while it is on the CPU."""
     labels = inputs["labels"]
-    if isinstance(labels, torch.Tensor) and labels.device.type == "cpu":  # elsewhere, looking would wait
-        is_negative = (labels < 0) & (labels != IGNORE_INDEX)
-        if is_negative.any():
-            raise GKDDataError(
-                f"the data collator returned {NEGATIVE_LABEL}: {labels[is_negative][0]}. Put {IGNORE_INDEX} in its "
-                "place"
-            )
+    if not (isinstance(labels, torch.Tensor) and labels.device.type == "cpu"):  # looking would wait
+        return
+    is_negative = (labels < 0) & (labels != IGNORE_INDEX)
+    if is_negative.any():
+        raise GKDDataError(
+            f"the data collator returned {NEGATIVE_LABEL}: {labels[is_negative][0]}. Put {IGNORE_INDEX} in its place"
+        )
 
 
 def tokenizer_of(processing_class: Any) -> Any:

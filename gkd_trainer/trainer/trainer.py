@@ -76,11 +76,13 @@ from gkd_trainer.trainer.preparation import (
     is_stream,
     keeping_columns,
     pad_token_id,
+    refuse_negative_labels,
     require_labels,
     tokenizer_of,
 )
 from gkd_trainer.trainer.recovery import warn_of_short_exchanges
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
+from gkd_trainer.trainer.sampling_check import SamplingCheck, is_noisy
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
 from gkd_trainer.trainer.windows import Epoch, require_equal_epochs
 from gkd_trainer.types import Generated, TokenBatch
@@ -217,6 +219,7 @@ class GKDMixin(AnyTrainer):
             processing_class=self.processing_class,
             rollouts=rollouts,
             formatting_func=formatting_func,
+            has_eval_rows=self.eval_dataset is not None,
         )
         self.args, self.teacher = parts.args, teacher
         self._ranks, self._recovery, self._windows = parts.ranks, parts.recovery, parts.windows
@@ -225,10 +228,12 @@ class GKDMixin(AnyTrainer):
         if (updates := parts.student_teachers.callback()) is not None:
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
-        self._meter, self._finite_check = TrainingMeter(self.args.device, self._teacher_sums), FiniteCheck()
+        self._meter, self._sampling_check = TrainingMeter(self.args.device, self._teacher_sums), SamplingCheck()
+        self._finite_check = FiniteCheck(beside=self._sampling_check.taken)
         self._placement = Placement(self.args.device)
         self._window_tokens: Tensor | None = None
-        self._is_in_step = self._is_last_of_window = self._is_in_checkpoint = False
+        self._is_in_step = self._is_last_of_window = False
+        self._is_in_checkpoint = self._has_current_rollouts = False
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
@@ -448,6 +453,7 @@ class GKDMixin(AnyTrainer):
             return batches, None
         for batch in batches:
             require_labels(batch)
+            refuse_negative_labels(batch)
         placed = self._placement.placed(self._comparable(batches))
         self._has_trained = True
         self._finite_check.clear()
@@ -469,7 +475,7 @@ class GKDMixin(AnyTrainer):
         if taken is None:
             return []
         window, staleness = taken
-        self._generated = window.generated
+        self._generated, self._has_current_rollouts = window.generated, staleness == 0
         self._meter.add_samples(**sample_counts(window, staleness))
         return window.batches
 
@@ -503,7 +509,7 @@ class GKDMixin(AnyTrainer):
                 self._is_in_step = False
             if self._is_last_of_window:
                 self._is_last_of_window = False
-                self._raise_if_not_finite()
+                self._raise_if_wrong()
         return loss
 
     def _step_divisor(self, inputs: dict[str, Any]) -> Tensor | int | None:
@@ -521,15 +527,18 @@ class GKDMixin(AnyTrainer):
         # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
         return self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
-    def _raise_if_not_finite(self) -> None:
+    def _raise_if_wrong(self) -> None:
+        step = self.state.global_step + 1
         try:
-            self._finite_check.raise_if_not(self.state.global_step + 1, self._ranks.index, self._ranks.sum)
+            sums = self._finite_check.raise_if_not(step, self._ranks.index, self._ranks.sum)
         except GKDNumericsError as error:
             if self._ranks.any(not has_finite_weights(self.model)):
                 raise GKDNumericsError(
                     f"{error}. The student's weights are not finite since an earlier step, so they are not saved"
                 ) from error
             self._recovery.raise_known(error)
+        # Not saved: the checkpoint would hold the completions of the wrong engine.
+        self._sampling_check.judge(sums, step, is_noisy=lambda: is_noisy(self.model, self.args))
 
     def compute_loss(
         self,
@@ -601,20 +610,28 @@ class GKDMixin(AnyTrainer):
         return loss, student.outputs
 
     def _record(self, batch: TokenBatch, result: TokenDivergence, is_training: bool) -> None:
-        index_B = batch.side.get(TEACHER_INDEX)
-        sums_BK = sums_by_sample(batch.rows_N, batch.is_on_policy_B, result, self._teacher_sums, index_B)
+        sums_BK = sums_by_sample(
+            batch.rows_N,
+            batch.is_on_policy_B,
+            result,
+            self._teacher_sums,
+            batch.side.get(TEACHER_INDEX),
+            batch.sampling_log_probs_N,
+        )
         if not is_training:
             self._evaluation.see(sums_BK)
             return
         self._meter.add_tokens(sums_BK)
+        if self._has_current_rollouts:
+            self._sampling_check.add(sums_BK)
         is_finite_N = result.is_finite_N
-        if result.cross_entropy_N is not None:
+        if result.loss_N is not None and result.cross_entropy_N is not None:
             is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
         self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
         if self._is_last_of_window:  # before the backward: see FiniteCheck
             self._finite_check.begin_reading(self._ranks.sum)
             if self.is_deepspeed_enabled or steps_in_backward(self.args.optim):
-                self._raise_if_not_finite()
+                self._raise_if_wrong()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; training entries get the metrics since the last one."""

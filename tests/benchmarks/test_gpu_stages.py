@@ -86,12 +86,33 @@ def test_tests_that_run_in_a_process_of_their_own_are_named_if_they_fail(tmp_pat
     assert figures["failures"] == ["test_all: FAILED tests/cases.py::test_a - assert 1"]
 
 
-def test_a_missing_package_is_told_where_nothing_ran_and_hides_no_other_result(tmp_path):
-    missing = "import no_such_package\n"
-    with pytest.raises(NotMeasuredError, match="not installed: no_such_package"):
+def test_a_missing_package_is_a_failure_and_hides_no_other_result(tmp_path):
+    missing = "import no_such_package.part\n"
+    with pytest.raises(RuntimeError, match="these tests must run; not installed: no_such_package"):
         checks.run_tests(TINY, write_tests(tmp_path, missing))
     figures = checks.run_tests(TINY, write_tests(tmp_path, f"def test_right(): pass\ndef test_other():\n    {missing}"))
     assert (figures["passed"], figures["failed"]) == (1, 1)
+
+
+@pytest.mark.parametrize("package", ["pytest", "pytest_timeout"])
+def test_without_pytest_or_its_timeout_the_tests_fail_but_for_those_that_need_more_packages(monkeypatch, package):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(checks, "_run", lambda command: pytest.fail("it ran"))
+    with pytest.raises(RuntimeError, match=f"these tests must run; not installed: {package}$"):
+        checks.run_tests(TINY, "tests/divergence/test_triton.py")
+    with pytest.raises(NotMeasuredError, match=f"not installed: {package}$"):
+        checks.run_tests(TINY, "tests/trainer/test_no_waiting.py")
+
+
+def test_that_all_tests_were_skipped_on_a_gpu_is_a_failure_with_its_reason(tmp_path):
+    file = write_tests(tmp_path, "@pytest.mark.skip(reason='no device')\ndef test_skipped(): pass\n")
+    with pytest.raises(RuntimeError, match="these tests must run; all of its tests were skipped: no device"):
+        checks.run_tests(FULL, file)
+
+
+def test_tests_of_a_gpu_need_no_conftest_but_for_those_named(tmp_path):
+    (tmp_path / "conftest.py").write_text("import no_such_package\n")
+    assert checks.run_tests(TINY, write_tests(tmp_path, "def test_right(): pass\n"))["passed"] == 1
 
 
 def test_a_file_without_a_test_of_the_gpu_is_a_failure(tmp_path):
@@ -128,12 +149,23 @@ def test_what_a_sanitizer_finds_is_reported(tmp_path, monkeypatch, tool):
     program = tmp_path / "compute-sanitizer"
     program.write_text(
         f"#!/bin/sh\necho '========= COMPUTE-SANITIZER'\necho '========= {found}'\n"
-        'case "$*" in "--tool memcheck --error-exitcode 99 "*exercise*cuda*) exit 99;; *exercise*cuda*) exit 0;; esac\n'
+        'case "$*" in "--tool memcheck --error-exitcode 99 --report-api-errors no "*exercise*cuda*) exit 99;; '
+        "*exercise*cuda*) exit 0;; esac\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     expected = {"failed": 1, "found": [found]} if found else {"failed": 0, "found": []}
     assert checks.sanitize(FULL, tool) == expected
+
+
+def test_a_sanitizer_that_takes_too_long_is_no_failure(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(checks, "_LONGEST_SANITIZER", 0.1)
+    with pytest.raises(NotMeasuredError, match=r"did not finish in 0\.1 s"):
+        checks.sanitize(FULL, "racecheck")
 
 
 def test_a_machine_without_the_sanitizer_is_told_so(monkeypatch):

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from benchmarks.gpu.command import main
-from benchmarks.gpu.wheels import ROOTS, install
+from benchmarks.gpu.wheels import COMPILED, ROOTS, install
 
 
 def wheel(folder, name, tag="py3-none-any", needs=()):
@@ -70,3 +70,7 @@ def test_what_the_carried_packages_need_is_gathered_at_the_versions_that_they_na
     # Neither what is compiled nor what only an extra needs.
     assert names == {file.name.split("-")[0] for file in index.iterdir()}
     assert {"dill", "typing_extensions"} < names
+    for name in COMPILED:
+        wheel(index, name)
+    main(["gather", str(tmp_path / "all"), "--all"])
+    assert {file.name.split("-")[0] for file in (tmp_path / "all").iterdir()} == names | {*COMPILED}

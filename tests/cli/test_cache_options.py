@@ -1,8 +1,10 @@
 """The options of `gkd-trainer cache`: what is required, and what has no effect."""
 
+import inspect
+
 import pytest
 
-from gkd_trainer import GKDConfig
+from gkd_trainer import GKDConfig, VLLMServerTeacher
 from gkd_trainer.cli import main
 from gkd_trainer.cli.cache_options import parse
 from gkd_trainer.errors import GKDConfigError
@@ -20,6 +22,15 @@ def test_help_groups_the_options_and_leaves_out_those_of_training(capsys):
     assert positions == sorted(positions)
     assert "--teacher_model_name_or_path, --teacher TEXT" in text
     assert "--learning_rate" not in text
+
+
+def test_help_says_how_many_top_tokens_are_stored(capsys):
+    with pytest.raises(SystemExit):
+        main(["cache", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    of_a_server = inspect.signature(VLLMServerTeacher).parameters["top_k"].default
+    assert f"most probable tokens to store, for --kind topk; by default 64, or {of_a_server} from a server" in text
+    assert "over the whole vocabulary" not in text
 
 
 def test_every_required_option_that_is_missing_is_named(capsys):

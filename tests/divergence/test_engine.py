@@ -144,6 +144,19 @@ def test_a_mix_known_beforehand_is_one_pass_with_the_gradient_of_the_mix(project
         assert_close_in_norm(actual, wanted)
 
 
+@pytest.mark.parametrize(("make", "sides"), TEACHERS)
+def test_cross_entropies_that_are_only_read_cost_no_further_pass(projections, make, sides):
+    student, other, labels_N = signal(), make(), torch.arange(N)
+    result = token_divergence(student, other, beta=0.5, labels_N=labels_N)
+    gradients = torch.autograd.grad(result.values_N.sum() / 7, leaves(student))
+    assert sum(projections) == sides * N
+    cross_entropy_N = functional.cross_entropy(logits(student), labels_N, reduction="none")
+    torch.testing.assert_close(result.cross_entropy_N.double(), cross_entropy_N, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(reference(student, other, beta=0.5).sum() / 7, leaves(student))
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert_close_in_norm(actual, wanted)
+
+
 @pytest.mark.parametrize("make", [teacher, top_teacher])
 def test_a_term_with_weight_zero_in_the_mix_may_be_infinite(make):
     student = signal()

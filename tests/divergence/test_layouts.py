@@ -81,20 +81,19 @@ def engine(request, monkeypatch):
 
 
 def randn(*shape, seed, std=1.0):
-    return std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return (std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE)
 
 
 def leaf(tensor):
-    return tensor.detach().to(DEVICE).requires_grad_()
+    return tensor.detach().requires_grad_()
 
 
 def labels(layout):
-    labels_N = torch.tensor([3, V - 1, -100, 0, 17, V // 2])
-    return layout(labels_N).to(DEVICE)
+    return layout(torch.tensor([3, V - 1, -100, 0, 17, V // 2]).to(DEVICE))
 
 
 def label_weight(layout):
-    return layout(torch.linspace(0.1, 0.8, N)).to(DEVICE)
+    return layout(torch.linspace(0.1, 0.8, N).to(DEVICE))
 
 
 def oracle_logits(signal):
@@ -144,14 +143,14 @@ def weights(layout):
     return {
         "labels_N": labels(layout),
         "label_weight_N": label_weight(layout),
-        "upstream_N": layout(torch.linspace(-1, 2.5, N)).to(DEVICE),
+        "upstream_N": layout(torch.linspace(-1, 2.5, N).to(DEVICE)),
     }
 
 
 @pytest.mark.parametrize(("options", "layout"), CASES)
 def test_logits_equal_the_oracle(options, layout):
     student_NV = randn(N, V, seed=0, std=2)
-    teacher = LogitsSignal(layout(student_NV + randn(N, V, seed=1)).to(DEVICE))
+    teacher = LogitsSignal(layout(student_NV + randn(N, V, seed=1)))
     student_NV = leaf(layout(student_NV))
     assert_equal_to_the_oracle(LogitsSignal(student_NV), teacher, [student_NV], **weights(layout), **options)
 
@@ -164,7 +163,7 @@ def test_the_two_sides_may_be_laid_out_differently(side, layout):
     teacher_NV = layout(teacher_NV) if side == "teacher" else teacher_NV
     assert_equal_to_the_oracle(
         LogitsSignal(student_NV),
-        LogitsSignal(teacher_NV.to(DEVICE)),
+        LogitsSignal(teacher_NV),
         [student_NV],
         **weights(torch.clone),
         beta=0.3,
@@ -174,7 +173,7 @@ def test_the_two_sides_may_be_laid_out_differently(side, layout):
 @pytest.mark.parametrize("engine", ["compiled"], indirect=True)
 def test_transposed_logits_equal_the_oracle_compiled_too():
     student_NV = leaf(transposed(randn(N, V, seed=0, std=2)))
-    teacher = LogitsSignal(transposed(randn(N, V, seed=1, std=2)).to(DEVICE))
+    teacher = LogitsSignal(transposed(randn(N, V, seed=1, std=2)))
     assert_equal_to_the_oracle(LogitsSignal(student_NV), teacher, [student_NV], **weights(transposed), beta=0.3)
 
 
@@ -185,10 +184,22 @@ def hidden_signals(layout):
         leaf(layout(tensor))
         for tensor in (randn(N, H, seed=0), randn(V + padding, H, seed=1), randn(V + padding, seed=2, std=0.5))
     )
-    teacher_head = Head(layout(randn(V + padding, G, seed=4)).to(DEVICE), layout(randn(V + padding, seed=5)).to(DEVICE))
-    teacher = HiddenSignal(layout(randn(N, G, seed=3)).to(DEVICE), teacher_head)
+    teacher_head = Head(layout(randn(V + padding, G, seed=4)), layout(randn(V + padding, seed=5)))
+    teacher = HiddenSignal(layout(randn(N, G, seed=3)), teacher_head)
     student = HiddenSignal(hidden_NH, Head(weight_VH, bias_V, 0.7, 4.0))
     return student.sliced(V), teacher.sliced(V), [hidden_NH, weight_VH, bias_V]
+
+
+@pytest.mark.parametrize("layout", [transposed, *LAYOUTS])
+def test_a_layout_is_made_on_the_device_since_a_copy_to_it_may_be_contiguous(layout, monkeypatch):
+    def strides(device):
+        monkeypatch.setitem(globals(), "DEVICE", device)
+        _, teacher, leaves = hidden_signals(layout)
+        tensors = [*leaves, teacher.hidden_NH, teacher.head.weight_VH, teacher.head.bias_V, *weights(layout).values()]
+        assert all(tensor.device.type == device for tensor in tensors)
+        return [tensor.stride() for tensor in tensors]
+
+    assert strides("meta") == strides("cpu")
 
 
 @pytest.mark.parametrize(("options", "layout"), CASES)
@@ -211,7 +222,7 @@ def test_hidden_states_and_heads_equal_the_oracle(options, layout):
 @pytest.mark.parametrize("has_hidden_states", [False, True])
 def test_top_tokens_equal_the_oracle(beta, tail, layout, has_hidden_states):
     top_NK = randn(N, V, seed=1, std=2).log_softmax(dim=1).topk(K, dim=1)
-    teacher = TopKSignal(layout(top_NK.indices).to(DEVICE), layout(top_NK.values).to(DEVICE), V)
+    teacher = TopKSignal(layout(top_NK.indices), layout(top_NK.values), V)
     if has_hidden_states:
         student, _, leaves = hidden_signals(torch.clone if layout is repeated else layout)
     else:

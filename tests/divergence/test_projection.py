@@ -14,16 +14,17 @@ from tests.divergence.test_engine import NEEDS_CUDA, assert_close_in_norm, leave
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("token_block", [None, 7])
 @pytest.mark.parametrize(
-    "device",
+    ("device", "V"),
     [
-        "cpu",
-        pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA]),
+        ("cpu", 2003),
+        pytest.param("cuda", 2003, marks=[pytest.mark.gpu, NEEDS_CUDA]),
+        pytest.param("cuda", 151_665, marks=[pytest.mark.gpu, NEEDS_CUDA]),
     ],
 )
 def test_gradients_from_bfloat16_products_are_right_to_a_percent_and_logits_are_not_rounded(
-    sigma, dtype, token_block, device
+    sigma, dtype, token_block, device, V
 ):
-    student = signal(N=16, width=64, V=2003, dtype=dtype, device=device)
+    student = signal(N=16, width=64, V=V, dtype=dtype, device=device)
     noise_NH = torch.randn(16, 64, generator=torch.Generator().manual_seed(2)).to(device)
     # The head turns hidden states of size 1 into logits of size 2.
     hidden_NH = (student.hidden_NH + sigma / 2 * noise_NH).detach().to(dtype)

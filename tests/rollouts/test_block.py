@@ -1,6 +1,7 @@
 """A block: its windows are returned in order, and restored from a checkpoint only if the data is the same."""
 
 import json
+import math
 from concurrent.futures import Future
 
 import pytest
@@ -104,6 +105,21 @@ def test_a_checkpoint_keeps_which_tokens_of_a_completion_are_trained_on():
         [[X, X, 5, 6, 7], [X, 5, X, 7, X]],
         [[X] * 5, [X, 5, 6, 7, X]],
     ]
+
+
+def test_a_checkpoint_keeps_the_log_probs_of_the_engine():
+    plans = plans_of(WINDOWS[0], lmbda=1.0, teacher_generates=False)
+    log_probs = [[-0.1, -1.9648051261901855, -3.0], None, [-1.0, math.nan, -2.0], [-0.5] * 3]
+    completions = [
+        Completion([5, 6, 7], True, is_trained, values)
+        for is_trained, values in zip((None, None, [True, False, True], None), log_probs, strict=True)
+    ]
+    state = json.loads(json.dumps(Block(plans, completed_future([completions]), [[]], weights_step=5).state(5)))
+    assert state["windows"][0]["student"][:2] == [[[5, 6, 7], True, None, log_probs[0]], [[5, 6, 7], True]]
+    [window] = windows_of(Block.restored(state, plans))
+    assert [item.completion for item in window.generated] == completions
+    # As texts, in which NaN equals itself.
+    assert [repr(item.completion.log_probs) for item in window.generated] == list(map(repr, log_probs))
 
 
 def test_windows_trained_on_are_not_saved_and_the_others_are():

@@ -100,6 +100,12 @@ def test_a_student_that_can_not_generate_is_refused_if_it_must(options, named):
     assert build_student_engine(GKDArguments(lmbda=0.0), student, **TOKENS)
 
 
+def test_an_engine_of_vllm_is_built_only_if_it_may_generate(recorded, tiny_model):
+    args = GKDArguments(use_vllm=True, lmbda=0.0)
+    assert type(build_student_engine(args, tiny_model(), **TOKENS, may_generate=False)) is HFRollouts
+    assert type(build_student_engine(args, tiny_model(), **TOKENS, may_generate=True)) is not HFRollouts
+
+
 @pytest.mark.parametrize(("sync", "is_refused"), [("auto", True), ("full", True), ("nccl", True), ("adapter", False)])
 def test_a_quantised_student_is_refused_where_servers_would_get_all_its_weights(recorded, tiny_model, sync, is_refused):
     student = tiny_model()

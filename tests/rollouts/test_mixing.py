@@ -1,12 +1,13 @@
 """The λ draw, the sampling seeds, and completions in place of the data's."""
 
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, ROW_KEY
+from gkd_trainer.batch_keys import IGNORE_INDEX, IS_ON_POLICY, PER_TOKEN, PROMPT_IDS, ROW_KEY, SAMPLING_LOG_PROBS
 from gkd_trainer.errors import GKDDataError
 from gkd_trainer.rollouts.mixing import (
     _EXTENDED,
@@ -19,7 +20,7 @@ from gkd_trainer.rollouts.mixing import (
     sampling_seed,
     with_completions,
 )
-from gkd_trainer.types import Completion, Generated
+from gkd_trainer.types import Completion, Generated, TokenBatch
 
 X = IGNORE_INDEX
 PAD = 0
@@ -227,6 +228,50 @@ def test_an_off_policy_and_an_on_policy_sample_sit_in_one_batch(inputs):
     assert {value.dtype for key, value in mixed.items() if key != IS_ON_POLICY} == {torch.long}
 
 
+def completed(inputs, completions):
+    """Return a batch whose rows get completions of [ids, log-probs, is_on_policy], and its log-probs."""
+    items = {
+        row: Generated([21], Completion(ids, True, log_probs=log_probs), is_on_policy)
+        for row, (ids, log_probs, is_on_policy) in completions.items()
+    }
+    mixed = with_completions(inputs, items, PAD)
+    return mixed, mixed.get(SAMPLING_LOG_PROBS)
+
+
+def shown(values_BL):
+    return [[None if math.isnan(value) else value for value in values] for values in values_BL.tolist()]
+
+
+@pytest.mark.parametrize("inputs", [RIGHT, LEFT], ids=["right", "left"])
+def test_log_probs_of_the_student_s_completions_stand_in_the_columns_of_their_labels(inputs):
+    mixed, log_probs_BL = completed(inputs, {1: ([91, 92, 2], [-0.25, -0.5, -1.0], True)})
+    assert shown(log_probs_BL) == [[None] * 5, [None, -0.25, -0.5, -1.0, None]]
+    assert mixed["labels"][1].tolist() == [X, 91, 92, 2, X]
+    batch = TokenBatch.from_inputs(mixed)
+    assert batch.sampling_log_probs_N.isnan().tolist() == [True] * 3 + [False] * 3
+    assert batch.sampling_log_probs_N[3:].tolist() == [-0.25, -0.5, -1.0]
+    assert batch.of_samples([1]).sampling_log_probs_N.tolist() == [-0.25, -0.5, -1.0]
+    assert SAMPLING_LOG_PROBS not in batch.model_inputs
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [([91, 2], None, True), ([], [], True), ([91, 2], [-1.0, -1.0], False)],
+    ids=["none", "empty", "the teacher's"],
+)
+def test_a_batch_without_log_probs_of_the_student_has_none(completion):
+    mixed, log_probs_BL = completed(RIGHT, {0: completion})
+    assert log_probs_BL is None
+    assert TokenBatch.from_inputs(mixed).sampling_log_probs_N is None
+
+
+def test_log_probs_of_an_earlier_completion_go_with_it():
+    mixed, _ = completed(RIGHT, {1: ([91, 92, 93, 94, 2], [-1.0] * 5, True)})
+    again, log_probs_BL = completed(mixed, {0: ([81, 2], [-2.0, -3.0], True)})
+    assert shown(log_probs_BL) == [[None, -2.0, -3.0, None, None, None], [None] * 6]
+    assert SAMPLING_LOG_PROBS not in completed(again, {0: ([71, 2], None, True)})[0]
+
+
 def test_only_the_completion_is_trained_on_where_earlier_turns_were():
     inputs = batch_of([[1, 2, 3, 4, 5, 6]], [[1] * 6], [[X, 2, X, X, 5, 6]])
     mixed = with_completions(inputs, generated(0, [1, 2, 3, 4], [8, 9], is_finished=False), PAD)
@@ -419,6 +464,13 @@ def test_a_completion_replaces_labels_and_decoder_inputs_behind_the_start_token(
     assert mixed["row_key"] is inputs["row_key"]
     assert mixed[IS_ON_POLICY].tolist() == [True, False, False]
     assert with_completions(inputs, {}, PAD)["labels"] is inputs["labels"]
+
+
+def test_log_probs_of_a_decoder_s_completion_stand_in_the_columns_of_its_labels():
+    completion = Completion([41, 42, 2], True, is_trained=[0, 1, 1], log_probs=[-1.0, -2.0, -3.0])
+    mixed = with_completions(decoder_batch(), {0: Generated([11, 12], completion, True)}, PAD)
+    assert shown(mixed[SAMPLING_LOG_PROBS])[0] == [-1.0, -2.0, -3.0, None]
+    assert TokenBatch.from_inputs(mixed).sampling_log_probs_N[:2].tolist() == [-2.0, -3.0]
 
 
 def test_an_empty_completion_of_a_decoder_trains_on_nothing():

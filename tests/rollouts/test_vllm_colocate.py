@@ -254,6 +254,39 @@ def test_only_a_lora_adapter_can_be_sent(built, make):
         before = state_of(model)
 
 
+# What it tells of them
+
+
+def log_probs_of(model, prompt, ids):
+    with torch.no_grad():
+        log_p_LV = model(torch.tensor([[*prompt, *ids]])).logits[0].double().log_softmax(-1)
+    return [log_p_LV[len(prompt) + place - 1, token_id].item() for place, token_id in enumerate(ids)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5, "top_k": 5, "repetition_penalty": 1.2}, {"temperature": 0.0}], ids=str
+)
+def test_log_probs_are_the_model_s_own_however_tokens_are_sampled(engine, model, options):
+    completions = engine.generate(PROMPTS, Sampling(12, **options), SEEDS)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        expected = log_probs_of(model, prompt, list(completion.token_ids))
+        assert completion.log_probs == pytest.approx(expected, abs=1e-3)
+        assert min(expected) < -0.1
+
+
+def test_only_the_first_prompts_of_a_call_are_asked_for_log_probs(engine):
+    completions = engine.generate(PROMPTS * 2, Sampling(2), SEEDS * 2)
+    assert [completion.log_probs is not None for completion in completions] == [True] * 8 + [False] * 4
+
+
+def test_log_probs_of_another_kind_or_that_nobody_wants_are_left_out(engine, monkeypatch):
+    [completion] = engine.generate(PROMPTS[:1], Sampling(4, extra={"logprobs": None}), SEEDS[:1])
+    assert completion.log_probs is None
+    monkeypatch.setattr(engine, "_computes_raw_log_probs", False)
+    [completion] = engine.generate(PROMPTS[:1], Sampling(4), SEEDS[:1])
+    assert completion.log_probs is None
+
+
 # Where the randomness comes from
 
 
@@ -528,7 +561,7 @@ class UnbuiltEngine:
 
     def __init__(self):
         self.calls, self.rows = [], ROWS
-        config = SimpleNamespace(get_vocab_size=lambda: self.rows, max_model_len=64)
+        config = SimpleNamespace(get_vocab_size=lambda: self.rows, max_model_len=64, logprobs_mode="raw_logprobs")
         self.llm_engine = SimpleNamespace(
             model_config=config,
             vllm_config=SimpleNamespace(use_v2_model_runner=True),

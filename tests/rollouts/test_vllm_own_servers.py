@@ -56,6 +56,14 @@ def greedy_of_transformers(model):
     return greedy(engine)
 
 
+def assert_log_probs_are_those_of(model, completions):
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = list(completion.token_ids)
+        with torch.no_grad():
+            log_p_LV = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert completion.log_probs == pytest.approx(log_p_LV[torch.arange(len(ids)), ids].tolist(), abs=1e-2)
+
+
 @pytest.mark.usefixtures("ranks_of_one_process")
 def test_sending_only_an_adapter_gives_the_adapted_model_after_every_sync_and_a_restart(adapter_server, student):
     engine = VLLMServerRollouts(adapter_server.base_url, [STOP], VOCABULARY, weight_sync="adapter")
@@ -74,6 +82,7 @@ def test_sending_only_an_adapter_gives_the_adapted_model_after_every_sync_and_a_
     adapter_server.kill()
     adapter_server.start()
     assert greedy(engine) == expected
+    assert_log_probs_are_those_of(student, greedy(engine))
 
 
 def test_a_server_that_was_killed_and_started_again_gets_the_weights_again(vllm_server, tiny_model):

@@ -1,9 +1,17 @@
 """The request of both vLLM engines, and valid completions."""
 
+import math
+
 import pytest
 
 from gkd_trainer.errors import GKDConfigError
-from gkd_trainer.rollouts.vllm_sampling import check_lengths, parse_completion, sampling_fields, transformers_options
+from gkd_trainer.rollouts.vllm_sampling import (
+    asking_for_log_probs,
+    check_lengths,
+    parse_completion,
+    sampling_fields,
+    transformers_options,
+)
 from gkd_trainer.types import Completion, Sampling
 
 SAMPLING = Sampling(4, temperature=0.7)
@@ -28,6 +36,15 @@ def test_biases_of_the_user_stay_beside_those_of_padding_rows():
     assert fields["presence_penalty"] == 0.5
 
 
+def test_log_probs_are_asked_for_unless_the_user_declines():
+    def asked(**extra):
+        return asking_for_log_probs(sampling_fields(Sampling(4, extra=extra), STOP_IDS, ()))["logprobs"]
+
+    assert asked() == 0
+    assert asked(logprobs=None) is None
+    assert asked(logprobs=5) == 5
+
+
 def test_the_options_that_transformers_has_too_get_its_names():
     extra = {"min_tokens": 3, "logit_bias": {"7": -1}, "presence_penalty": 0.5}
     assert transformers_options(extra) == {"min_new_tokens": 3, "sequence_bias": [[[7], -1.0]]}
@@ -50,6 +67,23 @@ def test_a_completion_ends_with_a_stop_id_or_at_its_longest(ids, reason, expecte
 def test_anything_else_is_not_a_completion(ids, reason):
     with pytest.raises(ValueError, match=r"expected (token ids|a completion)"):
         parse_completion(ids, reason, SAMPLING, STOP_IDS, 10)
+
+
+def test_a_completion_holds_the_log_probs_that_came_with_it():
+    def log_probs(values):
+        return parse_completion([7, 2], "stop", SAMPLING, STOP_IDS, 10, values).log_probs
+
+    assert log_probs([-0.5, -2.25]) == [-0.5, -2.25]
+    first, second = log_probs([-0.5, None])
+    assert first == -0.5
+    assert math.isnan(second)
+    assert log_probs(None) is None
+
+
+@pytest.mark.parametrize("values", [[], [-0.5], [-0.5, -0.5, -0.5], [-0.5, -math.inf]])
+def test_log_probs_that_do_not_fit_the_tokens_make_no_completion(values):
+    with pytest.raises(ValueError, match="expected 2 finite log-probs, one per token; got"):
+        parse_completion([7, 2], "stop", SAMPLING, STOP_IDS, 10, values)
 
 
 def test_a_prompt_and_its_completion_have_to_fit_the_engine():

@@ -167,10 +167,10 @@ def remember_versions(proxy):
 
 def test_two_servers_share_the_prompts_and_complete_them_as_one_does(engine, make, model, proxy, vllm_server):
     expected = engine.generate(PROMPTS, Sampling(8), SEEDS)
-    proxy.requests.clear()
     with FaultyProxy(vllm_server.base_url) as second:
         both = make([proxy.base_url, second.base_url])
         for each in (proxy, second):
+            each.requests.clear()
             remember_versions(each)
         both.sync(model)
         assert both.generate(PROMPTS, Sampling(8), SEEDS) == expected
@@ -193,6 +193,8 @@ def test_another_rank_completes_with_what_rank_0_sent_and_can_send_it_again(engi
 def test_ranks_begin_with_different_servers(engine, make, model, proxy, vllm_server):
     with FaultyProxy(vllm_server.base_url) as second:
         other = make([proxy.base_url, second.base_url], rank=1)
+        for each in (proxy, second):
+            each.requests.clear()
         other.sync(model)
         other.generate(PROMPTS[:1], Sampling(2), SEEDS[:1])
         assert COMPLETIONS in second.paths()
@@ -238,7 +240,9 @@ def test_a_request_sets_every_option_with_a_server_default(engine, proxy, vllm_s
         "stop_token_ids": [STOP],
         "ignore_eos": True,
         "logit_bias": {str(token): -100.0 for token in range(VOCABULARY, ROWS)},
+        "logprobs": 0,
         "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
         "add_special_tokens": False,
         "stream": False,
     }
@@ -257,6 +261,50 @@ def test_options_of_the_engine_are_added_and_win(engine, proxy):
     [request] = [request for request in proxy.requests if request.path == COMPLETIONS]
     assert (request.json["min_tokens"], request.json["frequency_penalty"]) == (3, 0.5)
     assert request.json["logit_bias"] == {"5": 1.5, **{str(token): -100.0 for token in range(VOCABULARY, ROWS)}}
+
+
+# What it tells of its tokens
+
+
+def test_log_probs_are_those_of_the_weights_synced_last(engine, model):
+    sampling = Sampling(8, temperature=0.5, top_k=5, repetition_penalty=1.2)
+    for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, sampling, SEEDS), strict=True):
+        ids = list(completion.token_ids)
+        with torch.no_grad():
+            log_p_LV = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = log_p_LV[torch.arange(len(ids)), ids].tolist()
+        assert completion.log_probs == pytest.approx(expected, abs=1e-3)
+        assert min(expected) < -0.1
+
+
+def test_only_the_first_prompts_of_a_call_are_asked_for_log_probs(engine):
+    completions = engine.generate(PROMPTS * 2, Sampling(2), SEEDS * 2)
+    assert [completion.log_probs is not None for completion in completions] == [True] * 8 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "are_raw"),
+    [(-1.5, True), (-5.8, True), (0.0, False), (12.5, False), (-33.0, False), (None, False)],
+    ids=["raw", "nearly uniform", "after restrictions", "logits", "logits below zero", "none"],
+)
+def test_log_probs_of_another_mode_are_recognised_at_first_contact(make, model, proxy, caplog, value, are_raw):
+    logprobs = None if value is None else {"token_logprobs": [value]}
+    proxy.next(choice_with(logprobs=logprobs), path=COMPLETIONS)
+    engine = make()
+    [probe] = [request.json for request in proxy.requests if request.path == COMPLETIONS]
+    assert (probe["max_tokens"], probe["top_k"], probe["logprobs"]) == (1, 1, 0)
+    assert ("--logprobs-mode" in caplog.text) == (not are_raw)
+    engine.sync(model)
+    [completion] = engine.generate(PROMPTS[:1], Sampling(4), SEEDS[:1])
+    assert (completion.log_probs is not None) == are_raw
+
+
+def test_a_server_that_refuses_to_tell_log_probs_is_used_without(make, model, proxy, caplog):
+    proxy.next(status(400, b"no logprobs here"), path=COMPLETIONS)
+    engine = make()
+    assert "--logprobs-mode" in caplog.text
+    engine.sync(model)
+    assert engine.generate(PROMPTS[:1], Sampling(4), SEEDS[:1])[0].log_probs is None
 
 
 def test_rows_of_the_head_that_are_no_tokens_are_never_sampled(make, student):
@@ -388,7 +436,8 @@ def test_only_the_requests_of_the_server_that_lost_the_weights_are_repeated(engi
         for each in (proxy, second):
             remember_versions(each)
         both.sync(model)
-        proxy.requests.clear()
+        for each in (proxy, second):
+            each.requests.clear()
         # As by a restart.
         second.next(lambda request, forward: (second.held.clear(), forward())[1], path=COMPLETIONS)
         assert both.generate(PROMPTS, Sampling(8), SEEDS) == expected
@@ -514,9 +563,11 @@ def test_weights_of_the_sync_before_are_not_taken_for_the_last_ones(engine, make
 
 
 def test_completions_without_weights_sent_are_refused(make, proxy):
+    engine = make()
+    proxy.requests.clear()
     post(proxy, "/update_weight_version", {"new_version": "default"})
     with pytest.raises(GKDServerError, match=f"{proxy.base_url} has no weights of the student: call sync first"):
-        make().generate(PROMPTS, Sampling(2), SEEDS)
+        engine.generate(PROMPTS, Sampling(2), SEEDS)
     assert COMPLETIONS not in proxy.paths()
 
 
@@ -537,6 +588,14 @@ FAULTS = {
     "no token ids": (choice_with(token_ids=None), "choices.0.token_ids: Input should be a valid list"),
     "words": (choice_with(token_ids=["a", "b", "c", "d"]), "choices.0.token_ids.0: Input should be a valid integer"),
     "truth values": (choice_with(token_ids=[True] * 4), "choices.0.token_ids.0: Input should be a valid integer"),
+    "a log-prob too few": (
+        choice_with(logprobs={"token_logprobs": [-1.0] * 3}),
+        "expected 4 finite log-probs, one per token; got 3",
+    ),
+    "log-probs that are words": (
+        choice_with(logprobs={"token_logprobs": ["a"] * 4}),
+        "choices.0.logprobs.token_logprobs.0: Input should be a valid number",
+    ),
     "too few tokens": (choice_with(token_ids=[5, 5, 5]), "after 4 tokens; got 3 tokens up to 5"),
     "too many tokens": (choice_with(token_ids=[5] * 5), "after 4 tokens; got 5 tokens"),
     "too many tokens up to a stop": (choice_with(token_ids=[5, 5, 5, 5, STOP], finish_reason="stop"), "got 5 tokens"),

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gkd_trainer import GKDConfigError, GKDDataError, GKDNumericsError, GKDTeacherError, GKDTrainer
+from gkd_trainer import GKDConfigError, GKDDataError, GKDNumericsError, GKDTeacherError, GKDTrainer, HFRollouts
 from gkd_trainer.signals import LogitsSignal
 from gkd_trainer.teachers import FrozenTeacher, Teacher
 from gkd_trainer.types import TokenBatch
@@ -106,6 +106,11 @@ def test_options_without_effect_are_logged_once_with_what_they_need(make_trainer
     caplog.clear()
     make_trainer(lmbda=0.5, beta=0.1, temperature=0.5)
     assert "have no effect" not in caplog.text
+
+
+def test_vllm_is_not_started_for_a_run_without_completions(make_trainer, caplog):
+    assert type(make_trainer(lmbda=0.0, use_vllm=True).rollouts) is HFRollouts
+    assert "use_vllm=True needs completions (lmbda above 0, eval_on_policy, or an eval_dataset of " in caplog.text
 
 
 def test_two_teachers(make_trainer, tiny_model):

@@ -109,6 +109,21 @@ def test_another_rank_s_flag_that_was_being_read_raises_here():
     check.raise_if_not(step=5, rank=1)
 
 
+def test_what_is_beside_is_summed_over_ranks_with_the_flag_and_returned():
+    check = FiniteCheck(beside=lambda device: torch.tensor([1.5, 20.0], device=device))
+    assert check.raise_if_not(step=1, rank=0) == []
+    add(check)
+    seen = []
+
+    def reduce(sums):
+        seen.append(sums.tolist())
+        return 2 * sums
+
+    check.begin_reading(reduce)
+    assert check.raise_if_not(step=1, rank=0, reduce=reduce) == [3.0, 40.0]
+    assert seen == [[0.0, 1.5, 20.0]]
+
+
 def test_weights_are_finite_if_all_that_are_trained_are():
     model = torch.nn.Linear(2, 2)
     assert has_finite_weights(model)

@@ -1,5 +1,6 @@
 """The loss of a micro-batch without a trainer: one value and one gradient, however the student's head is reached."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -244,3 +245,31 @@ def test_a_sum_is_divided_by_the_tokens_of_all_ranks_that_are_averaged(divisor, 
 def test_products_follow_mixed_precision_on_cuda_unless_told_otherwise(option, device, mixed_precision, expected):
     args = SimpleNamespace(loss_product_dtype=option, device=torch.device(device))
     assert product_dtype(args, mixed_precision) == expected
+
+
+def log_probs_in_columns(values):
+    """Return the batch's SAMPLING_LOG_PROBS: those of the second row, as an engine gave them."""
+    return torch.tensor([[math.nan] * 5, [math.nan, *values, math.nan]])
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_temperature": 2.0}, {"ce_weight": 0.25}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_sampled_tokens_have_the_student_s_cross_entropy_and_change_no_loss(run, tiny_model, family, options):
+    student = tiny_model(family)
+    log_p_NV = logits_of_two_rows(student).log_softmax(-1)
+    expected, expected_gradients = run(student, args=options)
+    output, found = run(student, args=options, sampling_log_probs=log_probs_in_columns([-1.0, -2.0, -3.0]))
+    sampled_N = -log_p_NV[torch.arange(3, 6), torch.tensor([11, 12, 2])]
+    assert torch.allclose(output.tokens.cross_entropy_N[3:].double(), sampled_N, rtol=1e-4)
+    assert torch.equal(output.loss_sum, expected.loss_sum)
+    assert_same_gradients(found, expected_gradients, tolerance=1e-6)
+    # Nor are other tokens looked at, whose labels may be outside of the vocabulary.
+    if "ce_weight" not in options:
+        assert output.tokens.cross_entropy_N[:3].tolist() == [0.0] * 3
+        assert expected.tokens.cross_entropy_N is None
+
+
+def test_an_evaluation_does_not_look_at_the_log_probs_of_an_engine(run, tiny_model):
+    values = log_probs_in_columns([-1.0, -2.0, -3.0])
+    output, _ = run(tiny_model(), is_training=False, backward=False, sampling_log_probs=values)
+    assert output.tokens.cross_entropy_N is None

@@ -2,7 +2,8 @@
 
 On a meta tensor everything that would wait for a GPU raises, since there is nothing to read: its values, how many of
 them are not zero, its copy on the CPU. So the window is prepared on the CPU, as in a run, and its micro-batches are
-computed on the meta device, by the trainer's own hooks.
+computed on the meta device, by the trainer's own hooks. Copies to it from the host's ordinary memory, for which CUDA
+waits too, are looked for.
 """
 
 import sys
@@ -28,10 +29,11 @@ from gkd_trainer import (
     cache_predictions,
 )
 from gkd_trainer.errors import GKDTeacherError
+from gkd_trainer.rollouts import HFRollouts
 from gkd_trainer.signals import MODES
 from gkd_trainer.teachers.base import all_teachers
 from gkd_trainer.trainer.placement import Placement
-from tests.vision import conversation, make_pair, picture
+from tests.copies import NoOrdinaryCopies
 from tests.vocabularies import sentencepiece_backend, sentencepiece_like
 
 META = torch.device("meta")
@@ -101,10 +103,11 @@ def step(trainer, size=1):
     on_meta(trainer)
     trainer.model.train()
     losses = []
-    for batch in batches:
-        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
-        loss.backward()
-        losses.append(loss)
+    with NoOrdinaryCopies():
+        for batch in batches:
+            loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+            loss.backward()
+            losses.append(loss)
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     assert any(weight.grad is not None for weight in weights)
     assert all(loss.device == META for loss in losses)
@@ -119,6 +122,17 @@ def make_rows(extra=None, count=8):
         labels = [-100, -100, -100, *ids[3:]]
         rows.append({"input_ids": ids, "labels": labels, **(extra(index) if extra is not None else {})})
     return Dataset.from_list(rows)
+
+
+class Telling(HFRollouts):
+    """An engine that tells log-probs of its tokens, as one with numerics of its own does."""
+
+    def __init__(self):
+        super().__init__(stop_ids=[2])
+
+    def generate(self, *args, **kwargs):
+        found = super().generate(*args, **kwargs)
+        return [replace(completion, log_probs=[-5.0] * len(completion.token_ids)) for completion in found]
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0])
@@ -143,6 +157,12 @@ def test_a_micro_batch_of_data_or_rollouts_waits_for_nothing(make_trainer, stude
 )
 def test_no_loss_waits(make_trainer, student, frozen, options):
     step(make_trainer(trainer_args={"model": student(), "teacher": frozen()}, lmbda=0.5, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_temperature": 2.0}, {"ce_weight": 0.25}], ids=str)
+def test_the_comparison_with_the_rollout_engine_does_not_wait(make_trainer, student, frozen, options):
+    arguments = {"model": student(), "teacher": frozen(), "rollouts": Telling()}
+    step(make_trainer(trainer_args=arguments, lmbda=0.5, **options))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi", "cohere", "granite", "qwen2"])
@@ -293,16 +313,21 @@ def reads_of_a_run(trainer, monkeypatch):
     return of_each
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 0.5])
-def test_a_run_reads_one_flag_per_step_and_nothing_per_micro_batch(make_trainer, student, frozen, lmbda, monkeypatch):
+@pytest.mark.parametrize(("lmbda", "engine"), [(0.0, None), (0.5, None), (0.5, Telling)])
+def test_a_run_reads_one_flag_per_step_and_nothing_per_micro_batch(
+    make_trainer, student, frozen, lmbda, engine, monkeypatch
+):
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 3, "lmbda": lmbda}
-    trainer = make_trainer(trainer_args={"model": student(), "teacher": frozen()}, **options)
+    arguments = {"model": student(), "teacher": frozen(), "rollouts": engine and engine()}
+    trainer = make_trainer(trainer_args=arguments, **options)
     # After the backward, from a copy that began before it.
     assert reads_of_a_run(trainer, monkeypatch) == [{}, {(_OURS, "_local_scalar_dense"): 1}] * 3
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "qwen2.5"])
 def test_a_run_on_images_reads_no_more(config_of, family, monkeypatch):
+    from tests.vision import conversation, make_pair, picture  # PIL, which a GPU machine may lack
+
     pair = make_pair(family)
     rows = [{"images": [picture(seed, 16, 8)], "messages": conversation("What?", "A cat.")} for seed in range(4)]
     args = config_of(max_steps=2, per_device_train_batch_size=2, max_new_tokens=4, max_length=160, lmbda=0.5)

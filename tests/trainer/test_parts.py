@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 from gkd_trainer import FrozenTeacher, HFRollouts
 from gkd_trainer.errors import GKDDataError, GKDRolloutError, GKDTeacherError
 from gkd_trainer.report.metrics import TrainingMeter
+from gkd_trainer.rollouts import build
 from gkd_trainer.rollouts.mixing import sampling_seed
 from gkd_trainer.trainer.loss import Comparison, run_student
 from gkd_trainer.trainer.parts import build_parts
@@ -21,7 +22,7 @@ from tests.trainer.queues import Spy
 def parts(config, tiny_model, byte_level):
     """Build parts for a student and a teacher; options go to GKDConfig."""
 
-    def build(student, teacher=None, rollouts=None, formatting_func=None, **options):
+    def build(student, teacher=None, rollouts=None, formatting_func=None, has_eval_rows=False, **options):
         return build_parts(
             config(**options),
             student,
@@ -30,6 +31,7 @@ def parts(config, tiny_model, byte_level):
             processing_class=byte_level(),
             rollouts=rollouts,
             formatting_func=formatting_func,
+            has_eval_rows=has_eval_rows,
         )
 
     return build
@@ -82,6 +84,15 @@ def test_a_passed_engine_is_used(parts, tiny_model):
     assert isinstance(parts(tiny_model()).queue.engine, HFRollouts)
 
 
+@pytest.mark.parametrize(
+    ("options", "is_vllm"), [({}, False), ({"has_eval_rows": True}, True), ({"eval_on_policy": True}, True)]
+)
+def test_an_engine_of_vllm_is_built_only_for_a_run_that_may_generate(parts, tiny_model, monkeypatch, options, is_vllm):
+    engine = HFRollouts([2], 0, 365)
+    monkeypatch.setattr(build, "VLLMColocateRollouts", lambda *_, **__: engine)
+    assert (parts(tiny_model(), lmbda=0.0, use_vllm=True, **options).queue.engine is engine) == is_vllm
+
+
 def test_the_callers_options_are_not_changed_when_the_context_shortens_them(parts, tiny_model, config, byte_level):
     args = config(max_length=1024, max_new_tokens=6)
     student = tiny_model()
@@ -94,6 +105,7 @@ def test_the_callers_options_are_not_changed_when_the_context_shortens_them(part
         processing_class=byte_level(),
         rollouts=None,
         formatting_func=None,
+        has_eval_rows=False,
     )
     assert made.args.max_length == 32
     assert args.max_length == 1024

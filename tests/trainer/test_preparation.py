@@ -20,6 +20,7 @@ from gkd_trainer.trainer.preparation import (
     keeping_columns,
     longest_row,
     pad_token_id,
+    refuse_negative_labels,
     require_labels,
     tokenizer_of,
 )
@@ -316,9 +317,9 @@ def test_a_batch_without_labels_is_refused_with_what_it_holds():
 
 
 def test_a_batch_with_a_negative_label_other_than_the_ignored_one_is_refused():
-    require_labels({"labels": torch.tensor([[X, 0, 5]])})
+    refuse_negative_labels({"labels": torch.tensor([[X, 0, 5]])})
     with pytest.raises(GKDDataError, match=r"returned a negative label other than -100, .*: -1\. Put -100"):
-        require_labels({"labels": torch.tensor([[X, -1, 5]])})
+        refuse_negative_labels({"labels": torch.tensor([[X, -1, 5]])})
 
 
 def test_the_tokenizer_is_found_also_within_a_processor():

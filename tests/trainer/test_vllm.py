@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from gkd_trainer import FrozenTeacher, GKDServerError, HiddenStateServerTeacher, VLLMColocateRollouts, VLLMServerTeacher
+from gkd_trainer import (
+    FrozenTeacher,
+    GKDRolloutError,
+    GKDServerError,
+    HiddenStateServerTeacher,
+    VLLMColocateRollouts,
+    VLLMServerTeacher,
+)
 from gkd_trainer.cli import main
 from gkd_trainer.rollouts import HFRollouts
 from tests.serving import FaultyProxy, changed, delayed, status
@@ -56,8 +63,9 @@ def server_options(vllm_server):
 def run(make_trainer, tiny_model):
     """Make a trainer, train it, and return it."""
 
-    def run(model=None, callbacks=None, resume=False, **options):
-        arguments = {"callbacks": callbacks, "model": model if model is not None else tiny_model(hidden=128, seed=7)}
+    def run(model=None, callbacks=None, resume=False, rollouts=None, **options):
+        model = model if model is not None else tiny_model(hidden=128, seed=7)
+        arguments = {"callbacks": callbacks, "model": model, "rollouts": rollouts}
         trainer = make_trainer(trainer_args=arguments, **{**RUN, **options})
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -88,13 +96,16 @@ def assert_same_weights(trainer, other):
         assert torch.equal(weight, expected), name
 
 
-def test_both_modes_train_alike_and_follow_the_student(run, server_options, student):
+def test_both_modes_train_alike_and_follow_the_student(run, server_options, student, tiny_model, monkeypatch):
     before = greedy_by_transformers(student)
     colocated = run(use_vllm=True, vllm_engine_kwargs={"enforce_eager": True}, vllm_max_model_length=64, model=student)
     served = run(**server_options)
     assert isinstance(colocated.rollouts, VLLMColocateRollouts)
     # To the last digit that is logged: same seeds, same weights, same numerics.
     assert losses(served) == losses(colocated)
+    for trainer in (colocated, served):  # the engines also normalise over rows of the head that are no tokens
+        assert len(logged(trainer, "sampling_logp_difference")) == 4
+        assert max(logged(trainer, "sampling_logp_difference")) < 0.1
     assert len(set(losses(served))) == 4
     for trainer in (colocated, served):
         after = greedy_by_transformers(trainer.model)
@@ -102,6 +113,11 @@ def test_both_modes_train_alike_and_follow_the_student(run, server_options, stud
         trainer.rollouts.sync(trainer.model)
         assert greedy(trainer.rollouts) == after
     assert all(seconds > 0 for seconds in logged(served, "seconds_sync"))
+    # Another student, whose weights never arrive in the engines.
+    for trainer in (colocated, served):
+        monkeypatch.setattr(type(trainer.rollouts), "sync", lambda engine, model: None)
+        with pytest.raises(GKDRolloutError, match=r"does not compute the student: .* differ by .* nats"):
+            run(tiny_model(hidden=128, seed=8), rollouts=trainer.rollouts, max_new_tokens=32)
     folder = colocated.rollouts._folder.path
     assert folder.exists()
     for _ in range(2):
@@ -143,7 +159,7 @@ def test_a_block_of_steps_makes_one_call(run, vllm_server):
         options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url}
         run(rollout_steps=4, **options)
         assert proxy.paths().count("/collective_rpc") == 1
-        assert proxy.paths().count("/v1/completions") == 16
+        assert proxy.paths().count("/v1/completions") == 1 + 16  # one at first contact
 
 
 # 16 rows in windows of 4 make 4 steps an epoch: in the middle of the first, at its end, in the middle of the second.
@@ -444,6 +460,7 @@ def test_a_checkpoint_of_an_older_run_is_not_taken_for_this_ones(run, vllm_serve
 
 def test_a_failure_before_the_first_step_leaves_no_checkpoint(run, vllm_server, tmp_path):
     with FaultyProxy(vllm_server.base_url) as proxy:
+        proxy.next(lambda request, forward: forward(), path="/v1/completions")  # at first contact
         proxy.next(status(500), times=None, path="/v1/completions")
         options = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": proxy.base_url, **TIMEOUTS}
         with pytest.raises(GKDServerError, match="status 500"):
@@ -458,6 +475,7 @@ def test_mistakes_that_pass_change_nothing(run, server_options, vllm_server):
         answer["choices"][0]["token_ids"].pop()
 
     with FaultyProxy(vllm_server.base_url) as proxy:
+        proxy.next(lambda request, forward: forward(), path="/v1/completions")  # at first contact
         proxy.next(status(500), times=3, path="/v1/completions")
         proxy.next(delayed(0.3), times=5, path="/v1/completions")
         proxy.next(changed(lose_a_token), times=2, path="/v1/completions")
