@@ -235,6 +235,7 @@ class GKDMixin(AnyTrainer):
         self._is_in_step = self._is_last_of_window = False
         self._is_in_checkpoint = self._has_current_rollouts = False
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
+        self._step_metrics: dict[str, float] = {}
         self._own_metrics: set[str] = set()
         self._generated: list[Generated] = []
         self._has_trained = False
@@ -633,11 +634,17 @@ class GKDMixin(AnyTrainer):
             if self.is_deepspeed_enabled or steps_in_backward(self.args.optim):
                 self._raise_if_wrong()
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Here, where Trainer gathers its loss: a subclass's `log` may go no further on other ranks than the first.
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._step_metrics = self._meter.read(self._ranks.sum)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; training entries get the metrics since the last one."""
-        # Trainer calls this on every rank; `learning_rate` distinguishes its own entries from a user's callback's.
+        # `learning_rate` distinguishes Trainer's own entries from a user's callback's.
         if "loss" in logs and "learning_rate" in logs:
-            logs.update(self._meter.read(self._ranks.sum))
+            logs.update(self._step_metrics)
             if self.args.log_completions and self._generated and self.is_world_process_zero():
                 shown = self._generated[: self.args.num_completions_to_print]
                 rows = completion_rows(shown, tokenizer_of(self.processing_class))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from gkd_trainer import HFRollouts
+from gkd_trainer import GKDTrainer, HFRollouts
 
 SYNC_SECONDS = 0.3
 
@@ -107,3 +107,24 @@ def test_an_evaluation_measures_the_same_before_in_and_after_training(make_train
     for measured in (*inside, trainer.evaluate()):
         for metric in ("eval_loss", "eval_student_entropy", "eval_top_token_agreement"):
             assert measured[metric] == pytest.approx(before[metric], rel=1e-6)
+
+
+class LoggingOnTheFirstRank(GKDTrainer):
+    """As subclasses of Trainer may do."""
+
+    def log(self, logs, *args):
+        if self.is_world_process_zero():
+            super().log(logs, *args)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_ranks_sum_their_metrics_whatever_a_subclass_logs(make_trainer, monkeypatch, is_first):
+    trainer = make_trainer(trainer_class=LoggingOnTheFirstRank, max_steps=3)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: is_first)
+    counts = []
+    read = trainer._meter.read
+    trainer._meter.read = lambda reduce: read(lambda sums: counts.append(sums[0].item()) or reduce(sums))
+    trainer.train()
+    assert len(counts) == 3
+    assert all(counts)
+    assert ["student_entropy" in entry for entry in steps(trainer)] == [True] * (3 if is_first else 0)
