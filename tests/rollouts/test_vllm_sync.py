@@ -54,7 +54,9 @@ class Fake(FaultyProxy):
         elif request.json["model"] not in {"base": "", **self.adapters}:
             return status(404)(request, forward)
         else:
-            answer = {"choices": [{"index": 0, "text": "", "token_ids": [2], "finish_reason": "stop"}]}
+            log_probs = {"token_logprobs": [-1.0]}
+            choice = {"index": 0, "text": "", "token_ids": [2], "finish_reason": "stop", "logprobs": log_probs}
+            answer = {"choices": [choice]}
         return Answer(200, json.dumps(answer).encode())
 
 

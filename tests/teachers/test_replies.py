@@ -158,6 +158,12 @@ MISTRAL_WITH_TOOLS = (
     "{{ '[TOOL_RESULTS]' + m['content'] + ', ' + m.tool_call_id + '[/TOOL_RESULTS]' }}"
     "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
+CHATML_WITH_TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{% if m.tool_calls is defined %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 CALL = {"id": "123456789", "type": "function", "function": {"name": "look", "arguments": {}}}
 ASKED_BY_A_TOOL = [
     USER,
@@ -167,10 +173,10 @@ ASKED_BY_A_TOOL = [
 
 
 def test_a_reply_to_a_tool_begins_as_the_template_writes_it(read, byte_level):
-    mistral = byte_level(MISTRAL_WITH_TOOLS)
+    mistral, chatml = byte_level(MISTRAL_WITH_TOOLS), byte_level(CHATML_WITH_TOOLS)
     for asked in ([USER], ASKED_BY_A_TOOL):
-        assert read("ChatML", mistral, "Paris", asked=asked) == (b" Paris", False)
-        assert read(mistral, "ChatML", " Paris", asked=asked)[0] == b"Paris"
+        assert read(chatml, mistral, "Paris", asked=asked) == (b" Paris", False)
+        assert read(mistral, chatml, " Paris", asked=asked)[0] == b"Paris"
 
 
 @pytest.fixture
