@@ -27,7 +27,7 @@ from gkd_trainer.config import Unset
 from gkd_trainer.config_effects import unused_options
 from gkd_trainer.data import IMAGE_COLUMNS, StackOthers, can_pad, columns_read_by, unwrapped
 from gkd_trainer.divergence import TokenDivergence, trl_generalized_jsd_loss
-from gkd_trainer.errors import GKDConfigError, GKDNumericsError, GKDTeacherError
+from gkd_trainer.errors import GKDConfigError, GKDTeacherError
 from gkd_trainer.models.decoders import in_label_columns, with_decoder_inputs
 from gkd_trainer.models.heads import logits_of, set_logits
 from gkd_trainer.models.loading import (
@@ -66,7 +66,7 @@ from gkd_trainer.trainer.construction import (
     warn_of_unused,
 )
 from gkd_trainer.trainer.evaluation import Evaluation, require_equal_batches
-from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights, steps_in_backward
+from gkd_trainer.trainer.finite import steps_in_backward
 from gkd_trainer.trainer.fixed_options import FixedOptions
 from gkd_trainer.trainer.loss import Comparison, divided, product_dtype, run_student
 from gkd_trainer.trainer.parts import build_parts
@@ -82,8 +82,8 @@ from gkd_trainer.trainer.preparation import (
 )
 from gkd_trainer.trainer.recovery import warn_of_short_exchanges
 from gkd_trainer.trainer.rollout_queue import CurrentStudent, sample_counts
-from gkd_trainer.trainer.sampling_check import SamplingCheck, is_noisy
 from gkd_trainer.trainer.trl_generation import generate_on_policy_outputs, trl_generation_config
+from gkd_trainer.trainer.window_checks import WindowChecks
 from gkd_trainer.trainer.windows import Epoch, require_equal_epochs
 from gkd_trainer.types import Generated, TokenBatch
 
@@ -228,12 +228,11 @@ class GKDMixin(AnyTrainer):
         if (updates := parts.student_teachers.callback()) is not None:
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
-        self._meter, self._sampling_check = TrainingMeter(self.args.device, self._teacher_sums), SamplingCheck()
-        self._finite_check = FiniteCheck(beside=self._sampling_check.taken)
+        self._meter = TrainingMeter(self.args.device, self._teacher_sums)
+        self._checks = WindowChecks(self._ranks, self._recovery)
         self._placement = Placement(self.args.device)
         self._window_tokens: Tensor | None = None
-        self._is_in_step = self._is_last_of_window = False
-        self._is_in_checkpoint = self._has_current_rollouts = False
+        self._is_in_step = self._is_last_of_window = self._is_in_checkpoint = False
         self._evaluation = Evaluation(self._ranks.gather_samples, self._teacher_sums)
         self._step_metrics: dict[str, float] = {}
         self._own_metrics: set[str] = set()
@@ -446,8 +445,9 @@ class GKDMixin(AnyTrainer):
             completed=self._decoded,
         )
         # Not by the λ of this step, which a callback may have set to 0: the queue has taken later windows already.
+        staleness = 0
         if self._fixed_options.generates_in_run:
-            batches = self._rolled_out(epoch)
+            batches, staleness = self._rolled_out(epoch)
         else:
             batches = epoch.take(num_batches, is_first=epoch.is_first)
         if not batches:
@@ -457,7 +457,7 @@ class GKDMixin(AnyTrainer):
             refuse_negative_labels(batch)
         placed = self._placement.placed(self._comparable(batches))
         self._has_trained = True
-        self._finite_check.clear()
+        self._checks.begin(has_current_rollouts=staleness == 0)
         self._window_tokens = self._count_trained_tokens(device)
         return placed, self._window_tokens
 
@@ -470,15 +470,16 @@ class GKDMixin(AnyTrainer):
         ):
             self._fixed_options.require_usable_rows(self.args, rows)
 
-    def _rolled_out(self, epoch: Epoch) -> list[dict[str, Any]]:
+    def _rolled_out(self, epoch: Epoch) -> tuple[list[dict[str, Any]], int]:
+        """Return the batches of the next window, and how many steps older the weights are that generated it."""
         with self._meter.measure("rollout"), self._saving_before_it_fails():
             taken = self._queue.next_window(epoch, self._student, self._meter)
         if taken is None:
-            return []
+            return [], 0
         window, staleness = taken
-        self._generated, self._has_current_rollouts = window.generated, staleness == 0
+        self._generated = window.generated
         self._meter.add_samples(**sample_counts(window, staleness))
-        return window.batches
+        return window.batches, staleness
 
     def _comparable(self, batches: list[Any]) -> list[Any]:
         found = [comparable(self.teacher, batch) for batch in batches]
@@ -499,7 +500,7 @@ class GKDMixin(AnyTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward of a micro-batch; at the window's last, raise if any values were not finite."""
+        """Run forward and backward of a micro-batch; at the window's last, raise if it must not be learned from."""
         self._is_in_step, self._is_last_of_window = True, self.accelerator.sync_gradients
         divisor = self._step_divisor(inputs) if num_items_in_batch is None else num_items_in_batch
         with self._saving_before_it_fails():
@@ -510,7 +511,7 @@ class GKDMixin(AnyTrainer):
                 self._is_in_step = False
             if self._is_last_of_window:
                 self._is_last_of_window = False
-                self._raise_if_wrong()
+                self._require_sound_window()
         return loss
 
     def _step_divisor(self, inputs: dict[str, Any]) -> Tensor | int | None:
@@ -528,18 +529,8 @@ class GKDMixin(AnyTrainer):
         # DDP averages gradients over ranks, but with this option the divisor already counts all ranks.
         return self._ranks.size // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
-    def _raise_if_wrong(self) -> None:
-        step = self.state.global_step + 1
-        try:
-            sums = self._finite_check.raise_if_not(step, self._ranks.index, self._ranks.sum)
-        except GKDNumericsError as error:
-            if self._ranks.any(not has_finite_weights(self.model)):
-                raise GKDNumericsError(
-                    f"{error}. The student's weights are not finite since an earlier step, so they are not saved"
-                ) from error
-            self._recovery.raise_known(error)
-        # Not saved: the checkpoint would hold the completions of the wrong engine.
-        self._sampling_check.judge(sums, step, is_noisy=lambda: is_noisy(self.model, self.args))
+    def _require_sound_window(self) -> None:
+        self._checks.require_sound(self.state.global_step + 1, self.model, self.args)
 
     def compute_loss(
         self,
@@ -623,16 +614,11 @@ class GKDMixin(AnyTrainer):
             self._evaluation.see(sums_BK)
             return
         self._meter.add_tokens(sums_BK)
-        if self._has_current_rollouts:
-            self._sampling_check.add(sums_BK)
-        is_finite_N = result.is_finite_N
-        if result.loss_N is not None and result.cross_entropy_N is not None:
-            is_finite_N = is_finite_N & result.cross_entropy_N.isfinite()
-        self._finite_check.add(batch.rows_N, batch.labels_BL.shape[0], result.is_teacher_finite_N, is_finite_N)
+        self._checks.add(batch, result, sums_BK)
         if self._is_last_of_window:  # before the backward: see FiniteCheck
-            self._finite_check.begin_reading(self._ranks.sum)
+            self._checks.begin_reading()
             if self.is_deepspeed_enabled or steps_in_backward(self.args.optim):
-                self._raise_if_wrong()
+                self._require_sound_window()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Here, where Trainer gathers its loss: a subclass's `log` may go no further on other ranks than the first.

@@ -122,7 +122,7 @@ class NotFinite(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step != self.step:
             return
-        check = self.trainer._finite_check
+        check = self.trainer._checks.finite
         add = check.add
         check.add = lambda rows_N, size, *flags: add(rows_N, size, *(flag_N & False for flag_N in flags))
         if self.breaks_weights:

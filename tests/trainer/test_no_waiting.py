@@ -348,9 +348,9 @@ def test_transformers_reads_the_mask_for_sdpa(make_trainer, tiny_model, monkeypa
 def test_the_flag_begins_to_be_read_before_the_last_backward_of_a_window(make_trainer, monkeypatch):
     trainer = make_trainer(gradient_accumulation_steps=3, per_device_train_batch_size=1, max_steps=2)
     events = []
-    begin_reading, backward = trainer._finite_check.begin_reading, trainer.accelerator.backward
+    begin_reading, backward = trainer._checks.finite.begin_reading, trainer.accelerator.backward
     monkeypatch.setattr(
-        trainer._finite_check, "begin_reading", lambda reduce: (events.append("read"), begin_reading(reduce))
+        trainer._checks.finite, "begin_reading", lambda reduce: (events.append("read"), begin_reading(reduce))
     )
     monkeypatch.setattr(
         trainer.accelerator, "backward", lambda *args, **kwargs: (events.append("backward"), backward(*args, **kwargs))
