@@ -56,7 +56,7 @@ _REFUSED_GENERATION_KWARGS = {
 }
 
 # Fields of vLLM's SamplingParams without an option of their own, and not fixed by the rollouts.
-_VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias"})
+_VLLM_GENERATION_KWARGS = frozenset({"presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "logprobs"})
 # Those for which transformers has no option.
 _ONLY_IN_VLLM = frozenset({"presence_penalty", "frequency_penalty"})
 
@@ -160,6 +160,11 @@ def _check_vllm_sampling(args: Any) -> None:
                 f"generation_kwargs holds {name!r}, which only vLLM has, but under seq_kd=True the teacher "
                 "generates with transformers: set repetition_penalty instead, or seq_kd=False"
             )
+    if generation_kwargs.get("logprobs") is not None:
+        raise GKDConfigError(
+            f"generation_kwargs holds logprobs={generation_kwargs['logprobs']!r}: it must be None, which trains "
+            "without comparing the engine's log-probabilities with the student's, or be left out"
+        )
     biases = generation_kwargs.get("logit_bias")
     is_valid = biases is None or (
         isinstance(biases, dict)

@@ -139,6 +139,14 @@ def test_sampling_options_of_vllm_are_taken_where_vllm_samples():
     assert args.generation_kwargs == {"min_tokens": 2, "presence_penalty": 0.5}
 
 
+def test_the_comparison_of_log_probs_is_declined_by_none_alone():
+    for seq_kd in (False, True):
+        args = GKDArguments(use_vllm=True, seq_kd=seq_kd, generation_kwargs='{"logprobs": null}')
+        assert args.generation_kwargs == {"logprobs": None}
+    with pytest.raises(GKDConfigError, match="logprobs=5: it must be None"):
+        GKDArguments(use_vllm=True, generation_kwargs={"logprobs": 5})
+
+
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
 def test_penalties_that_only_vllm_has_are_refused_if_the_teacher_generates(name):
     with pytest.raises(GKDConfigError, match=f"'{name}', which only vLLM has.*set repetition_penalty"):

@@ -31,7 +31,7 @@ class TokenDivergence:
             one: a lower bound of its entropy.
         agrees_N: True where both sides have the same top token; for a weighted sum, the mean over its teachers.
         is_teacher_finite_N: False where the teacher's logits held NaN or +inf, or were all -inf; for a top-k teacher,
-            where its log-probs held NaN, had a mass above one or an id outside the vocabulary, or had no entry.
+            where its log-probs held NaN, had a mass above one or an id outside the vocabulary.
         is_finite_N: False where the value is not finite; its gradient is then zero. It is NaN if the largest logits of
             both sides differ by more than their precision can compare (8e6 in float32).
         acceptance_N: Σ min(p, q), the probability that speculative decoding accepts a token that the student drafts for

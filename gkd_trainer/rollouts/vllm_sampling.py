@@ -20,7 +20,8 @@ vllm/v1/worker/gpu/sample/logit_bias.py). More end the engine."""
 
 ASKED_PROMPTS = 8
 """How many prompts of a call are asked for the log-probabilities of their tokens: enough to compare them with the
-student's. vLLM takes some 10 µs per token to tell it, which for all prompts of a large call would be noticed."""
+student's. vLLM takes some 10 µs per token to tell it, which for all prompts of a large call would be noticed. (Its
+model runner V1 also computes the log-probabilities of the whole batch in each step in which one prompt is asked.)"""
 
 
 def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], never_ids: Collection[int]) -> dict[str, Any]:
@@ -56,9 +57,10 @@ def sampling_fields(sampling: Sampling, stop_ids: Sequence[int], never_ids: Coll
 def asking_for_log_probs(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a request that also asks for the log-probability of each sampled token.
 
-    Not if they hold `logprobs` already: a user's None declines.
+    Not if they hold `logprobs` already: a user's None declines. Nor if they draw nothing, as in evaluations, where
+    nobody would read it.
     """
-    return {"logprobs": 0, **fields}
+    return {"logprobs": 0, **fields} if fields["temperature"] > 0 else dict(fields)
 
 
 def excess_of_biases(count: int) -> str | None:

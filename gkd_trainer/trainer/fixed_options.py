@@ -116,7 +116,7 @@ class FixedOptions:
                 return
             reason = f"and row {number}, a prompt without a completion, can't be trained on off-policy"
         elif isinstance(rows, datasets.IterableDataset):
-            reason = "and streamed rows that are prompts without a completion can't be trained on off-policy"
+            reason = "without requiring completions, which streamed rows may lack"
         else:  # used as they are, whatever λ is
             return
         name = next(each for each in ("lmbda", "lmbda_end") if getattr(args, each) != getattr(before, each))

@@ -229,7 +229,7 @@ class GKDMixin(AnyTrainer):
             self.add_callback(updates)
         self._teacher_sums = parts.teacher_sums
         self._meter = TrainingMeter(self.args.device, self._teacher_sums)
-        self._checks = WindowChecks(self._ranks, self._recovery)
+        self._checks = WindowChecks(self._ranks, self._recovery, self._queue.drop)
         self._placement = Placement(self.args.device)
         self._window_tokens: Tensor | None = None
         self._is_in_step = self._is_last_of_window = self._is_in_checkpoint = False
@@ -463,12 +463,11 @@ class GKDMixin(AnyTrainer):
 
     def _check_lmbda(self) -> None:
         rows = self.train_dataset if self._prepares_rows else None
-        with (
-            self._saving_before_it_fails(),
-            # A callback changes λ on all ranks alike.
-            self._recovery.failing_together(GKDConfigError, "the check of a changed lmbda", exchanges=False),
-        ):
-            self._fixed_options.require_usable_rows(self.args, rows)
+        with self._saving_before_it_fails():
+            try:
+                self._fixed_options.require_usable_rows(self.args, rows)
+            except GKDConfigError as error:  # on all ranks: a callback changes λ on all alike
+                self._recovery.raise_known(error)
 
     def _rolled_out(self, epoch: Epoch) -> tuple[list[dict[str, Any]], int]:
         """Return the batches of the next window, and how many steps older the weights are that generated it."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from gkd_trainer.divergence import TokenDivergence
-from gkd_trainer.errors import GKDNumericsError
+from gkd_trainer.errors import GKDNumericsError, GKDRolloutError
 from gkd_trainer.trainer.finite import FiniteCheck, has_finite_weights
 from gkd_trainer.trainer.ranks import Ranks
 from gkd_trainer.trainer.recovery import Recovery
@@ -21,10 +22,11 @@ class WindowChecks:
     Args:
         ranks: The ranks that train together.
         recovery: Makes them save a checkpoint and fail together.
+        drop_rollouts: Forgets completions that are not trained on yet, so that no checkpoint holds them.
     """
 
-    def __init__(self, ranks: Ranks, recovery: Recovery) -> None:
-        self._ranks, self._recovery = ranks, recovery
+    def __init__(self, ranks: Ranks, recovery: Recovery, drop_rollouts: Callable[[], None]) -> None:
+        self._ranks, self._recovery, self._drop_rollouts = ranks, recovery, drop_rollouts
         self.sampling = SamplingCheck()
         self.finite = FiniteCheck(beside=self.sampling.taken)
         self._has_current_rollouts = False
@@ -57,7 +59,7 @@ class WindowChecks:
 
         Raises:
             GKDNumericsError: Values are not finite. The last complete step is saved, unless its weights are not finite.
-            GKDRolloutError: See `SamplingCheck`. Nothing is saved: a checkpoint would hold that engine's completions.
+            GKDRolloutError: See `SamplingCheck`. The last complete step is saved, without that engine's completions.
         """
         try:
             sums = self.finite.raise_if_not(step, self._ranks.index, self._ranks.sum)
@@ -67,4 +69,8 @@ class WindowChecks:
                     f"{error}. The student's weights are not finite since an earlier step, so they are not saved"
                 ) from error
             self._recovery.raise_known(error)
-        self.sampling.judge(sums, step, is_noisy=lambda: is_noisy(model, args))
+        try:
+            self.sampling.judge(sums, step, is_noisy=lambda: is_noisy(model, args))
+        except GKDRolloutError as error:
+            self._drop_rollouts()
+            self._recovery.raise_known(error)

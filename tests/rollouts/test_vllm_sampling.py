@@ -36,13 +36,14 @@ def test_biases_of_the_user_stay_beside_those_of_padding_rows():
     assert fields["presence_penalty"] == 0.5
 
 
-def test_log_probs_are_asked_for_unless_the_user_declines():
-    def asked(**extra):
-        return asking_for_log_probs(sampling_fields(Sampling(4, extra=extra), STOP_IDS, ()))["logprobs"]
+def test_log_probs_are_asked_for_unless_the_user_declines_or_nothing_is_drawn():
+    def asked(temperature=1.0, **extra):
+        fields = sampling_fields(Sampling(4, temperature=temperature, extra=extra), STOP_IDS, ())
+        return asking_for_log_probs(fields).get("logprobs")
 
     assert asked() == 0
     assert asked(logprobs=None) is None
-    assert asked(logprobs=5) == 5
+    assert asked(temperature=0.0) is None
 
 
 def test_the_options_that_transformers_has_too_get_its_names():

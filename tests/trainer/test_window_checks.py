@@ -12,11 +12,13 @@ from gkd_trainer.trainer.window_checks import WindowChecks
 from tests.trainer.test_sampling_check import sums_of
 
 ARGS = SimpleNamespace()
+DROPPED = []
 
 
 @pytest.fixture
 def checks(ranks):
-    return WindowChecks(ranks, Recovery(ranks))
+    DROPPED.clear()
+    return WindowChecks(ranks, Recovery(ranks), lambda: DROPPED.append(True))
 
 
 def add(checks, *, is_finite=True, is_mixed=True, cross_entropy=0.0, sums=((200, 0.0),)):
@@ -91,3 +93,16 @@ def test_only_completions_of_current_weights_are_judged(checks, is_current):
             checks.require_sound(5, nn.Linear(2, 2), ARGS)
     else:
         checks.require_sound(5, nn.Linear(2, 2), ARGS)
+
+
+def test_what_another_model_completed_is_dropped_before_the_last_step_is_saved(checks):
+    checks._recovery.note_random_states()
+    saved = []
+    checks.begin(has_current_rollouts=True)
+    add(checks, sums=((200, 2.0),))
+    with (
+        pytest.raises(GKDRolloutError, match="does not compute the student"),
+        checks._recovery.saving_before_it_fails(4, lambda: saved.append(len(DROPPED))),
+    ):
+        checks.require_sound(5, nn.Linear(2, 2), ARGS)
+    assert saved == [1]
