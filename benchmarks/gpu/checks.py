@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import torch
 
 from benchmarks.gpu.card import copy_bandwidth, product_rate
@@ -182,13 +183,20 @@ def _teachers(N: int, V: int, H: int, device: str, *, is_top_k_taken: bool) -> I
 
 def _run(command: list[str], timeout: float | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
+    with subprocess.Popen(
         command,
         env=os.environ | {"PYTHONPATH": path} | environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
-        timeout=timeout,
-    )
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # With what it started, which would go on using the card beside the next cells.
+            started = psutil.Process(process.pid).children(recursive=True)
+            for each in (process, *started):
+                each.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -12,9 +13,15 @@ from typing import Any
 
 from datasets import Dataset, is_caching_enabled
 from datasets.fingerprint import Hasher
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gkd_trainer import __version__
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT = 1800
+"""Seconds to wait for another process. What it started may hold the lock though it was killed, and where files can't be
+locked, a file that it left."""
 
 
 @cache
@@ -36,12 +43,22 @@ def code_version() -> tuple[str, ...]:
 def one_process_at_a_time(dataset: Dataset, function: Callable[..., Any]) -> Iterator[None]:
     """Lock the mapping of a dataset by a function: of the ranks of a machine, one does it, and the others find it done.
 
-    A lock lets a rank come late, or never, where a barrier would wait for it until the exchange times out. A dataset
-    in memory is not locked: its results are not kept.
+    A lock lets a rank come late, or never, where a barrier would wait for it until the exchange times out. Who waits
+    for too long works alone. A dataset in memory is not locked: its results are not kept.
     """
     with ExitStack() as stack:
         if dataset.cache_files and is_caching_enabled():
             with suppress(Exception):  # A function that can't be hashed, a file system without locks: each works alone.
                 name = Hasher.hash((dataset._fingerprint, function))
-                stack.enter_context(FileLock(Path(dataset.cache_files[0]["filename"]).with_name(f"gkd-{name}.lock")))
+                lock = FileLock(Path(dataset.cache_files[0]["filename"]).with_name(f"gkd-{name}.lock"))
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    logger.warning(
+                        "Waiting until another process has prepared the same rows, for %d minutes at most (%s)",
+                        _LONGEST_WAIT // 60,
+                        lock.lock_file,
+                    )
+                    lock.acquire(timeout=_LONGEST_WAIT)
+                stack.callback(lock.release)
         yield

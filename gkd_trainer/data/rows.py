@@ -378,8 +378,10 @@ def _refused(error: Exception) -> RowDropped:
 
 def _variables_of(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a row's variables for the chat template, or none if they can't be read, which `prepare` says."""
-    variables = row.get("chat_template_kwargs")
-    return variables if isinstance(variables, dict) else {}
+    try:
+        return template_kwargs_of(_without_none(row))
+    except RowDropped:
+        return {}
 
 
 def _teachers_columns(row: Mapping[str, Any]) -> dict[str, Any]:

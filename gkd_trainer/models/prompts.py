@@ -13,6 +13,9 @@ T = TypeVar("T")
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a chat template raises for messages that it refuses or does not understand."""
 
+_PROBE = {"argument": "5d41402abc4b2a76"}
+"""Arguments of a tool call that no text contains, as Python prints them."""
+
 
 def prompt_ids(
     tokenizer: Any,
@@ -91,7 +94,15 @@ def with_arguments(
     except RENDERING_ERRORS:
         return render(as_json)
     text = text_of(rendered)
-    return render(as_json) if any(arguments and str(arguments) in text for arguments in objects) else rendered
+    if not any(arguments and str(arguments) in text for arguments in objects):
+        return rendered
+    # What Python prints may stand in another message: arguments that no text contains tell who wrote it.
+    probe = [_with_arguments_as(lambda arguments: _PROBE if _is_object(arguments) else arguments, m) for m in messages]
+    try:
+        is_printed = str(_PROBE) in text_of(render(probe))
+    except RENDERING_ERRORS:
+        is_printed = False
+    return render(as_json) if is_printed else rendered
 
 
 def with_calls(
@@ -206,6 +217,10 @@ def _parsed(arguments: Any) -> Any:
     except (TypeError, ValueError):
         return arguments
     return parsed if isinstance(parsed, dict) else arguments
+
+
+def _is_object(arguments: Any) -> bool:
+    return isinstance(_parsed(arguments), dict)
 
 
 def _json_of(arguments: Any) -> Any:

@@ -55,13 +55,21 @@ def test_of_two_that_map_the_same_rows_by_the_same_function_the_second_waits(on_
     second.join()
 
 
-def test_nothing_waits_for_a_dataset_in_memory_or_a_function_without_a_hash(on_disk):
+def test_a_lock_that_stays_is_told_and_waited_for_no_longer_than_can_be(on_disk, monkeypatch, caplog):
+    monkeypatch.setattr(map_cache, "_LONGEST_WAIT", 0.1)
+    with one_process_at_a_time(on_disk(), len):
+        assert caplog.text == ""
+        with one_process_at_a_time(on_disk(), len):  # as a second process: a lock of its own
+            assert "Waiting until another process has prepared the same rows" in caplog.text
+
+
+def test_nothing_waits_for_a_dataset_in_memory_or_a_function_without_a_hash(on_disk, caplog):
     in_memory = Dataset.from_list([{"text": "one"}])
     with one_process_at_a_time(in_memory, len), one_process_at_a_time(in_memory, len):
         pass
-    unhashable = threading.Lock().acquire
+    unhashable = (row for row in ()).__next__
     with one_process_at_a_time(on_disk(), unhashable), one_process_at_a_time(on_disk(), unhashable):
-        pass
+        assert caplog.text == ""
 
 
 def test_an_error_in_the_mapping_is_raised_and_frees_the_lock(on_disk):

@@ -462,6 +462,9 @@ DATE = {"chat_template_kwargs": {"date_string": "26 Jul 2024"}}
     [
         (conversation("Paris."), True),
         ({**conversation("Paris."), **DATE}, False),
+        # Filled in by Arrow for the key of another row; an option of rendering, which is ignored.
+        ({**conversation("Paris."), "chat_template_kwargs": {"date_string": None}}, True),
+        ({**conversation("Paris."), "chat_template_kwargs": {"tokenize": False}}, True),
         ({"text": "one two"}, False),
         ({**conversation("Paris."), "input_ids": [5, 6]}, False),
     ],

@@ -101,6 +101,19 @@ def test_a_template_that_prints_or_refuses_objects_gets_their_json(byte_level, f
         assert tokenizer.decode(prompt_ids(tokenizer, messages)) == arguments
 
 
+@pytest.mark.parametrize("is_printed", [False, True])
+def test_what_python_prints_in_another_message_does_not_change_the_form_of_arguments(byte_level, is_printed):
+    arguments = {"city": "Paris"}
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    shown = {"role": "tool", "content": f"weather(**{arguments}) -> sunny"}
+    messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}, shown]
+    form = "" if is_printed else " | tojson"
+    template = "{{ messages[1].tool_calls[0].function.arguments" + form + " }} {{ messages[2].content }}"
+    tokenizer = byte_level(template)
+    written = tokenizer.decode(prompt_ids(tokenizer, messages))
+    assert written == f'{{"city": "Paris"}} {shown["content"]}'
+
+
 CALL = {"id": "functions.sum:0", "function": {"name": "sum", "arguments": {"a": 2}}}
 
 
