@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from gkd_trainer.errors import GKDTeacherError
@@ -60,11 +60,8 @@ class StudentTeachers:
         Raises:
             GKDTeacherError: A state does not fit the student.
         """
-        if checkpoint is None:
-            return
-        for number, teacher in enumerate(self._teachers):
-            file = _file(checkpoint, number)
-            teacher.load_state(load_file(file) if file.exists() else {})
+        for teacher, state in self._saved_in(checkpoint):
+            teacher.load_state({} if state is None else state)
 
     def load_best(self, checkpoint: str | Path | None) -> None:
         """Take the states in the checkpoint of the best student; where it has none, the last ones are kept.
@@ -72,18 +69,23 @@ class StudentTeachers:
         Raises:
             GKDTeacherError: A state does not fit the student.
         """
-        if checkpoint is None:
-            return
-        for number, teacher in enumerate(self._teachers):
-            file = _file(checkpoint, number)
-            if file.exists():
-                teacher.load_state(load_file(file))
+        for teacher, state in self._saved_in(checkpoint):
+            if state is not None:
+                teacher.load_state(state)
             elif teacher.state():
                 logger.warning(
                     "%s has the best student, but not the average of its adapter at that step (as with "
                     "save_only_model): the teacher stays the average at the last step.",
                     checkpoint,
                 )
+
+    def _saved_in(self, checkpoint: str | Path | None) -> Iterator[tuple[StudentTeacher, dict[str, Tensor] | None]]:
+        """Yield each teacher with its state in a checkpoint, None if that has none; nothing without a checkpoint."""
+        if checkpoint is None:
+            return
+        for number, teacher in enumerate(self._teachers):
+            file = _file(checkpoint, number)
+            yield teacher, load_file(file) if file.exists() else None
 
 
 class _UpdateTeachers(TrainerCallback):
