@@ -22,10 +22,10 @@ _FEWEST_TOKENS = 100
 """The mean over fewer is not judged: they count with those of the next step."""
 
 WARNING_LIMIT = 0.1
-"""Nats per token: some twice what rounding to bfloat16 gives with a student of 135M parameters."""
+"""Nats per token: some twice what rounding to bfloat16 explains with a student of 135M parameters."""
 
 ERROR_LIMIT = 0.5
-"""Nats per token: what such a student's loses without one of its 30 MLPs, and twice what rounding it to fp8 gives."""
+"""Nats per token: some twice what rounding its weights to fp8 explains, and less than the loss of one of its layers."""
 
 
 class SamplingCheck:
